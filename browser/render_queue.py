@@ -27,6 +27,9 @@ CANCELS = "{}.cancel"  # name of the file that asks the server that makes a rend
 MOST_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
 MOST_WAITING = 200
 MOST_ENDED = 300  # older ones are forgotten; their results stay
+LOADING = say("loading the model")
+MAKING = say("making it")
+CANCELLING = say("cancelling; once more ends the process, and the model is loaded again for the next")
 ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
 
@@ -56,6 +59,11 @@ class RenderJob:
     @property
     def line(self) -> str:
         return " ".join(str(self.request.get("prompt", "")).split())
+
+    @property
+    def shown_doing(self) -> str:
+        """Return `doing` for a page: texts of ours in its language, others, which a file has, as they are."""
+        return next((words for words in (LOADING, MAKING, CANCELLING) if words == self.doing), self.doing)
 
     @property
     def seed(self) -> str:

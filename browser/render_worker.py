@@ -22,7 +22,7 @@ from typing import Any
 
 from browser import launch
 from browser.jobs import WAITING, Job, JobQueue, refuse_link
-from browser.render_queue import RenderJob, RenderQueue
+from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
@@ -54,12 +54,9 @@ TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MOST_OF_LINE = 500
 MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
-LOADING = say("loading the model")
-MAKING = say("making it")
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
-CANCELLING = say("cancelling; once more ends the process, and the model is loaded again for the next")
 NO_WRITING = say("the browser was started with --read_only")
 KILLED = say(
     "the process was killed. Often the machine had too little memory: try a smaller "

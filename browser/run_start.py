@@ -6,7 +6,7 @@ training will write, so that one address leads to it from the draft to the finis
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,18 +197,22 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
-        model=_read_family(map(str, commands[-1])) or typed.get("--family", ""),
+        model=_read_family([[str(word) for word in words] for words in commands])
+        or typed.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )
 
 
-def _read_family(words: Iterable[str]) -> str:
-    """Return the family of a command that trains, by which its runs are listed too; "" if it is none.
+def _read_family(commands: Sequence[Sequence[Any]]) -> str:
+    """Return the family of the commands of a run, by which its runs are listed too; "" if they are of none.
 
-    The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`.
+    The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`. Of a ControlNet, a word or a
+    whole model the commands that cache tell it, as these are the same for all kinds of runs.
     """
-    families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    families = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
+    families |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    words = [str(word) for command in reversed(commands) for word in command]
     return next((families[word] for word in words if word in families), "")
 
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from browser.jobs import WAITING, JobQueue
 from browser.recipes import ModelRecipe, RenderRequest, UsedLora
-from browser.render_queue import ENDED_MEANWHILE, RenderJob, RenderQueue
-from browser.render_worker import LOADING, RenderWorker
+from browser.render_queue import ENDED_MEANWHILE, LOADING, RenderJob, RenderQueue
+from browser.render_worker import RenderWorker
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from contract.families import HIGH_NOISE
 from modules.atomic_write import identify_machine

@@ -50,6 +50,18 @@ def set_back(folder: Path, seconds: float = 60) -> None:
         os.utime(folder / name, (then, then))
 
 
+@pytest.mark.parametrize(
+    "script",
+    ["sdxl_train_network", "sdxl_train_control_net_lllite", "sdxl_train_textual_inversion", "sdxl_train"],
+)
+def test_a_draft_of_each_kind_has_the_family_of_its_run(script: str, tmp_path: Path) -> None:
+    path = describe(tmp_path / "clips") / "run.toml"
+    text = path.read_text(encoding="utf-8").replace("wan_train_network", script)
+    text = text.replace("wan_cache_latents", "sdxl_cache_latents").replace('"wan"', '"stable_diffusion"')
+    path.write_text(text, encoding="utf-8")
+    assert find(look(tmp_path)).summary.model == "sdxl"
+
+
 def test_a_draft_has_the_family_of_the_run_that_it_becomes(tmp_path: Path) -> None:
     """Which is that of its training script: the catalogue calls it stable_diffusion."""
     folder = describe(tmp_path / "my photos")
