@@ -52,5 +52,5 @@ user_files: small files for this user, outside of their folders
 varints: read whole numbers of varying length
 version: the version of Reelsmith
 yaml_files: YAML texts of somebody else, bounded
-zip_files: read the list of a zip file that may be somebody else's
+zip_files: read a stranger's zip file's list, bounded
 """
