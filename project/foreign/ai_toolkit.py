@@ -29,7 +29,7 @@ _SLIDER = "--slider of a training script learns from two texts, without files: d
 
 
 def _find_run(values: Mapping[str, Any]) -> Run:
-    job = values.get("job")
+    job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST}.type", ""))
     if job in {"extract", "generate", "mod"}:
         raise NoRun(f"job = {job} trains nothing")

@@ -27,7 +27,7 @@ _UNIT = "it is counted in minutes or seconds there, and in steps here"
 
 
 def _find_run(values: Mapping[str, Any]) -> Run:
-    method = values.get("training_method", "FINE_TUNE")
+    method = str(values.get("training_method", "FINE_TUNE"))
     if method not in _RUNS:
         raise NoRun(f"training_method = {method}: `new` sets up no such training")
     return Run(_RUNS[method], f"training_method = {method}")

@@ -415,6 +415,8 @@ def test_what_is_taken_has_a_place_here() -> None:
         ("a.json", "[" * 100_000, "cannot be read"),
         ("a.json", json.dumps({"training_method": {f"k{i}": i for i in range(6000)}}), "more than 5000"),
         ("a.json", '{"a": 1}', "no project of AI Toolkit"),
+        ("a.json", '{"training_method": ["LORA"]}', "sets up no such training"),
+        ("a.yaml", "job: [x]\nconfig: {process: [{type: [y]}]}", "sets up no such training"),
         ("a.toml", "a = ", "cannot be read"),
         ("a.txt", "a", "give a .yaml, .toml or .json"),
     ],
