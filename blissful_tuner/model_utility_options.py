@@ -49,6 +49,7 @@ class ModelUtilityOptions(Options):
         title=_WRITTEN,
         needs="convert",
         metavar="SIZE",
+        flags=("--shard_size", "--max_shard_size"),
     )
     target_keys: tuple[str, ...] | None = option(
         f"cast and list only tensors with {_TEXTS}",

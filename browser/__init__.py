@@ -64,6 +64,7 @@ server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do
 setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
+shared_files: send files of a shared run without their metadata
 shares: share a run with a friend by a link
 site: what all pages of one server share, how it started
 start: serve pages or export one; show the address

@@ -15,6 +15,7 @@ devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
 environment: the virtual environment of the scripts that set up
 errors: errors that a user can correct
+file_batches: write many small files in the time of few
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
@@ -51,4 +52,5 @@ user_files: small files for this user, outside of their folders
 varints: read whole numbers of varying length
 version: the version of Reelsmith
 yaml_files: YAML texts of somebody else, bounded
+zip_files: read a stranger's zip file's list, bounded
 """

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from checkpoints.model_folders import build_without_memory, check_settings, require_shown
 from modules.control_codes import shorten
 from modules.devices import choose_device
 from modules.errors import CheckpointError, MemoryPlanError
@@ -69,15 +70,21 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
             "transformers saves it, with preprocessor_config.json and model.safetensors",
             folder,
         )
+    shapes = check_settings(folder, "--depth")
     import transformers  # takes seconds; only with --depth
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        network = build_without_memory(transformers.AutoModelForDepthEstimation.from_config, config)
+        require_shown(folder, "--depth", network, shapes, is_exact=False)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
         network = transformers.AutoModelForDepthEstimation.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **LOCAL
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise errors of many libraries
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(

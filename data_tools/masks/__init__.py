@@ -1,6 +1,5 @@
 """Make masks for the pictures and clips of a folder, and change single ones.
 
-model_files: what a model's folder says, held against its weights
 options: options of tools/mask.py: what to find, the masks' shape
 places: where masks lie; accept, invert, remove, replace, undo
 run: make the masks that a folder lacks

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.masks.model_files import build_without_memory, check_settings, require_shown
+from checkpoints.model_folders import build_without_memory, check_settings, require_shown
 from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
 from modules.command import as_typed
@@ -26,6 +26,7 @@ from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+MOST_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
 _CLASSES = {
     CLIPSEG: ("CLIPSegForImageSegmentation", "CLIPSegProcessor"),
@@ -114,7 +115,7 @@ def load_word_finder(
     chosen = choose_device(device)
     kind = read_kind(folder)
     network_name, processor_name = _CLASSES[kind]
-    shapes = check_settings(folder)
+    shapes = check_settings(folder, "--model", MOST_SIDE)
     import transformers  # takes seconds; only with words
 
     transformers.utils.logging.disable_progress_bar()
@@ -122,7 +123,8 @@ def load_word_finder(
     try:
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
-        require_shown(folder, build_without_memory(network_class, config), shapes, is_exact=kind == CLIPSEG)
+        network = build_without_memory(network_class, config)
+        require_shown(folder, "--model", network, shapes, is_exact=kind == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
         network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
     except CheckpointError:

@@ -2,6 +2,7 @@
 and files that are odd, damaged, or made to mislead.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +20,9 @@ from blissful_tuner.model_utility import main
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.output_files import Answer, ask_at_console, ask_to_replace
 from networks.metadata import add_hashes
+from stable_diffusion.folders import read_folder_unet
 from tests.commands import run_script
+from tests.tiny.stable_diffusion import write_folder
 
 SCRIPT = "blissful_tuner/model_utility.py"
 STATE = {
@@ -135,7 +139,7 @@ def test_a_pickle_becomes_safetensors_with_tied_tensors_written_for_each_name(
 def test_shards_are_laid_out_as_on_the_hub_and_joined_again(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {f"w{i}": torch.randn(100, 100) for i in range(5)}, {"k": "v"})
 
-    run(path, "--convert", tmp_path / "b.safetensors", "--shard_size", "85kB")
+    run(path, "--convert", tmp_path / "b.safetensors", "--max_shard_size", "85kB")  # diffusers' name of it
     run(tmp_path / "b-00002-of-00003.safetensors", "--convert", tmp_path / "c.safetensors")
     run(tmp_path / "b.safetensors.index.json", "--convert", tmp_path / "d.safetensors")
 
@@ -148,6 +152,26 @@ def test_shards_are_laid_out_as_on_the_hub_and_joined_again(tmp_path: Path) -> N
     for joined in ("c", "d"):
         made = load_file(tmp_path / f"{joined}.safetensors")
         assert all(torch.equal(made[name], tensor) for name, tensor in load_file(path).items())
+
+
+def test_diffusers_and_we_read_a_network_that_was_cut(tmp_path: Path) -> None:
+    folder = write_folder("sd1", tmp_path / "model")
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    expected = load_file(whole)
+
+    run(whole, "--convert", tmp_path / whole.name, "--max_shard_size", "500KB")
+    whole.unlink()
+    shards = sorted(tmp_path.glob("diffusion_pytorch_model*"))
+    assert len(shards) > 3
+    for shard in shards:
+        shard.rename(folder / "unet" / shard.name)
+
+    theirs = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
+    with contextlib.ExitStack() as files:
+        ours = read_folder_unet(folder, files).checkpoint
+        for name, tensor in expected.items():
+            assert torch.equal(theirs[name], tensor)
+            assert torch.equal(ours.read(name), tensor)
 
 
 def test_weights_in_8_bits_are_multiplied_by_their_scales_or_kept_with_them(tmp_path: Path) -> None:

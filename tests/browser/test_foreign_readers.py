@@ -22,7 +22,14 @@ PARSERS = frozenset(
         "np.load",
         "parquet.ParquetFile",
     }
-    | {"yaml.safe_load", "yaml.load", "yaml.compose", "yaml.parse", "tomllib.loads", "tomlkit.parse"}
+    | {
+        "yaml.safe_load",
+        "yaml.load",
+        "yaml.compose",
+        "yaml.parse",
+        "tomllib.loads",
+        "tomlkit.parse",
+    }
     | {"onnxruntime.InferenceSession", "cv2.dnn.readNetFromONNX", "cv2.FaceDetectorYN.create"}
     | {"sqlite3.connect", "Tokenizer.from_file", "Tokenizer.from_buffer"}
 )
@@ -83,7 +90,10 @@ def test_every_file_that_parses_what_others_made_has_a_row(rows: list[list[str]]
         ):
             found.add(path.relative_to(ROOT).as_posix())
     named = {name for row in rows for name in re.findall(r"`([\w/]+\.py)`", row[1])}
-    assert found - OWN.keys() == named
+    assert found - OWN.keys() <= named
+    assert [
+        name for name in named if not (ROOT / name).is_file()
+    ] == []  # some read by a reader of another row
     assert OWN.keys() <= found  # no row of that list is left over
 
 

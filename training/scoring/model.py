@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from checkpoints.model_folders import build_without_memory, check_settings, require_shown
 from modules.control_codes import shorten
 from modules.devices import choose_device
 from modules.errors import CheckpointError
@@ -93,21 +94,28 @@ def load_picture_text_model(folder: Path, device: str | None) -> PictureTextMode
     """
     chosen = choose_device(device)
     kind, most_tokens = _read_kind(folder)
+    shapes = check_settings(folder, "--model")
     import transformers  # takes seconds; not for a wrong folder
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
+        network_class = getattr(transformers, kind.network)
+        config = network_class.config_class.from_pretrained(folder, **LOCAL)
+        network = build_without_memory(network_class, config)
+        require_shown(folder, "--model", network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
         # the attention is named, as config.json may name one whose code is fetched from the hub and run
-        network = getattr(transformers, kind.network).from_pretrained(
+        network = network_class.from_pretrained(
             folder,
             dtype=torch.float32,
             use_safetensors=True,
             attn_implementation="sdpa",
             local_files_only=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged files raise errors of many libraries
         why = shorten(" ".join(str(error).split()), 300)
         raise CheckpointError(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -31,7 +32,7 @@ def write_pictures(folder: Path) -> dict[str, Path]:
     """Write a picture of each kind, by its name."""
     turned = Image.Exif()
     turned[0x0112] = SIDEWAYS
-    kinds: dict[str, dict[str, object]] = {
+    kinds: dict[str, dict[str, Any]] = {
         **{f"{mode}.png": {} for mode in ("RGBA", "LA", "RGB", "L", "P", "1", "I;16")},
         "P-clear.png": {"transparency": 0},
         "RGB-clear.png": {"transparency": (0, 0, 0)},
@@ -123,7 +124,7 @@ def test_bands_give_the_pixels_of_the_whole(
         picture = Image.fromarray(random.integers(0, 65536, (37, 23)).astype(np.uint16))
     else:
         picture = noise.convert("RGB").convert(mode) if mode in ("CMYK", "P") else noise.convert(mode)
-    packed = {"compression": "tiff_deflate"} if path.suffix == ".tif" else clear
+    packed: dict[str, Any] = {"compression": "tiff_deflate"} if path.suffix == ".tif" else clear
     picture.save(path, exif=exif, **packed)
     whole = read_image(path, alpha)
     assert whole.shape[:2] == (23, 37)
@@ -152,14 +153,14 @@ def test_clips_with_frames_that_decoders_cannot_hold_are_refused(
 ) -> None:
     path = tmp_path / "x.mov"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, 8)
+        stream: Any = container.add_stream(codec, 8)
         stream.width, stream.height, stream.pix_fmt = 64, 32, pixel_format
         for _ in range(3):
             frame = av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), "rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with open_video(path) as (_, stream):
-        bits = stream.codec_context.format.padded_bits_per_pixel
+    with open_video(path) as (_, opened):
+        bits = opened.codec_context.format.padded_bits_per_pixel
     name = "MAX_FRAME_BYTES" if most == MAX_FRAME_BYTES else "MAX_LONE_FRAME_BYTES"
     monkeypatch.setattr(opening, name, 64 * 32 * bits // 8)
     with open_video(path):

@@ -6,7 +6,7 @@ built without memory first.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,24 @@ from modules.text_files import parse_json, read_tensor_header, read_text
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-MOST_SIDE = 1024  # pixels of the pictures that a network is given; SAM 3 looks at 1008
+MOST_SIDE = 2048  # pixels of the pictures that a network is given; Depth Pro looks at 1536
 MOST_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
 USUAL_NUMBER = 4096  # up to which a setting is no size that the weights have to show
+NO_SIZES = ("theta", "token_id")  # in keys of a base of frequencies, and of words
 SPARE_ELEMENTS = 1 << 20  # of a network, that are not in its weights: places, masks
 
 Shape = tuple[int, ...]
 
 
-def check_settings(folder: Path) -> list[Shape]:
+def check_settings(folder: Path, option: str, most_side: int = MOST_SIDE) -> list[Shape]:
     """Return the shapes of the tensors in a folder's weights.
+
+    option: by which the folder is named, for messages. most_side: of the pictures that its network looks at.
 
     Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
     settings have numbers that no network with these weights has.
     """
-    shapes = read_shapes(folder)
+    shapes = read_shapes(folder, option)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for path in sorted(folder.glob("*.json")):
         try:
@@ -40,7 +43,7 @@ def check_settings(folder: Path) -> list[Shape]:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", path) from None
         if path.name in PROCESSORS:
-            _check_numbers(path, content, MOST_SIDE, "the pictures of a network have at most")
+            _check_numbers(path, content, most_side, "the pictures of a network have at most")
         elif path.name == CONFIG:
             most = max(USUAL_NUMBER, largest)
             _check_numbers(path, content, most, "the largest size of a tensor in its weights is")
@@ -48,12 +51,12 @@ def check_settings(folder: Path) -> list[Shape]:
     return shapes
 
 
-def read_shapes(folder: Path) -> list[Shape]:
+def read_shapes(folder: Path, option: str) -> list[Shape]:
     """Return the shapes of all tensors in the safetensors files of a folder. Raises CheckpointError."""
     shapes: list[Shape] = []
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise CheckpointError(f"--model {folder}: there are no weights in it, as a file .safetensors", folder)
+        raise CheckpointError(f"{option} {folder}: it has no weights, as a file .safetensors", folder)
     for path in paths[:MAX_SHARDS]:
         try:
             with path.open("rb") as file:
@@ -71,7 +74,7 @@ def read_shapes(folder: Path) -> list[Shape]:
     return shapes
 
 
-def require_shown(folder: Path, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
+def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
     """Raise CheckpointError if a network that was built without memory is not that of the weights.
 
     network: on the device "meta". is_exact: the tensors of the file are those of the network, one by one;
@@ -82,29 +85,30 @@ def require_shown(folder: Path, network: Any, shapes: Sequence[Shape], is_exact:
     shown = sum(map(math.prod, shapes))
     if held > shown + shown // 4 + SPARE_ELEMENTS:
         raise CheckpointError(
-            f"--model {folder}: {CONFIG} describes a network of {held:,} numbers, its weights have {shown:,}."
-            " Take both from one release",
+            f"{option} {folder}: {CONFIG} describes a network of {held:,} numbers, its weights have "
+            f"{shown:,}. Take both from one release",
             folder,
         )
     known = set(shapes)
     for name, tensor in parameters.items():
         if is_exact and tuple(tensor.shape) not in known:
             raise CheckpointError(
-                f"--model {folder}: by {CONFIG} {name} has the shape {list(tensor.shape)}, which none of the "
-                "tensors in its weights has. Take both from one release",
+                f"{option} {folder}: by {CONFIG} {name} has the shape {list(tensor.shape)}, which none of "
+                "the tensors in its weights has. Take both from one release",
                 folder,
             )
 
 
-def build_without_memory(network_class: Any, config: Any) -> Any:
-    """Return a network of a class of transformers on the device "meta"."""
+def build_without_memory(build: Callable[[Any], Any], config: Any) -> Any:
+    """Return the network of a configuration of transformers on the device "meta"."""
     with torch.device("meta"):
-        return network_class(config)
+        return build(config)
 
 
 def _check_numbers(path: Path, content: Any, most: int, reason: str) -> None:
     for name, number in _list_numbers(content):
-        if not abs(number) <= most and "theta" not in name:  # NaN too; a base of frequencies is no size
+        is_size = not any(word in name for word in NO_SIZES)
+        if is_size and not abs(number) <= most:  # NaN too
             raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {most:,}", path)
 
 

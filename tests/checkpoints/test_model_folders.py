@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_tools.masks.model_files import check_settings, read_shapes
+from checkpoints.model_folders import check_settings, read_shapes
 from data_tools.masks.words import load_word_finder
 from modules.errors import CheckpointError
 from tests.data_tools.masks.making import write_clipseg
@@ -106,9 +106,9 @@ def test_weights_that_claim_what_they_do_not_hold_are_refused(entry: object, tmp
     header = json.dumps({"a": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(CheckpointError, match="is damaged"):
-        read_shapes(tmp_path)
+        read_shapes(tmp_path, "--model")
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there are no weights in it"):
-        check_settings(tmp_path)
+    with pytest.raises(CheckpointError, match="it has no weights"):
+        check_settings(tmp_path, "--model")
