@@ -171,8 +171,8 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     _join_places(project)
     if not models and program.otherwise is not None and program.is_old_model(values):
         models.append(program.otherwise)
-        family, task = program.otherwise
-        project.changed.append(f"no key says another model: --family {family} --task {task}")
+        said = " --task ".join(program.otherwise)
+        project.changed.append(f"no key says another model: --family {said}")
     if models:  # a name with a task says more than that of a family
         family, task = next((model for model in models if model[1] is not None), models[0])
         project.new["family"] = family

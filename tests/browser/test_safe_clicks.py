@@ -128,7 +128,7 @@ def list_words(route: Route) -> list[str]:
     if not mark:
         return [""]
     shape = re.sub(r"\\\{\w+\\\}|\{\w+\}", "[^\"'`?]+?", re.escape(start))
-    words = set(re.findall(rf"[\"'`]{shape}([a-z_]+)", read_templates()))
+    words = set(re.findall(rf"[\"'`](?:\$\{{ROOT\}})?{shape}([a-z_]+)", read_templates()))
     return sorted(words) or ["x"]
 
 

@@ -73,6 +73,7 @@ def test_the_condition_equals_that_of_a_cache_with_image_features(project: Path)
             assert torch.equal(tensor, with_features[file][key]), key
 
 
+@pytest.mark.long
 def test_two_frames_are_known_with_flf2v(project: Path) -> None:
     for tensors in cache(project, "flf2v", "--i2v", "--flf2v").values():
         (image,) = (tensor for key, tensor in tensors.items() if key.startswith("latents_image"))
@@ -81,6 +82,7 @@ def test_two_frames_are_known_with_flf2v(project: Path) -> None:
         assert not any(key.startswith("clip") for key in tensors)
 
 
+@pytest.mark.long
 def test_a_cache_of_another_kind_is_noticed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache(project, "i2v", "--i2v")
     for switches, found in (
@@ -148,6 +150,7 @@ def test_the_5b_vae_caches_its_own_latents_in_steps_of_32_pixels(clips: Path, va
     assert pixels.shape == (1, 3, 5, 96, 64)
 
 
+@pytest.mark.long
 def test_the_other_vae_makes_the_caches_again(clips: Path, vaes: dict[str, Path]) -> None:
     cache_of(clips, vaes["2.2"])
     cache_of(clips, vaes["2.1"])
@@ -213,6 +216,7 @@ def train_on(dataset: Path, task: str, kind: str, *more: str) -> None:
     wan_train_network.main([*words, *more])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--plan"], ["--check"]], ids=["train", "plan", "check"])
 def test_a_training_refuses_caches_of_the_other_vae_before_anything_loads(
     clips: Path, vaes: dict[str, Path], capsys: pytest.CaptureFixture[str], more: list[str]
