@@ -42,9 +42,9 @@ new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
 offered_folders: folders with media that tools are offered for
 options: options of run_browser.py: folders, address, token
-page_access: what a browser keeps that was let in: a path and a word for it
+page_access: path and cookie of a let-in browser
 page_language: tables of languages, one chosen for each request
-page_root: addresses of pages below the path that let-in browsers know
+page_root: addresses below the path that let-in browsers know
 permissions: what a run.toml lets its run do
 qr_code: a text as QR code, for terminal and page
 queue_pages: page of the queue, its buttons

@@ -387,7 +387,7 @@ class FolderSettingsPages:
             present = read_draft_file(self.site, folder, name)
             if present.mark != fields.get("have", ""):
                 return self.answer_conflict(folder, part, present, fields)
-            texts = {present: self.read_edited(part, present, fields)}
+            texts: Mapping[DraftFile, str] = {present: self.read_edited(part, present, fields)}
             texts = self.with_batch(folder, texts, fields) if part == TABLE else texts
             typed = None if part == TABLE else texts[present]
             change = plan_change(self.site, part, texts, read_draft_file(self.site, folder, RUN_FILE), typed)

@@ -27,7 +27,7 @@ limits: limits on files and answers from outside
 lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
-memory_limit: bound what a process may take while it runs a stranger's file
+memory_limit: bound a process that runs a stranger's file
 mistyped: name our option for another program's
 nvidia_driver: cards of NVIDIA, and why torch does not see them
 option_values: values of options: converted from what was typed, and checked

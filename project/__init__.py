@@ -11,7 +11,7 @@ describing: the text of the three files
 kinds/: what runs train, as `new --train` names it
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
-checked: remembers what a check has found good, for the run after it
+checked: what a check has found good, for the run
 known: remembers which folders were described or read here
 options: shared parts of the options below, names and checks
 new_options: options of new_project.py alone

@@ -489,7 +489,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
     try:
         tables = parse_toml(read_text(folder / WRITTEN[0]))["datasets"]
         tables = [one for table in tables for one in (table, *table.get("subsets", ()))]
-        kept = {}
+        kept: dict[Path, Path] = {}
         for table in tables:
             places = [table.get(key) for key in ("image_directory", "video_directory", "image_dir")]
             masks = folder / table.get("mask_directory", "")

@@ -19,7 +19,7 @@ NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
 @dataclass(frozen=True)
-class ScriptOption:
+class AskedOption:
     """An option of a script."""
 
     kind: str  # of its value: switch, whole, number, text or other
@@ -47,7 +47,7 @@ class ScriptOptions:
     """The options of a script, by name."""
 
     name: str
-    known: Mapping[str, ScriptOption]
+    known: Mapping[str, AskedOption]
     refused: Mapping[str, str]  # those of other programs -> why they are refused
 
 
@@ -59,13 +59,13 @@ def ask_script(name: str) -> ScriptOptions:
         rows = json.loads(process.stdout)
     except ValueError:
         raise OptionError(f"{name} --help cannot be read: {message_of(process.stderr)}") from None
-    known: dict[str, ScriptOption] = {}
+    known: dict[str, AskedOption] = {}
     refused: dict[str, str] = {}
     for row in rows:
         if row["refusal"] is not None:
             refused[row["name"]] = row["refusal"]
             continue
-        known[row["name"]] = ScriptOption(
+        known[row["name"]] = AskedOption(
             kind=row["kind"],
             choices=tuple(row["choices"]),
             default=_read_default(row),

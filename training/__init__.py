@@ -41,6 +41,7 @@ summary: boxes of a run: plan and result
 targets/: what predictions are compared with, besides the clip
 trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
+unused_options: given options without effect together with the others
 validation: loss of held-out items at fixed noise
 word_captions: which captions have the word that is learned
 whole_checkpoint: train all weights of a model, also text encoders

@@ -2,8 +2,8 @@
 
 contract: a program's record, readers of values
 rules: what keys mean that several trainers have
-reading: recognises a file, takes its values or notes why they are left
-settling: what becomes of the values for a model, a kind of run and a script
+reading: recognizes a file, takes values or says why not
+settling: what becomes of values for a model and script
 counting: counts the steps of an epoch, as the training will
 checking: checks the run as `run` does
 ai_toolkit: AI Toolkit's YAML files of a job

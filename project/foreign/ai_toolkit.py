@@ -7,11 +7,11 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     NEW,
+    ForeignRun,
     KeyRule,
     NoRun,
     Parts,
     Program,
-    Run,
     is_off,
     is_on,
     left,
@@ -28,7 +28,7 @@ _OF_LOKR = left("network_args and network_dim below [training] say it: docs/netw
 _SLIDER = "--slider of a training script learns from two texts, without files: docs/sliders.md"
 
 
-def _find_run(values: Mapping[str, Any]) -> Run:
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST}.type", ""))
     if job in {"extract", "generate", "mod"}:
@@ -38,14 +38,14 @@ def _find_run(values: Mapping[str, Any]) -> Run:
     adapter = values.get(f"{_FIRST}.adapter.type")
     if adapter is not None:
         if str(adapter).lower().replace("_", "") == "controlnet":
-            return Run("controlnet", f"adapter.type = {adapter}")
+            return ForeignRun("controlnet", f"adapter.type = {adapter}")
         raise NoRun(f"adapter.type = {adapter}: no adapter of this kind is trained here")
     if kind.lower() in _WORDS or any(key.startswith(f"{_FIRST}.embedding.") for key in values):
-        return Run("embedding", f"type = {kind}, with embedding")
+        return ForeignRun("embedding", f"type = {kind}, with embedding")
     if kind not in _TRAINERS:
         raise NoRun(f"type = {kind}: `new` sets up no such training")
     network = [key for key in values if key.startswith(f"{_FIRST}.network.")]
-    return Run("lora", "network") if network else Run("whole", "a job without network")
+    return ForeignRun("lora", "network") if network else ForeignRun("whole", "a job without network")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

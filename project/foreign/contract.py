@@ -38,7 +38,7 @@ class KeyRule(NamedTuple):
     read: Callable[[Any], Any] = lambda value: value
 
 
-class Run(NamedTuple):
+class ForeignRun(NamedTuple):
     """What a project trains."""
 
     kind: str  # a name of `new --train`
@@ -63,8 +63,8 @@ class Parts:
         return any(rate != 0 for rate in self.text_rates)
 
 
-def train_lora(values: Mapping[str, Any]) -> Run:
-    return Run("lora", "")
+def train_lora(values: Mapping[str, Any]) -> ForeignRun:
+    return ForeignRun("lora", "")
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
@@ -93,7 +93,7 @@ class Program:
     usual: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
     knows_options: bool = False  # its other keys are options of the script that trains
-    find_run: Callable[[Mapping[str, Any]], Run] = train_lora  # raises NoRun
+    find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
     find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
     # arguments of an optimizer that it gives by itself, by our name of the optimizer
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -8,10 +8,10 @@ from project.foreign.contract import (
     DATA,
     EPOCHS,
     SOONEST,
+    ForeignRun,
     KeyRule,
     Parts,
     Program,
-    Run,
     left,
     read_largest,
     read_rate,
@@ -25,10 +25,10 @@ _EVALUATION = (
 )
 
 
-def _find_run(values: Mapping[str, Any]) -> Run:
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     if any(key.startswith("adapter.") for key in values):
-        return Run("lora", "[adapter]")
-    return Run("whole", "no [adapter]")
+        return ForeignRun("lora", "[adapter]")
+    return ForeignRun("whole", "no [adapter]")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

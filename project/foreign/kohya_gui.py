@@ -11,11 +11,11 @@ from project.foreign.contract import (
     NEW,
     SHARE,
     TRAINING,
+    ForeignRun,
     KeyRule,
     NoRun,
     Parts,
     Program,
-    Run,
     is_off,
     is_on,
     left,
@@ -44,7 +44,7 @@ _OF_FINE_TUNING = ("train_dir", "image_folder", "create_caption", "create_bucket
 _OF_EMBEDDING = ("token_string", "init_word", "num_vectors_per_token")
 
 
-def _find_run(values: Mapping[str, Any]) -> Run:
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     kind = values.get("LoRA_type")
     if not is_off(kind):
         if "fine" in str(kind).lower():
@@ -52,14 +52,16 @@ def _find_run(values: Mapping[str, Any]) -> Run:
                 f"LoRA_type = {kind} trains differences of whole layers, which no network here does; "
                 "--train whole trains the model itself"
             )
-        return Run("lora", f"LoRA_type = {kind}")
+        return ForeignRun("lora", f"LoRA_type = {kind}")
     for key in _OF_EMBEDDING:
         if not is_off(values.get(key)):
-            return Run("embedding", f"{key} = {values[key]}")
+            return ForeignRun("embedding", f"{key} = {values[key]}")
     if not is_off(values.get("network_dim")):
-        return Run("lora", "network_dim")
+        return ForeignRun("lora", "network_dim")
     mark = next((key for key in _OF_FINE_TUNING if key in values), None)
-    return Run("whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})")
+    return ForeignRun(
+        "whole", f"no LoRA_type ({'DreamBooth' if mark is None else f'fine-tuning, by {mark}'})"
+    )
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

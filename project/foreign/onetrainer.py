@@ -7,11 +7,11 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     TRAINING,
+    ForeignRun,
     KeyRule,
     NoRun,
     Parts,
     Program,
-    Run,
     left,
     number,
     read_largest,
@@ -26,11 +26,11 @@ _DITS = ("unet", "transformer", "prior")
 _UNIT = "it is counted in minutes or seconds there, and in steps here"
 
 
-def _find_run(values: Mapping[str, Any]) -> Run:
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     method = str(values.get("training_method", "FINE_TUNE"))
     if method not in _RUNS:
         raise NoRun(f"training_method = {method}: `new` sets up no such training")
-    return Run(_RUNS[method], f"training_method = {method}")
+    return ForeignRun(_RUNS[method], f"training_method = {method}")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

@@ -14,7 +14,7 @@ from modules.errors import OptionError, UserError
 from modules.option_values import split_pairs
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, onetrainer, simpletuner
-from project.foreign.contract import KeyRule, NoRun, Parts, Program, Run
+from project.foreign.contract import ForeignRun, KeyRule, NoRun, Parts, Program
 from project.options import find_models
 
 PROGRAMS: tuple[Program, ...] = (
@@ -48,7 +48,7 @@ class EpochsSaid(NamedTuple):
 
 
 @dataclass
-class Place:
+class ForeignDataset:
     """A folder of a list of datasets, with the keys of its table."""
 
     path: Path | None = None
@@ -64,14 +64,14 @@ class ForeignProject:
 
     path: Path
     program: Program
-    run: Run = Run("lora", "")
+    run: ForeignRun = ForeignRun("lora", "")
     parts: Parts = Parts()
     new: dict[str, Any] = field(default_factory=dict)  # options of `new`
     training: dict[str, Any] = field(default_factory=dict)  # keys of [training]
     data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
     arguments: dict[str, Any] = field(default_factory=dict)  # of the optimizer
     network_arguments: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)  # by the key of the dataset
+    places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
     folders: dict[str, Path] = field(default_factory=dict)  # by key
     epochs: list[EpochsSaid] = field(default_factory=list)
     per_epoch: dict[str, EpochsSaid] = field(default_factory=dict)  # by the option with steps
@@ -145,7 +145,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
         if trains is None:
             remedy = "Give --train lora to train a LoRA in its place"
             raise OptionError(f"--from {path}: {error}. {remedy}") from None
-        project.run = Run("", str(error))
+        project.run = ForeignRun("", str(error))
     project.parts = program.find_parts(values)
     for key, value in program.usual.items():
         if key not in values:
@@ -343,7 +343,7 @@ def _apply(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None
     """Take a value, or note why it is left."""
     shown = f"{show(key)} = {show(value)}"
     group = _find_dataset(project.program, key)
-    place = None if group is None else project.places.setdefault(group, Place())
+    place = None if group is None else project.places.setdefault(group, ForeignDataset())
     name = key if group is None else key[len(group) + 1 :]
     if place is not None:
         if value in project.program.unused.get(name, ()):

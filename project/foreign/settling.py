@@ -22,7 +22,7 @@ from project.foreign.reading import EpochsSaid, ForeignProject, find_beside, is_
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
-from project.script_facts import ScriptOption, ScriptOptions
+from project.script_facts import AskedOption, ScriptOptions
 
 _OF_LORA = ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args")
 _OF_EMBEDDING = ("init_word", "num_vectors_per_token")
@@ -280,9 +280,7 @@ def _find_ours(key: str, places: Collection[str]) -> str | None:
     return ours_for(last, places) or None
 
 
-def _take_option(
-    project: ForeignProject, option: ScriptOption, key: str, value: Any, is_chosen: bool
-) -> None:
+def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
     """Take the value of an option. is_chosen: `new` writes another one. Raises ValueError if it cannot be."""
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
@@ -497,12 +495,7 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
     in_epoch: steps of an epoch with dataset.toml as it is written.
     """
-    usual = NewOptions(folder=options.folder)
-    drawn = [place.num_drawn for place in project.places.values()]
-    if drawn and all(count is not None for count in drawn):
-        batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
-        in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
-    in_epoch = max(in_epoch, 1)
+    in_epoch = _count_steps_of_epoch(project, in_epoch)
     steps = project.new.get("max_train_steps") or None
     key_of_steps = project.said.get("max_train_steps", "max_train_steps")
     epochs = [said for said in project.epochs if said.number]
@@ -510,13 +503,11 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     if steps is None and "max_train_steps" in project.new:
         _forget(project, key_of_steps)
         project.idle.append(key_of_steps)
-    if options.max_train_steps != usual.max_train_steps:
+    if options.max_train_steps != NewOptions(folder=options.folder).max_train_steps:
         for said in epochs:
             project.left.append(f"{said.key} = {said.number}: --max_train_steps says otherwise")
         if steps is not None and steps != options.max_train_steps:
-            _forget(project, key_of_steps)
-            project.assumed.pop(key_of_steps, None)
-            project.left.append(f"{key_of_steps} = {steps}: --max_train_steps says otherwise")
+            _leave_steps(project, key_of_steps, f"{steps}: --max_train_steps says otherwise")
         _settle_times(project, Length(options.max_train_steps, in_epoch))
         return options
     chosen = _choose_epochs(epochs, steps, in_epoch)
@@ -526,19 +517,31 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
             project.left.append(f"{said.key} = {said.number}: {counted} counts, as in {project.title}")
     if chosen is not None:
         if steps is not None:
-            _forget(project, key_of_steps)
-            project.assumed.pop(key_of_steps, None)
-            project.left.append(f"{key_of_steps} = {steps}: {chosen.key} counts, as in {project.title}")
+            _leave_steps(project, key_of_steps, f"{steps}: {chosen.key} counts, as in {project.title}")
         steps = min(chosen.number * in_epoch, contract.MOST_STEPS)
         text = f"max_train_steps = {steps}, with {in_epoch} in an epoch of {num_files} files here"
-        if chosen.key in project.assumed:
-            project.changed.append(f"{chosen.key} = {chosen.number}, as {project.title} has it: {text}")
-        else:
-            project.changed.append(f"{chosen.key} = {chosen.number}: {text}")
+        source = f", as {project.title} has it" if chosen.key in project.assumed else ""
+        project.changed.append(f"{chosen.key} = {chosen.number}{source}: {text}")
     if steps is None:
         steps = options.max_train_steps
     _settle_times(project, Length(steps, in_epoch))
     return dataclasses.replace(options, max_train_steps=steps)
+
+
+def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
+    """Return the steps of an epoch, also of a project that draws so many items of each dataset."""
+    drawn = [dataset.num_drawn for dataset in project.places.values()]
+    if drawn and all(count is not None for count in drawn):
+        batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
+        in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
+    return max(in_epoch, 1)
+
+
+def _leave_steps(project: ForeignProject, key: str, reason: str) -> None:
+    """Note that the steps that a project names are not taken. reason: the steps, and what counts."""
+    _forget(project, key)
+    project.assumed.pop(key, None)
+    project.left.append(f"{key} = {reason}")
 
 
 def _choose_epochs(epochs: list[EpochsSaid], steps: int | None, in_epoch: int) -> EpochsSaid | None:

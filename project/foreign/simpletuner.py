@@ -8,11 +8,11 @@ from project.foreign.contract import (
     DATA,
     NETWORK_ARGUMENT,
     TRAINING,
+    ForeignRun,
     KeyRule,
     NoRun,
     Parts,
     Program,
-    Run,
     is_on,
     left,
     number,
@@ -22,17 +22,17 @@ from project.foreign.contract import (
 )
 
 
-def _find_run(values: Mapping[str, Any]) -> Run:
+def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     kind = str(values.get("model_type", "lora"))
     if is_on(values.get("controlnet")):
-        return Run("controlnet", "controlnet = true")
+        return ForeignRun("controlnet", "controlnet = true")
     if is_on(values.get("control")):
         raise NoRun(
             "control = true: a LoRA that sees control pictures in further channels; none is trained so here"
         )
     if kind not in {"lora", "full"}:
         raise NoRun(f"model_type = {kind}: `new` sets up no such training")
-    return Run("whole" if kind == "full" else "lora", f"model_type = {kind}")
+    return ForeignRun("whole" if kind == "full" else "lora", f"model_type = {kind}")
 
 
 def _find_parts(values: Mapping[str, Any]) -> Parts:

@@ -1,7 +1,7 @@
 """Ways to run a transformer, each in one file that can be deleted together with its lines below.
 
 cfg_parallel: processes share the passes of a step
-composing: the options of all ways, and what those do that have joined a run
+composing: options of all ways, and the ways that join
 context_parallel: processes share the tokens of a clip
 contract: what a way to run is
 shard_base: processes share the weights

@@ -2,7 +2,7 @@
 
 base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
-composing: the options of all features, and the run that those which are on join
+composing: options of all features; those that are on join
 contract: what a feature is, and how one is written
 ema: keep an average of the trained weights
 ema_weights: how this average is computed

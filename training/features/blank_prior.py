@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, FeatureOptions
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
     from training.features.hooks import JoinedRun
@@ -54,7 +54,7 @@ def _join(run: "JoinedRun", options: BlankPriorOptions) -> None:
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
             "and fused gradients are freed at once. Leave out one of the two"
         )
-    target = Target(
+    target = StepTarget(
         option=f"--blank_prior_weight {options.weight:g}",
         words=f"for the empty prompt as the model without the network, weight {options.weight:g}",
         passes=StepPasses(with_gradients=1, without=1),

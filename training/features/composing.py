@@ -10,7 +10,7 @@ from modules.options import Options, facts_of, find_reach, hints_of, option, rec
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import JoinedRun, RunEnd
-from training.features.step_targets import Target
+from training.features.step_targets import StepTarget
 
 if TYPE_CHECKING:
     from contract.family import Described
@@ -105,7 +105,7 @@ def begin_run(
     return run
 
 
-def _refuse_targets(targets: Sequence[Target]) -> None:
+def _refuse_targets(targets: Sequence[StepTarget]) -> None:
     """Raise OptionError for targets of which a run can have only one."""
     replacing = [target.option for target in targets if target.replaces_clip]
     if len(replacing) > 1:

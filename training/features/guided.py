@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_LOSS, EMPTY_PROMPT, Feature, FeatureOptions, given_values
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,7 +136,7 @@ def guide_clip(
 
 
 def _join(run: "JoinedRun", options: GuidedTargetOptions) -> None:
-    target = Target(
+    target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",
         words=_describe(options),
         passes=StepPasses(with_gradients=0, without=1),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
@@ -357,7 +357,7 @@ class JoinedRun:
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
     needs: set[str] = field(default_factory=set)  # what batches have: EMPTY_PROMPT, WORSE_ONES and the like
-    targets: list[Target] = field(default_factory=list)
+    targets: list[StepTarget] = field(default_factory=list)
     # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
     keeps_steps: bool = False
     view: str = ""  # further conditions that passes see, as `Batch.view`

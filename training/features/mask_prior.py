@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,7 @@ def _measure_outside(
 
 
 def _join(run: "JoinedRun", options: MaskPriorOptions) -> None:
-    target = Target(
+    target = StepTarget(
         option=f"--mask_prior_weight {options.weight:g}",
         words=f"outside masks as the model without the network, weight {options.weight:g}",
         passes=StepPasses(with_gradients=0, without=1),

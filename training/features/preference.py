@@ -11,7 +11,7 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, FeatureOptions, given_values
 from training.features.hooks import Tally
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _start(options: PreferenceOptions, run: "JoinedRun") -> None:
 
 def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
     _check_tables(run)
-    target = Target(
+    target = StepTarget(
         option=f"--preference {options.beta:g}",
         words=f"the better one of each pair, beta {options.beta:g}",
         passes=StepPasses(with_gradients=0, without=1, size=2),

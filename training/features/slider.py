@@ -13,7 +13,7 @@ from modules.errors import OptionError
 from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, KEPT, Feature, FeatureOptions, given_values
 from training.features.slider_file import SliderFile, read_sliders
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
     from training.data.live import LiveTexts
@@ -89,7 +89,7 @@ def _join(run: "JoinedRun", options: SliderOptions) -> None:
         )
     _check_tables(run, path)
     file = read_sliders(path)
-    target = Target(
+    target = StepTarget(
         option=f"--slider {path}",
         words=f"captions of {path} at strength 1 and -1",
         passes=StepPasses(with_gradients=3, without=4) if file.has_anchors else StepPasses(1, without=3),

@@ -32,7 +32,7 @@ class StepPasses:
 
 
 @dataclass(frozen=True)
-class Target:
+class StepTarget:
     """Something that a run learns towards besides the clip."""
 
     option: str  # that asks for it, as it is typed

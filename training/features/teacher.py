@@ -13,7 +13,7 @@ from modules.console import count_of
 from modules.errors import OptionError
 from running.ways.contract import FurtherModel
 from training.features.contract import DROPPED_CAPTIONS, Feature, given_values
-from training.features.step_targets import StepPasses, Target
+from training.features.step_targets import StepPasses, StepTarget
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _join(run: "JoinedRun", options: TeacherOptions) -> None:
             f"--teacher_split with --loss_type {loss_type}: size and direction are those of squared "
             "differences. Use --loss_type l2, or leave out --teacher_split"
         )
-    target = Target(
+    target = StepTarget(
         option=f"--teacher {options.teacher}",
         words=_describe(options),
         passes=StepPasses(with_gradients=0, without=3 if options.teacher_delta else 1),
