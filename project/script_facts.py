@@ -54,7 +54,7 @@ class ScriptOptions:
 @cache
 def ask_script(name: str) -> ScriptOptions:
     """Return the options of a script that trains. Raises OptionError if it cannot be asked."""
-    process = _run(name, ["--help"], Path.cwd(), {installation.HELP_AS_JSON: "all", "NO_COLOR": "1"})
+    process = _run_script(name, ["--help"], Path.cwd(), {installation.HELP_AS_JSON: "all", "NO_COLOR": "1"})
     try:
         rows = json.loads(process.stdout)
     except ValueError:
@@ -91,11 +91,13 @@ def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
 
     It reads them and ends, before torch loads. folder: in which it runs.
     """
-    process = _run(name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
+    process = _run_script(
+        name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"}
+    )
     return message_of(process.stderr) if process.returncode else None
 
 
-def _run(
+def _run_script(
     name: str, words: Sequence[str], folder: Path, variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
     script = installation.find_script(name)

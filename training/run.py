@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch._dynamo  # the first step of any optimizer imports it; here `freeze_libraries` sees it
 
 from contract.family import Family
 from modules.devices import freeze_libraries
@@ -68,6 +67,8 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
+    from torch import _dynamo  # noqa: F401  # the first step of any optimizer imports it; here it is frozen too
+
     freeze_libraries()
     with end_of_run(options.joined) as end:
         try:
@@ -129,13 +130,11 @@ def prepare_run(
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
-        storage = plan.joined.storage
-        publisher = None if storage is None else storage.make_publisher()
-        prompts = () if sampler is None else sampler.prompts
+        publisher = None if plan.joined.storage is None else plan.joined.storage.make_publisher()
         saver = make_saver(
             model,
             publisher,
-            prompts,
+            () if sampler is None else sampler.prompts,
             note_saved=reporter.note_saved,
             note_removed=reporter.note_files,
         )

@@ -36,6 +36,20 @@ logger = logging.getLogger(__name__)
 RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
 
 
+def _collect_metadata(model: TrainedModel) -> dict[str, Mapping[str, str]]:
+    """Return the metadata of each part that a training writes into a file of its own."""
+    plan = model.plan
+    of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    times = list_times(plan.options.timesteps, plan.config.datasets)
+    metadata: dict[str, Mapping[str, str]] = {}
+    for part in model.trainable.writes:
+        of_part = continued_sizes(model, part) | expert_metadata(plan.family, plan.options, times, part)
+        metadata[part] = of_run | of_part
+    for part in model.trainable.writes_beside:
+        metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
+    return metadata
+
+
 def make_saver(
     model: TrainedModel,
     publisher: Publisher | None,
@@ -54,14 +68,7 @@ def make_saver(
     if not model.takes_part_in_saving:
         return None
     dtype = file_dtype(options, model.dits.networks[0])
-    of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    metadata: dict[str, Mapping[str, str]] = {}  # by the file's part
-    times = list_times(options.timesteps, plan.config.datasets)
-    for part in trainable.writes:
-        of_part = continued_sizes(model, part) | expert_metadata(plan.family, options, times, part)
-        metadata[part] = of_run | of_part
-    for part in trainable.writes_beside:
-        metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
+    metadata = _collect_metadata(model)
     writes_beside = {part: beside.write for part, beside in trainable.writes_beside.items()}
     writes = {**trainable.writes, **writes_beside}
     made = made_network_of(plan.family)
