@@ -79,7 +79,7 @@ LABELS = {
     "share": say("Share made anew"),
     "count": say("How many"),
     "lora_file": say("LoRA file"),
-    "lora_strength": say("Strength"),
+    "lora_strength": say("Its strength"),
 }
 NUMBERS = ("width", "height", "frames", "steps", "guidance", "cfg", "high_cfg", "share")  # in their order
 NOTES = {
