@@ -474,7 +474,7 @@ def test_a_render_job_is_watched_cancelled_and_made_again(served: Served, root: 
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_label("Prompt").fill("slow")
         page.get_by_role("button", name="Make", exact=True).click()
-        wait_until(page, "/denoising · step [0-9]+ of 3/.test(document.querySelector('#work').textContent)")
+        wait_until(page, "/making it · step [0-9]+ of 3/.test(document.querySelector('#work').textContent)")
         wait_until(page, "document.querySelector('.preview img') !== null")
         address = page.locator(".preview img").get_attribute("src")
         assert served.ask(address).body == b"a preview"
