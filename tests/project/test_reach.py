@@ -44,7 +44,7 @@ PLAIN = {
     *("metadata_tags", "metadata_thumbnail", "metadata_title"),
     *("h3_teacher_conditions", "max_timestep", "metadata_trigger_phrase", "metadata_usage_hint"),
     *("min_timestep", "nag_prompt", "uncond_text"),
-    *("negative_prompt", "network_args", "one_frame_inference"),
+    *("negative_prompt", "negative_skip_blocks", "network_args", "one_frame_inference"),
     *("optimizer_args", "output_name", "plan"),
     *("prompt", "prompt_2", "resolution"),
     *("secondary_separator", "seed", "sheet"),
