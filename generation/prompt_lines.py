@@ -256,7 +256,7 @@ def split_line(line: str) -> SplitLine:
     text, *parts = _cut_options(f" {line.lstrip()}" if begins else line)
     named = [part for part in parts if part.partition(" ")[0].lower() == PROMPT]
     if not named:
-        # without a prompt the first option is the text, as other programs have it, unless a blank is before it
+        # the first option is the text, as other programs have it, unless a blank is before it
         is_text = line.startswith("--")
         return SplitLine(f"--{parts[0]}", parts[1:]) if is_text else SplitLine(text, parts)
     if len(named) > 1 or text.strip():
