@@ -452,7 +452,7 @@ OF_NO_TARGET = {
     *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *(
-        "WayOptions",
+        "OptionsOfWays",
         "ShardBaseOptions",
         "ContextParallelOptions",
         "TrainingCompileOptions",
