@@ -116,7 +116,7 @@ def test_a_render_job_tells_its_steps_and_shows_a_preview_that_goes_with_it(
     worker.add([request(tmp_path, "slow")])
     wait_for(lambda: worker.list_all()[0].done > 3)
     making = worker.list_all()[0]
-    assert (making.state, making.doing, making.steps) == (RUNNING, "denoising", 3)
+    assert (making.state, making.doing, making.steps) == (RUNNING, "making it", 3)
     assert worker.preview is not None
     assert worker.preview.read_bytes() == b"a preview"
     # another server sees it too
