@@ -179,7 +179,15 @@ def test_files_of_another_disk_go_into_the_second_place(
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         return rename(path, target)
 
+    link = os.link
+
+    def link_here(path: Path, target: Path) -> None:
+        if target.is_relative_to(first):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        link(path, target)
+
     monkeypatch.setattr(Path, "rename", rename_here)
+    monkeypatch.setattr(os, "link", link_here)
     folder = BinFolder(first, second).take("models", tmp_path / "models", [tmp_path / "models" / "x.pth"])
 
     assert folder.parent == second
