@@ -111,6 +111,8 @@ def walk_pages(root: Path, count: int, seed: int, is_real: bool = False) -> None
         serve_world(root, is_real) as world,
         open_tabs(f"{world.served.url}/?token={TOKEN}", 2, SCRIPT) as pages,
     ):
+        for page in pages:
+            page.wait_for_url("**/~*/**")  # the browser is let in, and knows the way
         walk = Walk(world, pages, seed)
         for number in range(len(clicks) or count):
             if clicks:
@@ -146,6 +148,7 @@ def test_the_focus_stays_near_when_a_check_begins_and_ends(tmp_path: Path) -> No
         serve_world(tmp_path / "root", is_real=False) as world,
         open_page(f"{world.served.url}/?token={TOKEN}") as page,
     ):
+        page.wait_for_url("**/~*/**")  # the browser is let in, and knows the way
         page.goto(f"{world.served.url}/new?folder={folder}")
         page.get_by_role("button", name="Check", exact=True).press("Enter")
         page.get_by_role("button", name="Checking …").wait_for()
