@@ -21,7 +21,6 @@ from browser import launch
 from browser.jobs import LOGS, WAITING, JobQueue
 from browser.render_worker import RenderWorker
 from browser.runs import RUNNING
-from browser.server import COOKIE
 from modules.errors import OptionError
 from tests.browser.serving import Served
 from tests.chromium import read_page
@@ -504,7 +503,7 @@ class Walk:
         due = [one for one in tab.ask("addresses") if self.answered.get(one, -STEADY) + STEADY <= number]
         for address in due[:MOST_ASKED]:
             place = address.removeprefix(self.world.served.url)
-            status = self.world.served.ask(place, Cookie=f"{COOKIE}={self.world.token}").status
+            status = self.world.served.ask(place, Authorization=f"Bearer {self.world.token}").status
             if status in (200, 204, 303):
                 self.answered[address] = len(self.clicks)
             else:
