@@ -359,9 +359,12 @@ def _find_items(
         stores=sources.stores,
         live=sources.tables,
         sound=sound_of(family),
+        trusts_index=True,
     )
     items = require_items(listed, commands)
-    check_channels(items, family.latent, commands, sources.stores)
+    new_items = [item for item in items if item.file_name not in item.kind.compared]
+    if new_items:  # of the others the index of their caches says that their latents are of this model
+        check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(
         family,
         items,

@@ -67,7 +67,7 @@ class CacheReport:
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all
-    # table index and name of each valid entry of latents and of sound
+    # table index and name of each valid entry
     right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
 
 

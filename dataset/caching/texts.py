@@ -160,6 +160,9 @@ class TextWork:
             failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),
             whole=len(self._files),
+            right=frozenset(
+                (file.table.index, file.file_name) for file in files if file.file_name not in self._failed
+            ),
         )
 
     def _finish_part(self, file: CaptionFile) -> None:
