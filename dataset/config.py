@@ -387,7 +387,7 @@ def _read_table(
         misplaced=_find_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
     )
-    unused = find_unused(entry)
+    unused = find_unused(entry) if entry.get("validation") else None
     if unused is not None:
         problems.append(f"{where}: {unused}")
     if len(problems) > before or any(value is forms.BAD for value in values.values()):

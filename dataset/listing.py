@@ -183,10 +183,11 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
-    remarks = list_faults(find_encodings(sources), LISTED)
-    if remarks:
+    if any(source.caption_encoding is not None for source in sources):
+        remarks = list_faults(find_encodings(sources), LISTED)
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
-    log_lone_controls(sources)
+    if any(table.control_directory is not None for table in config.datasets):
+        log_lone_controls(sources)
     folders = folders or TableFolders(config)
     lines = [folders.left_out_files(table) for table in config.datasets]
     lines += folders.left_out_folders(config.datasets)

@@ -291,7 +291,7 @@ class Planning:
         if table.kind == "image":
             size = self._read_image_size()
             return unknown if size is None else self.compare(size, [(0, 1)])
-        clip = self._read_recorded_clip()
+        clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
             from dataset.sources.moments import measure_source, whole_span  # few tables have any
 

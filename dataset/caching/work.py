@@ -69,7 +69,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 companions=with_companions.get(table.index, ()),
                 shown=tuple(shown.get(table.index, ())),
             )
-            _check_sound(table, learns_sound_alone)
+            if learns_sound_alone or table.is_of_sound:
+                _check_sound(table, learns_sound_alone)
         except DatasetError as error:
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""

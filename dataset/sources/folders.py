@@ -61,7 +61,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            sound=_sound_of(table, path, sounds, faults),
+            sound=_sound_of(table, path, sounds, faults) if sounds or table.finds_sound else None,
             caption_encoding=content.encoding,
         )
         sources.append(source)
