@@ -156,13 +156,13 @@ def encode(
     media = batch_media(items, keys)
     all_worse = [item.worse for item in items if item.worse is not None]
     worse = _stack_batch(all_worse) if all_worse else None
-    encoded = family.encode_media(encoders, media)
+    encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
     if worse is not None:
         encoded = _join_worse(encoded, family.encode_media(encoders, _with_frames(media, worse)))
     if not items[0].source.table.augmentation.flip:
         return encoded
     mirror = _mirror(media)
-    mirrored = family.encode_media(encoders, mirror)
+    mirrored: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, mirror)
     if worse is not None:
         mirrored_worse = _with_frames(mirror, worse.flip(3))
         mirrored = _join_worse(mirrored, family.encode_media(encoders, mirrored_worse))
