@@ -1,7 +1,8 @@
 """Refuse a Python that cannot run Reelsmith. Every script imports this before anything else of ours.
 
 The check runs at import, because the next imports need modules and syntax of Python 3.11: this file has to
-be readable by older ones. Newer ones are refused too, as they are untested.
+be readable by older ones. Newer ones are refused too, as they are untested. Then `--help` and wrong options
+of the running script are answered from its table, before the modules of the script are imported.
 """
 
 import sys
@@ -16,3 +17,7 @@ if sys.maxsize < 2**32:
         f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only.\n"
         "Install a Python of 64 bit: docs/install.md says how."
     )
+
+from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked
+
+answer_running_script()

@@ -67,10 +67,10 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "memory_limit", "screen", "script_words", "seeds"}
+        {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
         | {"text_encodings", "varints", "version"},
-        {"card_builds", "control_codes", "text_files", "zip_files"},
+        {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"backups", "file_batches", "installed", "options"},
@@ -80,7 +80,9 @@ FLOORS = {
         {"command"},
         {"chat_templates", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
-        {"console_options"},
+        {"console_options", "table_parser"},
+        {"table_answers"},
+        {"interpreter"},
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"pages"},
     ),
