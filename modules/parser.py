@@ -235,7 +235,8 @@ class Parser(argparse.ArgumentParser):
         for place, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
             is_flag = name[:2] == "--" and name[2:] != ""
-            if is_flag and not any(flag.startswith(name) for flag in flags):
+            is_known = name in flags or (is_flag and any(flag.startswith(name) for flag in flags))
+            if is_flag and not is_known:
                 with_other_dashes = "--" + name[2:].translate(_OTHER_DASHES)
                 if with_other_dashes in flags:
                     spelled[place] = "=".join([with_other_dashes, *value])
