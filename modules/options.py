@@ -299,8 +299,7 @@ class _FieldChecks(NamedTuple):
     with_place: tuple["dataclasses.Field[Any]", ...]
 
 
-@functools.cache
-def _list_checks(cls: type) -> _FieldChecks:
+def _find_checks(cls: type) -> _FieldChecks:
     fields = dataclasses.fields(cls)
     checked = {*_LIMITS, "one_of", "excludes", "needs", "only_with"}
     return _FieldChecks(
@@ -310,17 +309,24 @@ def _list_checks(cls: type) -> _FieldChecks:
     )
 
 
-@functools.cache
-def _fields_by_name(cls: type) -> "dict[str, dataclasses.Field[Any]]":
+_list_checks: Callable[[type], _FieldChecks] = functools.cache(_find_checks)
+
+
+def _name_fields(cls: type) -> "dict[str, dataclasses.Field[Any]]":
     """Return the fields of a record by the public names of their options."""
     return {option_name(field): field for field in dataclasses.fields(cls)}
 
 
-@functools.cache
-def _list_records(cls: type) -> dict[str, Any]:
+_fields_by_name: Callable[[type], "dict[str, dataclasses.Field[Any]]"] = functools.cache(_name_fields)
+
+
+def _find_records(cls: type) -> dict[str, Any]:
     """Return the option records in a record, by the names of their fields."""
     records = {name: record_of(hint) for name, hint in hints_of(cls).items()}
     return {name: record for name, record in records.items() if record is not None}
+
+
+_list_records: Callable[[type], dict[str, Any]] = functools.cache(_find_records)
 
 
 class NoOptions(Options):

@@ -35,21 +35,22 @@ def answer_running_script() -> None:
     """Answer for the script that this process runs; do nothing if it runs none of ours."""
     script = _find_running_script(sys.argv[0])
     if script is not None:
-        answer_script(script, sys.argv[1:])
+        program = " ".join(console_words(script.stem)) if PREFIX else None
+        answer_script(script, sys.argv[1:], program)
 
 
-def answer_script(script: Path, words: Sequence[str]) -> None:
+def answer_script(script: Path, words: Sequence[str], program: str | None = None) -> None:
     """End the process with the help, or with the message on a wrong option, if the words ask for it.
 
     Args:
         script: Path of the script in the checkout or the package.
         words: Words of the command line behind the script.
+        program: Name of the program in messages. None: the first word of the command line.
     """
     table = find_table(script)
     if table is None or (table.get("cuts_words") and not _HELP.issuperset(words or [""])):
         return
     start_logging()
-    program = " ".join(console_words(script.stem)) if PREFIX else None
     parser = build_parser(table, program, _TableParser)
     try:
         parsed = parser.parse_args(words)
