@@ -5,6 +5,7 @@ only describes a model (`new`, checks of options and files' marks) does without.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +24,12 @@ def vae_class() -> type[Any]:
 
 
 def scheduler_class(name: str) -> type[Any]:
-    """Return a scheduler by its class name, such as DDIMScheduler."""
-    import diffusers
+    """Return a scheduler of diffusers by its file and class, such as ddim.DDIMScheduler.
 
-    found: type[Any] = getattr(diffusers, name)  # which imports the file of that class alone
+    The package itself has no class whose own way needs scipy, if scipy is missing.
+    """
+    file, _, class_name = name.partition(".")
+    found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)
     return found
 
 

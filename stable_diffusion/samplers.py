@@ -29,24 +29,25 @@ TRAINED: Mapping[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-LMS = "LMSDiscreteScheduler"
+LMS = "lms_discrete.LMSDiscreteScheduler"
+# file and class of diffusers, with what differs from its defaults
 _SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "ddim": ("ddim.DDIMScheduler", {}),
+    "pndm": ("pndm.PNDMScheduler", {}),
     "lms": (LMS, {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "euler": ("euler_discrete.EulerDiscreteScheduler", {}),
+    "euler_a": ("euler_ancestral_discrete.EulerAncestralDiscreteScheduler", {}),
+    "heun": ("heun_discrete.HeunDiscreteScheduler", {}),
+    "dpm_2": ("k_dpm_2_discrete.KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler", {}),
     # this algorithm cannot step to a noise level of 0
     "dpmsolver": (
-        "DPMSolverMultistepScheduler",
+        "dpmsolver_multistep.DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     ),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++": ("dpmsolver_multistep.DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     # the class turns it on by itself, and says so in its log
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+    "dpmsingle": ("dpmsolver_singlestep.DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 
 
