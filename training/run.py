@@ -17,6 +17,7 @@ from modules.devices import freeze_libraries
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
+from modules.private_torch import dynamo
 from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
 from running.ways.composing import make_block_place
@@ -67,8 +68,7 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
-    from torch import _dynamo  # noqa: F401  # the first step of any optimizer imports it; here it is frozen too
-
+    dynamo()  # the first step of any optimizer imports it; imported here, it is frozen too
     freeze_libraries()
     with end_of_run(options.joined) as end:
         try:
