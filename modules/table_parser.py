@@ -69,7 +69,9 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         prog: Name of the program in messages. None: that of the running one.
         kind: Class of the parser.
     """
-    parser = kind(prog=prog, description=table["description"], allow_abbrev=table.get("allow_abbrev", True))
+    settings = {} if prog is None else {"prog": prog}
+    allows_abbreviation = table.get("allow_abbrev", True)
+    parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
     parser.shown_flags = table.get("shown_flags", {})
     parser.key_files = [_find_key_file(hint) for hint in table.get("key_files", ())]
     for title in table.get("groups", ()):
