@@ -46,9 +46,7 @@ TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cac
 MOST_REFERENCES = 4  # as released
 FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of pictures, and mu of their noise levels
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
-DEFAULTS = pictures.picture_defaults(
-    own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,)
-)
+DEFAULTS = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
 
 

@@ -235,7 +235,8 @@ class Fibo2Model(BlockNetwork):
             scale, gate, scale2, gate2 = block.adaLN_modulation(time)       # gates through tanh
             x = x + gate * attention_norm2(attention(attention_norm1(x) * (1 + scale)))
             if block reads bundle n:
-                x = x + tanh(cross_attn_gate) * cross_attn_norm2(cross_attention(cross_attn_norm1(x), bundle n))
+                read = cross_attn_norm2(cross_attention(cross_attn_norm1(x), bundle n))
+                x = x + tanh(cross_attn_gate) * read
             x = x + gate2 * ffn_norm2(feed_forward(ffn_norm1(x) * (1 + scale2)))
         velocity = final_layer(x[:, :L], time of the picture)               # returned as B Z 1 H W
     """

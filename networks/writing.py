@@ -340,7 +340,7 @@ def in_target(
 
 
 def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
-    """Return a LoRA under the names of the layout that stacks modules: `diffusion_model.<path>.lora_A.weight`.
+    """Return a LoRA under the names of the layout that stacks modules, as ComfyUI reads them.
 
     A part that cannot be stacked, as its factors are no plain LoRA, is left out.
     """

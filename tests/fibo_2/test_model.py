@@ -29,7 +29,9 @@ def error_of(velocity: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def predict(references: bool = False, batch: int = 2, model: Fibo2Model | None = None, **changes: Any) -> Tensor:
+def predict(
+    references: bool = False, batch: int = 2, model: Fibo2Model | None = None, **changes: Any
+) -> Tensor:
     inputs = {**tiny_inputs(batch), **changes}
     velocity: Tensor = (model or tiny_model())(**inputs, references=draw_references(batch) * references)
     return velocity
@@ -69,10 +71,14 @@ def test_each_rule_matters(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, change in {
         "time reversed": lambda model, times: Fibo2Model.embed_times(model, 1000 - times),
-        "one time for all": lambda model, times: Fibo2Model.embed_times(model, times)[:, :1].expand(-1, 2, -1),
+        "one time for all": lambda model, times: Fibo2Model.embed_times(model, times)[:, :1].expand(
+            -1, 2, -1
+        ),
     }.items():
         model = tiny_model()
-        monkeypatch.setattr(model, "embed_times", lambda times, model=model, change=change: change(model, times))
+        monkeypatch.setattr(
+            model, "embed_times", lambda times, model=model, change=change: change(model, times)
+        )
         changed(name, model)
     for name, config in {
         "one plane off": replace(CONFIG, rope_theta=250.0),
@@ -98,7 +104,9 @@ def test_a_second_text_that_equals_the_first_changes_nothing() -> None:
     inputs = tiny_inputs(1)
     second = {"text": inputs["text"], "text_mask": inputs["text_mask"]}
     tweaks = Tweaks(away=Away(second, lambda first, other: 2 * first - other))
-    torch.testing.assert_close(tiny_model()(**inputs, tweaks=tweaks), tiny_model()(**inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        tiny_model()(**inputs, tweaks=tweaks), tiny_model()(**inputs), rtol=1e-4, atol=1e-5
+    )
     other = {**second, "text": -second["text"]}
     steered = tiny_model()(**inputs, tweaks=replace(tweaks, away=Away(other, tweaks.away.steer)))
     assert error_of(steered, tiny_model()(**inputs)) > 1e-3

@@ -67,7 +67,10 @@ def in_early_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights under the names of the release's own code."""
     renamed = {}
     for name, tensor in state.items():
-        for ours, theirs in (("x_embedder.", "all_x_embedder.2-1."), ("final_layer.", "all_final_layer.2-1.")):
+        for ours, theirs in (
+            ("x_embedder.", "all_x_embedder.2-1."),
+            ("final_layer.", "all_final_layer.2-1."),
+        ):
             name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
         if name.startswith("perceiver."):
             name = name.replace("_attention.to_out.0.", "_out.").replace("_attention.to_", "_")
