@@ -264,6 +264,8 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
     heights = fused_heights(len(paths), rows, columns)
+    if len(paths) == 2 and rows % 2 == 0:  # keys and values, or the two layers of a gated feed-forward
+        heights = (rows // 2, rows // 2)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
     is_plain = DOWN in factors and len(factors) <= 3
