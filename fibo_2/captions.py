@@ -31,7 +31,7 @@ SCORES = ("aesthetic_score", "preference_score")  # never in trained captions
 CERTAIN = 0.75  # how alike a misspelt key is to the one that is meant
 
 
-class CaptionText(NamedTuple):
+class WrittenCaption(NamedTuple):
     """A caption as it is encoded. Characters of a plain one stand between `before` and `after`."""
 
     text: str
@@ -96,20 +96,20 @@ def read_caption(text: str) -> dict[str, Any] | None:
         ) from None
 
 
-def write_caption(text: str) -> CaptionText:
+def write_caption(text: str) -> WrittenCaption:
     """Return a caption as the model was trained to read it; of an empty one the null caption.
 
     Raises OptionError as `read_caption`.
     """
     if not text.strip():
-        return CaptionText(NULL)
+        return WrittenCaption(NULL)
     caption = read_caption(text)
     if caption is None:
         return _wrap_plain(DESCRIPTION, text)
-    return CaptionText(write_json(_split_caption(caption)[0] or {}))
+    return WrittenCaption(write_json(_split_caption(caption)[0] or {}))
 
 
-def write_edit(text: str) -> CaptionText:
+def write_edit(text: str) -> WrittenCaption:
     """Return a caption or prompt of an edit behind its pictures: `...}`, without the brace that begins it.
 
     Raises OptionError as `read_caption`, and if an object has no instruction.
@@ -123,11 +123,11 @@ def write_edit(text: str) -> CaptionText:
         raise OptionError(f"the edit {shorten(text, 60)}: {fault}")
     caption, instruction = _split_caption(content)
     edit = {CAPTION: caption} if caption else {}
-    return CaptionText(write_json({**edit, INSTRUCTION: instruction})[1:])
+    return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])
 
 
-def _wrap_plain(key: str, text: str) -> CaptionText:
-    return CaptionText(write_json({key: text}), f'{{"{key}":"', is_plain=True)
+def _wrap_plain(key: str, text: str) -> WrittenCaption:
+    return WrittenCaption(write_json({key: text}), f'{{"{key}":"', is_plain=True)
 
 
 def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None, Any]:

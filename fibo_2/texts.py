@@ -15,7 +15,7 @@ from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_to
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse
 from encoders.text_encoder import Written
-from fibo_2.captions import CaptionText, write_caption, write_edit, write_json
+from fibo_2.captions import WrittenCaption, write_caption, write_edit, write_json
 from fibo_2.configs import STATES
 from fibo_2.references import read_shown, shrink
 from krea2.files import BESIDE
@@ -80,7 +80,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
         )
 
-    def _tell_plain(self, caption: CaptionText) -> None:
+    def _tell_plain(self, caption: WrittenCaption) -> None:
         if not self._has_told:
             self._has_told = True
             logger.info(
@@ -103,7 +103,7 @@ def scale_states(states: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + EPS)).to(states.dtype)
 
 
-def _move_spans(prompt: Prompt, caption: CaptionText) -> Spans:
+def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
     """Return the weighted parts of a prompt in its caption."""
     if not prompt.spans or caption.text == prompt.text:
         return prompt.spans
