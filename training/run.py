@@ -30,7 +30,7 @@ from training.loop import train
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
-from training.reports.history import Story, read_session
+from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
@@ -146,7 +146,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, Story.of(reporter.history.events), following)
+            show_end(run, reporter.history.story, following)
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
