@@ -136,7 +136,8 @@ def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(vae: Pa
     cache(vae, config)
     first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
     cache(vae, config)
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")} == first
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.safetensors")}
+    assert again == first
 
     save(torch.ones(32, 3, 4, 4), root / "video_latents" / f"{NAMES[1]}.pt")
     cache(vae, config)
