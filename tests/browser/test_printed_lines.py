@@ -1,5 +1,6 @@
 """What `new` prints is read in the language of the page, if it has a usual form."""
 
+import re
 import time
 from pathlib import Path
 
@@ -9,10 +10,12 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.page_language import read_texts
 from browser.printed_lines import is_for_terminal, translate_line
+from browser.render_queue import PHASES
 from modules.pages.language import Language, Words, speaking
 from project.files import write_project
 from project.new_options import NewOptions
 from tests.browser.test_walk import save_pictures
+from tests.commands import ROOT
 
 
 @pytest.fixture
@@ -58,3 +61,9 @@ def test_names_cannot_make_a_line_slow_and_other_lines_stay() -> None:
         begin = time.process_time()
         assert translate_line(line) == line
         assert time.process_time() - begin < 1
+
+
+def test_each_phase_that_a_generation_names_is_a_text_of_the_page() -> None:
+    named = re.findall(r'on_phase\("([^"]+)"', (ROOT / "generation/making.py").read_text(encoding="utf-8"))
+    assert len(named) >= 4
+    assert {*named} <= {*map(str, PHASES)}
