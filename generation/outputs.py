@@ -235,10 +235,9 @@ def _save_layers(
     metadata: Mapping[str, str] | None,
 ) -> Path:
     """Write a PNG file for each picture, and the one that its layers give together; return the last path."""
-    from modules.media.layers import COMPOSITE, LAYER, write_layers  # few results have any
+    from modules.media.layers import COMPOSITE, write_layers  # few results have any
 
-    suffixes = [f"{LAYER.format(1)}.png", f"{COMPOSITE}.png"]
-    stem = Path(options.file_name).stem or free_stem(options.save_path, stem, suffixes)
+    stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
     paths = write_layers(options.save_path, stem, frames, has_whole, as_png_texts(metadata or {}))
     logger.info("Layers: %s to %s", paths[0], paths[-2].name)
     return paths[-1]
