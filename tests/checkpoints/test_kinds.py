@@ -30,7 +30,6 @@ HIDREAM = {
 }
 ONE = {"num_layers": 1}
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("BriaFibo2Transformer2DModel", {}, "Fibo 2"),
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
@@ -46,7 +45,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
-    ("QwenImageTransformer2DModel", {**ONE, "use_additional_t_cond": True}, "Qwen-Image-Layered"),
     ("ZImageTransformer2DModel", {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
 ]
 # of layouts that no class here writes: diffusers' own marks, and released files
@@ -54,7 +52,6 @@ RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
     "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
-    "model.diffusion_model.perceiver.latent_queries": "Fibo 2",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 
