@@ -117,7 +117,7 @@ def _add_table(
     names = store.names()
     is_own = table.index not in stores.elsewhere
     is_cached = kind.has_text and not kind.sources
-    if trusts_index and is_own and is_cached and is_indexed(table, sound):
+    if trusts_index and is_own and is_cached and is_indexed(table, sound) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
         if index is not None:
             kind = replace(kind, compared=index.compared)
@@ -158,6 +158,9 @@ def _add_table(
                 num_captions = texts.captions.get(file.stem, 1)
             else:
                 continue
+            if latent.has_layers:
+                num_pictures = _count_pictures(kind, store, file)
+                file = file._replace(bucket=(*file.bucket, num_pictures))
             item = _item(table, kind, file, num_captions)
             listing.items.append(item if sounds is None else sounds.add_to(item, store))
     if is_empty:
@@ -175,6 +178,17 @@ def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: i
         captions=num_captions,
         references=file.references,
     )
+
+
+def _count_pictures(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
+    """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
+    if kind.sizes is not None:
+        return kind.sources[file.stem].num_pictures
+    with contextlib.suppress(CacheError):
+        for tensor, shape in store.read(file.file, is_whole=False).shapes.items():
+            if cache_files.tensor_key(tensor) == "latents":
+                return shape[-3]
+    return 1
 
 
 def _take_listed(

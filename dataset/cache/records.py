@@ -30,6 +30,7 @@ from dataset.config_keys import IGNORE, SECTIONS
 from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
+    LAYERS,
     SOUND_FILE,
     WORSE,
     ClipFacts,
@@ -182,8 +183,9 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.worse_directory)
     if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
-    num_controls = len(record.files) - 1 - len(companions)
-    return [table.directory, *[table.control_directory] * num_controls, *companions]
+    layers = [table.directory] * record.options.get(LAYERS, 0)
+    num_controls = len(record.files) - 1 - len(companions) - len(layers)
+    return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
