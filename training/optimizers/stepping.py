@@ -28,6 +28,7 @@ from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
 from running.offload.sharding import gather_rows, rows_of
+from training.optimizers.muon import MuonWithAdam
 from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress
@@ -187,7 +188,7 @@ def steps_alone(kind: Callable[..., Optimizer]) -> bool:
 
     False if that is not known.
     """
-    return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
+    return kind is MuonWithAdam or kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
 def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
