@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoints.shard_names import read_shard_size
+from checkpoints.shard_options import read_shard_size
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option

@@ -15,7 +15,7 @@ from blissful_tuner.model_utility_options import ModelUtilityOptions
 from checkpoints import changing
 from checkpoints.kinds import kind_of
 from checkpoints.opening import SUFFIXES, Checkpoint
-from checkpoints.shard_names import INDEX
+from checkpoints.shard_options import INDEX
 from checkpoints.shards import split
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo

@@ -27,7 +27,7 @@ from checkpoints.opening import (
     plain_sources,
     require_all_shards,
 )
-from checkpoints.shard_names import INDEX
+from checkpoints.shard_options import INDEX
 from checkpoints.shards import plan_shards, write_planned
 from checkpoints.stored.fp8 import dequantise, is_fp8
 from contract.loading import TensorInfo

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.shard_names import INDEX, MAX_SHARDS, MODEL
+from checkpoints.shard_options import INDEX, MAX_SHARDS, MODEL
 from checkpoints.writing import order_of, stream_tensors
 from contract.loading import TensorInfo
 from modules.atomic_write import atomic_folder, check_space, write_text

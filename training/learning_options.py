@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints.shard_names import read_shard_size
+from checkpoints.shard_options import read_shard_size
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals

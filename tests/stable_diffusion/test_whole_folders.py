@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.shard_names import INDEX as SHARD_INDEX
-from checkpoints.shard_names import MODEL
+from checkpoints.shard_options import INDEX as SHARD_INDEX
+from checkpoints.shard_options import MODEL
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_whole_training import SCRIPTS, SGD, TOWERS, U_NET, draw, folder, words
 from tests.tiny.dit_files import write_tensors

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints.shard_names import INDEX, MODEL
+from checkpoints.shard_options import INDEX, MODEL
 from modules.text_files import read_text
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily

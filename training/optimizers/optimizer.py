@@ -23,7 +23,6 @@ from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
 from modules.installation import describe_missing, refuse_standard_module
 from training.learning_options import OptimizerOptions
-from training.optimizers.muon import PARTS, MuonWithAdam, arrange_groups
 from training.saving.states import plain_state
 from training.trainable import Trainable
 
@@ -88,8 +87,10 @@ def make_optimizer(
 
 def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
     """Return the trained weights of a whole network in the groups that the optimizer needs."""
-    if find_optimizer(options.optimizer_type) is not MuonWithAdam:
+    if options.optimizer_type.lower() != MUON:
         return trainable
+    from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
+
     arranged = arrange_groups(trainable, spec)
     num_matrices = sum(len(group["params"]) for group in arranged.groups if group[PARTS])
     logger.info(
@@ -183,6 +184,8 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     Raises OptionError naming the missing package or the known names, or if it is not an optimizer.
     """
     if name.lower() == MUON:
+        from training.optimizers.muon import MuonWithAdam  # few runs use it
+
         return MuonWithAdam  # torch's own takes matrices alone, which no whole network has
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:

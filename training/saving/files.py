@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from checkpoints.shard_names import is_model_folder
+from checkpoints.shard_options import is_model_folder
 from contract.rules import ModelRelease
 from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
