@@ -91,6 +91,10 @@ OF_PARTS: Marks = (
         )
         for start in ("model.", "", "language_model.model.", "model.language_model.")
     ),
+    *(
+        (f"{start}layers.0.linear_attn.in_proj_qkv.weight", "a Qwen3.5 model (MOSS-Image's --text_encoder)")
+        for start in ("model.language_model.", "language_model.", "model.", "")
+    ),
     *((f"{start}visual.pos_embed.weight", "a Qwen3-VL model (--text_encoder)") for start in ("model.", "")),
     ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),
     ("model.embed_tokens.weight", "a language model (--text_encoder1)"),

@@ -23,7 +23,7 @@ from modules.command import (
     wants_colour,
 )
 from modules.errors import OptionError
-from modules.installation import HELP_AS_JSON, ONLY_OPTIONS, find_script
+from modules.installation import HELP_AS_JSON, ONLY_OPTIONS, find_front_words, find_script
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
@@ -72,6 +72,12 @@ class Parser(argparse.ArgumentParser):
     shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
+        self._front_words = find_front_words()
+        if self._front_words:
+            settings.setdefault("prog", " ".join(self._front_words))
+            script = rf"python (?:\w+/)?{re.escape(Path(sys.argv[0]).name)}"
+            typed = f"python {' '.join(self._front_words)}"
+            settings["description"] = re.sub(script, typed, settings.get("description") or "")
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
         # of the options that were given: the spelling by `dest`, the first one if there are several
         self.typed_flags: dict[str, str] = {}
@@ -258,6 +264,8 @@ class Parser(argparse.ArgumentParser):
         wait_for_first_process()
         script = find_script(self.prog) if self.prog.endswith(".py") else None
         shown = self.prog if script is None else as_typed(["python", script.as_posix()])
+        if self._front_words:
+            shown = as_typed(["python", *self._front_words])
         self.exit(2, f"{self.prog}: error: {message}\n{shown} --help lists all options\n")
 
     def _quote_help(self, name: str) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
 from tests.tiny.runs import make_project
 
@@ -162,7 +163,7 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
     """They go on with the training, generate the first sample again, and convert the LoRA."""
     family, original = trained
     folder = shutil.copytree(original, tmp_path / "a copy")
-    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "lora")
     texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
     commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
     scripts = [Path(words[1]).name for words in commands]
@@ -179,7 +180,7 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
         succeed_here(Path(words[1]).name, *words[2:], folder=folder)
 
     if family.name in TRAIN_AGAIN:
-        assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
+        assert " of 6" in read_run_page(folder / "output", "lora")
     made = {path.name for path in (folder / "output").glob("lora_*.safetensors")}
     assert made == ({f"lora_{tool}.safetensors"} if tool else set())
     theirs, ours = (shown(folder / name).float() for name in ("output/generated", "output/sample first"))
@@ -297,7 +298,7 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
     with safe_open(folder / "output" / "lora.safetensors", "pt") as file:
         assert "lora" not in file.metadata()["modelspec.architecture"]
-    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "lora")
     page = typed_there(html.unescape(re.sub("<!--.*?-->", "", page)))
     assert f"python {family.train_whole}" in page
     assert f"python {family.generate[0]}" in page

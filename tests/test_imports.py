@@ -359,6 +359,14 @@ def test_a_training_of_caches_reads_neither_sources_nor_shards() -> None:
     assert sum(path.read_bytes().count(b"\n") for path in read) <= MOST_READ
 
 
+@pytest.mark.parametrize("family", FOLDERS)
+def test_a_family_is_described_without_packages_that_take_seconds(family: str) -> None:
+    room = FOLDERS[family].replace(".", "/")
+    reached = _reached_from(f"{room}/family.py", at_start=True)
+    names = {name.partition(".")[0] for path in reached for name in _imported(path, at_start=True)}
+    assert not names & {"diffusers", "transformers", "peft", "accelerate"}
+
+
 def test_caching_a_folder_reads_nothing_of_lists_tars_and_addresses() -> None:
     read = _reached_from("dataset/scripts.py", "dataset/caching/loop.py", at_start=True)
     others = {path for path in (ROOT / "dataset" / "forms").glob("*.py") if not _is_light(path)}
