@@ -525,7 +525,7 @@ class Learners:
             rates = part_rates_of(self.plan.family)
             parts = options.whole_dit.name_parts
             form = SavedForm(options.whole_dit.shard_bytes)
-            whole = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form=form)
+            whole = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
             whole = train_whole(self.plan.family, options, dit, self.plan.texts)
         return arrange_weights(whole, options.optimizer, self.plan.family.dit)

@@ -69,32 +69,32 @@ class MuonWithAdam(Optimizer):
                     continue
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 if weight.ndim == 2 and group[PARTS]:
-                    self._step_matrices(weight, group)
+                    self._step_matrices(weight, weight.grad, group)
                 else:
-                    self._step_numbers(weight, group)
+                    self._step_numbers(weight, weight.grad, group)
 
-    def _step_matrices(self, weight: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_matrices(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[weight]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight.grad)
-        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-        update = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         for rows, part in zip(weight.chunk(group[PARTS]), update.chunk(group[PARTS]), strict=True):
             direction = orthogonalize(part, group["ns_coefficients"], group["ns_steps"], group["eps"])
             rate = group["lr"] * _factor_of_rate(group["adjust_lr_fn"], *part.shape)
             rows.add_(direction, alpha=-rate)
 
-    def _step_numbers(self, weight: Tensor, group: Mapping[str, Any]) -> None:
+    def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(weight.grad)
-            state["exp_avg_sq"] = torch.zeros_like(weight.grad)
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
         state["step"] += 1
         first, second = BETAS
         steps = int(state["step"])
-        mean = state["exp_avg"].lerp_(weight.grad, 1 - first) / (1 - first**steps)
-        square = state["exp_avg_sq"].lerp_(weight.grad.square(), 1 - second) / (1 - second**steps)
+        mean = state["exp_avg"].lerp_(gradient, 1 - first) / (1 - first**steps)
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second) / (1 - second**steps)
         weight.add_(mean / (square.sqrt() + ADAM_EPS), alpha=-group["lr"])
 
 

@@ -11,7 +11,7 @@ all files are checked first, because rows from a missing file would silently sta
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,12 +44,18 @@ FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two cop
 OPTIMIZER = "optimizer"  # in addition to the parts of a state
 
 
-def train_split_dit(dit: nn.Module, learning_rate: float, *parts: Any, form: SavedForm) -> Trainable:
+def train_split_dit(
+    dit: nn.Module,
+    learning_rate: float,
+    name_parts: Sequence[str],
+    part_rates: Mapping[str, float],
+    form: SavedForm,
+) -> Trainable:
     """Train a DiT whose blocks are split as `train_dit` does; its parameters are the rows of this process.
 
-    parts, form: further arguments of `train_dit`.
+    name_parts, part_rates, form: as for `train_dit`.
     """
-    usual = train_dit(dit, learning_rate, *parts, form=form)
+    usual = train_dit(dit, learning_rate, name_parts, part_rates, form)
     rows = {weight: trained_rows(weight) for weight in usual.parameters if is_split(weight)}
     groups = [
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
