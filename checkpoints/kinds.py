@@ -17,7 +17,6 @@ _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 # Models of today that no script runs yet: a family that lands takes its rows out. Sources: the tensor lists
 # of released files, in their own names and in ComfyUI's
 NOT_YET: Marks = (
-    ("perceiver.latent_queries", f"the transformer of Fibo 2, {_NOT_YET}"),
     (
         "time_text_embed.addition_t_embedding.weight",
         "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",

@@ -59,6 +59,7 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 # how scripts begin
 OF_PICTURES = (
     "anima",
+    "fibo_2",
     "flux",
     "flux_2",
     "flux_3",
@@ -202,6 +203,7 @@ PICTURE_MODELS = {
         name: getattr(picture_project, f"lay_out_{name}")
         for name in (
             "anima",
+            "fibo_2",
             "hunyuan_image",
             "krea2",
             "lumina",

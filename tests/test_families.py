@@ -38,7 +38,14 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"framepack one frame", "krea2 edit", "flux_3", "qwen_image_21 edit", "moss_image edit"}
+SLOW |= {
+    "framepack one frame",
+    "krea2 edit",
+    "flux_3",
+    "qwen_image_21 edit",
+    "moss_image edit",
+    "fibo_2 edit",
+}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
@@ -253,7 +260,8 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
 
 OF_PICTURES = (
     *("flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "kontext", "krea2 edit", "anima"),
+    *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
+    "anima",
 )
 WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
 CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)

@@ -117,6 +117,7 @@ KINDS = {
     "raft": "RAFT,",
     "flowformer": "FlowFormer,",
     "gfpgan": "GFPGAN",
+    "fibo-2": "a Fibo 2.0 transformer",
     "anima-dit-diffusers": "a transformer of Cosmos-Predict2 or Anima in diffusers layout",
     "anima-dit": "an Anima transformer",
     "anima-text-conditioner": "Anima's adapter",

@@ -423,7 +423,14 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
 
 
 MODELS = find_models()
-EDIT = {"flux_kontext", "flux_2", "flux_3", "qwen_image_21", "moss_image"}  # besides releases of others
+EDIT = {
+    "flux_kontext",
+    "flux_2",
+    "flux_3",
+    "qwen_image_21",
+    "moss_image",
+    "fibo_2",
+}  # besides releases of others
 WRITTEN = ["dataset.toml", "prompts.txt", "run.toml"]
 
 
