@@ -7,7 +7,8 @@ start this file with any Python; it needs no packages.
     python set_up.py update NEW.zip     take the version in a zip file, in any other folder
     python set_up.py back               return to the version before the last update
 
-An update changes the files of Reelsmith only: runs, models, settings and the environment stay.
+An update changes the files of Reelsmith only: runs, models, settings and the environment stay. A file of
+Reelsmith that you changed is kept as NAME.yours. What a killed update left is put right by the next start.
 """
 
 import os
@@ -24,7 +25,7 @@ from modules.environment import OWN, prepare_environment, python_of, read_builds
 from modules.errors import InstallationError, OptionError
 from modules.installation import ROOT
 from modules.parser import Parser
-from package.updating import go_back, update
+from package.updating import go_back, note_version, repair, update
 
 NOTE = OWN / "build.txt"  # the build of torch that this file installed; without it, .venv is the user's own
 REPLACING = "replacing"  # behind it in that file: another build is there, or half of each
@@ -42,6 +43,8 @@ def main() -> None:
         raise OptionError(f"--build: it chooses torch for the start, and {words[0]} starts nothing. Type one")
     if words == ["back"]:
         go_back(ROOT)
+    elif words[:1] == ["repair"] and len(words) == 2:  # from modules/interpreter.py
+        repair(Path(words[1]))
     elif words[:1] == ["update"] and len(words) <= 2:
         update(ROOT, typed_path(words[1]) if words[1:] else None)
     elif len(words) == 1 and words[0].lower().endswith(".zip"):  # dropped on Reelsmith.bat
@@ -51,6 +54,8 @@ def main() -> None:
             f"{' '.join(words)}: unknown. Type update, update NEW.zip, back, or nothing to start"
         )
     else:
+        repair(ROOT)
+        note_version(ROOT)
         raise SystemExit(open_page(set_up(args.build)))
 
 

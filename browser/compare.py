@@ -31,8 +31,8 @@ from modules.text_files import read_text, real_path
 from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
-from training.reports.sample_files import FOLDER as SAMPLES
 from training.reports.scores import choose_file
+from training.reports.sections import SAMPLES
 
 MOST_COLUMNS = 24
 MOST_ROWS = 40

@@ -19,7 +19,7 @@ from modules.pages.language import counted, join, say
 from modules.paths import expand_path
 from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
-from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sections import SAMPLES
 
 DEEPEST = 6  # folders below a root
 MOST_FOLDERS = 500

@@ -37,8 +37,8 @@ from training.reports.page import (
     write_training_page,
 )
 from training.reports.present_files import present_commands
-from training.reports.sample_files import FOLDER as SAMPLES
 from training.reports.sample_files import ClipStore
+from training.reports.sections import SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
     return say("· %(left)s left", left=left) if left else ""
 
 
-def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
+def linked_clip(name: str, prompt: str, step: int) -> Markup:
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
     return Markup(tag).format(link(SAMPLES, name), say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
 

@@ -39,8 +39,7 @@ from training.reports.history import (
     history_path,
     parse_row,
 )
-from training.reports.page import page_path
-from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sections import SAMPLES, page_path
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
 ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died

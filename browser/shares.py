@@ -44,7 +44,7 @@ from modules.text_files import parse_json, real_path
 from modules.user_files import read_user_file, user_folder, write_user_file
 from training.reports.history import read_session
 from training.reports.page import TEMPLATE, Standing, page_values
-from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sections import SAMPLES
 
 ADDRESS = "/shared/"  # of everything that needs no token
 FILE = "page_shares.json"  # of the user
@@ -163,7 +163,7 @@ def read_days(form: Form) -> int:
     return days
 
 
-def shared_clip(name: str, prompt: str, step: int, is_newest: bool) -> Markup:
+def shared_clip(name: str, prompt: str, step: int) -> Markup:
     """Return the HTML of a sample, which the browser loads by its link."""
     label = mark_folders(say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
     return TAGS.get(Path(name).suffix, TAGS[".png"]).format(link(SAMPLES, name), label)

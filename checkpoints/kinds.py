@@ -17,7 +17,6 @@ _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 # Models of today that no script runs yet: a family that lands takes its rows out. Sources: the tensor lists
 # of released files, in their own names and in ComfyUI's
 NOT_YET: Marks = (
-    ("perceiver.latent_queries", f"the transformer of Fibo 2, {_NOT_YET}"),
     (
         "time_text_embed.addition_t_embedding.weight",
         "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
@@ -90,6 +89,10 @@ OF_PARTS: Marks = (
             "a Gemma language model (--gemma2, --gemma_root)",
         )
         for start in ("model.", "", "language_model.model.", "model.language_model.")
+    ),
+    *(
+        (f"{start}layers.0.linear_attn.in_proj_qkv.weight", "a Qwen3.5 model (MOSS-Image's --text_encoder)")
+        for start in ("model.language_model.", "language_model.", "model.", "")
     ),
     *((f"{start}visual.pos_embed.weight", "a Qwen3-VL model (--text_encoder)") for start in ("model.", "")),
     ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),

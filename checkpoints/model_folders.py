@@ -19,6 +19,7 @@ from modules.text_files import parse_json, read_tensor_header, read_text
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 MOST_SIDE = 2048  # pixels of the pictures that a network is given; Depth Pro looks at 1536
+MOST_PIXELS = 1 << 24  # of a picture for a language model; Qwen's processors say 12,845,056
 MOST_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
 USUAL_NUMBER = 4096  # up to which a setting is no size that the weights have to show
 NO_SIZES = ("theta", "token_id")  # in keys of a base of frequencies, and of words
@@ -37,18 +38,41 @@ def check_settings(folder: Path, option: str, most_side: int = MOST_SIDE) -> lis
     """
     shapes = read_shapes(folder, option)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = parse_json(read_text(path, MAX_TOKENIZER_BYTES))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", path) from None
+    for path, content in _read_settings(folder):
         if path.name in PROCESSORS:
             _check_numbers(path, content, most_side, "the pictures of a network have at most")
         elif path.name == CONFIG:
             most = max(USUAL_NUMBER, largest)
             _check_numbers(path, content, most, "the largest size of a tensor in its weights is")
-            _check_counts(path, content, len(shapes))
+            _check_counts(path, content, min(len(shapes), MAX_BLOCKS), MOST_HEADS)
     return shapes
+
+
+def check_language_settings(folder: Path, option: str) -> list[Shape]:
+    """Return the shapes of the tensors in the weights of a language model that sees pictures.
+
+    Its settings have numbers that no weights show, as the length of a text: `require_shown` compares the
+    network that they make. option: by which the folder is named, for messages.
+
+    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
+    settings have more layers than the weights, or larger pictures than any such model looks at.
+    """
+    shapes = read_shapes(folder, option)
+    for path, content in _read_settings(folder):
+        if path.name in PROCESSORS:
+            _check_numbers(path, content, MOST_PIXELS, "the pictures of a language model have at most")
+            _check_sides(path, content)
+        elif path.name == CONFIG:
+            _check_counts(path, content, MAX_BLOCKS)  # transformers' own defaults may say more than is used
+    return shapes
+
+
+def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield path, parse_json(read_text(path, MAX_TOKENIZER_BYTES))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", path) from None
 
 
 def read_shapes(folder: Path, option: str) -> list[Shape]:
@@ -112,16 +136,37 @@ def _check_numbers(path: Path, content: Any, most: int, reason: str) -> None:
             raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {most:,}", path)
 
 
-def _check_counts(path: Path, content: Any, num_tensors: int) -> None:
-    """Raise CheckpointError for more layers or heads than a network with so many tensors has."""
+def _check_sides(path: Path, content: Any) -> None:
+    """Raise CheckpointError for a side of a picture that no network looks at.
+
+    Both edges in one table are numbers of pixels (Qwen), one alone is a side.
+    """
+    tables = [content]
+    while tables:
+        table = tables.pop()
+        if isinstance(table, list):
+            tables += table
+        if not isinstance(table, Mapping):
+            continue
+        tables += table.values()
+        counts_pixels = {"shortest_edge", "longest_edge"} <= set(table)
+        sides = ("height", "width") if counts_pixels else ("height", "width", "shortest_edge", "longest_edge")
+        for name, number in _list_numbers({name: table[name] for name in sides if name in table}):
+            if not abs(number) <= USUAL_NUMBER:
+                raise CheckpointError(
+                    f"{path}: {name} is {number:,}, and a side of a picture has at most {USUAL_NUMBER:,}",
+                    path,
+                )
+
+
+def _check_counts(path: Path, content: Any, most_layers: int, most_heads: int = MAX_BLOCKS) -> None:
+    """Raise CheckpointError for more layers or heads than a network can have."""
     for name, number in _list_numbers(content):
-        if "heads" in name and number > MOST_HEADS:
-            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {MOST_HEADS} are taken", path)
+        if "heads" in name and number > most_heads:
+            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {most_heads} are taken", path)
         is_count = any(word in name for word in ("layers", "depth", "blocks", "stages"))
-        if is_count and number > min(num_tensors, MAX_BLOCKS):
-            raise CheckpointError(
-                f"{path}: {name} is {number:,}, and the weights have {num_tensors:,} tensors", path
-            )
+        if is_count and number > most_layers:
+            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {most_layers:,} go here", path)
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

@@ -167,6 +167,7 @@ FOLDERS: Mapping[str, str] = {
     "minimax_h3": "minimax_h3",
     "qwen_image_21": "qwen_image_21",
     "moss_image": "moss_image",
+    "fibo_2": "fibo_2",
     "anima": "anima",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

@@ -459,13 +459,14 @@ def part_rates_of(family: Described) -> Mapping[str, float]:
 
 
 class FitsCaptions(Protocol):
-    """A family some of whose captions name places in their picture, and follow it to its bucket."""
+    """A family some of whose captions are JSON objects, which may name places in their picture."""
 
-    def names_places(self, caption: str) -> bool: ...
+    def names_places(self, caption: str) -> bool: ...  # whether it is such a caption
 
     # of a picture of that width and height: what is wrong with such a caption, a line each
     def find_caption_faults(self, caption: str, size: "Size") -> Sequence[str]: ...
 
+    # with the places in the picture's bucket
     def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str: ...
 
 

@@ -595,7 +595,8 @@ def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: Picture
 
 def _put_in_front(written: Written, pictures: ReadPictures, use: PictureUse) -> Written:
     """Return the prompt with the tokens of its pictures in front of it."""
-    text = "".join(use.write(number, count) for number, count in enumerate(pictures.counts, 1))
+    total = len(pictures.counts)
+    text = "".join(use.write(number, tokens, total) for number, tokens in enumerate(pictures.counts, 1))
     return written._replace(
         text=written.text[: written.start] + text + written.text[written.start :],
         start=written.start + len(text),

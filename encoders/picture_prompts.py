@@ -52,6 +52,7 @@ class PictureUse:
     """Settings with which a family shows pictures to the text encoder, as parts of the prompt."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
+    alone: str = ""  # likewise, of a picture that is the only one, if that differs
     token: str = "<|image_pad|>"
     # a picture as it is shown, of `Prompt.picture_size` if that is given: H W 3 uint8; MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
@@ -68,9 +69,11 @@ class PictureUse:
     def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
         return pictures[: self.shown]
 
-    def write(self, number: int, tokens: int) -> str:
+    def write(self, number: int, tokens: int, count: int = 2) -> str:
+        """Return the text of a picture. number: from 1. tokens: that it takes. count: of the pictures."""
         before = self.between if number > 1 else ""
-        return before + self.text.format(number=number, tokens=self.token * tokens)
+        text = self.alone if self.alone and count == 1 else self.text
+        return before + text.format(number=number, tokens=self.token * tokens)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from modules.errors import InstallationError, OptionError
-from modules.script_words import console_words
+from modules.script_words import console_words, name_words
 from modules.text_files import real_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +34,6 @@ RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 # variable of a generation with --interactive that the browser drives: it reads and answers in JSON
 DRIVEN = "REELSMITH_DRIVEN"
-# variable of a script that prints its --help as JSON, for the browser
-HELP_AS_JSON = "REELSMITH_HELP_AS_JSON"
 # variable of a script that ends once it has read its options, for the browser
 ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
 # variable of a training that says before torch loads which options will do nothing, for the browser
@@ -153,6 +151,15 @@ def _find_typed_folder() -> Path:
     if find_script(inside.as_posix()) is None:
         return Path()
     return typed.parent if len(inside.parts) == 1 else typed.parent.parent
+
+
+def find_front_words() -> list[str]:
+    """Return `reelsmith.py` and the words behind it, if a script of this checkout was started by them."""
+    place = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
+    words = name_words(Path(sys.argv[0]).stem).split()
+    place -= len(words)
+    is_front = place > 0 and Path(sys.orig_argv[place]).name == FRONT_SCRIPT
+    return [FRONT_SCRIPT, *words] if is_front and sys.orig_argv[place + 1 :][: len(words)] == words else []
 
 
 def find_script(word: str) -> Path | None:

@@ -1,10 +1,13 @@
-"""Refuse a Python that cannot run Reelsmith. Every script imports this before anything else of ours.
+"""Refuse a Python that cannot run Reelsmith, and files of which an update has replaced half.
 
-The check runs at import, because the next imports need modules and syntax of Python 3.11: this file has to
-be readable by older ones. Newer ones are refused too, as they are untested.
+Every script imports this before anything else of ours. The checks run at import, because the next imports
+need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused
+too, as they are untested. Then `--help` and wrong options of the running script are answered from its table,
+before the modules of the script are imported.
 """
 
 import sys
+from pathlib import Path
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit(
@@ -16,3 +19,17 @@ if sys.maxsize < 2**32:
         f"This Python ({sys.executable}) is 32 bit, and PyTorch is made for 64 bit only.\n"
         "Install a Python of 64 bit: docs/install.md says how."
     )
+
+_ROOT = Path(__file__).resolve().parent.parent
+_NOTES = _ROOT / ".reelsmith"  # the names are those of package/updating.py, which may be half replaced itself
+_PROGRAM = _NOTES / "program.zip"
+if (_NOTES / "back" / "unfinished").exists() and _PROGRAM.exists():
+    import subprocess
+
+    _code = subprocess.call([sys.executable, str(_PROGRAM), "repair", str(_ROOT)])
+    # this process has read a file of the half update: the same command begins anew
+    sys.exit(_code or subprocess.call([sys.executable] + sys.orig_argv[1:]))
+
+from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked
+
+answer_running_script()

@@ -195,6 +195,21 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
     return content
 
 
+def looks_like_object(text: str) -> bool:
+    return text.lstrip().startswith("{")
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a text is, such as a caption. Raises ValueError: "it is no JSON (...)"."""
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

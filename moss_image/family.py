@@ -30,10 +30,11 @@ from modules.errors import CacheError, OptionError
 from modules.media.buckets import Fit, Size
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
+from modules.text_files import looks_like_object
 from moss_image import options as own
 from moss_image.configs import DIT, LATENT, NOISE, RELEASE
 from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
-from moss_image.layouts import find_layout_faults, fit_layout, looks_like_layout
+from moss_image.layouts import find_layout_faults, fit_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
 from moss_image.schedule import snap_levels
@@ -97,7 +98,7 @@ class MossImage(pictures.ModelOfPictures):
     # layouts
 
     def names_places(self, caption: str) -> bool:
-        return looks_like_layout(caption)
+        return looks_like_object(caption)
 
     def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
         return find_layout_faults(caption, size)
@@ -150,7 +151,7 @@ class MossImage(pictures.ModelOfPictures):
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
-        if looks_like_layout(request.prompt):
+        if looks_like_object(request.prompt):
             for fault in find_layout_faults(request.prompt, (prepared.width, prepared.height)):
                 logger.warning("the layout %s: %s", shorten(request.prompt, 40), fault)
         skips = self._choose_skips(request)

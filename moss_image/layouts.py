@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from modules.media.buckets import Fit, Size
+from modules.text_files import read_object
 
 LABELS = ("object", "character", "text")
 CANVASES = ("single", "multi_panel", "collage")
@@ -15,18 +16,12 @@ SPACE, FORMAT = "abs_centralized", "yxyx"  # of the boxes
 BOX_SIDES = 4
 
 
-def looks_like_layout(text: str) -> bool:
-    return text.lstrip().startswith("{")
-
-
 def find_layout_faults(text: str, size: Size) -> list[str]:
     """Return what is wrong with a layout for a picture of this size, width and height; [] if nothing is."""
     try:
-        layout = json.loads(text)
+        layout = read_object(text)
     except ValueError as error:
-        return [f"it is no JSON ({error})"]
-    if not isinstance(layout, dict):
-        return ["it is no JSON object"]
+        return [str(error)]
     faults = []
     summary = layout.get("summary")
     if not isinstance(summary, dict) or not _is_text(summary.get("caption")):
@@ -86,10 +81,10 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
     away are left out.
     """
     try:
-        layout = json.loads(text)
+        layout = read_object(text)
     except ValueError:
         return text
-    if fit.resized == size == fit.bucket or not isinstance(layout, dict):
+    if fit.resized == size == fit.bucket:
         return text
     items = layout.get("items")
     if not isinstance(items, list):

@@ -251,6 +251,11 @@ def to_alias(name: str, family: FamilyNames) -> str:
     return name if path is None else path.replace(".", "_")
 
 
+def stacked_path(name: str, family: FamilyNames) -> str | None:
+    """Return the path of a module in the layout that stacks some of ours; None if the family lacks it."""
+    return _find(_tables(family).to_foreign, name) or module_path(name, family)
+
+
 def is_stacked(name: str, family: FamilyNames) -> bool:
     """Return whether a module of ours is among those that another layout of the family stacks."""
     return _tables(family).stacked.first(name) is not None

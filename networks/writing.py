@@ -16,7 +16,7 @@ from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_products import diagonal_blocks, fused_heights
-from networks.module_names import alias, module_path, parts_of, to_alias
+from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
 from networks.parts import fuse, settle_rows
@@ -264,6 +264,8 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
     heights = fused_heights(len(paths), rows, columns)
+    if len(paths) == 2 and rows % 2 == 0:  # keys and values, or the two layers of a gated feed-forward
+        heights = (rows // 2, rows // 2)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
     is_plain = DOWN in factors and len(factors) <= 3
@@ -329,12 +331,34 @@ def in_target(
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         names = "aliases"
+    if target == "other" and family is not None and family.stacked_in_comfyui:
+        return _stacked(native, family)
     if not names and target != "default":
         return in_dialect(native, family, target, start)
     tensors = add_missing_alphas(native)
     if names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
     return TranslatedModules(tensors, {})
+
+
+def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
+    """Return a LoRA under the names of the layout that stacks modules, as ComfyUI reads them.
+
+    A part that cannot be stacked, as its factors are no plain LoRA, is left out.
+    """
+    modules = deltas.group_by_module(fuse(native, family=family))
+    apart = {
+        name: factors for name, factors in modules.items() if is_stacked(name.removeprefix(OURS), family)
+    }
+    whole = {name: factors for name, factors in modules.items() if name not in apart}
+    written = write_modules(
+        whole,
+        IN_COMFYUI,
+        lambda name, factors: alone(stacked_path(name, family), factors),
+        in_comfyui,
+    )
+    reason = "ComfyUI stacks this layer with others, and only plain LoRAs can be stacked"
+    return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(apart, reason))
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

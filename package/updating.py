@@ -1,7 +1,9 @@
 """Update a checkout to a newer version, from git or from a zip file, and go back to the one before.
 
 Only files of Reelsmith change. What the user has beside them (models, runs, `.venv`) is in no version's
-list of files. Standard library only.
+list of files. A file of Reelsmith that the user changed is kept under another name. What a killed update
+left is put right by the next start: `modules/interpreter.py` finds it, and runs the copy of this code that
+was made before anything changed. Standard library only.
 """
 
 import filecmp
@@ -15,14 +17,17 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
+from modules.file_locks import only_one
 from modules.installation import DISTRIBUTION
 from modules.output_files import find_fault_on_windows, fold_name
 from modules.text_files import parse_json, parse_toml, read_text
@@ -32,15 +37,24 @@ PROJECT = "pyproject.toml"
 NOTES = ".reelsmith"  # folder of what is noted here
 COMMIT = "before_update.txt"  # in it: the commits before and after the last update from git, one a line
 FILES = "files.txt"  # in it: the files of the version that the last zip file brought
+DIGESTS = "digests.txt"  # in it: a line "digest  name" for each file of the version that is here
+NEW = "new"  # in it: files on their way into their places
 BACK = "back"  # in it: the files that the last zip file replaced
 PLAN = "update.json"  # in BACK: what the last zip file changed
-UNFINISHED = "unfinished"  # in BACK, until all files of that zip file are in their places
+# in BACK, while files change; for a clone with the commits before and after. modules/interpreter.py knows it
+UNFINISHED = "unfinished"
+PROGRAM = "program.zip"  # in it: set_up.py and this file, of one version, whatever happens to the folder
+NOTES_OF_VERSION = (FILES, DIGESTS)
+LOCK = "update.lock"
+GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
 # of the user or of this machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
 MOST_FILES, MOST_BYTES = 50_000, 2 << 30
 MOST_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
 MOST_OF_NAME = 1000  # bytes of a file's path
 MOST_OF_NOTE = 1 << 26  # bytes of a note about an update
+MOST_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
+MOST_TOLD = 20  # lines about files of the user's
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
 OFFLINE = re.compile(
@@ -55,6 +69,8 @@ class FileChange:
     replaced: list[str]  # also those that the new version lacks
     added: list[str]
     digests: dict[str, str] = field(default_factory=dict)  # of what the update puts there
+    # a file of `replaced` that the user had changed -> the name under which it is kept
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,15 @@ class UpdateNote:
     after: str | None
 
 
+@dataclass(frozen=True)
+class CloneMove:
+    """A change of a clone's files from those of one commit to those of another."""
+
+    before: str
+    after: str
+    is_back: bool
+
+
 def update(root: Path, file: Path | None) -> None:
     """Update the checkout in `root`, from a zip file or, without one, from where git cloned it.
 
@@ -73,15 +98,19 @@ def update(root: Path, file: Path | None) -> None:
     is_clone = (root / ".git").exists()
     if is_clone and file is not None:
         raise UserError(f"{root} is a clone of git. Type update without a file")
-    if is_clone:
-        _update_clone(root)
-    elif file is None:
+    if not is_clone and file is None:
         raise UserError(
             f"{root} is no clone of git. Download the zip file of the newer version, and type update with "
             "its path (on Windows you can drop it on Reelsmith.bat)"
         )
-    else:
-        _update_from_zip(root, file)
+    if file is not None and not file.is_file():
+        raise UserError(f"{file}: no such file")
+    with _only_change(root):
+        _repair(root)
+        if file is None:
+            _update_clone(root)
+        else:
+            _update_from_zip(root, file)
 
 
 def go_back(root: Path) -> None:
@@ -90,31 +119,160 @@ def go_back(root: Path) -> None:
     Raises UserError if there was none, if work of the user's own would be lost, or if git refuses; then
     nothing has changed.
     """
-    if not (root / ".git").exists():
-        _undo_zip(root)
-        return
-    note = _read_commits(root)
-    _refuse_changes(root)
-    _refuse_own_commits(root, note)
-    _git(root, "reset", "--keep", note.before)
-    (root / NOTES / COMMIT).unlink()
+    with _only_change(root):
+        is_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
+        _repair(root)
+        if not (root / ".git").exists():
+            if not is_unfinished:  # else it is undone now
+                _undo_zip(root)
+            return
+        note = _read_commits(root)
+        _refuse_changes(root)
+        _refuse_own_commits(root, note)
+        _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_back=True))
     _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
+
+
+def repair(root: Path) -> None:
+    """Put right what an update or a `go_back` that was killed has left; do nothing if there is nothing.
+
+    A zip file's update is undone, that of a clone finished. Raises UserError if that cannot be done, or if an
+    update is running.
+    """
+    if any((root / NOTES / name).exists() for name in (BACK, f"{BACK}.part", f"{BACK}.old", NEW)):
+        with _only_change(root):
+            _repair(root)
+
+
+def note_version(root: Path) -> None:
+    """Note what the files here are, if that is not noted: so an update finds what the user changes later."""
+    note = root / NOTES / DIGESTS
+    if note.exists() or (root / ".git").exists():
+        return
+    digests = {}
+    for folder, folders, files in os.walk(root):
+        place = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not _find_fault((place / name).as_posix())]
+        names = [(place / name).as_posix() for name in files]
+        for name in names:
+            path = root / name
+            if path.is_file() and path.stat().st_size <= MOST_OF_FILE and not _find_fault(name):
+                digests[name] = _digest(path)
+        if len(digests) > MOST_FILES:
+            break
+    _write_digests(root, digests)
+
+
+@contextmanager
+def _only_change(root: Path) -> Iterator[None]:
+    """Let one process at a time change a folder. Raises UserError if another one does."""
+    try:
+        (root / NOTES).mkdir(exist_ok=True)
+        with only_one(root / NOTES / LOCK, waits=False):
+            yield
+    except BlockingIOError:
+        raise UserError(f"An update of {root} is running. Wait until it has ended, and start again") from None
+    except OSError as error:
+        raise UserError(f"{root} cannot be changed: {error}") from None
+
+
+def _repair(root: Path) -> None:
+    kept, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
+    if part.exists() and old.exists() and not kept.exists():  # ended between two renamings
+        os.replace(old, kept)
+    for left in (part, old, root / NOTES / NEW):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished = kept / UNFINISHED
+    if unfinished.exists():
+        words = unfinished.read_bytes().decode("ascii", "replace").split()
+        if words and (root / ".git").exists():
+            _finish_clone(root, words)
+        else:
+            _say("An update of this folder was ended half way. It is undone now; run it again to have it.")
+            _undo_zip(root, is_repair=True)
+
+
+def _keep_program(root: Path) -> None:
+    """Copy the code that undoes an update, so that it can run while the folder has files of two versions."""
+    source, part = Path(__file__).parent.parent, root / NOTES / "program.part"
+    with zipfile.ZipFile(part, "w") as archive:
+        archive.write(source / "set_up.py", "__main__.py")
+        for path in (*source.glob("modules/*.py"), *source.glob("package/*.py")):
+            archive.write(path, path.relative_to(source))
+    os.replace(part, root / NOTES / PROGRAM)
 
 
 def _update_clone(root: Path) -> None:
     _refuse_changes(root)
     before = _git(root, "rev-parse", "HEAD")
-    _git(root, "pull", "--quiet", "--ff-only")
-    after = _git(root, "rev-parse", "HEAD")
-    if after == before:
+    _git(root, "fetch", "--quiet")
+    after = _git(root, "rev-parse", "@{upstream}")
+    count = _git(root, "rev-list", "--count", f"{before}..{after}")
+    if count == "0":
         _say("This is the newest version.")
         return
-    note = root / NOTES / COMMIT
-    note.parent.mkdir(exist_ok=True)
-    note.write_text(f"{before}\n{after}\n", encoding="ascii")
-    count = _git(root, "rev-list", "--count", f"{before}..{after}")
+    _move_clone(root, CloneMove(before, after, is_back=False))
     _say(f"Updated by {count} changes, from {before[:9]} to {after[:9]}. Start Reelsmith again.")
     _say("back returns to the version before.")
+
+
+def _move_clone(root: Path, move: CloneMove) -> None:
+    """Let git change the files to those of another commit; the next start finishes it if it is killed.
+
+    Raises UserError if git refuses.
+    """
+    kept = root / NOTES / BACK
+    _keep_program(root)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    words = [move.before, move.after, *(["back"] if move.is_back else [])]
+    (kept / UNFINISHED).write_text("\n".join(words), encoding="ascii")
+    try:
+        if move.is_back:
+            _git(root, "reset", "--quiet", "--keep", move.after)
+        else:
+            _git(root, "merge", "--quiet", "--ff-only", move.after)
+    except UserError:
+        if not _list_changes(root):  # else it stopped half way
+            shutil.rmtree(kept)
+        raise
+    _end_move(root, move)
+
+
+def _end_move(root: Path, move: CloneMove) -> None:
+    note = root / NOTES / COMMIT
+    if move.is_back:
+        note.unlink(missing_ok=True)
+    else:
+        note.write_text(f"{move.before}\n{move.after}\n", encoding="ascii")
+    shutil.rmtree(root / NOTES / BACK)
+
+
+def _finish_clone(root: Path, words: Sequence[str]) -> None:
+    """Finish an update of a clone, or a way back, that was killed while git changed the files.
+
+    Raises UserError if git may be at work still, or refuses.
+    """
+    if len(words) < 2 or not all(map(OBJECT.fullmatch, words[:2])):  # killed before it began
+        shutil.rmtree(root / NOTES / BACK)
+        return
+    move = CloneMove(words[0], words[1], is_back=len(words) > 2)
+    lock = root / _git(root, "rev-parse", "--git-path", "index.lock")
+    if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
+        raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
+    lock.unlink(missing_ok=True)
+    _say("An update of this folder, or its back, was ended half way. It is finished now.")
+    before, after = (_list_differing(root, commit) for commit in (move.before, move.after))
+    own = {name: _find_name_beside(root, name) for name in before & after if (root / name).is_file()}
+    for name, beside in own.items():
+        shutil.copy2(root / name, root / beside)
+    _git(root, "reset", "--quiet", "--hard", move.after)
+    _tell_beside(own)
+    _end_move(root, move)
+
+
+def _list_differing(root: Path, commit: str) -> set[str]:
+    return set(_git(root, "diff", "--name-only", "--no-renames", "-z", commit).split("\0")) - {""}
 
 
 def _read_commits(root: Path) -> UpdateNote:
@@ -158,8 +316,12 @@ def _refuse_own_commits(root: Path, note: UpdateNote) -> None:
         )
 
 
+def _list_changes(root: Path) -> list[str]:
+    return [line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()]
+
+
 def _refuse_changes(root: Path) -> None:
-    changed = [line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()]
+    changed = _list_changes(root)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
@@ -188,13 +350,8 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     unfinished = root / NOTES / BACK / UNFINISHED
-    if unfinished.exists():  # else only half of the version before could come back later
-        _undo_zip(root)
-    new = root / NOTES / "new"
-    shutil.rmtree(new, ignore_errors=True)
+    new = root / NOTES / NEW
     try:
         new.mkdir(parents=True)
         files = _unpack(file, new)
@@ -202,7 +359,12 @@ def _update_from_zip(root: Path, file: Path) -> None:
         if not change.replaced and not change.added:
             _say(f"{file.name} has the version that is here.")
             return
+        is_known = (root / NOTES / DIGESTS).is_file()
+        digests = {name: _digest(new / name) for name in files}
+        _keep_program(root)
         _keep_for_return(root, change)
+        for name, beside in change.beside.items():
+            _put(root, root / name, beside)
         for name in files:
             target = root / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +372,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
         for name in _list_gone(root, set(change.replaced) - set(files), files):
             (root / name).unlink(missing_ok=True)
         (root / NOTES / FILES).write_text("\n".join(files), encoding="utf-8")
+        _write_digests(root, digests)
         unfinished.unlink()
     except OSError as error:
         state = "back returns to the version before" if unfinished.exists() else "nothing was changed"
@@ -221,8 +384,36 @@ def _update_from_zip(root: Path, file: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)
     replaced, added = len(change.replaced), len(change.added)
     _say(f"Updated (files replaced: {replaced}, added: {added}). Start Reelsmith again.")
+    _tell_beside(change.beside)
+    if change.replaced and not is_known:
+        _say(
+            "Whether you had changed one of these files is not known, as set_up.py never started it here. "
+            f"As they were, they are in {NOTES}/{BACK} until the next update."
+        )
     _say("back returns to the version before.")
     _tell_left_over(root, files)
+
+
+def _put(root: Path, source: Path, name: str) -> None:
+    """Copy a file to a path relative to `root`, whole or not at all."""
+    part = root / NOTES / NEW / "file.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, part)
+    os.replace(part, root / name)
+
+
+def _find_name_beside(root: Path, name: str) -> str:
+    """Return a name that no file has for the user's own version of a file."""
+    names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MOST_FILES))]
+    return next(free for free in names if not os.path.lexists(root / free))
+
+
+def _tell_beside(beside: Mapping[str, str]) -> None:
+    for name, own in sorted(beside.items())[:MOST_TOLD]:
+        _say(f"You had changed {name}: your version is now {own}.")
+    if len(beside) > MOST_TOLD:
+        _say(f"You had changed {len(beside) - MOST_TOLD} more: your versions end in .yours.")
 
 
 def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
@@ -341,10 +532,14 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
     there = [name for name in files if (root / name).exists()]
     replaced = [name for name in there if not filecmp.cmp(root / name, new / name, shallow=False)]
     gone = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
+    known = _read_digests(root)
+    replaced = sorted([*replaced, *gone])
+    own = [name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)]
     return FileChange(
-        replaced=sorted([*replaced, *gone]),
+        replaced=replaced,
         added=sorted(set(files) - set(there)),
         digests={name: _digest(new / name) for name in files if name not in there or name in replaced},
+        beside={name: _find_name_beside(root, name) for name in own},
     )
 
 
@@ -369,6 +564,21 @@ def _read_files(root: Path) -> list[str]:
     return [name for name in names if not _find_fault(name)]
 
 
+def _read_digests(root: Path) -> dict[str, str]:
+    """Return the digests of the files of the version that is here, by folded name; none if not known."""
+    note = root / NOTES / DIGESTS
+    lines = read_text(note, MOST_OF_NOTE).split("\n") if note.is_file() else []
+    return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _write_digests(root: Path, digests: Mapping[str, str]) -> None:
+    note = root / NOTES / DIGESTS
+    note.parent.mkdir(exist_ok=True)
+    part = note.with_suffix(".part")
+    part.write_text("\n".join(f"{digest}  {name}" for name, digest in digests.items()), encoding="utf-8")
+    os.replace(part, note)
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2s").hexdigest()
@@ -376,39 +586,57 @@ def _digest(path: Path) -> str:
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
     """Copy the files that an update replaces. Nothing has changed before all of them are there."""
-    whole, part = root / NOTES / BACK, root / NOTES / f"{BACK}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    whole, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     part.mkdir()
     for name in change.replaced:
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, part / name)
-    note = root / NOTES / FILES
-    if note.is_file():
-        shutil.copy2(note, part / FILES)
+    for note in NOTES_OF_VERSION:
+        if (root / NOTES / note).is_file():
+            shutil.copy2(root / NOTES / note, part / note)
     (part / UNFINISHED).touch()
-    (part / PLAN).write_text(json.dumps(asdict(change)), encoding="utf-8")
-    shutil.rmtree(whole, ignore_errors=True)
+    plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}  # older code
+    (part / PLAN).write_text(json.dumps(plan), encoding="utf-8")
+    if whole.exists():
+        os.replace(whole, old)
     os.replace(part, whole)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _undo_zip(root: Path) -> None:
-    """Undo the last update from a zip file, also one that stopped half way; run again if this one stops."""
+def _undo_zip(root: Path, is_repair: bool = False) -> None:
+    """Undo the last update from a zip file, also one that stopped half way; run again if this one stops.
+
+    is_repair: What the user changed since then is kept under another name, not refused.
+    """
     kept = root / NOTES / BACK
     if not (kept / PLAN).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
     change = _read_change(kept / PLAN)
-    _refuse_own_work(root, kept, change)
+    own = _list_own_work(root, kept, change)
+    if not is_repair:
+        _refuse_own_work(own)
     try:
+        beside = {name: _find_name_beside(root, name) for name in own if (root / name).is_file()}
+        for name, name_beside in beside.items():
+            _put(root, root / name, name_beside)
+        _tell_beside(beside)
+        (kept / UNFINISHED).touch()
         for name in change.added:  # first: a disk may take one for a replaced file in another spelling
             (root / name).unlink(missing_ok=True)
         for name in change.replaced:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(kept / name, root / name)
-        note = root / NOTES / FILES
-        note.unlink(missing_ok=True)
-        if (kept / FILES).is_file():
-            shutil.copy2(kept / FILES, note)
-        shutil.rmtree(kept)
+            _put(root, kept / name, name)
+        for name, name_beside in change.beside.items():
+            copy = root / name_beside
+            if copy.is_file() and filecmp.cmp(copy, kept / name, shallow=False):
+                copy.unlink()
+        for note in NOTES_OF_VERSION:
+            (root / NOTES / note).unlink(missing_ok=True)
+            if (kept / note).is_file():
+                _put(root, kept / note, f"{NOTES}/{note}")
+        old = kept.with_name(f"{BACK}.old")
+        os.replace(kept, old)
+        shutil.rmtree(old)
+        shutil.rmtree(root / NOTES / NEW, ignore_errors=True)
     except OSError as error:
         raise UserError(f"Not all of the version before is back ({error}). Run back again") from None
     _say(f"The version before is back (files: {len(change.replaced)}, removed: {len(change.added)}).")
@@ -418,7 +646,7 @@ def _read_change(path: Path) -> FileChange:
     """Return what the last update changed. Raises UserError if its note is damaged."""
     try:
         change = FileChange(**parse_json(read_text(path, MOST_OF_NOTE)))
-        names = [*change.replaced, *change.added, *change.digests]
+        names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
         if any(map(_find_fault, names)):
             raise ValueError("a name of no version")
     except (OSError, ValueError, TypeError, AttributeError):
@@ -429,8 +657,8 @@ def _read_change(path: Path) -> FileChange:
     return change
 
 
-def _refuse_own_work(root: Path, kept: Path, change: FileChange) -> None:
-    """Raise UserError if the user has changed a file since the update put it there."""
+def _list_own_work(root: Path, kept: Path, change: FileChange) -> list[str]:
+    """Return the files that the user has changed since the update put them there."""
     spelled = {fold_name(name): digest for name, digest in change.digests.items()}
     own = []
     for name in [*change.replaced, *change.added] if spelled else []:  # an earlier version noted none
@@ -439,6 +667,10 @@ def _refuse_own_work(root: Path, kept: Path, change: FileChange) -> None:
             continue
         if not before.is_file() or _digest(before) != _digest(path):  # else it is back, or was never changed
             own.append(name)
+    return own
+
+
+def _refuse_own_work(own: Sequence[str]) -> None:
     if own:
         more = f" and {len(own) - 3} more" if len(own) > 3 else ""
         raise UserError(

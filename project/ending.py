@@ -7,8 +7,8 @@ from types import TracebackType
 
 from modules.text_files import real_path
 from project.options import ON_END
-from training.reports.history import History, Story, history_path, read_session
-from training.reports.page import page_path
+from training.reports.drawing import wait_for_page
+from training.reports.history import Story, history_path, read_session, read_story
 from training.run_end import RunFacts, start_command
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> Ru
     since 1970. Older files are of an earlier run.
     """
     story = _read_story(output, name, began)
-    page = page_path(output, name)
+    page = wait_for_page(history_path(output, name))
     error = ""
     is_finished = _is_new(output / f"{name}.safetensors", began)
     if story.ending is not None:
@@ -61,7 +61,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> Ru
         step=max(story.loss, default=0),
         steps=steps,
         is_finished=is_finished,
-        page=real_path(page) if page.is_file() else None,
+        page=None if page is None else real_path(page),
         error=error,
     )
 
@@ -73,7 +73,7 @@ def _read_story(output: Path, name: str, began: float) -> Story:
     if session is None or not _is_new(path, began):
         return Story()
     try:
-        return History(path, session, is_written=False).read()
+        return read_story(path, session)
     except OSError as error:
         logger.debug("%s cannot be read: %s", path, error)
         return Story()

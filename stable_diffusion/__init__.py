@@ -10,6 +10,7 @@ control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
 control_net_learning: a ControlNet in training: a copy of the U-Net's half
 control_net_options: options of training a ControlNet
+diffusers_parts: classes of diffusers, imported when they are called for
 family: the description that the shared loops call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers

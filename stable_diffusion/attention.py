@@ -2,8 +2,8 @@
 # Letters: B pictures, L query tokens, S key tokens, N heads, D head width, C = N * D
 
 from dataclasses import dataclass
+from typing import Any
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from modules.attention.attend import attend
@@ -18,14 +18,14 @@ class ChosenAttention:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
     ) -> Tensor:
         """Return B L C. hidden_states: B L C. encoder_hidden_states: B S C', of a text; None: self-attention.
 
-        The names are those that diffusers calls it with. These U-Nets have no masks.
+        attn: of diffusers, whose calls have these names. These U-Nets have no masks.
         """
         assert attention_mask is None
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states

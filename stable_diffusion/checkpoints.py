@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 
 from checkpoints import dialects
@@ -22,6 +21,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, ModelKind
+from stable_diffusion.diffusers_parts import translate_vae_names
 from stable_diffusion.files import GIVE, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers
 
@@ -299,9 +299,7 @@ def _translate_names(sources: Mapping[str, TensorSource]) -> dict[str, str]:
     if not levels:
         return {}
     hollow = {name: _TensorName(name) for name in sources}
-    released_names = convert_ldm_vae_checkpoint(
-        hollow, {"down_block_types": levels, "up_block_types": levels}
-    )
+    released_names = translate_vae_names(hollow, {"down_block_types": levels, "up_block_types": levels})
     return {released: ours for ours, released in released_names.items() if released is not None}
 
 

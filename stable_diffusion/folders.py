@@ -10,9 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
 from checkpoints.dialects import LoadPlan
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.control_codes import shorten
@@ -20,6 +17,7 @@ from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.diffusers_parts import unet_class, vae_class
 from stable_diffusion.files import GIVE, Marks
 from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
 
@@ -110,7 +108,7 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     """Plan how to load the folder's U-Net. files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
-    config = _read_config(folder / "unet", UNet2DConditionModel)
+    config = _read_config(folder / "unet", unet_class())
     _check_levels(config, folder / "unet" / "config.json")
     layers = max(_find_largest(config.get(name)) for name in _COUNTED)
     if layers > len(checkpoint.tensors):  # they bound what is built
@@ -131,7 +129,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
 def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitStack) -> LoadPlan[VaeSizes]:
     """Plan how to load the VAE of a folder with config.json and weights; files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder, ("diffusion_pytorch_model",)))
-    config = _read_config(folder, AutoencoderKL)
+    config = _read_config(folder, vae_class())
     if config.get("latents_mean") is not None or config.get("shift_factor"):
         raise CheckpointError(
             f"{option} {folder}: this VAE moves its latents (latents_mean or shift_factor in config.json), "

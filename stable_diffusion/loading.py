@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import XFormersAttnProcessor
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from checkpoints.dialects import LoadPlan, load_planned
 from checkpoints.model_files import find_model_folder
@@ -28,6 +25,7 @@ from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
 from stable_diffusion import checkpoints, folders
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
+from stable_diffusion.diffusers_parts import make_xformers_processor, unet_class, vae_class
 from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_kind_flags, read_marks
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
@@ -117,9 +115,9 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
     """Set options that change how networks compute, without changing their weights."""
     if options.xformers or options.diffusers_xformers:
-        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
+        unet.set_attn_processor(make_xformers_processor())  # diffusers' own choice else: torch's
     if options.diffusers_xformers:
-        vae.set_attn_processor(XFormersAttnProcessor())
+        vae.set_attn_processor(make_xformers_processor())
     if options.opt_channels_last:
         for network in (unet, vae):
             network.to(memory_format=torch.channels_last)
@@ -269,8 +267,8 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
         check_activation(plan.network.config, release.path, "CLIP has quick_gelu or gelu")
     with META:
         texts = [(ClipText(plan.network.config), plan.network) for plan in release.texts]
-    unet = checkpoints.build_network(UNet2DConditionModel, release.unet.config, release.unet.checkpoint.path)
-    vae = checkpoints.build_network(AutoencoderKL, release.vae.config, release.vae.checkpoint.path)
+    unet = checkpoints.build_network(unet_class(), release.unet.config, release.unet.checkpoint.path)
+    vae = checkpoints.build_network(vae_class(), release.vae.config, release.vae.checkpoint.path)
     return [
         *((*text, dtype, "the text encoder of --ckpt") for text in texts),
         (unet, release.unet, dtype, "the U-Net of --ckpt"),

@@ -9,11 +9,11 @@ SNR, Lin et al. 2023, arXiv 2305.08891; debiased estimation, Yu et al. 2023, arX
 from dataclasses import dataclass
 
 import torch
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from contract.family import NoiseSpec
+from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 

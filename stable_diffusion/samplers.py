@@ -12,16 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_terminal_snr
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
-from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
-from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteScheduler
-from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
-from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
-from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
 from contract.data import Conditions
@@ -29,6 +19,7 @@ from contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
+from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr, scheduler_class
 from stable_diffusion.sampling_options import TRAINED_STEPS
 
 # how all models of Stable Diffusion were trained
@@ -38,23 +29,25 @@ TRAINED: Mapping[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-_SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
-    "ddim": (DDIMScheduler, {}),
-    "pndm": (PNDMScheduler, {}),
-    "lms": (LMSDiscreteScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-    "dpm_2": (KDPM2DiscreteScheduler, {}),
-    "dpm_2_a": (KDPM2AncestralDiscreteScheduler, {}),
+LMS = "lms_discrete.LMSDiscreteScheduler"
+# file and class of diffusers, with what differs from its defaults
+_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("ddim.DDIMScheduler", {}),
+    "pndm": ("pndm.PNDMScheduler", {}),
+    "lms": (LMS, {}),
+    "euler": ("euler_discrete.EulerDiscreteScheduler", {}),
+    "euler_a": ("euler_ancestral_discrete.EulerAncestralDiscreteScheduler", {}),
+    "heun": ("heun_discrete.HeunDiscreteScheduler", {}),
+    "dpm_2": ("k_dpm_2_discrete.KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("k_dpm_2_ancestral_discrete.KDPM2AncestralDiscreteScheduler", {}),
     # this algorithm cannot step to a noise level of 0
     "dpmsolver": (
-        DPMSolverMultistepScheduler,
+        "dpmsolver_multistep.DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     ),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++": ("dpmsolver_multistep.DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     # the class turns it on by itself, and says so in its log
-    "dpmsingle": (DPMSolverSinglestepScheduler, {"lower_order_final": True}),
+    "dpmsingle": ("dpmsolver_singlestep.DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 
 
@@ -68,8 +61,9 @@ def make_scheduler(
     predict v, as predicted noise says nothing about a sample of noise alone. Source: Lin et al. 2023, arXiv
     2305.08891.
     """
-    scheduler_class, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
-    accepted = inspect.signature(scheduler_class.__init__).parameters
+    class_name, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
+    made_class = scheduler_class(class_name)
+    accepted = inspect.signature(made_class.__init__).parameters
     prediction = "v_prediction" if predicts_velocity else "epsilon"
     settings = {**TRAINED, **class_settings, "prediction_type": prediction}
     optional: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
@@ -81,8 +75,8 @@ def make_scheduler(
             settings["trained_betas"] = _make_zero_snr_betas()
     settings |= {name: value for name, value in optional.items() if name in accepted}
     with _no_warnings_to_developers():
-        scheduler = scheduler_class(**settings)
-    if isinstance(scheduler, LMSDiscreteScheduler):  # its own way takes scipy, which may not be installed
+        scheduler = made_class(**settings)
+    if class_name == LMS:  # its own way takes scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_compute_lms_coefficient, scheduler)
     return scheduler
 
@@ -215,7 +209,7 @@ def begin_sampling(
     left_out: number of steps that image-to-image skips; None: sampling begins from noise. If all steps are
     skipped, the solver begins at `schedule.num_steps`.
     """
-    if isinstance(scheduler, PNDMScheduler):
+    if "skip_prk_steps" in scheduler.config:  # of PNDM alone
         # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
         scheduler.register_to_config(skip_prk_steps=left_out is not None)
     with _no_warnings_to_developers():

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, load_planned
@@ -32,6 +30,7 @@ from modules.speed_options import SDPA
 from stable_diffusion import checkpoints, folders, loading
 from stable_diffusion.attention import ChosenAttention
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.diffusers_parts import unet_class, vae_class
 from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
@@ -161,9 +160,7 @@ class TrainingFiles:
         """
         with self.opened() as release:
             plan = release.unet
-            unet: nn.Module = checkpoints.build_network(
-                UNet2DConditionModel, plan.config, plan.checkpoint.path
-            )
+            unet: nn.Module = checkpoints.build_network(unet_class(), plan.config, plan.checkpoint.path)
             unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
             target = self.unet_dtype(placement)
             what = release.kind.words
@@ -216,7 +213,7 @@ class TrainingFiles:
     def load_vae(self, device: torch.device) -> "DiffusersVae":
         """Load the VAE, in float32: that of SDXL overflows in float16."""
         with self.opened_vae() as plan:
-            network = checkpoints.build_network(AutoencoderKL, plan.config, plan.checkpoint.path)
+            network = checkpoints.build_network(vae_class(), plan.config, plan.checkpoint.path)
             vae = load_planned(
                 plan, lambda _: network, device=device, dtype=torch.float32, what="the VAE"
             ).requires_grad_(False)

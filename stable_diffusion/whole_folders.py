@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from modules.atomic_write import atomic_folder, check_space
 from modules.text_files import parse_json
 from networks.names.texts import published_parameter
 from stable_diffusion.contract import SD1, SDXL, text_encoder_name
+from stable_diffusion.diffusers_parts import diffusers_version
 from stable_diffusion.files import Marks
 from stable_diffusion.folders import read_settings
 from stable_diffusion.loading import OpenedCheckpoint
@@ -197,7 +197,7 @@ def _as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def _describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"_class_name": name, "_diffusers_version": diffusers.__version__, **config}
+    return {"_class_name": name, "_diffusers_version": diffusers_version(), **config}
 
 
 def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:

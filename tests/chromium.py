@@ -107,13 +107,14 @@ def _note_request(page: Any, url: str, own: str) -> None:
 
 
 def read_page(page: Any, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a page answers; None while another one takes its place."""
+    """Return what a page answers; None while another one takes its place, or is not drawn yet."""
     from playwright.sync_api import Error
 
     try:
         return read(*arguments)
     except Error as error:
-        if "context was destroyed" not in str(error) and "navigat" not in str(error):
+        is_new = "context was destroyed" in str(error) or "navigat" in str(error)
+        if not is_new and "properties of null" not in str(error):
             raise
         page.wait_for_load_state("load")
         return None

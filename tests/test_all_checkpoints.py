@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fibo_2.files
 import flux.files
 import flux_2.files
 import flux_3.files
@@ -25,6 +26,7 @@ import lumina.files
 import moss_image.files
 import qwen_image.files
 import qwen_image_21.files
+import tests.tiny.fibo_2 as tiny_fibo_2
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.flux_3 as tiny_flux_3
@@ -134,6 +136,7 @@ KINDS = {
             *("moss_image", moss_image.files, tiny_moss_image, dit("a MOSS-Image")),
             (*SHARED, "comfyui"),
         ),
+        Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui")),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -193,7 +196,7 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
-    **dict.fromkeys(("qwen_image_21", "moss_image"), wan_dit.FP8_DIALECTS),
+    **dict.fromkeys(("qwen_image_21", "moss_image", "fibo_2"), wan_dit.FP8_DIALECTS),
 }
 
 
@@ -429,6 +432,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             {"q_proj.weight", "mlp_in.weight", "attn_out.weight"},
         ),
         ("moss_image", ("layers.",), {"proj.q.weight", "proj.ffn_up_gate.weight", "proj.ffn_down.weight"}),
+        (
+            *("fibo_2", ("layers.",)),
+            {"attention.to_q.weight", "cross_attention.to_k.weight", "feed_forward.w2.weight"},
+        ),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -465,6 +472,11 @@ FLUX_2 = {
 MOSS = {
     **{"dim": 3072, "ffn_dim": 8192, "num_heads": 24, "num_layers": 42, "refiner_blocks": 2},
     **{"channels": 128, "text_dim": 4096, "freq_dim": 256},
+}
+FIBO = {
+    **{"dim": 3584, "ffn_dim": 9536, "num_heads": 28, "num_layers": 44, "noise_refiner_layers": 2},
+    **{"in_dim": 128, "text_dim": 7680, "most_gist": 512, "injections": (6, 14, 22, 30, 38)},
+    "rotary_widths": (32, 48, 48),
 }
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}
 KREA = {
@@ -506,6 +518,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("krea2-dit", "krea2-dit-diffusers"), ("krea2", KREA)),
     **dict.fromkeys(("qwen-image-2.1-dit", "qwen-image-2.1-dit-diffusers"), ("qwen_image_21", QWEN_21)),
     **dict.fromkeys(("moss-image-dit", "moss-image-dit-comfy"), ("moss_image", MOSS)),
+    "fibo-2-dit": ("fibo_2", FIBO),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -544,6 +557,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
         *(("qwen_image_21", name) for name in ("img_in", "transformer_blocks.0.img_mlp.gate_layer")),
         *(("moss_image", name) for name in ("video_embedder", "layers.0.proj.k", "text_embedder.proj")),
+        *(
+            ("fibo_2", name)
+            for name in ("x_embedder", "layers.0.attention.to_k", "perceiver.layers.0.ffn.w2")
+        ),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
     ],
@@ -590,6 +607,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("layers.0.proj.k.weight", ()),
         ("layers.0.proj.ffn_up_gate.weight", (191, 64)),
         ("video_embedder.weight", (0, 128)),
+    ],
+    "fibo_2": [
+        ("layers.0.attention.norm_q.weight", (0,)),
+        ("layers.0.attention.norm_q.weight", (24,)),
+        ("layers.0.attention.to_k.weight", ()),
+        ("perceiver.latent_queries", (15, 64)),
+        ("x_embedder.weight", (0, 128)),
     ],
     "z_image": [
         ("layers.0.attention.to_k.weight", ()),

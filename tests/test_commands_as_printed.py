@@ -16,6 +16,7 @@ import pytest
 
 from dataset.cache.commands import NAME
 from tests.faults.messages import succeed_here
+from tests.run_pages import read_run_page
 from tests.tiny.families import CLIP, FAMILIES, OUTPUT, TWO_LISTS, Command, TinyFamily, family_called
 from tests.tiny.families import _wan as wan_of  # a variant that no other test drives
 from tests.tiny.project import write_image, write_picture_dataset, write_pictures
@@ -87,6 +88,7 @@ SAYS = {
     "qwen_image edit-2511": ("--control_image_path", *control("picture 0.png")),
     "qwen_image_21 edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
     "moss_image edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
+    "fibo_2 edit": ("--control_image_path", *control("picture 0_0.png", "picture 0_1.png")),
     "krea2 edit": ("--control_image_path", *control("picture 0.png"), "--kv_cache"),
     "lumina": ("--system_prompt", "Draw."),
     "ltx_2": ("--ltx2_text_encoder_checkpoint", "model/text.safetensors"),
@@ -184,7 +186,7 @@ def without_encoders(train: Command) -> Command:
 
 def page_commands(folder: Path) -> dict[str, tuple[str, str]]:
     """The note and the line of each command on the page, by title."""
-    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "lora")
     found = re.findall(r'(?s)<h3>([^<]*)</h3>\s*(?:<p class="note">(.*?)</p>)?\s*<pre>(.*?)</pre>', page)
     plain = [[html.unescape(re.sub("<[^>]*>", "", text)) for text in each] for each in found]
     return {title: (note, line) for title, note, line in plain}

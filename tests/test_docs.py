@@ -24,6 +24,7 @@ from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
 from tests.pages import Brought, Command, Shown, outputs_of, parse_command, read_page, sources_of
 from tests.project.test_foreign_project import AI_TOOLKIT
+from tests.run_pages import wait_for_run_pages
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -58,6 +59,7 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 # how scripts begin
 OF_PICTURES = (
     "anima",
+    "fibo_2",
     "flux",
     "flux_2",
     "flux_3",
@@ -201,6 +203,7 @@ PICTURE_MODELS = {
         name: getattr(picture_project, f"lay_out_{name}")
         for name in (
             "anima",
+            "fibo_2",
             "hunyuan_image",
             "krea2",
             "lumina",
@@ -557,9 +560,10 @@ def run_in(folder: Path, command: str, makes_caches: bool, apart: bool) -> None:
     words = shlex.split(command)
     start_command(folder, words, makes_caches, apart)
     if words[1] != "-m":
-        missing = [
-            path for path in outputs_of(parse_command(command), folder) if not (folder / path).exists()
-        ]
+        written = outputs_of(parse_command(command), folder)
+        if any(path.endswith(".html") for path in written):
+            wait_for_run_pages(folder)
+        missing = [path for path in written if not (folder / path).exists()]
         assert not missing, f"{command} does not write {missing}"
 
 

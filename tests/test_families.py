@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
 from tests.tiny.runs import make_project
 
@@ -37,7 +38,14 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"framepack one frame", "krea2 edit", "flux_3", "qwen_image_21 edit", "moss_image edit"}
+SLOW |= {
+    "framepack one frame",
+    "krea2 edit",
+    "flux_3",
+    "qwen_image_21 edit",
+    "moss_image edit",
+    "fibo_2 edit",
+}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
@@ -162,7 +170,7 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
     """They go on with the training, generate the first sample again, and convert the LoRA."""
     family, original = trained
     folder = shutil.copytree(original, tmp_path / "a copy")
-    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "lora")
     texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
     commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
     scripts = [Path(words[1]).name for words in commands]
@@ -179,7 +187,7 @@ def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path
         succeed_here(Path(words[1]).name, *words[2:], folder=folder)
 
     if family.name in TRAIN_AGAIN:
-        assert " of 6" in (folder / "output" / "lora.html").read_text(encoding="utf-8")
+        assert " of 6" in read_run_page(folder / "output", "lora")
     made = {path.name for path in (folder / "output").glob("lora_*.safetensors")}
     assert made == ({f"lora_{tool}.safetensors"} if tool else set())
     theirs, ours = (shown(folder / name).float() for name in ("output/generated", "output/sample first"))
@@ -252,7 +260,8 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
 
 OF_PICTURES = (
     *("flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "kontext", "krea2 edit", "anima"),
+    *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
+    "anima",
 )
 WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
 CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)
@@ -297,7 +306,7 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     assert sum(not torch.equal(after[name], tensor) for name, tensor in before.items()) > 0.9 * len(before)
     with safe_open(folder / "output" / "lora.safetensors", "pt") as file:
         assert "lora" not in file.metadata()["modelspec.architecture"]
-    page = (folder / "output" / "lora.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "lora")
     page = typed_there(html.unescape(re.sub("<!--.*?-->", "", page)))
     assert f"python {family.train_whole}" in page
     assert f"python {family.generate[0]}" in page

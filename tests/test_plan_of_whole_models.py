@@ -50,6 +50,7 @@ MODELS = {
     "FLUX 3 Klein": ("flux_3", "flux3-klein-base-dit", ()),
     "Qwen-Image-2.1": ("qwen_image_21", "qwen-image-2.1-dit", ()),
     "MOSS-Image": ("moss_image", "moss-image-dit", ()),
+    "Fibo 2.0": ("fibo_2", "fibo-2-dit", ()),
     "FLUX.1": ("flux_kontext", "flux1-dev-dit", ()),
     "Krea 2": ("krea2", "krea2-dit", ()),
 }

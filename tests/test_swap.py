@@ -38,7 +38,7 @@ OF_PICTURES = (
     "krea2 edit",
 )
 OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
-OF_PICTURES += ("moss_image", "moss_image edit")
+OF_PICTURES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 

@@ -17,6 +17,7 @@ from modules.devices import freeze_libraries
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
+from modules.private_torch import dynamo
 from running.options import SwapOptions
 from running.planning.device_memory import MemoryWatch, too_little
 from running.ways.composing import make_block_place
@@ -29,7 +30,7 @@ from training.loop import train
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
-from training.reports.history import Story, read_session
+from training.reports.history import read_session
 from training.reports.logs import Logs
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
@@ -67,8 +68,7 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, commands, others)
-    from torch import _dynamo  # noqa: F401  # the first step of any optimizer imports it; here it is frozen too
-
+    dynamo()  # the first step of any optimizer imports it; imported here, it is frozen too
     freeze_libraries()
     with end_of_run(options.joined) as end:
         try:
@@ -146,7 +146,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, Story.of(reporter.history.events), following)
+            show_end(run, reporter.history.story, following)
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:

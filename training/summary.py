@@ -27,10 +27,10 @@ from training.metadata import continued_sizes
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
-from training.reports.page import page_path
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION, StepClock
-from training.reports.reporter import RunReporter
-from training.reports.sample_files import FOLDER
+from training.reports.reporter import RunReporter, find_best_file, find_usable_file
+from training.reports.sections import SAMPLES as SAMPLE_FOLDER
+from training.reports.sections import page_path
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
@@ -241,7 +241,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     """Show the result of a finished run, and the commands that can follow."""
     names, logs = run.plan.names, run.options.logs
     losses, network = run.progress.losses, run.options.network
-    samples = names.folder / FOLDER
+    samples = names.folder / SAMPLE_FOLDER
     has_samples = run.sampler is not None and samples.is_dir()
     rows: list[Row] = [
         ("result", f"{path} ({as_size(_size_of(path))})")
@@ -282,12 +282,9 @@ def _describe_peak(run: TrainingRun) -> str:
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
     """Return the commands that can follow a finished run, each with its heading."""
-    from training.reports.scores import choose_file  # at the end only
-
-    folder = run.plan.names.folder
-    file = story.usable_file(folder, choose_file(folder, run.plan.names.name, story))
     # the last one starts this run again
-    *commands, _ = following.commands(None if file is None else folder / file, is_finished=True)
+    file = find_usable_file(story, run.plan.names.folder, run.plan.names.name)
+    *commands, _ = following.commands(file, is_finished=True)
     is_windows = sys.platform == "win32"
     rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
@@ -295,13 +292,11 @@ def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps)
     return rows + [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
 
 
-def describe_best(story: history.Story, folder: Path, name: str = "") -> str:
+def describe_best(story: history.Story, folder: Path, name: str) -> str:
     """Return the step with the lowest validation loss and the best file that exists."""
-    from training.reports.scores import choose_file  # at the end only
-
     assert story.lowest is not None
     lowest_step, lowest_loss = story.lowest
-    best = choose_file(folder, name, story)
+    best = find_best_file(story, folder, name)
     text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:
         return f"{text}, not saved"

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.model_files import find_model_folder
+from checkpoints.model_folders import build_without_memory, check_language_settings, require_shown
 from data_tools.captions.asking import (
     Answers,
     Frames,
@@ -208,12 +209,16 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
             folder,
             "there is no config.json in this folder. Give the folder of a model as transformers saves it.",
         )
+    shapes = check_language_settings(folder, "--model")
     import transformers  # only with --model
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        _refuse_quantized(folder, config)
+        network = build_without_memory(transformers.AutoModelForImageTextToText.from_config, config)
+        require_shown(folder, "--model", network, shapes, is_exact=False)
         with catch_panics():
             processor = _load_processor(folder, config.model_type)
         processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row
@@ -295,15 +300,18 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         return None
 
 
-def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForImageTextToText
-
+def _refuse_quantized(folder: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise _unusable(
             folder,
             "its weights are quantised, for which transformers may fetch code. Give the model in 16 or 32 "
             "bits, or let a server run it: --api_base.",
         )
+
+
+def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForImageTextToText
+
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
     try:
         # named, as config.json may name an attention whose code is fetched from the hub and run

@@ -66,7 +66,7 @@ MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
-WRONG_PLACES = "captions name places that are wrong"
+WRONG_OBJECTS = "captions that are JSON objects are wrong"
 RECOGNISED = "Files recognised:"
 UNREADABLE = "cannot be read"
 
@@ -181,7 +181,7 @@ def check_caching(
             kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(findings, counters, are_cached=scope.texts)
-        _check_places(findings, family)
+        _check_objects(findings, family)
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
         if scope.media:
             findings.title += f", {count_of(findings.num_items, 'item')}"
@@ -271,8 +271,8 @@ def _check_text_caches(findings: TableFindings, family: Caches, encoders: Encode
         findings.caches.append(f"caches of {encoder.name}: {num_valid} are valid, {needs}")
 
 
-def _check_places(findings: TableFindings, family: Caches) -> None:
-    """Add faults for captions that name places in their picture, and are wrong."""
+def _check_objects(findings: TableFindings, family: Caches) -> None:
+    """Add faults for captions that are JSON objects, and are wrong."""
     if not fits_captions(family):
         return
     for source in findings.sources:
@@ -281,7 +281,7 @@ def _check_places(findings: TableFindings, family: Caches) -> None:
             with contextlib.suppress(MediaError, OSError):  # the check of media reports it
                 place = source.caption_path or source.path
                 for line in family.find_caption_faults(caption, image_size(source.path)):
-                    findings.faults.append(Fault(WRONG_PLACES, f"{place}: {line}", source.stem))
+                    findings.faults.append(Fault(WRONG_OBJECTS, f"{place}: {line}", source.stem))
 
 
 def _check_media(

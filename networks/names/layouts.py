@@ -148,6 +148,8 @@ class FamilyNames:
     parts: tuple[WeightPart, ...] = ()  # of a layout that splits some of our modules
     # of a layout that stacks some of our modules: here `theirs` is our module, and `ours` the stacked one
     joined: tuple[WeightPart, ...] = ()
+    # whether ComfyUI reads LoRAs under the names of that layout, of stacked modules and of `aliases`, alone
+    stacked_in_comfyui: bool = False
     network_module: str = ""  # ours that trains its LoRAs, as --network_module names it
     rules: LoraRules | None = None  # of that module's own arguments
     takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too

@@ -30,7 +30,6 @@ HIDREAM = {
 }
 ONE = {"num_layers": 1}
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("BriaFibo2Transformer2DModel", {}, "Fibo 2"),
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
@@ -54,7 +53,6 @@ RELEASED = {
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
     "t_embedder1.mlp.0.weight": "HiDream-O1-Image",
     "model.t_embedder1.mlp.0.weight": "HiDream-O1-Image",
-    "model.diffusion_model.perceiver.latent_queries": "Fibo 2",
 }
 FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
 

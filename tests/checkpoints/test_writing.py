@@ -92,6 +92,8 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, folder: Path, changes: int) ->
 
     with monkeypatch.context() as patches:
         patches.setattr(os, "replace", counted(os.replace, 1))
+        patches.setattr(os, "link", counted(os.link, 1))  # a new name for a finished file, on Linux
+        patches.setattr(os, "rename", counted(os.rename, 1))  # the same, on Windows
         patches.setattr(Path, "unlink", counted(Path.unlink, 0))
         yield changed
 

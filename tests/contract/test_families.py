@@ -37,7 +37,7 @@ def test_all_lists_of_families_follow_the_one() -> None:
     assert {one.network_module for one in NAMED} - {""} <= set(OWN_MODULES)
     assert list_same_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
     assert list_same_latents("qwen_image_edit") == {"qwen_image", "qwen_image_edit", "krea2", "anima"}
-    assert list_same_latents("flux_3") == {"flux_2", "flux_3", "moss_image"}
+    assert list_same_latents("flux_3") == {"flux_2", "flux_3", "moss_image", "fibo_2"}
     assert (
         list_same_latents("krea2") == list_same_latents("qwen_image") == list_same_latents("qwen_image_edit")
     )

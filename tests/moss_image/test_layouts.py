@@ -15,9 +15,10 @@ from safetensors import safe_open
 from contract.requests import Request
 from dataset.caching.text_plans import caption_fitter
 from modules.media.buckets import fit_cover
+from modules.text_files import looks_like_object
 from moss_image.family import MossImage
 from moss_image.files import MossImageFiles
-from moss_image.layouts import find_layout_faults, fit_layout, looks_like_layout
+from moss_image.layouts import find_layout_faults, fit_layout
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import family_called
 from tests.tiny.moss_image import write_tiny_moss_image
@@ -54,7 +55,7 @@ def test_each_fault_of_a_layout_is_told(text: str, fault: str) -> None:
 def test_a_right_layout_has_no_fault() -> None:
     assert find_layout_faults(layout(), (200, 100)) == []
     assert find_layout_faults(layout({**ITEM, "label": "text", "text": "Hallo\nWelt"}), (200, 100)) == []
-    assert not looks_like_layout("a cat {red}")
+    assert not looks_like_object("a cat {red}")
 
 
 def test_boxes_are_those_of_the_resized_and_cropped_picture() -> None:
@@ -96,7 +97,7 @@ def cached_caption(folder: Path) -> str:
     for path in folder.rglob("*_moss_te.safetensors"):
         with safe_open(path, "pt") as file:
             caption = str(file.metadata()["caption1"])
-        if looks_like_layout(caption):
+        if looks_like_object(caption):
             return caption
     raise AssertionError("no cache has the layout")
 

@@ -3,12 +3,15 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from modules.command import quote_for_shell
 from modules.installation import find_script
 from modules.script_words import console_words, has_own_command, name_words
 from package.reelsmith import commands
@@ -245,3 +248,18 @@ def test_an_extra_holds_packages_that_are_imported_and_is_documented(extra: str)
         assert f'"{module}' in sources or f"import {module}" in sources, name
         assert name in PAGE, name
     assert f"| `{extra}` |" in PAGE
+
+
+@pytest.mark.parametrize(("words", "script"), [(["new"], "new_project.py"), (["pack"], "tools/pack.py")])
+def test_messages_name_the_command_that_was_typed(words: list[str], script: str, tmp_path: Path) -> None:
+    def ask(*line: str) -> str:
+        done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, encoding="utf-8")
+        return done.stdout + done.stderr
+
+    front = str(ROOT / "reelsmith.py")
+    said = ask(front, *words, "--nope")
+    assert f"reelsmith.py {words[0]}: error: Unknown option --nope" in said
+    assert f"{quote_for_shell(['python', front, *words])} --help lists all options" in said
+    assert f"usage: reelsmith.py {words[0]} " in ask(front, *words, "--help")
+    assert f"python {script} --help" not in ask(front, *words, "--help")
+    assert f"{Path(script).name}: error: Unknown option --nope" in ask(str(ROOT / script), "--nope")

@@ -6,8 +6,9 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from modules.errors import UserError
 from modules.installation import DISTRIBUTION
 from package import updating
-from package.updating import go_back, update
+from package.updating import go_back, note_version, repair, update
 from tests.commands import ROOT
 
 PROJECT = f'[project]\nname = "{DISTRIBUTION}"\n'
@@ -205,7 +206,7 @@ def test_a_clone_that_cannot_be_updated_says_why(clone: Path, monkeypatch: pytes
         update(clone, None)
     git(clone, "checkout", "--quiet", "a.md")
     git(clone, "remote", "set-url", "origin", "https://127.0.0.1:9/x.git")
-    with pytest.raises(UserError, match="git pull failed, and nothing was changed: .* Check the connection"):
+    with pytest.raises(UserError, match="git fetch failed, and nothing was changed: .* Check the connection"):
         update(clone, None)
     monkeypatch.setattr(updating.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="git is not installed here. Install it"):
@@ -415,3 +416,174 @@ def test_an_update_puts_no_file_where_a_folder_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a file tools, and a file or folder of another kind"):
         update(root, pack(tmp_path / "new.zip", {**NEW, "tools": "x"}))
     assert read(root) == {**OLD, "tools/mine.py": "m"}
+
+
+def test_a_file_that_the_user_changed_is_kept_beside_the_new_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write(tmp_path / "a b ü", {**OLD, **MINE})
+    note_version(root)  # as the first start does
+    write(root, {"set_up.py": "mine", "wan/model.py": "my own", "a.md": "mine", "set_up.py.yours": "elder"})
+    before = read(root)
+    update(root, pack(tmp_path / "new.zip", NEW))
+    said = capsys.readouterr().err.splitlines()
+    assert "You had changed set_up.py: your version is now set_up.py.yours2." in said
+    assert "You had changed wan/model.py: your version is now wan/model.py.yours." in said
+    assert "You had changed a.md: your version is now a.md.yours." in said
+    kept = {"set_up.py.yours2": "mine", "wan/model.py.yours": "my own", "a.md.yours": "mine"}
+    assert read(root) == {**before, **NEW, **kept}
+    write(root, {"a.md.yours": "worked on"})
+    go_back(root)
+    assert read(root) == {**before, "a.md.yours": "worked on"}
+
+    update(root, tmp_path / "new.zip")
+    write(root, {"wan/model.py": "again", "wan/__init__.py": "", "set_up.py": "new"})
+    capsys.readouterr()
+    update(root, pack(tmp_path / "old.zip", OLD))
+    told = capsys.readouterr().err
+    assert told.count("You had changed") == 1
+    assert "You had changed wan/model.py: your version is now wan/model.py.yours2." in told
+    assert (root / "wan/model.py.yours2").read_text(encoding="utf-8") == "again"
+    assert not (root / "wan/model.py").exists()  # the version of that zip file has none
+
+
+def test_an_update_says_that_it_does_not_know_what_was_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write(tmp_path / "root", {**OLD, "set_up.py": "mine"})
+    update(root, pack(tmp_path / "new.zip", NEW))
+    assert "As they were, they are in .reelsmith/back until the next update." in capsys.readouterr().err
+    assert (root / ".reelsmith/back/set_up.py").read_text(encoding="utf-8") == "mine"
+    write(root, {"set_up.py": "mine again"})
+    update(root, pack(tmp_path / "newer.zip", {**NEW, "set_up.py": "newer"}))
+    assert "is not known" not in capsys.readouterr().err
+    assert (root / "set_up.py.yours").read_text(encoding="utf-8") == "mine again"
+
+
+def end_at(step: int, act: Callable[[], None]) -> bool:
+    """Run `act` in a process that ends before its file operation of that number; return whether it did."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, words: tuple[Any, ...]) -> None:
+            nonlocal count
+            is_write = event == "open" and isinstance(words[2], int) and words[2] & (os.O_WRONLY | os.O_RDWR)
+            if is_write or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "subprocess.Popen"):
+                count += 1
+                if count == step:
+                    os._exit(9)
+
+        sys.addaudithook(watch)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        act()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+
+
+@pytest.mark.slow
+@FORKS
+@pytest.mark.parametrize("is_back", [False, True])
+def test_an_update_that_is_killed_at_any_step_leaves_one_version_to_the_next_start(
+    tmp_path: Path, is_back: bool
+) -> None:
+    first, second = pack(tmp_path / "first.zip", OLD), pack(tmp_path / "new.zip", NEW)
+    start = write(tmp_path / "start", {**OLD, **MINE, "a.md": "older"})
+    update(start, first)
+    write(start, {"set_up.py": "mine"})
+    before = read(start)
+    after = {**{name: text for name, text in before.items() if name != "wan/gone.py"}, **NEW}
+    after["set_up.py.yours"] = "mine"
+    root = tmp_path / "root"
+
+    def try_step(step: int) -> bool:
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(start, root)
+        if is_back:
+            update(root, second)
+        if not end_at(step, lambda: go_back(root) if is_back else update(root, second)):
+            return False
+        repair(root)
+        found = read(root)
+        assert found in (before, after), step
+        assert not {*os.listdir(root / ".reelsmith")} & {"back.part", "back.old", "new"}
+        if found == before:
+            update(root, second)
+            assert read(root) == after, step
+        go_back(root)
+        assert read(root) == before, step
+        return True
+
+    step = 1
+    while try_step(step):
+        step += 1
+    assert step > 15
+
+
+@pytest.mark.long
+@FORKS
+@pytest.mark.skipif(shutil.which("git") is None, reason="it needs git")
+def test_a_clone_whose_git_is_killed_at_any_file_is_finished(
+    clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = tmp_path / "origin"
+    write(origin, {"wan/model.py": "new", "a.md": "newer"})
+    git(origin, "rm", "--quiet", "wan/gone.py")
+    git(origin, "add", ".")
+    git(origin, "commit", "--quiet", "-m", "newer")
+    before = git(clone, "rev-parse", "HEAD")
+    step = 1
+    while end_at(step, lambda: update(clone, None)):
+        repair(clone)
+        assert git(clone, "rev-parse", "HEAD") in (before, git(origin, "rev-parse", "HEAD"))
+        assert git(clone, "status", "--porcelain", "-uno") == ""
+        git(clone, "reset", "--quiet", "--hard", before)
+        step += 1
+    git(clone, "reset", "--quiet", "--hard", before)
+
+    # git itself ended while it wrote files: one is new, one added, one gone, one the user changed since
+    after = git(origin, "rev-parse", "HEAD")
+    marker = clone / ".reelsmith/back/unfinished"
+    marker.parent.mkdir()
+    marker.write_text(f"{before}\n{after}", encoding="ascii")
+    write(clone, {"set_up.py": "new", "wan/model.py": "new", "a.md": "mine"})
+    (clone / "wan/gone.py").unlink()
+    (clone / ".git/index.lock").touch()
+    with pytest.raises(UserError, match="git may be at work"):
+        repair(clone)
+    os.utime(clone / ".git/index.lock", (0, 0))
+    capsys.readouterr()
+    repair(clone)
+    assert "You had changed a.md: your version is now a.md.yours." in capsys.readouterr().err
+    assert git(clone, "rev-parse", "HEAD") == after
+    assert git(clone, "status", "--porcelain", "-uno") == ""
+    assert (clone / "a.md.yours").read_text(encoding="utf-8") == "mine"
+    assert not marker.parent.exists()
+    go_back(clone)
+    assert git(clone, "rev-parse", "HEAD") == before
+
+
+@pytest.mark.long
+def test_the_next_command_in_half_an_update_undoes_it_and_begins_anew(tmp_path: Path) -> None:
+    root = tmp_path / "a b ü"
+    ours = [*ROOT.glob("modules/*.py"), *ROOT.glob("package/*.py")]
+    for path in (*ours, ROOT / "set_up.py", ROOT / "pyproject.toml"):
+        (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / path.relative_to(ROOT))
+    write(root, {"hello.py": "import modules.interpreter\nprint('old', __import__('sys').argv[1:])\n"})
+    texts = read(root)
+    hello = texts["hello.py"].replace("old", "new")
+    newer = {**texts, "hello.py": hello, "modules/parser.py": "import nothing"}
+    update(root, pack(tmp_path / "new.zip", newer))
+    (root / ".reelsmith/back/unfinished").touch()  # as it is until the last file is in its place
+    (root / "modules/errors.py").write_text("half a version", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, root / "hello.py", "a b", "ü"], cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "old ['a b', 'ü']\n"
+    assert "was ended half way. It is undone now" in done.stderr
+    assert read(root) == {**texts, "modules/errors.py": "half a version"}

@@ -122,6 +122,7 @@ NEEDS_PAIRS = {
     "qwen_image edit-2511",
     "qwen_image_21 edit",
     "moss_image edit",
+    "fibo_2 edit",
     "krea2 edit",
     "flux_kontext dev",
 }

@@ -40,6 +40,7 @@ from project.running import MediaCheck, _check_media, _model_metadata, run_comma
 from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.run_pages import read_run_page
 from tests.tiny.project import moving_square
 from training.config_options import toml_value
 from training.reports.history import history_path
@@ -83,7 +84,7 @@ def stems(commands: list[list[str]]) -> list[str]:
 
 def check_results(folder: Path) -> None:
     assert read_lora(folder / "output" / "my_clips.safetensors")
-    page = (folder / "output" / "my_clips.html").read_text(encoding="utf-8")
+    page = read_run_page(folder / "output", "my_clips")
     assert "in falling snow" in page
     assert len([*(folder / "output" / "sample").glob("*.mp4")]) == 6
     assert "a square moves" in (folder / "check.html").read_text(encoding="utf-8")
@@ -422,7 +423,14 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
 
 
 MODELS = find_models()
-EDIT = {"flux_kontext", "flux_2", "flux_3", "qwen_image_21", "moss_image"}  # besides releases of others
+EDIT = {
+    "flux_kontext",
+    "flux_2",
+    "flux_3",
+    "qwen_image_21",
+    "moss_image",
+    "fibo_2",
+}  # besides releases of others
 WRITTEN = ["dataset.toml", "prompts.txt", "run.toml"]
 
 

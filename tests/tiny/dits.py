@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from anima.model import AnimaModel
 from contract.family import DitSpec
+from fibo_2.configs import STATES
+from fibo_2.model import Fibo2Model
 from flux.model import FluxModel
 from flux.spec import dit_spec
 from flux_2.model import Flux2Model
@@ -28,6 +30,7 @@ from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
     anima,
+    fibo_2,
     flux,
     flux_2,
     flux_3,
@@ -362,6 +365,27 @@ def _moss_image(edits: bool = False) -> TinyDit:
     return TinyDit(name, MossImageModel.spec, make, "lora_moss_image", with_reference if edits else inputs)
 
 
+def _fibo_2(edits: bool = False) -> TinyDit:
+    """With texts of several lengths. With edits: a reference."""
+    config = fibo_2.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.in_dim, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, len(STATES), config.state_dim),
+            "text_mask": _mask(batch, text),
+        }
+
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        return {**inputs(size, batch), "references": [_drawing(8)(batch, config.in_dim, 1, 2, 3)]}
+
+    make = _maker(Fibo2Model, config, fibo_2.tiny_state, "num_layers")
+    name = "fibo_2 edit" if edits else "fibo_2"
+    return TinyDit(name, Fibo2Model.spec, make, "lora_fibo_2", with_reference if edits else inputs)
+
+
 def _anima() -> TinyDit:
     """With texts of unequal numbers of states, and of T5's tokens."""
     config = anima.CONFIG
@@ -403,7 +427,8 @@ DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
     *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
-    *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True), _anima()),
+    *(_qwen_image_21(), _qwen_image_21(edits=True), _moss_image(), _moss_image(edits=True)),
+    *(_fibo_2(), _fibo_2(edits=True), _anima()),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

@@ -12,6 +12,7 @@ from typing import Any
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny.anima import write_tiny_anima
+from tests.tiny.fibo_2 import write_tiny_fibo_2
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
@@ -439,6 +440,24 @@ def _moss_image(edits: bool = False) -> TinyFamily:
     )
 
 
+def _fibo_2(edits: bool = False) -> TinyFamily:
+    """Fibo 2.0, or its edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_fibo_2(folder / "model")
+        if edits:
+            write_references(folder, ("_0", "_1"))
+
+    return _pictures(
+        *("fibo_2 edit" if edits else "fibo_2", "fibo_2", "lora_fibo_2", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png"] * edits,
+        line="--ci start.png" * edits,
+        train_whole="fibo_2_train.py",
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _pictures(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -513,6 +532,8 @@ FAMILIES = (
     _qwen_image_21(edits=True),
     _moss_image(),
     _moss_image(edits=True),
+    _fibo_2(),
+    _fibo_2(edits=True),
     _anima(),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
@@ -543,6 +564,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
         **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
         **dict.fromkeys(("moss_image", "moss_image edit"), write_tiny_moss_image),
+        **dict.fromkeys(("fibo_2", "fibo_2 edit"), write_tiny_fibo_2),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),

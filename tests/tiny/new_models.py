@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.ltx_2.release import write_release
 from tests.tiny.anima import write_tiny_anima
+from tests.tiny.fibo_2 import write_tiny_fibo_2
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
 from tests.tiny.flux_3 import write_tiny_flux_3
@@ -61,6 +62,8 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "qwen_image_21 edit": (write_tiny_qwen_image_21, PICTURES),
     "moss_image base": (write_tiny_moss_image, PICTURES),
     "moss_image edit": (write_tiny_moss_image, PICTURES),
+    "fibo_2 dev": (write_tiny_fibo_2, PICTURES),
+    "fibo_2 edit": (write_tiny_fibo_2, PICTURES),
     "z_image turbo": (write_tiny_z_image, PICTURES),
     "krea2 raw": (write_tiny_krea2, PICTURES),
     "anima base": (write_tiny_anima, ANIMA),

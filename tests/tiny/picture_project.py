@@ -16,6 +16,7 @@ from tests.ltx_2.release import write_lora, write_release, write_upscaler
 from tests.sound_media import Track, write_media
 from tests.tiny import (
     anima,
+    fibo_2,
     flux,
     flux_2,
     flux_3,
@@ -105,6 +106,20 @@ def lay_out_moss_image(folder: Path) -> None:
     (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
     for name in ("start", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_fibo_2(folder: Path) -> None:
+    """Fibo 2.0 dev and edit-turbo, and what they need; beside the folder what pictures are made from."""
+    for seed, release in enumerate(("dev", "edit_turbo")):
+        state = fibo_2.tiny_state(seed, torch.bfloat16)
+        fibo_2.write_dit(folder, state, "comfyui", f"fibo2_{release}_bf16")
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    qwen = fibo_2.write_text_encoder(folder / "qwen_3_vl")
+    (qwen / "model.safetensors").rename(folder / "qwen3vl_4b_bf16.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "mask", "chair", "before/0", "before/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)
 
 

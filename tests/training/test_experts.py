@@ -18,6 +18,7 @@ from modules.errors import OptionError
 from networks.adapter import make_network
 from running.offload.turns import HostCopy
 from tests.modules.fake_device import FakeDevice
+from tests.run_pages import read_run_page
 from tests.running.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
@@ -155,7 +156,7 @@ def test_losses_of_the_transformers_are_logged_apart(tmp_path: Path) -> None:
     assert [row["experts"] for row in rows] == [
         {PARTS[expert]: row["loss"]} for row, expert in zip(rows, order, strict=True)
     ]
-    assert "Loss of each transformer" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+    assert "Loss of each transformer" in read_run_page(tmp_path / "output")
 
 
 def test_validation_measures_each_band_in_its_transformer(tmp_path: Path) -> None:

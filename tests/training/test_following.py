@@ -29,7 +29,7 @@ from training.options import (
     read_training,
     training_parser,
 )
-from training.reports.history import History, PageCommand, read_session
+from training.reports.history import PageCommand, read_session, read_story
 from training.run import train_network
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
@@ -300,7 +300,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
 
     *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
     path = tmp_path / "output" / "x-history.jsonl"
-    story = History(path, read_session(path) or 0, is_written=False).read()
+    story = read_story(path, read_session(path) or 0)
     (generate,) = [command for command in story.commands if command.title == "Generate with it"]
     words = words_of(generate)
     assert words[words.index("--lora_weight") + 1] == str(newest)

@@ -13,6 +13,7 @@ from dataset.cache_files import LatentName
 from dataset.config import load_dataset_config
 from modules.errors import OptionError
 from tests.pictures import picture
+from tests.run_pages import read_run_page
 from tests.training import toy
 from training.features.item_losses_recording import ItemLossRecorder, _draw_items
 from training.reports.history import Story
@@ -107,7 +108,7 @@ def test_a_picture_whose_latents_are_odd_is_the_hardest(tmp_path: Path) -> None:
     items = compare_items(read_draws(tmp_path / "output", "x"))
     assert items[0].key == "clip1_0032x0032_toy"
     assert items[0].hardness > 2
-    page = (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+    page = read_run_page(tmp_path / "output")
     assert "Loss of each picture" in page
     assert page.index("clip1_0032x0032_toy") < page.index("clip2_0032x0032_toy")
 

@@ -12,6 +12,7 @@ import pytest
 from blissful_tuner.metadata import output_metadata
 from contract.families import FAMILIES as ENTRIES
 from contract.requests import Prepared
+from fibo_2.captions import NULL
 from generation.request import prepare_line
 from krea2.family import family_for_samples
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
@@ -83,6 +84,11 @@ CASES |= {
         *("moss_image", [], {}),
         {"steps": 50, "guidance_scale": (3.0,), "flow_shift": 5.0, "negative_prompt": ""},
     ),
+    "fibo_2": (
+        *("fibo_2", [], {}),
+        {"steps": 30, "guidance_scale": (5.0,), "flow_shift": math.exp(1.15), "negative_prompt": NULL},
+    ),
+    "fibo_2 turbo": ("fibo_2", [], {"model/dit.safetensors": TURBO}, {"steps": 4, "guidance_scale": (1.0,)}),
     "qwen_image_21 turbo": (
         *("qwen_image_21", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (1.0,)},
@@ -137,6 +143,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     "ltx_2",
     "qwen_image edit-2511",
     "moss_image edit",
+    "fibo_2 edit",
     "qwen_image_21 edit",
     "wan flf2v-14B",
     "wan i2v-14B-FC",

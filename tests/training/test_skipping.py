@@ -24,6 +24,7 @@ from modules.errors import OptionError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.commands import run_in_processes
+from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.runs import make_project
 from tests.training import toy
@@ -129,7 +130,7 @@ def test_weights_are_those_of_plain_torch_without_these_steps(
     kind = "bad" if decide is is_finite else "spike"
     story = Story.of(row for row in rows_of(tmp_path) if "session" not in row)
     assert story.skipped == dict.fromkeys(skipped, kind)
-    page = (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+    page = read_run_page(tmp_path / "output")
     assert "Skipped steps" in page
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
     assert metadata["ss_skipped_steps"] == str(len(skipped))

@@ -9,7 +9,7 @@ import torch
 
 from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
 from training.previews import describe_run
-from training.reports.history import History, Story
+from training.reports.history import History
 from training.reports.pauses import StepClock
 from training.steps import StepPlan
 from training.summary import (
@@ -186,7 +186,7 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
 
     def best() -> str:
-        return describe_best(Story.of(history.events), tmp_path)
+        return describe_best(history.story, tmp_path, "x")
 
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
         history.add(step, validation={"validation/loss": loss})

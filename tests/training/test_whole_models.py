@@ -32,7 +32,7 @@ BF16 = ("--mixed_precision", "bf16", "--learning_rate", "1e-2", *FUSED, *KEPT)
 DAILY = "krea2"
 NAMES = (
     *("krea2", "flux", "chroma", "lumina", "hunyuan_image"),
-    *("flux_2", "flux_3", "qwen_image_21", "moss_image", "kontext", "z_image", "qwen_image"),
+    *("flux_2", "flux_3", "qwen_image_21", "moss_image", "fibo_2", "kontext", "z_image", "qwen_image"),
     *("ltx_2 with sound", "minimax_h3"),
 )
 BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}

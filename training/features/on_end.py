@@ -30,12 +30,12 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
 
 def start_at_end(end: "RunEnd") -> None:
     """Start the command, with what is known of the run."""
-    from training.reports.page import page_path  # only with --on_end, as what starts programs
+    from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
+    from training.reports.history import history_path
     from training.run_end import RunFacts, start_command
 
     options, progress = end.run.options, end.progress
     folder, name = options.saving.place
-    page = page_path(folder, name)
     step = 0 if progress is None else progress.step
     facts = RunFacts(
         folder=folder,
@@ -43,7 +43,7 @@ def start_at_end(end: "RunEnd") -> None:
         step=step,
         steps=end.total_steps,
         is_finished=progress is not None and end.total_steps is not None and step >= end.total_steps,
-        page=page if not options.logs.no_page and page.is_file() else None,
+        page=None if options.logs.no_page else wait_for_page(history_path(folder, name)),
     )
     start_command(FLAG, options.of(EndOptions).words, facts, end.error, has_begun=end.has_begun)
 

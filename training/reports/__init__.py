@@ -1,5 +1,6 @@
 """What a run reports: logs, numbers, slow steps.
 
+drawing: draw the page in a process apart
 history: keep all reports of a run in lines
 item_losses: losses of single pictures, compared, for the page
 logs: progress bar, and what is recorded of steps

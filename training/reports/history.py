@@ -220,7 +220,7 @@ class Story:
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss among those that still exist."""
-        best = choose_best(self.measured_files(folder))
+        best = choose_best(self.measured_files(folder)) if self.validations else None
         return None if best is None else best.name
 
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
@@ -289,9 +289,11 @@ class History:
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
         self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
-        self.events: list[Row] = []
+        self.story = Story()  # of all lines but those about single steps
         try:
-            self.events += [row for row in _rows(path, session, step) if not row.keys() & PASSING]
+            for row in _rows(path, session, step):
+                if not row.keys() & PASSING:
+                    self.story.add(row)
         except OSError as error:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
@@ -302,7 +304,7 @@ class History:
         """
         row: Row = _finite({"step": step, **what})
         if not row.keys() & PASSING:
-            self.events.append(row)
+            self.story.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
         self._waiting += [line] if self.is_written else []
@@ -329,10 +331,6 @@ class History:
             self._waiting[:1] = [f"\n{line.lstrip()}" for line in self._waiting[:1]]
             raise
         self._waiting.clear()
-
-    def read(self) -> Story:
-        """Return the content of all lines on disk. Raises OSError if they cannot be read."""
-        return Story.of(_rows(self.path, self.session))
 
 
 def history_path(folder: Path, name: str) -> Path:
@@ -364,6 +362,11 @@ def read_session(path: Path) -> int | None:
     except OSError:
         return None
     return None if row is None else row.get("session")
+
+
+def read_story(path: Path, session: int) -> Story:
+    """Return the content of all lines of a run on disk. Raises OSError if they cannot be read."""
+    return Story.of(_rows(path, session))
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:

@@ -31,11 +31,6 @@ SMOOTHING = 0.9
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
-def page_path(folder: Path, name: str) -> Path:
-    """Return the page of a run. folder, name: --output_dir, --output_name."""
-    return folder / f"{name}.html"
-
-
 @dataclass(frozen=True)
 class Standing:
     """Hold the state of a run."""

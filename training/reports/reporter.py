@@ -1,5 +1,5 @@
-"""Pass the events of a run to its history, and make its page from them. Nothing that goes wrong here ends a
-training.
+"""Pass the events of a run to its history, and have its page drawn from it. Nothing that goes wrong here ends
+a training.
 """
 
 import logging
@@ -14,15 +14,15 @@ from typing import Any
 
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
-from training.reports import sample_files
+from training.reports.drawing import PageProcess
 from training.reports.history import NUMBERS, History, PageCommand, Start, Story, history_name
 from training.reports.logs import Recorder, StepReport
-from training.reports.page import Standing, page_path, write_training_page
+from training.reports.sections import SAMPLES, page_path, scores_path
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.003  # of the time, that pages without new samples may take
-PAUSE = 120.0  # seconds between two of these at least
+PAUSE = 120.0  # seconds between two pages without new samples at least
+SHARE = 0.003  # of the time, that writing the history to disk may take
 FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
 DOING_SECONDS = 10.0  # between two lines on what a pause does
 MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
@@ -46,7 +46,7 @@ class RepeatedWork:
 
 @dataclass
 class RunReporter:
-    """Report one run. Use it as a context manager: leaving it writes the last page.
+    """Report one run. Use it as a context manager: leaving it has the last page drawn.
 
     In processes other than the main one, the history is not written.
     """
@@ -57,16 +57,17 @@ class RunReporter:
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the file to use; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
     now: Callable[[], float] = time.monotonic
-    clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
+    start_page: Callable[[Path], PageProcess] = PageProcess  # given the history
+    page: PageProcess | None = field(default=None, init=False)  # None: it cannot be drawn, or shall not
     _messages: "_Messages" = field(init=False)
-    _page_pace: RepeatedWork = field(init=False)  # of writing the page
+    _drawn: float = field(init=False)  # when the page was last asked for
     _flush_pace: RepeatedWork = field(default_factory=RepeatedWork)  # of writing the history to disk
     _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
-        self._page_pace = RepeatedWork(self.now())
+        self._drawn = self.now()
         self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
 
     @property
@@ -87,13 +88,22 @@ class RunReporter:
     def __enter__(self) -> "RunReporter":
         self._note(self.step, started=asdict(self.start))
         logging.getLogger().addHandler(self._messages)
-        self._write()  # the first box names it
+        if self.history.is_written:
+            with self._guarded():
+                self.page = self.start_page(self.history.path)
+        self._draw()  # the first box names it
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self._messages)
-        if error is not None and not isinstance(error, Exception):
-            return  # asked to end at once
+        if error is None or isinstance(error, Exception):  # else the run was asked to end at once
+            self._note_end(error)
+        if self.page is not None:
+            with self._guarded():
+                self.page.close()
+
+    def _note_end(self, error: Exception | None) -> None:
+        """Add how the run has ended, and its commands as they are from then on. error: that has ended it."""
         standing = f"stopped after step {self.step:,}"
         ending = ""
         if error is not None:
@@ -103,7 +113,10 @@ class RunReporter:
         elif self.step >= self.start.total_steps:
             standing, ending = "finished", "good"
         self._note(self.step, ended=standing, kind=ending)
-        self._write(standing, ending)
+        if self.history.is_written:
+            with self._guarded():
+                self._note_changes(is_finished=ending == "good")
+                self.history.flush()
 
     def note_doing(self, text: str) -> None:
         """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every DOING_SECONDS."""
@@ -146,7 +159,7 @@ class RunReporter:
 
     @property
     def validations(self) -> Mapping[int, float]:
-        return Story.of(self.history.events).validations
+        return self.history.story.validations
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         self._note(step, validation=dict(losses))
@@ -160,12 +173,17 @@ class RunReporter:
         """
         if not (self.history.is_written or recorders):
             return
+        from training.reports import sample_files  # only with samples
+
         all_prompts = dict(enumerate(prompts))
         files: dict[int, Path] = {}
         with self._guarded():
-            files = sample_files.find_samples(self.folder / sample_files.FOLDER, self.name, mark)
+            files = sample_files.find_samples(self.folder / SAMPLES, self.name, mark)
         by_file = {index: all_prompts.get(index, "") for index in files}
-        strips = self._read_strips(files, by_file, step)
+        strips: dict[int, Frame] = {}
+        for index, path in files.items():
+            with self._guarded():
+                strips[index] = sample_files.join_strip(sample_files.read_reduced(path))
         with self._guarded():
             for recorder in recorders:
                 recorder.note_samples(step, files, strips, by_file)
@@ -180,35 +198,22 @@ class RunReporter:
         with self._guarded():
             title = f"{self.name}, step {step:,}"
             # sorts behind the samples on it
-            sheet = self.folder / sample_files.FOLDER / f"{self.name}_{mark}_sheet.png"
+            sheet = self.folder / SAMPLES / f"{self.name}_{mark}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, by_file)
-        self._write()
-
-    def _read_strips(
-        self, files: Mapping[int, Path], prompts: Mapping[int, str], step: int
-    ) -> dict[int, Frame]:
-        """Read samples once for all displays; return the strip of each that can be read."""
-        strips: dict[int, Frame] = {}
-        for index, path in files.items():
-            with self._guarded():
-                clip = sample_files.read_reduced(path)
-                if self.history.is_written:
-                    self._store().add(path.name, prompts[index], step, clip)
-                strips[index] = sample_files.join_strip(clip)
-        return strips
+        self._draw()
 
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
-        """Add all files of a save, and write the page unless that would take too much of the time.
+        """Add all files of a save, and have the page drawn unless that was done not long ago.
 
-        After the last step it is not written, because the end of the run writes it.
+        After the last step the end of the run does so.
         """
         for path in paths:
             self._note(step, saved=path.name)
         with self._guarded():
             self.history.flush()
         if step < self.start.total_steps:
-            if self._page_pace.is_due(self.now(), PAUSE):
-                self._write()
+            if self.now() - self._drawn >= PAUSE:
+                self._draw()
             else:
                 self.note_files()
 
@@ -226,42 +231,26 @@ class RunReporter:
         with self._guarded():
             self.history.add(step, **what)
 
-    def _write(self, standing: str = "running", kind: str = "") -> None:
-        """Write the page from the lines of the history. standing, kind: see `Standing`."""
+    def _draw(self) -> None:
+        """Have the page drawn from the lines of the history up to now."""
         if not self.history.is_written:
             return
-        started = self.now()
+        self._drawn = self.now()
         with self._guarded():
-            self._note_changes(is_finished=kind == "good")
+            self._note_changes(is_finished=False)
             self.history.flush()
-            story = self.history.read()
-            load = self._store().for_page() if story.samples else None
-            write_training_page(
-                self.path,
-                self.history.path,
-                story,
-                standing=Standing(self.start, self.step, standing, kind),
-                load=load,
-            )
-        self._page_pace.note(started, self.now())
+            if self.page is not None:
+                self.page.draw()
 
     def _note_changes(self, is_finished: bool) -> None:
         """Add lines on memory and commands, if they have changed since they were noted last."""
-        from training.reports.scores import choose_file  # not before training begins
-
-        story = Story.of(self.history.events)
-        best = choose_file(self.folder, history_name(self.history.path), story)
-        file = story.usable_file(self.folder, best)
-        commands = self.commands(None if file is None else self.folder / file, is_finished)
+        file = find_usable_file(self.history.story, self.folder, self.name)
+        commands = self.commands(file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
         for name, line in lines.items():
             if self._noted.get(name) != line:
                 self._noted[name] = line
                 self._note(self.step, **{name: line})
-
-    def _store(self) -> sample_files.ClipStore:
-        self.clips = self.clips or sample_files.ClipStore(self.folder / sample_files.FOLDER)
-        return self.clips
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -276,6 +265,27 @@ class RunReporter:
                     self.path if self.history.is_written else "What the trackers get of samples",
                     error or type(error).__name__,
                 )
+
+
+def find_best_file(story: Story, folder: Path, name: str) -> str | None:
+    """Return the best saved file of a run, by its scores and losses; None if neither tells.
+
+    Args:
+        story: What the run has recorded.
+        folder: --output_dir.
+        name: --output_name.
+    """
+    if not scores_path(folder, name).is_file():
+        return story.best_file(folder)
+    from training.reports.scores import choose_file  # it draws, too; most runs are scored after their end
+
+    return choose_file(folder, name, story)
+
+
+def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
+    """Return the file of a run to generate with; None if none is saved. Takes what `find_best_file` does."""
+    file = story.usable_file(folder, find_best_file(story, folder, name))
+    return None if file is None else folder / file
 
 
 class _Messages(logging.Handler):

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +20,6 @@ from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import SampleRow, Story
 
-FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
 SOUND_RATE = 8000  # at which a sound is read to be drawn
@@ -31,8 +29,8 @@ GAP = 8  # pixels of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
 MOST_ROWS = 40  # a picture of more would be too tall to look at
 LEAST_WIDTH = 480  # so that a prompt can be read
-# file of a sample, prompt, step, whether it is one of the newest -> the clip, or why there is none
-LoadClip = Callable[[str, str, int, bool], Markup | str]
+# file of a sample, prompt, step -> the clip, or why there is none
+LoadClip = Callable[[str, str, int], Markup | str]
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,6 @@ def _load_font(size: int) -> ImageFont.FreeTypeFont:
 
 MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
 SMALL_SIDE = 128
-OLD_CLIPS_SECONDS = 5.0  # what a page spends on clips of before a resume; the rest follows on the next one
 
 
 @dataclass
@@ -155,23 +152,17 @@ class ClipStore:
     """Hold the reduced clips of the grid, each encoded once."""
 
     folder: Path
-    now: Callable[[], float] = time.monotonic
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def for_page(self) -> LoadClip:
-        """Return the function that loads clips for a page. After some seconds it reads no more files, except
-        the newest samples. Clips that the last page did not show are freed.
-        """
-        deadline = self.now() + OLD_CLIPS_SECONDS
+        """Return the function that loads clips for a page. Clips that the last page lacked are freed."""
         before = self.clips
         self.clips = {}
 
-        def load(name: str, prompt: str, step: int, is_newest: bool) -> Markup | str:
+        def load(name: str, prompt: str, step: int) -> Markup | str:
             if name in before:
                 self.clips[name] = before[name]
             if name not in self.clips:
-                if self.now() > deadline and not is_newest:
-                    return "shown when the page is written next"
                 try:
                     self.add(name, prompt, step, read_reduced(self.folder / name))
                 except (OSError, UserError):
@@ -237,12 +228,9 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     for index, row in enumerate(columns):
         title = _format_column_title(row)
         titles.append({"title": title, "is_best": row is best_column, "is_further": index not in few})
-    for column in reversed(range(len(columns))):  # the newest first: they are shown in any case
-        row = columns[column]
-        is_newest = row is columns[-1]
+    for column, row in enumerate(columns):
         for grid_row in grid_rows:
-            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=is_newest)
-            grid_row["cells"][column] = cell
+            grid_row["cells"][column] = _load_cell(row, grid_row["index"], grid_row["prompt"], load)
     return {
         "columns": titles,
         "rows": grid_rows,
@@ -252,14 +240,12 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
     }
 
 
-def _load_cell(
-    row: SampleRow, index: int, prompt: str, load: LoadClip, is_newest: bool
-) -> dict[str, Any] | None:
+def _load_cell(row: SampleRow, index: int, prompt: str, load: LoadClip) -> dict[str, Any] | None:
     """Return the cell of a prompt in the column of a row; None if there is no sample of it."""
     name = row.files.get(index)
     if name is None or row.prompts.get(index, "") != prompt:
         return None
-    return {"clip": load(name, prompt, row.step, is_newest), "href": link("sample", name)}
+    return {"clip": load(name, prompt, row.step), "href": link("sample", name)}
 
 
 def _format_column_title(row: SampleRow) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+SAMPLES = "sample"  # folder of samples, in the output folder
+
 
 @dataclass(frozen=True)
 class PageSection:
@@ -18,6 +20,11 @@ class PageSection:
     charts: Sequence[Markup] = ()
     headings: Sequence[str] = ()
     rows: "Sequence[Sequence[str | Markup]]" = ()
+
+
+def page_path(folder: Path, name: str) -> Path:
+    """Return the page of a run. folder, name: --output_dir, --output_name."""
+    return folder / f"{name}.html"
 
 
 def scores_path(folder: Path, name: str) -> Path:

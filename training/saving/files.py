@@ -19,8 +19,7 @@ from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from training.reports.history import AVERAGE, history_path
-from training.reports.page import page_path
-from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.sections import SAMPLES, page_path
 from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.text_files import real_path
-from training.reports.history import END, History, SampleRow, Start, Story, history_name, read_session
-from training.reports.page import Standing, page_path, write_training_page
-from training.reports.sample_files import FOLDER as SAMPLES
+from training.reports.history import END, SampleRow, Start, Story, history_name, read_session, read_story
+from training.reports.page import Standing, write_training_page
 from training.reports.sample_files import ClipStore
 from training.reports.scores import (
     NO_TASTE,
@@ -30,7 +29,7 @@ from training.reports.scores import (
     make_table,
     write_scores,
 )
-from training.reports.sections import scores_path
+from training.reports.sections import SAMPLES, page_path, scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
 from training.scoring.model import PictureTextModel, load_picture_text_model
 from training.scoring.options import ScoreOptions
@@ -159,7 +158,7 @@ def open_run(place: Path) -> ScoredRun:
         session = read_session(place)
         if session is None:
             raise OptionError(f"{place}: this is no history of a training")
-        story = History(place, session, is_written=False).read()
+        story = read_story(place, session)
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
     return ScoredRun(place, story)

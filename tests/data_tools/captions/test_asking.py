@@ -292,3 +292,36 @@ def test_what_is_saved_while_a_caption_is_written_stays_and_a_list_that_is_gone_
     monkeypatch.setattr(places, "PAUSE", 0)
     with pytest.raises(OutputError, match="the list is gone"):
         put(captions, "a", "x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("text_config", "hidden_size"), 1 << 20, "describes a network of .* numbers, its weights have"),
+        (("text_config", "num_hidden_layers"), 10**6, "num_hidden_layers is 1,000,000, and at most"),
+        (("vision_config", "image_size"), 1 << 20, "describes a network of .* numbers, its weights have"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_show_are_refused(
+    llava: Path, tmp_path: Path, keys: tuple[str, str], value: int, message: str
+) -> None:
+    folder = shutil.copytree(llava, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config[keys[0]][keys[1]] = value
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [{"height": 100_000, "width": 100_000}, {"shortest_edge": 60_000}, {"longest_edge": 1 << 30}],
+)
+def test_a_processor_makes_no_giant_pictures(llava: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    folder = shutil.copytree(llava, tmp_path / "model")
+    path = next(folder.glob("*processor_config.json"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.get("image_processor", content)["size"] = size
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"processor_config.json: \w+ is .* at most"):
+        load(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OutputError
-from training.reports.history import LOSS, History, Story
+from training.reports.history import LOSS, History, Story, read_story
 from training.reports.page import MOST_BINS, join_bins
 
 SESSION = 7
@@ -31,20 +31,20 @@ def write_history(path: Path, steps: int = 10) -> History:
 
 def steps_of(history: History) -> list[int]:
     history.flush()
-    return [*history.read().loss]
+    return [*read_story(history.path, history.session).loss]
 
 
 def test_a_resumed_run_has_all_of_its_past(tmp_path: Path) -> None:
-    before = write_history(tmp_path / "h.jsonl").read()
+    before = read_story(write_history(tmp_path / "h.jsonl").path, SESSION)
 
     resumed = History(tmp_path / "h.jsonl", SESSION, 10)
     resumed.flush()
 
-    after = resumed.read()
+    after = read_story(resumed.path, resumed.session)
     assert after == before
     assert (after.seconds[1], after.bands.keys()) == (0.5, {"validation/loss_100"})
     assert after.samples[5, "000005"].files == {0: "x_5.mp4"}
-    told = Story.of(resumed.events)
+    told = resumed.story
     assert (told.validations, told.saved) == (after.validations, after.saved)
 
 
@@ -59,8 +59,8 @@ def test_lines_beyond_the_resumed_state_are_dropped_from_the_file_too(tmp_path: 
 
     again = History(path, SESSION, 10)
     assert steps_of(again) == [1, 2, 3, 4, 5, 6, 7]
-    assert [*again.read().starts] == [0, 6]
-    assert list(again.read().saved.values()) == [5]
+    assert [*read_story(again.path, again.session).starts] == [0, 6]
+    assert list(read_story(again.path, again.session).saved.values()) == [5]
 
 
 @pytest.mark.parametrize(("session", "step"), [(SESSION, 0), (SESSION + 1, 10), (SESSION + 1, 0)])
@@ -71,7 +71,7 @@ def test_a_run_that_begins_anew_and_another_run_have_no_past(tmp_path: Path, ses
     anew.add(1, loss=3.0)
 
     assert steps_of(anew) == [1]
-    assert anew.events == []
+    assert anew.story == Story()
 
 
 @pytest.mark.parametrize("left", [1, 8, 22, 43])
@@ -121,7 +121,7 @@ def test_lines_that_are_not_ours_are_left_out_and_told_once(
 
     history = History(path, SESSION, 10)
 
-    assert history.events == [{"step": 0, "started": True}]
+    assert history.story.starts == {0: None}
     (said,) = caplog.messages
     assert steps_of(history) == [1, 2, 4]
     assert "lines cannot be read and are left out" in said
@@ -133,7 +133,7 @@ def test_a_history_that_cannot_be_read_is_none(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         history = History(tmp_path / "h.jsonl", SESSION, 10)
 
-    assert history.events == []
+    assert history.story == Story()
     assert "the page begins at step 10" in caplog.text
     with pytest.raises(OutputError):
         history.flush()
@@ -159,7 +159,7 @@ def test_lines_that_are_written_again_after_a_failure_count_once(
     history.add(5, loss=5.0)
 
     assert steps_of(history) == [1, 2, 3, 4, 5]
-    assert [*history.read().starts] == [0]
+    assert [*read_story(history.path, history.session).starts] == [0]
 
 
 def test_numbers_that_are_not_finite_are_counted_and_stored_as_nothing(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_are_counted_and_stored_as_nothing(tmp_path:
     history.add(4, validation={"validation/loss": math.nan})
     history.flush()
 
-    story = history.read()
+    story = read_story(history.path, history.session)
     assert story.loss == {1: 1.0, 2: None, 3: None, 4: 2.0}
     assert story.validations == {}
     for line in path.read_text(encoding="utf-8").splitlines():

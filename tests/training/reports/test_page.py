@@ -15,9 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import share_page
 from modules.errors import UserError
+from modules.installation import ROOT
 from modules.media.reading import read_image, video_frames
 from modules.media.tracks import write_wav
 from tests.chromium import open_page, wait_until
+from tests.commands import run_python
+from tests.run_pages import find_run_page, read_run_page
 from tests.training.test_resume import train_in_two_processes
 from tests.training.toy import (
     Killed,
@@ -28,7 +31,8 @@ from tests.training.toy import (
     write_caches,
     write_prompts,
 )
-from training.reports.history import History, PageCommand, SampleRow, Start, Story
+from tests.waiting import wait_for
+from training.reports.history import History, PageCommand, SampleRow, Start, read_story
 from training.reports.page import Standing, list_charts, list_tiles, write_training_page
 from training.reports.reporter import RunReporter
 from training.reports.sample_files import (
@@ -55,7 +59,7 @@ def sampling(tmp_path: Path) -> list[object]:
 
 
 def page_of(folder: Path, name: str = "x") -> str:
-    return (folder / "output" / f"{name}.html").read_text(encoding="utf-8")
+    return read_run_page(folder / "output", name)
 
 
 def text_of(page: str) -> str:
@@ -76,13 +80,12 @@ def test_the_page_is_there_after_samples_and_complete_at_the_end(
 ) -> None:
     with pytest.raises(Killed):
         train_toy(tmp_path, *sampling, family=killed_at(4), has_page=True)
-    page = page_of(tmp_path)
-    assert columns_of(page) == ["step 3"]
-    assert "running" in text_of(page)
+    wait_for(lambda: "died after step 3, without a word" in text_of(page_of(tmp_path)))
+    assert columns_of(page_of(tmp_path)) == ["step 3"]
 
     train_toy(tmp_path, *sampling, "--validation_split", "0.2", "--validate_every_n_steps", 4, has_page=True)
 
-    with open_page(tmp_path / "output" / "x.html") as shown:
+    with open_page(find_run_page(tmp_path / "output")) as shown:
         assert shown.title() == "x: training"
         plays = "[...document.querySelectorAll('video')].every(clip => clip.currentTime > 0 && !clip.paused)"
         wait_until(shown, plays)
@@ -101,7 +104,7 @@ def test_curves_and_files_fit_on_a_phone_and_a_shared_copy_holds_no_folder(
     name = "a_name_that_is_longer_than_a_phone_is_wide_and_never_breaks"
     options = [*sampling, "--save_every_n_steps", 4, "--output_name", name, "--validation_split", "0.2"]
     train_toy(tmp_path, *options, "--validate_every_n_steps", 4, has_page=True)
-    page = tmp_path / "output" / f"{name}.html"
+    page = find_run_page(tmp_path / "output", name)
 
     with open_page(page, width=360) as shown:
         assert shown.evaluate("document.documentElement.scrollWidth") == 360
@@ -147,7 +150,7 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
 
     train_toy(tmp_path, *options, has_page=True)
 
-    file = tmp_path / "output" / f"{name}.html"
+    file = find_run_page(tmp_path / "output", name)
     with open_page(file) as page:
         assert page.title() == f"{name}: training"
         assert HOSTILE.split(" \u202e")[0] in page.inner_text(".prompt")
@@ -198,22 +201,47 @@ def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path
     assert whole == [False, True, True, True, True]
 
 
+def test_a_training_loads_nothing_that_draws_pages() -> None:
+    drawn_by = "training.reports.page", "training.reports.sample_files", "training.reports.item_losses"
+    program = f"import training.run, sys; print({{*{drawn_by}}} & {{*sys.modules}})"
+
+    assert run_python("-c", program, folder=ROOT).stdout.strip() == "set()"
+
+
 @pytest.mark.long
 def test_the_page_changes_no_weight(tmp_path: Path, sampling: list[object]) -> None:
     assert same(train_toy(tmp_path, *sampling), train_toy(tmp_path, *sampling, has_page=True))
 
 
-@pytest.mark.slow_cases("x.html")
-@pytest.mark.parametrize("blocked", ["x.html", "x-history.jsonl"])
-def test_a_file_that_cannot_be_written_is_one_warning_and_the_training_goes_on(
-    tmp_path: Path, sampling: list[object], blocked: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.slow
+def test_a_history_that_cannot_be_written_is_one_warning_and_the_training_goes_on(
+    tmp_path: Path, sampling: list[object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "output" / blocked / "kept").mkdir(parents=True)
+    (tmp_path / "output" / "x-history.jsonl" / "kept").mkdir(parents=True)
 
     train_toy(tmp_path, *sampling, "--save_every_n_steps", 2, has_page=True)
 
     assert caplog.text.count("x.html is not complete, the training continues") == 1
     assert list((tmp_path / "output" / "sample").glob("*.mp4"))
+
+
+def test_a_page_that_cannot_be_drawn_is_one_warning_while_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.html" / "kept").mkdir(parents=True)
+    reporter = RunReporter(History(tmp_path / "x-history.jsonl", 1), Start("toy", 4), 0, lambda *_: [], list)
+
+    def is_said_after_samples() -> bool:
+        reporter.note_samples(1, "000001")
+        return "is not complete" in caplog.text
+
+    with reporter:
+        wait_for(is_said_after_samples)
+        reporter.note_samples(2, "000002")
+
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(f"{tmp_path / 'x.html'} is not complete, the training continues: ")
+    assert "x.html" in message.partition("continues: ")[2]
 
 
 def test_a_run_that_ends_by_an_error_says_so_on_its_page(tmp_path: Path) -> None:
@@ -263,7 +291,7 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.add(5, loss=0.7, rates={}, seconds=1.0, skipped="loss", pairs={"preference/right": None})
     history.flush()
 
-    story = history.read()
+    story = read_story(history.path, history.session)
     drawn = list_charts(story)
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
@@ -286,7 +314,7 @@ def test_numbers_whose_run_does_not_say_how_they_are_shown_are_curves_by_their_n
         history.add(step, loss=0.7, rates={}, seconds=1.0, pairs=numbers)
     history.flush()
 
-    drawn = list_charts(history.read())
+    drawn = list_charts(read_story(history.path, history.session))
 
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
     assert charts["preference"] == {"better": [0.5, 0.5], "right": [1, 2]}
@@ -303,7 +331,7 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
     stands = Standing(Start("toy", 100), 9)
-    write_training_page(folder / "x.html", history.path, Story.of(history.events), stands)
+    write_training_page(folder / "x.html", history.path, history.story, stands)
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 
@@ -417,7 +445,7 @@ def test_only_a_run_without_prompts_says_how_to_get_samples(
 ) -> None:
     history = History(tmp_path / "h.jsonl", 1)
     stands = Standing(Start("toy", 100, changed), 0)
-    write_training_page(tmp_path / "x.html", history.path, Story.of(history.events), stands)
+    write_training_page(tmp_path / "x.html", history.path, history.story, stands)
     page = text_of((tmp_path / "x.html").read_text(encoding="utf-8"))
     assert "No samples yet." in page
     assert ("--sample_every_n_steps" in page) == is_explained

@@ -23,7 +23,7 @@ from tests.training.scoring.making import (
     write_run,
     write_siglip,
 )
-from training.reports.history import History, Start, Story, history_path
+from training.reports.history import History, Start, history_path
 from training.reports.page import Standing, page_values
 from training.reports.present_files import present_commands
 from training.reports.scores import (
@@ -274,7 +274,7 @@ def test_page_score_and_commands_choose_one_file(tmp_path: Path) -> None:
     for step in (50, 100, 150):
         history.add(step, saved=f"x-{step}.safetensors")
         (tmp_path / f"x-{step}.safetensors").touch()
-    story = Story.of(history.events)
+    story = history.story
     rows = [
         replace(make_row(step, 0.5), saved=f"x-{step}.safetensors", loss_step=100) for step in (50, 100, 150)
     ]
@@ -310,7 +310,7 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
         rows.append(StepScores(step, f"{step:06d}", (sample,), saved=name, loss=loss, loss_step=step))
     typed = f"python wan_generate_video.py --lora_weight {tmp_path / 'x-50.safetensors'}"
     history.add(100, commands=[["Generate with it", typed, typed]])
-    story = Story.of(history.events)
+    story = history.story
     assert choose_file(tmp_path, "x", story) == "x-50.safetensors"
     write_scores(scores_path(tmp_path, "x"), RunScores("clip", tuple(rows)))
 

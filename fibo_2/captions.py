@@ -1,0 +1,195 @@
+"""Captions of Fibo 2.0: JSON objects of nine keys, as the model was trained with. Standard library only.
+
+Source: diffusers' BriaFibo2Pipeline (`_parse_prompt`, `_get_edit_prompt`) and the release's description.
+"""
+
+import difflib
+import json
+import math
+from typing import Any, NamedTuple
+
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.text_files import looks_like_object, read_object
+
+DESCRIPTION, TEXTS = "short_description", "text_render"
+CAPTION, INSTRUCTION = "structured_caption", "edit_instruction"
+# key -> the value that says nothing of it, in the order of training
+EMPTY: dict[str, Any] = {
+    DESCRIPTION: "",
+    "objects": [],
+    "background_setting": "",
+    "lighting": {},
+    "aesthetics": {},
+    "photographic_characteristics": {},
+    "style_medium": "",
+    "context": "",
+    "artistic_style": "",
+}
+KEYS = (*EMPTY, TEXTS)
+SCORES = ("aesthetic_score", "preference_score")  # never in trained captions
+CERTAIN = 0.75  # how alike a misspelt key is to the one that is meant
+
+
+class WrittenCaption(NamedTuple):
+    """A caption as it is encoded. Characters of a plain one stand between `before` and `after`."""
+
+    text: str
+    before: str = ""
+    is_plain: bool = False
+
+
+def write_json(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+
+
+# what guidance leads away from, and what a dropped caption becomes
+NULL = write_json(EMPTY)
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str | dict | list) and not value)
+
+
+def _clean(value: Any) -> Any:
+    """Return a value without the parts, at any depth, that say nothing."""
+    if isinstance(value, dict):
+        cleaned = {key: _clean(part) for key, part in value.items()}
+        return {key: part for key, part in cleaned.items() if not _is_empty(part)}
+    if isinstance(value, list):
+        return [part for part in map(_clean, value) if not _is_empty(part)]
+    return value
+
+
+def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
+    """Return a caption as training captions are: nothing empty, and no scores; the order stays.
+
+    A caption of exactly a short description and texts keeps both, also an empty list: it says "no text".
+    """
+    cleaned: dict[str, Any] = {}
+    for key, value in _clean(caption).items():
+        if key in SCORES:
+            continue
+        if isinstance(value, dict):
+            value = {name: part for name, part in value.items() if name not in SCORES}
+        if value != {}:
+            cleaned[key] = value
+    if caption.keys() == {DESCRIPTION, TEXTS}:
+        return {DESCRIPTION: cleaned.get(DESCRIPTION, ""), TEXTS: cleaned.get(TEXTS, [])}
+    return cleaned
+
+
+def read_caption(text: str) -> dict[str, Any] | None:
+    """Return the object that a caption or prompt is; None of a plain text.
+
+    Raises OptionError for one that begins like an object and is none.
+    """
+    if not looks_like_object(text):
+        return None
+    try:
+        return read_object(text)
+    except ValueError as error:
+        raise OptionError(
+            f"the caption {shorten(text, 60)}: {error}. Correct it; a plain text must not begin with {{"
+        ) from None
+
+
+def write_caption(text: str) -> WrittenCaption:
+    """Return a caption as the model was trained to read it; of an empty one the null caption.
+
+    Raises OptionError as `read_caption`.
+    """
+    if not text.strip():
+        return WrittenCaption(NULL)
+    caption = read_caption(text)
+    if caption is None:
+        return _wrap_plain(DESCRIPTION, text)
+    return WrittenCaption(write_json(_split_caption(caption)[0] or {}))
+
+
+def write_edit(text: str) -> WrittenCaption:
+    """Return a caption or prompt of an edit behind its pictures: `...}`, without the brace that begins it.
+
+    Raises OptionError as `read_caption`, and if an object has no instruction.
+    """
+    content = read_caption(text)
+    if content is None:
+        plain = _wrap_plain(INSTRUCTION, text)
+        return plain._replace(text=plain.text[1:], before=plain.before[1:])
+    fault = find_edit_fault(content)
+    if fault:
+        raise OptionError(f"the edit {shorten(text, 60)}: {fault}")
+    caption, instruction = _split_caption(content)
+    edit = {CAPTION: caption} if caption else {}
+    return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])
+
+
+def _wrap_plain(key: str, text: str) -> WrittenCaption:
+    return WrittenCaption(write_json({key: text}), f'{{"{key}":"', is_plain=True)
+
+
+def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None, Any]:
+    """Return the cleaned caption of an object, and the instruction beside it."""
+    caption: Any = {key: value for key, value in content.items() if key != INSTRUCTION}
+    if CAPTION in caption:
+        caption = caption[CAPTION]
+    cleaned = clean_caption(caption) if isinstance(caption, dict) else caption
+    return cleaned or None, content.get(INSTRUCTION)
+
+
+def find_edit_fault(content: dict[str, Any]) -> str:
+    """Return what is wrong with the object of an edit; "" if nothing is."""
+    if not isinstance(content.get(INSTRUCTION), str) or not content[INSTRUCTION].strip():
+        return f"it has no {INSTRUCTION}, a text that says what is changed"
+    if CAPTION not in content:
+        return ""
+    if not isinstance(content[CAPTION], dict | str):
+        return f"{CAPTION} is neither an object nor a text"
+    others = sorted(content.keys() - {CAPTION, INSTRUCTION})
+    return f"beside {CAPTION} stands {', '.join(others)}: put that into it" if others else ""
+
+
+def find_caption_faults(text: str) -> list[str]:
+    """Return what is missing in a caption that is an object, and what is misspelt; [] if nothing is."""
+    try:
+        content = read_object(text)
+    except ValueError as error:
+        return [str(error)]
+    if CAPTION in content or INSTRUCTION in content:
+        fault = find_edit_fault(content)
+        caption = content.get(CAPTION, {key: content[key] for key in content.keys() - {INSTRUCTION}})
+        faults = [fault] if fault else []
+        return faults + (_find_key_faults(caption) if isinstance(caption, dict) else [])
+    missing = [] if _is_text(content.get(DESCRIPTION)) else [f"{DESCRIPTION} is missing"]
+    return missing + _find_key_faults(content)
+
+
+def _find_key_faults(caption: dict[str, Any]) -> list[str]:
+    faults = []
+    for key, value in caption.items():
+        if key in SCORES:
+            continue
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, 1, CERTAIN)
+            faults.append(f"{key} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
+            continue
+        usual = EMPTY.get(key, [])
+        if value is not None and not isinstance(value, type(usual)):
+            faults.append(f"{key} is {_name_type(value)}, not {_name_type(usual)}")
+    for key, part in (("objects", "description"), (TEXTS, "text")):
+        entries = caption.get(key)
+        for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
+            if not isinstance(entry, dict) or not _is_text(entry.get(part)):
+                faults.append(f"{key}, entry {number}: {part} is missing")
+    return faults
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _name_type(value: Any) -> str:
+    names = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,69 @@
+"""Fibo 2.0 as data: dimensions of its transformer, states of its text, its source, noise, names of parts."""
+
+from dataclasses import dataclass
+
+from contract.family import DitSpec, NoiseSpec
+from contract.rules import ModelRelease
+from flux_2.configs import LATENT, count_latents
+from lumina.configs import LuminaConfig
+
+__all__ = ["LATENT"]  # that of FLUX.2, whose autoencoder it has: a token is one of its packed latents
+
+RELEASE = ModelRelease(
+    ("briaai/Fibo-2.0-dev", "briaai/Fibo-2.0-edit-turbo"),
+    "CC BY-NC 4.0",
+    "cc-by-nc-4.0",
+    "https://creativecommons.org/licenses/by-nc/4.0/",
+)
+# layers of Qwen3-VL before the three states that are read side by side: first by the Perceiver, then by each
+# block that reads the text
+BUNDLES = ((9, 20, 31), (5, 16, 27), (7, 18, 29), (9, 20, 31), (11, 22, 33), (13, 24, 35))
+STATES = tuple(sorted({layer for bundle in BUNDLES for layer in bundle}))  # each is cached once
+STATES_OF_BUNDLE = len(BUNDLES[0])
+# places in STATES of each bundle's
+PLACES = tuple(tuple(STATES.index(layer) for layer in bundle) for bundle in BUNDLES)
+MOST_INJECTIONS = len(BUNDLES) - 1
+FEWEST_TOKENS, MOST_TOKENS = 256, 2048  # of a text, between which its number of gist tokens grows
+GIST_STEPS = 8  # the number of gist tokens is a multiple of an eighth of the most
+
+
+@dataclass(frozen=True)
+class Fibo2Config(LuminaConfig):
+    """Dimensions of a Fibo 2.0 transformer, read from a checkpoint's tensors."""
+
+    time_hidden: int = 1024  # width between the layers that embed the time
+    most_gist: int = 512  # tokens that the Perceiver makes of a text, at most
+    perceiver_layers: int = 2
+    injections: tuple[int, ...] = (6, 14, 22, 30, 38)  # blocks that read the text
+    patch_size: int = 1  # of the packed latents
+    rope_theta: float = 256.0
+
+    @property
+    def state_dim(self) -> int:
+        """Return the width of a state of the language model."""
+        return self.text_dim // STATES_OF_BUNDLE
+
+    @property
+    def rotary_widths(self) -> tuple[int, int, int]:
+        return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
+
+    def count_gist(self, tokens: int) -> int:
+        """Return the number of tokens that the Perceiver makes of a text of so many tokens."""
+        share = min(max((tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS), 0.0), 1.0)
+        step = self.most_gist // GIST_STEPS
+        fewest = self.most_gist // 2
+        return -int(-(fewest + share * (self.most_gist - fewest)) // step) * step
+
+
+NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)
+DIT = DitSpec(
+    block_lists=("layers",),
+    lora_lists=("noise_refiner", "perceiver"),
+    lora_exclude=("_modulation",),
+    fp8_exclude=("norm", "adaLN_modulation", "cross_attn_gate", "latent_queries"),
+    input_layers=("x_embedder", "perceiver"),
+    token_wise=("feed",),
+    modulated_input="modulated_input",
+    # they compute in float32; under 1 % of the model
+    keep_float32=("t_embedder.",),
+)

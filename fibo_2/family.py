@@ -1,0 +1,251 @@
+"""Fibo 2.0, dev and edit-turbo, described for the shared loops."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from contract.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from contract.families import list_same_latents
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.requests import Prepared, Prompt, Request, size_of, whole_patches
+from contract.rules import ModelRelease, ReferenceRules
+from contract.steps import NO_TWEAKS, Tweaks
+from encoders import pictures
+from encoders.files import judge_distillation
+from fibo_2 import options as own
+from fibo_2.captions import NULL, find_caption_faults, write_caption, write_edit
+from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
+from fibo_2.files import OF_SAMPLES, Fibo2Files
+from fibo_2.names import LORA
+from fibo_2.options import MASK, NAME, SIDE
+from fibo_2.texts import KEY, TEXT_USE
+from flux_2.configs import count_latents
+from flux_2.versions import VERSIONS
+from modules.errors import CacheError, OptionError
+from modules.flow.schedule import size_shift
+from modules.media.buckets import Fit, Size
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+from modules.text_files import looks_like_object
+
+TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
+MOST_REFERENCES = 4  # as released
+FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of pictures, and mu of their noise levels
+PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
+DEFAULTS = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
+TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
+
+
+@dataclass(frozen=True)
+class Fibo2(pictures.ModelOfPictures):
+    """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
+
+    files: Fibo2Files
+    options: Any = NO_OPTIONS  # of a training
+    samples_on_turbo: bool = False  # the transformer is that of --distilled_dit
+
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
+    draws_latents: ClassVar[bool] = False
+    few_steps: ClassVar = FewSteps("dev (briaai/Fibo-2.0-dev)", also="edit-turbo", adapter="")
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES, fit_captions=True)
+    references: ReferenceRules | None = field(
+        default=ReferenceRules(MOST_REFERENCES, seen_by_text=True, as_encoded=True), init=False
+    )
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    release: ModelRelease = field(default=RELEASE, init=False)
+    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    called: str = field(default=NAME, init=False)
+    name: str = field(default="fibo_2", init=False)
+    cache_tag: str = field(default="fibo", init=False)
+    named: ClassVar = {
+        "architecture": "Fibo-2.0",
+        "resolution": f"{SIDE}x{SIDE}",
+        "implementation": "https://github.com/huggingface/diffusers",
+        "model_type": "fibo_2",
+    }
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return TURBO if self.is_turbo else DEFAULTS
+
+    @property
+    def is_turbo(self) -> bool:
+        """Return whether the transformer is edit-turbo, as its name says."""
+        if self.samples_on_turbo or self.files.dit is None:
+            return self.samples_on_turbo
+        verdict = judge_distillation(self.few_steps, self.files.dit)
+        return verdict is not None and verdict.is_distilled
+
+    @property
+    def same_latents(self) -> frozenset[str]:
+        """Return the names of all models that use FLUX.2's autoencoder: its releases, and other families."""
+        return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
+
+    # captions that are JSON objects
+
+    def names_places(self, caption: str) -> bool:
+        return looks_like_object(caption)
+
+    def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
+        return find_caption_faults(caption)
+
+    def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
+        """Return the caption: it names no places in pixels."""
+        return caption
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states and the references.
+
+        Raises CacheError for states of another encoder, other layers or another template.
+        """
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        width = self.files.dit_header().config.state_dim
+        remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
+        batch.check_widths({KEY: width}, self.files.dit_path, remedy)
+        for states in batch.tensors[KEY]:
+            if states.shape[1:-1] != (len(STATES),):
+                raise CacheError(
+                    f"{batch.keys[0]}: {KEY} in its cache is {'x'.join(map(str, states.shape))}, not "
+                    f"{len(STATES)} states of each token. Cache again with {remedy}."
+                )
+        for cache in batch.made_by:
+            fingerprint = cache.encoder.get(TEXT_USE.template_key, TEXT_USE.fingerprint)
+            if cache.part == TEXT_USE.name and fingerprint != TEXT_USE.fingerprint:
+                raise CacheError(
+                    f"{cache.path}: the caption was encoded with another template. Run {TEXTS_AGAIN}."
+                )
+        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        return {KEY: batch.tensors[KEY], **references}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from fibo_states, T n W each, and for edits latents_control_0, ..., B C 1 h w each."""
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=pictures.references_in(cond, noisy.device),
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle a request: noise levels by the size, pictures to edit in the prompt alone.
+
+        Without a size the result has the size of training for the first picture's shape. Without a negative
+        prompt it is the null caption. Raises OptionError for a prompt that is broken JSON.
+        """
+        request = self._choose_size(self.keep_media(request, self.called))
+        edited = request.control_images
+        (write_edit if edited else write_caption)(request.prompt)
+        width, height, _ = size_of(request, self.defaults)
+        width, height = whole_patches(width, height, LATENT)
+        shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
+        prepared = self.settle_picture(request, shift, NULL)
+        if edited and self.files.text_encoder is not None:
+            self.files.check_tower()
+        texts = prepared.prompts[0]
+        positive = self._show_pictures(texts.positive, prepared)
+        negative = replace(texts.negative or Prompt(NULL), is_negative=True)
+        return replace(prepared, prompts={0: replace(texts, positive=positive, negative=negative)})
+
+    def _choose_size(self, request: Request) -> Request:
+        """Return the request with the size of training for the first picture, if it has no size."""
+        if not request.control_images or request.width is not None or request.height is not None:
+            return request
+        from fibo_2.references import find_size  # only with pictures to edit
+
+        width, height = find_size(request.control_images[0])
+        return replace(request, width=width, height=height)
+
+    def _show_pictures(self, prompt: Prompt, prepared: Prepared) -> Prompt:
+        """Return the prompt with the pictures to edit. Raises OptionError for a mask that fits none."""
+        paths = prepared.request.control_images
+        mask = prepared.request.extra.get(MASK)
+        if mask and len(paths) != 1:
+            raise OptionError(
+                f"--mask_path {mask}: it needs one picture of --control_image_path, there are {len(paths)}"
+            )
+        if not paths:
+            return prompt
+        size = (prepared.width, prepared.height) if len(paths) == 1 else None
+        prompt = replace(prompt, pictures=paths, picture_size=size)
+        if not mask:
+            return prompt
+        from fibo_2.references import read_masked  # only with a mask
+
+        frames = read_masked(paths[0], Path(mask), (prepared.width, prepared.height))
+        return replace(prompt, frames=(frames,), presented=(mask,))
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        from fibo_2.references import read_edited  # only with pictures to edit
+
+        prompt = prepared.prompts[0].positive
+        frames = prompt.frames or [read_edited(path, prompt.picture_size) for path in prompt.pictures]
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        for number, picture in enumerate(frames):
+            conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(picture[None, None]))
+        return {0: conditions}
+
+    def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
+        """Return the noise of a picture, 1 C 1 h w float32, drawn before it is packed, as released."""
+        channels = LATENT.channels // PATCH**2
+        _, _, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
+        drawn = noise.draw((1, channels, 1, PATCH * height, PATCH * width), torch.float32)
+        return rearrange(drawn, "b z 1 (h ph) (w pw) -> b (z ph pw) 1 h w", ph=PATCH, pw=PATCH)
+
+
+def family_for_latent_caching(options: own.Fibo2LatentCachingOptions) -> Fibo2:
+    return Fibo2(Fibo2Files().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: own.Fibo2TextCachingOptions) -> Fibo2:
+    return Fibo2(Fibo2Files().add_text(options.text))
+
+
+def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
+    return Fibo2(_make_files(options), options)
+
+
+def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
+    """Describe samples made with --distilled_dit. Raises CheckpointError if it is no transformer."""
+    if options.distilled_dit is None:
+        return None
+    files = replace(_make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES)
+    files.dit_header()
+    return Fibo2(files, options, samples_on_turbo=True)
+
+
+def family_for_generation(options: own.Fibo2GenerationOptions) -> Fibo2:
+    return Fibo2(_make_files(options))
+
+
+def _make_files(options: own.Fibo2ModelOptions) -> Fibo2Files:
+    files = Fibo2Files().add_dit(options.dit, options.dit_dtype)
+    return files.add_vae(options.vae.file).add_text(options.text)
+
+
+_: type[Family] = Fibo2

@@ -1,0 +1,150 @@
+"""Transformer files of Fibo 2.0, and the files of a run: transformer, FLUX.2's autoencoder and Qwen3-VL.
+
+Transformers have the released names, which are those of diffusers; ComfyUI stacks some layers, and early
+files have the names of the release's own code. dev and edit-turbo have equal tensors: only names tell them
+apart.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from checkpoints.dialects import (
+    DitShapes,
+    cut_parts,
+    other_kind,
+    parted_shapes,
+    rename_sources,
+    translate_name,
+)
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.model_files import inside, read_once
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse
+from fibo_2.configs import MOST_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
+from fibo_2.model import Fibo2Model
+from fibo_2.names import FIBO_2
+from fibo_2.options import NAME
+from fibo_2.texts import TEXT_USE, Fibo2TextEncoder
+from flux_2.vae import Flux2Vae, load_vae, read_vae
+from modules.errors import CheckpointError
+from networks.names.layouts import joined_tensors, tensor_patterns
+
+WHAT = f"a {NAME} transformer"
+OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
+FILES = "fibo2_dev_bf16.safetensors of Comfy-Org, or the folder transformer of briaai/Fibo-2.0-dev"
+MARK = "perceiver.latent_queries"
+STACKED = "layers.0.attention.qkv.weight"
+CUTS = joined_tensors(FIBO_2)
+# of the release's own code, in early files
+_EARLY = (
+    (r"all_x_embedder\.2-1\.(.+)", r"x_embedder.\1"),
+    (r"all_final_layer\.2-1\.(.+)", r"final_layer.\1"),
+    *(
+        pattern
+        for kind in ("cross", "self")
+        for pattern in (
+            (rf"(perceiver\.layers\.\d+)\.{kind}_([qkv]\.\w+)", rf"\1.{kind}_attention.to_\2"),
+            (rf"(perceiver\.layers\.\d+)\.{kind}_(out)\.(\w+)", rf"\1.{kind}_attention.to_\2.0.\3"),
+            (rf"(perceiver\.layers\.\d+)\.{kind}_(norm_[qk]\.\w+)", rf"\1.{kind}_attention.\2"),
+        )
+    ),
+)
+NAMES = (*tensor_patterns(FIBO_2), *_EARLY)
+_INJECTION = re.compile(r"layers\.(\d+)\.cross_attn_gate")
+
+
+def _our_name(name: str) -> str:
+    return translate_name(name, NAMES)
+
+
+def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
+    names = checkpoint.tensors
+    if MARK not in names:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    dialect = "comfy" if STACKED in names else "released"
+    file_shapes = {_our_name(name): info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    config = _read_config(shapes)
+    query = STACKED if dialect == "comfy" else "layers.0.attention.to_q.weight"
+    return DitHeader(config, dialect, names[query].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Fibo2Config:
+    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    dim, channels = shapes.of("x_embedder.weight")
+    (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
+    hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
+    most_gist, gist_dim = shapes.of(MARK)
+    text_dim = shapes.of("perceiver.layers.0.cross_attention.to_k.weight")[1]
+    blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
+    injections = tuple(sorted(int(match[1]) for match in blocks))
+    fits = (
+        dim % width == 0
+        and width % 16 == 0
+        and gist_dim == dim
+        and most_gist % 8 == 0
+        and text_dim % STATES_OF_BUNDLE == 0
+        and len(injections) <= MOST_INJECTIONS
+        and shapes.of("layers.0.attention.to_q.weight") == (dim, dim)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{shapes.path}: width {dim}, heads of {width}, {most_gist} gist tokens and {len(injections)} "
+            f"blocks that read the text are not those of {WHAT}. Copy the file again.",
+            shapes.path,
+        )
+    return Fibo2Config(
+        dim=dim,
+        ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
+        num_heads=dim // width,
+        num_kv_heads=dim // width,
+        num_layers=shapes.blocks("layers"),
+        noise_refiner_layers=shapes.blocks("noise_refiner"),
+        context_refiner_layers=0,
+        in_dim=channels,
+        text_dim=text_dim,
+        time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
+        freq_dim=freq_dim,
+        time_hidden=hidden,
+        most_gist=most_gist,
+        perceiver_layers=shapes.blocks("perceiver.layers"),
+        injections=injections,
+    )
+
+
+def _make_sources(checkpoint: Checkpoint, _: DitHeader[Fibo2Config]) -> Mapping[str, TensorSource]:
+    return cut_parts(rename_sources(plain_sources(checkpoint), _our_name), CUTS)
+
+
+FORMAT = DitFormat(_read_header, lambda _: WHAT, network=Fibo2Model, sources=_make_sources, option=OPTION)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+@dataclass(frozen=True)
+class Fibo2Files(LanguageModelFiles):
+    """Files of a run with FLUX.2's autoencoder and Qwen3-VL's language model."""
+
+    encoder_class: ClassVar[type[LanguageModelEncoder]] = Fibo2TextEncoder
+    format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
+    text_use: ClassVar[LanguageUse] = TEXT_USE
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def text_width(self) -> int:
+        """Return the width of the states that are read side by side."""
+        return STATES_OF_BUNDLE * super().text_width()
+
+    def load_vae(self, device: torch.device) -> Flux2Vae:
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
+
+    def check_vae(self) -> None:
+        read_once(self.vae_path, read_vae)

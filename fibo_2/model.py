@@ -1,0 +1,386 @@
+"""The transformer of Fibo 2.0: Z-Image's blocks over gist tokens of a text, a picture, and pictures to edit.
+
+A Perceiver turns a bundle of the language model's states into gist tokens, which stand behind the pictures
+here (attention does not depend on the order, only on positions). Some blocks read a bundle of their own by
+gated cross-attention. Gist tokens and pictures to edit are clean: they have time 0. Names of modules are the
+released ones, which are those of diffusers. Source: diffusers' BriaFibo2Transformer2DModel. `lumina.blocks`
+lists the steps in float32.
+"""
+# Letters: B batch, L tokens of the picture, R of pictures to edit, G of the gist, T of the text, n states of
+# each, W width of a state, D head width, C width of the model, S 2: the time of the picture, and time 0
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS, Tweaks
+from fibo_2.configs import DIT, PLACES, Fibo2Config
+from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
+from lumina.model import real_tokens
+from modules.attention.attend import Lengths, SecondText, attend, make_lengths
+from modules.devices import send_ahead
+from modules.layers.modulation import add_gated, modulate, split_segments
+from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
+from modules.layers.rope import GridTable, angles_at, on_grid, turns
+from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
+from z_image.model import ZImageAttention
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from running.offload.context import TokenPart
+
+Grid = tuple[int, int]  # rows and columns of a picture's tokens
+
+
+class TextStates(NamedTuple):
+    """The states of a batch of texts."""
+
+    states: Tensor  # B T n W, without padding behind the longest
+    counts: tuple[int, ...]  # real tokens of each sample
+
+    def bundle(self, number: int) -> Tensor:
+        """Return the states that are read together, side by side: B T 3W. number: in `configs.BUNDLES`."""
+        return torch.cat([self.states[:, :, place] for place in PLACES[number]], dim=-1)
+
+
+@dataclass(frozen=True)
+class Fibo2Tokens(LuminaTokens):
+    """Inputs of the blocks; x is B L+R+G C, `time` B S time_dim, of the picture and of clean tokens."""
+
+    texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
+    split: int = 0  # where the clean tokens begin, among those that this process has
+
+    def cut(self, part: "TokenPart") -> "Fibo2Tokens":
+        """Return the inputs of the blocks for a part of the tokens."""
+        return replace(super().cut(part), split=part.of_first(self.split))
+
+    def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
+        return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
+
+    def combine(self, attended: Sequence[Tensor]) -> Tensor:
+        """Return one of the outputs for each token, B L' ..., of attention to each of `texts`.
+
+        The picture steers away from the second text; gist tokens read the text that they were made of.
+        """
+        if self.second is None:
+            return attended[0]
+        first, other = attended
+        ends = [self.second.before, -self.second.count]
+        if self.part is not None:
+            ends = [self.part.of_first(ends[0]), -self.part.of_last(self.second.count)]
+        before = ends[0]
+        behind = first.shape[1] + ends[1]
+        steered = self.second.steer(first[:, :before], other[:, :before])
+        return torch.cat([steered, first[:, before:behind], other[:, behind:]], dim=1)
+
+
+class Fibo2CrossAttention(ZImageAttention):
+    """Attention of tokens to a bundle of the text's states; neither has positions."""
+
+    def __init__(self, config: Fibo2Config) -> None:
+        super().__init__(config)
+        self.to_k, self.to_v = (nn.Linear(config.text_dim, config.dim, bias=False) for _ in range(2))
+
+    def attend_text(
+        self, x: Tensor, bundle: Tensor, counts: Sequence[int], choice: AttentionChoice
+    ) -> Tensor:
+        """Return B L N D. x: B L C. bundle: B T 3W. counts: real tokens of each text."""
+        query, key, value = (
+            in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
+            for layer, tokens in ((self.to_q, x), (self.to_k, bundle), (self.to_v, bundle))
+        )
+        query, key = self.norm_q(query), self.norm_k(key)
+        if len(set(counts)) == 1:
+            return attend(query, key, value, choice)
+        samples = []
+        for index, count in enumerate(counts):
+            of_text = (index, slice(count))
+            samples.append(attend(query[index, None], key[of_text][None], value[of_text][None], choice))
+        return torch.cat(samples)
+
+
+class PerceiverLayer(nn.Module):
+    """Gist tokens read the text, then each other; then a feed-forward."""
+
+    def __init__(self, config: Fibo2Config) -> None:
+        super().__init__()
+        self.cross_attn_norm = RMSNorm(config.dim, config.eps)
+        self.cross_attention = Fibo2CrossAttention(config)
+        self.self_attn_norm = RMSNorm(config.dim, config.eps)
+        self.self_attention = ZImageAttention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        bundle: Tensor,
+        counts: Sequence[int],
+        lengths: Lengths | None,
+        choice: AttentionChoice,
+    ) -> Tensor:
+        # x: B G C
+        read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, counts, choice)
+        x = x + self.cross_attention.project(read.flatten(2))
+        heads = self.self_attention.heads(self.self_attn_norm(x))
+        x = x + self.self_attention.project(attend(*heads, choice, lengths).flatten(2))
+        output: Tensor = x + self.ffn(self.ffn_norm(x))
+        return output
+
+
+class Perceiver(nn.Module):
+    """Turn a text's states into a number of gist tokens that depends on its length."""
+
+    def __init__(self, config: Fibo2Config) -> None:
+        super().__init__()
+        self.latent_queries = nn.Parameter(torch.empty(config.most_gist, config.dim))
+        self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.perceiver_layers))
+        self.norm_out = RMSNorm(config.dim, config.eps)
+
+    def forward(
+        self,
+        text: TextStates,
+        gist: int,
+        lengths: Lengths | None,
+        choice: AttentionChoice,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
+        bundle = text.bundle(0)
+        x = self.latent_queries[:gist].to(dtype).expand(len(bundle), -1, -1)
+        for layer in self.layers:
+            x = layer(x, bundle, text.counts, lengths, choice)
+        output: Tensor = self.norm_out(x)
+        return output
+
+
+class Fibo2Block(JointTransformerBlock):
+    """Z-Image's block with two times; some also read a bundle of the text, between attention and MLP."""
+
+    attention_class = ZImageAttention
+    activates_time = False
+
+    def __init__(self, config: Fibo2Config, bundle: int | None = None) -> None:
+        """bundle: number of the bundle that it reads; None: none."""
+        super().__init__(config)
+        self.bundle = bundle
+        if bundle is not None:
+            self.cross_attn_norm1 = RMSNorm(config.dim, config.eps)
+            self.cross_attention = Fibo2CrossAttention(config)
+            self.cross_attn_norm2 = RMSNorm(config.dim, config.eps)
+            self.cross_attn_gate = nn.Parameter(torch.zeros(1))
+
+    def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Return scale and gate of attention and of feed-forward, each B S C float32."""
+        rows = in_own_dtype(self.adaLN_modulation[-1], time).float()
+        scale1, gate1, scale2, gate2 = rows.chunk(4, dim=-1)
+        return scale1, gate1.tanh(), scale2, gate2.tanh()
+
+    def forward(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:  # type: ignore[override]
+        # x: B L+R+G C
+        scale1, gate1, *feed_rows = self.modulation(tokens.time)
+        h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.split)
+        x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.split)
+        if self.bundle is not None:
+            x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.read(x, tokens)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        parts = []
+        for part, scale, gate in split_segments(tokens.split, feed_rows, x):
+            parts.append(self.feed(part, scale, gate, tokens.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
+        """Return what the tokens x read of this block's bundle of the text, normed: B L' C."""
+        assert self.bundle is not None
+        h = self.cross_attn_norm1(x)
+        attended = []
+        for text in tokens.texts:
+            bundle = text.bundle(self.bundle)
+            attended.append(self.cross_attention.attend_text(h, bundle, text.counts, tokens.attention))
+        output: Tensor = self.cross_attn_norm2(
+            self.cross_attention.project(tokens.combine(attended).flatten(2))
+        )
+        return output
+
+    def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B L+R+G C -> B L C."""
+        scale, *_ = self.modulation(tokens.time[:, :1])
+        return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
+
+
+class Fibo2Layout(NamedTuple):
+    """The key of a table of rotations: of picture, pictures to edit, and gist tokens."""
+
+    grids: tuple[Grid, ...]  # of the picture, then of those to edit
+    gist: int
+
+
+class Fibo2Model(BlockNetwork):
+    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL.
+
+    Simplified, without a second text and the code around the blocks:
+
+        time = t_embedder([timestep, 0])                                    # B S time_dim
+        image = x_embedder(cat([noisy, *references]))                       # B L+R C
+        for block in noise_refiner:
+            image = block(image, time)
+        gist = perceiver(bundle 0)                                          # B G C
+        x = cat([image, gist])
+        for block in layers:                                                # the picture has the first time
+            scale, gate, scale2, gate2 = block.adaLN_modulation(time)       # gates through tanh
+            x = x + gate * attention_norm2(attention(attention_norm1(x) * (1 + scale)))
+            if block reads bundle n:
+                read = cross_attn_norm2(cross_attention(cross_attn_norm1(x), bundle n))
+                x = x + tanh(cross_attn_gate) * read
+            x = x + gate2 * ffn_norm2(feed_forward(ffn_norm1(x) * (1 + scale2)))
+        velocity = final_layer(x[:, :L], time of the picture)               # returned as B Z 1 H W
+    """
+
+    spec = DIT
+    dtype_of = "layers.0.attention_norm1.weight"
+
+    def __init__(self, config: Fibo2Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.x_embedder = nn.Linear(config.in_dim, config.dim)
+        self.t_embedder = TimeEmbedding(config, config.time_hidden)
+        self.noise_refiner = nn.ModuleList(Fibo2Block(config) for _ in range(config.noise_refiner_layers))
+        self.perceiver = Perceiver(config)
+        bundles = {block: number for number, block in enumerate(config.injections, 1)}
+        self.layers = nn.ModuleList(
+            Fibo2Block(config, bundles.get(number)) for number in range(config.num_layers)
+        )
+        self.final_layer = LuminaFinalLayer(config)
+        self._rotary = GridTable[Fibo2Layout](self._make_table)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+    ) -> Hidden:
+        """Return the tokens of picture, references and gist, B L+R+G C, and the other inputs of the blocks.
+
+        noisy: B Z 1 H W, packed latents. timesteps: B, 0..1000. text: B T n W, states of the language model.
+        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
+        second text has arguments named text and text_mask, and its gist follows the first text's.
+        references: clean latents of pictures to edit, each B Z 1 h w of its own size. Raises ValueError if
+        sizes do not fit.
+        """
+        if text_mask.shape != text.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        grids = tuple(map(self.grid_of, (noisy, *references)))
+        patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in (noisy, *references)]
+        image = in_own_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
+        texts = [
+            _read_states(arguments) for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask)
+        ]
+        gists = [self._make_gist(one, image.shape[1], dtype) for one in texts]
+        tokens = Fibo2Tokens(
+            grids[0],
+            rotary=self._rotary.get_table(Fibo2Layout(grids, gists[0].tokens.shape[1]), image.device),
+            lengths=gists[0].lengths,
+            time=self.embed_times(timesteps),
+            dtype=dtype,
+            attention=self.attention,
+            texts=tuple(texts),
+            split=math.prod(grids[0]),
+        )
+        image = self._refine(image, tokens)
+        for second in gists[1:]:  # at most one
+            assert tweaks.steer is not None  # it comes with a second text
+            count = second.tokens.shape[1]
+            tokens = replace(
+                tokens,
+                second=SecondText(image.shape[1], count, second.lengths, tweaks.steer),
+                second_rotary=self._make_table(Fibo2Layout(grids, count), device=image.device),
+            )
+        return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
+
+    def grid_of(self, latents: Tensor) -> Grid:
+        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        channels, frames, height, width = latents.shape[1:]
+        if channels != self.config.in_dim or frames != 1:
+            raise ValueError(
+                f"latents of {tuple(latents.shape[1:])}: {self.config.in_dim} channels of one picture"
+            )
+        return height, width
+
+    def embed_times(self, timesteps: Tensor) -> Tensor:
+        """Return the embedded time of the picture, and time 0 of clean tokens: B -> B S time_dim float32."""
+        both = torch.stack([timesteps, torch.zeros_like(timesteps)], dim=1)
+        time: Tensor = self.t_embedder(both.flatten()).unflatten(0, both.shape)
+        return time
+
+    def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
+        """Return tokens of picture and references, B L+R C, that attended to each other."""
+        count = image.shape[1]
+        alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
+        if count == tokens.split:  # no references: one row of modulation serves all
+            alone = replace(alone, time=tokens.time[:, :1])
+        for block in self.noise_refiner:
+            image = block(image, alone)
+        return image
+
+    def _make_gist(self, text: TextStates, before: int, dtype: torch.dtype) -> "Gist":
+        """Return the gist tokens of texts. before: number of tokens in front of them, for `lengths`."""
+        counts = [self.config.count_gist(count) for count in text.counts]
+        device = text.states.device
+        are_equal = len(set(counts)) == 1
+        own_lengths = None if are_equal else make_lengths(counts, device)
+        lengths = None if are_equal else make_lengths([before + count for count in counts], device)
+        tokens = self.perceiver(text, max(counts), own_lengths, self.attention, dtype)
+        return Gist(tokens, lengths)
+
+    def unembed(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
+        """Turn tokens B L+R+G C into the velocity, B Z 1 H W in float32."""
+        rows, columns = tokens.grid
+        at_time = replace(tokens, time=tokens.time[:, 0])
+        patches = self.final_layer(x[:, : tokens.image], at_time).float()
+        return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
+
+    def _make_table(self, layout: Fibo2Layout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens: L+R+G 1 D/2 2 float32.
+
+        Positions: gist token i (from 1) at (i, 0, 0), the picture's at (most gist tokens + 1, row, column),
+        those of reference k (from 1) k planes behind it. Angles are float64, rounded to float32, as trained.
+        """
+        theta = self.config.rope_theta
+
+        def axis(positions: range, width: int) -> Tensor:
+            angles = angles_at(torch.tensor([*positions], dtype=torch.float64), width, theta)
+            return send_ahead(turns(angles.float()), device)
+
+        def grid(planes: range, rows: int, columns: int) -> Tensor:
+            sides = zip((planes, range(rows), range(columns)), self.config.rotary_widths, strict=True)
+            return on_grid([axis(positions, width) for positions, width in sides])
+
+        tables = []
+        for plane, (rows, columns) in enumerate(layout.grids, self.config.most_gist + 1):
+            tables.append(grid(range(plane, plane + 1), rows, columns))
+        tables.append(grid(range(1, 1 + layout.gist), 1, 1))
+        return torch.cat(tables).unsqueeze(-3)
+
+
+class Gist(NamedTuple):
+    """Gist tokens of a batch of texts."""
+
+    tokens: Tensor  # B G C
+    lengths: Lengths | None  # real tokens of picture, references and gist together; None: all
+
+
+def _read_states(arguments: Mapping[str, Any]) -> TextStates:
+    """Return the states of a batch of texts. arguments: text and text_mask, as in `Fibo2Model.embed`."""
+    longest, counts = real_tokens(arguments["text_mask"])
+    return TextStates(arguments["text"][:, :longest], counts)

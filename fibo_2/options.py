@@ -1,0 +1,101 @@
+"""Fibo 2.0's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flux_2.options import Flux2VaeOptions
+from modules.errors import OptionError
+from modules.option_values import FillIn
+from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
+from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
+
+NAME = "Fibo 2.0"
+SIDE = 1024  # of pictures, where nothing is said
+STEPS, GUIDANCE = 30, 5.0
+STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 4, 1.0
+MASK = "mask_path"  # in `Request.extra`
+_VERSION = "dev and edit-turbo have the same tensors; --dit says which."
+
+
+class Fibo2TextOptions(TextEncoderOptions):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3-VL (4B) text encoder: file or folder", often=True)
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
+    )
+
+
+class Fibo2LatentCachingOptions(Options, title=NAME):
+    """Options of fibo_2_cache_latents.py besides the shared ones."""
+
+    vae: Flux2VaeOptions
+    model_version = not_needed(_VERSION)
+
+
+class Fibo2TextCachingOptions(Options, title=NAME):
+    """Options of fibo_2_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: Fibo2TextOptions = option(settings={"text_encoder": {"required": True}})
+    model_version = not_needed(_VERSION)
+
+
+class Fibo2ModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_dtype: str | None = dit_dtype_option()
+    vae: Flux2VaeOptions = option(facts={**FREE, **OF_DECODING})
+    text: Fibo2TextOptions = option(facts=FREE)
+    model_version = not_needed(_VERSION)
+
+
+class Fibo2TrainingOptions(Fibo2ModelOptions, title=NAME):
+    """Options of fibo_2_train_network.py besides the shared ones."""
+
+    distilled_dit: Path | None = option(
+        "transformer of edit-turbo, which makes samples in place of --dit, with the trained network: "
+        f"{STEPS_OF_TURBO} steps without guidance. Each of the two waits in host memory while the other one "
+        "works",
+        facts=FREE,
+    )
+
+    def __post_init__(self) -> None:
+        if self.distilled_dit is not None and self.distilled_dit == self.dit:
+            raise OptionError(
+                f"--distilled_dit {self.distilled_dit}: this is what --dit trains. Give the file of "
+                "edit-turbo, or leave the option out"
+            )
+
+
+class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
+    """Options of fibo_2_generate_image.py besides the shared ones."""
+
+    mask_path: Path | None = option(
+        "a picture that is white where the one of --control_image_path is made anew, of its size: the model "
+        "sees gray there (--m in a prompt line)",
+        facts=of_request(MASK),
+    )
+
+
+def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
+
+
+def generation_options(options: Fibo2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    turbo: dict[str, Any] = {}
+    # a sample says its own; the file's name need not say that it is Turbo
+    if options.distilled_dit is not None and not sample.get("steps"):
+        turbo = {"--infer_steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
+    return {
+        "--dit": options.distilled_dit or options.dit or FillIn("DIT_FILE"),
+        **turbo,
+        **options.vae.file.words(),
+        **options.text.words("QWEN3_VL_FILE"),
+        "--dit_dtype": options.dit_dtype,
+        "--control_image_path": sample.get("control_images") or (),
+        "--mask_path": (sample.get("extra") or {}).get(MASK),
+    }

@@ -1,0 +1,97 @@
+"""Pictures to edit: their sizes for network and text encoder, and the part that a mask makes anew.
+
+Source: diffusers' BriaFibo2ImageProcessor, which prepares them as in training.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from contract.requests import check_opens
+from fibo_2.options import MASK
+from modules.errors import OptionError
+from modules.media.buckets import Fit, Size
+from modules.media.reading import Frame, fit_frame, image_size, read_image
+
+STEP = 16  # sides are multiples of this, in pixels
+LEAST_SIDE = 64
+AREA = 1024 * 1024  # of the sizes of training, within a tenth
+SHOWN_SIDE = 768  # of a picture that the text encoder sees, at most
+GRAY = 128  # of the part that is made anew; the mask is cut at this value too
+PRECISION = 9  # digits of the share that is cropped
+
+
+def trained_size(size: Size) -> Size:
+    """Return the size of training, width and height, for a picture of this shape: about a megapixel.
+
+    It crops the picture least; of several sizes, the one nearest to a megapixel, then the widest.
+    """
+    aspect = size[0] / size[1]
+    sizes = []
+    for width in range(LEAST_SIDE, 2 * AREA // LEAST_SIDE, STEP):
+        first = max(LEAST_SIDE, math.ceil(0.9 * AREA / width / STEP) * STEP)
+        last = min(2 * AREA // width, int(1.1 * AREA / width))
+        sizes += [(width, height) for height in range(first, last + 1, STEP)]
+
+    def rank(candidate: Size) -> tuple[float, int, int]:
+        ratio = candidate[0] / candidate[1] / aspect
+        cropped = 1 - min(ratio, 1 / ratio)
+        return round(cropped, PRECISION), abs(candidate[0] * candidate[1] - AREA), -candidate[0]
+
+    return min(sizes, key=rank)
+
+
+def crop_cover(frame: Frame, size: Size) -> Frame:
+    """Return a frame, H W 3, that covers `size`, Lanczos, with its center cropped."""
+    height, width = frame.shape[:2]
+    scale = max(size[1] / height, size[0] / width)
+    resized = math.ceil(width * scale), math.ceil(height * scale)
+    crop = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    return fit_frame(frame, Fit(resized, crop, size, "lanczos"))
+
+
+def shrink(picture: Tensor) -> Tensor:
+    """Return a picture, H W C uint8, as the text encoder sees it: H W 3, at most `SHOWN_SIDE` a side."""
+    image = Image.fromarray(picture[..., :3].numpy())
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    return torch.from_numpy(np.array(image))
+
+
+def read_edited(path: Path, size: Size | None) -> Tensor:
+    """Read a picture to edit, H W 3 uint8. size: to cover; None: the size of training for its shape.
+
+    Raises MediaError if it cannot be read.
+    """
+    frame = read_image(path)
+    return torch.from_numpy(crop_cover(frame, size or trained_size((frame.shape[1], frame.shape[0]))).copy())
+
+
+def read_shown(path: Path, size: Size | None) -> Tensor:
+    """Read a picture as `read_edited` does, as the text encoder sees it."""
+    return shrink(read_edited(path, size))
+
+
+def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
+    """Read a picture to edit, gray where a mask is white: H W 3 uint8 of `size`.
+
+    Raises OptionError if the mask cannot be read or has another size, MediaError if the picture cannot.
+    """
+    check_opens(MASK, mask, is_image=True)
+    frame = read_image(path)
+    made_anew = np.asarray(Image.fromarray(read_image(mask)).convert("L")) >= GRAY
+    if made_anew.shape != frame.shape[:2]:
+        (height, width), (rows, columns) = frame.shape[:2], made_anew.shape
+        raise OptionError(
+            f"--{MASK} {mask}: {columns} x {rows} pixels, {path} has {width} x {height}. Give a mask of the "
+            "picture's size"
+        )
+    return torch.from_numpy(crop_cover(np.where(made_anew[..., None], np.uint8(GRAY), frame), size).copy())
+
+
+def find_size(path: Path) -> Size:
+    """Return the size of the result of an edit, from the first picture. Raises MediaError."""
+    return trained_size(image_size(path))

@@ -1,0 +1,121 @@
+"""The text encoder: captions as the model reads them, and states of several layers of Qwen3-VL."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contract.data import Conditions
+from contract.requests import Prompt, Spans
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
+from encoders.language_models import QWEN3_VL
+from encoders.picture_prompts import PictureUse
+from encoders.text_encoder import Written
+from fibo_2.captions import WrittenCaption, write_caption, write_edit, write_json
+from fibo_2.configs import STATES
+from fibo_2.references import read_shown, shrink
+from krea2.files import BESIDE
+from modules.control_codes import shorten
+
+logger = logging.getLogger(__name__)
+
+KEY = "fibo_states"
+MOST_TOKENS = 4096  # of a prompt with its template, of which the end is cut off, as released
+EPS = 1e-6  # of the scaling of states
+_SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
+_SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
+
+
+TEXT_USE = LanguageUse(
+    name="qwen3_vl",
+    states_key=KEY,
+    model=QWEN3_VL,
+    source=replace(
+        _SOURCE, files=replace(_SOURCE.files, folder="", folders=(*BESIDE, "processor", "../processor"))
+    ),
+    most=MOST_TOKENS,
+    before="<|im_start|>user\n",
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    stacked=STATES,
+    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    pictures=PictureUse(
+        _SEEN.format(name="_{number}"),
+        alone=_SEEN.format(name=""),
+        read=read_shown,
+        show=shrink,
+        fewest=3136,
+        most=1_605_632,  # of this release; Qwen3-VL's own limits are others
+        always=False,
+    ),
+)
+
+
+class Fibo2TextEncoder(LanguageModelEncoder):
+    """Qwen3-VL behind captions as JSON. The states of each layer have a root mean square of 1 per token."""
+
+    def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
+        super().__init__(use, path, *settings, **named_settings)
+        self._has_told = False  # how plain texts are encoded
+
+    def write(self, prompt: Prompt) -> Written:
+        """Write a caption or prompt as JSON; a negative one stays as it is.
+
+        Raises OptionError for broken JSON, and for the JSON of an edit without an instruction.
+        """
+        if prompt.is_negative:
+            return super().write(prompt)
+        caption = write_edit(prompt.text) if prompt.pictures else write_caption(prompt.text)
+        if caption.is_plain:
+            self._tell_plain(caption)
+        written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
+        if not prompt.pictures:
+            return written
+        # the brace that begins the object stands in front of the pictures
+        start = written.start
+        return written._replace(
+            text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
+        )
+
+    def _tell_plain(self, caption: WrittenCaption) -> None:
+        if not self._has_told:
+            self._has_told = True
+            logger.info(
+                "plain texts are encoded as JSON, which the model was trained on, such as %s",
+                shorten(caption.text, 120),
+            )
+
+    def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:
+        """Compute as `LanguageModelEncoder.compute`, and scale the states."""
+        results: list[Conditions] = []
+        for conditions in super().compute(*inputs, **named_inputs):
+            states: Sequence[Tensor] = conditions[KEY]  # type: ignore[assignment]
+            results.append({**conditions, KEY: [scale_states(one) for one in states]})
+        return results
+
+
+def scale_states(states: Tensor) -> Tensor:
+    """Divide states, T n W, by the root of the mean of their squares, in float32."""
+    wide = states.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + EPS)).to(states.dtype)
+
+
+def _move_spans(prompt: Prompt, caption: WrittenCaption) -> Spans:
+    """Return the weighted parts of a prompt in its caption."""
+    if not prompt.spans or caption.text == prompt.text:
+        return prompt.spans
+    if not caption.is_plain:
+        logger.warning(
+            "the weights of parts of %s are ignored because its JSON was not as the model reads it: without "
+            "empty values, scores and white space between its parts",
+            shorten(prompt.text, 60),
+        )
+        return ()
+
+    def moved(place: int) -> int:
+        return len(caption.before) + len(write_json(prompt.text[:place])) - 2  # without the quotes
+
+    return tuple((moved(first), moved(last), weight) for first, last, weight in prompt.spans)

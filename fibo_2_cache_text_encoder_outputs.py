@@ -1,0 +1,13 @@
+"""Encode the captions of a dataset with Fibo 2.0's text encoder (Qwen3-VL), for training.
+
+All options: python fibo_2_cache_text_encoder_outputs.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("fibo_2", "texts", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

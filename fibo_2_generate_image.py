@@ -1,0 +1,49 @@
+"""Make and edit pictures with Fibo 2.0, dev and edit-turbo.
+
+All options: python fibo_2_generate_image.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
+from fibo_2.options import (
+    GUIDANCE,
+    GUIDANCE_OF_TURBO,
+    MASK,
+    SIDE,
+    STEPS,
+    STEPS_OF_TURBO,
+)
+from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.scripts import generation_script
+
+DEFAULTS = ScriptDefaults(
+    fps=PICTURE_FPS,
+    guidance_scale=GUIDANCE,
+    infer_steps=STEPS,
+    sample_solver="vanilla",
+    by_model={
+        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with pictures to edit about a megapixel in "
+        "the shape of the first",
+        "flow_shift": "time shift of the schedule; default: by size, e^1.15 at 1024 x 1024",
+        "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
+        f"off; default: {GUIDANCE:g}, of edit-turbo {GUIDANCE_OF_TURBO:g}",
+        "infer_steps": f"number of denoising steps; default: {STEPS}, of edit-turbo {STEPS_OF_TURBO}",
+    },
+    size=(SIDE, SIDE),
+    pictures=True,
+    media=frozenset({"control_image_path"}),
+    source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
+    joins_guidance=True,
+    line_options={
+        **IMAGE_GENERATION_OPTIONS,
+        **REFERENCES,
+        **dict.fromkeys(("m", MASK), LineOption(MASK, read_path, CANCELS)),
+    },
+    output_types=PICTURE_OUTPUTS,
+)
+main = generation_script("fibo_2", DEFAULTS, __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,10 @@
+"""Fine-tune the whole transformer of Fibo 2.0. All options: python fibo_2_train.py --help"""
+
+import modules.interpreter  # noqa: F401
+from training.scripts import training_script
+
+main = training_script("fibo_2", __doc__, whole_dit=True)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,60 @@
+"""Classes and functions of diffusers, each imported when it is called for.
+
+Importing them takes eight processor seconds, as they import torch's compiler, PEFT and transformers. What
+only describes a model (`new`, checks of options and files' marks) does without.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+
+def unet_class() -> type[Any]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel
+
+
+def vae_class() -> type[Any]:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL
+
+
+def scheduler_class(name: str) -> type[Any]:
+    """Return a scheduler of diffusers by its file and class, such as ddim.DDIMScheduler.
+
+    The package itself has no class whose own way needs scipy, if scipy is missing.
+    """
+    file, _, class_name = name.partition(".")
+    found: type[Any] = getattr(import_module(f"diffusers.schedulers.scheduling_{file}"), class_name)
+    return found
+
+
+def make_xformers_processor() -> Any:
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    return XFormersAttnProcessor()
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Return the betas of a schedule whose last timestep is noise alone. betas: float32, one per timestep."""
+    from diffusers.schedulers import scheduling_ddim
+
+    return scheduling_ddim.rescale_zero_terminal_snr(betas)
+
+
+def translate_vae_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a released VAE under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    convert: Callable[..., dict[str, Any]] = convert_ldm_vae_checkpoint
+    return convert(tensors, config)
+
+
+def diffusers_version() -> str:
+    import diffusers
+
+    return str(diffusers.__version__)

@@ -1,0 +1,132 @@
+"""Captions of Fibo 2.0 are cleaned as in diffusers' pipeline, and their faults are found."""
+
+import json
+from typing import Any
+
+import pytest
+from diffusers import BriaFibo2Pipeline
+from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import (
+    DEFAULT_NEGATIVE_PROMPT,
+    TEXT_ENCODER_OUT_LAYERS,
+)
+
+from fibo_2.captions import NULL, find_caption_faults, write_caption, write_edit
+from fibo_2.configs import BUNDLES
+from modules.errors import OptionError
+
+NESTED = {
+    "short_description": "Ein Rad, grün",
+    "objects": [{"description": 'a "red" wheel', "location": "", "more": {"a": None}}, {}, []],
+    "lighting": {"conditions": "sun", "aesthetic_score": 3, "direction": float("nan")},
+    "aesthetics": {"preference_score": 1},
+    "aesthetic_score": 0.5,
+    "context": "",
+    "text_render": [],
+    "own_key": [1, 0, False],
+}
+CAPTIONS: list[dict[str, Any]] = [
+    NESTED,
+    {"short_description": "a", "text_render": []},
+    {"text_render": [{"text": "SALE"}], "short_description": ""},
+    {"objects": [{}]},
+    {},
+]
+EDITS: list[dict[str, Any]] = [
+    {"edit_instruction": "add a hat"},
+    {"short_description": "a", "objects": [], "edit_instruction": "add a hat"},
+    {"structured_caption": {"context": "", "short_description": "b"}, "edit_instruction": "x"},
+    {"edit_instruction": "x", "structured_caption": "a cat"},
+]
+
+
+def written_there(text: str) -> str:
+    """A generation's prompt as the pipeline encodes it."""
+    caption, _ = BriaFibo2Pipeline._parse_prompt(text)
+    if isinstance(caption, str):
+        return caption
+    return json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("caption", CAPTIONS, ids=range(len(CAPTIONS)))
+def test_a_caption_is_cleaned_as_there(caption: dict[str, Any]) -> None:
+    text = json.dumps(caption, indent=2)
+    assert write_caption(text).text == written_there(text)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("edit", [*map(json.dumps, EDITS), 'Make it "blue"'], ids=range(len(EDITS) + 1))
+def test_an_edit_is_written_as_there(edit: str, count: int) -> None:
+    """Ours begins behind the pictures."""
+    expected = BriaFibo2Pipeline._get_edit_prompt(edit, count)
+    marker = "<|vision_start|><|image_pad|><|vision_end|>"
+    names = ["image"] if count == 1 else [f"image_{number}" for number in range(1, count + 1)]
+    assert expected == "{" + "".join(f'"{name}":"{marker}",' for name in names) + write_edit(edit).text
+
+
+def test_the_null_caption_and_the_layers_are_the_released_ones() -> None:
+    assert NULL == DEFAULT_NEGATIVE_PROMPT
+    assert write_caption(" ").text == NULL
+    assert BUNDLES == TEXT_ENCODER_OUT_LAYERS
+
+
+def test_a_plain_caption_becomes_json() -> None:
+    assert json.loads(write_caption('a "red" cat\n').text) == {"short_description": 'a "red" cat\n'}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"short_description": "a",}', "double quotes|last entry"),
+        ("{a cat", "it is no JSON"),
+    ],
+)
+def test_broken_json_is_refused_where_it_breaks(text: str, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        write_caption(text)
+    with pytest.raises(OptionError, match="char 1|char 2"):
+        write_edit(text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"short_description": "a"}, "no edit_instruction"),
+        ({"structured_caption": 3, "edit_instruction": "x"}, "neither an object nor a text"),
+        ({"structured_caption": {}, "edit_instruction": "x", "objects": []}, "stands objects"),
+    ],
+)
+def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        write_edit(json.dumps(edit))
+    assert any(words in fault for fault in find_caption_faults(json.dumps(edit))) != (
+        "edit_instruction" not in edit
+    )
+
+
+@pytest.mark.parametrize(
+    ("caption", "faults"),
+    [
+        ({"short_description": "a", "lighting": {"conditions": "sun"}}, []),
+        ({"objects": [{"description": "a"}]}, ["short_description is missing"]),
+        (
+            {"short_description": "a", "lightning": {}, "mood": "calm"},
+            ["lightning is no key of a caption: lighting is meant", "mood is no key of a caption"],
+        ),
+        (
+            {"short_description": "a", "objects": "a cat", "lighting": ["sun"]},
+            ["objects is a text, not a list", "lighting is a list, not an object"],
+        ),
+        (
+            {"short_description": "a", "objects": [{"location": "left"}], "text_render": [{"text": " "}]},
+            ["objects, entry 1: description is missing", "text_render, entry 1: text is missing"],
+        ),
+        (
+            {"edit_instruction": "x", "short_descripton": "a"},
+            ["short_descripton is no key of a caption: short_description is meant"],
+        ),
+    ],
+)
+def test_the_check_tells_what_is_missing_and_what_is_misspelt(
+    caption: dict[str, Any], faults: list[str]
+) -> None:
+    assert find_caption_faults(json.dumps(caption)) == faults

@@ -1,0 +1,137 @@
+"""States of texts, and pictures to edit, are those of diffusers' pipeline with transformers' Qwen3-VL."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import BriaFibo2Pipeline
+from diffusers.pipelines.bria_fibo2.image_processor import BriaFibo2ImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from contract.requests import Prompt
+from encoders.language_encoder import LanguageModelEncoder
+from fibo_2.captions import NULL
+from fibo_2.configs import PLACES, STATES
+from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
+from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
+from modules.errors import MediaError, OptionError
+from tests.tiny.fibo_2 import write_text_encoder
+from tests.tiny.language_models import qwen3_vl, qwen_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> LanguageModelEncoder:
+    folder = write_text_encoder(tmp_path_factory.mktemp("texts") / "text_encoder")
+    loaded = Fibo2TextEncoder(TEXT_USE, folder, torch.float32)
+    loaded.load(CPU)
+    return loaded
+
+
+class Inputs(dict[str, Tensor]):
+    """What a processor returns."""
+
+    def to(self, device: Any) -> "Inputs":
+        return self
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+def read_there(text: list[str], **_: Any) -> Inputs:
+    """Stand in for the processor, for one text without pictures."""
+    ids = torch.tensor([qwen_tokenizer().encode(text[0], add_special_tokens=False).ids])
+    return Inputs(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@torch.no_grad()
+def bundles_there(text: str) -> Tensor:
+    network = qwen3_vl(layers=STATES[-1] + 1)
+    bundles, _ = BriaFibo2Pipeline._get_qwen_prompt_embeds(network, read_there, text, device=CPU)
+    found: Tensor = bundles[0]
+    return found
+
+
+def bundles_here(encoder: LanguageModelEncoder, prompt: Prompt) -> Tensor:
+    states = encoder.encode([prompt])[0][KEY][0]
+    return torch.stack([torch.cat([states[:, place] for place in places], dim=-1) for places in PLACES])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (Prompt('{"short_description": "a cat", "context": ""}'), '{"short_description":"a cat"}'),
+        (Prompt("a cat"), '{"short_description":"a cat"}'),
+        (Prompt(""), NULL),
+        (Prompt("a cat", is_negative=True), "a cat"),
+        (Prompt('{"context": ""}', is_negative=True), '{"context": ""}'),
+    ],
+    ids=["JSON", "plain", "empty", "negative", "negative JSON"],
+)
+def test_the_states_are_those_of_the_pipeline(
+    encoder: LanguageModelEncoder, prompt: Prompt, text: str
+) -> None:
+    torch.testing.assert_close(bundles_here(encoder, prompt), bundles_there(text), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "size", [(640, 480), (300, 200), (1920, 1080), (2560, 1080), (400, 200), (77, 500), (64, 64)]
+)
+def test_the_size_of_training_is_the_released_one(size: tuple[int, int]) -> None:
+    assert trained_size(size) == BriaFibo2ImageProcessor().get_image_size(size[0] / size[1])
+
+
+def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    picture = Image.fromarray(generator.integers(0, 255, (90, 130, 3), dtype=np.uint8)).resize((1301, 902))
+    mask = Image.fromarray(generator.integers(0, 255, (902, 1301), dtype=np.uint8), "L")
+    picture.save(tmp_path / "a.png")
+    mask.save(tmp_path / "mask.png")
+    path, size = tmp_path / "a.png", (1040, 960)
+
+    for masked in (None, mask):
+        crops, shown = BriaFibo2ImageProcessor().preprocess(picture, height=960, width=1040, mask=masked)
+        expected = ((crops[0][0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
+        read = read_edited(path, size) if masked is None else read_masked(path, tmp_path / "mask.png", size)
+        assert torch.equal(read, expected)
+        if masked is None:
+            assert torch.equal(read_shown(path, size), torch.from_numpy(np.array(shown[0])))
+
+    (crop, _), _ = BriaFibo2ImageProcessor().preprocess([picture, picture])
+    assert read_edited(path, None).shape[:2] == crop.shape[2:]
+    mask.resize((5, 6)).save(tmp_path / "small.png")
+    with pytest.raises(OptionError, match="Give a mask of the picture's size"):
+        read_masked(path, tmp_path / "small.png", size)
+
+
+def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncoder, tmp_path: Path) -> None:
+    """The tokens of pictures take the place of their mark, in the order of the release."""
+    Image.new("RGB", (64, 96), "red").save(tmp_path / "a.png")
+    written: list[str] = []
+    original = encoder.encode_written
+
+    def remember(texts: Any, compute: Any) -> Any:
+        written.extend(text.text for text in texts)
+        return original(texts, compute)
+
+    encoder.encode_written = remember  # type: ignore[method-assign]
+    for count in (1, 2):
+        pictures = (tmp_path / "a.png",) * count
+        encoder.encode([Prompt("add a hat", pictures=pictures, picture_size=(64, 96))])
+    del encoder.encode_written
+    pad = "<|image_pad|>"
+    for text, count in zip(written, (1, 2), strict=True):
+        expected = BriaFibo2Pipeline._get_edit_prompt("add a hat", count)
+        shown = text.removeprefix(TEXT_USE.before).removesuffix(TEXT_USE.after)
+        assert shown.replace(pad * 6, pad) == expected
+    with pytest.raises(MediaError, match="stands for a picture"):
+        encoder.encode([Prompt(f"a {pad}", pictures=(tmp_path / "a.png",), picture_size=(64, 96))])
+
+
+def test_crops_cover(tmp_path: Path) -> None:
+    frame = np.zeros((50, 70, 3), np.uint8)
+    assert crop_cover(frame, (32, 48)).shape == (48, 32, 3)

@@ -1,0 +1,175 @@
+"""Draw the page of a training in a process of its own, which the training starts and never waits for.
+
+The process ends with its training, however that ends: what it reads from has an end then. It draws the page
+for the last time before.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from modules.errors import OutputError
+from modules.installation import PREFIX, ROOT, program_environment
+from training.reports.history import Start, Story, history_name, read_session, read_story
+from training.reports.sections import SAMPLES, page_path
+
+REQUEST, END = b"\n", b"."  # what is written to the process: draw the page; draw it for the last time
+MAX_REQUESTS = 65_536  # that are read at once: several that wait are one
+LOWER_PRIORITY = 5  # how much lower than that of the training
+PAGE_SECONDS = 20.0  # how long a finished run's page is waited for
+PAUSE = 0.05  # seconds between two looks
+
+
+class PageProcess:
+    """A process that draws the page of one run, each time it is asked to and at the end."""
+
+    def __init__(self, history: Path) -> None:
+        """Start the process.
+
+        Args:
+            history: The history of the run, which the page is drawn from.
+
+        Raises:
+            OutputError: If no process can be started.
+        """
+        # the page names commands as they are typed where the training was, by how its script was typed
+        words = [str(history.absolute()), str(Path.cwd()), sys.argv[0]]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{PREFIX}training.reports.drawing", *words],
+                cwd=ROOT,
+                env=program_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is for the training alone
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as error:
+            raise OutputError(f"no process can be started: {error.strerror or error}") from error
+        # so that the system can forget it when it has ended
+        threading.Thread(target=self._process.wait, daemon=True).start()
+
+    def draw(self) -> None:
+        """Ask for the page as the history on disk is now.
+
+        Raises:
+            OutputError: If an earlier page could not be drawn, which ends the process. It says why.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(REQUEST)
+        except OSError:
+            raise OutputError(self._read_reason()) from None
+
+    def close(self) -> None:
+        """Have the last page drawn. Raises as `draw`."""
+        assert self._process.stdin is not None
+        try:
+            # said, too: workers that load data may hold what is closed here for some time
+            self._process.stdin.write(END)
+            self._process.stdin.close()
+        except OSError:
+            raise OutputError(self._read_reason()) from None
+
+    def _read_reason(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.read().decode("utf-8", "replace").strip() or "its process has ended"
+
+
+def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
+    """Return the page of a run that has ended, once it shows all of its history.
+
+    Args:
+        history: The history of the run.
+        seconds: After these it is returned as it is.
+
+    Returns:
+        The page; None if there is none.
+    """
+    page = page_path(history.parent, history_name(history))
+    end = time.monotonic() + seconds
+    while not is_page_current(history) and time.monotonic() < end:
+        time.sleep(PAUSE)
+    return page if page.is_file() else None
+
+
+def is_page_current(history: Path) -> bool:
+    """Return whether the page of a run was drawn after the last line of its history, if it has one."""
+    page = page_path(history.parent, history_name(history))
+    try:
+        written = history.stat().st_mtime_ns
+    except OSError:
+        return True  # there is nothing to draw
+    with contextlib.suppress(OSError):
+        return page.stat().st_mtime_ns >= written
+    return False
+
+
+def draw_page(history: Path, draw: Callable[[Story], None], *, is_over: bool) -> None:
+    """Draw the page of a run from its history, if there is one.
+
+    Args:
+        history: The history of the run.
+        draw: Writes the page of what it is given.
+        is_over: Whether the training has ended, even if the history does not say so: it was killed.
+    """
+    session = read_session(history)
+    if session is None:
+        return
+    read_at = history.stat().st_mtime_ns
+    story = read_story(history, session)
+    if is_over and story.ending is None:
+        step = max(story.loss, default=0)
+        story.ending = f"died after step {step:,}, without a word", "bad"
+    draw(story)
+    # lines that came while it was drawn are newer than the page
+    page = page_path(history.parent, history_name(history))
+    os.utime(page, ns=(read_at, read_at))
+
+
+def main(words: Sequence[str]) -> None:
+    """Draw the page of a run whenever standard input has a request, and when it ends.
+
+    Args:
+        words: The history, the folder in which the training was typed, and its script as it was typed.
+    """
+    history, folder, script = Path(words[0]), words[1], words[2]
+    sys.argv[0] = script
+    with contextlib.suppress(OSError):  # it is gone: commands are typed elsewhere
+        os.chdir(folder)
+    if hasattr(os, "nice"):
+        os.nice(LOWER_PRIORITY)
+    from training.reports.page import Standing, write_training_page  # only here: a training draws nothing
+    from training.reports.sample_files import ClipStore
+
+    clips = ClipStore(history.parent / SAMPLES)
+
+    def draw(story: Story) -> None:
+        start = story.start or Start("", 0)
+        text, kind = story.ending or ("running", "")
+        step = max((*story.loss, *story.starts), default=0)
+        load = clips.for_page() if story.samples else None
+        page = page_path(history.parent, history_name(history))
+        write_training_page(page, history, story, Standing(start, step, text, kind), load=load)
+
+    try:
+        is_over = False
+        while not is_over:
+            requests = os.read(sys.stdin.fileno(), MAX_REQUESTS)
+            is_over = not requests or END in requests
+            draw_page(history, draw, is_over=is_over)
+    except Exception as error:  # whatever it is: the training says it
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), str(error or type(error).__name__).encode())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
