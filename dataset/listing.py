@@ -68,6 +68,10 @@ def find_sources(
     if table.references is not None:
         sources = limit_references(table, sources)
     _check_stems(table, sources, problems)
+    if table.multiple_target:
+        from dataset.sources.layers import find_layer_faults  # few tables have any
+
+        problems += find_layer_faults(table, sources)
     if faults is not None:
         faults += problems
     elif problems:

@@ -54,7 +54,6 @@ Pyramid Flow: pyramidflow
 MAGI-1: magi
 GLM-Image: glmimage
 ERNIE-Image: ernie
-Qwen-Image-Layered: qwenimagelayered qwenlayered
 SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 

@@ -163,12 +163,12 @@ _NOTHING = {
     "xm_best_of_k h3_video_best_of_k": (
         "training on the best of several noises is not built, and 1 is what a training does without it"
     ),
-    "is_layered multiple_target layer_num": "the layers of Qwen-Image-Layered are not supported",
     "wavelet_loss edm2_loss_weighting self_flow": "this loss is not built",
     "stop_text_encoder_training": (
         "text encoders learn until the end, at the rates of --text_encoder_lr, or not at all with "
         "--network_train_unet_only"
     ),
+    "is_layered layer_num": "Qwen-Image-Layered is --model_version layered; a dataset says how many layers",
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
 

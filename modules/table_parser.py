@@ -69,7 +69,7 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         prog: Name of the program in messages. None: that of the running one.
         kind: Class of the parser.
     """
-    settings = {} if prog is None else {"prog": prog}
+    settings: dict[str, Any] = {} if prog is None else {"prog": prog}
     allows_abbreviation = table.get("allow_abbrev", True)
     parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
     parser.shown_flags = table.get("shown_flags", {})

@@ -26,7 +26,7 @@ from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.forms.composing import form_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
+from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, LAYERS, SOUND_FILE, WORSE
 from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
@@ -225,8 +225,9 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
         companions.append(table.worse_directory)
     if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
-    num_controls = len(record.files) - 1 - len(companions)
-    return [table.directory, *[table.control_directory] * num_controls, *companions]
+    layers = [table.directory] * record.options.get(LAYERS, 0)
+    num_controls = len(record.files) - 1 - len(companions) - len(layers)
+    return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
 
 
 def _find_shape_faults(

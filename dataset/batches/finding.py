@@ -198,6 +198,8 @@ class _ItemMaker:
         if bucket is None:
             bucket = _bucket(table, ending, self._latent, table.cache_directory / name)
             self._buckets[id(ending)] = bucket
+        if self._latent.has_layers:
+            bucket = (*bucket, self._count_pictures(name, stem))
         num_files = 1
         if self._sections:
             num_files = self._sections[stem, replace(ending, section=None)] or 1
@@ -228,6 +230,16 @@ class _ItemMaker:
             sound=sound,
             has_sound=has_sound,
         )
+
+    def _count_pictures(self, name: str, stem: str) -> int:
+        """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
+        if self._kind.sizes is not None:
+            return self._kind.sources[stem].num_pictures
+        with contextlib.suppress(CacheError):
+            for tensor, shape in self._store.read(name, is_whole=False).shapes.items():
+                if cache_files.tensor_key(tensor) == "latents":
+                    return shape[-3]
+        return 1
 
 
 class _SoundNames:

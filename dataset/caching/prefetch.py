@@ -329,7 +329,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     if not num_frames:
         num_frames = _estimate_frames(source)
     width, height = table.resolution
-    clips = 1 + len(source.control) + len(source.references) + (source.worse is not None)
+    clips = 1 + len(source.control) + len(source.references) + (source.worse is not None) + len(source.layers)
     channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
     return int(num_frames) * width * height * channels
 
