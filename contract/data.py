@@ -367,6 +367,8 @@ class LatentSpec:
     # metadata that other programs give caches of the same name for another use: name, value of this run
     stated: tuple[tuple[str, str], ...] = ()
     tells_sizes: bool = False  # batches have `SIZES`
+    # caches of pictures hold means: those of another model are these if its autoencoder is the same
+    shares_caches: bool = False
 
     @property
     def keeps_alpha(self) -> bool:

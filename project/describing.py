@@ -28,7 +28,8 @@ from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
-from project.foreign.settling import VARYING_TEXTS, needs_subsets
+from project.foreign.places import needs_subsets
+from project.foreign.settling import VARYING_TEXTS
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+_TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 
 @dataclass
@@ -57,6 +58,8 @@ class FoundItems:
     missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
     needs_sound: str = 'audio = "required"'  # why that is a fault
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
+    # by folder, if no text of this model is cached: the name of one of another model
+    texts_of_others: dict[Path, str] = field(default_factory=dict)
     # by folder, which several tables may share: names of sources; and others that have caches there
     listed: dict[Path, set[str]] = field(default_factory=dict)
     unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
@@ -306,6 +309,10 @@ class _TextNames:
         self._table, self._tag, self._listing = table, tag, listing
         self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}
+        if not self._first:
+            of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
+            if of_others is not None:
+                listing.texts_of_others[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
         for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
@@ -394,6 +401,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     faults = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_sound:
         faults += _sound_faults(listing)
+    if listing.empty_tables or not listing.items:
+        faults += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
     if not faults and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         faults = [f"no text cache in {folder}" for folder in sorted(folders)]
@@ -449,6 +458,14 @@ def _explain_empty(table: DatasetTable) -> str:
             f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"
         )
     return problem
+
+
+def _explain_others(folder: Path, name: str) -> str:
+    """Explain why a text cache of another model does not count. name: its file."""
+    return (
+        f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
+        "of the caption, which this model cannot read"
+    )
 
 
 def _sound_faults(listing: FoundItems) -> list[str]:

@@ -200,6 +200,12 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
+        if self._family.latent.shares_caches:
+            from dataset.caching.taking_over import OtherCaches  # few models share theirs
+
+            others = OtherCaches(self._family, self._recipe)
+            plans = [plan if plan.missing == () else others.take_source(plan) for plan in plans]
+            others.report(shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         sources = [plan.source for plan in to_do]
         recipe = self._recipe
