@@ -40,7 +40,7 @@ from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
-from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, Version, files_of
+from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of
 from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
 from qwen_image.options import (
@@ -200,13 +200,13 @@ class QwenImage(ModelOfPictures):
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenImage | QwenImageLayered":
     version = VERSIONS[options.version.name]
-    files = QwenImageFiles(version=version).add_vae(options.vae.file)
+    files = QwenImageReleaseFiles(version=version).add_vae(options.vae.file)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
     version = VERSIONS[options.version.name]
-    files = QwenImageFiles(text_use=version.use, version=version).add_text(options.text)
+    files = QwenImageReleaseFiles(text_use=version.use, version=version).add_text(options.text)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 

@@ -183,6 +183,23 @@ class QwenImageFiles(LanguageModelFiles):
     vae_folder: ClassVar[str] = "vae"
     called: ClassVar[str] = NAME
 
+    def load_vae(self, device: torch.device) -> WanVae:
+        self.check_vae()
+        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
+
+    def check_vae(self) -> None:
+        version = self.version
+        called = f"the VAE of {version.called if version.has_layers else NAME}"
+        config = read_once(self.vae_path, read_vae, called, version.vae_files).config
+        latent = replace(WAN_LATENT, has_alpha=version.has_layers)
+        files = version.vae_files if version.has_layers else ""
+        check_latents(config, latent, self.vae_path, version.called if version.has_layers else NAME, files)
+
+
+@dataclass(frozen=True)
+class QwenImageReleaseFiles(QwenImageFiles):
+    """Files of a run with a release of Qwen-Image itself, not with another model that has its VAE."""
+
     def dit_header(self) -> DitHeader[QwenImageConfig]:
         """Return what the transformer's file says. Raises CheckpointError if it is of another release."""
         header = super().dit_header()
@@ -200,19 +217,7 @@ class QwenImageFiles(LanguageModelFiles):
             )
         return header
 
-    def load_vae(self, device: torch.device) -> WanVae:
-        self.check_vae()
-        return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
-    def check_vae(self) -> None:
-        version = self.version
-        called = f"the VAE of {version.called if version.has_layers else NAME}"
-        config = read_once(self.vae_path, read_vae, called, version.vae_files).config
-        latent = replace(WAN_LATENT, has_alpha=version.has_layers)
-        files = version.vae_files if version.has_layers else ""
-        check_latents(config, latent, self.vae_path, version.called if version.has_layers else NAME, files)
-
-
-def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageFiles:
-    files = QwenImageFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
+def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageReleaseFiles:
+    files = QwenImageReleaseFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)
