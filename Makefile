@@ -1,4 +1,4 @@
-.PHONY: check fast all format house delete
+.PHONY: check fast all format tables house delete
 check:  ## format, lint, types, import arrows, tests
 	python run_tests.py
 fast:   ## quick tests
@@ -7,6 +7,8 @@ all:    ## slow tests too
 	python run_tests.py --all
 format:
 	.venv/bin/python -m ruff format . && .venv/bin/python -m ruff check --fix .
+tables: ## what scripts say of their options without importing them: after any change of an option
+	.venv/bin/python -m tests.tables
 house:  ## what a reader of the code must hold in mind
 	.venv/bin/python benchmarks/house.py
 delete: ## delete a feature of training, a kind of network or a form of data in a copy, and check what is left: make delete NAME=skip

@@ -2,7 +2,14 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
+from generation.prompt_lines import (
+    CANCELS,
+    IMAGE_GENERATION_OPTIONS,
+    REFERENCES,
+    LineOption,
+    read_path,
+    read_whole,
+)
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
@@ -19,8 +26,10 @@ DEFAULTS = ScriptDefaults(
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
         "mask_path": LineOption("mask_path", read_path, CANCELS),
+        "f": LineOption("output_layers", read_whole),
     },
     output_types=PICTURE_OUTPUTS,
+    by_model={"output_layers": ""},  # of no use to other releases, which warn of it
 )
 main = generation_script("qwen_image", DEFAULTS, __doc__)
 

@@ -1,17 +1,14 @@
 """Options of model_utility.py. Standard library only."""
 
-import re
 from pathlib import Path
 
+from checkpoints.shard_options import read_shard_size
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
 
 # what --dtype takes; 8 bits are made while a model is loaded, where it is known which layers bear it
 DTYPES = ("fp32", "float32", "float", "fp16", "float16", "bf16", "bfloat16")
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-LEAST_SHARD = 1000  # bytes
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
 _NO_CODE = "files that hold program code are never opened here, as opening them would run that code"
 _SHOWN = "what is shown; without any of these options: the kind of file, its dtypes and sizes"
 _WRITTEN, _NAMES, _SAFETY = "what is written", "names of tensors", "safety"
@@ -94,19 +91,13 @@ class ModelUtilityOptions(Options):
         for name in ("target_keys", "exclude_keys", "full_target_keys", "full_exclude_keys"):
             if "" in (getattr(self, name) or ()):
                 raise OptionError(f"--{name}: an empty text is in every name. Leave it out")
-        if self.shard_size is not None and self.shard_bytes < LEAST_SHARD:
-            raise OptionError(f"--shard_size {self.shard_size}: give a size such as 5GB or 500MB")
+        if self.shard_size is not None:
+            read_shard_size("--shard_size", self.shard_size)
 
     @property
     def shard_bytes(self) -> int:
-        """Return the largest size of a file, in bytes; 0 if there is none or it cannot be read."""
-        match = _SIZE.fullmatch((self.shard_size or "").strip())
-        if match is None:
-            return 0
-        unit = UNITS[match["unit"].lower()]
-        if match["binary"]:
-            unit = {1: 0, 10**3: 1 << 10, 10**6: 1 << 20, 10**9: 1 << 30, 10**12: 1 << 40}[unit]
-        return int(float(match["number"]) * unit)
+        """Return the largest size of a file, in bytes; 0: the model is not cut."""
+        return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
 def _no_dtype(name: str) -> OptionError:

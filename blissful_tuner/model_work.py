@@ -15,6 +15,8 @@ from blissful_tuner.model_utility_options import ModelUtilityOptions
 from checkpoints import changing
 from checkpoints.kinds import kind_of
 from checkpoints.opening import SUFFIXES, Checkpoint
+from checkpoints.shard_options import INDEX
+from checkpoints.shards import split
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from modules.bars import BYTES, Bar
@@ -207,7 +209,7 @@ def work(
         replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
         inputs = [*checkpoint.parts, options.input]
         if options.input.is_dir():
-            inputs += options.input.glob(f"*{changing.INDEX}")
+            inputs += options.input.glob(f"*{INDEX}")
         for path in replaced:
             refuse_replacing(OPTION, path, inputs)
         plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
@@ -320,7 +322,7 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
     """Write the file, or its shards, print their names, and return them."""
     for note in plan.notes:
         logger.info("%s", note)
-    if shard_bytes and len(changing.split(plan.tensors, shard_bytes)) > 1:
+    if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:
         paths = changing.write_shards(
             output, plan.tensors, plan.read, metadata=plan.metadata, most_bytes=shard_bytes
         )

@@ -46,6 +46,7 @@ page_access: path and cookie of a let-in browser
 page_language: tables of languages, one chosen for each request
 page_root: addresses below the path that let-in browsers know
 permissions: what a run.toml lets its run do
+printed_lines: usual lines of `new` in a page's language
 qr_code: a text as QR code, for terminal and page
 queue_pages: page of the queue, its buttons
 recipes: a form to a command line and a request

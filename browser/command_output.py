@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from browser.jobs import Job
+from browser.printed_lines import translate_line
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.text_encodings import NAMES
 
@@ -40,6 +41,11 @@ class OutputLine:
     @property
     def is_command(self) -> bool:
         return self.remedy == RUN or self.needs_word
+
+    @property
+    def shown(self) -> str:
+        """Return the text as pages show it, in their language."""
+        return self.text if self.is_command else translate_line(self.text)
 
     @property
     def is_about_repair(self) -> bool:

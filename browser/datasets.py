@@ -87,7 +87,7 @@ class FoundDataset:
 
     @property
     def name(self) -> str:
-        return f"{self.path.name} in {self.path.parent.name}"
+        return say("%(name)s in %(name2)s", name=self.path.name, name2=self.path.parent.name)
 
     def places(self) -> list[Path]:
         """Return the existing files and folders that the configuration names.

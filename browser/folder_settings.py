@@ -4,10 +4,8 @@ The options and their helps come from the training script's own --help, printed 
 """
 
 import functools
-import json
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 import tomlkit
 from starlette.responses import Response
 
-from browser import launch
 from browser.background_jobs import name_background_job
 from browser.dataset_keys import BATCH, BATCH_OPTION, DatasetKeys, read_batch_field, write_batch
 from browser.described_folder import (
@@ -45,15 +42,16 @@ from browser.runs import RUNNING
 from browser.setting_words import DATASET_KEYS, list_words
 from browser.site import Site
 from modules.errors import OptionError, UserError
-from modules.installation import HELP_AS_JSON, program_environment
+from modules.help_text import DescribedOption, describe_options
+from modules.installation import find_script
+from modules.option_tables import find_table
 from modules.pages.language import Words, join, say
+from modules.table_parser import build_parser
 from modules.text_files import bad_character, parse_toml, read_text
-from modules.version import VERSION
 from project.options import RUN_FILE
 from project.run_options import STARTING
 from training.config_options import OTHERS_TABLE
 
-HELP_SECONDS = 60
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 # options that end a run before it trains
 ENDING = ("check", "html", "show_timesteps", "plan", "debug_dataset", "debug_mode", "output_config")
@@ -63,18 +61,8 @@ CHOSEN = "chosen"  # kind of the background job that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 
 
-@dataclass(frozen=True)
-class Setting:
-    """An option of a training script, as its help describes it."""
-
-    name: str
-    flags: Sequence[str]
-    help: str
-    group: str
-    kind: str  # switch, whole, number, text or other
-    is_list: bool
-    choices: Sequence[str]
-    default: str
+class Setting(DescribedOption):
+    """An option of a training script, as the page shows it."""
 
     @property
     def about(self) -> Words:
@@ -128,27 +116,17 @@ class SettingRow:
         return choices
 
 
-def read_settings(script: str) -> Sequence[Setting]:
-    """Return all options of a training script. Raises OptionError if it cannot be asked."""
-    return _ask_script(script, VERSION)
-
-
 @functools.lru_cache(maxsize=64)
-def _ask_script(script: str, version: str) -> Sequence[Setting]:
-    """Return the options that the script prints. version: of Reelsmith, as another one has other options."""
-    _, program = launch.find_program(["python", script, "--help"], Path.cwd())
-    try:
-        process = subprocess.run(
-            program,
-            env=program_environment(**{HELP_AS_JSON: "1", "NO_COLOR": "1"}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=HELP_SECONDS,
-        )
-        options = [Setting(**option) for option in json.loads(process.stdout)]
-    except (OSError, subprocess.TimeoutExpired, ValueError, TypeError) as error:
-        raise OptionError(f"{script} --help cannot be read: {error}") from None
-    return [setting for setting in options if setting.name not in NOT_IN_FILE]
+def read_settings(script: str) -> Sequence[Setting]:
+    """Return all options of a training script. Raises OptionError if it is no script with options."""
+    table = find_table(find_script(script))
+    if table is None:
+        raise OptionError(f"{script}: there is no such script")
+    return [
+        Setting(**vars(option))
+        for option in describe_options(build_parser(table, script))
+        if option.refusal is None and option.name not in NOT_IN_FILE
+    ]
 
 
 def show_value(value: Any) -> str:

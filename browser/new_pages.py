@@ -90,6 +90,7 @@ from browser.new_form import (
 )
 from browser.new_steps import FolderStanding, choose_step
 from browser.offered_folders import find_open_folder, require_inside
+from browser.printed_lines import is_for_terminal
 from browser.responses import (
     Form,
     answer_form,
@@ -521,7 +522,9 @@ class NewPages:
         return {
             "looking": looking,
             "looked": _list_ended(background_jobs[COMPARE], background_jobs[DESCRIBE]),
-            "looking_lines": read_output_lines(looking, names),
+            "looking_lines": [
+                line for line in read_output_lines(looking, names) if not is_for_terminal(line.text)
+            ],
             "comparing": comparing,
             "changes": read_changes(comparing),
             "checking": checking,

@@ -29,6 +29,16 @@ MOST_WAITING = 200
 MOST_ENDED = 300  # older ones are forgotten; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
+# what a generation says it does (generation/making.py), and what is noted here
+PHASES = (
+    *(LOADING, MAKING),
+    *(
+        say("reading the prompt"),
+        say("reading the pictures"),
+        say("loading the transformer"),
+        say("decoding"),
+    ),
+)
 CANCELLING = say("cancelling; once more ends the process, and the model is loaded again for the next")
 ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
@@ -63,7 +73,7 @@ class RenderJob:
     @property
     def shown_doing(self) -> str:
         """Return `doing` for a page: texts of ours in its language, others, which a file has, as they are."""
-        return next((words for words in (LOADING, MAKING, CANCELLING) if words == self.doing), self.doing)
+        return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)
 
     @property
     def seed(self) -> str:

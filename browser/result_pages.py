@@ -357,6 +357,7 @@ class ResultPages:
         }
         self.sheets: dict[str, Callable[[Result, str], Response]] = {
             "settings": self.show_settings,
+            "layers": self.show_layers,
             "larger": self.show_larger,
             "sample": self.show_sample,
             "remove": self.show_remove,
@@ -535,6 +536,28 @@ class ResultPages:
         return self.answer_sheet(
             "settings", result, rows=rows, command=command, problem=problem, is_ours=is_ours, done=done
         )
+
+    # --- layers
+
+    def show_layers(self, result: Result, error: str) -> Response:
+        """Return the layers of a picture as a stack, from back to front, each of which can be hidden."""
+        layers = []
+        for index, path in enumerate(result.layers):
+            number = path.stem.rpartition("layer")[2]
+            name = say("the whole picture") if number == "0" else say("layer %(number)s", number=number)
+            layers.append((index, name, number != "0"))
+        return self.answer_sheet("layers", result, error, layers=layers)
+
+    def show_layer(self, request: Request) -> Response:
+        """Return the file of a layer."""
+        result = self.find(request)
+        index = request.path_params["index"]
+        if result is None or not index.isdecimal() or int(index[:4]) >= len(result.layers):
+            return answer_not_found()
+        path = result.layers[int(index)]
+        if path.is_symlink() or not path.is_file():
+            return answer_not_found()
+        return answer_file(path)
 
     # --- again, other seed
 
@@ -730,7 +753,9 @@ class ResultPages:
 
     def remove(self, result: Result, _: Form) -> Response:
         root = self.site.runs.find_top(result.path)
-        folder = BinFolder(root / BIN).take(title=result.path.name, base=root, paths=[result.path])
+        folder = BinFolder(root / BIN).take(
+            title=result.path.name, base=root, paths=[result.path, *result.layers]
+        )
         self.folders.list_all()
         return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
@@ -817,6 +842,7 @@ def result_routes(site: Site) -> list[Route]:
         Route("/results", pages.show_layout),
         Route("/results/part", pages.show_part),
         Route("/results/{id}/commands", pages.show_commands),
+        Route("/results/{id}/layer/{index}", pages.show_layer),
         Route("/results/{id}/{what}", pages.show_sheet),
         Route("/results/{id}/{what}", answer_form(pages.change), methods=["POST"]),
         Route("/result/{name}", pages.show_file),

@@ -6,8 +6,8 @@ import operator
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.names import short_digest
 from browser.recipes import RESULTS
 from browser.runs import Runs
+from modules.media.layers import COMPOSITE, LAYER
 from modules.run_limits import QUEUE_FOLDER
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
@@ -26,6 +27,7 @@ MOST_RESULTS = 20_000  # the newest
 CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
 LARGER = "_larger"  # behind the name of what was enlarged
 LAST_FRAME = "_last"  # as --save_last_frame calls it
+OF_LAYER = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
 MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")
 FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
 
@@ -38,6 +40,7 @@ class Result:
     changed: float  # when, in seconds since 1970
     size_bytes: int
     shown_at: float = 0.0  # its time in the list: that of the file that it was made from
+    layers: tuple[Path, ...] = ()  # the whole picture first, then its layers from back to front
 
     @cached_property
     def id(self) -> str:
@@ -97,7 +100,7 @@ class ResultFolders:
             status = result.path.stat()
         except OSError:
             return None
-        return Result(result.path, status.st_mtime, status.st_size, shown_at=result.shown_at)
+        return replace(result, changed=status.st_mtime, size_bytes=status.st_size)
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
         """Add a folder and those below it. Links are not followed."""
@@ -165,14 +168,19 @@ def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | N
 def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
     """Return the results of a folder, with their times in the list: those made from another one follow it.
 
-    The last frame that is written next to a clip is no result.
+    The last frame that is written next to a clip is no result, nor is a layer next to the picture that all
+    layers show together.
     """
     names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
     times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
     clips = {stem for stem, suffix in names if KINDS[suffix.lower()] == "clip"}
+    layers = _group_layers(folder, times)
+    parts = {layer.stem for of_result in layers.values() for layer in of_result}
     results = []
     for (stem, suffix), file in zip(names, files, strict=True):
         shown_at = file.changed
+        if stem in parts:
+            continue
         if LARGER in stem or LAST_FRAME in stem:
             if (
                 suffix.lower() == ".png"
@@ -182,5 +190,22 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
                 continue  # the frame that a clip is continued from
             match = MADE_FROM.fullmatch(stem)
             shown_at = shown_at if match is None else times.get(match[1], shown_at)
-        results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
+        result = Result(
+            folder / file.name,
+            file.changed,
+            file.size_bytes,
+            shown_at=shown_at,
+            layers=layers.get(stem, ()),
+        )
+        results.append(result)
     return results
+
+
+def _group_layers(folder: Path, stems: Collection[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the layers of each picture that has some, in their order, by its name without suffix."""
+    numbered: dict[str, dict[int, Path]] = {}
+    for stem in stems:
+        match = OF_LAYER.fullmatch(stem)
+        if match is not None and f"{match[1]}{COMPOSITE}" in stems:
+            numbered.setdefault(f"{match[1]}{COMPOSITE}", {})[int(match[2])] = folder / f"{stem}.png"
+    return {stem: tuple(layers[index] for index in sorted(layers)) for stem, layers in numbered.items()}

@@ -128,11 +128,11 @@ def list_page(
 
 def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     """Return each run with its label: the name, with the folder if several runs have that name."""
-    counts = Counter(run.name for run in runs)
+    counts = Counter(run.shown_name for run in runs)
     labelled = []
     for run in runs:
-        label = run.name
-        if counts[run.name] > 1:
+        label = run.shown_name
+        if counts[run.shown_name] > 1:
             label = say("%(name)s in %(name2)s", name=run.name, name2=run.history.parent.name)
         labelled.append((run, label))
     return labelled

@@ -117,6 +117,11 @@ class RunSummary:
         return history_name(self.history)
 
     @property
+    def shown_name(self) -> str:
+        """Return the name of the training, also while `run` only prepares it."""
+        return self.name.removesuffix(BEFORE_TRAINING)
+
+    @property
     def state(self) -> str:
         return find_state(self.start, self.ending, self.changed)
 

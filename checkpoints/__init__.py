@@ -17,6 +17,8 @@ model_folders: what a folder of transformers says, held against its weights
 opening: open model files in any container
 quantise_options: options of quantising a model's file
 quantising: write layers in 8 bits, or 16 again
+shard_options: names and sizes of a model's parts
+shards: cut a model into files with an index
 stored/: linear layers with weights in 8 or 4 bits
 tokenizers: find and read the tokenizer of a text encoder
 unused: tensors of a file that its network does not have

@@ -1,8 +1,7 @@
 """Plan another file with the tensors of a model: other dtypes, other names, fewer tensors, several files.
 
 Nothing is read before it is asked for, so that a file of any size is written tensor by tensor
-(`checkpoints.writing`). Several files have an index, and names as transformers and diffusers give
-them: model-00001-of-00003.safetensors, ..., model.safetensors.index.json
+(`checkpoints.writing`, for several files `checkpoints.shards`).
 """
 
 import hashlib
@@ -28,10 +27,11 @@ from checkpoints.opening import (
     plain_sources,
     require_all_shards,
 )
+from checkpoints.shard_options import INDEX
+from checkpoints.shards import plan_shards, write_planned
 from checkpoints.stored.fp8 import dequantise, is_fp8
-from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from modules.atomic_write import atomic_files, write_text
+from modules.atomic_write import atomic_files
 from modules.console import count_of
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
@@ -39,9 +39,7 @@ from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-INDEX = ".index.json"
 LISTED = 3  # names in a message
-MOST_SHARDS = 99_999  # their names have five digits
 NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
 # ends of the names of a layer's tensors in 8 bits, other than its weight and scale
@@ -279,19 +277,6 @@ def _rename_layers(
     return renamed
 
 
-def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Cut tensors, in their order, into groups of at most `most_bytes`; a larger tensor is a group alone."""
-    groups: list[dict[str, TensorInfo]] = []
-    room = 0
-    for name, info in tensors.items():
-        if not groups or info.size_bytes > room:
-            groups.append({})
-            room = most_bytes
-        groups[-1][name] = info
-        room -= info.size_bytes
-    return groups
-
-
 def existing_shards(path: Path) -> list[Path]:
     """Return the index of an earlier model of this name, and the files, any number, that it was cut into.
 
@@ -321,23 +306,11 @@ def write_shards(
     when opened, but never files of two models. Raises OutputError if a file cannot be written, OptionError if
     there would be too many.
     """
-    groups = split(tensors, most_bytes)
-    if len(groups) > MOST_SHARDS:
-        raise OptionError(
-            f"--shard_size: the model would be cut into {len(groups):,} files. Give a larger size"
-        )
-    paths = [
-        path.with_name(f"{path.stem}-{number:05d}-of-{len(groups):05d}{path.suffix}")
-        for number in range(1, len(groups) + 1)
-    ]
-    size_bytes = sum(info.size_bytes for info in tensors.values())
-    weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
-    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
-    index_path = path.with_name(path.name + INDEX)
-    with atomic_files(path, size_bytes) as folder:
-        for group, target in zip(groups, paths, strict=True):
-            stream_tensors(folder / target.name, group, read, metadata)
-        write_text(folder / index_path.name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    plan = plan_shards(path, tensors, most_bytes, "--shard_size")
+    paths = [path.with_name(name) for name in plan.files]
+    index_path = path.with_name(plan.index_name)
+    with atomic_files(path, plan.total_bytes) as folder:
+        write_planned(folder, plan, read, metadata)
         # an old index must not lead to new files, nor old files lie among new ones; the new index is last
         for old in (index_path, *paths):
             old.unlink(missing_ok=True)

@@ -17,10 +17,6 @@ _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 # Models of today that no script runs yet: a family that lands takes its rows out. Sources: the tensor lists
 # of released files, in their own names and in ComfyUI's
 NOT_YET: Marks = (
-    (
-        "time_text_embed.addition_t_embedding.weight",
-        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
-    ),
     ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
     *(
         (f"{start}t_embedder1.mlp.0.weight", f"HiDream-O1-Image, a language model that draws, {_NOT_YET}")

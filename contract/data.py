@@ -354,6 +354,8 @@ class LatentSpec:
     masks_latents: bool = False
     # pixels have a fourth channel, alpha, which pictures and their references keep; 255 if a file has none
     has_alpha: bool = False
+    has_layers: bool = False  # frames are a picture and its layers, from back to front, each encoded alone
+    has_whole: bool = True  # with layers: the first frame is the whole picture, not the lowest layer
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
     # in training the latents of an item's references stand in front of its clip's, the last one first
     references_first: bool = False
@@ -365,6 +367,8 @@ class LatentSpec:
     # metadata that other programs give caches of the same name for another use: name, value of this run
     stated: tuple[tuple[str, str], ...] = ()
     tells_sizes: bool = False  # batches have `SIZES`
+    # caches of pictures hold means: those of another model are these if its autoencoder is the same
+    shares_caches: bool = False
 
     @property
     def keeps_alpha(self) -> bool:

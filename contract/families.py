@@ -46,8 +46,9 @@ class FamilyEntry:
     training: tuple[str, ...] = ()  # likewise, of its training script
     # shared options of generation that its page spells otherwise: name -> flag; "": it has none
     spelled: tuple[tuple[str, str], ...] = ()
-    # further models that its scripts run, as outputs and LoRA files name them, with its latents
+    # further models that its scripts run, as outputs and LoRA files name them
     further_models: tuple[str, ...] = ()
+    own_latents: tuple[str, ...] = ()  # of these, the ones with latents of their own
     same_latents: str = ""  # the family whose autoencoder it has too
     notice: str = ""  # what its scripts say before anything else: terms of the licence that exclude many
 
@@ -210,7 +211,8 @@ def list_same_latents(name: str) -> frozenset[str]:
     spaces: dict[str, str] = {}  # model -> the family whose latent space it has
     for family, entry in FAMILIES.items():
         for model in (family, *entry.further_models):
-            spaces[model] = entry.same_latents or family
+            is_apart = model in entry.own_latents
+            spaces[model] = model if is_apart else entry.same_latents or family
     if name not in spaces:
         return frozenset({name})
     return frozenset(model for model, space in spaces.items() if space == spaces[name])

@@ -145,6 +145,9 @@ class DitSpec:
     keep_float32: tuple[str, ...] = ()
     # each size is compiled by itself: torch's compiler fails on convolutions of general sizes
     compiles_each_size: bool = False
+    # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
+    fused: Mapping[str, int] = field(default_factory=dict, compare=False)
+    further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
     # --blocks_to_swap -> how many of each list; None: no block of this network can be swapped
@@ -158,6 +161,11 @@ class DitSpec:
     modulated_input: str | None = None
     # polynomial from that input's relative change to the output's, highest power first; (): calibrate first
     teacache_coefficients: tuple[float, ...] = ()
+
+    def count_matrices(self, weight: str) -> int:
+        """Return how many matrices a weight in a block holds. weight: its name."""
+        path = f".{weight.removesuffix('.weight')}"
+        return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}

@@ -53,8 +53,11 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
     # bytes of a file that is written; dtype: as `CheckpointWriter.write`. Reads headers alone
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int: ...
 
-    # networks: those that learn: by the names of text encoders, and DIT. as_folder: in diffusers' layout
-    def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter: ...
+    # networks: those that learn: by the names of text encoders, and DIT. as_folder: in diffusers' layout;
+    # shard_bytes: of a file of a network in it, at most; 0: each network has one file
+    def checkpoint_writer(
+        self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
+    ) -> CheckpointWriter: ...
 
     # whether the checkpoint that is trained is a single file
     @property

@@ -235,6 +235,11 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         finds_sound = family.latent.holds_sound and table.kind == "video"
         tables.append(replace(table, finds_sound=finds_sound, shows_media=family.can.show_media))
     config = replace(config, datasets=tuple(tables))
+    latent = family.latent
+    if latent.has_layers or any(table.multiple_target for table in config.datasets):
+        from dataset.sources.layers import check_layers  # few models learn any
+
+        check_layers(config, latent.has_layers, family.name)
     return with_references(config, family.references, family.can.references)
 
 
@@ -387,7 +392,7 @@ def _read_table(
         misplaced=_find_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
     )
-    unused = find_unused(entry)
+    unused = find_unused(entry) if entry.get("validation") else None
     if unused is not None:
         problems.append(f"{where}: {unused}")
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
@@ -486,6 +491,9 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
     """Return the conflict between fields of a table of any form; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
+    if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
+        key = "alpha_mask" if fields["alpha_mask"] else "worse_directory"
+        return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
     if fields["is_of_sound"] and fields["worse_directory"]:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:

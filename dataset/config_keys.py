@@ -138,9 +138,6 @@ def is_short(value: str) -> bool:
 
 
 YES_NO = form_of(bool, lambda _: True, "true or false, without quotes")
-NO_LAYERS = form_of(
-    bool, lambda value: not value, "false; the layers of Qwen-Image-Layered are not supported"
-)
 COUNT = whole(1, MOST_COUNT)
 REPEATS = whole(1, MOST_REPEATS)
 SAMPLES = whole(1, MOST_SAMPLES)

@@ -68,6 +68,10 @@ def find_sources(
     if table.references is not None:
         sources = limit_references(table, sources)
     _check_stems(table, sources, problems)
+    if table.multiple_target:
+        from dataset.sources.layers import find_layer_faults  # few tables have any
+
+        problems += find_layer_faults(table, sources)
     if faults is not None:
         faults += problems
     elif problems:
@@ -183,10 +187,11 @@ def find_all_sources(
             skipped += [(table, fault) for fault in faults if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
-    remarks = list_faults(find_encodings(sources), LISTED)
-    if remarks:
+    if any(source.caption_encoding is not None for source in sources):
+        remarks = list_faults(find_encodings(sources), LISTED)
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
-    log_lone_controls(sources)
+    if any(table.control_directory is not None for table in config.datasets):
+        log_lone_controls(sources)
     folders = folders or TableFolders(config)
     lines = [folders.left_out_files(table) for table in config.datasets]
     lines += folders.left_out_folders(config.datasets)

@@ -192,7 +192,10 @@ class DatasetTable:
     )
     # of batches, trained without them
     reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
-    multiple_target: bool = key(forms.NO_LAYERS, False, kinds=IMAGE, stale=NOTHING)
+    # pictures are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
+    multiple_target: bool = key(
+        forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
+    )
     # how the family takes control images as references; None: they are fitted like their picture
     references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither

@@ -53,8 +53,7 @@ LongCat: longcat
 Pyramid Flow: pyramidflow
 MAGI-1: magi
 GLM-Image: glmimage
-ERNIE-Image: ernieimage
-Qwen-Image-Layered: qwenimagelayered qwenlayered
+ERNIE-Image: ernie
 SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 
@@ -181,23 +180,33 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
 
     Raises OptionError if it is a model that is known and not supported.
     """
-    plain = plain_name(text)
-    beginnings: dict[str, str] = {}
-    for line in (_MADE_FROM + _NOT_HERE).split("\n"):
-        subject, _, names = line.partition(": ")
-        beginnings |= dict.fromkeys(names.split(), subject)
-    fitting = [name for name in beginnings if plain.startswith(name)]
-    if not fitting:
+    subject = _find_subject(text, _MADE_FROM + _NOT_HERE)
+    if subject is None:
         return None
-    longest = max(fitting, key=len)
-    family, _, task = beginnings[longest].partition(" ")
+    family, _, task = subject.partition(" ")
     if any((model.family, model.task) == (family, task) for model in models):
         return NamedModel(family, task, made_from=True)
     pictures, clips = (_kinds_of(models, is_clip) for is_clip in (False, True))
     raise OptionError(
-        f"--family {text}: {beginnings[longest]} is not supported. For pictures choose from "
-        f"{pictures}; for clips from {clips}"
+        f"--family {text}: {subject} is not supported. For pictures choose from {pictures}; for clips from "
+        f"{clips}"
     )
+
+
+def name_unsupported(text: str) -> str | None:
+    """Return the title of a known model that no family here runs, by the beginning of a text; else None."""
+    return _find_subject(text, _NOT_HERE)
+
+
+def _find_subject(text: str, table: str) -> str | None:
+    """Return the subject of the line of a table with the longest beginning of a name; None if none has."""
+    plain = plain_name(text)
+    beginnings: dict[str, str] = {}
+    for line in table.split("\n"):
+        subject, _, names = line.partition(": ")
+        beginnings |= dict.fromkeys(names.split(), subject)
+    fitting = [name for name in beginnings if plain.startswith(name)]
+    return beginnings[max(fitting, key=len)] if fitting else None
 
 
 def _kinds_of(models: Sequence[ModelSet], is_clip: bool) -> str:

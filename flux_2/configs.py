@@ -53,6 +53,7 @@ LATENT = LatentSpec(
     frame_step=1,
     flat_in_caches=True,
     names_frames=False,
+    shares_caches=True,
 )
 NOISE = NoiseSpec(tokens=count_latents)
 DIT = DitSpec(

@@ -413,6 +413,7 @@ def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob,
         metadata=job.metadata,
         post=run.post,
         track=sound,
+        latent=run.family.latent,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
 from checkpoints.writing import save_tensors
-from contract.data import SOUND
+from contract.data import SOUND, LatentSpec
 from generation.script_options import IMAGE_OUTPUTS, OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.errors import OptionError
@@ -156,6 +156,7 @@ def save_pixels(
     metadata: Mapping[str, str] | None,
     post: FrameTools | None = None,
     track: Track | None = None,
+    latent: LatentSpec | None = None,
 ) -> Path:
     """Write decoded pixels (chunks of 1 C F H W in -1..1, in playing order) as they come; return the path.
 
@@ -164,8 +165,11 @@ def save_pixels(
     `--save_last_frame` the last frame of a video is also written as a PNG: as decoded, so that a further
     video can continue from it, or as processed if one of the tools hides something. post: tools that frames
     go through before writing. track: the sound; with `--save_audio` it is also written next to the result.
+    latent: of the family: its frames may be layers of a picture, which are written each by itself.
     """
     frames = frames_of(chunks)
+    if latent is not None and latent.has_layers:
+        return _save_layers(options, stem, frames, has_whole=latent.has_whole, metadata=metadata)
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
     first_frames = list(islice(frames, 2))
@@ -221,6 +225,22 @@ def _save_picture(
     (frame,) = frames
     write_png(path, frame, as_png_texts(metadata or {}))
     return path
+
+
+def _save_layers(
+    options: OutputOptions,
+    stem: str,
+    frames: Iterator[Frame],
+    has_whole: bool,
+    metadata: Mapping[str, str] | None,
+) -> Path:
+    """Write a PNG file for each picture, and the one that its layers give together; return the last path."""
+    from modules.media.layers import COMPOSITE, write_layers  # few results have any
+
+    stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
+    paths = write_layers(options.save_path, stem, frames, has_whole, as_png_texts(metadata or {}))
+    logger.info("Layers: %s to %s", paths[0], paths[-2].name)
+    return paths[-1]
 
 
 def _save_frames(

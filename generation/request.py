@@ -378,7 +378,10 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:
-        run.options.output.check_file_name(0 if prepared.is_sound_alone else prepared.frames)
+        frames = 0 if prepared.is_sound_alone else prepared.frames
+        run.options.output.check_file_name(1 if run.family.latent.has_layers else frames)
+    if run.post is not None and run.family.latent.has_layers:
+        raise OptionError("--post works on clips and pictures, not on layers of a picture; leave it out")
     if run.post is not None:
         run.post.check_length(prepared.frames, label)
     return GenerationJob(label, prepared)

@@ -123,6 +123,7 @@ def _decode_file(
             metadata=None if output.no_metadata else metadata,
             post=run.post,
             track=track,
+            latent=run.family.latent,
         )
 
 

@@ -21,7 +21,7 @@ flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
 installation: checkout or package, imports by name
 installed: find modules of installed packages, importing none
-interpreter: refuse a Python that cannot run Reelsmith
+interpreter: refuse a Python that cannot run Reelsmith; answer from tables
 layers/: small layers and rules that several models share
 limits: limits on files and answers from outside
 lost_processes: notice that another process of a run died or stopped
@@ -30,6 +30,7 @@ minimal_options: options that the minimal inference scripts share
 memory_limit: bound a process that runs a stranger's file
 mistyped: name our option for another program's
 nvidia_driver: cards of NVIDIA, and why torch does not see them
+option_tables: read the options of every script from compiled tables
 option_values: values of options: converted from what was typed, and checked
 options: declare options as fields of a record
 output_files: check output names, ask about existing files
@@ -44,6 +45,8 @@ screen: whether this machine has a screen to look at
 script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, VAE, text encoders
+table_answers: answer --help and wrong options from tables
+table_parser: build a parser from a table, and describe one
 template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely

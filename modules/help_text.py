@@ -5,7 +5,8 @@ Standard library only, so that `--help` answers at once.
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
@@ -67,45 +68,48 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     return formatter.format_help()
 
 
-def help_as_json(parser: argparse.ArgumentParser) -> str:
-    """Return all options that can be given, in the order of the full help, as a JSON list of objects.
+@dataclass(frozen=True)
+class DescribedOption:
+    """An option of a script, as its help describes it."""
 
-    If the variable that asks for it is "all", those that are refused are there too, and each has its reach.
-    """
-    import json  # here, as below: few commands print it
-    import os
-
-    from modules.installation import HELP_AS_JSON
-
-    asks_for_all = os.environ.get(HELP_AS_JSON) == "all"
-    options = []
-    for group in sorted(parser._action_groups, key=_rank_group):
-        for action in group._group_actions:
-            refusal = find_refusal(action)
-            if not action.option_strings or action.dest == "help" or (refusal and not asks_for_all):
-                continue
-            row = _describe(action, group.title or "")
-            if asks_for_all:
-                row["refusal"] = None if refusal is None else (refusal.reason or refusal.instead)
-                row["reach"] = getattr(action, "reach", "")
-            options.append(row)
-    return json.dumps(options)
+    name: str
+    flags: Sequence[str]
+    help: str
+    group: str
+    kind: str  # switch, whole, number, text or other
+    is_list: bool
+    choices: Sequence[str]
+    default: str
+    refusal: str | None  # why it is refused or not needed
+    reach: str  # what it reaches outside of the program; see `find_reach`
 
 
-def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
+def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:
+    """Return all options that have a flag, in the order of the full help."""
+    return [
+        _describe_option(action, group.title or "")
+        for group in sorted(parser._action_groups, key=_rank_group)
+        for action in group._group_actions
+        if action.option_strings and action.dest != "help"
+    ]
+
+
+def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
     kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
     is_switch = action.nargs == 0
-    default = str(action.default).lower() if is_switch else _describe_default(action)
-    return {
-        "name": action.dest,
-        "flags": action.option_strings,
-        "help": (action.help or "").replace("%%", "%"),
-        "group": group,
-        "kind": "switch" if is_switch else kinds.get(action.type, "other"),
-        "is_list": action.nargs not in (None, 0, "?"),
-        "choices": [str(choice) for choice in action.choices or ()],
-        "default": default,
-    }
+    refusal = find_refusal(action)
+    return DescribedOption(
+        name=action.dest,
+        flags=action.option_strings,
+        help=(action.help or "").replace("%%", "%"),
+        group=group,
+        kind="switch" if is_switch else kinds.get(action.type, "other"),
+        is_list=action.nargs not in (None, 0, "?"),
+        choices=[str(choice) for choice in action.choices or ()],
+        default=str(action.default).lower() if is_switch else _describe_default(action),
+        refusal=None if refusal is None else (refusal.reason or refusal.instead),
+        reach=getattr(action, "reach", ""),
+    )
 
 
 def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:

@@ -34,8 +34,6 @@ RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 # variable of a generation with --interactive that the browser drives: it reads and answers in JSON
 DRIVEN = "REELSMITH_DRIVEN"
-# variable of a script that prints its --help as JSON, for the browser
-HELP_AS_JSON = "REELSMITH_HELP_AS_JSON"
 # variable of a script that ends once it has read its options, for the browser
 ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
 # variable of a training that says before torch loads which options will do nothing, for the browser

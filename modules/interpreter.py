@@ -2,7 +2,8 @@
 
 Every script imports this before anything else of ours. The checks run at import, because the next imports
 need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused
-too, as they are untested.
+too, as they are untested. Then `--help` and wrong options of the running script are answered from its table,
+before the modules of the script are imported.
 """
 
 import sys
@@ -28,3 +29,7 @@ if (_NOTES / "back" / "unfinished").exists() and _PROGRAM.exists():
     _code = subprocess.call([sys.executable, str(_PROGRAM), "repair", str(_ROOT)])
     # this process has read a file of the half update: the same command begins anew
     sys.exit(_code or subprocess.call([sys.executable] + sys.orig_argv[1:]))
+
+from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked
+
+answer_running_script()

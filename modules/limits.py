@@ -67,6 +67,7 @@ MAX_TAR_HEADER_BYTES = 1 << 20  # of a long name or a pax header
 MAX_TAR_NAME_BYTES = 1 << 12
 MAX_ARRAY_BYTES = 1 << 30  # of all in an npz file; latents of 8192 x 8192 pixels take 64 MiB
 MAX_ARRAYS = 10_000
+MAX_INDEX_BYTES = 1 << 26  # of the index of a cache folder: 50,000 lines of a kilobyte
 MAX_CACHE_NAME_BYTES = 1 << 10  # in a shard; systems allow 255
 MAX_GENERATION = 1 << 32  # how often an entry of a shard was replaced
 MAX_ENTRY_BYTES = 1 << 40

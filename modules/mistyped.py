@@ -9,6 +9,7 @@ from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modules.command import as_typed, did_you_mean
+from modules.option_tables import list_option_names
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
 from modules.paths import path_exists
@@ -129,7 +130,6 @@ caption_dropout_rate h3_caption_dropout_rate
 spatial_upsampler_path
 distilled_lora distilled_lora_path
 """
-_NAMES = Path(__file__).with_name("option_names.txt")  # of all scripts
 _TYPING_MISTAKE = 0.75  # similarity of a mistyped name and the intended one; 1: equal
 
 # options of other trainers that nothing here stands for, and why
@@ -163,12 +163,12 @@ _NOTHING = {
     "xm_best_of_k h3_video_best_of_k": (
         "training on the best of several noises is not built, and 1 is what a training does without it"
     ),
-    "is_layered multiple_target layer_num": "the layers of Qwen-Image-Layered are not supported",
     "wavelet_loss edm2_loss_weighting self_flow": "this loss is not built",
     "stop_text_encoder_training": (
         "text encoders learn until the end, at the rates of --text_encoder_lr, or not at all with "
         "--network_train_unet_only"
     ),
+    "is_layered layer_num": "Qwen-Image-Layered is --model_version layered; a dataset says how many layers",
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
 
@@ -204,7 +204,7 @@ def guess_option(flags: Flags, name: str) -> str:
     mislead.
     """
     is_ours = f"--{name}" in flags  # with a single dash
-    if not is_ours and name.replace("-", "_") in _NAMES.read_text(encoding="utf-8").split():
+    if not is_ours and name.replace("-", "_") in list_option_names():
         return " It belongs to other scripts, and nothing here corresponds to it. Leave it out."
     near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _TYPING_MISTAKE)
     return near.replace("mean ", "mean --") or " Leave it out."

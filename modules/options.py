@@ -209,6 +209,19 @@ class KeyFile(NamedTuple):
     hint: str  # what to write, with {key}
 
 
+class _Limit(NamedTuple):
+    words: str  # in front of the number in a message
+    holds: Callable[[Any, Any], bool]  # whether a number is within the limit
+
+
+_LIMITS = {
+    "least": _Limit("of at least", operator.ge),
+    "above": _Limit("above", operator.gt),
+    "most": _Limit("of at most", operator.le),
+    "below": _Limit("below", operator.lt),
+}
+
+
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
@@ -243,14 +256,14 @@ class Options:
         for field in fields:
             value = values[field.name] if field.name in values else default_of(type(self), field)
             object.__setattr__(self, field.name, value)
-        for field in fields:
+        checks = _list_checks(type(self))
+        for field in checks.with_facts:
             _check_facts(self, field)
-        for field in fields:
+        for field in checks.with_reach:
             _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
-        for field in fields:
-            if "place" in field.metadata:
-                _check_paths(self, field)
+        for field in checks.with_place:
+            _check_paths(self, field)
         if hasattr(self, "__post_init__"):  # rules beyond the facts, as dataclasses have them
             self.__post_init__()
 
@@ -276,6 +289,44 @@ def _list_values(record: Options) -> dict[str, Any]:
     """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
     of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
     return {field.name: getattr(record, field.name) for field in of_options}
+
+
+class _FieldChecks(NamedTuple):
+    """The fields of a record that something limits, by what does."""
+
+    with_facts: tuple["dataclasses.Field[Any]", ...]  # limits of the value, and relations to other options
+    with_reach: tuple["dataclasses.Field[Any]", ...]
+    with_place: tuple["dataclasses.Field[Any]", ...]
+
+
+def _find_checks(cls: type) -> _FieldChecks:
+    fields = dataclasses.fields(cls)
+    checked = {*_LIMITS, "one_of", "excludes", "needs", "only_with"}
+    return _FieldChecks(
+        with_facts=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
+        with_reach=tuple(field for field in fields if find_reach(field.metadata)),
+        with_place=tuple(field for field in fields if "place" in field.metadata),
+    )
+
+
+_list_checks: Callable[[type], _FieldChecks] = functools.cache(_find_checks)
+
+
+def _name_fields(cls: type) -> "dict[str, dataclasses.Field[Any]]":
+    """Return the fields of a record by the public names of their options."""
+    return {option_name(field): field for field in dataclasses.fields(cls)}
+
+
+_fields_by_name: Callable[[type], "dict[str, dataclasses.Field[Any]]"] = functools.cache(_name_fields)
+
+
+def _find_records(cls: type) -> dict[str, Any]:
+    """Return the option records in a record, by the names of their fields."""
+    records = {name: record_of(hint) for name, hint in hints_of(cls).items()}
+    return {name: record for name, record in records.items() if record is not None}
+
+
+_list_records: Callable[[type], dict[str, Any]] = functools.cache(_find_records)
 
 
 class NoOptions(Options):
@@ -403,8 +454,9 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
     Other values are refused or reported by `_check_facts`. Default values change nothing, and commands of
     other programs contain them. typed: names of the typed arguments.
     """
-    for field in dataclasses.fields(record):
-        if argument_of(field) not in typed or is_given(record, field):
+    fields = _fields_by_name(type(record))
+    for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
+        if is_given(record, field):
             continue
         flags = _find_needed(record, field)
         if flags:
@@ -437,7 +489,7 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 def _list_given(record: Any, names: Collection[str]) -> list[str]:
     """Return those of some options of a record, by public name, that are given and not turned off."""
-    fields = {option_name(field): field for field in dataclasses.fields(record)}
+    fields = _fields_by_name(type(record))
     given = [name for name in names if is_given(record, fields[name])]
     off = {name: fields[name].metadata.get("off", ()) for name in given}
     return [name for name in given if getattr(record, fields[name].name) not in off[name]]
@@ -470,31 +522,18 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if a path of a field with a `place` is unusable, or would replace a spared file."""
     facts = field.metadata
-    names = {option_name(spared): spared.name for spared in dataclasses.fields(record)}
+    fields = _fields_by_name(type(record))
     dashes = "" if facts["declared"].positional else "--"
     flag = f"{dashes}{option_name(field)}"
     for path in _list_paths(getattr(record, field.name)):
         check_path(flag, path, facts["place"], facts.get("hint", ""))
         for name in facts.get("spares", ()):
-            refuse_replacing(flag, path, _list_paths(getattr(record, names[name])))
+            refuse_replacing(flag, path, _list_paths(getattr(record, fields[name].name)))
 
 
 def _list_paths(value: Any) -> list[Path]:
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
-
-
-class _Limit(NamedTuple):
-    words: str  # in front of the number in a message
-    holds: Callable[[Any, Any], bool]  # whether a number is within the limit
-
-
-_LIMITS = {
-    "least": _Limit("of at least", operator.ge),
-    "above": _Limit("above", operator.gt),
-    "most": _Limit("of at most", operator.le),
-    "below": _Limit("below", operator.lt),
-}
 
 
 def _join_alternatives(words: Collection[str]) -> str:
@@ -513,30 +552,35 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     user's. Warns of options that are typed with their usual values and do nothing.
     """
     hints = hints_of(cls)
+    records = _list_records(cls)
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for option, field in _fields_by_name(cls).items():
         hint = hints[field.name]
-        record = record_of(hint)
-        if record is not None:
+        if field.name in records:
+            record = records[field.name]
             is_declared = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_declared else None
             continue
-        option = option_name(field)
         declared = field.metadata.get("declared")
-        argument = argument_of(field)
+        argument = option.replace("-", "_")
         if not hasattr(args, argument) and declared is not None and not declared.help:
             values[field.name] = default_of(cls, field)
             continue
         if not hasattr(args, argument):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, argument)
+        if value is None or isinstance(value, bool):  # most of them, as few options are given
+            values[field.name] = value
+            continue
         check_characters(option, value)
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
     options = cls(**values)  # first, as a record's own checks say more
     _tell_idle(options, getattr(args, TYPED, ()))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        check_numbers(option_name(field), values[field.name])
+        value = values[field.name]
+        if isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            check_numbers(option_name(field), value)
     return options
 
 

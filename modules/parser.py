@@ -23,7 +23,7 @@ from modules.command import (
     wants_colour,
 )
 from modules.errors import OptionError
-from modules.installation import HELP_AS_JSON, ONLY_OPTIONS, find_front_words, find_script
+from modules.installation import ONLY_OPTIONS, find_front_words, find_script
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
@@ -97,9 +97,9 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
-        from modules.help_text import full_help, help_as_json  # only -h and --help need it
+        from modules.help_text import full_help  # only -h and --help need it
 
-        return help_as_json(self) if os.environ.get(HELP_AS_JSON) else full_help(self)
+        return full_help(self)
 
     def format_short_help(self) -> str:
         from modules.help_text import short_help  # likewise
@@ -241,7 +241,8 @@ class Parser(argparse.ArgumentParser):
         for place, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
             is_flag = name[:2] == "--" and name[2:] != ""
-            if is_flag and not any(flag.startswith(name) for flag in flags):
+            is_known = name in flags or (is_flag and any(flag.startswith(name) for flag in flags))
+            if is_flag and not is_known:
                 with_other_dashes = "--" + name[2:].translate(_OTHER_DASHES)
                 if with_other_dashes in flags:
                     spelled[place] = "=".join([with_other_dashes, *value])
@@ -539,7 +540,7 @@ def _add_option(
     refused = settings.pop("refused", declared.refused)
     words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
     if isinstance(default, Path):
-        words["default"] = str(default)
+        words["default"] = default.as_posix()
     if typing.get_origin(kind) is tuple:
         words["nargs"] = "*"
         kind = typing.get_args(kind)[0]
@@ -565,8 +566,12 @@ def _add_option(
     return action
 
 
-def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise OptionError if an option that is refused is used; say which are not needed."""
+def refuse_unsupported(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, tells_unneeded: bool = True
+) -> None:
+    """Raise OptionError if an option that is refused is used; with `tells_unneeded` log those that are not
+    needed.
+    """
     for action in parser._actions:
         refusal = find_refusal(action)
         value = getattr(args, action.dest, action.default)
@@ -574,4 +579,5 @@ def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace
             continue
         if refusal.reason:
             raise OptionError(f"{action.option_strings[0]} is refused: {refusal.reason}")
-        logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)
+        if tells_unneeded:
+            logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)

@@ -45,6 +45,8 @@ NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents, cut_logit=TIMES)
 DIT = DitSpec(
     block_lists=("layers",),
     fp8_exclude=("norm",),
+    fused={".proj.ffn_up_gate": 2, ".qkv": 3},
+    further_blocks=("text_embedder.blocks",),
     input_layers=("text_embedder",),
     token_wise=("feed",),
     modulated_input="modulated_input",

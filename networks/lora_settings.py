@@ -232,7 +232,8 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
     """Return which ranks act; None: all. Raises OptionError."""
-    rules = (kind.read_rule_of_arguments(values, rank) for kind in VARIANTS)
+    asked = [kind for kind in VARIANTS if not values.keys().isdisjoint((kind.switch, *kind.numbers))]
+    rules = (kind.read_rule_of_arguments(values, rank) for kind in asked)
     return next((rule for rule in rules if rule is not None), None)
 
 

@@ -81,7 +81,9 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
     path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
     """
-    rules = (kind.read_rule_of_file(metadata, path) for kind in VARIANTS)
+    arguments = metadata.get("ss_network_args", "")
+    asked = [kind for kind in VARIANTS if kind.switch in arguments]
+    rules = (kind.read_rule_of_file(metadata, path) for kind in asked)
     return next((rule for rule in rules if rule is not None), None)
 
 

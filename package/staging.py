@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modules.installation import SCRIPT_ROOMS
+from modules.option_tables import TABLES
 from modules.script_words import console_words, has_own_command
 from modules.version import VERSION
 from package.reelsmith.commands import OF_A_CHECKOUT, find_commands
@@ -177,6 +178,9 @@ def _rewrite_modules(root: Path, package: Path) -> None:
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{path.name}: {error}") from error
         path.write_text(text, encoding="utf-8")
+    tables = package / "modules" / TABLES.name
+    texts = rename_scripts(tables.read_text(encoding="utf-8"), scripts)
+    tables.write_text(texts, encoding="utf-8")
 
 
 def _copy_texts(root: Path, folder: Path) -> None:

@@ -443,7 +443,10 @@ def _unpack(file: Path, folder: Path) -> list[str]:
     """Unpack a version into a folder, and return its files. Raises UserError if it is none, or is damaged."""
     try:
         with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
-            members = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            members = {entry.filename: entry for entry in entries}
+            if len(members) < len(entries):
+                raise ValueError("it has two files of one name")
             top = _find_top(file, archive, members)
             ours = {name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)}
             _refuse_names(file, ours.values(), list(ours))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training.optimizers.muon import orthogonalize
+
 MOMENTUM = 0.95
 BETAS = (0.9, 0.98)
 
@@ -37,7 +39,7 @@ class Muon(Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        direction = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))
+        direction = orthogonalize(gradient.lerp(momentum, MOMENTUM).flatten(1))
         # root mean square 0.2, like Adam's
         return direction.view_as(parameter) * (0.2 * max(direction.shape) ** 0.5)
 
@@ -50,14 +52,3 @@ class Muon(Optimizer):
         mean = state["mean"].lerp_(gradient, 1 - BETAS[0]) / (1 - BETAS[0] ** state["step"])
         square = state["square"].lerp_(gradient.square(), 1 - BETAS[1]) / (1 - BETAS[1] ** state["step"])
         return mean / (square.sqrt() + 1e-8)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Return about the nearest orthogonal matrix: all singular values near 1, by five Newton-Schulz steps."""
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if is_tall else matrix) / (matrix.norm() + 1e-7)
-    x = x.bfloat16()
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * (a @ a) - 4.7750 * a) @ x
-    return (x.T if is_tall else x).to(matrix.dtype)

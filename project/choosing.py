@@ -59,6 +59,7 @@ class ModelFacts:
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
+    learns_layers: bool  # it learns pictures with their layers
     # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
     dtypes: Mapping[str, Sequence[str]]
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
@@ -96,7 +97,8 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
-        learns_alpha=_learns_alpha(family),
+        learns_alpha=_has_latents(family, "has_alpha"),
+        learns_layers=_has_latents(family, "has_layers"),
         dtypes=_choose_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
         contradiction=_find_contradiction(family, model, dits),
@@ -113,10 +115,10 @@ def _choose_dtype_options(model: ModelSet) -> dict[str, list[str]]:
     }
 
 
-def _learns_alpha(family: Any) -> bool:
-    """Return whether the VAE has a channel for transparency; one that only its file can tell has none."""
+def _has_latents(family: Any, fact: str) -> bool:
+    """Return a fact of the latents, as has_alpha; one that only the VAE's file can tell is false."""
     with contextlib.suppress(UserError):
-        return bool(family.latent.has_alpha)
+        return bool(getattr(family.latent, fact))
     return False
 
 

@@ -28,7 +28,8 @@ from modules.paths import path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import FP8, is_small, weight_options
-from project.foreign.settling import VARYING_TEXTS, needs_subsets
+from project.foreign.places import needs_subsets
+from project.foreign.settling import VARYING_TEXTS
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
@@ -320,6 +321,8 @@ def _make_folder_keys(choice: Choice, place: Path, kind: str) -> dict[str, Any]:
         keys["control_directory"] = choice.inside(source)
         if choice.model.data.get("sizes_references"):
             keys["control_resolution"] = choice.size
+    if content.layers:
+        keys["multiple_target"] = True
     if place in content.controls:
         keys["control_directory"] = choice.inside(content.controls[place])
     if real_path(place) in content.masks:
@@ -350,6 +353,8 @@ def describe_samples(choice: Choice) -> str:
     released_values = _released_values(choice.model)
     if choice.content.controls:
         return _describe_control_samples(choice, released_values)
+    if choice.content.layers:
+        return _describe_layer_samples(choice, released_values)
     captions = [item.caption for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
     # without those of regularisation pictures, which name the class alone
@@ -385,6 +390,19 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
         prompt = _plain(item.caption or choice.trigger or "") or OTHER
         parts = [prompt, f"--w {width} --h {height}", released_values, f"--cn {choice.inside(control)}"]
         lines += " ".join([*filter(None, parts), f"--d {seed}"]) + "\n"
+    return lines
+
+
+def _describe_layer_samples(choice: Choice, released_values: str) -> str:
+    """Return prompt lines for the first, a middle and the last picture, with their numbers of layers."""
+    pictures = [item for item in choice.media if item.path in choice.content.layers]
+    lines = ""
+    for seed, place in enumerate(dict.fromkeys((0, len(pictures) // 2, len(pictures) - 1)), start=1):
+        item = pictures[place]
+        width, height = _shrink_to_area(item.size, _area(choice.size))
+        prompt = _plain(item.caption or choice.trigger or "") or OTHER
+        picture = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"
+        lines += f"{prompt} --w {width} --h {height} {released_values} {picture} --d {seed}\n"
     return lines
 
 

@@ -35,8 +35,12 @@ from project.choosing import (
 from project.fitting import describe_fit, find_memory, needs_picture
 from project.foreign.checking import check_run
 from project.foreign.counting import count_steps_of_epoch, find_pixel_step
-from project.foreign.reading import ForeignProject, read_foreign
-from project.foreign.settling import Forms, choose_length, explain_model, fill_in, find_table_keys, settle
+from project.foreign.lengths import choose_length
+from project.foreign.naming import explain_model
+from project.foreign.places import find_table_keys, leave_sizes
+from project.foreign.project import ForeignProject
+from project.foreign.reading import read_foreign
+from project.foreign.settling import Forms, fill_in, settle
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import WHOLE
@@ -96,20 +100,17 @@ def write_project(options: NewOptions) -> None:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
 
-    dataset = describing.describe_dataset(choice)
+    described = _describe(choice, describing.list_commands(choice))
     if not options.dry_run:
         _write_content(choice.content)
-    samples = describing.describe_samples(choice)
-    commands = describing.list_commands(choice)
-    run = describing.describe_run(choice, commands)
-    texts = dict(zip(paths, (dataset, samples, run), strict=True))
+    texts = {options.folder / name: text for name, text in described.items()}
     if not options.dry_run:
         for path, text in texts.items():
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
     oddities: list[str] = []
-    problems = find_problems(choice, dataset, oddities)
+    problems = find_problems(choice, described[WRITTEN[0]], oddities)
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []
     if foreign is not None:
         lines += foreign.lines(options.folder)
@@ -123,6 +124,13 @@ def write_project(options: NewOptions) -> None:
         lines.append(f"written: {', '.join(map(str, paths))}")
         lines.append(_describe_next(choice, bool(problems)))
     print_lines(lines)
+
+
+def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
+    """Return the texts of the three files by name."""
+    dataset = describing.describe_dataset(choice)
+    samples = describing.describe_samples(choice)
+    return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(choice, commands)), strict=True))
 
 
 def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
@@ -176,11 +184,12 @@ def _gather_choice(
             step=find_pixel_step(facts.family),
             takes_subsets="shuffle_caption" in script.known,
             has_subsets=bool(content.regularising) or tags is not None,
+            regularizes=bool(content.regularising),
         )
         settle(foreign, model, kind, script, memory, forms)
         data, training = foreign.data, foreign.training
         folders = dict.fromkeys(item.path.parent for item in content.media)
-        places = {place: find_table_keys(foreign, options.folder, place) for place in folders}
+        places = find_table_keys(foreign, options.folder, folders)
     choice = describing.Choice(
         options=options,
         model=model,
@@ -202,6 +211,8 @@ def _gather_choice(
     )
     if foreign is None:
         return choice
+    if choice.has_subsets:
+        leave_sizes(foreign)
     in_epoch = count_steps_of_epoch(choice)
     return dataclasses.replace(
         choice, options=choose_length(foreign, choice.options, in_epoch, len(content.media))
@@ -211,9 +222,9 @@ def _gather_choice(
 def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
     """Return the choice without the values of a project that the script of its training refuses."""
 
-    def write(training: Mapping[str, Any]) -> str:
+    def write(training: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(choice, training=training)
-        return describing.describe_run(changed, describing.list_commands(changed))
+        return _describe(changed, describing.list_commands(changed))
 
     check_run(foreign, ask_script(choice.kind.find_words(choice.model)[0]).name, choice.folder, write)
     return dataclasses.replace(choice, training=foreign.training)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_sound_beside
+from dataset.sources.layers import group_layers
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.command import as_typed
@@ -93,6 +94,7 @@ class FolderContent:
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     controls: dict[Path, Path] = field(default_factory=dict)  # likewise, of their control pictures
+    layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)  # of a picture, from back to front
     lines: list[str] = field(default_factory=list)
     captions: str = CAPTIONS  # suffix of their files
 
@@ -472,6 +474,8 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
             media.append(path)
         else:
             other_files.setdefault(suffix, []).append(path)
+    if facts.learns_layers:
+        media = _take_layers(media, content)
     _add_media(media, content, facts)
     content.lines += _describe_labels(folder, place, labels, content)
     sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
@@ -537,6 +541,18 @@ def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelFacts
     if remarks:
         further = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
         content.lines.append(f"captions that are not UTF-8: {remarks[0]}{further}")
+
+
+def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
+    """Return the pictures that have layers, which are noted, and add a line about those without."""
+    layers = group_layers(paths, content.captions)
+    alone = [path for path, of_path in layers.items() if not of_path]
+    if alone:
+        example = f"{alone[0].stem}_1.png"
+        content.lines.append(f"{name_some(alone)}: left out, without layers, such as {example}")
+    of_pictures = {path: of_path for path, of_path in layers.items() if of_path}
+    content.layers |= of_pictures
+    return list(of_pictures)
 
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:

@@ -1,6 +1,5 @@
-"""The options of a script that trains: asked from the script itself, which reads them before torch loads."""
+"""The options of a script that trains, from its table; and what the script says of given ones."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,9 @@ from typing import Any
 from modules import installation
 from modules.command import message_of
 from modules.errors import OptionError
+from modules.help_text import DescribedOption, describe_options
+from modules.option_tables import find_table
+from modules.table_parser import build_parser
 from project.foreign.contract import number, read_switch, whole
 
 SECONDS = 60  # that a script may take to read its options
@@ -53,37 +55,35 @@ class ScriptOptions:
 
 @cache
 def ask_script(name: str) -> ScriptOptions:
-    """Return the options of a script that trains. Raises OptionError if it cannot be asked."""
-    process = _run_script(name, ["--help"], Path.cwd(), {installation.HELP_AS_JSON: "all", "NO_COLOR": "1"})
-    try:
-        rows = json.loads(process.stdout)
-    except ValueError:
-        raise OptionError(f"{name} --help cannot be read: {message_of(process.stderr)}") from None
+    """Return the options of a script that trains. Raises OptionError if there is no such script."""
+    table = find_table(installation.find_script(name))
+    if table is None:
+        raise OptionError(f"{name}: there is no such script")
     known: dict[str, AskedOption] = {}
     refused: dict[str, str] = {}
-    for row in rows:
-        if row["refusal"] is not None:
-            refused[row["name"]] = row["refusal"]
+    for option in describe_options(build_parser(table, name)):
+        if option.refusal is not None:
+            refused[option.name] = option.refusal
             continue
-        known[row["name"]] = AskedOption(
-            kind=row["kind"],
-            choices=tuple(row["choices"]),
-            default=_read_default(row),
-            reaches_out=bool(row["reach"]),
+        known[option.name] = AskedOption(
+            kind=option.kind,
+            choices=tuple(option.choices),
+            default=_read_default(option),
+            reaches_out=bool(option.reach),
         )
     return ScriptOptions(name, known, refused)
 
 
-def _read_default(row: Mapping[str, Any]) -> Any:
+def _read_default(option: DescribedOption) -> Any:
     """Return the default of an option, which its help has as a text."""
-    if row["kind"] == "switch":
-        return row["default"] == "true"
-    if row["kind"] in NUMBERS and row["default"] not in ("", None):
+    if option.kind == "switch":
+        return option.default == "true"
+    if option.kind in NUMBERS and option.default:
         try:
-            return NUMBERS[row["kind"]](row["default"])
+            return NUMBERS[option.kind](option.default)
         except ValueError:
             return None
-    return row["default"] or None
+    return option.default or None
 
 
 def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:

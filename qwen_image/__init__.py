@@ -1,8 +1,10 @@
 """Qwen-Image: read family.py first, then model.py.
 
+caches: trainings check that caches are of their release
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
 files: releases as data; transformer files; paths, each checked
+layered: Qwen-Image-Layered, which takes pictures apart into layers
 model: double blocks over picture and text tokens
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation

@@ -18,6 +18,7 @@ EDIT_RELEASES = {
     name: replace(QWEN_IMAGE, repositories=(f"Qwen/Qwen-Image-{repository}",))
     for name, repository in {EDIT: "Edit", EDIT_2509: "Edit-2509", EDIT_2511: "Edit-2511"}.items()
 }
+QWEN_IMAGE_LAYERED = replace(QWEN_IMAGE, repositories=("Qwen/Qwen-Image-Layered",))
 PATCH = 2  # latent pixels along each side of a token
 
 
@@ -34,6 +35,7 @@ class QwenImageConfig:
     freq_dim: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-6
+    has_layers: bool = False  # its frames are a picture and the layers of it
 
     kind = "t2i"
 
@@ -47,6 +49,8 @@ LATENT = LatentSpec(
     preview_factors=PREVIEW_FACTORS,
     preview_bias=PREVIEW_BIAS,
 )
+# of Qwen-Image-Layered, whose VAE has alpha
+LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
 NOISE = NoiseSpec(tokens=count_picture_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),

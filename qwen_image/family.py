@@ -1,5 +1,6 @@
 """Qwen-Image, described for the shared loops."""
 
+import logging
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -9,12 +10,10 @@ from torch import Tensor, nn
 from contract import family
 from contract.data import (
     CONTROL,
-    LATENTS_MADE,
     Batch,
     CacheEntry,
     Conditions,
     LatentSpec,
-    MadeBy,
     MediaBatch,
     MediaEncoders,
     SamplingDefaults,
@@ -34,15 +33,18 @@ from encoders.pictures import (
     references_in,
     references_of,
 )
-from modules.errors import CacheError, OptionError
+from modules.errors import OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
+from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, Version, files_of
+from qwen_image.layered import QwenImageLayered
 from qwen_image.names import LORA
 from qwen_image.options import (
+    LAYER_COUNT,
     ORIGINAL,
     QwenImageGenerationOptions,
     QwenImageLatentCachingOptions,
@@ -52,9 +54,8 @@ from qwen_image.options import (
 )
 from qwen_image.references import AS_TRAINED, add_pictures, fill_size, find_area, read_anchor, read_reference
 
-TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
-LATENTS_AGAIN = "qwen_image_cache_latents.py"
-PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
+logger = logging.getLogger(__name__)
+
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = picture_defaults(25, 4.0, 1328)
@@ -136,27 +137,8 @@ class QwenImage(ModelOfPictures):
 
         Raises CacheError for texts of another release, and for latents encoded from a wrong range of pixels.
         """
-        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
-        width = self.files.dit_header().config.text_dim
-        batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-        for cache in batch.made_by:
-            self._check_cache(cache)
+        check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
-
-    def _check_cache(self, cache: MadeBy) -> None:
-        """Raise CacheError if a cache was made for another release. Other tools do not record it."""
-        if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
-            raise CacheError(
-                f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
-                f"Cache again with {LATENTS_AGAIN}: it replaces them."
-            )
-        use = self.version.use
-        fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
-        if cache.part == use.name and fingerprint != use.fingerprint:
-            raise CacheError(
-                f"{cache.path}: the caption was encoded for {_name_models_with(fingerprint)}, this training "
-                f"is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and to the training."
-            )
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -181,6 +163,9 @@ class QwenImage(ModelOfPictures):
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
                 "edit, edit-2509 or edit-2511 with the transformer of that release, or leave it out"
             )
+        if LAYER_COUNT in request.extra:
+            text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
+            logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
         prepared = self.settle_picture(fill_size(request), 1.0, NEGATIVE)
         prepared = add_pictures(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
         if request.flow_shift is not None:
@@ -213,36 +198,51 @@ class QwenImage(ModelOfPictures):
         return (yield section)
 
 
-def _name_models_with(fingerprint: str) -> str:
-    """Return the models whose use of the text encoder has this fingerprint, in words."""
-    versions = [version for version in VERSIONS.values() if version.use.fingerprint == fingerprint]
-    return " or ".join(version.called for version in versions) or "another model"
-
-
-def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:
-    return QwenImage(QwenImageFiles().add_vae(options.vae.file), VERSIONS[options.version.name])
-
-
-def family_for_text_caching(options: QwenImageTextCachingOptions) -> QwenImage:
+def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenImage | QwenImageLayered":
     version = VERSIONS[options.version.name]
-    return QwenImage(QwenImageFiles(text_use=version.use).add_text(options.text), version)
+    files = QwenImageFiles(version=version).add_vae(options.vae.file)
+    return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
-def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
+def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
     version = VERSIONS[options.version.name]
-    return QwenImage(files_of(options, version.use), version, options)
+    files = QwenImageFiles(text_use=version.use, version=version).add_text(options.text)
+    return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
-def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
+def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
+    version = VERSIONS[options.version.name]
+    files = files_of(options, version, version.use)
+    if not version.has_layers:
+        return QwenImage(files, version, options)
+    # the picture is then given, clean and in front of its layers, in each batch
+    probability = float(options.remove_first_image_from_target)
+    return QwenImageLayered(
+        files,
+        options,
+        layers_alone=options.remove_first_image_from_target,
+        noise=replace(NOISE, first_frame_probability=probability),
+    )
+
+
+def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
     version = VERSIONS[options.version.name]
     references = options.references
     use = version.use
     if use.pictures is not None and not references.resize_control_to_official_size:
         use = replace(use, pictures=replace(use.pictures, read=read_reference))
-    files = files_of(options, use)
+    files = files_of(options, version, use)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
+    if version.has_layers:
+        return QwenImageLayered(
+            files,
+            files,
+            edit=references,
+            layers_alone=options.layers.remove_first_image_from_target,
+            keeps_norms=options.layers.cfg_norm,
+        )
     return QwenImage(files, version, edit=references)
 
 
-_: type[family.Family] = QwenImage
+_: tuple[type[family.Family], ...] = (QwenImage, QwenImageLayered)

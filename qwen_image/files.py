@@ -22,9 +22,9 @@ from encoders.language_models import QWEN25_VL
 from encoders.picture_prompts import PictureUse
 from encoders.text_encoder import TokenizerSource
 from modules.errors import CheckpointError
-from qwen_image.configs import EDIT_RELEASES, PATCH, QWEN_IMAGE, QwenImageConfig
+from qwen_image.configs import EDIT_RELEASES, PATCH, QWEN_IMAGE, QWEN_IMAGE_LAYERED, QwenImageConfig
 from qwen_image.model import QwenImageModel
-from qwen_image.options import EDIT, EDIT_2509, EDIT_2511, NAME, ORIGINAL, QwenImageModelOptions
+from qwen_image.options import EDIT, EDIT_2509, EDIT_2511, LAYERED, NAME, ORIGINAL, QwenImageModelOptions
 from qwen_image.references import MEGAPIXEL, SHOWN_AREA, read_reference
 from wan.spec import LATENT as WAN_LATENT
 from wan.vae import WanVae, load_vae
@@ -77,6 +77,7 @@ FILES = (
     "Qwen/Qwen-Image"
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
+LAYER_MARK = "time_text_embed.addition_t_embedding.weight"  # of Qwen-Image-Layered
 QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
 
 
@@ -86,10 +87,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, file_shapes, NAME)
-    return DitHeader(_read_config(shapes), "released", names[QUERY].dtype)
+    return DitHeader(_read_config(shapes, LAYER_MARK in names), "released", names[QUERY].dtype)
 
 
-def _read_config(shapes: DitShapes) -> QwenImageConfig:
+def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     """Return the sizes of a transformer. Raises CheckpointError if they are not of Qwen-Image."""
     dim, numbers = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
@@ -108,6 +109,7 @@ def _read_config(shapes: DitShapes) -> QwenImageConfig:
         channels=numbers // PATCH**2,
         text_dim=shapes.of("txt_in.weight")[1],
         freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        has_layers=has_layers,
     )
 
 
@@ -115,6 +117,8 @@ FORMAT = DitFormat(_read_header, lambda _: WHAT, network=QwenImageModel, sources
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
+# the VAE of Wan2.1 is the same
+VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
 MOST = 10  # pictures to edit; trained with up to three
 
 
@@ -130,6 +134,8 @@ class Version:
     use: LanguageUse
     references: ReferenceRules | None = None
     clean_references: bool = False  # their tokens are modulated with time 0
+    has_layers: bool = False  # it takes a picture apart into layers
+    vae_files: str = VAE_FILES
 
 
 def _make_edit_version(option: str, use: LanguageUse, most: int, clean_references: bool = False) -> Version:
@@ -153,11 +159,17 @@ VERSIONS = {
     EDIT: _make_edit_version(EDIT, EDIT_USE, 1),
     EDIT_2509: _make_edit_version(EDIT_2509, PLUS_USE, MOST),
     EDIT_2511: _make_edit_version(EDIT_2511, PLUS_USE, MOST, clean_references=True),
+    LAYERED: Version(
+        "qwen_image_layered",
+        "qil",
+        called=f"{NAME}-Layered",
+        architecture=f"{NAME}-Layered",
+        release=QWEN_IMAGE_LAYERED,
+        use=QWEN_USE,
+        has_layers=True,
+        vae_files="qwen_image_layered_vae.safetensors, or the vae folder of Qwen/Qwen-Image-Layered,",
+    ),
 }
-
-
-# the VAE of Wan2.1 is the same
-VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
 
 
 @dataclass(frozen=True)
@@ -165,20 +177,42 @@ class QwenImageFiles(LanguageModelFiles):
     """Files of a run with Wan2.1's VAE and Qwen2.5-VL's language model."""
 
     text_use: LanguageUse = QWEN_USE
+    version: Version = VERSIONS[ORIGINAL]
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
     vae_folder: ClassVar[str] = "vae"
     called: ClassVar[str] = NAME
+
+    def dit_header(self) -> DitHeader[QwenImageConfig]:
+        """Return what the transformer's file says. Raises CheckpointError if it is of another release."""
+        header = super().dit_header()
+        if header.config.has_layers and not self.version.has_layers:
+            raise CheckpointError(
+                f"{self.dit_path} is the transformer of {NAME}-Layered, which takes pictures apart; "
+                f"{self.version.called} needs another one. Give --model_version layered, or another file",
+                self.dit_path,
+            )
+        if self.version.has_layers and not header.config.has_layers:
+            raise CheckpointError(
+                f"{self.dit_path} has no {LAYER_MARK}, so it is not the transformer of {NAME}-Layered. Give "
+                "qwen_image_layered_bf16.safetensors, or leave --model_version layered out",
+                self.dit_path,
+            )
+        return header
 
     def load_vae(self, device: torch.device) -> WanVae:
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        config = read_once(self.vae_path, read_vae, "the VAE of Qwen-Image", VAE_FILES).config
-        check_latents(config, WAN_LATENT, self.vae_path, self.called)
+        version = self.version
+        called = f"the VAE of {version.called if version.has_layers else NAME}"
+        config = read_once(self.vae_path, read_vae, called, version.vae_files).config
+        latent = replace(WAN_LATENT, has_alpha=version.has_layers)
+        files = version.vae_files if version.has_layers else ""
+        check_latents(config, latent, self.vae_path, version.called if version.has_layers else NAME, files)
 
 
-def files_of(options: QwenImageModelOptions, use: LanguageUse) -> QwenImageFiles:
-    files = QwenImageFiles(text_use=use).add_dit(options.dit, options.dit_dtype)
+def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageFiles:
+    files = QwenImageFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

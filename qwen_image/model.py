@@ -7,6 +7,7 @@ picture first, then the text. The released code has the text first; attention do
 # Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -63,7 +64,8 @@ class QwenTokens(blocks.TokensWithTurnedText):
 class QwenLayout(NamedTuple):
     """Key of a table of rotations: the sizes of pictures and texts."""
 
-    pictures: tuple[tuple[int, int], ...]  # rows and columns of each picture's tokens, the one to make first
+    # index, rows and columns of each picture's tokens, the ones to make first
+    pictures: tuple[tuple[int, int, int], ...]
     texts: tuple[int, ...]  # tokens of each text
 
 
@@ -124,12 +126,17 @@ class QwenTimeEmbedding(nn.Module):
                 "linear_2": nn.Linear(config.dim, config.dim),
             }
         )
+        # a row for pictures with alpha, and one for those without, which no release uses
+        self.addition_t_embedding = nn.Embedding(2, config.dim) if config.has_layers else None
 
     def forward(self, timesteps: Tensor) -> Tensor:
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
-        return run_float32(self.timestep_embedder["linear_2"], hidden).unsqueeze(1)
+        rows = run_float32(self.timestep_embedder["linear_2"], hidden)
+        if self.addition_t_embedding is not None:
+            rows = rows + self.addition_t_embedding.weight[0].float()
+        return rows.unsqueeze(1)
 
 
 class LastNorm(nn.Module):
@@ -158,7 +165,7 @@ class QwenImageModel(BlockNetwork):
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
             branches = attention of modulated picture and text to each other                      # B L+T C
             picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        velocity = proj_out(norm_out(picture, vector))                      # B L Z*4, returned as B Z 1 H W
+        velocity = proj_out(norm_out(picture, vector))                      # B L Z*4, returned as B Z F H W
     """
 
     spec = DIT
@@ -191,12 +198,12 @@ class QwenImageModel(BlockNetwork):
     ) -> Hidden:
         """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their second text has
-        arguments named text and text_mask. references: clean latents of pictures to edit, each B Z 1 h w of
-        its own size. clean_references: modulate their tokens with time 0, not with that of the picture.
-        References come behind the picture, a second text behind the first one. Raises ValueError if sizes do
-        not fit.
+        noisy: B Z F H W, F > 1 if the model makes layers. timesteps: B, 0..1000. text: B T text_dim, states
+        of the language model. text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to
+        this call; their second text has arguments named text and text_mask. references: clean latents of
+        pictures to edit, each B Z 1 h w of its own size. clean_references: modulate their tokens with time 0,
+        not with that of the picture. References come behind the picture, a second text behind the first one.
+        Raises ValueError if sizes do not fit.
         """
         pictures = (noisy, *references)
         for latents in pictures:
@@ -204,11 +211,8 @@ class QwenImageModel(BlockNetwork):
                 raise ValueError(f"{latents.shape[1]} input channels, the model takes {self.config.channels}")
             check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        embedded = []
-        grids = []
-        for latents in pictures:
-            embedded.append(in_own_dtype(self.img_in, cut_patches(latents)).to(dtype))
-            grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
+        embedded = [in_own_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in pictures]
+        grids = self._place_pictures(noisy, references)
         num_target = embedded[0].shape[1]
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
         has_clean = clean_references and len(pictures) > 1
@@ -228,7 +232,7 @@ class QwenImageModel(BlockNetwork):
             texts,
             tweaks.steer,
             QwenTokens,
-            grid=(1, *grids[0]),
+            grid=(noisy.shape[2], *grids[0][1:]),
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
@@ -236,17 +240,30 @@ class QwenImageModel(BlockNetwork):
             rotary_of_clean=rotary[num_target if has_clean else num_pictures : num_pictures],
         )
 
+    def _place_pictures(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+        """Return index, rows and columns of each picture's tokens: the ones to make, then references.
+
+        The picture that is taken apart into layers is in front of them, at -1.
+        """
+        grids = []
+        for latents in (noisy, *references):
+            rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
+            first = -1 if self.config.has_layers and grids else len(grids)
+            grids += [(first + frame, rows, columns) for frame in range(latents.shape[2])]
+        return grids
+
     def unembed(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
-        """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
-        _, rows, columns = tokens.grid
-        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, : rows * columns], tokens)).float()
+        """Turn tokens B L+T C into the velocity, B Z F H W in float32."""
+        num_tokens = math.prod(tokens.grid)
+        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_tokens], tokens)).float()
         return from_patches(patches, tokens.grid, (1, PATCH, PATCH))
 
     def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (number of the picture, row, column), with rows and columns counted from
-        the middle. A text's token j is at j + the largest half of a picture's side, on all three axes.
+        A picture's token stands at (index of the picture, row, column), with rows and columns counted from
+        the middle. A text's token j is at j + the largest half of a picture's side, on all three axes; with
+        layers, at least at j + their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         number_width, row_width, column_width = widths
@@ -257,12 +274,14 @@ class QwenImageModel(BlockNetwork):
             return send_ahead(pairs.float(), device)
 
         tables = []
-        for number, (rows, columns) in enumerate(layout.pictures):
-            picture = axis(number, 1, number_width)
+        for index, rows, columns in layout.pictures:
+            picture = axis(index, 1, number_width)
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
             tables.append(on_grid([picture, along_rows, along_columns]))
-        start = max(side // 2 for sides in layout.pictures for side in sides)
+        start = max(side // 2 for _, *sides in layout.pictures for side in sides)
+        if self.config.has_layers:
+            start = max(start, *(index + 1 for index, _, _ in layout.pictures))
         for count in layout.texts:
             axes = [axis(start, count, width) for width in widths]
             tables.append(torch.cat(axes, dim=1))
@@ -270,5 +289,5 @@ class QwenImageModel(BlockNetwork):
 
 
 def cut_patches(latents: Tensor) -> Tensor:
-    """Cut latents, B Z 1 H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
-    return rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
+    """Cut latents, B Z F H W, into the tokens of 2 x 2 latent pixels: B L (Z ph pw)."""
+    return rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)

@@ -11,7 +11,8 @@ ENTRY = FamilyEntry(
     record="QwenImage",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN_FILE",
-    further_models=("qwen_image_edit",),
+    further_models=("qwen_image_edit", "qwen_image_layered"),
+    own_latents=("qwen_image_layered",),
 )
 
 # Qwen-Image, whose own layout is that of diffusers
@@ -46,5 +47,10 @@ QWEN_IMAGE = FamilyNames(
 )
 
 LORA = (QWEN_IMAGE,)
-MARKS: Marks = ()
+MARKS: Marks = (
+    (
+        "time_text_embed.addition_t_embedding.weight",
+        "the transformer of Qwen-Image-Layered (--dit, with --model_version layered)",
+    ),
+)
 SHARED_MARKS: Marks = (("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image transformer (--dit)"),)

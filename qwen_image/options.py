@@ -22,8 +22,11 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Qwen-Image"
-LAYERS = "Qwen-Image-Layered, which makes transparent layers, is another network"
-ORIGINAL, EDIT, EDIT_2509, EDIT_2511 = VERSIONS = ("original", "edit", "edit-2509", "edit-2511")
+ORIGINAL, EDIT, EDIT_2509, EDIT_2511, LAYERED = VERSIONS = (
+    "original", "edit", "edit-2509", "edit-2511", "layered",
+)  # fmt: skip
+LAYER_COUNT = "output_layers"  # a key of `Request.extra`
+MOST_LAYERS = 64
 MASK = "mask_path"  # a key of `Request.extra`
 MOST_KERNEL = 255  # latent pixels
 
@@ -32,10 +35,10 @@ class QwenImageVersionOptions(Options):
     """Which release of Qwen-Image the files belong to; their tensors do not tell."""
 
     model_version: str | None = option(
-        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, or one that "
-        "edits pictures: edit (Qwen-Image-Edit), edit-2509 or edit-2511",
+        "release of the model: original (Qwen-Image and Qwen-Image-2512), which is the default, one that "
+        "edits pictures: edit (Qwen-Image-Edit), edit-2509 or edit-2511, or one that takes a picture apart "
+        "into transparent layers: layered (Qwen-Image-Layered)",
         choices=VERSIONS,
-        refused={"layered": f"{LAYERS} and is not built yet"},
     )
     edit: bool = option("the same as --model_version edit", excludes="model_version", facts=NO_PIXELS)
     edit_plus: bool = option(
@@ -97,7 +100,15 @@ class QwenImageModelOptions(Options, title=NAME):
 class QwenImageTrainingOptions(QwenImageModelOptions, title=NAME):
     """Options of qwen_image_train_network.py and qwen_image_train.py besides the shared ones."""
 
-    remove_first_image_from_target = unsupported(f"{LAYERS} and is not built yet")
+    remove_first_image_from_target: bool = option(
+        "learn the layers alone, not the whole picture in front of them, with --model_version layered; it is "
+        "faster. Then generate with one --output_layers less",
+        facts=HABIT,
+    )
+
+    def __post_init__(self) -> None:
+        if self.remove_first_image_from_target and self.version.name != LAYERED:
+            raise OptionError(f"--remove_first_image_from_target needs --model_version {LAYERED}")
 
 
 class QwenImageReferenceOptions(Options, title="pictures to edit"):
@@ -164,6 +175,32 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
             )
 
 
+class QwenImageLayerOptions(Options, title="layers"):
+    """How --model_version layered takes a picture apart."""
+
+    output_layers: int = option(
+        "number of layers that --model_version layered takes the picture apart into, from back to front",
+        default=4,
+        least=1,
+        most=MOST_LAYERS,
+        facts=of_request(LAYER_COUNT),
+    )
+    remove_first_image_from_target: bool = option(
+        "make the layers alone, for a LoRA that was trained with this option: there is no whole picture in "
+        "front of them",
+        facts=OF_REFERENCES,
+    )
+    cfg_norm: bool = option(
+        "keep the size of what the prompt alone predicts when guidance changes it, with --model_version "
+        "layered, as other tools do; the release does not",
+        facts=OF_REFERENCES,
+    )
+    automatic_prompt_lang_for_layered = unsupported(
+        "captions are not written while generating: tools/caption_dataset.py captions pictures",
+        choices=("en", "cn"),
+    )
+
+
 class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     """Options of qwen_image_generate_image.py besides the shared ones."""
 
@@ -171,9 +208,22 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
     embedded_cfg_scale = not_needed(
         "the model has no such input; --guidance_scale guides it.", type=float, default=2.5
     )
-    automatic_prompt_lang_for_layered = unsupported(LAYERS, choices=("en", "cn"))
-    output_layers = unsupported(LAYERS, type=int, default=4)
+    layers: QwenImageLayerOptions
     references: QwenImageReferenceOptions
+
+    def __post_init__(self) -> None:
+        if self.version.name == LAYERED:
+            unused = {
+                "--resize_control_to_official_size": self.references.resize_control_to_official_size,
+                "--mask_path": self.references.mask_path is not None,
+                "--rcm_threshold": self.references.rcm_threshold is not None,
+            }
+            for flag in filter(unused.get, unused):
+                raise OptionError(f"{flag} is for releases that edit, such as edit-2511; leave it out")
+        elif self.layers.cfg_norm:
+            raise OptionError(f"--cfg_norm needs --model_version {LAYERED}; others always do it")
+        elif self.layers.remove_first_image_from_target:
+            raise OptionError(f"--remove_first_image_from_target needs --model_version {LAYERED}")
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,8 +242,18 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
         "--dit_dtype": options.dit_dtype,
         "--model_version": _not_original(options.version),
         "--control_image_path": controls,
-        "--resize_control_to_official_size": bool(controls),
+        "--output_layers": _count_layers(options, sample),
+        "--remove_first_image_from_target": options.remove_first_image_from_target,
+        "--resize_control_to_official_size": bool(controls) and options.version.name != LAYERED,
+        "--resize_control_to_image_size": bool(controls) and options.version.name == LAYERED,
     }
+
+
+def _count_layers(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> int | None:
+    """Return the number of layers of a sample, whose frames may have the whole picture in front of them."""
+    if options.version.name != LAYERED or "frames" not in sample:
+        return None
+    return int(sample["frames"]) - (not options.remove_first_image_from_target)
 
 
 def _not_original(version: QwenImageVersionOptions) -> str | None:

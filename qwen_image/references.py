@@ -15,7 +15,7 @@ from contract.steps import Anchor
 from encoders.pictures import show_references
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
-from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from modules.media.reading import add_alpha, image_size, read_image, resize_cover, resize_frame
 from modules.option_values import to_path
 from modules.paths import explain_missing
 from qwen_image.options import MASK, QwenImageReferenceOptions
@@ -49,14 +49,16 @@ def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size
     return size[0] // STEP * STEP, size[1] // STEP * STEP
 
 
-def read_reference(path: Path, target: Size | None = None, *, area: int | None = None) -> Tensor:
-    """Read a picture as the model takes it: H W 3 uint8.
+def read_reference(
+    path: Path, target: Size | None = None, *, area: int | None = None, has_alpha: bool = False
+) -> Tensor:
+    """Read a picture as the model takes it: H W 3 uint8, or H W 4 with alpha.
 
     target: resize it to cover this size, and crop. area: else stretch it to its official size of about this
     many pixels; None: keep its size, cut at the right and below to multiples of STEP. Raises MediaError if it
     cannot be read, or nothing would be left.
     """
-    frame = read_image(path)
+    frame = add_alpha(read_image(path, alpha=True)) if has_alpha else read_image(path)
     height, width = frame.shape[:2]
     if min(width, height) < STEP:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {STEP}")

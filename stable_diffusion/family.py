@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from checkpoints.shards import SavedForm
 from contract.brought_words import WordsByFile
 from contract.data import (
     SIZES,
@@ -365,14 +366,17 @@ class StableDiffusion(ModelOfPictures):
             infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
 
-    def checkpoint_writer(self, networks: Mapping[str, nn.Module], as_folder: bool) -> CheckpointWriter:
+    def checkpoint_writer(
+        self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
+    ) -> CheckpointWriter:
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
                 self.files.path,
             )
-        make = make_folder_writer if as_folder else make_writer
-        return make(self.files, networks, self._trained_marks)
+        if not as_folder:
+            return make_writer(self.files, networks, self._trained_marks)
+        return make_folder_writer(self.files, networks, self._trained_marks, SavedForm(shard_bytes))
 
     @property
     def _trained_marks(self) -> Marks:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.shards import IN_ONE_FILE, SavedForm
 from checkpoints.tokenizers import TokenizerFiles
-from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.whole import DIT
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, ClipTextConfig
@@ -85,6 +85,7 @@ class FolderWriter:
     files: Mapping[str, NetworkFile]  # by the names of networks
     texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
     opened: ExitStack  # keeps the files of the plans open
+    form: SavedForm  # of each network
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a folder, completely or not at all. dtype: of the networks; None: that of the source.
@@ -98,7 +99,7 @@ class FolderWriter:
         with atomic_folder(path) as folder:
             for network, announced in infos.items():
                 kept = {**metadata, **_METADATA} if network == DIT else _METADATA
-                stream_tensors(
+                self.form.write_in(
                     folder / self.files[network].name,
                     announced,
                     partial(self._read, states, network, announced),
@@ -129,17 +130,21 @@ class FolderWriter:
 
 
 def make_folder_writer(
-    checkpoint: TrainingFiles, networks: Mapping[str, nn.Module], marks: Marks
+    checkpoint: TrainingFiles,
+    networks: Mapping[str, nn.Module],
+    marks: Marks,
+    form: SavedForm = IN_ONE_FILE,
 ) -> FolderWriter:
     """Return the writer for the checkpoint of a training. networks: those that learn.
 
-    marks: what the trained model predicts. Raises CheckpointError if a tokenizer is missing.
+    marks: what the trained model predicts. form: of each network. Raises CheckpointError if a
+    tokenizer is missing.
     """
     opened = ExitStack()
     release = opened.enter_context(replace(checkpoint, vae=None).opened())  # its own VAE, not that of --vae
     plans = list_plans(release)
     files = {network: _plan_file(network, plans) for network in plans}
-    return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened)
+    return FolderWriter(networks, plans, files, _make_texts(checkpoint, release, marks), opened, form)
 
 
 def _plan_file(network: str, plans: Plans) -> NetworkFile:

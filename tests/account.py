@@ -10,7 +10,7 @@ from pathlib import Path
 # addresses and logins of hubs, proxies, folders of libraries, places of several processes, the width of help.
 CHANGES_PROGRAMS = re.compile(
     r"(HF|HUGGING_?FACE|MODELSCOPE|TRANSFORMERS|DIFFUSERS|XDG|MPL|WANDB|SLURM|GIT)_\w+"
-    r"|REELSMITH_(FROM_QUEUE|PROGRESS|DRIVEN|RUN_\w+|HELP_AS_JSON|ONLY_OPTIONS|STARTED_IN)"
+    r"|REELSMITH_(FROM_QUEUE|PROGRESS|DRIVEN|RUN_\w+|ONLY_OPTIONS|STARTED_IN)"
     r"|MPLBACKEND|\w+_proxy|\w+_ENDPOINT|MODEL_BASE|TORCH_HOME"
     r"|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|COLUMNS|LINES",
     re.IGNORECASE,

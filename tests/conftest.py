@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import modules.interpreter  # noqa: F401  # here, as it would answer for the scripts that tests run
 from tests import account, chromium, long_tests, marks, their_frequencies
 from tests.commands import ROOT
 

@@ -676,7 +676,9 @@ def test_krea_2_and_flux_2_of_equal_width_are_told_apart(tmp_path: Path) -> None
             other.files.load_dit(path, META)
 
 
-def test_the_layered_qwen_image_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_layered_qwen_image_is_told_by_its_further_tensor(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list("qwen-image-layered-dit"))
-    with pytest.raises(CheckpointError, match=r"Qwen-Image-Layered, which makes transparent(.|\n)*--dit"):
-        qwen_image.files.load_dit(path, META)
+
+    assert read_once(path, qwen_image.files.read_dit_header).config.has_layers
+    with pytest.raises(CheckpointError, match="which takes pictures apart; Qwen-Image needs another one"):
+        qwen_image.files.QwenImageFiles(path).dit_header()

@@ -6,8 +6,8 @@ from collections.abc import Collection
 import pytest
 
 from modules import mistyped
+from modules.option_tables import list_option_names
 from modules.parser import Parser
-from tests.option_names import collect_names
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 
@@ -22,18 +22,13 @@ DAILY = {
         "new_project.py",
     ),
 }
-NAMES = mistyped._NAMES.read_text(encoding="utf-8").split()
+NAMES = list_option_names()
 GUESS = re.compile(r"Did you mean --([\w-]+)")
 REASONS = (
     " It belongs to other scripts, and nothing here corresponds to it. Leave it out.",
     " Leave it out: ",
     " Give --",  # a file of the same role
 )
-
-
-def test_the_list_of_names_is_that_of_the_scripts() -> None:
-    """To write it anew: python -m tests.option_names"""
-    assert mistyped._NAMES.read_text(encoding="utf-8") == collect_names()
 
 
 def means_the_same(typed: str, ours: str, known_as: Collection[str]) -> bool:

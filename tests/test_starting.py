@@ -36,7 +36,9 @@ def test_nothing_of_ours_is_imported_before_the_interpreter_is_checked(script: s
     before = []
     for name in (script, "modules/__init__.py", "modules/interpreter.py"):
         tree = ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=OLDEST)
-        for node in tree.body:
+        checks = [place for place, node in enumerate(tree.body) if isinstance(node, ast.If)]
+        is_interpreter = name == "modules/interpreter.py"
+        for node in tree.body[: checks[-1]] if is_interpreter else tree.body:
             if isinstance(node, ast.Import) and node.names[0].name == "modules.interpreter":
                 break
             if isinstance(node, ast.Import):

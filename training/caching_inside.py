@@ -29,7 +29,7 @@ from dataset.cache_files import CacheStore, NpzNames, parse_latent_name, text_fi
 from dataset.caching.latents import batch_media, load_encoders
 from dataset.listing import find_all_sources, require_captions, warn_unused
 from dataset.options import CachingInRunOptions, CachingOptions
-from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
+from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
 from dataset.sources.left_out import TableFolders
@@ -510,10 +510,10 @@ class LiveMedia:
             keeps_alpha=spec.keeps_alpha,
             has_alpha=spec.has_alpha,
         )
-        if media.bucket != item.bucket:
+        if media.bucket != item.bucket[:2]:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
-        return media.cut(IMAGE_SPANS[0])
+        return media.cut(media.spans[0])
 
     def _encode(
         self, places: Sequence[int], pictures: Sequence[DecodedMedia], keys: Sequence[str]

@@ -24,7 +24,7 @@ from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
-from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, PartsOptions
+from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, SHARD_SIZE, PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
 from training.options import (
     ScriptOption,
@@ -471,6 +471,17 @@ def _read_groups(args: argparse.Namespace) -> None:
     read_as_known(args)
 
 
+def _read_whole_checkpoint(args: argparse.Namespace) -> None:
+    """Read the options of a whole checkpoint. Raises OptionError if a single file is to be cut."""
+    if args.max_shard_size is not None and args.save_model_as not in FOLDERS:
+        raise OptionError(
+            f"{SHARD_SIZE} {args.max_shard_size}: ComfyUI, web UIs and diffusers read a checkpoint with "
+            "these names from one file alone. Add --save_model_as diffusers, whose networks are cut, or "
+            "leave it out"
+        )
+    _read_groups(args)
+
+
 UNNAMED = "last"  # what known trainers call a file without a name
 
 # of models that predict noise
@@ -487,7 +498,7 @@ NOISE_TRAINER = ImageTrainerDefaults(
 CHECKPOINT_TRAINER = replace(
     NOISE_TRAINER,
     whole=(OfWholeCheckpoints,),
-    translate=_read_groups,
+    translate=_read_whole_checkpoint,
     settings={
         "save_model_as": {
             "help": "form of the trained checkpoint: safetensors, one file with the released names, or "

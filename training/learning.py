@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
+from checkpoints.shards import SavedForm
 from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
@@ -36,7 +37,7 @@ from training.loss import LossRule
 from training.made_networks import make_trained_network, written_by
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
-from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
+from training.optimizers.optimizer import arrange_weights, check_rates, find_averaging, make_optimizer
 from training.plan import TrainingPlan
 from training.reports.logs import Logs
 from training.reports.reporter import RunReporter
@@ -522,8 +523,12 @@ class Learners:
             from training.saving.split_model import train_split_dit  # only if it is split
 
             rates = part_rates_of(self.plan.family)
-            return train_split_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts, rates)
-        return train_whole(self.plan.family, options, dit, self.plan.texts)
+            parts = options.whole_dit.name_parts
+            form = SavedForm(options.whole_dit.shard_bytes)
+            whole = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+        else:
+            whole = train_whole(self.plan.family, options, dit, self.plan.texts)
+        return arrange_weights(whole, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors of the state to resume that belong to the network of an expert."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoints.shard_options import read_shard_size
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
@@ -34,6 +35,7 @@ NO_FROZEN_MODEL = (
 MERGED_BEFORE = "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
 HOST = "cpu"  # of --offload_optimizer_device
 ONE_FILE = "safetensors"  # of --save_model_as
+SHARD_SIZE = "--max_shard_size"
 FOLDERS = ("diffusers", "diffusers_safetensors")
 NO_CODE = {"ckpt": "a ckpt can hold code"}
 _NO_FOLDER = "the trained transformer is one safetensors file, without text encoders and VAE"
@@ -81,6 +83,13 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         refused=dict.fromkeys(FOLDERS, _NO_FOLDER) | NO_CODE,
         facts=FREE,
     )
+    max_shard_size: str | None = option(
+        "save the trained model as a folder of files of at most this size, such as 5GB, with an index as "
+        "diffusers writes it; default: one file",
+        metavar="SIZE",
+        facts=FREE,
+        known_as=("shard_size",),
+    )
     training_adapter = unsupported(NO_FROZEN_MODEL, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(NO_FROZEN_MODEL, "its strength", type=float)
     network_weights = unsupported(MERGED_BEFORE, "LoRA file to start from", type=str)
@@ -104,8 +113,17 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
     @property
     def saves_folders(self) -> bool:
-        """Return whether trained models are folders in diffusers' layout instead of single files."""
-        return self.save_model_as in FOLDERS
+        """Return whether trained models are folders instead of single files."""
+        return self.save_model_as in FOLDERS or self.max_shard_size is not None
+
+    @property
+    def shard_bytes(self) -> int:
+        """Return the largest size of a saved file, in bytes; 0: a model is not cut."""
+        return 0 if self.max_shard_size is None else read_shard_size(SHARD_SIZE, self.max_shard_size)
+
+    def __post_init__(self) -> None:
+        if self.max_shard_size is not None:
+            read_shard_size(SHARD_SIZE, self.max_shard_size)
 
     @property
     def name_parts(self) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ def make_plan(
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(joined, family, training, sources)
+    _check_items(joined, family, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -200,12 +200,8 @@ def make_plan(
     )
 
 
-def _check_items(
-    joined: JoinedRun, family: Family, training: Sequence[TrainingItem], sources: BatchSources
-) -> None:
+def _check_items(joined: JoinedRun, family: Family, training: Sequence[TrainingItem]) -> None:
     """Raise UserError for items that what has joined the run cannot learn; log what is learned of none."""
-    for check_items in joined.on.items:
-        check_items(training, sources)
     for read in (*joined.read_captions, *list_caption_readers(family)):
         from training.word_captions import check_captions  # only to learn a word
 
@@ -359,9 +355,12 @@ def _find_items(
         stores=sources.stores,
         live=sources.tables,
         sound=sound_of(family),
+        trusts_index=True,
     )
     items = require_items(listed, commands)
-    check_channels(items, family.latent, commands, sources.stores)
+    new_items = [item for item in items if item.file_name not in item.kind.compared]
+    if new_items:  # of the others the index of their caches says that their latents are of this model
+        check_channels(new_items, family.latent, commands, sources.stores)
     check_caches(
         family,
         items,

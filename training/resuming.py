@@ -26,7 +26,7 @@ from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
 from training.saving import states
-from training.saving.files import INDEX, find_set_aside
+from training.saving.files import find_set_aside, is_saved_folder
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
 
@@ -75,7 +75,7 @@ def find_state(
 def _explain_no_state(resume: str, folder: Path, name: str) -> None:
     """Log that a new run begins; raise OptionError if --resume asks for a state that has to exist."""
     aside = find_set_aside(folder, name)
-    is_trained = (folder / f"{name}.safetensors").is_file() or (folder / name / INDEX).is_file()
+    is_trained = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
     if resume == LATEST_ONLY:
         raise OptionError(

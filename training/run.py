@@ -112,10 +112,10 @@ def prepare_run(
             others=others,
         )
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
+        for prepare in plan.joined.on.plan:
+            prepare(plan)
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
-        for prepare in plan.joined.on.before_load:
-            prepare(plan)
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss

@@ -36,6 +36,7 @@ from modules.command import each_warning_once
 from modules.console import count_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.media.layers import write_layers
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
@@ -200,6 +201,9 @@ class Sampler:
             if not latents.shape[2] and track is not None:
                 path = self.folder / f"{stem}.wav"
                 write_wav(path, track, metadata)
+            elif family.latent.has_layers:
+                tags = as_png_texts(metadata)
+                path = write_layers(self.folder, stem, frames, family.latent.has_whole, tags)[-1]
             elif prepared.frames == 1:
                 number = "" if family.latent.is_of_pictures else "_000"
                 path = self.folder / f"{stem}{number}.png"
@@ -493,6 +497,8 @@ def _with_whole_size(
     whole_width = None if width is None else max(width // side, 1) * side
     whole_height = None if height is None else max(height // side, 1) * side
     whole_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
+    if latent.has_layers:
+        whole_frames = frames  # the number of layers
     changes = []
     if (whole_width, whole_height) != (width, height):
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {whole_width} x {whole_height}"

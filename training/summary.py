@@ -407,8 +407,8 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         process=history.describe_process(),
         written_in=str(real_path(names.folder)),
         working_folder=str(Path.cwd()),
-        charts=plan.joined.info.charts,
-        tiles=plan.joined.info.tiles,
+        charts=[chart for tally in plan.joined.tallies for chart in tally.charts],
+        tiles=[tile for tally in plan.joined.tallies for tile in tally.tiles],
     )
     return RunReporter(
         history=lines,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from checkpoints.shards import IN_ONE_FILE, SavedForm
 from checkpoints.unused import OpenedTensors, UnusedTensors
-from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from contract.made_networks import WritesNetwork
 from modules.errors import OptionError
@@ -225,11 +225,12 @@ def train_dit(
     learning_rate: float,
     name_parts: Sequence[str] = (),
     part_rates: Mapping[str, float] = MappingProxyType({}),
+    form: SavedForm = IN_ONE_FILE,
 ) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
-    part_rates: other learning rates, see `RatesParts`. Its files hold all weights under the names of the
-    released checkpoints, written tensor by tensor. Raises OptionError if no name matches.
+    part_rates: other learning rates, see `RatesParts`. form: of what is saved, which holds all weights under
+    the names of the released checkpoints, written tensor by tensor. Raises OptionError if no name matches.
     """
     by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
@@ -251,7 +252,7 @@ def train_dit(
         {"dit": dit},
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
-        writes={"": partial(_write_dit, dit, dtypes, unused)},
+        writes={"": partial(_write_dit, dit, dtypes, unused, form)},
     )
 
 
@@ -299,6 +300,7 @@ def _write_dit(
     dit: nn.Module,
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
+    form: SavedForm,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -314,4 +316,4 @@ def _write_dit(
         assert unused is not None
         return unused.read(name).to(infos[name].dtype)
 
-    stream_tensors(path, infos, read, metadata)
+    form.write(path, infos, read, metadata)

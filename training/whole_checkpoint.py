@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
+from checkpoints.shards import SavedForm
 from contract.family import Described, DitSpec, part_rates_of
 from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from modules.errors import OptionError
 from training.data.live import LiveTexts
 from training.options import TrainingOptions
-from training.trainable import Trainable, learns_by_name, refuse_no_match, train_dit
+from training.trainable import Trainable, Write, learns_by_name, refuse_no_match, train_dit
 
 
 def train_whole(
@@ -29,11 +30,18 @@ def train_whole(
     """
     assert options.whole_dit is not None
     rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
+    shard_bytes = options.whole_dit.shard_bytes
     if not trains_checkpoint(family):
-        return train_dit(dit, rate, name_parts, part_rates_of(family))
+        return train_dit(dit, rate, name_parts, part_rates_of(family), SavedForm(shard_bytes))
     as_folder = options.whole_dit.saves_folders if writes else None
     return _train_checkpoint(
-        family, dit, texts, learning_rate=rate, name_parts=name_parts, as_folder=as_folder
+        family,
+        dit,
+        texts,
+        learning_rate=rate,
+        name_parts=name_parts,
+        as_folder=as_folder,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -63,11 +71,12 @@ def _train_checkpoint(
     learning_rate: float,
     name_parts: Sequence[str],
     as_folder: bool | None,
+    shard_bytes: int,
 ) -> Trainable:
     """Train each part of a checkpoint at the rate of `family.learning_parts`.
 
-    learning_rate: of parts without one of their own. name_parts: as in `train_dit`. as_folder: see
-    `TrainsCheckpoint.checkpoint_writer`; None: nothing is written.
+    learning_rate: of parts without one of their own. name_parts: as in `train_dit`. as_folder, shard_bytes:
+    see `TrainsCheckpoint.checkpoint_writer`; as_folder None: nothing is written.
     """
     parts = family.learning_parts
     groups = _Groups()
@@ -89,11 +98,14 @@ def _train_checkpoint(
     if not groups.params:
         given = "a part" if parts.have_own_rates else "--learning_rate"
         raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {given}")
+    writes: dict[str, Write] = {}
+    if as_folder is not None:
+        writes[""] = family.checkpoint_writer(networks, as_folder, shard_bytes).write
     return Trainable(
         modules=networks,
         groups=groups.list(),
         group_names=tuple(groups.params),
-        writes={} if as_folder is None else {"": family.checkpoint_writer(networks, as_folder).write},
+        writes=writes,
         until={} if parts.text_steps is None else dict.fromkeys(networks.keys() - {DIT}, parts.text_steps),
     )
 

@@ -42,6 +42,7 @@ class WanVaeConfig:
     encoder: tuple[VaeLayer, ...]
     decoder: tuple[VaeLayer, ...]
     patch: int = 1  # rows and columns of pixels that the first layer takes as channels of one place
+    colors: int = 3  # of pixels: 4 with alpha
 
 
 class TimeMemory:
@@ -246,7 +247,7 @@ class WanVaeHalf(nn.Module):
         layers = config.encoder if is_encoder else config.decoder
         width_in = layers[0].width_in
         width_out = layers[-1].width_out
-        pixel_channels = 3 * config.patch**2
+        pixel_channels = config.colors * config.patch**2
         if is_encoder:
             self.conv1 = WanCausalConv(pixel_channels, width_in)
             self.downsamples = _make_layers(layers, is_down=True)

@@ -87,7 +87,8 @@ def read_vae(
     encoder = _read_layers(shape, sources, "encoder.downsamples")
     decoder = _read_layers(shape, sources, "decoder.upsamples")
     colours = shape("encoder.conv1.weight")[1]
-    config = WanVaeConfig(latent_channels, encoder, decoder, patch=isqrt(colours // 3))
+    patch = isqrt(colours // 3)
+    config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colours // patch**2)
     _check_dimensions(config, colours, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
 
@@ -98,19 +99,25 @@ def _is_of_clips(checkpoint: Checkpoint) -> bool:
     return convolution is not None and len(convolution.shape) != 4
 
 
-def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_by: str) -> None:
+def check_latents(
+    config: WanVaeConfig, latent: LatentSpec, path: Path, needed_by: str, files: str = ""
+) -> None:
     """Raise CheckpointError if a model's latents belong to another VAE.
 
-    path: of its file. needed_by: the model in words, for the message: "--task ti2v-5B".
+    path: of its file. needed_by: the model in words, for the message: "--task ti2v-5B". files: the released
+    files of its VAE; "": those of Wan's release.
     """
-    if config.latent_channels == latent.channels:
-        return
     release = RELEASES[latent.channels]
-    raise CheckpointError(
-        f"{path} is {RELEASES[config.latent_channels].about}; {needed_by} needs {release.about}.\n"
-        f"  Give {release.files} to --vae.",
-        path,
-    )
+    has_alpha = config.colors == 4
+    if config.latent_channels != latent.channels:
+        difference = f"is {RELEASES[config.latent_channels].about}; {needed_by} needs {release.about}"
+    elif has_alpha and not latent.has_alpha:
+        difference = f"is a VAE of pixels with alpha; {needed_by} needs one of pixels without"
+    elif latent.has_alpha and not has_alpha:
+        difference = f"is a VAE of pixels without alpha; {needed_by} needs its own, of pixels with alpha"
+    else:
+        return
+    raise CheckpointError(f"{path} {difference}.\n  Give {files or release.files} to --vae.", path)
 
 
 def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
@@ -170,7 +177,8 @@ def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
-    if colours != 3 * config.patch**2:
+    has_alpha = config.colors == 4 and config.patch == 1  # of Qwen-Image-Layered
+    if colours != 3 * config.patch**2 and not has_alpha:
         raise _make_vae_error(path, f"takes {colours} channels")
     frame_stride, side_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):

@@ -218,6 +218,11 @@
   sheet.addEventListener("click", (event) => {
     if (event.target === sheet || "close" in event.target.dataset) sheet.close();
   });
+  // a layer of a picture is shown while its box is checked
+  sheet.addEventListener("change", (event) => {
+    const layer = event.target.dataset.toggles;
+    if (layer) content.querySelector(`[data-layer="${layer}"]`).hidden = !event.target.checked;
+  });
   sheet.addEventListener("close", () => content.replaceChildren());
   sheet.addEventListener("submit", async (event) => {
     event.preventDefault();

@@ -17,16 +17,17 @@ from dataset.cache.records import (
     TextRecord,
     difference,
     options_difference,
+    source_folders,
     stamp_of,
 )
 from dataset.cache.store import Stores
 from dataset.cache_files import FLIPPED, tensor_key
 from dataset.config import DatasetTable
-from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
+from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.forms.composing import form_of
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
+from dataset.sources.media_source import CLIP_REFERENCES
 from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
@@ -179,7 +180,7 @@ def latent_faults(
         yield from _key_faults(table, tensors, record.options, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        yield from _source_faults(item, _source_folders(table, record), record, checks)
+        yield from _source_faults(item, source_folders(table, record), record, checks)
     yield from _find_shape_faults(item, tensors, latent)
 
 
@@ -210,23 +211,6 @@ def _mask_faults(
     else:
         expected = "no mask" if allowed == {None} else "a mask for it"
     yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {expected}"
-
-
-def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
-    """Return the folder of each file in a record of latents."""
-    companions: list[Path | None] = []
-    if record.options.get("mask") == FROM_FILE:
-        companions.append(table.mask_directory)
-    if CONTROL_MASK in record.options:
-        companions.append(table.control_mask_directory)
-    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
-    companions += [table.reference_directory] * num_references
-    if WORSE in record.options:
-        companions.append(table.worse_directory)
-    if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
-        companions.append(table.audio_directory or table.directory)
-    num_controls = len(record.files) - 1 - len(companions)
-    return [table.directory, *[table.control_directory] * num_controls, *companions]
 
 
 def _find_shape_faults(

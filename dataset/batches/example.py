@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.batches.items import TrainingItem
-from dataset.cache.records import text_records
+from dataset.cache.records import latent_record, text_records
 from dataset.cache.store import Stores
 from dataset.sources.frames import one_frame_words
 from modules.console import quiet
@@ -32,15 +32,22 @@ class ExampleItem:
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item. What cannot be found is left out."""
-    from dataset.listing import find_sources  # a run with samples does without
-
     table = item.table
     example = ExampleItem(
         _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)
     )
     with contextlib.suppress(UserError, OSError), quiet():
+        companions = (table.control_directory, table.control_mask_directory, table.reference_directory)
+        if table.directory is not None and not any(companions):
+            if table.kind == "video":
+                return example
+            picture = _recorded_picture(item, stores)
+            if picture is not None and picture.is_file():
+                return replace(example, picture=picture)
         if _is_large(table.directory):
             return example
+        from dataset.listing import find_sources  # only for lists and companions
+
         sources = find_sources(table, captions=False, faults=[])
         source = next((source for source in sources if source.stem == item.source_stem), None)
         if source is not None and not any(source.origins) and source.tensors is None:
@@ -52,6 +59,14 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
                 references=source.references,
             )
     return example
+
+
+def _recorded_picture(item: TrainingItem, stores: Stores) -> Path | None:
+    """Return the image in a table's folder that an item's latents were made from, by their record."""
+    if item.kind.sizes is not None or item.table.directory is None:
+        return None
+    record = latent_record(stores.of(item.table).read(item.file_name, is_whole=False))
+    return None if record is None or not record.files else item.table.directory / record.files[0].name
 
 
 def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:

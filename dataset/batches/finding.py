@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
+from contract.data import FPS, LatentSpec, SoundSpec
 from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
@@ -18,13 +18,18 @@ from dataset.batches.items import (
     TrainingItem,
     tables_of,
 )
-from dataset.cache.records import section_frames
+from dataset.cache.index import is_heard_apart, is_indexed, read_index
+from dataset.cache.latent_files import (
+    LatentFile,
+    depends_on_references,
+    list_latent_files,
+    reference_sizes,
+)
 from dataset.cache.store import Stores, may_be_mixed, open_store
 from dataset.cache_files import CacheStore
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.config_keys import IGNORE, REQUIRED
+from dataset.config_keys import REQUIRED
 from dataset.forms.composing import SHARED_CACHES, form_of
-from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import pause_collection
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
@@ -34,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
-_Clip = tuple[str, cache_files.LatentName]  # stem, and the end of a file name without its section
+_TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 
 @dataclass
@@ -53,9 +58,13 @@ class FoundItems:
     missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
     needs_sound: str = 'audio = "required"'  # why that is a fault
     silent: SoundSpec | None = None  # of a run with sound, if no item has any
+    # by folder, if no text of this model is cached: the name of one of another model
+    texts_of_others: dict[Path, str] = field(default_factory=dict)
     # by folder, which several tables may share: names of sources; and others that have caches there
     listed: dict[Path, set[str]] = field(default_factory=dict)
     unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
+    # by index, of tables whose sources are those of the index of their caches: the ones without latents
+    left_out: dict[int, list[str]] = field(default_factory=dict)
 
 
 def find_items(
@@ -66,12 +75,14 @@ def find_items(
     stores: Stores | None = None,
     live: LiveTables | None = None,
     sound: SoundSpec | None = None,
+    trusts_index: bool = False,
 ) -> FoundItems:
     """Find all items by the names of their files, reading headers at most. If a table's sources are listed
     (encoded while training, or caches that other programs share), caches of other sources are left out.
 
     text_keys: the keys of a complete text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
+    trusts_index: take the items of a table from the index of its caches, if nothing has changed since.
     """
     stores = stores or Stores((cache_tag, latent, text_keys))
     listing = FoundItems()
@@ -85,6 +96,7 @@ def find_items(
             latent=latent,
             stores=stores,
             sound=sound,
+            trusts_index=trusts_index,
         )
     if sound is not None and sound.is_alone:
         listing.needs_sound = "sound alone is learned"
@@ -101,11 +113,21 @@ def _add_table(
     latent: LatentSpec,
     stores: Stores,
     sound: SoundSpec | None,
+    trusts_index: bool,
 ) -> None:
     """Add the items of a table to `listing`, and their missing files."""
     store = stores.of(table)
     names = store.names()
-    if table.index not in stores.elsewhere and may_be_mixed(table, names):
+    is_own = table.index not in stores.elsewhere
+    is_cached = kind.has_text and not kind.sources
+    if trusts_index and is_own and is_cached and is_indexed(table, sound) and not latent.has_layers:
+        index = read_index(table, names, tag=kind.tag, latent=latent)
+        if index is not None:
+            kind = replace(kind, compared=index.compared)
+            listing.items += [_item(table, kind, file, captions) for file, captions in index.items]
+            listing.left_out[table.index] = index.left_out
+            return
+    if is_own and may_be_mixed(table, names):
         _add_form_faults(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
     stems = None  # of the sources that are listed; None: any
@@ -113,36 +135,76 @@ def _add_table(
         stems = _find_listed_stems(table, kind, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
+        latent_files = _take_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
-    sections = Counter[_Clip]()
     sounds = None
-    if table.kind == "video":
-        sections = _count_sections(latent_files, kind.tag)
-        if sound is not None and not sound.is_inside and table.audio != IGNORE:
-            sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
-    del names, text_names  # may be a million; what is needed of them is in `texts`, `sounds` and `sections`
-    maker = _ItemMaker(
-        table=table,
-        kind=kind,
-        latent=latent,
-        store=store,
-        texts=texts,
-        sounds=sounds,
-        sections=sections,
-    )
+    if is_heard_apart(table, sound):
+        assert sound is not None
+        sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
+    del names, text_names  # may be a million; what is needed of them is in `texts` and `sounds`
     is_empty = True
     with pause_collection():
-        for name, stem, ending in cache_files.latent_names(latent_files, kind.tag, table.kind):
-            if stems is not None and stem not in stems:
-                listing.unlisted[table.picture_folder, stem] = None
-                continue
+        for file in list_latent_files(
+            table,
+            latent_files,
+            tag=kind.tag,
+            latent=latent,
+            store=store,
+            reads_references=depends_on_references(table) and kind.sizes is None,
+        ):
             is_empty = False
-            if texts is None or texts.has(stem):
-                listing.items.append(maker.make(name, stem, ending))
+            if texts is None:
+                num_captions = 1 + len(kind.sources[file.stem].more_captions)
+            elif texts.has(file.stem):
+                num_captions = texts.captions.get(file.stem, 1)
+            else:
+                continue
+            if latent.has_layers:
+                num_pictures = _count_pictures(kind, store, file)
+                file = file._replace(bucket=(*file.bucket, num_pictures))
+            item = _item(table, kind, file, num_captions)
+            listing.items.append(item if sounds is None else sounds.add_to(item, store))
     if is_empty:
         listing.empty_tables.append(table)
+
+
+def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: int) -> TrainingItem:
+    return TrainingItem(
+        file_name=file.file,
+        stem_length=len(file.stem),
+        table=table,
+        bucket=file.bucket,
+        kind=kind,
+        parts=file.parts,
+        captions=num_captions,
+        references=file.references,
+    )
+
+
+def _count_pictures(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
+    """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
+    if kind.sizes is not None:
+        return kind.sources[file.stem].num_pictures
+    with contextlib.suppress(CacheError):
+        for tensor, shape in store.read(file.file, is_whole=False).shapes.items():
+            if cache_files.tensor_key(tensor) == "latents":
+                return shape[-3]
+    return 1
+
+
+def _take_listed(
+    listing: FoundItems, table: DatasetTable, files: Sequence[str], tag: str, stems: Collection[str]
+) -> list[str]:
+    """Return the latent caches of listed sources; note the others in `listing`."""
+    taken = []
+    for name, stem, _ in cache_files.latent_names(files, tag, table.kind):
+        if stem in stems:
+            taken.append(name)
+        else:
+            listing.unlisted[table.picture_folder, stem] = None
+    return taken
 
 
 def _add_form_faults(listing: FoundItems, table: DatasetTable, tag: str) -> None:
@@ -159,77 +221,6 @@ def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
-def _count_sections(latent_files: Sequence[str], tag: str) -> Counter[_Clip]:
-    """Count the files of each clip in sections: all that differ in their section alone."""
-    return Counter(
-        (stem, replace(ending, section=None))
-        for _, stem, ending in cache_files.latent_names(latent_files, tag, "video")
-        if ending.section is not None
-    )
-
-
-class _ItemMaker:
-    """Make the items of a table from the names of its latent caches."""
-
-    def __init__(
-        self,
-        table: DatasetTable,
-        kind: ItemKind,
-        latent: LatentSpec,
-        store: CacheStore,
-        texts: "_TextNames | None",
-        sounds: "_SoundNames | None",
-        sections: Counter[_Clip],
-    ) -> None:
-        """texts: None if captions are encoded while training. sounds: None if no sound is trained. sections:
-        number of files of each clip in sections.
-        """
-        self._table, self._kind, self._latent, self._store = table, kind, latent, store
-        self._texts, self._sounds, self._sections = texts, sounds, sections
-        takes_references = bool(table.references or table.clip_references)
-        self._reads_references = takes_references and table.batch_size > 1 and kind.sizes is None
-        self._buckets: dict[int, tuple[int, ...]] = {}  # by the meaning of the end of a name, by identity
-        self._sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each once: of references, of sound
-
-    def make(self, name: str, stem: str, ending: cache_files.LatentName) -> TrainingItem:
-        """Return the item of a latent cache. ending: its name without the stem."""
-        table, kind = self._table, self._kind
-        bucket = self._buckets.get(id(ending))
-        if bucket is None:
-            bucket = _bucket(table, ending, self._latent, table.cache_directory / name)
-            self._buckets[id(ending)] = bucket
-        num_files = 1
-        if self._sections:
-            num_files = self._sections[stem, replace(ending, section=None)] or 1
-        if self._texts is not None:
-            num_captions = self._texts.captions.get(stem, 1)
-        else:
-            num_captions = 1 + len(kind.sources[stem].more_captions)
-        references: tuple[int, ...] = ()
-        if self._reads_references:
-            references = _reference_sizes(self._store, name)
-            references = self._sizes.setdefault(references, references)
-        sound: tuple[int, ...] = ()
-        has_sound = False
-        if self._sounds is not None:
-            if table.batch_size > 1:
-                sound = _sound_shape(self._store, name, self._sounds.spec, bucket[2])
-                sound = self._sizes.setdefault(sound, sound)
-            has_sound = self._sounds.has(name)
-        return TrainingItem(
-            file_name=name,
-            stem_length=len(stem),
-            table=table,
-            bucket=bucket,
-            kind=kind,
-            parts=num_files,
-            captions=num_captions,
-            references=references,
-            sound=sound,
-            has_sound=has_sound,
-        )
-
-
 class _SoundNames:
     """The sound caches of a table among the names of its entries."""
 
@@ -242,14 +233,19 @@ class _SoundNames:
         self._is_needed = table.audio == REQUIRED or spec.is_alone
         ending = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct shape once
 
-    def has(self, latents: str) -> bool:
-        """Return whether the sound of a latent cache is cached. latents: its file name."""
-        name = cache_files.sound_file_name(latents, self._tag)
+    def add_to(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
+        """Return an item with the shape of its sound, if batches depend on it, and whether it is cached."""
+        shape: tuple[int, ...] = ()
+        if item.table.batch_size > 1:
+            shape = _sound_shape(store, item.file_name, self.spec, item.bucket[2])
+            shape = self._shapes.setdefault(shape, shape)
+        name = cache_files.sound_file_name(item.file_name, self._tag)
         is_cached = name in self._names
         if self._is_needed and not is_cached:
             self._listing.missing_sound.append(self._folder / name)
-        return is_cached
+        return replace(item, sound=shape, has_sound=is_cached)
 
 
 def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
@@ -271,7 +267,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     for item in items:
         is_read = not item.references and item.kind.sizes is None
         if is_read and _may_have_references(item.table):
-            sizes = _reference_sizes(stores.of(item.table), item.file_name)
+            sizes = reference_sizes(stores.of(item.table), item.file_name)
             item = replace(item, references=sizes)
         sized.append(item)
     return sized
@@ -292,7 +288,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
             source = item.kind.sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
-            references = item.references or _reference_sizes(stores.of(item.table), item.file_name)
+            references = item.references or reference_sizes(stores.of(item.table), item.file_name)
         if references:
             return False
     return bool(edited)
@@ -305,27 +301,6 @@ def _is_edited(table: DatasetTable) -> bool:
     return table.clip_references is not None and table.clip_references.edits
 
 
-def _reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control and reference latent of an entry, in order, without mirrored
-    ones; () if the entry is damaged, which is an error when it is read. The heights of all frames are added
-    up.
-    """
-    try:
-        shapes = store.read(name, is_whole=False).shapes
-    except CacheError:
-        return ()
-    sizes: list[int] = []
-    for tensor, shape in sorted(shapes.items()):
-        key = cache_files.tensor_key(tensor)
-        if not key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS)):
-            continue
-        if key.endswith(cache_files.FLIPPED):
-            continue
-        num_frames = 1 if key.startswith(CONTROL) else shape[-3]
-        sizes += [shape[-1], shape[-2] * num_frames]
-    return tuple(sizes)
-
-
 class _TextNames:
     """The text caches of a table among the names of its entries."""
 
@@ -334,6 +309,10 @@ class _TextNames:
         self._table, self._tag, self._listing = table, tag, listing
         self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}
+        if not self._first:
+            of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
+            if of_others is not None:
+                listing.texts_of_others[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
         for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
@@ -408,18 +387,6 @@ def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[st
         return None
 
 
-def _bucket(
-    table: DatasetTable, name: cache_files.LatentName, latent: LatentSpec, path: Path
-) -> tuple[int, ...]:
-    """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
-    if table.kind == "image":
-        return bucket_of(table, name.size, latent.pixel_step, path)
-    if name.section is not None:  # clips of all lengths share a batch: their sections are equal
-        return (*name.size, section_frames(table.fp_latent_window_size, latent))
-    assert name.span is not None
-    return (*name.size, name.span[1])
-
-
 _EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight need it"
 
 
@@ -429,9 +396,13 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
     finished.
     """
-    _refuse_unfinished(listing, commands)
+    if listing.unsound or listing.unfinished_text:
+        _refuse_unfinished(listing, commands)
     faults = [_explain_empty(table) for table in listing.empty_tables]
-    faults += _sound_faults(listing)
+    if listing.missing_sound:
+        faults += _sound_faults(listing)
+    if listing.empty_tables or not listing.items:
+        faults += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
     if not faults and not listing.items:
         folders = {path.parent for path in listing.missing_text}
         faults = [f"no text cache in {folder}" for folder in sorted(folders)]
@@ -449,7 +420,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         if listing.empty_tables or listing.missing_text or listing.missing_empty:
             needed.append(text_command)
         raise CacheError("\n  ".join([*faults, "Make the caches first:", *needed]))
-    _warn_left_out(listing, commands)
+    if listing.missing_text or listing.unlisted:
+        _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")
     logger.info("In the caches: %s of %s", num_items, num_tables)
@@ -486,6 +458,14 @@ def _explain_empty(table: DatasetTable) -> str:
             f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"
         )
     return problem
+
+
+def _explain_others(folder: Path, name: str) -> str:
+    """Explain why a text cache of another model does not count. name: its file."""
+    return (
+        f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
+        "of the caption, which this model cannot read"
+    )
 
 
 def _sound_faults(listing: FoundItems) -> list[str]:

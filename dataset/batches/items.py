@@ -22,6 +22,9 @@ class ItemKind:
     sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
     # by stem, if anything is read from them
     sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
+    # by name of a cache file: the checksum of its record, if the index of the caches has it and the table and
+    # its sources are as they were: then nothing of the record has to be compared with them
+    compared: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
         """Return the names that latent caches of its pictures would have."""

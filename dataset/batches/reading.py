@@ -15,6 +15,7 @@ from contract import data
 from dataset.batches.checks import latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
+    CHECK_KEY,
     CLOCK,
     CacheChecks,
     LatentRecord,
@@ -266,7 +267,8 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            if number != EMPTY and (item.table.index, path.name) not in self.checks.checked:
+            is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
+            if not is_checked and not _is_compared(item, entry, path.name):
                 faults = text_faults(
                     item,
                     number=number,
@@ -308,17 +310,18 @@ class _Reader:
                 raise CacheError(
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
-            faults = find_faults(
-                item,
-                tensors=tensors,
-                record=record,
-                latent=self.latent,
-                checks=self.checks,
-                is_shared=store.is_shared,
-            )
-            fault = next(faults, None)
-            if fault is not None:
-                raise CacheError(f"{path}: {fault}")
+            if not _is_compared(item, entry, path.name):
+                faults = find_faults(
+                    item,
+                    tensors=tensors,
+                    record=record,
+                    latent=self.latent,
+                    checks=self.checks,
+                    is_shared=store.is_shared,
+                )
+                fault = next(faults, None)
+                if fault is not None:
+                    raise CacheError(f"{path}: {fault}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
         made_by: tuple[data.MadeBy, ...] = ()
@@ -341,6 +344,11 @@ class _Reader:
             windows=_count_windows(item, record, self.latent.lengths),
             as_shown=record.as_shown if is_older else None,
         )
+
+
+def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
+    """Return whether the index of the caches answers for an entry: it still has the record of then."""
+    return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
 
 
 def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:

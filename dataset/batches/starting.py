@@ -65,14 +65,16 @@ def check_caches(
     cached = [item for item in items if item.kind.sizes is None]
     size_bytes = 0
     checks = CacheChecks()
-    origins: list[tuple[TrainingItem, MadeBy]] = []
+    earlier: list[tuple[TrainingItem, MadeBy]] = []  # of caches that earlier versions made
     windows: dict[tuple[int, str], int] = {}  # by table index and stem
     for item, number in itertools.islice(_sample_captions(cached), rank, None, count):
         batch = read_batch([item], family.latent, commands, checks=checks, captions=[number], stores=stores)
         for origin in batch.made_by:
-            _require_own_encoder(origin, own_encoders.get(origin.part, {}), commands)
-        if number == 0:
-            origins += [(item, origin) for origin in batch.made_by]
+            if origin.part in own_encoders:
+                _require_own_encoder(origin, own_encoders[origin.part], commands)
+            is_earlier = origin.own_clocks or origin.as_shown is not None
+            if is_earlier and number == 0:
+                earlier.append((item, origin))
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
         windows[item.table.index, item.source_stem] = num_windows
         if item.kind.has_text and not has_live_texts:
@@ -83,7 +85,8 @@ def check_caches(
         size_bytes += _count_batch_bytes(batch)
         if size_bytes > MOST_READ_BYTES:
             break
-    _warn_of_earlier(origins, family, commands)
+    if earlier:
+        _warn_of_earlier(earlier, family, commands)
     if rank == 0:  # the first process' share is enough to warn
         _warn_of_fewer(cached, windows, commands)
 
@@ -215,20 +218,24 @@ def compare_sources(
         cached = {item.source_stem for item in items}
         if table.directory is None or not cached or table.cache_format in SHARED_CACHES:
             continue
-        sources = _sources_of_small(table, table.directory)
-        if sources is None:
-            continue
-        # they have latents, and a warning of their own
-        without_text = {path.name for path in listing.missing_text}
-        new = []
-        for stem, source in sources.items():
-            if stem not in cached and text_file_name(stem, tag) not in without_text:
-                new.append(str(source.path))
-        gone = sorted(cached - sources.keys())
+        gone: list[str] = []
         unheard: list[str] = []
-        if hears and table.kind == "video" and table.audio != IGNORE:
-            silent = {item.source_stem for item in items if not item.has_sound}
-            unheard = [*map(str, list_unheard(sources.values(), silent))]
+        if table.index in listing.left_out:
+            new = listing.left_out[table.index]
+        else:
+            sources = _sources_of_small(table, table.directory)
+            if sources is None:
+                continue
+            # they have latents, and a warning of their own
+            without_text = {path.name for path in listing.missing_text}
+            new = []
+            for stem, source in sources.items():
+                if stem not in cached and text_file_name(stem, tag) not in without_text:
+                    new.append(str(source.path))
+            gone = sorted(cached - sources.keys())
+            if hears and table.kind == "video" and table.audio != IGNORE:
+                silent = {item.source_stem for item in items if not item.has_sound}
+                unheard = [*map(str, list_unheard(sources.values(), silent))]
         for names, problem, consequence in (
             (new, "no latents", "not cached, too short or unreadable: left out"),
             (gone, "caches but no file any more", "trained on until the caches are made again"),

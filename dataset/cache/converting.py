@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dataset import cache_files
 from dataset.cache.catalog import Catalog
 from dataset.cache.form import single_files
+from dataset.cache.index import NAME as INDEX
 from dataset.cache.shards import ShardStore, merge_shards, shard_faults
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig
@@ -80,7 +81,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if not keep:
             _require_equal(names, folder)
             with explain_errors(folder):
-                for name in names:
+                for name in (*names, INDEX):
                     files.remove(name)
     return counts
 

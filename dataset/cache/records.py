@@ -26,14 +26,19 @@ from torch import Tensor
 from checkpoints.finite import is_finite
 from contract.data import LatentSpec
 from dataset.cache_files import Entry, checksum
-from dataset.config_keys import SECTIONS
+from dataset.config_keys import IGNORE, SECTIONS
 from dataset.sources.media_source import (
+    CLIP_REFERENCES,
+    CONTROL_MASK,
+    LAYERS,
+    SOUND_FILE,
+    WORSE,
     ClipFacts,
     FileIdentity,
     Origin,
     Remote,
 )
-from dataset.table import defaults_of
+from dataset.table import FROM_FILE, DatasetTable, defaults_of
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
 from modules.media.colours import AS_SHOWN
@@ -163,6 +168,24 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
                 as_shown=int(content.get("as_shown", 0)),
             )
     return records
+
+
+def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | None]:
+    """Return the folder of each file in a record of latents."""
+    companions: list[Path | None] = []
+    if record.options.get("mask") == FROM_FILE:
+        companions.append(table.mask_directory)
+    if CONTROL_MASK in record.options:
+        companions.append(table.control_mask_directory)
+    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
+    companions += [table.reference_directory] * num_references
+    if WORSE in record.options:
+        companions.append(table.worse_directory)
+    if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
+        companions.append(table.audio_directory or table.directory)
+    layers = [table.directory] * record.options.get(LAYERS, 0)
+    num_controls = len(record.files) - 1 - len(companions) - len(layers)
+    return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:

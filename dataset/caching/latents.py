@@ -120,7 +120,8 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
     """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
     first = items[0]
-    control_masks = [item.control_mask for item in items]
+    alphas = [item.alpha for item in items if item.alpha is not None]
+    control_masks = [item.control_mask for item in items if item.control_mask is not None]
     sounds = [item.sound for item in items if item.sound is not None]
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
@@ -129,9 +130,9 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         keys=tuple(keys),
         spans=tuple(item.spans[0] for item in items),
         control=tuple(_stack_batch(arrays) for arrays in controls),
-        alpha=_stack_present([item.alpha for item in items]),
+        alpha=_stack_batch(alphas) if alphas else None,
         references=tuple(_stack_batch(arrays) for arrays in references),
-        control_mask=None if first.control_mask is None else _stack_present(control_masks),
+        control_mask=_stack_batch(control_masks) if control_masks else None,
         table=media_table(first.source.table, has_control=bool(first.control)),
         sound=torch.stack(sounds) if sounds else None,
         heard=tuple(item.is_heard for item in items),
@@ -155,11 +156,16 @@ def encode(
     media = batch_media(items, keys)
     all_worse = [item.worse for item in items if item.worse is not None]
     worse = _stack_batch(all_worse) if all_worse else None
-    encoded = _encode_pairs(family, encoders, media, worse)
+    encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
+    if worse is not None:
+        encoded = _join_worse(encoded, family.encode_media(encoders, _with_frames(media, worse)))
     if not items[0].source.table.augmentation.flip:
         return encoded
-    mirrored_worse = None if worse is None else worse.flip(3)
-    mirrored = _encode_pairs(family, encoders, _mirror(media), mirrored_worse)
+    mirror = _mirror(media)
+    mirrored: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, mirror)
+    if worse is not None:
+        mirrored_worse = _with_frames(mirror, worse.flip(3))
+        mirrored = _join_worse(mirrored, family.encode_media(encoders, mirrored_worse))
     with_both_sides = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
         pairs = zip(entries, mirrored_entries, strict=True)
@@ -167,18 +173,18 @@ def encode(
     return with_both_sides
 
 
-def _encode_pairs(
-    family: Caches, encoders: data.MediaEncoders, media: data.MediaBatch, worse: Tensor | None
-) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item, with the latents of its worse one if there is one.
+def _with_frames(media: data.MediaBatch, worse: Tensor) -> data.MediaBatch:
+    """Return the batch of the worse ones, which are encoded with the same control media.
 
-    worse: B F H W C uint8, like the frames of `media`. It is encoded as these are, with their control media.
+    worse: B F H W C uint8. They have no transparency: that of the better ones says nothing about them.
     """
-    encoded = family.encode_media(encoders, media)
-    if worse is None:
-        return encoded
-    # of pictures without transparency: that of the better one says nothing about it
-    encoded_worse = family.encode_media(encoders, dataclasses.replace(media, frames=worse, alpha=None))
+    return dataclasses.replace(media, frames=worse, alpha=None)
+
+
+def _join_worse(
+    encoded: Sequence[Sequence[data.CacheEntry]], encoded_worse: Sequence[Sequence[data.CacheEntry]]
+) -> Sequence[Sequence[data.CacheEntry]]:
+    """Return the entries of each item with the latents of its worse one."""
     joined = []
     for entries, worse_entries in zip(encoded, encoded_worse, strict=True):
         pairs = zip(entries, worse_entries, strict=True)
@@ -251,12 +257,6 @@ def write_entry(
     sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
     metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
     store.write(file, named, metadata | records.record_metadata(dataclasses.replace(record, crc32=sums)))
-
-
-def _stack_present(arrays: Iterable[NDArray[np.uint8] | None]) -> Tensor | None:
-    """Return those that there are as one batch; None if there are none."""
-    present = [array for array in arrays if array is not None]
-    return _stack_batch(present) if present else None
 
 
 def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:

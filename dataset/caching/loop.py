@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -18,8 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from contract.family import Caches
+from contract.family import Caches, sound_of
+from dataset.cache import index
+from dataset.cache.index import is_indexed, mark_table
 from dataset.cache.store import Stores
+from dataset.caching.indexing import write_index
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
@@ -156,6 +159,32 @@ def cache(
 cache_media, cache_texts = partial(cache, LATENTS), partial(cache, TEXTS)
 
 
+def _write_indexes(
+    kind: str,
+    family: Caches,
+    config: DatasetConfig,
+    report: CacheReport,
+    marks: Mapping[int, str | None],
+) -> None:
+    """Write what a run cached into the index of each table. marks: of the tables, by index."""
+    for table in config.datasets:
+        if not is_indexed(table, sound_of(family)):
+            continue
+        left_out = {}
+        for failure in (*report.failures, *report.dropped):
+            if failure.table == table.index and failure.path != table.source:  # of no file that can be read
+                left_out[failure.stem] = str(failure.path)
+        write_index(
+            table,
+            part=index.TEXTS if kind == TEXTS else index.LATENTS,
+            tag=family.cache_tag,
+            latent=family.latent,
+            mark=marks[table.index],
+            right={name for number, name in report.right if number == table.index},
+            left_out=left_out,
+        )
+
+
 def run_caching(
     kind: str,
     family: Caches,
@@ -184,12 +213,16 @@ def run_caching(
     if options.disable_cudnn_backend:
         leave_cudnn_out(choose_device(options.device))
     start = time.monotonic()
+    # before sources are listed: what is added meanwhile is none of the index
+    marks = {table.index: mark_table(table) for table in config.datasets}
     try:
         report = cache(kind, family, config, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(STAYS) from None
     if report.is_main:
         following.remember()
+        if options.shard.num_shards is None:
+            _write_indexes(kind, family, config, report, marks)
     memory = peak_in_words(choose_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if options.shard.num_shards is None:

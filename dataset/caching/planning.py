@@ -35,6 +35,7 @@ from dataset.sources.frames import Span, bucket_of, describe_short, frames_wante
 from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
+    LAYERS,
     SHOWN,
     SOUND_FILE,
     WORSE,
@@ -106,6 +107,8 @@ class Recipe:
             options[SOUND_FILE] = source.sound is not None
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
+        if source.layers:
+            options[LAYERS] = len(source.layers)
         if source.shown:
             options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
         return options | table.changed(SECTIONS)
@@ -255,6 +258,7 @@ class Planning:
             len(source.control),
             source.sound is None,
             source.shown,
+            len(source.layers),
             source.tensors is None,
         ]
         for file in self.existing:
@@ -290,8 +294,8 @@ class Planning:
         unknown = SourcePlan(self.source, frozenset(), 0, None)
         if table.kind == "image":
             size = self._read_image_size()
-            return unknown if size is None else self.compare(size, [(0, 1)])
-        clip = self._read_recorded_clip()
+            return unknown if size is None else self.compare(size, [(0, self.source.num_pictures)])
+        clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
             from dataset.sources.moments import measure_source, whole_span  # few tables have any
 
@@ -395,9 +399,10 @@ class Planning:
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
         """Return the sizes that training sees of an item: of the whole, or of each of its sections."""
-        if self.table.kind == "image":
-            return [bucket] * (num_sections or 1)
         _, num_frames = span
+        if self.table.kind == "image":
+            size = (*bucket, num_frames) if self.table.multiple_target else bucket
+            return [size] * (num_sections or 1)
         if num_sections is not None:
             num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
         return [(*bucket, num_frames)] * (num_sections or 1)
@@ -481,6 +486,8 @@ class Planning:
         """Return F, H, W of the latents of an item, or of its section."""
         _, num_frames = span
         width, height = bucket
+        if self.table.multiple_target:
+            num_frames = 1  # in names, as of the known tuner; the shapes of the tensors say how many
         if name.section is not None:
             num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
         return self.recipe.latent.shape(num_frames, height, width)[2:]

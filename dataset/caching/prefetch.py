@@ -67,7 +67,7 @@ class CacheReport:
     share: int = 0  # how many of the sources or captions this run looked at
     whole: int = 0  # how many there are
     is_main: bool = True  # whether this process reports for all
-    # table index and name of each valid entry of latents and of sound
+    # table index and name of each valid entry
     right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
 
 
@@ -329,7 +329,7 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     if not num_frames:
         num_frames = _estimate_frames(source)
     width, height = table.resolution
-    clips = 1 + len(source.control) + len(source.references) + (source.worse is not None)
+    clips = 1 + len(source.control) + len(source.references) + (source.worse is not None) + len(source.layers)
     channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
     return int(num_frames) * width * height * channels
 

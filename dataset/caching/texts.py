@@ -160,6 +160,9 @@ class TextWork:
             failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),
             whole=len(self._files),
+            right=frozenset(
+                (file.table.index, file.file_name) for file in files if file.file_name not in self._failed
+            ),
         )
 
     def _finish_part(self, file: CaptionFile) -> None:
@@ -250,6 +253,8 @@ class TextWork:
         If a reference picture cannot be used, each text is encoded alone, and the one with that picture
         becomes a failure.
         """
+        rules = self._family.references
+        sees_encoded = rules is not None and rules.as_encoded
         try:
             with contextlib.ExitStack() as stack:
                 prompts = []
@@ -257,9 +262,12 @@ class TextWork:
                     references: tuple[Path, ...] = ()
                     if file.source is not None and file.source.table.references is not None:
                         references = stack.enter_context(hold_references(file.source))
-                    frames = self._frames_of(file.source)
-                    prompt = Prompt(file.caption or "", pictures=references, frames=frames)
-                    prompts.append(self._show_item(prompt, file.source))
+                    prompt = Prompt(file.caption or "", pictures=references)
+                    if file.source is not None and sees_encoded:
+                        prompt = dataclasses.replace(prompt, frames=self._frames_of(file.source))
+                    if file.source is not None and self._sight.clip:
+                        prompt = self._show_item(prompt, file.source)
+                    prompts.append(prompt)
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except MediaError as error:
@@ -274,13 +282,11 @@ class TextWork:
             self._failed[file.file_name] = Failure.of(file.source, error)
             return []
 
-    def _show_item(self, prompt: Prompt, source: MediaSource | None) -> Prompt:
-        """Return the prompt with what encoders see of the item of a source; of the empty prompt, nothing.
+    def _show_item(self, prompt: Prompt, source: MediaSource) -> Prompt:
+        """Return the prompt with what encoders see of the item of a source.
 
         Raises MediaError if it cannot be used, or a clip has several items, whose text would be one.
         """
-        if source is None or not self._sight.clip:
-            return prompt
         media = self._decode(source)
         if len(media.spans) != 1:
             several = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
@@ -301,14 +307,11 @@ class TextWork:
             further_text=source.further_text,
         )
 
-    def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
-        """Return a source's reference pictures as the VAE encodes them, each H W C; (): encoders read them.
+    def _frames_of(self, source: MediaSource) -> tuple[Tensor, ...]:
+        """Return a source's reference pictures as the VAE encodes them, each H W C.
 
         Raises MediaError if one cannot be used.
         """
-        rules = self._family.references
-        if source is None or rules is None or not rules.as_encoded:
-            return ()
         media = self._decode(source)
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 

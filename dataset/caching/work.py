@@ -69,7 +69,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 companions=with_companions.get(table.index, ()),
                 shown=tuple(shown.get(table.index, ())),
             )
-            _check_sound(table, learns_sound_alone)
+            if learns_sound_alone or table.is_of_sound:
+                _check_sound(table, learns_sound_alone)
         except DatasetError as error:
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
@@ -199,6 +200,12 @@ class MediaWork:
             workers=workers,
             show_progress=shows,
         )
+        if self._family.latent.shares_caches:
+            from dataset.caching.taking_over import OtherCaches  # few models share theirs
+
+            others = OtherCaches(self._family, self._recipe)
+            plans = [plan if plan.missing == () else others.take_source(plan) for plan in plans]
+            others.report(shows)
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         sources = [plan.source for plan in to_do]
         recipe = self._recipe

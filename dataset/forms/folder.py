@@ -16,6 +16,7 @@ FOLDER = DataForm(
         "worse_directory",
         "mask_directory",
         "audio_directory",
+        "multiple_target",
     ),
     is_listed_in_training=True,
     has_caches_of_others=True,

@@ -58,7 +58,14 @@ def read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 JSONL = DataForm(
     "JSONL",
     source="jsonl_file",
-    shared_keys=("control_column", "allow_urls", "download_directory", "control_directory", "mask_directory"),
+    shared_keys=(
+        "control_column",
+        "allow_urls",
+        "download_directory",
+        "control_directory",
+        "mask_directory",
+        "multiple_target",
+    ),
     find_conflict=find_conflict,
     complete=complete,
     list_sources=list_sources,

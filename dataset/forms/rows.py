@@ -81,6 +81,7 @@ class RowReader:
         captions = complete_captions(texts, self.table) if texts else None
         controls, references = self._read_parts(values, where)
         mask = self._part("mask_path", values.get("mask_path"), where)
+        layers = self._read_layers(values, where) if self.table.multiple_target else []
         control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
         worse = self._part("worse_path", values.get("worse_path"), where)
         source = make_source(
@@ -94,6 +95,7 @@ class RowReader:
             references=references,
             control_mask=control_mask,
             worse=worse,
+            layers=layers,
         )
         sound_path = values.get("audio_path") if self.table.kind == "video" else None
         sound = self._part("audio_path", sound_path, where)
@@ -115,6 +117,8 @@ class RowReader:
     def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
+        if text is None and self.table.multiple_target:
+            text = values.get(f"{self.path_column}_0")
         if not isinstance(text, str) or not text.strip():
             hint = self._explain_list(values) if self.is_list else ""
             is_missing = self.is_list or text is None or text == ""
@@ -131,7 +135,8 @@ class RowReader:
         """Return a hint at the keys that a line without a path lacks, or the option that takes such lines."""
         name = self.path_column
         if f"{name}_0" in values:
-            return f", and {name}_0, {name}_1, ... are layers of Qwen-Image-Layered, which is not supported"
+            layers = f"{name}_0, {name}_1, ... are a picture and its layers"
+            return f", and {layers}: give the table multiple_target = true"
         others = [name for name in (*PATH_COLUMNS, self.table.kind) if isinstance(values.get(name), str)]
         if others and not self.table.is_of_sound:
             kind = self.table.kind
@@ -141,6 +146,19 @@ class RowReader:
             )
         example = f'{{"{name}": "...", "caption": "..."}}'
         return f". Each line is one object such as {example}"
+
+    def _read_layers(self, values: Mapping[str, Any], where: str) -> list[Part]:
+        """Return the layers of a row, in the order of their numbers; the picture itself has 0 or none."""
+        column = self.path_column
+        if column in values and f"{column}_0" in values:
+            raise DatasetError(f"{where}: {column} and {column}_0 both name the picture; leave out one")
+        layers: dict[int, Part] = {}
+        for name, value in values.items():
+            number = control_number(name, column)
+            part = self._part(name, value, where) if number else None
+            if number and part is not None:
+                layers[number] = part
+        return [layers[number] for number in sorted(layers)]
 
     def _read_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
         """Return the control media of a row and its references, each in the order of their numbers."""
@@ -334,13 +352,14 @@ def make_source(
     references: Sequence[Part] = (),
     control_mask: Part | None = None,
     worse: Part | None = None,
+    layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
     """Return the source made from one row, or from one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
-    parts = (media, *controls, *masks, *references, *([] if worse is None else [worse]))
+    parts = (media, *controls, *masks, *references, *([] if worse is None else [worse]), *layers)
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         path=media[0],
@@ -355,6 +374,7 @@ def make_source(
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
         worse=None if worse is None else worse[0],
+        layers=tuple(path for path, _ in layers),
     )
 
 
@@ -435,6 +455,11 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 def is_companion(name: str) -> bool:
     """Return whether a column holds control media or references, by number."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
+
+
+def is_layer(table: DatasetTable, name: str) -> bool:
+    """Return whether a column holds a picture or one of its layers, by number."""
+    return table.multiple_target and control_number(name, table.path_key) is not None
 
 
 def is_control(table: DatasetTable, name: str) -> bool:

@@ -4,6 +4,7 @@ import errno
 import glob
 import logging
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataset.forms.rows import CAPTION_COLUMNS, Part, check_controls, download_f
 from dataset.forms.tars_index import CONTROL, MASK, Member, TarRules, TarSample, read_index
 from dataset.sources import media_source
 from dataset.sources.captions import captions_in
-from dataset.sources.downloads import HTTP, check_tar, download, find_remote
+from dataset.sources.downloads import HTTP, download, find_remote
 from dataset.sources.folders import media_suffixes
 from dataset.sources.mask_files import mask_suffixes
 from dataset.table import DatasetTable
@@ -29,6 +30,12 @@ logger = logging.getLogger(__name__)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
 PIECE = 1 << 20  # bytes
+
+
+def check_tar(path: Path) -> None:
+    """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
+    if not tarfile.is_tarfile(path):
+        raise MediaError(f"{path} is no tar.")
 
 
 @dataclass(frozen=True, slots=True)

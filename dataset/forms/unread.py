@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.forms.composing import KEYS, find_cells, form_of
-from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control
+from dataset.forms.rows import CAPTION_COLUMNS, control_number, is_companion, is_control, is_layer
 from dataset.sources.media_source import Fault
 from dataset.table import FURTHER_TEXT, DatasetTable
 from dataset.timestep_keys import TIMESTEP_KEYS
@@ -64,7 +64,8 @@ def find_unread(table: DatasetTable) -> list[Fault]:
         for name in _list_surplus(values, table):
             unread[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in row.values.items():
-            if name in columns.read or name in unread or is_companion(name):
+            is_read = name in columns.read or is_companion(name) or is_layer(table, name)
+            if is_read or name in unread:
                 continue
             if name in CAPTION_COLUMNS and value:
                 unread[name] = ": captions are read from another column"

@@ -54,7 +54,6 @@ LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
 DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
 SMALL_PICTURE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
-IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 class ByteBudget:
@@ -284,7 +283,7 @@ def planned_bytes(source: MediaSource) -> int:
     source: fetched. What cannot be read counts as nothing: decoding says why.
     """
     total = 0
-    for path in (source.path, *source.control, *filter(None, (source.worse,))):
+    for path in (source.path, *source.control, *filter(None, (source.worse,)), *source.layers):
         with contextlib.suppress(MediaError, OSError):
             width, height = image_size(path)
             total += width * height * DECODED_COPIES
@@ -333,6 +332,11 @@ def _decode_image(
         placed_alpha = None
     placed = place(image)
     frames = (add_alpha(placed) if has_alpha else placed)[None]
+    if source.layers:
+        from dataset.sources.layers import read_layers  # few pictures have any
+
+        frames = np.stack([frames[0], *read_layers(source, size, place)])
+        mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
     companions: dict[str, Any] = {}
     if source.references or source.control_mask is not None:
         from dataset.sources.companions import read_companions  # few pictures have any
@@ -346,7 +350,7 @@ def _decode_image(
         size=size,
         bucket=fit.bucket,
         frames=frames,
-        spans=IMAGE_SPANS,
+        spans=((0, source.num_pictures),),
         control=tuple(control),
         alpha=placed_alpha,
         mask=mask,
@@ -427,7 +431,8 @@ def plan_source(
     `decode_source` that headers show.
     """
     table = source.table
-    found_spans, reason = IMAGE_SPANS, None
+    found_spans: tuple[Span, ...] = ((0, source.num_pictures),)
+    reason: str | None = None
     with fetch(source) as here:
         if table.kind == "image":
             size = image_size(here.path)

@@ -6,7 +6,6 @@ whole. Files at addresses count as unchanging: a downloaded one is not asked for
 
 import contextlib
 import functools
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -122,12 +121,6 @@ def check_media(path: Path) -> None:
     from modules.media.opening import require_media  # here: tables without addresses need no decoder
 
     require_media(path)
-
-
-def check_tar(path: Path) -> None:
-    """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
-    if not tarfile.is_tarfile(path):
-        raise MediaError(f"{path} is no tar.")
 
 
 # --- what fsspec knows

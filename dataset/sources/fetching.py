@@ -57,7 +57,8 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 mask=None if source.mask is None else next(remaining),
                 control_mask=None if source.control_mask is None else next(remaining),
                 references=tuple(islice(remaining, len(source.references))),
-                worse=next(remaining, None),
+                worse=None if source.worse is None else next(remaining),
+                layers=tuple(remaining),
                 origins=(),
             )
         except MediaError as error:

@@ -32,6 +32,12 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     """
     paths = _leave_out_results(table, _media_in(table, faults))
     paths = _leave_out_bad_names(table, paths, faults)
+    layers: Mapping[Path, tuple[Path, ...]] = {}
+    if table.multiple_target:
+        from dataset.sources.layers import group_layers  # few tables have any
+
+        layers = group_layers(paths, table.caption_extension)
+        paths = list(layers)
     controls: list[tuple[Path, ...]] = [()] * len(paths)
     if table.control_directory is not None:
         folder = ControlFolder(table.control_directory, {path.stem for path in paths})
@@ -61,8 +67,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            sound=_sound_of(table, path, sounds, faults),
+            sound=_sound_of(table, path, sounds, faults) if sounds or table.finds_sound else None,
             caption_encoding=content.encoding,
+            layers=layers.get(path, ()),
         )
         sources.append(source)
     faults += reader.faults()

@@ -22,7 +22,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
-CLIP_REFERENCES, CONTROL_MASK, WORSE = "references", "control_mask", "worse"
+CLIP_REFERENCES, CONTROL_MASK, WORSE, LAYERS = "references", "control_mask", "worse", "layers"
 # likewise: that sound is from a file of its own; what is shown, in order
 SOUND_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference pictures and gets none
@@ -106,20 +106,33 @@ class MediaSource:
     )
     shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
     further_text: str | None = None  # of its row, to be read with `shown`
+    layers: tuple[Path, ...] = ()  # of a picture, from back to front
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files or folders that latents are made from, and where each is if not on disk.
 
-        The media, its control media, mask, control mask, references and the worse one; or what was
-        computed before.
+        The media, its control media, mask, control mask, references, the worse one and its layers; or what
+        was computed before.
         """
         if self.tensors is not None:
             moments = (self.tensors.moments, self.tensors.image)
             return tuple((path, None) for path in moments if path is not None)
         masks = filter(None, (self.mask, self.control_mask))
-        paths = (self.path, *self.control, *masks, *self.references, *filter(None, (self.worse,)))
+        paths = (
+            self.path,
+            *self.control,
+            *masks,
+            *self.references,
+            *filter(None, (self.worse,)),
+            *self.layers,
+        )
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
+
+    @property
+    def num_pictures(self) -> int:
+        """Return how many pictures an image is: itself and its layers."""
+        return 1 + len(self.layers)
 
     @property
     def mask_from(self) -> str | None:
@@ -218,6 +231,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.worse,
             source.shown,
             source.further_text,
+            source.layers,
         )
         stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
         if row not in stems:

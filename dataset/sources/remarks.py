@@ -46,9 +46,15 @@ def find_media_remarks(
     fps, has_rates: frames per second of the model, and whether it takes any rate.
     """
     remarks = [] if has_rates else find_far_rates(sources, fps)
-    remarks += find_other_lengths(sources, fps)
-    remarks += find_equal_references(sources)
-    remarks += find_reordered(sources)
+    have_companions = any(
+        source.control or source.references or source.mask or source.control_mask for source in sources
+    )
+    if have_companions:
+        remarks += find_other_lengths(sources, fps)
+        remarks += find_equal_references(sources)
+    # the items of a folder are files; companions, and what lists name, may be folders of frames
+    if have_companions or any(source.table.directory is None for source in sources):
+        remarks += find_reordered(sources)
     if any(source.references or source.control for source in sources):
         from dataset.sources.companions import find_moving_references  # few tables have any
 

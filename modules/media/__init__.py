@@ -9,6 +9,7 @@ decoding: decode videos and animations picture by picture
 edges: edges of a picture as white lines
 encoding: encode pictures to a video stream
 labels: masks and conditions that OneTrainer lays next to pictures
+layers: transparent layers of a picture, written with their composite
 lengths: numbers of frames that clips of a model may have
 measures: brightness, sharpness, stillness, hashes, and cuts of scenes
 opening: open foreign images and videos safely; import PyAV

@@ -87,9 +87,7 @@ class TLoraKind(NetworkKind):
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
         """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError if wrong."""
-        text = metadata.get("ss_network_args", "")
-        if SWITCH not in text:
-            return None
+        text = metadata["ss_network_args"]
         from modules.text_files import parse_json  # only of files with such arguments
 
         try:

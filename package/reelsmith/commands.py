@@ -105,12 +105,16 @@ def _find_named(words: Sequence[str]) -> ScriptCommand | None:
 
 
 def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
+    from modules.table_answers import answer_script  # here: the list of commands needs no parser
+
+    script = command.path.relative_to(ROOT)
     if PREFIX:  # help and messages show the words
         sys.argv = [f"{PROGRAM} {command.name}", *options]
+        answer_script(script, options)
         import_own(command.module).run()
     else:
-        script = Path(sys.argv[0]).parent / command.path.relative_to(ROOT)
-        sys.argv = [str(script), *options]
+        sys.argv = [str(Path(sys.argv[0]).parent / script), *options]
+        answer_script(script, options)
         runpy.run_path(str(command.path), run_name="__main__")
 
 

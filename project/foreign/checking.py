@@ -1,5 +1,6 @@
 """Check a run of another trainer's values as `run` does, before its files are written."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 from modules.atomic_write import write_text
 from modules.run_limits import temporary_folder
-from project.foreign.reading import ForeignProject
-from project.foreign.settling import drop
+from modules.text_files import parse_toml
+from project.foreign.project import ForeignProject
 from project.options import RUN_FILE
 from project.script_facts import check_options
 
@@ -18,25 +19,44 @@ NOT_THERE = re.compile(r"no such file|there is no|not found|is missing", re.IGNO
 
 
 def check_run(
-    project: ForeignProject, script: str, folder: Path, write: Callable[[Mapping[str, Any]], str]
+    project: ForeignProject,
+    script: str,
+    folder: Path,
+    write: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> None:
     """Take values back that the script refuses, each with its message as the reason.
 
-    write: returns the text of run.toml with these keys of the training. folder: that is described.
+    write: returns the texts of the files of a run with these keys of the training, by name. folder: that is
+    described.
     """
     for _ in range(MOST_TURNS):
-        with temporary_folder() as copies:
-            copy = copies / RUN_FILE
-            write_text(copy, write(project.training))
-            message = check_options(script, ["--config_file", str(copy)], folder)
+        message = _check(script, folder, write(project.training))
         if message is None or NOT_THERE.search(message):
             return
         blamed = _find_blamed(project, message)
         if blamed is None:
-            text = " ".join(message.replace(str(copy), RUN_FILE).split())
-            project.left.append(f"this run would not begin: {text}")
+            project.left.append(f"this run would not begin: {message}")
             return
-        drop(project, blamed, " ".join(message.replace(f"{copy}: ", "").split()))
+        project.drop(blamed, message)
+
+
+def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
+    """Return the message of a script that refuses its options; None if it takes them.
+
+    texts: of the files of the run by name, which are not in the folder yet.
+    """
+    with temporary_folder() as copies:
+        for name, text in texts.items():
+            write_text(copies / name, text)
+        words = ["--config_file", str(copies / RUN_FILE)]
+        for option, value in parse_toml(texts[RUN_FILE])["training"].items():
+            if isinstance(value, str) and value in texts:
+                words += [f"--{option}", str(copies / value)]
+        message = check_options(script, words, folder)
+        if message is None:
+            return None
+        message = message.replace(f"{copies / RUN_FILE}: ", "").replace(f"{copies}{os.sep}", "")
+        return " ".join(message.split())
 
 
 def _find_blamed(project: ForeignProject, message: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from downloads.naming import plain_name
+from modules.option_values import split_pairs
 from modules.output_files import check_output_name
 from project.options import check_trigger
 
@@ -45,6 +46,10 @@ class ForeignRun(NamedTuple):
     said: str  # the key and the value that say it, for messages
 
 
+class NotSaid(ValueError):
+    """Raised by readers for a text that a page writes for nothing."""
+
+
 class NoRun(Exception):
     """Raised for a project of something that `new` does not set up; the text says which, and why."""
 
@@ -75,11 +80,16 @@ def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
     return set()
 
 
+def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Program:
     """A trainer, and how its files are read.
 
-    Keys are written with dots, elements of lists as []. What has no rule is left, with the reason.
+    Keys are written with dots, elements of lists as []; a rule of `table.*` is that of keys without one of
+    their own. What has no rule is left, with the reason.
     """
 
     title: str
@@ -103,9 +113,11 @@ class Program:
     unused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # such a key, and its value if repeats are the number of files that are drawn in an epoch
     counted: Mapping[str, Any] = field(default_factory=dict)
-    # the model of files that name none, and whether a file is one that would
-    otherwise: tuple[str, str] | None = None
-    is_old_model: Callable[[Mapping[str, Any]], bool] = lambda values: False
+    # keys that say which of several models of a kind is meant -> the key of the kind; `models` has both, with
+    # a blank between them
+    variants: Mapping[str, str] = field(default_factory=dict)
+    # the family and task of a file that names no model, by its other keys
+    guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_nothing
 
 
 def left(reason: str) -> KeyRule:
@@ -275,9 +287,44 @@ def read_largest(value: Any) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
+_NETWORKS: Mapping[str, str | None] = {  # spellings of a network -> its module; None: a LoRA, the usual one
+    **dict.fromkeys(
+        ("lora", "standard", "flux1", "locon", "kohyalocon", "lycorislocon", "lierla", "lorapeft")
+    ),
+    **dict.fromkeys(("loha", "lycorisloha"), "networks.loha"),
+    **dict.fromkeys(("lokr", "lycorislokr"), "networks.lokr"),
+}
+
+
+def read_network(value: Any) -> str | None:
+    """Return the module that makes a network; None for a LoRA."""
+    kind = plain_name(str(value))
+    if kind not in _NETWORKS:
+        raise ValueError("a LoRA is trained. docs/networks.md has other networks")
+    return _NETWORKS[kind]
+
+
+def read_arguments(value: Any) -> dict[str, str]:
+    """Return arguments of an optimizer by name, of texts KEY=VALUE with blanks or commas between them."""
+    texts = value if isinstance(value, list) else re.split(r"\s+|,(?=\s*[A-Za-z_]\w*\s*=)", str(value))
+    stripped = [str(text).strip("\"' ") for text in texts]
+    return split_pairs("arguments of an optimizer", [text for text in stripped if text])
+
+
+_LOSSES = {
+    "mse": "l2",
+    "mae": "l1",
+    **{name: name for name in ("l1", "l2", "huber")},
+    "smoothl1": "smooth_l1",
+}
+read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and smooth_l1")
+
+
 def read_text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("it is empty")
+    if not isinstance(value, str):
+        raise ValueError("it is no text")
+    if is_off(value):
+        raise NotSaid("it is empty")
     return value.strip()
 
 

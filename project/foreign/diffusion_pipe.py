@@ -7,6 +7,7 @@ from project.foreign import rules
 from project.foreign.contract import (
     DATA,
     EPOCHS,
+    NETWORK_ARGUMENT,
     SOONEST,
     ForeignRun,
     KeyRule,
@@ -15,10 +16,14 @@ from project.foreign.contract import (
     left,
     read_largest,
     read_rate,
+    whole,
 )
 
 _TABLES = ("transformer_path", "diffusion_model", "checkpoint_path", "diffusers_path", "ckpt_path")
-_OTHER_FILES = ("vae", "vae_path", "llm_path", "clip_path", "text_encoders", "text_encoder_path", "byt5_path")
+_OTHER_FILES = (
+    *("vae", "vae_path", "audio_vae", "llm_path", "clip_path", "text_encoders*", "text_encoder_path"),
+    "byt5_path",
+)
 _EVALUATION = (
     *("eval_every_n_epochs", "eval_every_n_steps", "eval_before_first_step", "eval_micro_batch_size_per_gpu"),
     *("eval_gradient_accumulation_steps", "disable_block_swap_for_eval"),
@@ -74,10 +79,10 @@ PROGRAM = Program(
         "eval_datasets[].config": rules.VALIDATION,
         "video_clip_mode": left("frame_extraction in dataset.toml says it"),
         **dict.fromkeys(("steps_per_print", "logging_steps", "x_axis_examples"), rules.LOGS),
-        **{
-            f"monitoring.{name}": rules.LOGS
-            for name in ("enable_wandb", "wandb_api_key", "wandb_tracker_name", "wandb_run_name")
-        },
+        "monitoring.*": rules.LOGS,
+        "eval_dump.*": rules.VALIDATION,
+        "upload_hf_from_epoch": rules.UPLOADS,
+        "huggingface_repo": rules.UPLOADS,
         "output_dir": rules.OUTPUT_FOLDER,
         "save_every_n_epochs": rules.SAVE_EPOCHS,
         "save_every_n_steps": rules.SAVE_STEPS,
@@ -89,23 +94,23 @@ PROGRAM = Program(
         **{
             f"model.{name}": rules.OF_CARD for name in ("dtype", "transformer_dtype", "diffusion_model_dtype")
         },
-        "model.timestep_sample_method": left(
-            "timestep_sampling below [training] is that of the model's page"
-        ),
-        "model.shift": left("discrete_flow_shift below [training] is that of the model's page"),
+        "model.timestep_sample_method": rules.TIMESTEPS,
+        "model.shift": rules.SHIFT,
+        "model.image_shift": rules.SHIFT,
+        "model.cfg": left("targets below [training] keep what was distilled: docs/targets.md"),
+        "model.merge_adapters": left("training_adapter below [training] takes such a file"),
+        "fuse_adapters*": left("training_adapter below [training] takes such a file"),
         "model.min_snr_gamma": rules.MIN_SNR,
         "model.v_pred": left("the model says what it predicts"),
         **{f"model.{name}": rules.MODEL_FILE for name in _TABLES},
-        **{
-            f"model.{name}": left("give a file of your own as --model_file NAME=PATH")
-            for name in _OTHER_FILES
-        },
+        **{f"model.{name}": rules.OWN_FILES for name in _OTHER_FILES},
         "adapter.type": rules.NETWORK_KIND,
         "adapter.rank": rules.RANK,
         "adapter.alpha": rules.ALPHA,
         "adapter.dropout": rules.DROPOUT,
         "adapter.dtype": rules.OF_CARD,
-        "adapter.init_from_existing": left("give a LoRA to start from as network_weights below [training]"),
+        "adapter.init_from_existing": rules.START,
+        "adapter.decompose_factor": KeyRule(NETWORK_ARGUMENT, "factor", whole(-1, 100_000)),
         "optimizer.type": rules.OPTIMIZER,
         "optimizer.lr": rules.LEARNING_RATE,
         **{
@@ -128,6 +133,10 @@ PROGRAM = Program(
             rules.BUCKETS,
         ),
         "dataset:ar_buckets": rules.BUCKETS,
+        "dataset:cache_shuffle_num": left(
+            "shuffle_caption in a subset of dataset.toml shuffles in each step"
+        ),
+        "dataset:cache_shuffle_delimiter": left("caption_separator in a subset of dataset.toml"),
         "dataset:frame_buckets": left("`new` chooses the frames of clips"),
         "dataset:directory[].path": rules.MEDIA_FOLDER,
         "dataset:directory[].mask_path": rules.MASKS,

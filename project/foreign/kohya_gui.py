@@ -41,11 +41,31 @@ _MULTIRES = ("multires_noise_discount", "multires_noise_iterations")
 _OFFSET = ("adaptive_noise_scale", "noise_offset", "noise_offset_random_strength")
 _FLUX_ALONE = ("guidance_scale", "discrete_flow_shift", "model_prediction_type", "timestep_sampling")
 _OF_FINE_TUNING = ("train_dir", "image_folder", "create_caption", "create_buckets", "dataset_repeats")
+_OF_SLIDER = ("leco_denoise_guidance_scale", "max_denoising_steps", "prompts_file")
 _OF_EMBEDDING = ("token_string", "init_word", "num_vectors_per_token")
+
+
+def _is_lllite(values: Mapping[str, Any]) -> bool:
+    return any(key.startswith("lllite_") for key in values)
+
+
+def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the model of a file that names none: Anima by the fields of its page, else the oldest."""
+    if _is_lllite(values) and any(key.startswith("anima_") for key in values):
+        return "anima", "base"
+    return ("stable_diffusion", "1.5") if "v2" in values else None
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     kind = values.get("LoRA_type")
+    slider = next((key for key in _OF_SLIDER if key in values), None)
+    if slider is not None:
+        raise NoRun(
+            f"{slider} is of LECO, a slider, and `new` does not set one up. --slider of a training script "
+            "learns from two texts, without files: docs/sliders.md"
+        )
+    if _is_lllite(values):
+        return ForeignRun("lllite", "lllite_cond_dim")
     if not is_off(kind):
         if "fine" in str(kind).lower():
             raise NoRun(
@@ -64,10 +84,14 @@ def _find_run(values: Mapping[str, Any]) -> ForeignRun:
     )
 
 
+_OF_ONE_ENCODER = ("learning_rate_te",)
+_OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
+
+
 def _find_parts(values: Mapping[str, Any]) -> Parts:
     """Return what learns. Of a LoRA, rates of 0 for both mean that both learn at learning_rate."""
     names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
-    of_whole = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+    of_whole = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
     keys = tuple(key for key in (*names, *of_whole) if key in values)
     if _find_run(values).kind == "lora":
         dit, text = (read_rate(values.get(name)) or 0 for name in names[:2])
@@ -87,6 +111,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys that do nothing there: those of other kinds of networks, noise and models."""
     kind = str(values.get("LoRA_type", "")).lower()
     idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
+    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # of other models
     if "lycoris" not in kind:
         idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:
@@ -113,12 +138,15 @@ PROGRAM = Program(
     title="the GUI of kohya_ss",
     suffixes=(".json",),
     alpha=1,
-    marks=("LoRA_type", "train_data_dir", "train_dir", "image_folder", "create_buckets", "no_token_padding"),
+    marks=(
+        *("LoRA_type", "train_data_dir", "train_dir", "image_folder", "create_buckets", "no_token_padding"),
+        *_OF_SLIDER,
+    ),
     knows_options=True,
     find_run=_find_run,
     find_parts=_find_parts,
     find_idle=_find_idle,
-    is_old_model=lambda values: "v2" in values,
+    guess_model=_guess_model,
     rules={
         "output_name": rules.OUTPUT_NAME,
         "model_output_name": rules.OUTPUT_NAME,
@@ -152,6 +180,15 @@ PROGRAM = Program(
         ),
         "dataset_repeats": rules.NUM_REPEATS,
         "max_resolution": rules.RESOLUTION,
+        "resolution": rules.RESOLUTION,
+        "conditioning_data_dir": rules.CONTROLS,
+        "anima_discrete_flow_shift": KeyRule(TRAINING, "discrete_flow_shift", number(0, 1000)),
+        "anima_sigmoid_scale": KeyRule(TRAINING, "sigmoid_scale", number(0, 1000)),
+        "anima_timestep_sampling": KeyRule(TRAINING, "timestep_sampling", read_text),
+        "anima_*": rules.OF_CARD,
+        **dict.fromkeys(
+            ("anima_qwen3", "anima_vae", "anima_llm_adapter_path", "anima_t5_tokenizer_path"), rules.OWN_FILES
+        ),
         "train_data_dir": rules.MEDIA_FOLDER,
         "image_folder": rules.MEDIA_FOLDER,
         "train_dir": left("`new` finds captions and sizes itself"),
@@ -161,9 +198,7 @@ PROGRAM = Program(
         "flux1_checkbox": rules.MODEL_NAME,
         "v2": rules.MODEL_NAME,
         "v_parameterization": left("the model says what it predicts"),
-        **dict.fromkeys(
-            ("ae", "clip_l", "t5xxl", "vae"), left("give a file of your own as --model_file NAME=PATH")
-        ),
+        **dict.fromkeys(("ae", "clip_l", "t5xxl", "vae"), rules.OWN_FILES),
         "caption_extension": rules.CAPTIONS,
         "enable_bucket": rules.BUCKETS,
         "dataset_config": left("dataset.toml is written by `new`"),
@@ -209,8 +244,8 @@ PROGRAM = Program(
         "stop_text_encoder_training": left("what learns, learns to the end"),
         "use_8bit_adam": left("optimizer says it"),
         "save_model_as": left("files are safetensors"),
-        "network_weights": left("give a LoRA to start from as network_weights below [training]"),
-        "lora_network_weights": left("give a LoRA to start from as network_weights below [training]"),
+        "network_weights": rules.START,
+        "lora_network_weights": rules.START,
         "training_comment": KeyRule(TRAINING, "training_comment", read_text),
         **{
             name: KeyRule(TRAINING, name, read_text)
@@ -226,5 +261,4 @@ PROGRAM = Program(
         "v2=True": ("stable_diffusion", "2.1"),
         "runwayml/stable-diffusion-v1-5": ("stable_diffusion", "1.5"),
     },
-    otherwise=("stable_diffusion", "1.5"),
 )

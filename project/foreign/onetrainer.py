@@ -23,6 +23,7 @@ from project.foreign.contract import (
 _RUNS = {"LORA": "lora", "FINE_TUNE": "whole", "EMBEDDING": "embedding"}
 _TEXTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 _DITS = ("unet", "transformer", "prior")
+_FURTHER_PARTS = ("vae", "low_noise_transformer", "connectors", "quantization")
 _UNIT = "it is counted in minutes or seconds there, and in steps here"
 
 
@@ -59,6 +60,11 @@ def _read_scheduler(value: Any) -> str:
     if value == "COSINE_WITH_RESTARTS":
         raise ValueError("it rises as slowly as it falls there, and begins anew at once here")
     return read_scheduler(value)
+
+
+def _read_noise(value: Any) -> int:
+    """Return the timestep, of 1000, of a share of the noise."""
+    return round(1000 * number(0, 1)(value))
 
 
 def _read_every(value: Any) -> int:
@@ -103,9 +109,11 @@ PROGRAM = Program(
     title="OneTrainer",
     suffixes=(".json",),
     alpha=1,
-    marks=("training_method", "base_model_name", "concept_file_name"),
+    marks=("training_method", "base_model_name", "concept_file_name", "concepts[].path"),
     companions=("concept_file_name",),
     usual={
+        "training_method": "FINE_TUNE",
+        "model_type": "STABLE_DIFFUSION_15",
         "learning_rate": 3e-6,
         "learning_rate_scheduler": "CONSTANT",
         "learning_rate_warmup_steps": 200,
@@ -163,12 +171,17 @@ PROGRAM = Program(
         "ema": left("ema_decay below [training] averages the weights"),
         "ema_decay": left("it is that of ema; ema_decay below [training] averages the weights"),
         "offset_noise_weight": rules.NOISE_OFFSET,
+        "max_noising_strength": KeyRule(TRAINING, "max_timestep", _read_noise),
+        "min_noising_strength": KeyRule(TRAINING, "min_timestep", _read_noise),
+        "noising_*": rules.TIMESTEPS,
+        "dynamic_timestep_shifting": rules.TIMESTEPS,
+        "mse_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        "mae_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        "log_cosh_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
         "loss_weight_fn": left("min_snr_gamma below [training] is one such weight"),
         "loss_weight_strength": left("it is that of loss_weight_fn; min_snr_gamma below [training] is one"),
-        "timestep_distribution": left(
-            "timestep_sampling below [training] draws them as the model's page says"
-        ),
-        "timestep_shift": left("discrete_flow_shift below [training] is that of the model's page"),
+        "timestep_distribution": rules.TIMESTEPS,
+        "timestep_shift": rules.SHIFT,
         "save_every": KeyRule(TRAINING, "save_every_n_steps", _read_every),
         "sample_after": KeyRule(TRAINING, "sample_every_n_steps", _read_every),
         "save_every (epochs)": rules.SAVE_EPOCHS,
@@ -180,11 +193,14 @@ PROGRAM = Program(
         "backup_after": left("states are saved with each file"),
         "output_model_destination": rules.OUTPUT_NAME,
         "output_model_format": left("files are safetensors"),
-        "lora_model_name": left("give a LoRA to start from as network_weights below [training]"),
-        "layer_filter": left("network_args below [training] choose layers: docs/networks.md"),
-        "layer_filter_preset": left("network_args below [training] choose layers: docs/networks.md"),
+        "optimizer_defaults.*": left("they are of the optimizers that its page offers next"),
+        "lora_model_name": rules.START,
+        "layer_filter*": rules.LAYERS,
         "sample_definition_file_name": rules.SAMPLES,
+        "samples[].*": rules.SAMPLES,
         "masked_training": rules.MASKS,
+        "unmasked_*": rules.MASKS,
+        "normalize_masked_area_loss": left("a loss with masks is divided by the area of all pixels"),
         "latent_caching": rules.CACHES,
         "aspect_ratio_bucketing": rules.BUCKETS,
         **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.OF_CARD),
@@ -195,7 +211,8 @@ PROGRAM = Program(
         **dict.fromkeys(
             ("fallback_train_dtype", "enable_autocast_cache", "lora_weight_dtype"), rules.OF_CARD
         ),
-        **{f"{name}.weight_dtype": rules.OF_CARD for name in (*_TEXTS, *_DITS, "vae")},
+        **{f"{name}.*": rules.OF_CARD for name in (*_TEXTS, *_DITS, *_FURTHER_PARTS)},
+        **{f"{name}.dropout_probability": rules.CAPTION_DROPOUT for name in _TEXTS},
         **dict.fromkeys(("workspace_dir", "debug_dir"), rules.OUTPUT_FOLDER),
         "cache_dir": left("dataset.toml says where caches go"),
         **dict.fromkeys(("tensorboard", "tensorboard_port", "tensorboard_expose"), rules.LOGS),

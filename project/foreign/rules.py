@@ -17,8 +17,11 @@ from project.foreign.contract import (
     KeyRule,
     left,
     number,
+    read_arguments,
     read_folder,
+    read_loss,
     read_name,
+    read_network,
     read_optimizer,
     read_repeats,
     read_scheduler,
@@ -31,7 +34,7 @@ from project.foreign.contract import (
 
 MODEL_NAME = KeyRule(MODEL)
 MODEL_FILE = KeyRule(FILE)
-NETWORK_KIND = KeyRule(NETWORK)
+NETWORK_KIND = KeyRule(NETWORK, "", read_network)
 RANK = KeyRule(TRAINING, "network_dim", whole(1, 2_000_000))  # of LoKr: whole matrices
 ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
 DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
@@ -41,11 +44,13 @@ VECTORS = KeyRule(TRAINING, "num_vectors_per_token", whole(1, 1000))
 INIT_WORD = KeyRule(TRAINING, "init_word", str)
 
 LEARNING_RATE = KeyRule(TRAINING, "learning_rate", number(0, 1000))
+LOSS = KeyRule(TRAINING, "loss_type", read_loss)
 SCHEDULER = KeyRule(TRAINING, "lr_scheduler", read_scheduler)
+POWER = KeyRule(TRAINING, "lr_scheduler_power", number(0, 100))
 CYCLES = KeyRule(TRAINING, "lr_scheduler_num_cycles", whole(1, 10_000))
 WARMUP_STEPS = KeyRule(TRAINING, "lr_warmup_steps", read_warmup)
 OPTIMIZER = KeyRule(TRAINING, "optimizer_type", read_optimizer)
-OPTIMIZER_ARGUMENTS = KeyRule(ARGUMENTS)
+OPTIMIZER_ARGUMENTS = KeyRule(ARGUMENTS, "", read_arguments)
 GRADIENT_LIMIT = KeyRule(TRAINING, "max_grad_norm", number(0, 1e6))
 ACCUMULATED = KeyRule(TRAINING, "gradient_accumulation_steps", whole(1, 4096))
 STEPS = KeyRule(NEW, "max_train_steps", whole(0))
@@ -70,6 +75,12 @@ SHUFFLED = KeyRule(DATA, "shuffle_caption", read_switch)
 KEPT_PARTS = KeyRule(DATA, "keep_tokens", whole(0, 1000))
 MIRRORED = KeyRule(DATA, "flip_aug", read_switch)
 MASKS = left("`new` names the masks that it sees, for mask_directory in dataset.toml")
+TAG_DROPOUT = KeyRule(DATA, "caption_tag_dropout_rate", number(0, 1))
+LAYERS = left("network_args below [training] choose layers: docs/networks.md")
+TIMESTEPS = left("timestep_sampling below [training] is that of the model's page")
+SHIFT = left("discrete_flow_shift below [training] is that of the model's page")
+OWN_FILES = left("give a file of your own as --model_file NAME=PATH")
+START = left("give a LoRA to start from as network_weights below [training]")
 BUCKETS = left("files always keep their shape")
 CAPTIONS = left("`new` finds the captions itself")
 REGULARISING = left(

@@ -56,6 +56,14 @@ def _read_size(value: Any) -> tuple[int, int]:
     return read_side(whole(64, 8192)(value))
 
 
+def _read_limit(value: Any) -> float:
+    """Return the limit of a norm, as `1.0 norm`; without a method each value is clipped there."""
+    limit, _, method = str(value).partition(" ")
+    if method != "norm":
+        raise ValueError("each value of a gradient is clipped there, and the norm of all here")
+    return rules.GRADIENT_LIMIT.read(limit)
+
+
 def _read_repeats(value: Any) -> int:
     """Return how often a file is seen: SimpleTuner counts those after the first time."""
     return whole(0, 100_000)(value) + 1
@@ -65,7 +73,14 @@ _DATASETS = "data_backend_config:[]"
 _OF_CARD = (
     *("mixed_precision", "gradient_checkpointing", "base_model_precision", "text_encoder_1_precision"),
     *("attention_mechanism", "vae_batch_size", "offload_during_startup", "base_model_default_dtype"),
-    *("validation_torch_compile", "gradient_precision", "quantize_via"),
+    *(
+        "validation_torch_compile",
+        "gradient_precision",
+        "quantize_via",
+        "fuse_qkv_projections",
+        "disable_tf32",
+    ),
+    *("gradient_checkpointing_interval", "vae_enable_tiling", "vae_enable_slicing"),
 )
 _RULES = {
     "model_type": left("it says what is trained"),
@@ -73,7 +88,7 @@ _RULES = {
     "model_family": rules.MODEL_NAME,
     "pretrained_model_name_or_path": rules.MODEL_FILE,
     "pretrained_transformer_model_name_or_path": rules.MODEL_FILE,
-    "pretrained_vae_model_name_or_path": left("give a file of your own as --model_file NAME=PATH"),
+    "pretrained_vae_model_name_or_path": rules.OWN_FILES,
     "model_flavour": rules.MODEL_NAME,
     "lora_type": rules.NETWORK_KIND,
     "lora_rank": rules.RANK,
@@ -84,8 +99,9 @@ _RULES = {
     "lycoris_config:linear_dim": KeyRule(TRAINING, "network_dim", whole(1, 100_000)),
     "lycoris_config:linear_alpha": rules.ALPHA,
     "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", whole(-1, 100_000)),
-    "init_lora": left("give a LoRA to start from as network_weights below [training]"),
-    "flux_lora_target": left("network_args below [training] choose layers: docs/networks.md"),
+    "lycoris_config:*": rules.LAYERS,
+    "init_lora": rules.START,
+    "flux_lora_target": rules.LAYERS,
     "learning_rate": rules.LEARNING_RATE,
     "lr_scheduler": rules.SCHEDULER,
     "lr_num_cycles": rules.CYCLES,
@@ -103,7 +119,11 @@ _RULES = {
     "num_train_epochs": rules.NUM_EPOCHS,
     "train_batch_size": rules.BATCH_SIZE,
     "gradient_accumulation_steps": rules.ACCUMULATED,
-    "max_grad_norm": rules.GRADIENT_LIMIT,
+    "max_grad_norm": KeyRule(TRAINING, "max_grad_norm", _read_limit),
+    "grad_clip_method": left("max_grad_norm below [training] is the norm of all gradients"),
+    "loss_type": rules.LOSS,
+    "flow_schedule_shift": rules.SHIFT,
+    "tread_config.*": left("tread below [training] leaves tokens out: docs/speed.md"),
     "resolution": KeyRule(DATA, "resolution", _read_size),
     "resolution_type": left("resolution here is the side of a square of the area"),
     "caption_dropout_probability": rules.CAPTION_DROPOUT,
@@ -120,25 +140,20 @@ _RULES = {
     "output_dir": rules.OUTPUT_FOLDER,
     "validation_steps": rules.SAMPLE_STEPS,
     "validation_step_interval": rules.SAMPLE_STEPS,
-    **{
-        f"validation_{name}": rules.SAMPLES
-        for name in (
-            *("prompt", "seed", "resolution", "guidance", "guidance_rescale", "num_inference_steps"),
-            *("negative_prompt", "prompt_library"),
-        )
-    },
+    "validation_*": rules.SAMPLES,
     "user_prompt_library": rules.SAMPLES,
+    "num_eval_images": rules.VALIDATION,
+    "eval_*": rules.VALIDATION,
+    "conditioning_multidataset_sampling": rules.CONTROLS,
+    "strict_epoch_limit": left("max_train_steps says how long a run is"),
+    "fsdp_*": left("the model is on one card; docs/speed.md has several"),
+    "_*": rules.NAMES,
     **dict.fromkeys(_OF_CARD, rules.OF_CARD),
     **dict.fromkeys(("report_to", "logging_dir", "tracker_project_name", "disable_benchmark"), rules.LOGS),
-    **dict.fromkeys(
-        ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "model_card_note"), rules.UPLOADS
-    ),
-    **dict.fromkeys(
-        ("aspect_bucket_rounding", "minimum_image_size", "aspect_bucket_alignment"), rules.BUCKETS
-    ),
-    **dict.fromkeys(
-        ("cache_dir", "cache_dir_vae", "cache_dir_text"), left("dataset.toml says where caches go")
-    ),
+    **dict.fromkeys(("push_to_hub", "push_checkpoints_to_hub", "hub_*", "model_card_note"), rules.UPLOADS),
+    **dict.fromkeys(("aspect_bucket_*", "minimum_image_size", "disable_bucket_pruning"), rules.BUCKETS),
+    "compress_disk_cache": rules.CACHES,
+    "cache_dir*": left("dataset.toml says where caches go"),
     "caption_strategy": rules.CAPTIONS,
     "instance_prompt": rules.CAPTIONS,
 }
@@ -156,6 +171,10 @@ _OF_BACKENDS = {
     **dict.fromkeys(("cache_dir_vae", "cache_dir", "text_embeds", "image_embeds"), rules.CACHES),
     **dict.fromkeys(("vae_cache_clear_each_epoch", "preserve_data_backend_cache"), rules.CACHES),
     "skip_file_discovery": rules.CACHES,
+    **dict.fromkeys(
+        ("dataset_name", "metadata_backend", "image_column", "caption_column", "huggingface.*"),
+        left("no dataset is downloaded: the folder is described"),
+    ),
     "probability": left("num_repeats in dataset.toml says how often files are seen"),
     "conditioning_data": rules.CONTROLS,
     "conditioning_type": rules.CONTROLS,
@@ -170,6 +189,8 @@ PROGRAM = Program(
     marks=("model_family", "data_backend_config"),
     companions=("data_backend_config", "lycoris_config"),
     usual={"lora_rank": 16},
+    units={"max_grad_norm": "grad_clip_method"},
+    variants={"model_flavour": "model_family"},
     find_run=_find_run,
     find_parts=_find_parts,
     find_idle=_find_idle,
@@ -180,20 +201,41 @@ PROGRAM = Program(
     rules={**_RULES, **{f"{_DATASETS}.{key}": rule for key, rule in _OF_BACKENDS.items()}},
     models={
         "flux": ("flux", "dev"),
+        "flux dev": ("flux", "dev"),
+        "flux schnell": ("flux", "schnell"),
+        "flux kontext": ("flux_kontext", "dev"),
         "flux2": ("flux_2", None),
+        "flux2 dev": ("flux_2", "dev"),
+        "flux2 klein-4b": ("flux_2", "klein-base-4b"),
+        "flux2 klein-9b": ("flux_2", "klein-base-9b"),
         "sdxl": ("stable_diffusion", "xl"),
+        "sdxl base-1.0": ("stable_diffusion", "xl"),
         "sd1x": ("stable_diffusion", "1.5"),
+        "sd1x 1.5": ("stable_diffusion", "1.5"),
         "sd2x": ("stable_diffusion", "2.1"),
+        "sd2x 2.1": ("stable_diffusion", "2.1"),
         "chroma": ("chroma", "hd"),
+        "chroma hd": ("chroma", "hd"),
         "lumina2": ("lumina", "2.0"),
-        "wan": ("wan", None),
-        "t2v-480p-1.3b-2.1": ("wan", "t2v-1.3B"),
-        "t2v-480p-14b-2.1": ("wan", "t2v-14B"),
+        "lumina2 2.0": ("lumina", "2.0"),
+        "wan": ("wan", "t2v-1.3B"),
+        "wan t2v-480p-1.3b-2.1": ("wan", "t2v-1.3B"),
+        "wan t2v-480p-14b-2.1": ("wan", "t2v-14B"),
+        "wan i2v-14b-2.1": ("wan", "i2v-14B-480p"),
+        "wan i2v-14b-2.1-720p": ("wan", "i2v-14B-720p"),
+        "wan flf2v-14b-2.1": ("wan", "flf2v-14B"),
+        "wan i2v-14b-2.2-high": ("wan22", "i2v-A14B"),
+        "wan i2v-14b-2.2-low": ("wan22", "i2v-A14B"),
         "qwen_image": ("qwen_image", "original"),
-        "z-image": ("z_image", "base"),
+        "qwen_image v1.0": ("qwen_image", "original"),
+        "qwen_image edit-v1": ("qwen_image", "edit"),
+        "qwen_image edit-v2": ("qwen_image", "edit-2509"),
+        "z-image": ("z_image", None),
+        "z-image base": ("z_image", "base"),
+        "z-image turbo": ("z_image", "turbo"),
         "z-image-turbo": ("z_image", "turbo"),
-        "hunyuanvideo": ("hunyuan_video", "t2v"),
         "ltxvideo2": ("ltx_2", None),
         "anima": ("anima", "base"),
+        "anima base-v1.0": ("anima", "base"),
     },
 )

@@ -1,4 +1,4 @@
-"""Lay out the processes of a run, and share the tokens of a clip among them (--context_parallel).
+"""Lay out the processes of a run, and exchange the tokens of a clip among them (--context_parallel).
 
 Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbours share the tokens, as
 they exchange most. Groups of them share the passes of a step (--cfg_parallel), and groups of those have
@@ -12,25 +12,20 @@ The layers before and after the blocks, and the loss, are computed in every proc
 divides its loss by the number of processes, and gradients are summed over them.
 """
 
-import functools
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from contract.steps import Tweaks
 from modules.attention.attend import SecondText
-from modules.errors import OptionError
 from modules.private_torch import exchange_rows
-from running.offload.sharding import TOKEN_GROUP, TOKEN_PART, gather_parts
+from running.offload.sharding import gather_parts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 AXES = ("data", "passes", "context")  # the last one changes fastest
 
@@ -44,72 +39,12 @@ class ProcessGrid:
     passes: int = 1  # parts of a group that share the passes of a step
     context: int = 1  # processes of a part, which share the tokens of a clip
 
-    @property
-    def pass_rank(self) -> int:
-        """Return the index of the part of a step's passes that this process runs."""
-        return self.rank // self.context % self.passes
-
-    @property
-    def context_rank(self) -> int:
-        """Return the index of the part of a clip's tokens that this process has."""
-        return self.rank % self.context
-
 
 def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
     """Make the groups of processes, with the names in `AXES`. All processes must call it."""
     from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
 
     return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
-
-
-def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
-    """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
-
-    Raises OptionError if the heads cannot be divided among the processes.
-    """
-    config: Any = network.config
-    heads: int = config.num_heads
-    if heads % grid.context:
-        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]
-        raise OptionError(
-            f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
-            f"this transformer's attention. Give {' or '.join(fitting) or 1}"
-        )
-    group = device_mesh(grid, device).get_group("context")
-    set_runner(network, functools.partial(_run_part, runner_of(network), group))
-    setattr(network, TOKEN_GROUP, group)
-    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
-        for layer in block.modules():
-            setattr(layer, TOKEN_PART, grid.context_rank)
-
-
-def _run_part(
-    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
-) -> None:
-    """Run the blocks on this process' part of the tokens by the runner that was set before."""
-    tokens, added = hidden.tokens, hidden.added
-    # lengths of the streams of tokens; if there are several, the record of tokens states them
-    lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
-    parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    taken = []
-    for part, stream in zip(parts, hidden.x.split(lengths, dim=1), strict=True):
-        taken.append(part.take(stream))
-    hidden.x = torch.cat(taken, dim=1)
-    hidden.tokens = tokens.cut(*parts)
-    added_here: list[Tensor | None] = []
-    for tensor in added:
-        added_here.append(None if tensor is None else parts[0].take(tensor))
-    hidden.added = added_here
-    if hidden.side is not None:
-        hidden.side = parts[0].take(hidden.side)
-    inner(dit, hidden, tweaks)
-    hidden.added = added
-    lengths_here = [part.of_first(part.length) for part in parts]
-    joined = []
-    for part, stream in zip(parts, hidden.x.split(lengths_here, dim=1), strict=True):
-        joined.append(part.join(stream))
-    hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
-    hidden.tokens = tokens
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Share the passes of a step among processes: --cfg_parallel, of generation. Standard library only.
 
-How they are divided is in `running/offload/passes.py`.
+How they are divided is in `cfg_parallel_passes.py`.
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ def _check(run: JoinedWays, uses: RunUses) -> None:
 
 
 def _make_passes(grid: "ProcessGrid", in_lockstep: bool, device: "torch.device") -> "RunPasses":
-    from running.offload.passes import SharedPasses  # torch: only where networks are loaded
+    from running.ways.cfg_parallel_passes import SharedPasses  # torch: only where networks are loaded
 
     return SharedPasses(grid, in_lockstep, device)
 

@@ -1,6 +1,6 @@
 """Share the tokens of a clip among processes: --context_parallel. Standard library only.
 
-How they are exchanged is in `running/offload/context.py`.
+How each process runs its part is in `context_parallel_tokens.py`.
 """
 
 from functools import partial
@@ -55,7 +55,7 @@ def _check_launch(options: ContextParallelOptions, processes: int, times: int, u
 
 
 def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -> None:
-    from running.offload.context import share_tokens  # torch: only where networks are loaded
+    from running.ways.context_parallel_tokens import share_tokens  # torch: only where networks are loaded
 
     share_tokens(network, grid, device)
 

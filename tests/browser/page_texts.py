@@ -1,24 +1,20 @@
 """Collect the texts of the page: from templates, from Python, and from JavaScript."""
 
 import ast
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import jinja2
-import pytest
 from jinja2 import nodes
 
 from browser import launch
 from browser.draft_changes import trains
-from browser.folder_settings import NOT_IN_FILE, Setting
+from browser.folder_settings import Setting, read_settings
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
-from modules.help_text import help_as_json
 from modules.installation import ROOT
-from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS as ROOT_SCRIPTS
 
 TEMPLATES = [
@@ -107,10 +103,7 @@ def list_settings() -> dict[str, list[Setting]]:
     for script in ROOT_SCRIPTS:
         command, _ = launch.find_program(["python", script], ROOT)
         if trains(command):
-            with pytest.MonkeyPatch.context() as patch:
-                options = json.loads(help_as_json(parser_of(script, patch)))
-            settings = [Setting(**option) for option in options]
-            found[script] = [setting for setting in settings if setting.name not in NOT_IN_FILE]
+            found[script] = [*read_settings(script)]
     return found
 
 

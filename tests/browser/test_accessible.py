@@ -27,6 +27,7 @@ from tests.chromium import open_page, wait_until
 from tests.data_tools.report.making import report, save_clip
 from tests.data_tools.report.test_page import make_config, make_set
 from tests.data_tools.report.test_page import write_page as write_check
+from tests.run_pages import find_run_page
 from tests.training.toy import train_toy, write_caches, write_prompts
 
 AXE = "axe-core@4.14.1"  # by Deque Systems, MPL 2.0; half a megabyte, so it is fetched
@@ -103,7 +104,7 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     (made / "clips2").mkdir()
     clip = save_clip(made / "clips2/a.mp4", 9, 9, caption="a cat on a mat, and much more that is not read")
     found["check"] = write_check(made, make_config(clip.parent, resolution=(32, 32)))
-    return {**found, "run": folder / "output" / "x.html"}
+    return {**found, "run": find_run_page(folder / "output")}
 
 
 @pytest.fixture(scope="module")

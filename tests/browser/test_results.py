@@ -690,3 +690,38 @@ def wait_for_files(folder: Path, count: int) -> list[Path]:
             return files
         time.sleep(0.1)
     raise AssertionError(f"there are only {files}")
+
+
+def test_layers_of_a_picture_are_one_result_and_shown_as_a_stack_that_hides_each(
+    served: Served, root: Path
+) -> None:
+    folder = root / "generated"
+    for index in (0, 2, 1):
+        write_result(folder / f"cat_layer{index}.png")
+    write_result(folder / "cat_composite.png")
+    write_result(folder / "lone_layer1.png")  # nothing shows it together with others
+    names = {result.path.stem: result for result in ResultFolders(Runs((root,))).list_all()}
+    assert {*names} == {"a", "cat_composite", "lone_layer1"}
+    layers = names["cat_composite"].layers
+    assert [path.name for path in layers] == ["cat_layer0.png", "cat_layer1.png", "cat_layer2.png"]
+
+    id = id_of(served, "cat_composite.png")
+    shown = served.ask(f"/results/{id}/layers").text
+    places = re.findall(r'<img src="([^"]+)" alt="([^"]+)" data-layer="(\d)"( hidden)?', shown)
+    assert [(name, bool(hidden)) for _, name, _, hidden in places] == [
+        ("the whole picture", True),
+        ("layer 1", False),
+        ("layer 2", False),
+    ]
+    assert re.findall(r'data-toggles="(\d)"[^>]*?( checked)?>', shown) == [
+        ("0", ""),
+        ("1", " checked"),
+        ("2", " checked"),
+    ]
+    answer = served.ask(places[2][0])
+    assert answer.body == (folder / "cat_layer2.png").read_bytes()
+    assert served.ask(f"/results/{id}/layer/3").status == 404
+
+    assert send(served, id, "remove").status == 200
+    assert not list(folder.glob("cat_*"))
+    assert len(list((root / "reelsmith-bin").rglob("cat_*.png"))) == 4

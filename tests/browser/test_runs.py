@@ -21,6 +21,7 @@ from modules.errors import OptionError
 from modules.parser import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
+from tests.run_pages import find_run_page, read_run_page
 from tests.training.toy import Killed, killed_at, train_toy, write_caches
 from training.reports.history import History, describe_process, history_path
 
@@ -185,6 +186,7 @@ def test_what_trainings_write_is_told(tmp_path: Path) -> None:
 def test_a_run_of_an_older_version_is_told_by_its_page(tmp_path: Path) -> None:
     write_caches(tmp_path)
     train_toy(tmp_path, has_page=True)
+    find_run_page(tmp_path / "output")
     history = tmp_path / "output" / "x-history.jsonl"
     rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
     old = [{"step": 0, "started": True} if "started" in row else row for row in rows]
@@ -247,7 +249,7 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows_but_no_folder(tmp_
 
     run_browser(BrowserOptions(folders=(history,), export=target))
 
-    share_page(tmp_path / "output" / "x.html", tmp_path / "own.html")
+    share_page(find_run_page(tmp_path / "output"), tmp_path / "own.html")
     texts = [path.read_text(encoding="utf-8") for path in (target, tmp_path / "own.html")]
     assert str(tmp_path) not in texts[0]
     shared, own = (text.partition("written ")[0] + text.partition("<progress")[2] for text in texts)
@@ -308,7 +310,7 @@ def test_list_page_and_bar_show_one_average(tmp_path: Path) -> None:
     losses = [row["loss"] for row in rows if "loss" in row]
     assert round(average, 6) in [round(sum(losses[-count:]) / count, 6) for count in range(2, 9)]
     assert look(tmp_path)["x"].loss == pytest.approx(average)
-    assert f"<b>{average:.4g}</b>" in (tmp_path / "output" / "x.html").read_text(encoding="utf-8")
+    assert f"<b>{average:.4g}</b>" in read_run_page(tmp_path / "output")
 
 
 def test_only_samples_that_play_have_a_player(tmp_path: Path) -> None:

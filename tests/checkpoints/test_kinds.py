@@ -45,7 +45,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
     ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
     ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
-    ("QwenImageTransformer2DModel", {**ONE, "use_additional_t_cond": True}, "Qwen-Image-Layered"),
     ("ZImageTransformer2DModel", {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
 ]
 # of layouts that no class here writes: diffusers' own marks, and released files

@@ -12,7 +12,8 @@ from torch import Tensor, distributed
 from contract.steps import Away, Tweaks
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
-from running.offload.context import ProcessGrid, share_tokens
+from running.offload.context import ProcessGrid
+from running.ways.context_parallel_tokens import share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
 
 PROCESSES = 2

@@ -389,6 +389,17 @@ def test_names_that_no_version_has_change_nothing(tmp_path: Path, name: str) -> 
     assert read(root) == OLD
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", OLD)
+    file = pack(tmp_path / "twice.zip", NEW)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("reelsmith-main/set_up.py", "another")
+    with pytest.raises(UserError, match="two files of one name"):
+        update(root, file)
+    assert read(root) == OLD
+
+
 def test_a_name_that_is_no_text_and_a_list_that_is_too_long_are_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "root", OLD)
     file = pack(tmp_path / "odd.zip", {**NEW, "wan/ü.py": ""})

@@ -176,8 +176,8 @@ def z_image(files: TinyModel) -> ZImagePipeline:
     return quiet(pipe)
 
 
-def qwen_image_vae(path: Path) -> AutoencoderKLQwenImage:
-    vae = AutoencoderKLQwenImage(base_dim=8)
+def qwen_image_vae(path: Path, colors: int = 3) -> AutoencoderKLQwenImage:
+    vae = AutoencoderKLQwenImage(base_dim=8, input_channels=colors)
     vae.load_state_dict(vae_diffusers_tensors(load_file(path)))
     return vae.eval()
 

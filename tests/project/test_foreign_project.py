@@ -14,8 +14,10 @@ from modules.parser import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
 from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING
-from project.foreign.reading import PROGRAMS, ForeignProject, read_foreign
-from project.foreign.settling import Forms, choose_length, settle
+from project.foreign.lengths import choose_length
+from project.foreign.project import ForeignProject
+from project.foreign.reading import PROGRAMS, read_foreign
+from project.foreign.settling import Forms, settle
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions

@@ -163,6 +163,7 @@ def test_a_project_of_diffusion_pipe_is_the_whole_model_with_repeats_for_all_fol
     assert whole.general["resolution"] == [512, 320]
     assert whole.training["optimizer_args"] == ["betas=0.9,0.99"]
     assert (whole.training["learning_rate"], whole.training["fused_backward_pass"]) == (2e-5, False)
+    assert (whole.training["gradient_accumulation_steps"], "blocks_to_swap" in whole.training) == (2, False)
     text = DIFFUSION_PIPE + "[adapter]\ntype = 'lora'\nrank = 32\n"
     lora = describe(photos, text, capsys, name="p.toml")
     assert lora.script == "wan_train_network.py"

@@ -10,7 +10,9 @@ from qwen_image.model import QwenImageModel
 from tests.tiny.qwen_image import CONFIG, tiny_state
 
 
-def in_diffusers(state: dict[str, Tensor], clean_references: bool = False) -> QwenImageTransformer2DModel:
+def in_diffusers(
+    state: dict[str, Tensor], clean_references: bool = False, layered: bool = False
+) -> QwenImageTransformer2DModel:
     """diffusers' network with these weights, of the size of CONFIG."""
     width = CONFIG.dim // CONFIG.num_heads
     dit = QwenImageTransformer2DModel(
@@ -22,6 +24,8 @@ def in_diffusers(state: dict[str, Tensor], clean_references: bool = False) -> Qw
         joint_attention_dim=CONFIG.text_dim,
         axes_dims_rope=(width // 8, 7 * width // 16, 7 * width // 16),
         zero_cond_t=clean_references,
+        use_additional_t_cond=layered,
+        use_layer3d_rope=layered,
     )
     dit.load_state_dict(state)
     return dit.eval()

@@ -91,8 +91,13 @@ def test_guidance_keeps_the_norm_of_each_token_and_leaves_zeros() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_version", "layered"], "--model_version: layered: Qwen-Image-Layered"),
-        (["--output_layers", "3"], "--output_layers is refused: Qwen-Image-Layered"),
+        (["--cfg_norm"], "--cfg_norm needs --model_version layered"),
+        (
+            ["--remove_first_image_from_target"],
+            "--remove_first_image_from_target needs --model",
+        ),
+        (["--model_version", "layered", "--rcm_threshold", "1"], "--rcm_threshold is for releases that edit"),
+        (["--automatic_prompt_lang_for_layered", "en"], "captions are not written while generating"),
         (["--edit", "--edit_plus"], "--edit_plus and --edit exclude each other"),
         (["--mask_path", "a.png", "--rcm_threshold", "0.1"], "--mask_path and --rcm_threshold exclude"),
         (["--rcm_kernel_size", "4", "--rcm_threshold", "1"], "--rcm_kernel_size 4: give an odd number"),

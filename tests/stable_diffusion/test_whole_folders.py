@@ -12,6 +12,8 @@ from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints.shard_options import INDEX as SHARD_INDEX
+from checkpoints.shard_options import MODEL
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_whole_training import SCRIPTS, SGD, TOWERS, U_NET, draw, folder, words
 from tests.tiny.dit_files import write_tensors
@@ -74,6 +76,27 @@ def test_a_folder_holds_what_the_single_file_of_the_same_run_holds(folder: Path,
     }[kind]
     assert "extract_lora" not in said
     assert not [path for path in (folder / "output").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_networks_of_a_folder_are_cut_on_request(folder: Path) -> None:
+    """As diffusers' pipeline loads them; small networks stay one file. A single file is not cut."""
+    model = WRITERS["sd1"](folder)
+    cut = [*SGD, *CACHED, *AS_FOLDER, "--max_shard_size", "1MB"]
+    succeed_here("train_db.py", *words(model.name, *SGD, *CACHED, *AS_FOLDER[:2]), folder=folder)
+
+    succeed_here("train_db.py", *words(model.name, *cut), folder=folder)
+
+    made = folder / "output" / "model"
+    index = json.loads((made / "unet" / f"{MODEL}{SHARD_INDEX}").read_text("utf-8"))
+    assert {*index["weight_map"].values()} == {path.name for path in (made / "unet").glob("*.safetensors")}
+    assert len({*index["weight_map"].values()}) > 1
+    loaded = StableDiffusionPipeline.from_pretrained(made, local_files_only=True)
+    expected = StableDiffusionPipeline.from_pretrained(folder / "output" / "last", local_files_only=True)
+    for name, tensor in expected.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], tensor), name
+    assert (draw(folder, "output/model", "of_parts") == draw(folder, "output/last", "of_files")).all()
+    code, said = run_here("train_db.py", *words(model.name, "--max_shard_size", "1MB"), folder=folder)
+    assert_one_message(code, said, "--max_shard_size 1MB: ComfyUI", "Add --save_model_as diffusers")
 
 
 @pytest.mark.slow

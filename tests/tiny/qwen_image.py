@@ -32,14 +32,14 @@ def write_dit(
 
 
 def write_tiny_qwen_image(
-    folder: Path, dtype: torch.dtype = torch.float32, edits: bool = False, **sizes: int
+    folder: Path, dtype: torch.dtype = torch.float32, edits: bool = False, layered: bool = False, **sizes: int
 ) -> TinyModel:
     """Write transformer, VAE and text encoder with its tokenizer below `folder`.
 
-    edits: the text encoder sees pictures. sizes: of the transformer.
+    edits: the text encoder sees pictures. layered: Qwen-Image-Layered. sizes: of the transformer.
     """
-    dit = write_dit(folder, tiny_state(dtype=dtype, **sizes), name="dit")
-    vae = save(folder / "vae.safetensors", vae_tensors())
+    dit = write_dit(folder, tiny_state(dtype=dtype, has_layers=layered, **sizes), name="dit")
+    vae = save(folder / "vae.safetensors", vae_tensors(colors=4 if layered else 3))
     if edits:
         tokenizer = write_qwen_tokenizer(folder / "text_encoder")
         return TinyModel(dit, vae, write_model(tokenizer / "model.safetensors", qwen25_vl()).parent)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -94,10 +95,10 @@ def random_tensors(network: nn.Module, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def vae_tensors(width: int = 8, seed: int = 0) -> dict[str, Tensor]:
+def vae_tensors(width: int = 8, seed: int = 0, colors: int = 3) -> dict[str, Tensor]:
     """A VAE with the names of the official file."""
     with torch.device("meta"):
-        network = WanVae(vae_config(width))
+        network = WanVae(replace(vae_config(width), colors=colors))
     return random_tensors(network, seed)
 
 

@@ -15,19 +15,22 @@ from modules.errors import OptionError
 from tests.pictures import picture
 from tests.run_pages import read_run_page
 from tests.training import toy
-from training.features.item_losses_recording import ItemLossRecorder, _draw_items
+from training.features.item_losses_recording import (
+    ItemLossRecorder,
+    _draw_items,
+    append_draws,
+    keep_draws,
+    write_pictures,
+)
 from training.reports.history import Story
 from training.reports.item_losses import (
     ItemDraw,
     ItemPicture,
-    append_draws,
     choose_shown,
     compare_items,
-    keep_draws,
     make_section,
     read_draws,
     read_pictures,
-    write_pictures,
 )
 from training.steps import Progress
 

@@ -21,12 +21,12 @@ in `JoinedRun` (`hooks.py`): what its batches need, its targets, what is told of
 functions of `on`, at the points that a run comes to:
 
     what it does not go with              raise OptionError; `on.check` of the model, `on.check_files`
-    another part of batches               `needs`
+    another part of batches               `needs`; `on.plan` of the run with its items
     another thing to learn towards        `targets`, with `on.target` or `on.passes`
     around a pass with gradients          `on.learning_pass`
     before and after a step               `on.before_step`, `on.after_step`
     something that learns beside          `on.beside`
-    numbers of each step                  `tallies`; on the page `info.charts`, `info.tiles`
+    numbers of each step                  `tallies`, which say how the page shows them
     what states remember                  `remembers`
     entries of saved files, lines, boxes  `info`
     when the run is over                  `on.end`

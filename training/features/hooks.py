@@ -93,6 +93,12 @@ class PlannedRun(Protocol):
     """A run before its networks are loaded, as far as features use it."""
 
     @property
+    def training(self) -> "Sequence[TrainingItem]": ...  # the items to learn
+
+    @property
+    def sources(self) -> "BatchSources": ...  # where they are read from
+
+    @property
     def config(self) -> "DatasetConfig": ...
 
     @property
@@ -255,6 +261,9 @@ class Tally:
     """Further numbers of a micro-batch for the logs, from its passes to its row."""
 
     names: tuple[str, ...]
+    # how the page shows them
+    charts: Sequence[NumberChart] = ()
+    tiles: Sequence[NumberTile] = ()
     numbers: "Tensor | None" = None  # of the last passes, one for each name: means
 
     def take(self) -> "Tensor | None":
@@ -272,8 +281,6 @@ class RunInfo:
     targets: list[str] = field(default_factory=list)  # lines behind those of `JoinedRun.targets`
     at_start: dict[str, str] = field(default_factory=dict)  # lines that end the box at the start
     commands: dict[str, Sequence[str]] = field(default_factory=dict)  # that may follow, in words, by heading
-    charts: list[NumberChart] = field(default_factory=list)
-    tiles: list[NumberTile] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -317,9 +324,8 @@ class Hooks:
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
     # given the text encoders that work while training: raises OptionError
     texts: "list[Callable[[LiveTexts | None], None]]" = field(default_factory=list)
-    # given the items to learn and where they are read from: raises UserError
-    items: "list[Callable[[Sequence[TrainingItem], BatchSources], None]]" = field(default_factory=list)
-    before_load: list[Callable[[PlannedRun], None]] = field(default_factory=list)  # texts are encoded here
+    # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
+    plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
     # given the records of all options, as they are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files

@@ -6,10 +6,11 @@ of that step anyway. No pass is added, and no number of the training changes.
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +22,20 @@ from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Remote
 from dataset.table import DatasetTable
+from modules.atomic_write import append_text, atomic_path, make_storable, write_text
 from modules.devices import empty_pinned
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import Frame, read_image, video_frames
 from training.reports.item_losses import (
+    VERSION,
     ItemDraw,
     ItemPicture,
-    append_draws,
     choose_shown,
     compare_items,
-    keep_draws,
     read_draws,
-    write_pictures,
+    read_draws_of_file,
 )
+from training.reports.sections import items_path, pictures_path
 from training.steps import Progress
 from training.targets.passes import Streams, TargetComparison, TrainingPasses, levels_of
 
@@ -49,6 +51,35 @@ WRITE_SECONDS = 3.0  # between two times that lines are written
 def _not_begun() -> Progress:
     """Return the progress while memory is measured."""
     return Progress(0, 0, 0.0)
+
+
+def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
+    """Begin the file of a process: with the lines up to a step, if it is of this run, else empty.
+
+    Raises OutputError.
+    """
+    own = items_path(folder, name, process)
+    with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
+        for draw in read_draws_of_file(own, session) if step and own.is_file() else ():
+            if draw.step <= step:
+                file.write(_as_line(draw))
+
+
+def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
+    """Add lines to the file of a process. Raises OutputError."""
+    append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
+
+
+def _as_line(draw: ItemDraw) -> str:
+    values = draw._asdict() | {"level": float(f"{draw.level:.6g}"), "loss": float(f"{draw.loss:.7g}")}
+    return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
+
+
+def write_pictures(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
+    """Write small pictures of items, by their keys. Raises OutputError."""
+    values = {key: {"name": picture.name, "data": picture.data} for key, picture in pictures.items()}
+    write_text(pictures_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
 
 
 @dataclass(frozen=True)

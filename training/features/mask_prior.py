@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
-    from training.data.feed import BatchSources
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import JoinedRun, PlannedRun
     from training.loss import NoisyBatch
     from training.targets.passes import Streams, TargetComparison, TrainingPasses
 
@@ -42,11 +41,9 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
         return self.mask_prior_weight or 0.0
 
 
-def _require_masks(
-    options: MaskPriorOptions, training: "Sequence[TrainingItem]", sources: "BatchSources"
-) -> None:
+def _require_masks(options: MaskPriorOptions, plan: "PlannedRun") -> None:
     """Raise OptionError if no item that is learned has a mask."""
-    if not _has_masks(training, sources.stores):
+    if not _has_masks(plan.training, plan.sources.stores):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g}: no item has a mask, so there is no place outside of "
             "one. Give a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
@@ -99,7 +96,7 @@ def _join(run: "JoinedRun", options: MaskPriorOptions) -> None:
     )
     run.targets.append(target)
     run.info.in_files |= asdict(options)
-    run.on.items.append(partial(_require_masks, options))
+    run.on.plan.append(partial(_require_masks, options))
     run.on.target.append(partial(compare_outside_masks, options.weight))
 
 

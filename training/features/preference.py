@@ -16,9 +16,7 @@ from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:
     from contract.family import Family
-    from dataset.batches.items import TrainingItem
-    from training.data.feed import BatchSources
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import JoinedRun, PlannedRun
 
 # numbers of each step, by their names in logs
 BETTER, WORSE, RIGHT = "preference/better", "preference/worse", "preference/right"
@@ -74,19 +72,15 @@ def _check_tables(run: "JoinedRun") -> None:
         )
 
 
-def _require_pairs(
-    options: PreferenceOptions, items: "Sequence[TrainingItem]", sources: "BatchSources"
-) -> None:
+def _require_pairs(plan: "PlannedRun") -> None:
     from training.features.preference_pairs import require_pairs  # torch: only with --preference
 
-    require_pairs(items, sources.stores, sources.encoders.commands)
+    require_pairs(plan.training, plan.sources.stores, plan.sources.encoders.commands)
 
 
-def _start(options: PreferenceOptions, run: "JoinedRun") -> None:
+def _start(options: PreferenceOptions, tally: Tally, run: "JoinedRun") -> None:
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
-    tally = Tally((BETTER, WORSE, RIGHT))
-    run.tallies.append(tally)
     preference = Preference(options.beta, options.preference_data_weight)
     run.on.passes.append(partial(pair_passes, preference, tally))
 
@@ -103,14 +97,18 @@ def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
     run.targets.append(target)
     run.needs.add(WORSE_ONES)
     run.info.in_files |= given_values(options)
-    run.info.charts += [
-        NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": WORSE}),
-        NumberChart("Share of pairs that are right", "share", {"right": RIGHT}),
-    ]
-    run.info.tiles.append(NumberTile("Pairs that are right", RIGHT, "the better one is learned more"))
+    tally = Tally(
+        (BETTER, WORSE, RIGHT),
+        charts=[
+            NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": WORSE}),
+            NumberChart("Share of pairs that are right", "share", {"right": RIGHT}),
+        ],
+        tiles=[NumberTile("Pairs that are right", RIGHT, "the better one is learned more")],
+    )
+    run.tallies.append(tally)
     run.on.check.append(partial(_check, options))
-    run.on.items.append(partial(_require_pairs, options))
-    run.on.start.append(partial(_start, options))
+    run.on.plan.append(_require_pairs)
+    run.on.start.append(partial(_start, options, tally))
 
 
 PREFERENCE = Feature(

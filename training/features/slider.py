@@ -99,7 +99,7 @@ def _join(run: "JoinedRun", options: SliderOptions) -> None:
     run.keeps_steps = True
     run.info.in_files |= given_values(options)
     run.on.texts.append(partial(_check_texts, path))
-    run.on.before_load.append(partial(_encode, run, file))
+    run.on.plan.append(partial(_encode, run, file))
 
 
 SLIDER = Feature(

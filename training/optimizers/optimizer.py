@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from contract.family import DitSpec
 from modules.command import did_you_mean
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
 from modules.installation import describe_missing, refuse_standard_module
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
+from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ PATHS = {
     for key, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
 } | NAMES
+MUON = "muon"
 # class -> why the training loop cannot step it
 UNUSABLE = {
     "LBFGS": "it computes the loss several times a step, and the loop computes it once",
@@ -80,6 +83,22 @@ def make_optimizer(
         name = options.optimizer_type or "AdamW"
         raise OptionError(f"--optimizer_type {name} with --optimizer_args {described}: {reason}") from None
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
+
+
+def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSpec) -> Trainable:
+    """Return the trained weights of a whole network in the groups that the optimizer needs."""
+    if options.optimizer_type.lower() != MUON:
+        return trainable
+    from training.optimizers.muon import PARTS, arrange_groups  # few runs use it
+
+    arranged = arrange_groups(trainable, spec)
+    num_matrices = sum(len(group["params"]) for group in arranged.groups if group[PARTS])
+    logger.info(
+        "Muon steps %d weights in blocks, AdamW the %d others (norms, biases, and layers outside of blocks)",
+        num_matrices,
+        len(arranged.parameters) - num_matrices,
+    )
+    return arranged
 
 
 def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
@@ -164,6 +183,10 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 
     Raises OptionError naming the missing package or the known names, or if it is not an optimizer.
     """
+    if name.lower() == MUON:
+        from training.optimizers.muon import MuonWithAdam  # few runs use it
+
+        return MuonWithAdam  # torch's own takes matrices alone, which no whole network has
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:
         names = sorted(filter(None, PATHS))

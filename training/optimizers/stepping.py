@@ -61,6 +61,8 @@ ALONE: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
+# our own one, likewise; it is imported only if it is chosen
+OWN_MODULE, OWN_CLASS = "training.optimizers.muon", "MuonWithAdam"
 # end of the class name in lower case -> why it cannot step single weights
 TOGETHER: Mapping[str, str] = {
     "prodigy": "it finds one learning rate from the gradients of all weights together",
@@ -187,7 +189,8 @@ def steps_alone(kind: Callable[..., Optimizer]) -> bool:
 
     False if that is not known.
     """
-    return kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
+    is_own = kind.__name__ == OWN_CLASS and kind.__module__.endswith(OWN_MODULE)
+    return is_own or kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
 def steps_numbers(kind: Callable[..., Optimizer]) -> bool:

@@ -27,7 +27,7 @@ from training.features.composing import begin_run
 from training.features.hooks import LearningPass
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.made_networks import make_trained_network
-from training.optimizers.optimizer import find_averaging, make_optimizer
+from training.optimizers.optimizer import arrange_weights, find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
@@ -309,6 +309,7 @@ def _make_learning_groups(
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
     if options.network is None:
         trainable = train_whole(family, options, dit, texts, writes=False)
+        trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from PIL import Image
 
-from modules.atomic_write import append_text, atomic_path, make_storable, write_text
+from modules.atomic_write import make_storable
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.media.colours import Frame
 from modules.pages.language import counted, say
@@ -88,36 +88,13 @@ def _list_files(folder: Path, name: str) -> list[Path]:
     return sorted(path for path in paths if path.suffix == ".jsonl" and is_section_file(path.name, name))
 
 
-def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
-    """Begin the file of a process: with the lines up to a step, if it is of this run, else empty.
-
-    Raises OutputError.
-    """
-    own = items_path(folder, name, process)
-    with atomic_path(own) as new, new.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps({"session": session, "version": VERSION}) + "\n")
-        for draw in _read_file(own, session) if step and own.is_file() else ():
-            if draw.step <= step:
-                file.write(_as_line(draw))
-
-
-def append_draws(folder: Path, name: str, process: int, draws: Iterable[ItemDraw]) -> None:
-    """Add lines to the file of a process. Raises OutputError."""
-    append_text(items_path(folder, name, process), "".join(map(_as_line, draws)))
-
-
-def _as_line(draw: ItemDraw) -> str:
-    values = draw._asdict() | {"level": float(f"{draw.level:.6g}"), "loss": float(f"{draw.loss:.7g}")}
-    return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
-
-
 def read_draws(folder: Path, name: str) -> list[ItemDraw]:
     """Return all losses of a run, of all processes; unreadable lines are left out."""
     draws: dict[tuple[int, str], ItemDraw] = {}
     for path in _list_files(folder, name):
         try:
             session = _read_session(items_path(folder, name))
-            draws |= {(draw.batch, draw.key): draw for draw in _read_file(path, session)}
+            draws |= {(draw.batch, draw.key): draw for draw in read_draws_of_file(path, session)}
         except OSError as error:
             logger.warning("%s cannot be read: %s", path, error.strerror or error)
     return sorted(draws.values())
@@ -130,7 +107,7 @@ def _read_session(path: Path) -> int | None:
     return values.get("session")
 
 
-def _read_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
+def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
     """Yield the lines of a file, if it is of this run. Raises OSError."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:
@@ -201,12 +178,6 @@ def choose_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
     """Return the items on the page: the hardest, then the easiest, without repeats."""
     hard = list(items[:MOST_HARD])
     return [*hard, *items[max(len(hard), len(items) - MOST_EASY) :]]
-
-
-def write_pictures(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
-    """Write small pictures of items, by their keys. Raises OutputError."""
-    values = {key: {"name": picture.name, "data": picture.data} for key, picture in pictures.items()}
-    write_text(pictures_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
 
 
 def read_pictures(folder: Path, name: str) -> dict[str, ItemPicture]:

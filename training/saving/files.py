@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from checkpoints.shard_options import is_model_folder
 from contract.rules import ModelRelease
 from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
@@ -29,7 +30,7 @@ WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names
 
 SAFETENSORS = ".safetensors"
 MOST_OF_WORD = 2 << 20  # bytes of a file with the vectors of a word
-INDEX = "model_index.json"  # of a model that is saved as a folder in diffusers' layout
+INDEX = "model_index.json"  # of a pipeline that is saved as a folder in diffusers' layout
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Names:
     name: str
     # what ends the names of the files that are saved together: the names of experts; none if there is one
     parts: tuple[str, ...] = ()
-    ending: str = SAFETENSORS  # of the files; "" if each model is a folder in diffusers' layout
+    ending: str = SAFETENSORS  # of the files; "" if each model is a folder
     beside: tuple[str, ...] = ()  # what ends the names of further files of each save: words
 
     def files(self, stem: str) -> dict[str, Path]:
@@ -321,14 +322,14 @@ def find_results(names: Names) -> list[Path]:
     states = state_pattern(names.name)
     number = r"(?:-\d{6,}|-step\d{8,})?"
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
-    folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models in diffusers' layout
+    folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
     words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
         if entry.is_dir():
-            is_model = folders.fullmatch(entry.name) is not None and (entry / INDEX).is_file()
+            is_model = folders.fullmatch(entry.name) is not None and is_saved_folder(entry)
             is_result = is_model or states.fullmatch(entry.name) is not None
         else:
             is_result = files.fullmatch(entry.name) is not None or entry in pages
@@ -339,6 +340,11 @@ def find_results(names: Names) -> list[Path]:
             results.append(entry)
     results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
     return results
+
+
+def is_saved_folder(folder: Path) -> bool:
+    """Return whether a folder is a model that a training has saved."""
+    return (folder / INDEX).is_file() or is_model_folder(folder)
 
 
 def _is_of_word(file: Path, name: str, word: str) -> bool:

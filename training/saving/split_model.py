@@ -11,7 +11,7 @@ all files are checked first, because rows from a missing file would silently sta
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from checkpoints.shards import SavedForm
 from checkpoints.unused import OpenedTensors
-from checkpoints.writing import order_of, stream_tensors
 from contract.loading import TensorInfo
 from modules.atomic_write import check_space
 from modules.errors import CheckpointError
@@ -44,12 +44,18 @@ FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two cop
 OPTIMIZER = "optimizer"  # in addition to the parts of a state
 
 
-def train_split_dit(dit: nn.Module, learning_rate: float, *parts: Any) -> Trainable:
+def train_split_dit(
+    dit: nn.Module,
+    learning_rate: float,
+    name_parts: Sequence[str],
+    part_rates: Mapping[str, float],
+    form: SavedForm,
+) -> Trainable:
     """Train a DiT whose blocks are split as `train_dit` does; its parameters are the rows of this process.
 
-    parts: further arguments of `train_dit`.
+    name_parts, part_rates, form: as for `train_dit`.
     """
-    usual = train_dit(dit, learning_rate, *parts)
+    usual = train_dit(dit, learning_rate, name_parts, part_rates, form)
     rows = {weight: trained_rows(weight) for weight in usual.parameters if is_split(weight)}
     groups = [
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
@@ -58,7 +64,7 @@ def train_split_dit(dit: nn.Module, learning_rate: float, *parts: Any) -> Traina
     return replace(
         usual,
         groups=groups,
-        writes={"": partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit))},
+        writes={"": partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)},
         split={part: weight for weight, part in rows.items()},
     )
 
@@ -68,6 +74,7 @@ def _write_model(
     rows: Mapping[nn.Parameter, nn.Parameter],
     dtypes: Mapping[str, torch.dtype],
     unused: OpenedTensors | None,
+    form: SavedForm,
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
@@ -90,11 +97,13 @@ def _write_model(
         return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
+    all_infos = infos | of_unused
     if distributed.get_rank() == 0:
-        stream_tensors(path, infos | of_unused, read, metadata)
+        form.write(path, all_infos, read, metadata)
     else:  # all processes gather each tensor, in the order in which the first one writes them
-        for name in order_of(infos):
-            read(name)
+        for name in form.order(all_infos):
+            if name in infos:
+                read(name)
 
 
 def write_split_state(folder: Path, state: SavedState) -> None:

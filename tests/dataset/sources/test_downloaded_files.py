@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dataset.config import load_dataset_config
-from dataset.sources.downloads import check_media, check_tar, download
+from dataset.forms.tars_listing import check_tar
+from dataset.sources.downloads import check_media, download
 from dataset.sources.media_source import DOWNLOADED_SUFFIXES, local_name
 from modules.errors import DatasetError, MediaError
 from modules.media.opening import SOUND_SUFFIXES

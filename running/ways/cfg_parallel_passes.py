@@ -21,7 +21,7 @@ class SharedPasses:
     def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
         """in_lockstep: the transformer is split too. device: of this process; all have joined before."""
         self.processes = grid.passes
-        self._rank = grid.pass_rank
+        self._rank = grid.rank // grid.context % grid.passes  # neighbours share the tokens of a clip
         self._group = device_mesh(grid, device)["passes"].get_group()
         self._in_lockstep = in_lockstep
 

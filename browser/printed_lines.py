@@ -1,0 +1,93 @@
+"""Read the usual lines that `new` prints in the language of a page.
+
+Programs print English. A line that has one of the forms here is shown translated, with its names and numbers;
+any other stays as it was printed.
+"""
+
+import re
+from collections.abc import Sequence
+
+from modules.pages.language import Words, say
+
+# of forms that fit one line, the first counts
+LINES = (
+    say("%(folder)s: %(media)s. %(model)s at %(size)s, %(frames)s frames, on %(card)s"),
+    say("%(folder)s: %(media)s. %(model)s at %(size)s, on %(card)s"),
+    say("%(names)s: tiny, below %(pixels)s pixels: their blur is learned"),
+    say(
+        "%(size)s: the size of a typical file, %(file)s. Every file keeps its own shape, at this area "
+        "(resolution in dataset.toml)"
+    ),
+    say("%(model)s makes %(media)s; %(files)s. %(fit)s"),
+    say(
+        "%(names)s: without a caption in a %(suffix)s file next to it, which `run` refuses. A model "
+        "(%(model)s, %(size)s to download) writes them, in the folder %(folder)s:"
+    ),
+    say("or name what they show by a made-up word alone:"),
+    say("%(names)s: no caption in a %(suffix)s file; %(word)s (class_tokens) stands for it"),
+    say("First %(deeds)s. Then %(command)s checks, caches and trains"),
+    say("First %(deeds)s. Then %(command)s downloads the model, checks, caches and trains"),
+    say("left out: %(reason)s"),
+)
+# what stands in their places
+PARTS = (
+    say("%(some)s and %(more)s more"),
+    say("%(one)s and %(two)s"),
+    say("%(one)s, and %(two)s"),
+    say("%(n)s pictures"),
+    say("%(n)s clips"),
+    say("%(n)s sounds"),
+    say("1 picture"),
+    say("1 clip"),
+    say("1 sound"),
+    say("pictures"),
+    say("clips"),
+    say("a CPU (--memory 12: a card of 12 GiB)"),
+    say("a card of %(n)s GiB"),
+    say("its files are there"),
+    say("%(n)s to download"),
+    say("Slow on a CPU"),
+    say("correct what is listed above"),
+    say("give captions or a trigger word as above"),
+)
+PLACE = re.compile(r"%\((\w+)\)s")
+AT_END = ("written: ", "checks, caches and trains")  # of lines for a terminal: the page has buttons for them
+
+
+def is_for_terminal(line: str) -> bool:
+    """Return whether a line only says which files were written, or which command is next."""
+    return line.startswith(AT_END[0]) or (line.endswith(AT_END[1]) and not line.startswith("First "))
+
+
+def translate_line(line: str) -> str:
+    """Return a printed line as a text that pages translate; a line of no known form as it is."""
+    return _find(line, LINES) or line
+
+
+def _find(text: str, forms: Sequence[Words]) -> Words | None:
+    for form in forms:
+        values = _read_values(form.key, text)
+        if values is not None:
+            translated = {name: _find(value, PARTS) or value for name, value in values.items()}
+            return Words(text, form.key, translated)
+    return None
+
+
+def _read_values(key: str, text: str) -> dict[str, str] | None:
+    """Return what stands in the places of a form; None if the text has another one.
+
+    A place ends where the words behind it first occur: a file's name cannot make this slow.
+    """
+    begin, *rest = PLACE.split(key)
+    if not text.startswith(begin):
+        return None
+    values = {}
+    text = text[len(begin) :]
+    for name, words in zip(rest[::2], rest[1::2], strict=True):
+        is_last = name == rest[-2]
+        place = len(text) - len(words) if is_last else text.find(words)
+        if place < 1 or not text.startswith(words, place):
+            return None
+        values[name] = text[:place]
+        text = text[place + len(words) :]
+    return None if text else values

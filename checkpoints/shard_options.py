@@ -1,0 +1,31 @@
+"""What the files of a model in several parts are called, and their sizes as people write them.
+
+Standard library only.
+"""
+
+import re
+from pathlib import Path
+
+from modules.errors import OptionError
+
+INDEX = ".index.json"  # what the name of an index adds to that of the single file
+MODEL = "diffusion_pytorch_model.safetensors"  # diffusers' name of a transformer's single file
+MAX_SHARDS = 99_999  # their names have five digits
+MIN_SHARD_BYTES = 1000
+_SIZE = re.compile(r"(?P<number>\d{1,12}(\.\d+)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def read_shard_size(option: str, text: str) -> int:
+    """Return the bytes of a size such as 5GB, 500MB or 2GiB. Raises OptionError for other words."""
+    match = _SIZE.fullmatch(text.strip())
+    base = 1024 if match is not None and match["binary"] else 1000
+    size = 0 if match is None else int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])
+    if size < MIN_SHARD_BYTES:
+        raise OptionError(f"{option} {text}: give a size such as 5GB or 500MB")
+    return size
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder has a transformer in files of diffusers' names."""
+    return any((folder / name).is_file() for name in (MODEL, f"{MODEL}{INDEX}"))

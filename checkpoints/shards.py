@@ -1,0 +1,118 @@
+"""Cut a model into several safetensors files with an index, named as diffusers and transformers name them.
+
+model-00001-of-00003.safetensors, ..., model.safetensors.index.json
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoints.shard_options import INDEX, MAX_SHARDS, MODEL
+from checkpoints.writing import order_of, stream_tensors
+from contract.loading import TensorInfo
+from modules.atomic_write import atomic_folder, check_space, write_text
+from modules.errors import OptionError
+
+ReadTensor = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The files that a model is cut into."""
+
+    files: Mapping[str, Mapping[str, TensorInfo]]  # by their names; in each its tensors
+    index_name: str
+    total_bytes: int  # of all tensors
+
+    def index(self) -> str:
+        """Return the content of the index: in which file each tensor is."""
+        weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Cut tensors, in their order, into groups of at most `most_bytes`; a larger tensor is a group alone."""
+    groups: list[dict[str, TensorInfo]] = []
+    room = 0
+    for name, info in tensors.items():
+        if not groups or info.size_bytes > room:
+            groups.append({})
+            room = most_bytes
+        groups[-1][name] = info
+        room -= info.size_bytes
+    return groups
+
+
+def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], most_bytes: int, option: str) -> ShardPlan:
+    """Plan files of at most `most_bytes`. path: the name of a single file.
+
+    Raises OptionError that names the option if there would be too many files.
+    """
+    groups = split(tensors, most_bytes)
+    if len(groups) > MAX_SHARDS:
+        raise OptionError(f"{option}: the model would be cut into {len(groups):,} files. Give a larger size")
+    files = {
+        f"{path.stem}-{number:05d}-of-{len(groups):05d}{path.suffix}": group
+        for number, group in enumerate(groups, start=1)
+    }
+    return ShardPlan(files, path.name + INDEX, sum(info.size_bytes for info in tensors.values()))
+
+
+def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Mapping[str, str]) -> None:
+    """Write the files and, last, their index into a folder that nobody reads yet.
+
+    read, metadata: as for `stream_tensors`; each file has all metadata.
+    """
+    for name, tensors in plan.files.items():
+        stream_tensors(folder / name, tensors, read, metadata)
+    write_text(folder / plan.index_name, plan.index())
+
+
+@dataclass(frozen=True)
+class SavedForm:
+    """The form that a trained model is saved in: one file, or a folder of files with an index."""
+
+    max_bytes: int = 0  # of a file in a folder; 0: one file
+    option: str = "--max_shard_size"
+
+    def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
+        """Return the names of tensors in the order in which they are written."""
+        groups = split(tensors, self.max_bytes) if self.max_bytes else [tensors]
+        return [name for group in groups for name in order_of(group)]
+
+    def write(
+        self, path: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
+    ) -> None:
+        """Write a model, completely or not at all; what has this name already is replaced.
+
+        path: the file or the folder. read, metadata: as for `stream_tensors`. Raises OutputError if it cannot
+        be written, OptionError if there would be too many files.
+        """
+        if not self.max_bytes:
+            stream_tensors(path, tensors, read, metadata)
+            return
+        size_bytes = sum(info.size_bytes for info in tensors.values())
+        check_space(path, size_bytes)
+        with atomic_folder(path) as folder:
+            self.write_in(folder / MODEL, tensors, read, metadata)
+
+    def write_in(
+        self, file: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
+    ) -> None:
+        """Write a network into a folder that nobody reads yet: one file if it fits, else shards.
+
+        file: the name of the single file.
+        """
+        size_bytes = sum(info.size_bytes for info in tensors.values())
+        if not self.max_bytes or size_bytes <= self.max_bytes:
+            stream_tensors(file, tensors, read, metadata)
+        else:
+            plan = plan_shards(file, tensors, self.max_bytes, self.option)
+            write_planned(file.parent, plan, read, metadata)
+
+
+IN_ONE_FILE = SavedForm()

@@ -1,0 +1,235 @@
+"""The index of a cache folder: what caching left there, so that training lists and compares no source.
+
+`index.jsonl` has a part for the latents and one for the texts of each family that caches there. A part is a
+line about its table and a line for each cache file: its source, what it holds, the checksum of its record,
+and size and time of the files that it was made from. A part counts only while nothing has changed: neither
+the settings of the table, nor the names in the folders that it reads, nor the names of the cache files.
+Otherwise, and without an index, training lists the caches and compares them with their sources. A cache file
+is taken as compared only if its record still has the checksum in the index, so that an index that was copied,
+lost or left behind by a killed run never decides anything alone.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from contract.data import LatentSpec, SoundSpec
+from dataset import cache_files
+from dataset.cache.latent_files import LatentFile
+from dataset.cache.records import (
+    stamp_of,
+)
+from dataset.config_keys import IGNORE
+from dataset.table import DatasetTable
+from modules.errors import MediaError
+from modules.limits import MAX_INDEX_BYTES
+from modules.text_files import parse_json, read_text
+
+NAME = "index.jsonl"
+VERSION = 1
+LATENTS, TEXTS = "latents", "texts"
+MOST_FILES = 50_000  # of a folder or a table: the names of more are read faster than so many lines
+# of an index that somebody else changed
+DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
+# keys of a table that say how its items are learned: its caches are the same; empty prompts are looked up
+_NOT_COMPARED = frozenset(
+    {
+        *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
+        *("validation_seed", "is_reg", "caption_dropout_rate", "uses_empty_prompt", "prior_loss_weight"),
+        *("network_multiplier", "min_timestep", "max_timestep", "discrete_flow_shift"),
+    }
+)
+# what `for_family` makes of keys: it differs between the scripts of a family, and texts depend on none of it
+_OF_FAMILY = (
+    *("finds_sound", "shows_media", "source_fps", "target_frames"),
+    *("references", "clip_references", "reference_dropout_rate"),
+)
+# paths that are not listed: what is in them is named elsewhere, or is no source
+_NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
+
+
+def is_heard_apart(table: DatasetTable, sound: SoundSpec | None) -> bool:
+    """Return whether the clips of a table have their sound in cache files of its own."""
+    return sound is not None and not sound.is_inside and table.kind == "video" and table.audio != IGNORE
+
+
+def is_indexed(table: DatasetTable, sound: SoundSpec | None) -> bool:
+    """Return whether a table can have an index: a folder or a JSONL list, cached in single files, whose texts
+    are of captions alone.
+    """
+    has_other_parts = is_heard_apart(table, sound) or table.texts_see_references
+    return table.own is None and table.cache_format == "files" and not has_other_parts
+
+
+def mark_table(table: DatasetTable) -> str | None:
+    """Return a mark that differs once settings of a table, or names in the folders that it reads, do.
+
+    It is None if a folder cannot be listed or has more than `MOST_FILES` entries.
+    """
+    lines: list[str] = []
+    try:
+        for field in dataclasses.fields(table):
+            value = getattr(table, field.name)
+            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY:
+                continue
+            lines.append(f"{field.name} {value!r}")
+            if isinstance(value, Path) and field.name not in _NOT_LISTED:
+                lines += _list_path(value, only_files=field.name == "directory")
+    except (OSError, ValueError):
+        return None
+    return _hash("\n".join(lines))
+
+
+def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
+    """Return a mark of the latent space and of what the family makes of the table's keys."""
+    of_family = [getattr(table, name) for name in _OF_FAMILY]
+    return _hash(repr((dataclasses.replace(latent, npz=None), of_family)))  # without sets, of no order
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _list_path(path: Path, only_files: bool) -> list[str]:
+    """Return the names in a folder, sorted, without those of caching; of a file, its size and time.
+
+    Raises OSError if it cannot be read, ValueError if the folder has too many entries.
+    """
+    if not path.is_dir():
+        return [repr(stamp_of(path))]
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if not only_files or entry.is_file()]
+    if len(names) > MOST_FILES:
+        raise ValueError(f"{len(names)} entries")
+    return sorted(name for name in names if not _is_of_caching(name))
+
+
+def _is_of_caching(name: str) -> bool:
+    """Return whether a file is no source: the folder of the sources may be that of the caches."""
+    return name[0] == "." or name == NAME or cache_files.is_cache_name(name.removesuffix(cache_files.PART))
+
+
+class Index(NamedTuple):
+    """What the index says about a table that is as it was when its caches were made."""
+
+    items: list[tuple[LatentFile, int]]  # sorted by file name, each with the number of its captions
+    compared: Mapping[str, str]  # by name of a cache file: the checksum of its record
+    left_out: list[str]  # paths of the sources that have no latents
+
+
+def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: LatentSpec) -> Index | None:
+    """Return the index of a table's caches; None if there is none, or if anything is not as it was.
+
+    Args:
+        names: Names of the files in the cache folder.
+        tag: The family's cache_tag.
+    """
+    if NAME not in names:
+        return None
+    latent_files, text_files = names_of(names, tag)
+    try:
+        parts = read_parts(table.cache_directory)
+        latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
+        if [*latents.lines] != latent_files or [*texts.lines] != text_files:
+            return None
+        if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
+            return None
+        if latents.mark != mark_table(table):
+            return None
+        captions = _count_captions(table, texts.lines.values())
+        if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
+            return None
+        items = [
+            (
+                LatentFile(
+                    file=line["file"],
+                    stem=line["source"],
+                    bucket=tuple(map(int, line["bucket"])),
+                    parts=int(line["parts"]),
+                    references=tuple(map(int, line["references"])),
+                ),
+                captions[line["source"]],
+            )
+            for line in latents.lines.values()
+        ]
+        if not items:
+            return None
+        lines = [*latents.lines.values(), *texts.lines.values()]
+        return Index(items, _find_unchanged(lines), [str(path) for path in latents.left_out])
+    except DAMAGES:  # or it is not there
+        return None
+
+
+def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
+    """Return the names of a family's latents and of its texts, unfinished ones too, each sorted."""
+    latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
+    texts = [name for name in names if f"{tag}_te." in name]
+    return sorted(latents), sorted(texts)
+
+
+def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many captions of each source are cached, without a gap in their numbers.
+
+    Raises KeyError if one has a further caption only.
+    """
+    numbers: dict[str, set[int]] = {}
+    for line in lines:
+        if line["number"] != cache_files.EMPTY:
+            numbers.setdefault(line["source"], set()).add(line["number"])
+    counts = {}
+    for stem, of_source in numbers.items():
+        of_source.remove(0)
+        count = 1
+        while table.multi_caption and count in of_source:
+            count += 1
+        counts[stem] = count
+    return counts
+
+
+def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the checksums of records by file, of those whose sources have the size and time in the index."""
+    stamps: dict[str, list[int] | None] = {}
+    compared = {}
+    for line in lines:
+        if line["record"] is None:
+            continue
+        for path in line["sources"]:
+            if path not in stamps:
+                try:
+                    stamps[path] = list(stamp_of(Path(path)))
+                except (OSError, MediaError):
+                    stamps[path] = None
+        if all(stamps[path] == stamp for path, stamp in line["sources"].items()):
+            compared[str(line["file"])] = str(line["record"])
+    return compared
+
+
+class IndexPart(NamedTuple):
+    """The latents, or the texts, of a family in an index."""
+
+    mark: str  # see `mark_table`
+    space: str  # of the latents; "" of texts
+    left_out: list[str]
+    lines: dict[str, dict[str, Any]]  # by file, in the order of the index
+
+
+def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
+    """Return the parts of an index by cache_tag and by what they are of.
+
+    Raises one of `DAMAGES` if it cannot be read.
+    """
+    parts: dict[tuple[str, str], IndexPart] = {}
+    part = IndexPart("", "", [], {})
+    for text in read_text(folder / NAME, MAX_INDEX_BYTES).splitlines():
+        line = parse_json(text)
+        if "table" in line:
+            if line["version"] != VERSION:
+                raise ValueError(f"version {line['version']}")
+            part = IndexPart(line["table"], line["space"], line["left_out"], {})
+            parts[line["tag"], line["part"]] = part
+        else:
+            part.lines[line["file"]] = line
+    return parts

@@ -1,0 +1,102 @@
+"""What the names of a table's latent caches say about its training items."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from contract.data import CONTROL, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec
+from dataset import cache_files
+from dataset.cache.records import section_frames
+from dataset.cache_files import CacheStore, LatentName
+from dataset.sources.frames import bucket_of
+from dataset.table import DatasetTable
+from modules.errors import CacheError
+
+
+class LatentFile(NamedTuple):
+    """A latent cache, as its name tells; its header is read for reference images only."""
+
+    file: str
+    stem: str  # of its source
+    # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
+    bucket: tuple[int, ...]
+    parts: int  # number of files of the same clip
+    references: tuple[int, ...]  # see `reference_sizes`
+
+
+def list_latent_files(
+    table: DatasetTable,
+    files: Collection[str],
+    tag: str,
+    latent: LatentSpec,
+    store: CacheStore,
+    reads_references: bool,
+) -> Iterator[LatentFile]:
+    """Yield the latent caches of a table's kind among sorted file names, in their order.
+
+    Args:
+        tag: The family's cache_tag.
+        reads_references: Whether batches depend on the sizes of reference images.
+    """
+    sections = _count_sections(files, tag) if table.kind == "video" else Counter[tuple[str, LatentName]]()
+    buckets: dict[int, tuple[int, ...]] = {}  # by the identity of a name's end, which many names share
+    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once
+    for name, stem, ending in cache_files.latent_names(files, tag, table.kind):
+        bucket = buckets.get(id(ending))
+        if bucket is None:
+            bucket = buckets[id(ending)] = _bucket(table, ending, latent, table.cache_directory / name)
+        parts = 1
+        if sections:
+            parts = sections[stem, replace(ending, section=None)] or 1
+        references: tuple[int, ...] = ()
+        if reads_references:
+            references = reference_sizes(store, name)
+            references = sizes.setdefault(references, references)
+        yield LatentFile(name, stem, bucket, parts, references)
+
+
+def depends_on_references(table: DatasetTable) -> bool:
+    """Return whether items of a table share a batch only if their reference images have equal sizes."""
+    return bool(table.references or table.clip_references) and table.batch_size > 1
+
+
+def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
+    """Count the files of each clip in sections: all that differ in their section alone."""
+    return Counter(
+        (stem, replace(ending, section=None))
+        for _, stem, ending in cache_files.latent_names(files, tag, "video")
+        if ending.section is not None
+    )
+
+
+def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
+    """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
+    if table.kind == "image":
+        return bucket_of(table, name.size, latent.pixel_step, path)
+    if name.section is not None:  # clips of all lengths share a batch: their sections are equal
+        return (*name.size, section_frames(table.fp_latent_window_size, latent))
+    assert name.span is not None
+    return (*name.size, name.span[1])
+
+
+def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
+    """Return width and height of each control and reference latent of an entry, in order, without mirrored
+    ones; () if the entry is damaged, which is an error when it is read. The heights of all frames are added
+    up.
+    """
+    try:
+        shapes = store.read(name, is_whole=False).shapes
+    except CacheError:
+        return ()
+    sizes: list[int] = []
+    for tensor, shape in sorted(shapes.items()):
+        key = cache_files.tensor_key(tensor)
+        if not key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS)):
+            continue
+        if key.endswith(cache_files.FLIPPED):
+            continue
+        num_frames = 1 if key.startswith(CONTROL) else shape[-3]
+        sizes += [shape[-1], shape[-2] * num_frames]
+    return tuple(sizes)

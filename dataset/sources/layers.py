@@ -1,0 +1,114 @@
+"""Pictures with layers (`multiple_target`): find the layers of each by their names, and read them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetConfig, DatasetTable
+from modules.errors import DatasetError, MediaError
+from modules.media.buckets import Size
+from modules.media.reading import Frame, add_alpha, read_image
+from modules.option_values import as_shape
+
+Layers = Mapping[Path, tuple[Path, ...]]  # of each whole picture, from back to front
+
+
+def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
+    """Raise DatasetError if a model learns layers and a table has none, or the other way round.
+
+    has_layers: Whether the latents of the model have them. who: The model, for messages.
+    """
+    problems = []
+    for table in config.datasets:
+        if table.multiple_target and not has_layers:
+            problems.append(
+                f"{table.name}: multiple_target = true: {who} learns no layers. Leave it out, or train "
+                "Qwen-Image with --model_version layered"
+            )
+        elif has_layers and not table.multiple_target:
+            problems.append(
+                f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
+                "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
+            )
+    if problems:
+        raise DatasetError("\n".join(problems))
+
+
+def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
+    """Return the whole pictures among the images of a folder, each with its layers.
+
+    A layer of cat.png is called cat_1.png and has no caption of its own; layers are sorted by their numbers.
+    extension: of caption files.
+    """
+    stems = {path.stem for path in paths}
+
+    def has_caption(path: Path) -> bool:
+        return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
+
+    def is_numbered(path: Path) -> bool:
+        start, _, number = path.stem.rpartition("_")
+        return start in stems and number.isdecimal()
+
+    layers = {path for path in paths if is_numbered(path) and not has_caption(path)}
+    by_stem: dict[str, list[Path]] = {path.stem: [] for path in paths if path not in layers}
+    for layer in layers:
+        owner = layer.stem.rpartition("_")[0]
+        if owner in by_stem:
+            by_stem[owner].append(layer)
+        else:  # a layer of a layer: it is a picture by itself, which then lacks layers
+            by_stem.setdefault(layer.stem, [])
+    wholes = [path for path in paths if path.stem in by_stem]
+    return {whole: tuple(sorted(by_stem[whole.stem], key=_number_of)) for whole in wholes}
+
+
+def _number_of(layer: Path) -> int:
+    return int(layer.stem.rpartition("_")[2])
+
+
+def find_layer_faults(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
+    """Return a fault for each picture without layers, and for two layers of one number."""
+    faults = []
+    kind = f"problems with the layers of {table.name}"
+    for source in sources:
+        numbers = [layer.stem for layer in source.layers]
+        if not numbers:
+            example = f"{source.stem}_1.png" if table.directory else "image_path_1"
+            text = f"{source.path}: it has no layers, such as {example}"
+            if table.directory and source.stem.rpartition("_")[2].isdecimal():
+                text += ". It is no layer itself: it has a caption, or there is no picture without its number"
+            faults.append(Fault(kind, text, source.stem))
+        elif table.directory and len(set(numbers)) < len(numbers):
+            doubled = next(stem for stem in numbers if numbers.count(stem) > 1)
+            faults.append(
+                Fault(kind, f"{source.path}: two files are called {doubled}. Keep one", source.stem)
+            )
+    return faults
+
+
+def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]) -> list[Frame]:
+    """Read the layers of a picture, each H W 4 uint8, resized and cropped like it.
+
+    Args:
+        source: The picture with its files at hand.
+        size: Width and height of the picture before it is placed.
+        place: Resizes and crops a picture.
+
+    Raises:
+        MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.
+    """
+    frames = []
+    for path in source.layers:
+        frame = add_alpha(read_image(path, alpha=True))
+        layer_size = frame.shape[1], frame.shape[0]
+        if layer_size != size:
+            raise MediaError(
+                f"{path} has {as_shape(layer_size)} pixels, its picture, {source.path}, has "
+                f"{as_shape(size)}: a picture and its layers need one size"
+            )
+        if frames and frame[..., 3].min() == 255:
+            raise MediaError(
+                f"{path} is opaque, so that it hides the layers below it. Write it as PNG with alpha, and "
+                "number layers from back to front"
+            )
+        frames.append(place(frame))
+    return frames

@@ -1,0 +1,50 @@
+"""A picture as a stack of transparent layers: one file for each, and what they show together."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.media.colours import Frame
+from modules.media.writing import write_png
+
+LAYER, COMPOSITE = "_layer{}", "_composite"  # behind the name of a result; layer 0 is the whole picture
+
+
+def compose_layers(layers: Sequence[Frame]) -> Frame:
+    """Lay pictures, H W 4 uint8 with plain colors, one over the other, the first one lowest: H W 4 uint8."""
+    height, width, _ = layers[0].shape
+    colors: NDArray[np.float64] = np.zeros((height, width, 3))  # times opacity
+    opacity: NDArray[np.float64] = np.zeros((height, width, 1))
+    for layer in layers:
+        alpha = layer[..., 3:] / 255.0
+        colors = layer[..., :3] * alpha + colors * (1 - alpha)
+        opacity = alpha + opacity * (1 - alpha)
+    plain = np.divide(colors, opacity, out=np.zeros_like(colors), where=opacity > 0)
+    return np.concatenate([plain, opacity * 255], axis=2).round().astype(np.uint8)
+
+
+def write_layers(
+    folder: Path, stem: str, frames: Iterable[Frame], has_whole: bool, tags: Mapping[str, str]
+) -> list[Path]:
+    """Write each picture as PNG with alpha, then what the layers show together; return the paths.
+
+    Args:
+        folder: It exists.
+        stem: What the names begin with.
+        frames: Pictures H W 4; the layers from back to front.
+        has_whole: Whether the first of them is the whole picture, not a layer.
+        tags: Texts of the files.
+    """
+    layers: list[Frame] = []
+    paths: list[Path] = []
+    for index, frame in zip(count(0 if has_whole else 1), frames, strict=False):
+        paths.append(folder / f"{stem}{LAYER.format(index)}.png")
+        write_png(paths[-1], frame, tags)
+        if index:
+            layers.append(frame)
+    paths.append(folder / f"{stem}{COMPOSITE}.png")
+    write_png(paths[-1], compose_layers(layers), tags)
+    return paths

@@ -1,0 +1,220 @@
+"""Build the parser of a script from its table, and describe a parser as a table.
+
+The parser knows what one does that is built from the records: help, mistyped options and the settings of the
+page need no record, and nothing that the file of a record imports. Standard library only.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modules.installation import import_own
+from modules.option_tables import read_entry
+from modules.options import KeyFile, Refusal
+from modules.parser import Parser, group_of
+
+# attribute of an action -> its value where the table does not name it
+_DEFAULTS: Mapping[str, Any] = {
+    "nargs": None,
+    "const": None,
+    "default": None,
+    "type": None,
+    "choices": None,
+    "required": False,
+    "help": None,
+    "metavar": None,
+    "often": False,
+    "refused": {},
+    "by_place": False,
+    "known_as": (),
+    "is_secret": False,
+    "reach": "",
+    "stays": (),
+}
+# likewise, of a switch
+_OF_SWITCH: Mapping[str, Mapping[str, Any]] = {
+    "store_true": {"nargs": 0, "const": True, "default": False},
+    "store_false": {"nargs": 0, "const": False, "default": True},
+}
+_NUMBERS: Mapping[str, type] = {"int": int, "float": float, "str": str, "Path": Path}
+_ACTIONS: Mapping[str, type[argparse.Action]] = {
+    "store": argparse._StoreAction,
+    "store_true": argparse._StoreTrueAction,
+    "store_false": argparse._StoreFalseAction,
+    "append": argparse._AppendAction,
+    "extend": argparse._ExtendAction,
+    "on_or_off": argparse.BooleanOptionalAction,
+}
+_NAMES = {kind: name for name, kind in _ACTIONS.items()}
+_SHOWN_DEFAULT = " (default: %(default)s)"  # BooleanOptionalAction adds it in Python 3.12 and older
+
+
+class _NamedType:
+    """A function that reads the words of an option; its module is imported when the first word is read."""
+
+    def __init__(self, name: str) -> None:
+        self._module, self.__name__ = name.split(":")
+
+    def __call__(self, text: str) -> Any:
+        return getattr(import_own(self._module), self.__name__)(text)
+
+
+def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[Parser] = Parser) -> Parser:
+    """Return the parser of a script. It parses as the one that is built from records, but fills no record.
+
+    Args:
+        table: What `find_table` returns.
+        prog: Name of the program in messages. None: that of the running one.
+        kind: Class of the parser.
+    """
+    settings: dict[str, Any] = {} if prog is None else {"prog": prog}
+    allows_abbreviation = table.get("allow_abbrev", True)
+    parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
+    parser.shown_flags = table.get("shown_flags", {})
+    parser.key_files = [_find_key_file(hint) for hint in table.get("key_files", ())]
+    for title in table.get("groups", ()):
+        group_of(parser, title)
+    for name in table["sections"]:
+        section = read_entry("section", name)
+        group = group_of(parser, section["title"])
+        for option in section["options"]:
+            _add_action(parser, group, read_entry("option", option))
+    return parser
+
+
+def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
+    """Put an option into a parser, without the checks of `add_argument`, which its compiling has passed."""
+    action = _build_action(row)
+    action.container = group
+    group._group_actions.append(action)
+    parser._actions.append(action)
+    for flag in action.option_strings:
+        parser._option_string_actions[flag] = action
+        if parser._negative_number_matcher.match(flag):
+            parser._has_negative_number_optionals.append(True)
+
+
+def _build_action(row: Mapping[str, Any]) -> Any:
+    flags = row["flags"]
+    dest = row.get("dest") or _name_after(flags)
+    name_of_kind = row.get("action", "store")
+    kind = _ACTIONS[name_of_kind]
+    usual = {**_DEFAULTS, **_OF_SWITCH.get(name_of_kind, {})}
+    facts = {name: row.get(name, default) for name, default in usual.items()}
+    if kind is argparse.BooleanOptionalAction:  # its help differs between versions of Python
+        on_flags = [flag for flag in flags if not flag.startswith("--no-")]
+        built: argparse.Action = kind(on_flags, dest, default=facts["default"], help=facts["help"])
+        facts |= {"help": built.help, "nargs": built.nargs}
+    action = kind.__new__(kind)
+    vars(action).update(facts, option_strings=flags, dest=dest)
+    for name in ("choices", "known_as", "stays"):
+        if isinstance(facts[name], list):
+            setattr(action, name, tuple(facts[name]))
+    if isinstance(facts["metavar"], list):
+        action.metavar = tuple(facts["metavar"])
+    if isinstance(facts["type"], str):
+        action.type = _NUMBERS.get(facts["type"]) or _NamedType(facts["type"])
+    if "refusal" in row:
+        refusal = {**row["refusal"], "values": tuple(row["refusal"].get("values", ()))}
+        action.refusal = Refusal(**{"help": "", "reason": "", "instead": "", "settings": {}, **refusal})  # type: ignore[attr-defined]
+        action.help = row.get("help") or _help_of(action.refusal)  # type: ignore[attr-defined]
+    if "not_given" in row:
+        action.not_given = row["not_given"]  # type: ignore[attr-defined]
+    return action
+
+
+def _name_after(flags: Sequence[str]) -> str:
+    """Return the name that an option has if none is given: that of its last flag."""
+    return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
+
+
+def _help_of(refusal: Refusal) -> str:
+    """Return the help that an option of other programs has if it has no other."""
+    return refusal.reason.replace("%", "%%") or f"not needed: {refusal.instead}"
+
+
+def _find_key_file(hint: str) -> KeyFile:
+    return KeyFile(partial(read_entry, "keys", hint), hint)
+
+
+def describe_parser(parser: Parser) -> dict[str, Any]:
+    """Return the table of a script as JSON can hold it; its sections hold the rows of their options.
+
+    parser: built from the records of the script.
+    """
+    sections: list[dict[str, Any]] = []
+    groups = [group for group in parser._action_groups if group.title is not None]
+    title_of = {id(action): group.title for group in groups for action in group._group_actions}
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        title = title_of[id(action)]
+        if not sections or sections[-1]["title"] != title:
+            sections.append({"title": title, "options": []})
+        sections[-1]["options"].append(_describe_action(action))
+    titles = [group.title for group in groups]
+    in_order = dict.fromkeys(["positional arguments", "options", *(part["title"] for part in sections)])
+    table: dict[str, Any] = {
+        "description": parser.description,
+        "groups": [] if titles == list(in_order) else titles,
+        "sections": sections,
+        "shown_flags": dict(parser.shown_flags),
+        "key_files": {file.hint: sorted(file.read_keys()) for file in parser.key_files},
+    }
+    if not parser.allow_abbrev:
+        table["allow_abbrev"] = False
+    return {name: value for name, value in table.items() if value not in ({}, [])}
+
+
+def _describe_action(action: argparse.Action) -> dict[str, Any]:
+    """Return the row of an option: its flags, its name, and what differs from `_DEFAULTS`."""
+    facts = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
+    flags = list(action.option_strings)
+    row: dict[str, Any] = {"flags": flags}
+    if action.dest != _name_after(flags):
+        row["dest"] = action.dest
+    kind = _NAMES[type(action)]
+    if kind != "store":
+        row["action"] = kind
+    usual = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
+    if facts["type"] is not None:
+        facts["type"] = _name_type(facts["type"])
+    if isinstance(action, argparse.BooleanOptionalAction):
+        facts["help"] = (facts["help"] or "").removesuffix(_SHOWN_DEFAULT)
+        facts["nargs"] = None
+    for name, value in facts.items():
+        plain = _make_plain(value)
+        default = usual[name]
+        if plain != (list(default) if isinstance(default, tuple) else default):
+            row[name] = plain
+    refusal: Refusal | None = vars(action).get("refusal")
+    if refusal is not None:
+        said = {"reason": refusal.reason, "instead": refusal.instead, "values": list(refusal.values)}
+        row["refusal"] = {name: value for name, value in said.items() if value}
+        if row.get("help") == _help_of(refusal):
+            del row["help"]
+    if "not_given" in vars(action):
+        row["not_given"] = vars(action)["not_given"]
+    return row
+
+
+def _make_plain(value: Any) -> Any:
+    """Return a value of an action as JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [_make_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return dict(sorted(value.items()))
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def _name_type(kind: Callable[[str], Any]) -> str:
+    """Return the name by which a table finds the type of an option."""
+    name = getattr(kind, "__qualname__", "")
+    if _NUMBERS.get(name) is kind:
+        return str(name)
+    module = import_own(kind.__module__)
+    if getattr(module, name, None) is not kind:
+        raise TypeError(f"{kind!r} is not a function of a module: a table cannot name it")
+    return f"{kind.__module__}:{name}"

@@ -1,0 +1,128 @@
+"""Which networks of a model learn, and at which rates: as a project has it, or why not."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from downloads.catalogue import ModelSet
+from project.foreign.optimizing import OF_ONE_RATE
+from project.foreign.project import ForeignProject, show
+from project.kinds.composing import LORA
+from project.kinds.contract import RunKind
+from project.script_facts import ScriptOptions
+
+_RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
+
+
+def settle_rates(project: ForeignProject, kind: RunKind) -> None:
+    """Leave rates that are those of another kind of run, or of another optimizer."""
+    reason = ""
+    if kind.name != project.run.kind:
+        said = f" ({project.run.said})" if project.run.said else ""
+        reason = f"it is not the rate of such a run{said}, and {kind.title} is trained"
+    elif project.has_other_optimizer:
+        reason = "another optimizer is taken, with its own"
+    if not reason:
+        return
+    for name in _RATES:
+        if name in project.training:
+            project.drop(name, reason)
+    if project.parts.dit_rate is not None or any(project.parts.text_rates):
+        project.left.append(f"the rates of {_keys_of_parts(project)}: {reason}")
+    text_rates = tuple(0 if rate == 0 else None for rate in project.parts.text_rates)
+    project.parts = dataclasses.replace(project.parts, dit_rate=None, text_rates=text_rates)
+    if project.has_other_optimizer:
+        for name in list(project.arguments):
+            project.arguments.pop(name)
+            project.leave(project.key_of(name), "it is of that optimizer")
+
+
+def _keys_of_parts(project: ForeignProject) -> str:
+    return ", ".join(map(show, project.parts.keys))
+
+
+def settle_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
+    """Write which networks learn: the transformer or U-Net, text encoders, and at which rates."""
+    parts = project.parts
+    if kind.learns_word or kind.sees_controls:
+        if parts.keys:
+            project.leave(_keys_of_parts(project), f"{kind.title} is all that is trained")
+        return
+    can_learn = _can_learn_texts(model, kind, script)
+    if not parts.trains_texts:
+        project.taken += map(show, parts.keys)
+    elif not can_learn:
+        project.left.append(
+            f"{_keys_of_parts(project) or 'text encoders'}: a text encoder learned there, and none does "
+            f"here: {kind.title} of {model.title} leaves text encoders as they are"
+        )
+    if parts.dit_rate is not None and (kind is LORA or parts.trains_texts):
+        _set_rate(project, parts.dit_rate)
+    if parts.trains_texts and can_learn:
+        rates = _choose_text_rates(project)
+        if kind is LORA:
+            _teach_texts_of_lora(project, rates)
+        else:
+            _teach_texts_of_model(project, script, rates)
+
+
+def _can_learn_texts(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:
+    if kind is LORA:
+        return "--network_train_unet_only" in model.commands["train"] and "text_encoder_lr" in script.known
+    return "train_text_encoder" in script.known
+
+
+def _set_rate(project: ForeignProject, rate: float) -> None:
+    """Set the rate of all that learns: that of the transformer or U-Net."""
+    key = next((key for key in project.parts.keys if "unet" in key or "transformer" in key), "unet_lr")
+    if project.training.get("learning_rate") == rate:
+        return
+    if "learning_rate" in project.training:
+        project.drop("learning_rate", f"{key} is the rate of what learns")
+    project.training["learning_rate"] = rate
+    project.note_change(key, rate, f"learning_rate = {rate}")
+
+
+def _choose_text_rates(project: ForeignProject) -> Sequence[float | None]:
+    """Return the rates of text encoders; None: that of all that learns, 0: it does not learn."""
+    rates = project.parts.text_rates
+    optimizer = project.training.get("optimizer_type")
+    usual = project.training.get("learning_rate")
+    if optimizer not in OF_ONE_RATE or all(rate in {None, 0, usual} for rate in rates):
+        return rates
+    project.left.append(
+        f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
+        "one rate for all that learns"
+    )
+    return [0 if rate == 0 else None for rate in rates]
+
+
+def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
+    training = project.training
+    training["network_train_unet_only"] = False
+    if not project.parts.trains_dit:
+        training["network_train_text_encoder_only"] = True
+    usual = training.get("learning_rate")
+    listed = [usual if rate is None else rate for rate in rates]
+    told = ""
+    if None not in listed and any(rate != usual for rate in listed):
+        training["text_encoder_lr"] = listed if len(set(listed)) > 1 else listed[:1]
+        told = f": text_encoder_lr = {', '.join(map(str, training['text_encoder_lr']))}"
+    project.changed.append(f"{_keys_of_parts(project) or 'text encoders'}: they learn too, as there{told}")
+
+
+def _teach_texts_of_model(
+    project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
+) -> None:
+    training = project.training
+    training["train_text_encoder"] = True
+    names = ["learning_rate_te"]
+    if "learning_rate_te" not in script.known:
+        names = ["learning_rate_te1", "learning_rate_te2"]
+    told = ""
+    for name, rate in zip(names, (*rates, *rates[-1:]), strict=False):
+        if rate is not None and name in script.known:
+            training[name] = rate
+            told += f", {name} = {rate}"
+    project.changed.append(
+        f"{_keys_of_parts(project) or 'text encoders'}: train_text_encoder = true, as there{told}"
+    )

@@ -1,0 +1,163 @@
+"""How long a run is: steps of a project, its epochs as steps, and what is done after so many of them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from project.foreign import contract
+from project.foreign.project import EpochsSaid, ForeignProject
+from project.new_options import NewOptions
+
+_SCHEDULES_WITHOUT_WARMUP = {"constant": "constant_with_warmup"}
+_TYPED = "--max_train_steps says otherwise"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of the described folder."""
+
+    steps: int
+    num_files: int
+
+
+def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
+    """Return options with the number of steps that the project names, or that its epochs make.
+
+    in_epoch: steps of an epoch with dataset.toml as it is written.
+    """
+    epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
+    said_steps = _take_said_steps(project)
+    epochs = [said for said in project.epochs if said.number]
+    project.idle += [said.key for said in project.epochs if not said.number]
+    if _is_typed(options):
+        _leave_length(project, epochs, said_steps, options.max_train_steps)
+        steps = options.max_train_steps
+    else:
+        steps = _choose_steps(project, epochs, said_steps, epoch) or options.max_train_steps
+    _settle_periods(project, epoch)
+    _settle_warmup(project, steps)
+    return dataclasses.replace(options, max_train_steps=steps)
+
+
+def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
+    """Return the steps of an epoch, also of a project that draws so many items of each dataset."""
+    drawn = [dataset.num_drawn for dataset in project.places.values()]
+    if drawn and all(count is not None for count in drawn):
+        batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
+        in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
+    return max(in_epoch, 1)
+
+
+def _is_typed(options: NewOptions) -> bool:
+    return options.max_train_steps != NewOptions(folder=options.folder).max_train_steps
+
+
+def _take_said_steps(project: ForeignProject) -> int | None:
+    """Return the number of steps that a project names; None if it names none, or 0."""
+    steps: int | None = project.new.get("max_train_steps") or None
+    if steps is None and "max_train_steps" in project.new:
+        key = project.key_of("max_train_steps")
+        project.forget(key)
+        project.idle.append(key)
+    return steps
+
+
+def _leave_length(
+    project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, typed: int
+) -> None:
+    """Note that the length of a project is not taken, as another one is typed."""
+    for said in epochs:
+        project.leave_value(said.key, said.number, _TYPED)
+    if said_steps is not None and said_steps != typed:
+        _leave_steps(project, said_steps, _TYPED)
+
+
+def _choose_steps(
+    project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, epoch: Epoch
+) -> int | None:
+    """Return the steps that count in a project: those that it names, or those of its epochs."""
+    chosen = _choose_epochs(epochs, said_steps, epoch.steps)
+    counted = project.key_of("max_train_steps") if chosen is None else chosen.key
+    reason = f"{counted} counts, as in {project.title}"
+    for said in epochs:
+        if said is not chosen:
+            project.leave_value(said.key, said.number, reason)
+    if chosen is None:
+        return said_steps
+    if said_steps is not None:
+        _leave_steps(project, said_steps, reason)
+    steps = min(chosen.number * epoch.steps, contract.MOST_STEPS)
+    source = f", as {project.title} has it" if chosen.key in project.assumed else ""
+    project.changed.append(
+        f"{chosen.key} = {chosen.number}{source}: max_train_steps = {steps}, with {epoch.steps} in an epoch "
+        f"of {epoch.num_files} files here"
+    )
+    return steps
+
+
+def _choose_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoch: int) -> EpochsSaid | None:
+    """Return the epochs that count; None if a number of steps does."""
+    for said in epochs:
+        if said.counts == contract.FIRST:
+            return said
+    if said_steps is None:
+        return next(iter(epochs), None)
+    for said in epochs:
+        if said.counts == contract.SOONEST and said.number * in_epoch < said_steps:
+            return said
+    return None
+
+
+def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
+    """Note that the steps that a project names are not taken."""
+    key = project.key_of("max_train_steps")
+    project.forget(key)
+    project.assumed.pop(key, None)
+    project.leave_value(key, steps, reason)
+
+
+def _settle_periods(project: ForeignProject, epoch: Epoch) -> None:
+    """Write what is done after so many epochs or steps in steps of this run."""
+    training = project.training
+    for name, said in project.per_epoch.items():
+        if not said.number:
+            project.idle.append(said.key)
+        elif training.get(name):
+            project.leave_value(said.key, said.number, f"{project.said[name]} says it")
+        else:
+            if name in training:  # 0: never, by steps
+                project.drop(name, "")
+            training[name] = min(said.number * epoch.steps, contract.MOST_STEPS)
+            project.note_change(said.key, said.number, f"{name} = {training[name]}")
+    for name in ("save_every_n_steps", "sample_every_n_steps"):
+        if training.get(name) == 0:
+            project.drop(name, "")
+    saved = training.get("save_every_n_steps")
+    if saved is not None:  # states as long as `new` keeps them: until the next one
+        training["save_last_n_steps_state"] = saved
+    if saved is not None and project.keeps_few:
+        training["save_last_n_steps"] = saved
+
+
+def _settle_warmup(project: ForeignProject, steps: int) -> None:
+    """Write the warm-up in steps of this run, and a schedule that has one. steps: of the run."""
+    training = project.training
+    if project.warmup_share is not None:
+        key, share = project.warmup_share
+        if training.get("lr_warmup_steps"):
+            project.left.append(f"{key}: {project.said['lr_warmup_steps']} says it")
+        elif share:
+            training["lr_warmup_steps"] = round(share * steps)
+            project.note_change(
+                key,
+                f"{share * 100:g}",
+                f"percent of the steps, so lr_warmup_steps = {training['lr_warmup_steps']}",
+            )
+        else:  # `new` gives whole models a warm-up, which is none of the project
+            training["lr_warmup_steps"] = 0
+            project.taken.append(key)
+    scheduler = training.get("lr_scheduler", "constant")
+    if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
+        training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]
+        project.note_change("lr_scheduler", training["lr_scheduler"], f"{scheduler}, behind the warm-up")

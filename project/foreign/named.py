@@ -1,0 +1,107 @@
+"""Keys of another trainer's file that are options of the script, or keys of dataset.toml, by their names."""
+
+from collections.abc import Collection
+from typing import Any
+
+from dataset.config import KEYS
+from dataset.config_keys import Unfit
+from dataset.subset_options import SUBSET_KEYS
+from modules.mistyped import ours_for
+from modules.options import facts_of
+from project.foreign.contract import is_off, is_on
+from project.foreign.project import ForeignProject, show
+from project.new_options import NewOptions
+from project.script_facts import AskedOption, ScriptOptions
+
+_OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # which tables can have, too
+
+
+def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
+    """Take keys that are options of the script that trains, or keys of dataset.toml, under the same name.
+
+    chosen: options for which `new` writes a value of its own.
+    """
+    places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *facts_of(NewOptions)}
+    for key, value in project.others.items():
+        if value is None or value in ("", []):
+            project.empty.append(show(key))
+            continue
+        try:
+            if key in SUBSET_KEYS and key not in _OF_RUN:
+                _take_key(project, key, value)
+            elif key in script.known:
+                _take_option(project, script.known[key], key, value, key in chosen)
+            elif key in script.refused:
+                _leave_refused(project, key, value, script.refused[key])
+            else:
+                _note_unknown(project, key, value, places)
+        except Unfit as error:
+            allowed = SUBSET_KEYS[key].form.allowed
+            project.leave_value(key, value, str(error) or f"it has to be {allowed}")
+        except (ValueError, TypeError, OverflowError) as error:
+            project.leave_value(key, value, str(error))
+    project.others = {}
+    for key in list(project.unknown):
+        if _find_ours(key, places) is not None:
+            project.unknown.remove(key)
+            _note_unknown(project, key, True, places)
+
+
+def _take_key(project: ForeignProject, key: str, value: Any) -> None:
+    """Take a key of dataset.toml. Raises Unfit or ValueError if it cannot have the value."""
+    fact = SUBSET_KEYS[key]
+    project.data[key] = fact.form.read(_as_plain(value, fact.default))
+    project.said[key] = show(key)
+    project.taken.append(show(key))
+
+
+def _as_plain(value: Any, usual: Any) -> Any:
+    """Return a value of a page, which writes numbers and switches as texts, like that which a key has."""
+    if isinstance(usual, bool):
+        return value if isinstance(value, bool) else is_on(value)
+    if isinstance(value, str) and isinstance(usual, int | float):
+        value = float(value)
+    if isinstance(usual, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
+    """Take the value of an option. is_chosen: `new` writes another one. Raises ValueError if it cannot be."""
+    if option.reaches_out:
+        raise ValueError(f"only who types --{key} with the training may say it")
+    is_switched_off = option.kind == "switch" and (is_chosen or option.default is True)
+    is_nothing = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
+    if is_nothing and not is_switched_off:
+        project.idle.append(show(key))
+        return
+    read = option.read(value)
+    project.taken.append(show(key))
+    if read != option.default or is_chosen:
+        project.training[key] = read
+        project.said[key] = show(key)
+
+
+def _leave_refused(project: ForeignProject, key: str, value: Any, reason: str) -> None:
+    if is_off(value) or str(value) in {"0", "0.0"}:
+        project.idle.append(show(key))
+    else:
+        project.leave_value(key, value, reason)
+
+
+def _note_unknown(project: ForeignProject, key: str, value: Any, places: Collection[str]) -> None:
+    """Note a key that has no rule: with our name of it if there is one."""
+    ours = _find_ours(key, places)
+    if is_off(value):
+        project.idle.append(show(key))
+    elif ours is not None:
+        project.leave(key, f"not taken; this program has it as {ours}")
+    else:
+        project.unknown.append(show(key))
+
+
+def _find_ours(key: str, places: Collection[str]) -> str | None:
+    last = key.split(".")[-1].split(":")[-1]
+    if last in places:
+        return last
+    return ours_for(last, places) or None

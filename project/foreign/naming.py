@@ -1,0 +1,113 @@
+"""Find the model that the keys of another trainer's file name."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from downloads.naming import name_unsupported, plain_name
+from modules.errors import OptionError
+from project.foreign import contract
+from project.foreign.contract import KeyRule, Program
+from project.foreign.project import ForeignProject, show
+from project.options import find_models
+
+# what a key says of the model: a variant says more than a file or repository, and that more than a kind
+_VARIANT, _FILE, _KIND = range(3)
+
+
+class SaidModel(NamedTuple):
+    """A model that a key names."""
+
+    source: int  # one of the three above
+    family: str
+    task: str | None  # None: the key names the family alone
+
+
+def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
+    """Choose the model that a project names, and note what its keys have become.
+
+    values: by key, also of keys that name no model. rules: of the keys that name one.
+    """
+    models: list[SaidModel] = []
+    has_unknown_variant = False
+    for key, rule in rules.items():
+        found = _read_model(project, rule, key, values)
+        if found is not None:
+            models.append(found)
+        has_unknown_variant |= found is None and key in project.program.variants
+    if not models:
+        guessed = project.program.guess_model(values)
+        if guessed is not None:
+            models.append(SaidModel(_KIND, *guessed))
+            project.changed.append(f"no key says another model: --family {guessed[0]} --task {guessed[1]}")
+    if has_unknown_variant:  # the usual variant of that kind of model is another one
+        models = [model._replace(task=None) if model.source == _KIND else model for model in models]
+    if not models:
+        return
+    chosen = min(models, key=lambda model: (model.task is None, model.source))
+    project.new["family"] = chosen.family
+    if chosen.task is not None:
+        project.new["task"] = chosen.task
+
+
+def _read_model(
+    project: ForeignProject, rule: KeyRule, key: str, values: Mapping[str, Any]
+) -> SaidModel | None:
+    """Return the model that a key names, and note it."""
+    value = values[key]
+    if value is False:
+        project.taken.append(show(key))
+        return None
+    name = f"{key.split('.')[-1]}=True" if value is True else str(value)
+    source = _FILE if rule.to == contract.FILE else _KIND
+    if key in project.program.variants:  # a variant has a meaning only with its kind of model
+        name = f"{values.get(project.program.variants[key])} {value}"
+        source = _VARIANT
+    named = _find_named(project.program, name)
+    if named is not None:
+        family, task = named
+        if key not in project.assumed:
+            project.note_change(key, value, f"--family {family} --task {task or '(asked for)'}")
+        return SaidModel(source, family, task)
+    if rule.to == contract.FILE:
+        reason = "a file or folder of your own is given as --model_file NAME=PATH"
+        project.models.setdefault(show(key), show(value))
+    else:
+        reason = "no model of this name is known. Give --family and --task"
+        project.models[show(key)] = show(value)
+    project.leave_value(key, value, reason)
+    return None
+
+
+def _find_named(program: Program, name: str) -> tuple[str, str | None] | None:
+    """Return the family and task of a name of the program, of a repository, or of a released file."""
+    by_name: dict[str, tuple[str, str | None]] = {}
+    for model in reversed(find_models()):
+        of_model = (model.family, model.task)
+        by_name[plain_name(model.released_by.split("/")[-1])] = of_model
+        by_name[plain_name(model.released_by)] = of_model
+        for part in model.components:
+            if part.role in {"transformer", "checkpoint"} and part.path.suffix:
+                by_name[plain_name(part.path.stem)] = of_model
+    by_name |= {plain_name(theirs): model for theirs, model in program.models.items()}
+    last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|ckpt|sft|gguf|pt)$", "", last)
+    stem = re.sub(r"[-_]diffusers$", "", stem, flags=re.IGNORECASE)
+    return by_name.get(plain_name(name)) or by_name.get(plain_name(stem))
+
+
+def explain_model(project: ForeignProject, error: OptionError) -> OptionError:
+    """Return an error about a missing model or task with the keys of the project that name one."""
+    unsupported = [
+        f"{key} = {value}: {model} is not supported"
+        for key, value in project.models.items()
+        if (model := name_unsupported(value)) is not None
+    ]
+    if unsupported and "family" not in project.new:
+        return OptionError(f"--from {project.path}: {unsupported[0]}. {error}")
+    said = [f"{key} = {value}" for key, value in project.models.items()]
+    if "family" in project.new:
+        said.append(f"--family {project.new['family']}, by its other keys")
+    if not said:
+        return error
+    return OptionError(f"{error}\n  {project.path} says {', '.join(said)}")

@@ -1,0 +1,129 @@
+"""What becomes of another trainer's optimizer: its name, its arguments, and rates that it takes."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from modules.installation import DISTRIBUTIONS
+from project.foreign.contract import OPTIMIZER_ARGUMENTS, is_off, is_on
+from project.foreign.project import ForeignProject
+
+_ON_CARDS = {"adamw8bit": "adamw", "pagedadamw8bit": "adamw", "lion8bit": "lion"}  # -> the one for a CPU
+_PACKAGES = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> the module that has it
+# optimizers that take one learning rate for all that learns
+OF_ONE_RATE = frozenset({"prodigy"})
+_OWN_RATE = "Adafactor with relative_step finds its own rate, there and here"
+_OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
+
+
+def settle_optimizer(project: ForeignProject, memory: float) -> None:
+    """Write the arguments that the optimizer has here, and note which are left. memory: 0: a CPU."""
+    training = project.training
+    optimizer = training.get("optimizer_type")
+    if optimizer is None:
+        for name in project.arguments:
+            project.leave(project.key_of(name), "no key says of which optimizer")
+        project.arguments = {}
+        return
+    if not memory and optimizer in _ON_CARDS:
+        training["optimizer_type"] = _ON_CARDS[optimizer]
+        project.note_change(
+            "optimizer_type", optimizer, f"it needs a card, so it is {training['optimizer_type']} here"
+        )
+        optimizer = training["optimizer_type"]
+    package = _PACKAGES.get(str(optimizer))
+    if package is not None and find_spec(package) is None:
+        project.leave_value(
+            "optimizer_type", optimizer, f"it is not installed: pip install {DISTRIBUTIONS[package]}"
+        )
+    arguments = {**project.program.arguments.get(optimizer, {}), **_join_arguments(project, optimizer)}
+    _write_arguments(project, optimizer, arguments)
+    if optimizer == "adafactor" and is_on(arguments.get("relative_step", True)):
+        _leave_rates(project)
+    elif training.get("lr_scheduler") == "adafactor":
+        project.drop("lr_scheduler", "it is of Adafactor with relative_step=True")
+
+
+def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
+    """Return arguments as the optimizer has them: two numbers of Adam as betas, of Adafactor as eps."""
+    found = {name: value for name, value in project.arguments.items() if value is not None}
+    for name in project.arguments.keys() - found.keys():
+        project.empty.append(project.key_of(name))
+    if optimizer == "adafactor":
+        _join_eps(project, found)
+    else:
+        _join_betas(project, found)
+    return found
+
+
+def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
+    """Write beta1 and beta2 as betas; one that is not said has its usual value."""
+    if not {"beta1", "beta2"} & found.keys():
+        return
+    first = found.pop("beta1", 0.9)
+    second = found.pop("beta2", 0.999)
+    found["betas"] = [first, second]
+    keys = [project.said[name] for name in ("beta1", "beta2") if name in project.said]
+    project.said["betas"] = keys[0]
+    project.taken += keys
+
+
+def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
+    """Write eps and eps2 of Adafactor as its two eps, which are said together or not at all."""
+    if {"eps", "eps2"} <= found.keys():
+        found["eps"] = [found["eps"], found.pop("eps2")]
+        project.taken.append(project.key_of("eps2"))
+    for name in ("eps", "eps2"):
+        if name in found and not isinstance(found[name], list | tuple):
+            found.pop(name)
+            project.leave(project.key_of(name), "Adafactor has two of them")
+    if "beta2" in found:  # its decay_rate is in its place
+        found.pop("beta2")
+        project.idle.append(project.key_of("beta2"))
+
+
+def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
+    """Write the arguments that the optimizer has here, and note the others."""
+    has = OPTIMIZER_ARGUMENTS.get(optimizer)
+    texts = []
+    for name, value in arguments.items():
+        key = project.key_of(name)
+        if has is None or name in has:
+            texts.append(f"{name}={_as_literal(value)}")
+            if key != name or name in project.arguments:
+                project.taken.append(key)
+        elif is_off(value):
+            project.idle.append(key)
+        else:
+            project.leave(key, f"{optimizer} has no argument {name} here")
+    if texts:
+        project.training["optimizer_args"] = texts
+        project.said["optimizer_args"] = "optimizer arguments"
+        project.changed.append(f"arguments of the optimizer: optimizer_args = {texts}")
+
+
+def _as_literal(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_as_literal, value))
+    return str(value).strip()
+
+
+def _leave_rates(project: ForeignProject) -> None:
+    """Leave rates, schedule and warm-up of an Adafactor that finds them by itself."""
+    training = project.training
+    for name in ("learning_rate", "unet_lr"):
+        if name in training:
+            project.drop(name, _OWN_RATE)
+    if training.get("lr_scheduler", "adafactor") != "adafactor":
+        project.drop("lr_scheduler", _OWN_RATE)
+    training["lr_scheduler"] = "adafactor"
+    if "lr_warmup_steps" in training:
+        project.drop("lr_warmup_steps", _OWN_WARMUP)
+    if project.warmup_share is not None:
+        key, share = project.warmup_share
+        if share:
+            project.leave(key, _OWN_WARMUP)
+        else:
+            project.idle.append(key)
+        project.warmup_share = None
+    training["lr_warmup_steps"] = 0

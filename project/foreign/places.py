@@ -1,0 +1,148 @@
+"""The datasets of a list in another trainer's file, and the folders that are described."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataset.config import KEYS
+from dataset.subset_options import SUBSET_KEYS
+from modules.text_files import real_path
+from project.foreign.project import ForeignDataset, ForeignProject, find_beside
+
+Size = tuple[int, int]  # width and height
+
+_NOT_LEARNED = "it is not learned there"
+_NOT_DESCRIBED = "its folder is not in the one that is described"
+_OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders"
+
+
+def join_places(project: ForeignProject) -> None:
+    """Settle what each dataset of a list says; move the keys of the only folder to those of all tables."""
+    for place in project.places.values():
+        if place.num_drawn is not None:
+            place.num_drawn = place.data.pop("num_repeats", None)
+    for place in project.places.values():
+        if place.is_unused:
+            _leave_keys(project, place, place.data, _NOT_LEARNED)
+            if place.key:
+                project.folders.pop(place.key, None)
+                project.leave(place.key, _NOT_LEARNED)
+    used = {
+        table: place
+        for table, place in project.places.items()
+        if not place.is_unused and (place.path is not None or place.data)
+    }
+    project.places = used
+    _settle_sizes(project)
+    if len({place.path for place in used.values()}) == 1:
+        _move_to_all(project)
+
+
+def _settle_sizes(project: ForeignProject) -> None:
+    """Leave a folder the largest of its sizes; all tables have that of the files without one of their own."""
+    largest: dict[Path | None, Size] = {}
+    with_size = [place for place in project.places.values() if "resolution" in place.data]
+    for place in with_size:
+        size: Size = place.data["resolution"]
+        known = largest.get(place.path, size)
+        largest[place.path] = max(known, size, key=_count_pixels)
+    for place in with_size:
+        if place.data["resolution"] != largest[place.path]:
+            _leave_keys(project, place, ["resolution"], "of several sizes of a folder the largest is taken")
+        place.data["resolution"] = largest[place.path]
+    if not with_size:
+        return
+    if "resolution" in project.data and len(with_size) == len(project.places):
+        _leave_of_all(project, "resolution")
+    of_all = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
+    for place in with_size:
+        project.said.setdefault("resolution", place.said["resolution"])
+        if place.data["resolution"] == of_all:
+            place.data.pop("resolution")
+
+
+def _count_pixels(size: Size) -> int:
+    width, height = size
+    return width * height
+
+
+def _move_to_all(project: ForeignProject) -> None:
+    """Move the keys of the only folder of a list to those of all tables, whose own count less."""
+    moved: set[str] = set()
+    for place in project.places.values():
+        for name, value in place.data.items():
+            if name in moved and project.data[name] != value:
+                _leave_keys(
+                    project, place, [name], f"{name} of the same folder is {project.data[name]} already"
+                )
+                continue
+            if name in project.data and name not in moved and project.data[name] != value:
+                _leave_of_all(project, name)
+            moved.add(name)
+            project.data[name] = value
+            project.said[name] = place.said[name]
+        place.data = {}
+
+
+def _leave_of_all(project: ForeignProject, name: str) -> None:
+    """Leave a key of all tables, as each folder has its own."""
+    project.data.pop(name)
+    key = project.said.pop(name, name)
+    project.forget(key)
+    if key in project.assumed:
+        project.assumed.pop(key)
+    else:
+        project.leave(key, "the folders of its list have their own")
+
+
+def find_table_keys(
+    project: ForeignProject, folder: Path, described: Collection[Path]
+) -> dict[Path, dict[str, Any]]:
+    """Return the keys that a project has for each of several folders.
+
+    What it has for others is left, which is noted. folder: that is described. described: the folders in it
+    that have files.
+    """
+    keys: dict[Path, dict[str, Any]] = {}
+    matched: list[ForeignDataset] = []
+    for place in described:
+        known = _find_place(project, folder, place)
+        keys[place] = {} if known is None else known.data
+        if known is not None:
+            matched.append(known)
+    for known in project.places.values():
+        if not any(known is other for other in matched):
+            _leave_keys(project, known, known.data, _NOT_DESCRIBED)
+    return keys
+
+
+def leave_sizes(project: ForeignProject) -> None:
+    """Leave the keys of single folders that only whole tables can have, not subsets."""
+    for place in project.places.values():
+        names = [name for name in place.data if name not in SUBSET_KEYS]
+        _leave_keys(project, place, names, _OF_ALL_SUBSETS)
+        for name in names:
+            place.data.pop(name)
+
+
+def needs_subsets(data: Mapping[str, Any]) -> bool:
+    """Return whether keys of dataset.toml are such that only the form with subsets has them."""
+    return any(name not in KEYS for name in data)
+
+
+def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str) -> None:
+    for name in names:
+        key = place.said.get(name, place.key)
+        project.forget(key)
+        project.leave(key, reason)
+
+
+def _find_place(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
+    """Return the dataset of a folder: the one at this path, else the only one of this name."""
+    with_keys = [known for known in project.places.values() if known.path is not None and known.data]
+    for known in with_keys:
+        found = find_beside(project.path, str(known.path))
+        if found is not None and real_path(found) == real_path(place):
+            return known
+    named = [known for known in with_keys if known.path is not None and known.path.name == place.name]
+    return named[0] if len(named) == 1 and place != folder else None

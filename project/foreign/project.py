@@ -1,0 +1,154 @@
+"""What another trainer's file asks for, in our terms, and what is told of each of its keys."""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modules.control_codes import shorten
+from modules.text_files import real_path
+from project.foreign.contract import ForeignRun, Parts, Program, is_off
+
+# folders around that of the file in which a further file may lie: paths begin where the program is started
+MOST_AROUND = 4
+NO_REASON = "this program has no such thing"
+
+
+class EpochsSaid(NamedTuple):
+    """Epochs that a key names, and whether they count before a number of steps."""
+
+    key: str
+    number: int
+    counts: str
+
+
+@dataclass
+class ForeignDataset:
+    """A folder of a list of datasets, with the keys of its table."""
+
+    path: Path | None = None
+    key: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, str] = field(default_factory=dict)  # key here -> the key there, as it is told
+    num_drawn: int | None = None  # files of an epoch; None: all, as often as num_repeats says
+    is_unused: bool = False
+
+
+@dataclass
+class ForeignProject:
+    """What another trainer's file asks for, in our terms."""
+
+    path: Path
+    program: Program
+    run: ForeignRun = ForeignRun("lora", "")
+    parts: Parts = Parts()
+    new: dict[str, Any] = field(default_factory=dict)  # options of `new`
+    training: dict[str, Any] = field(default_factory=dict)  # keys of [training]
+    data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the optimizer
+    network_arguments: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
+    folders: dict[str, Path] = field(default_factory=dict)  # by key
+    epochs: list[EpochsSaid] = field(default_factory=list)
+    per_epoch: dict[str, EpochsSaid] = field(default_factory=dict)  # by the option with steps
+    warmup_share: tuple[str, float] | None = None  # the key, and the share of the steps
+    others: dict[str, Any] = field(default_factory=dict)  # keys without a rule, of a program that knows ours
+    said: dict[str, str] = field(default_factory=dict)  # option or key here -> the key there
+    # keys that name a model -> value, if it is not known
+    models: dict[str, str] = field(default_factory=dict)
+    has_other_optimizer: bool = False  # than the one that is taken
+    keeps_few: bool = False  # saves have gigabytes
+    assumed: dict[str, Any] = field(default_factory=dict)  # keys that the file lacks -> their usual values
+    taken: list[str] = field(default_factory=list)  # keys whose values stay
+    changed: list[str] = field(default_factory=list)  # lines
+    left: list[str] = field(default_factory=list)  # lines
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys that are left for it
+    idle: list[str] = field(default_factory=list)  # keys that do nothing there, and nothing here
+    empty: list[str] = field(default_factory=list)  # keys without a value
+    unknown: list[str] = field(default_factory=list)  # keys of which nothing is known
+
+    @property
+    def title(self) -> str:
+        return self.program.title
+
+    def key_of(self, name: str) -> str:
+        """Return the key of the file that has set an option or key here."""
+        return self.said.get(name, name)
+
+    def leave(self, key: str, reason: str) -> None:
+        """Note a key that is left. Keys of one reason share a line."""
+        self.reasons.setdefault(reason, []).append(show(key))
+
+    def leave_value(self, key: str, value: Any, reason: str) -> None:
+        """Note a key that is left, in a line with its value."""
+        self.left.append(f"{show(key)} = {show(value)}: {reason}")
+
+    def note_change(self, key: str, value: Any, result: str) -> None:
+        """Note a key whose value is another one here. result: what it has become."""
+        self.changed.append(f"{show(key)} = {show(value)}: {result}")
+
+    def forget(self, key: str) -> None:
+        """Take back that the value of a key stays or is changed."""
+        self.taken = [name for name in self.taken if name != key]
+        self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
+
+    def drop(self, name: str, reason: str) -> None:
+        """Take an option of the training back, and say why in place of what was said of its key."""
+        value = self.training.pop(name)
+        key = self.key_of(name)
+        self.forget(key)
+        if key in self.assumed:
+            self.assumed.pop(key)
+        elif is_off(value) or value == 0:
+            self.idle.append(key)
+        else:
+            self.leave_value(key, value, reason)
+
+    def lines(self, folder: Path) -> list[str]:
+        """Return what is told of the file: every key once. folder: that is described."""
+        is_here = {key: is_same_folder(self.path, place, folder) for key, place in self.folders.items()}
+        taken = [*self.taken, *(key for key, is_same in is_here.items() if is_same)]
+        elsewhere = [
+            f"{key} = {show(self.folders[key])}: {folder} is described"
+            for key, is_same in is_here.items()
+            if not is_same
+        ]
+        reasons = [f"{', '.join(keys)}: {reason}" for reason, keys in self.reasons.items()]
+        lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
+        if taken:
+            lines.append(f"  taken: {', '.join(dict.fromkeys(taken))}")
+        if self.assumed:
+            usual = ", ".join(f"{key} = {show(value)}" for key, value in self.assumed.items())
+            lines.append(f"  taken as {self.title} has it if a file does not say it: {usual}")
+        lines += [f"  changed: {text}" for text in self.changed]
+        lines += [f"  left: {text}" for text in (*elsewhere, *self.left, *reasons)]
+        if self.idle:
+            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.idle))}")
+        if self.empty:
+            lines.append(f"  left, without a value: {', '.join(self.empty)}")
+        if self.unknown:
+            lines.append(f"  left, {NO_REASON}: {', '.join(self.unknown)}")
+        return lines
+
+
+def find_beside(file: Path, name: str) -> Path | None:
+    """Return a file or folder that a project names: next to it, or where its program was started."""
+    if "\0" in name:
+        return None
+    around = [file.parent, *list(real_path(file).parents)[1:MOST_AROUND], Path()]
+    for place in around:
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if (place / name).exists():
+                return place / name
+    return None
+
+
+def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
+    """Return whether a folder in a project is the one that is described, or one around or below it."""
+    found = find_beside(file, str(place))
+    there, here = real_path(file.parent / place if found is None else found), real_path(folder)
+    return there == here or there in here.parents or here in there.parents
+
+
+def show(value: Any) -> str:
+    return shorten(" ".join(str(value).split()), 120)

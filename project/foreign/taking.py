@@ -1,0 +1,188 @@
+"""Take the value of a key by its rule, or note why it is left."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modules.control_codes import shorten
+from modules.errors import UserError
+from project.foreign import contract
+from project.foreign.contract import KeyRule, NotSaid, Program, is_off
+from project.foreign.project import EpochsSaid, ForeignDataset, ForeignProject, show
+
+_DRAWN = -1  # files of an epoch that are still to be counted: num_repeats of the dataset says how many
+
+
+@dataclass(frozen=True)
+class SaidValue:
+    """A value of a file."""
+
+    rule: KeyRule
+    key: str  # as it is told
+    value: Any
+    place: ForeignDataset | None  # the dataset of a list in whose table it stands
+
+
+def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
+    """Take a value, or note why it is left."""
+    place = _find_place(project, key, value)
+    said = SaidValue(rule, show(key), value, place)
+    if rule.to == contract.LEFT:
+        _leave(project, said)
+        return
+    try:
+        _TAKERS[rule.to](project, said, rule.read(value))
+    except NotSaid:
+        project.idle.append(said.key)
+    except (UserError, ValueError, TypeError, OverflowError) as error:
+        project.has_other_optimizer |= rule.name == "optimizer_type"
+        project.leave_value(said.key, value, shorten(str(error), 200))
+
+
+def find_rule(program: Program, key: str) -> KeyRule | None:
+    """Return the rule of a key, or that of the table around it, which is written as `table.*`."""
+    generic = re.sub(r"\[\d+\]", "[]", key)
+    if generic in program.rules:
+        return program.rules[generic]
+    tables = [name for name in program.rules if name.endswith("*") and generic.startswith(name[:-1])]
+    return program.rules[max(tables, key=len)] if tables else None
+
+
+def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
+    """Return the dataset of a list in whose table a key stands, and note what the key says of it."""
+    table = _find_table(project.program, key)
+    if table is None:
+        return None
+    place = project.places.setdefault(table, ForeignDataset())
+    name = key[len(table) + 1 :]
+    if value in project.program.unused.get(name, ()):
+        place.is_unused = True
+    if name in project.program.counted and value == project.program.counted[name]:
+        place.num_drawn = _DRAWN
+    return place
+
+
+def _find_table(program: Program, key: str) -> str | None:
+    """Return the key of the dataset of a list in which a key stands: `concepts[0]` of `concepts[0].path`."""
+    for generic, rule in program.rules.items():
+        prefix = generic.rpartition(".")[0]
+        if rule.to == contract.FOLDER and prefix.endswith("[]"):
+            found = re.match(re.escape(prefix).replace(r"\[\]", r"\[\d+\]") + r"(?=\.)", key)
+            if found is not None:
+                return found[0]
+    return None
+
+
+def _leave(project: ForeignProject, said: SaidValue) -> None:
+    if is_off(said.value):
+        project.idle.append(said.key)
+    else:
+        project.leave(said.key, said.rule.name)
+
+
+def _take_network(project: ForeignProject, said: SaidValue, module: str | None) -> None:
+    """Take the kind of a network. module: that makes it; None: a LoRA, which is usual."""
+    if module is None:
+        project.taken.append(said.key)
+        return
+    project.training["network_module"] = module
+    project.said["network_module"] = said.key
+    project.note_change(said.key, said.value, f"network_module = {module}")
+
+
+def _take_folder(project: ForeignProject, said: SaidValue, folder: Any) -> None:
+    project.folders[said.key] = folder
+    if said.place is not None:
+        said.place.path = folder
+        said.place.key = said.key
+
+
+def _take_epochs(project: ForeignProject, said: SaidValue, number: Any) -> None:
+    project.epochs.append(EpochsSaid(said.key, number, said.rule.name))
+
+
+def _take_per_epoch(project: ForeignProject, said: SaidValue, number: Any) -> None:
+    project.per_epoch[said.rule.name] = EpochsSaid(said.key, number, said.rule.name)
+
+
+def _take_share(project: ForeignProject, said: SaidValue, percent: Any) -> None:
+    project.warmup_share = (said.key, percent / 100)
+
+
+def _take_argument(project: ForeignProject, said: SaidValue, value: Any) -> None:
+    project.arguments[said.rule.name] = value
+    project.said[said.rule.name] = said.key
+
+
+def _take_arguments(project: ForeignProject, said: SaidValue, pairs: Mapping[str, str]) -> None:
+    for name, text in pairs.items():
+        project.arguments[name] = text
+        project.said[name] = said.key
+
+
+def _take_network_argument(project: ForeignProject, said: SaidValue, value: Any) -> None:
+    project.network_arguments[said.rule.name] = value
+    project.said[said.rule.name] = said.key
+
+
+def _take_of_new(project: ForeignProject, said: SaidValue, value: Any) -> None:
+    _set(project, project.new, project.said, said, value)
+
+
+def _take_of_training(project: ForeignProject, said: SaidValue, value: Any) -> None:
+    _set(project, project.training, project.said, said, value)
+
+
+def _take_of_data(project: ForeignProject, said: SaidValue, value: Any) -> None:
+    if said.place is None:
+        _set(project, project.data, project.said, said, value)
+    else:
+        _set(project, said.place.data, said.place.said, said, value)
+
+
+_TAKERS: Mapping[str, Callable[[ForeignProject, SaidValue, Any], None]] = {
+    contract.NEW: _take_of_new,
+    contract.TRAINING: _take_of_training,
+    contract.DATA: _take_of_data,
+    contract.NETWORK: _take_network,
+    contract.FOLDER: _take_folder,
+    contract.EPOCHS: _take_epochs,
+    contract.PER_EPOCH: _take_per_epoch,
+    contract.SHARE: _take_share,
+    contract.ARGUMENT: _take_argument,
+    contract.ARGUMENTS: _take_arguments,
+    contract.NETWORK_ARGUMENT: _take_network_argument,
+}
+
+
+def _set(
+    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], said: SaidValue, value: Any
+) -> None:
+    """Set an option or key, unless another key of the file has set it otherwise.
+
+    keys: of the target -> the key of the file that has set it.
+    """
+    name = said.rule.name
+    first = keys.setdefault(name, said.key)
+    if first in project.assumed and said.key not in project.assumed:  # what is said counts more
+        target.pop(name, None)
+        keys[name] = said.key
+    if target.setdefault(name, value) != value:
+        project.leave_value(said.key, said.value, f"{name} is {target[name]} already, from another key")
+    elif said.key in project.assumed:
+        return
+    elif _is_same(value, said.value):
+        project.taken.append(said.key)
+    else:
+        project.note_change(said.key, said.value, f"{name} = {value}")
+
+
+def _is_same(read: Any, value: Any) -> bool:
+    """Return whether a value is taken as it stands, perhaps written as a text."""
+    if isinstance(read, int | float) and isinstance(value, str):
+        try:
+            return bool(read == float(value))
+        except ValueError:  # `10 STEP`
+            return False
+    return read == value or str(read) == str(value)

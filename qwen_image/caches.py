@@ -1,0 +1,43 @@
+"""What trainings check of Qwen-Image's caches: that they were made for the release that learns."""
+
+from collections.abc import Collection
+
+from contract.data import LATENTS_MADE, Batch, MadeBy
+from modules.errors import CacheError
+from qwen_image.files import KEY, VERSIONS, QwenImageFiles, Version
+
+TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"
+LATENTS_AGAIN = "qwen_image_cache_latents.py"
+PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
+
+
+def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
+    """Raise CacheError for texts of another release, and for latents encoded from a wrong range of pixels."""
+    batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+    width = files.dit_header().config.text_dim
+    batch.check_widths({KEY: width}, files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
+    for cache in batch.made_by:
+        _check_cache(cache, version)
+
+
+def _check_cache(cache: MadeBy, version: Version) -> None:
+    """Raise CacheError if a cache was made for another release. Other tools do not record it."""
+    if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
+        raise CacheError(
+            f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
+            f"Cache again with {LATENTS_AGAIN}: it replaces them."
+        )
+    use = version.use
+    fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
+    if cache.part == use.name and fingerprint != use.fingerprint:
+        raise CacheError(
+            f"{cache.path}: the caption was encoded for {_name_models_with(fingerprint)}, this training "
+            f"is of {version.called}. Give the same --model_version to {TEXTS_AGAIN} and to the training."
+        )
+
+
+def _name_models_with(fingerprint: str) -> str:
+    """Return the models whose use of the text encoder has this fingerprint, in words."""
+    versions: Collection[Version] = VERSIONS.values()
+    called = [version.called for version in versions if version.use.fingerprint == fingerprint]
+    return " or ".join(called) or "another model"

@@ -1,0 +1,233 @@
+"""Qwen-Image-Layered, described for the shared loops: it takes a picture apart into transparent layers.
+
+Its latents are L + 1 frames: the whole picture made anew, then its layers from back to front. The picture to
+take apart stays clean next to them.
+"""
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from contract.family import DitSpec, NoiseSource, NoiseSpec, count_picture_tokens
+from contract.inputs import LATENTS
+from contract.requests import (
+    NO_MEDIA,
+    Prepared,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    whole_patches,
+)
+from contract.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders.pictures import ModelOfPictures, picture_defaults, references_in
+from modules.errors import CacheError, OptionError
+from modules.media.buckets import Size
+from modules.media.pixels import from_bytes
+from modules.media.reading import image_size
+from modules.options import NO_OPTIONS
+from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
+from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
+from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles
+from qwen_image.names import LORA
+from qwen_image.options import LAYER_COUNT, LAYERED, MOST_LAYERS, QwenImageReferenceOptions
+from qwen_image.references import official_size, read_reference, taken_size
+
+VERSION = VERSIONS[LAYERED]
+SIDE = 640  # a picture is made as large as the square of this side. Source: the released pipeline
+LAYERS = 4  # of a picture, if nothing is said. Source: likewise
+NEGATIVE = " "  # if nothing is said, as released
+FEW_TOKENS = 256  # of a picture whose noise levels are not shifted. Source: the released pipeline
+DEFAULTS = picture_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
+
+
+class TakenPicture(NamedTuple):
+    """The size in which the model sees the picture to take apart, as `taken_size` has it."""
+
+    area: int | None
+    target: Size | None
+
+
+@dataclass(frozen=True)
+class QwenImageLayered(ModelOfPictures):
+    """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
+
+    files: QwenImageFiles
+    options: Any = NO_OPTIONS  # of a training
+    edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
+    layers_alone: bool = False  # the whole picture is not made anew in front of the layers
+    keeps_norms: bool = False  # guidance keeps the norm of each token, as in the known tuner
+
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    noise: NoiseSpec = field(default=NOISE, kw_only=True)
+    dit: DitSpec = field(default=DIT, init=False)
+    defaults: SamplingDefaults = field(default=DEFAULTS, init=False)
+    text_keys: frozenset[str] = field(default=QWEN_USE.keys, init=False)
+    name: str = field(default=VERSION.name, init=False)
+    cache_tag: str = field(default=VERSION.cache_tag, init=False)
+    called: str = field(default=VERSION.called, init=False)
+    release: ModelRelease = field(default=VERSION.release, init=False)
+
+    @property
+    def latent(self) -> LatentSpec:
+        return replace(LATENT_OF_LAYERS, has_whole=not self.layers_alone)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.metadata_of(
+            {
+                "architecture": VERSION.architecture,
+                "resolution": f"{SIDE}x{SIDE}",
+                "implementation": "https://github.com/QwenLM/Qwen-Image-Layered",
+                "model_type": self.name,
+            }
+        )
+
+    # encoding
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        return {**super().media_identity, **PIXELS}
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the entry of each picture: normalised means of it and of its layers, each encoded alone."""
+        vae = encoders.vae
+        entries = []
+        for frames in media.frames:
+            encoded = [vae.encode(_to_pixels(frame[None, None])).to(vae.dtype) for frame in frames]
+            latents = torch.cat(encoded, dim=2)[0]
+            # as the known tuner names them
+            entries.append([CacheEntry({"latents": latents}, grid=(1, *latents.shape[2:]))])
+        return entries
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states, and the pictures to take apart: the first of the frames.
+
+        Raises CacheError for texts of another release, and for pictures without layers.
+        """
+        check_batch(batch, VERSION, self.files)
+        if latents.shape[2] == 1:
+            raise CacheError(
+                f"{batch.keys[0]}: its cache has a picture without layers. Give its table multiple_target = "
+                f"true, and cache again with {LATENTS_AGAIN}"
+            )
+        return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from vl_embed, T D of each sample, and latents_control, B C 1 h w.
+
+        A frame that is given (`Tweaks.given_frames`) is the picture itself, which is then not made anew.
+        """
+        given = tweaks.given_frames
+        velocity: Tensor = dit(
+            noisy[:, :, given:],
+            timesteps.float(),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=references_in(cond, noisy.device),
+        )
+        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle a request. Without a flow shift noise levels follow the size of the picture, as released.
+
+        Raises OptionError unless there is exactly one picture, and for a number of layers that cannot be.
+        """
+        self.files.check()
+        request = self._keep_picture(request)
+        (path,) = request.control_images
+        own = image_size(path)
+        area = None
+        if request.width is None and request.height is None:
+            area = SIDE**2  # the picture and its layers are of this size, as released
+            request = replace(
+                request, **dict(zip(("width", "height"), official_size(own, area), strict=True))
+            )
+        width, height = whole_patches(request.width or SIDE, request.height or SIDE, self.latent)
+        size = width, height, self._count_layers(request) + self.latent.has_whole
+        check_size(size, self.latent)
+        taken = TakenPicture(area, (width, height) if self.edit.resize_control_to_image_size else None)
+        source = taken_size(own, taken.area, taken.target)
+        tokens = count_picture_tokens(self.latent.shape(1, source[1], source[0]))
+        shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
+        prepared = settle(request, self.defaults, size=size, flow_shift=shift, usual_negative=NEGATIVE)
+        rules = GuidanceRules(token_side=PATCH) if self.keeps_norms else AS_PLAIN
+        end = f"_{path.stem}" if self.edit.append_original_name else ""
+        return replace(prepared, rules=rules, name_end=end, family_record=taken)
+
+    def _keep_picture(self, request: Request) -> Request:
+        takes = {**NO_MEDIA, "control_images": True}
+        request = keep_usable_media(request, takes, f"{self.called} does not take it")
+        if len(request.control_images) != 1:
+            raise OptionError(
+                f"--control_image_path (--ci in a prompt line): {len(request.control_images)} pictures, "
+                f"{self.called} takes one apart. Give exactly one"
+            )
+        return request
+
+    def _count_layers(self, request: Request) -> int:
+        """Return the number of layers: of a training's sample, of a prompt line, or of the option."""
+        text = request.extra.get(LAYER_COUNT)
+        count = int(text) if text is not None else request.frames or LAYERS
+        if not 1 <= count <= MOST_LAYERS:
+            raise OptionError(
+                f"--{LAYER_COUNT} {count} (--f in a prompt line): give 1 to {MOST_LAYERS} layers"
+            )
+        return count
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the picture to take apart, 1 C 1 h w: the mean."""
+        (path,) = prepared.request.control_images
+        taken: TakenPicture = prepared.family_record
+        frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
+        return {0: {CONTROL: encoders.vae.encode(_to_pixels(frame[None, None]))}}
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        _, channels, frames, height, width = self.latent.shape(
+            prepared.frames, prepared.height, prepared.width
+        )
+        # one draw, layer after layer, as the released pipeline
+        drawn = noise.draw((1, frames, channels, height, width), self._noise_dtype).float()
+        return (yield prompts[0].section(drawn.transpose(1, 2).contiguous(), inputs.get(0)))
+
+    @property
+    def source(self) -> SourceRules:
+        return SourceRules((LATENTS,), self.called, False, self.same_latents)
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the picture and its layers, 1 4 1 H W each, decoded alone."""
+        for frame in latents.split(1, dim=2):
+            yield from encoders.vae.decode(frame)
+
+
+def _to_pixels(frames: Tensor) -> Tensor:
+    """Return B 4 F H W float32 of B F H W 4 uint8, -1..1."""
+    return from_bytes(frames.movedim(-1, 1))

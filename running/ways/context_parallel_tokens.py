@@ -1,0 +1,67 @@
+"""Run the blocks of a transformer on a part of the tokens of a clip.
+
+How tokens are exchanged is in `running/offload/context.py`.
+"""
+
+import functools
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from contract.steps import Tweaks
+from modules.errors import OptionError
+from running.offload.context import ProcessGrid, TokenPart, device_mesh
+from running.offload.sharding import TOKEN_GROUP, TOKEN_PART
+from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+
+def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
+    """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
+
+    Raises OptionError if the heads cannot be divided among the processes.
+    """
+    config: Any = network.config
+    heads: int = config.num_heads
+    if heads % grid.context:
+        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]
+        raise OptionError(
+            f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
+            f"this transformer's attention. Give {' or '.join(fitting) or 1}"
+        )
+    group = device_mesh(grid, device).get_group("context")
+    set_runner(network, functools.partial(_run_part, runner_of(network), group))
+    setattr(network, TOKEN_GROUP, group)
+    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
+        for layer in block.modules():
+            setattr(layer, TOKEN_PART, grid.rank % grid.context)
+
+
+def _run_part(
+    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
+) -> None:
+    """Run the blocks on this process' part of the tokens by the runner that was set before."""
+    tokens, added = hidden.tokens, hidden.added
+    # lengths of the streams of tokens; if there are several, the record of tokens states them
+    lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
+    parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
+    taken = []
+    for part, stream in zip(parts, hidden.x.split(lengths, dim=1), strict=True):
+        taken.append(part.take(stream))
+    hidden.x = torch.cat(taken, dim=1)
+    hidden.tokens = tokens.cut(*parts)
+    added_here: list[Tensor | None] = []
+    for tensor in added:
+        added_here.append(None if tensor is None else parts[0].take(tensor))
+    hidden.added = added_here
+    if hidden.side is not None:
+        hidden.side = parts[0].take(hidden.side)
+    inner(dit, hidden, tweaks)
+    hidden.added = added
+    lengths_here = [part.of_first(part.length) for part in parts]
+    joined = []
+    for part, stream in zip(parts, hidden.x.split(lengths_here, dim=1), strict=True):
+        joined.append(part.join(stream))
+    hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+    hidden.tokens = tokens

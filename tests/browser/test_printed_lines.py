@@ -1,0 +1,69 @@
+"""What `new` prints is read in the language of the page, if it has a usual form."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from browser.page_language import read_texts
+from browser.printed_lines import is_for_terminal, translate_line
+from browser.render_queue import PHASES
+from modules.pages.language import Language, Words, speaking
+from project.files import write_project
+from project.new_options import NewOptions
+from tests.browser.test_walk import save_pictures
+from tests.commands import ROOT
+
+
+@pytest.fixture
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All that `new` prints of a folder with captions, and of one without."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    save_pictures(tmp_path / "a b ü")
+    save_pictures(tmp_path / "none")
+    for path in (tmp_path / "none").glob("*.txt"):
+        path.unlink()
+    models = tmp_path / "models"
+    for name in ("a b ü", "none"):
+        options = NewOptions.usual(
+            folder=tmp_path / name,
+            family="stable_diffusion",
+            task="1.5",
+            memory=12,
+            models=models,
+        )
+        write_project(options)
+    return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("  ")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
+    printed: list[str], code: str
+) -> None:
+    shown = [line for line in printed if not is_for_terminal(line)]
+    assert len(printed) - len(shown) == 3
+    with speaking(Language(code, read_texts(code))):
+        for line in shown:
+            words = translate_line(line)
+            assert isinstance(words, Words), line
+            assert words == line  # what programs compare stays
+            assert words.shown() != line
+            assert any(ord(letter) > 0x3000 for letter in words.shown())
+    assert [translate_line(line) for line in shown] == shown
+
+
+def test_names_cannot_make_a_line_slow_and_other_lines_stay() -> None:
+    for line in (": . at , on " * 20_000, "names: " * 50_000, "a line of another form", ""):
+        begin = time.process_time()
+        assert translate_line(line) == line
+        assert time.process_time() - begin < 1
+
+
+def test_each_phase_that_a_generation_names_is_a_text_of_the_page() -> None:
+    named = re.findall(r'on_phase\("([^"]+)"', (ROOT / "generation/making.py").read_text(encoding="utf-8"))
+    assert len(named) >= 4
+    assert {*named} <= {*map(str, PHASES)}

@@ -1,0 +1,143 @@
+"""Muon for the matrices of a network, AdamW for all its other weights.
+
+A step of Muon is the momentum of a matrix, made orthogonal: all its singular values become about 1. A weight
+that holds several matrices (queries, keys and values; gate and value) is stepped as if each had a weight of
+its own. Source: Jordan 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982; arguments are those of
+`torch.optim.Muon`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from contract.family import DitSpec
+from training.trainable import Trainable
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz steps, by Jordan
+NUM_STEPS = 5
+EPS = 1e-7
+BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # of AdamW; as KohakuMossTrainer has them
+LIKE_ADAM = "match_rms_adamw"  # of adjust_lr_fn
+ADJUSTMENTS = (None, "original", LIKE_ADAM)
+PARTS = "matrices"  # of a group: how many each of its weights holds; 0: AdamW steps the weights
+
+
+class MuonWithAdam(Optimizer):
+    """Take Muon's step for weights of two axes, AdamW's for all others and in groups with `PARTS` 0."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Sequence[float] = COEFFICIENTS,
+        eps: float = EPS,
+        ns_steps: int = NUM_STEPS,
+        adjust_lr_fn: str | None = None,
+    ) -> None:
+        """Make the optimizer. Arguments: see `torch.optim.Muon`. Raises ValueError if one cannot be used."""
+        if adjust_lr_fn not in ADJUSTMENTS:
+            raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {LIKE_ADAM}")
+        if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
+            raise ValueError("three ns_coefficients, 1 to 99 ns_steps and a momentum from 0 to 1 are needed")
+        settings = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": tuple(ns_coefficients),
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            PARTS: 1,
+        }
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
+        assert closure is None
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                if weight.ndim == 2 and group[PARTS]:
+                    self._step_matrices(weight, weight.grad, group)
+                else:
+                    self._step_numbers(weight, weight.grad, group)
+
+    def _step_matrices(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        for rows, part in zip(weight.chunk(group[PARTS]), update.chunk(group[PARTS]), strict=True):
+            direction = orthogonalize(part, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            rate = group["lr"] * _factor_of_rate(group["adjust_lr_fn"], *part.shape)
+            rows.add_(direction, alpha=-rate)
+
+    def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+        state["step"] += 1
+        first, second = BETAS
+        steps = int(state["step"])
+        mean = state["exp_avg"].lerp_(gradient, 1 - first) / (1 - first**steps)
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second) / (1 - second**steps)
+        weight.add_(mean / (square.sqrt() + ADAM_EPS), alpha=-group["lr"])
+
+
+def _factor_of_rate(adjustment: str | None, rows: int, columns: int) -> float:
+    """Return what the rate of a matrix is multiplied by, which depends on its shape."""
+    if adjustment == LIKE_ADAM:
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
+
+
+def orthogonalize(
+    matrix: Tensor, coefficients: Sequence[float] = COEFFICIENTS, steps: int = NUM_STEPS, eps: float = EPS
+) -> Tensor:
+    """Return about the nearest orthogonal matrix: all singular values near 1, by Newton-Schulz steps."""
+    first, second, third = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if is_tall else matrix) / (matrix.norm() + eps)
+    x = x.bfloat16()
+    for _ in range(steps):
+        product = x @ x.T
+        x = first * x + (third * (product @ product) + second * product) @ x
+    return (x.T if is_tall else x).to(matrix.dtype)
+
+
+def arrange_groups(trainable: Trainable, spec: DitSpec) -> Trainable:
+    """Return the trained weights of a whole network in groups by how they are stepped.
+
+    Matrices in blocks are Muon's, each by its number of matrices (`DitSpec.fused`). All other weights are
+    AdamW's, without decay: norms, biases, layers that embed, and the end.
+    """
+    names = trainable.names
+    lists = tuple(f"{name}." for name in (*spec.block_lists, *spec.further_blocks))
+    groups: list[dict[str, Any]] = []
+    group_names: list[str] = []
+    for group, group_name in zip(trainable.groups, trainable.group_names, strict=True):
+        by_parts: dict[int, list[Tensor]] = {}
+        for weight in group["params"]:
+            name = names[weight].partition(".")[2]  # behind that of the network
+            is_hidden = weight.ndim == 2 and name.startswith(lists)
+            by_parts.setdefault(spec.count_matrices(name) if is_hidden else 0, []).append(weight)
+        for parts, weights in sorted(by_parts.items(), reverse=True):
+            decay = {} if parts else {"weight_decay": 0.0}
+            groups.append({**group, "params": weights, PARTS: parts, **decay})
+            what = f"{parts} matrices each" if parts > 1 else "matrices"
+            group_names.append(f"{group_name} {what if parts else 'AdamW'}")
+    return replace(trainable, groups=groups, group_names=tuple(group_names))
