@@ -141,12 +141,27 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
+    ordered = sorted(places, key=lambda relative: _start_of(places[relative]))
+    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
+    if is_plain and len(present) > 1 and sum(present.values()) == whole_height:
+        # parts that were joined get their own factors back
+        blocks = diagonal_blocks(factors[UP], [present[relative] for relative in ordered])
+        if blocks is not None:
+            parts = cut_blocks(factors, blocks)
+            return {OURS + relative.name: part for relative, part in zip(ordered, parts, strict=True)}
     for relative, rows in places.items():
         piece = _part_of(delta, rows)
         if piece is None:
             return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
         pieces[OURS + relative.name] = piece.factors
     return pieces
+
+
+def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
+    """Return the LoRA of each block of a block-diagonal up factor."""
+    downs = factors[DOWN].chunk(len(blocks))
+    alpha = torch.tensor(strength(factors) * (len(factors[DOWN]) // len(blocks)))
+    return [{DOWN: down, UP: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
 
 
 def _height_to_cut(delta: Delta) -> int | None:
@@ -165,6 +180,11 @@ def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict
         if rows is not None:
             places[relative] = rows
     return places
+
+
+def _start_of(rows: slice | Tensor) -> int:
+    """Return the first row of a part; of swapped halves 0, as these are all rows."""
+    return int(rows.start) if isinstance(rows, slice) else 0
 
 
 def _part_of(delta: Delta, rows: slice | Tensor) -> Delta | None:

@@ -19,7 +19,7 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
-from networks.parts import fuse, settle_rows
+from networks.parts import cut_blocks, fuse, settle_rows
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
 logger = getLogger(__name__)
@@ -271,7 +271,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     is_plain = DOWN in factors and len(factors) <= 3
     blocks = diagonal_blocks(factors[UP], heights) if is_plain else None
     parts: Sequence[Factors | None]
-    parts = _cut_rows(factors, heights) if blocks is None else _cut_blocks(factors, blocks)
+    parts = _cut_rows(factors, heights) if blocks is None else cut_blocks(factors, blocks)
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
@@ -296,13 +296,6 @@ def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
     delta = read_delta(factors)
     cut = [delta.rows(slice(start, start + height)) for start, height in zip(starts, heights, strict=False)]
     return [None if part is None else part.factors for part in cut]
-
-
-def _cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
-    """Return the LoRA of each block of a block-diagonal up factor."""
-    downs = factors[DOWN].chunk(len(blocks))
-    alpha = torch.tensor(deltas.strength(factors) * (len(factors[DOWN]) // len(blocks)))
-    return [{DOWN: down, UP: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
 
 
 def _changes_any(factors: Factors) -> bool:
