@@ -15,7 +15,7 @@ from contract.requests import Prepared, Request
 from contract.steps import Tweaks
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
-from qwen_image.files import VERSIONS, QwenImageFiles
+from qwen_image.files import VERSIONS, QwenImageReleaseFiles
 from qwen_image.layered import QwenImageLayered
 from qwen_image.model import QwenImageModel
 from tests.parity.pipelines import qwen_image_vae
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture(scope="module")
 def family(files: TinyModel) -> QwenImageLayered:
     return QwenImageLayered(
-        QwenImageFiles(files.dit, vae=files.vae, text_encoder=files.text_encoder, version=LAYERED)
+        QwenImageReleaseFiles(files.dit, vae=files.vae, text_encoder=files.text_encoder, version=LAYERED)
     )
 
 
@@ -106,10 +106,16 @@ def test_a_number_of_layers_that_cannot_be_is_refused(
 def test_files_of_another_release_are_refused_with_what_to_give(files: TinyModel, tmp_path: Path) -> None:
     others = write_tiny_qwen_image(tmp_path / "others")
     cases = (
-        (QwenImageFiles(others.dit, version=LAYERED), "has no time_text_embed.addition_t_embedding.weight"),
-        (QwenImageFiles(files.dit), "which takes pictures apart; Qwen-Image needs another one"),
-        (QwenImageFiles(vae=others.vae, version=LAYERED), "without alpha(.|\n)*qwen_image_layered_vae"),
-        (QwenImageFiles(vae=files.vae), "with alpha; Qwen-Image needs(.|\n)*Wan2.1_VAE.pth"),
+        (
+            QwenImageReleaseFiles(others.dit, version=LAYERED),
+            "has no time_text_embed.addition_t_embedding.weight",
+        ),
+        (QwenImageReleaseFiles(files.dit), "which takes pictures apart; Qwen-Image needs another one"),
+        (
+            QwenImageReleaseFiles(vae=others.vae, version=LAYERED),
+            "without alpha(.|\n)*qwen_image_layered_vae",
+        ),
+        (QwenImageReleaseFiles(vae=files.vae), "with alpha; Qwen-Image needs(.|\n)*Wan2.1_VAE.pth"),
     )
     for given, message in cases:
         with pytest.raises(CheckpointError, match=message):
