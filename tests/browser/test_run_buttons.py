@@ -347,6 +347,11 @@ def test_a_run_of_a_terminal_continues_with_its_own_command(
     assert lines(queue) == [usual, usual.replace(" 10 ", " 50 ")]
 
 
+def test_a_foreign_run_toml_is_a_warning_and_no_error(served: Served, tmp_path: Path) -> None:
+    describe(tmp_path / "their clips", "theirs", is_known=False)
+    assert '<p class="warn">This run.toml comes from elsewhere.' in panel(served, "read", "theirs").text
+
+
 def test_the_command_of_a_foreign_run_is_read_on_the_page_of_the_queue(
     served: Served, queue: JobQueue, tmp_path: Path
 ) -> None:
