@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from blissful_tuner.guidance import plan_steps
+from blissful_tuner.guidance import check_guidance, plan_steps
 from blissful_tuner.options import GuidanceOptions
 from contract.requests import Prepared, Request
 from contract.rules import NegativeSkips
@@ -92,6 +92,31 @@ def test_skipping_has_a_window_of_steps(family: MossImage) -> None:
     ]
     skips = NegativeSkips(frozenset({1}), 0.01, 1.0)  # the first step is not in it
     assert [skips.acts(index, 50) for index in (0, 1, 49)] == [False, True, True]
+
+
+def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.LogCaptureFixture) -> None:
+    """The block that is left out without an option is not: nobody asked for it."""
+    chosen = {"negative_skip_blocks": "3,5"}
+    late = replace(family, skips=NegativeSkipChoice("3", 0.95, 1.0))
+    for prepared, reason in (
+        (prepare(family, steps=2, guidance_scale=1.0, extra=chosen), "3,5 is ignored because no step uses"),
+        (late.prepare(replace(REQUEST, steps=2)), "3 is ignored because it acts in none of the 2 steps"),
+        (prepare(family, steps=2, extra=chosen), ""),
+        (prepare(family, steps=2, guidance_scale=1.0), ""),
+        (prepare(family, steps=2, guidance_scale=1.0, extra={"negative_skip_blocks": "none"}), ""),
+    ):
+        caplog.clear()
+        check_guidance(prepared)
+        said = [record.message for record in caplog.records]
+        assert said == [f"--negative_skip_blocks {reason}{' guidance' * ('uses' in reason)}"] * bool(reason)
+
+
+@pytest.mark.parametrize(
+    "options", [own.MossImageTrainingOptions.usual(), own.MossImageGenerationOptions.usual()]
+)
+def test_a_window_that_ends_before_it_begins_is_refused(options: Any) -> None:
+    with pytest.raises(OptionError, match="--negative_skip_start 0.8: give less than .*end, 0.2; .* none"):
+        replace(options, negative_skip_start=0.8, negative_skip_end=0.2)
 
 
 def test_options_that_skip_layers_replace_the_blocks_of_the_model(family: MossImage) -> None:
