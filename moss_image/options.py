@@ -140,8 +140,8 @@ def check_window(start: float, end: float) -> None:
     """Raise OptionError if the share of the steps at which the skipping begins is not below its end."""
     if start >= end:
         raise OptionError(
-            f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave no block "
-            f"out, give --negative_skip_blocks {NO_BLOCKS}"
+            f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
+            f"block, give --negative_skip_blocks {NO_BLOCKS}"
         )
 
 

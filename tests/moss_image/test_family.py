@@ -101,6 +101,10 @@ def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.L
     for prepared, reason in (
         (prepare(family, steps=2, guidance_scale=1.0, extra=chosen), "3,5 is ignored because no step uses"),
         (late.prepare(replace(REQUEST, steps=2)), "3 is ignored because it acts in none of the 2 steps"),
+        (
+            replace(family, skips=NegativeSkipChoice("22", 0.95, 1.0)).prepare(replace(REQUEST, steps=2)),
+            "22 is ignored because it acts in none of the 2 steps",
+        ),
         (prepare(family, steps=2, extra=chosen), ""),
         (prepare(family, steps=2, guidance_scale=1.0), ""),
         (prepare(family, steps=2, guidance_scale=1.0, extra={"negative_skip_blocks": "none"}), ""),
@@ -178,6 +182,6 @@ def test_a_training_on_sft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_noise_and_pictures_are_in_float32_whatever_the_transformer_computes_in(family: MossImage) -> None:
     """As released: in 16 bits latents would be rounded between steps."""
-    in_16_bits = replace(family, files=replace(family.files, dit_dtype="bfloat16"))
+    in_16_bits = replace(family, files=replace(family.files, dit_dtype=torch.bfloat16))
     assert in_16_bits.files.load_vae(torch.device("cpu")).dtype == torch.float32
     assert in_16_bits.noise_dtype == torch.float32
