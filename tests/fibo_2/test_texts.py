@@ -14,12 +14,12 @@ from torch import Tensor
 from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from fibo_2.captions import NULL
-from fibo_2.configs import PLACES, STATES
+from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
 from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
 from modules.errors import MediaError, OptionError
+from tests.fibo_2.making import bundles_there
 from tests.tiny.fibo_2 import write_text_encoder
-from tests.tiny.language_models import qwen3_vl, qwen_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -30,30 +30,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> LanguageModelEncoder:
     loaded = Fibo2TextEncoder(TEXT_USE, folder, torch.float32)
     loaded.load(CPU)
     return loaded
-
-
-class Inputs(dict[str, Tensor]):
-    """What a processor returns."""
-
-    def to(self, device: Any) -> "Inputs":
-        return self
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self[name]
-
-
-def read_there(text: list[str], **_: Any) -> Inputs:
-    """Stand in for the processor, for one text without pictures."""
-    ids = torch.tensor([qwen_tokenizer().encode(text[0], add_special_tokens=False).ids])
-    return Inputs(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-
-@torch.no_grad()
-def bundles_there(text: str) -> Tensor:
-    network = qwen3_vl(layers=STATES[-1] + 1)
-    bundles, _ = BriaFibo2Pipeline._get_qwen_prompt_embeds(network, read_there, text, device=CPU)
-    found: Tensor = bundles[0]
-    return found
 
 
 def bundles_here(encoder: LanguageModelEncoder, prompt: Prompt) -> Tensor:
