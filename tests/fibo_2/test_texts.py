@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
-from fibo_2.captions import NULL
+from fibo_2.captions import NULL, has_drawn_texts
 from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
 from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
@@ -111,3 +111,30 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
 def test_crops_cover(tmp_path: Path) -> None:
     frame = np.zeros((50, 70, 3), np.uint8)
     assert crop_cover(frame, (32, 48)).shape == (48, 32, 3)
+
+
+def test_texts_that_are_not_drawn_are_told_once(
+    encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = (
+        '{"short_description":"a sign","text_render":[]}',
+        "text_render",
+        '{"text_render":[{"text":""}]}',
+    )
+    for text in silent:
+        encoder.write(Prompt(text))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    drawn = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'
+    for _ in range(2):
+        encoder.write(Prompt(drawn))
+
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned.startswith("text_render of {")
+    assert "reads the words alone" in warned
+
+
+def test_texts_of_an_edit_are_told_too(encoder: LanguageModelEncoder) -> None:
+    text = '{"structured_caption":{"text_render":[{"text":"SALE"}]},"edit_instruction":"add a sign"}'
+    assert has_drawn_texts(text)
+    assert not has_drawn_texts('{"edit_instruction":"add a sign"}')
