@@ -8,10 +8,10 @@ from generation.prompt_lines import (
     REFERENCES,
     LineOption,
     read_path,
-    read_whole,
 )
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
+from modules.option_values import read_whole
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,

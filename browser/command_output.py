@@ -5,10 +5,12 @@ import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from browser.jobs import Job
 from browser.printed_lines import translate_line
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.pages.language import show
 from modules.text_encodings import NAMES
 
 MOST_LINES = 400
@@ -24,6 +26,13 @@ _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
 COPIES = ": equal copies"
 CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair_captions
+
+
+class LinePiece(NamedTuple):
+    """A part of a line: words, or a file that is linked."""
+
+    text: str
+    is_file: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,18 @@ class OutputLine:
     def shown(self) -> str:
         """Return the text as pages show it, in their language."""
         return self.text if self.is_command else translate_line(self.text)
+
+    @property
+    def pieces(self) -> list[LinePiece]:
+        """Return the shown text in pieces, so that each of its files is linked where it is first named."""
+        rest: str = show(self.shown)
+        pieces = []
+        for name in self.names:
+            place = max(_find_whole(name, rest), rest.find(name))  # letters of Chinese may touch a name
+            if place >= 0:
+                pieces += [LinePiece(rest[:place], is_file=False), LinePiece(name, is_file=True)]
+                rest = rest[place + len(name) :]
+        return [*pieces, LinePiece(rest, is_file=False)]
 
     @property
     def is_about_repair(self) -> bool:
@@ -110,16 +131,17 @@ def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
     """Return the first files that a line names, in its order."""
     if len(names) <= MOST_SEARCHED:
         contained = [name for name in names if name in text]
-        found_names = [name for name in contained if _is_whole(name, text)]
+        found_names = [name for name in contained if _find_whole(name, text) >= 0]
     else:
         words = {Path(word.strip(",:;'()")).name for word in text.split()}
         found_names = [name for name in names if name in words]
-    return tuple(sorted(found_names, key=text.find)[:MOST_LINKS])
+    return tuple(sorted(found_names, key=lambda name: _find_whole(name, text))[:MOST_LINKS])
 
 
-def _is_whole(name: str, text: str) -> bool:
-    """Return whether a text has a name that is not a part of a longer one."""
-    return re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text) is not None
+def _find_whole(name: str, text: str) -> int:
+    """Return where a text has a name that is not a part of a longer one; -1 if it has not."""
+    match = re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)
+    return -1 if match is None else match.start()
 
 
 def read_changes(job: Job | None) -> list[str]:

@@ -25,6 +25,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
 from modules.media.labels import label_of
+from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
@@ -33,6 +34,8 @@ from project.options import find_models
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MOST_ENTRIES = 100_000  # of a folder, that are counted
+# keys of folders with what belongs to the media of a dataset, such as mask_directory
+BESIDE = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MOST_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frames per second, steps of sides and of frames of models, for files of which no run tells the model
@@ -97,15 +100,16 @@ class FoundDataset:
         return find_places(self.path, self.folder)
 
 
-def find_places(config: Path, folder: Path) -> list[Path]:
+def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Path]:
     """Return the existing files and folders that a dataset's configuration names.
 
-    folder: where relative paths begin. Raises OSError or ValueError if the configuration cannot be read.
+    folder: where relative paths begin. has_beside: with folders of masks, control pictures, references and
+    caches, which lie beside the media. Raises OSError or ValueError if the configuration cannot be read.
     """
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
-    for text in _list_texts(content):
+    for text in _list_texts(content, has_beside):
         begin = re.split(r"[*?\[{]", text)[0]  # of a pattern, the folder that it looks into
         path = folder / begin
         if begin != text:
@@ -130,15 +134,16 @@ def choose_folder(config: Path, working_folder: Path) -> Path:
     return config.parent
 
 
-def _list_texts(content: Any) -> Iterator[str]:
+def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
-        for entry in content.values():
-            yield from _list_texts(entry)
+        for key, entry in content.items():
+            if has_beside or not BESIDE.fullmatch(key):
+                yield from _list_texts(entry, has_beside)
     elif isinstance(content, list):
         for entry in content:
-            yield from _list_texts(entry)
+            yield from _list_texts(entry, has_beside)
 
 
 @dataclass
@@ -167,11 +172,12 @@ class MediaFiles:
 
     pictures: int = 0
     clips: int = 0
-    first: Path | None = None  # by name
+    sounds: int = 0
+    first: Path | None = None  # picture or clip, by name
 
     @property
     def total(self) -> int:
-        return self.pictures + self.clips
+        return self.pictures + self.clips + self.sounds
 
     @property
     def words(self) -> str:
@@ -181,17 +187,22 @@ class MediaFiles:
             counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
             counts.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+        if self.sounds:
+            counts.append(counted(self.sounds, "%(n)s sound", "%(n)s sounds"))
         return join(", ", counts) or say("no pictures or clips in its folders")
 
 
 def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
-    """Count the pictures and clips in the folders that a dataset names; nothing is opened.
+    """Count the media in the folders that a dataset learns; nothing is opened.
+
+    Control pictures, references and masks belong to the media that they go with, and count with these.
 
     is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
     """
     pictures: list[str] = []
     clips: list[str] = []
-    for place in dataset.places():
+    sounds = 0
+    for place in find_places(dataset.path, dataset.folder, has_beside=False):
         if not (place.is_dir() and is_open(place)):
             continue
         with os.scandir(place) as entries:
@@ -204,8 +215,10 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
                     pictures.append(entry.path)
                 elif suffix in VIDEO_SUFFIXES:
                     clips.append(entry.path)
+                elif suffix in SOUND_SUFFIXES:
+                    sounds += 1
     first = min([*pictures, *clips], default=None)
-    return MediaFiles(len(pictures), len(clips), None if first is None else Path(first))
+    return MediaFiles(len(pictures), len(clips), sounds, None if first is None else Path(first))
 
 
 class Datasets:

@@ -1,11 +1,11 @@
-"""Read the usual lines that `new` prints in the language of a page.
+"""Read the usual lines that `new` prints, and that a training notes, in the language of a page.
 
 Programs print English. A line that has one of the forms here is shown translated, with its names and numbers;
 any other stays as it was printed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from modules.pages.language import Words, say
 
@@ -28,6 +28,19 @@ LINES = (
     say("First %(deeds)s. Then %(command)s checks, caches and trains"),
     say("First %(deeds)s. Then %(command)s downloads the model, checks, caches and trains"),
     say("left out: %(reason)s"),
+    # how a run ended
+    say("ended by an error after step %(step)s: %(reason)s"),
+    say("ended while %(doing)s: %(reason)s"),
+    say("ended while %(doing)s"),
+    say("stopped after step %(step)s"),
+    # the memory of a run
+    say("most host memory of this process so far, measured"),
+    say("a training step, predicted"),
+    say("a training step, measured"),
+    say("highest of the run with samples, measured"),
+    say("device"),
+    say("not known"),
+    say("%(device)s: a prediction is made for CUDA devices (--plan)"),
 )
 # what stands in their places
 PARTS = (
@@ -49,6 +62,14 @@ PARTS = (
     say("Slow on a CPU"),
     say("correct what is listed above"),
     say("give captions or a trigger word as above"),
+    say("exit code %(code)s"),
+    say("it was stopped"),
+    say("downloading the model"),
+    say("checking the files"),
+    say("checking the captions"),
+    say("caching latents"),
+    say("caching captions"),
+    say("training"),
 )
 PLACE = re.compile(r"%\((\w+)\)s")
 AT_END = ("written: ", "checks, caches and trains")  # of lines for a terminal: the page has buttons for them
@@ -62,6 +83,11 @@ def is_for_terminal(line: str) -> bool:
 def translate_line(line: str) -> str:
     """Return a printed line as a text that pages translate; a line of no known form as it is."""
     return _find(line, LINES) or line
+
+
+def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the lines on the memory of a run, name and value, as texts that pages translate."""
+    return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
 def _find(text: str, forms: Sequence[Words]) -> Words | None:

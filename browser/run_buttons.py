@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from markupsafe import Markup
 from starlette.requests import Request
@@ -18,7 +19,14 @@ from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
 from browser.command_lines import format_cd, format_command, format_move
 from browser.compare import group_options, read_source, working_folder
-from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
+from browser.described_folder import (
+    FILES,
+    PROMPTS_FILE,
+    ChangedMeanwhileError,
+    change_keys,
+    change_steps,
+    read_described,
+)
 from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.launch import check_options, command_part, find_program, split_words
 from browser.names import free_name, short_digest
@@ -413,7 +421,16 @@ class RunButtons:
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
         caption, have, _ = self.prompts.read(path)
-        return {"path": path, "text": caption.text, "have": have, "is_running": shown.state.name in BUSY}
+        fields = ""
+        if shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE:
+            fields = f"/new?{urlencode({'folder': shown.plan.folder})}#samples"
+        return {
+            "path": path,
+            "text": caption.text,
+            "have": have,
+            "is_running": shown.state.name in BUSY,
+            "fields": fields,
+        }
 
     def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
         if shown.state.is_active:

@@ -21,6 +21,7 @@ from browser.described_folder import (
 )
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
+from browser.printed_lines import translate_line
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
 from browser.state_names import name_state
 from contract.families import with_scripts
@@ -553,7 +554,7 @@ def read_run_state(run: RunSummary) -> RunState:
             step=f"{run.step:,}",
         )
         if run.ending is not None:
-            reason = run.ending[0]
+            reason = translate_line(run.ending[0])
         is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
         return RunState(FAULTS if is_at_check else DIED, reason=reason)
     return RunState(run.state)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from browser.command_lines import format_cd
 from browser.names import short_digest
+from browser.printed_lines import translate_line, translate_memory
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
 from browser.state_names import name_state
@@ -158,6 +159,7 @@ class LiveStanding:
         state = find_state(story.start, ending, run.changed)
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+        text = translate_line(text)
         if text == state:  # `finished`: the history has more words for other ends
             text = name_state(state)
         words = ""
@@ -211,6 +213,7 @@ def run_page(
         name=run.name,
     )
     values["commands"] = present_commands(story, run.history.parent, run.name)
+    values["memory"] = translate_memory(story.memory)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,

@@ -23,6 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.new_form import parse_whole
+from browser.printed_lines import translate_memory
 from browser.responses import (
     Form,
     answer_form,
@@ -233,7 +234,7 @@ class SharePages:
             name=run.name,
             has_sections=False,  # no training pictures are named
         )
-        values |= {"commands": (), "makes_samples": True}
+        values |= {"commands": (), "makes_samples": True, "memory": translate_memory(story.memory)}
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # a page itself cannot say who may frame it
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}

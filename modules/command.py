@@ -30,6 +30,7 @@ INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
 MOST_OF_LINE = 2000  # characters of a line of a message
 MOST_SAID = 2000  # characters of what another program of ours says
+LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
 MOST_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -315,7 +316,9 @@ def message_of(errors: str) -> str:
     match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
     if match is None:
         return errors.strip()[-MOST_SAID:]
-    return last[match.end() :].partition("\n\n")[0].strip()[:MOST_SAID]
+    message = last[match.end() :].partition("\n\n")[0].strip()
+    lines = [line for line in message.split("\n") if not line.endswith(LISTS_OPTIONS)]
+    return "\n".join(lines)[:MOST_SAID]
 
 
 def one_line(word: str) -> str:

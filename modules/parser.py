@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn
 
 from modules.command import (
+    LISTS_OPTIONS,
     as_typed,
     did_you_mean,
     name_as_typed,
@@ -267,7 +268,7 @@ class Parser(argparse.ArgumentParser):
         shown = self.prog if script is None else as_typed(["python", script.as_posix()])
         if self._front_words:
             shown = as_typed(["python", *self._front_words])
-        self.exit(2, f"{self.prog}: error: {message}\n{shown} --help lists all options\n")
+        self.exit(2, f"{self.prog}: error: {message}\n{shown}{LISTS_OPTIONS}\n")
 
     def _quote_help(self, name: str) -> str:
         """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""

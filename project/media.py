@@ -19,7 +19,7 @@ from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
+from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, label_of
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
@@ -256,7 +256,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         if REFERENCES.fullmatch(kind):
             places.sources.append(place)
         elif kind in MASK_FOLDERS and real_path(place) in content.masks.values():
-            content.lines.append(f"{place}: learned by its masks, as dataset.toml has had it")
+            content.lines.append(f"{place}: learned by its masks")
         elif kind in MASK_FOLDERS:
             content.lines.append(f"{place}: {_explain_masks(folder, place)}")
         elif kind not in OWN_FOLDERS:
@@ -486,10 +486,15 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
 
 
 def read_kept_masks(folder: Path) -> dict[Path, Path]:
-    """Return the folders of masks that the dataset.toml of a folder names, by those of their media.
+    """Return the folders of masks that a training of a folder learns by, by those of their media.
 
-    Somebody has chosen them, on the page or by hand, so that a new description keeps them.
+    The dataset.toml of the folder names them: somebody has chosen them, on the page or by hand. Before there
+    is one, they are those that this program has made, as nobody makes masks for nothing.
     """
+    if not (folder / WRITTEN[0]).exists():
+        media = [folder, *_folders(folder)]
+        masks = [place / name for place in media for name in MASK_FOLDERS]
+        return {real_path(path.parent): real_path(path) for path in masks if _has_made_masks(path)}
     try:
         tables = parse_toml(read_text(folder / WRITTEN[0]))["datasets"]
         tables = [one for table in tables for one in (table, *table.get("subsets", ()))]
@@ -502,6 +507,15 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
         return kept
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def _has_made_masks(folder: Path) -> bool:
+    """Return whether a folder has masks that this program has made, or that were drawn on its page."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError:
+        return False
+    return MASKS_BEFORE in names and any(not name.startswith(".") for name in names)
 
 
 def _explain_masks(folder: Path, place: Path) -> str:

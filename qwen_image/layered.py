@@ -162,9 +162,8 @@ class QwenImageLayered(ModelOfPictures):
         area = None
         if request.width is None and request.height is None:
             area = SIDE**2  # the picture and its layers are of this size, as released
-            request = replace(
-                request, **dict(zip(("width", "height"), official_size(own, area), strict=True))
-            )
+            width, height = official_size(own, area)
+            request = replace(request, width=width, height=height)
         width, height = whole_patches(request.width or SIDE, request.height or SIDE, self.latent)
         size = width, height, self._count_layers(request) + self.latent.has_whole
         check_size(size, self.latent)

@@ -245,7 +245,7 @@ class QwenImageModel(BlockNetwork):
 
         The picture that is taken apart into layers is in front of them, at -1.
         """
-        grids = []
+        grids: list[tuple[int, int, int]] = []
         for latents in (noisy, *references):
             rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
             first = -1 if self.config.has_layers and grids else len(grids)

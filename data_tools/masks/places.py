@@ -27,7 +27,7 @@ from dataset.sources.mask_files import is_of_shape, masks_by_stem
 from modules.atomic_write import atomic_folder, explain_errors, temporary_name
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
-from modules.media.labels import MASK_LABEL, label_of
+from modules.media.labels import MASK_LABEL, MASKS_BEFORE, label_of
 from modules.media.reading import (
     VIDEO_SUFFIXES,
     count_frames,
@@ -44,7 +44,6 @@ from modules.text_files import real_path
 
 Grey = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]
-BEFORE = ".before"
 MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 
 
@@ -66,7 +65,7 @@ class MaskPlace:
     @property
     def before(self) -> Path:
         """Return the folder with the mask as it was before its last change; empty: there was none."""
-        return self.folder / BEFORE / self.medium.name
+        return self.folder / MASKS_BEFORE / self.medium.name
 
     @property
     def is_removed(self) -> bool:

@@ -96,7 +96,7 @@ def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]
     Raises:
         MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.
     """
-    frames = []
+    frames: list[Frame] = []
     for path in source.layers:
         frame = add_alpha(read_image(path, alpha=True))
         layer_size = frame.shape[1], frame.shape[0]

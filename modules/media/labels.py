@@ -5,6 +5,7 @@ Standard library only.
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
 MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no pictures, lower case
+MASKS_BEFORE = ".before"  # in a folder of masks that this program has made or changed
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 

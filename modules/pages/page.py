@@ -52,6 +52,8 @@ _BEGINNINGS = (
     r"(?<![A-Za-z])[A-Za-z]:[\\/]++|[A-Za-z]:\\++",  # a drive; behind a letter, with a backslash
     r"(?<!\\)[\\]{2,}+(?:[?.]\\(?:UNC\\|[A-Za-z]:\\)?)?",  # a share, or Windows' long form of a path
     r"~[\w.-]*+[\\/]++",  # the home folder of a user
+    r"(?<![\w./\\])(?:\.\.[\\/]++)++",  # a folder beside the one of the command
+    r"\$\{?\w++\}?[\\/]++",  # a variable, as $HOME
     r"(?<![\w/\\.~])[\\/]++",  # also behind a colon, as in image:/a/b
     rf"(?<![/\\])[\\/]++(?=(?:{_ROOTS})[\\/])",
 )

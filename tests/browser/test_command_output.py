@@ -6,6 +6,7 @@ import pytest
 
 from browser.command_output import find_command, read_changes, read_output_lines
 from browser.jobs import Job
+from modules.pages.language import Language, speaking
 
 NAMES = ["a.png", "aa.png", "b c.mp4", "bad.png"]
 
@@ -42,6 +43,40 @@ def test_lines_have_files_and_remedies(
     assert (message.text, message.names, message.remedy) == (line.strip(), names, remedy)
     if left_out is not None:
         assert message.left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("line", "pieces"),
+    [
+        ("aa.png, b c.mp4: tiny", [("", 0), ("aa.png", 1), (", ", 0), ("b c.mp4", 1), (": tiny", 0)]),
+        ("aa.png and a.png", [("", 0), ("aa.png", 1), (" and ", 0), ("a.png", 1), ("", 0)]),
+        (
+            "left out: /x/bad.png is bad.png",
+            [("left out: /x/", 0), ("bad.png", 1), (" is bad.png", 0)],
+        ),
+        ("no file", [("no file", 0)]),
+    ],
+)
+def test_each_file_of_a_line_is_linked_once_where_the_line_names_it(
+    line: str, pieces: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
+    assert message.pieces == pieces
+    assert "".join(piece.text for piece in message.pieces) == line
+
+
+def test_a_file_is_linked_in_a_translated_line_too(tmp_path: Path) -> None:
+    line = "a.png, b c.mp4: tiny, below 256 pixels: their blur is learned"
+    form = "%(names)s: tiny, below %(pixels)s pixels: their blur is learned"
+    [message] = read_output_lines(job(tmp_path, f"{line}\n"), NAMES)
+    with speaking(Language("zh", {form: "小图片%(names)s低于%(pixels)s像素"})):
+        assert message.pieces == [
+            ("小图片", False),
+            ("a.png", True),
+            (", ", False),
+            ("b c.mp4", True),
+            ("低于256像素", False),
+        ]
 
 
 def test_only_a_printed_command_can_be_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.browser.test_accessible import axe, list_faults  # noqa: F401  # a fi
 from tests.browser.test_jobs import wait_for_states
 from tests.chromium import open_page, wait_until
 from tests.pocket.test_training import cached, trained  # noqa: F401  # fixtures
-from training.reports.history import History, history_path
+from training.reports.history import History, describe_process, history_path
 
 SECRET = "what nobody may read"
 COMMAND = "python wan_generate_video.py --task t2v-1.3B --dit 'my models/dit.safetensors' --vae vae.pth "
@@ -217,6 +217,27 @@ def test_files_of_two_models_are_not_compared(served: Served, folder: Path) -> N
     assert message in served.ask(f"/compare?{both}").text
     assert served.ask("/compare", "POST", both, Origin=served.url).status == 422
     assert jobs(folder) == []
+
+
+def test_what_is_to_be_chosen_is_said_until_something_is_compared(served: Served, folder: Path) -> None:
+    assert "Choose a run above: " in served.ask("/compare").text
+    page = show(served, (4, 6))
+    assert "Choose a run above" not in page
+    assert "Tick a prompt" not in page
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert "None of these runs has a saved file: " in show(served)
+
+
+def test_a_run_without_samples_asks_for_a_prompt(served: Served, folder: Path) -> None:
+    history = History(history_path(folder.parent / "bare", "bare"), 1)
+    start = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}
+    history.add(0, started={**start, "process": describe_process()})
+    history.add(3, saved="bare.safetensors")
+    history.add(3, commands=[["Generate with it", COMMAND, COMMAND, ""]])
+    history.flush()
+    (folder.parent / "bare" / "bare.safetensors").write_bytes(b"0123456789")
+    assert "Tick a prompt, or type one" in show(served, run="bare")
 
 
 def test_with_read_only_there_is_no_button_that_makes_clips(served: Served, folder: Path) -> None:

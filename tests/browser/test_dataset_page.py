@@ -21,6 +21,7 @@ from PIL import Image
 from browser.captions import CaptionText
 from browser.dataset_pages import is_chosen
 from browser.datasets import Datasets
+from browser.folders import read_media_folder
 from browser.runs import Runs
 from data_tools.report.check import check_caching
 from dataset.config import load_dataset_config
@@ -208,6 +209,23 @@ def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) ->
     assert "2 pictures, 2 clips · 1 dropped, not cached" in page
     picture = kept.ask("first")
     assert (picture.status, picture.body[:3]) == (200, b"\xff\xd8\xff")
+
+
+@pytest.mark.parametrize("beside", ["control_directory", "mask_directory", "conditioning_data_dir"])
+def test_what_belongs_to_pictures_is_counted_with_them_as_on_the_page_new(
+    beside: str, tmp_path: Path
+) -> None:
+    for number in range(3):
+        for place in ("set", "pairs"):
+            (tmp_path / place).mkdir(exist_ok=True)
+            save_picture(tmp_path / place / f"{number}.png", number, caption=None)
+    (tmp_path / "set" / "sung.wav").touch()
+    write_config(tmp_path, f"image_directory = '{{folder}}/set'\n{beside} = '{{folder}}/pairs'")
+    with serve_runs(tmp_path) as served:
+        assert ">3 pictures, 1 sound · " in served.ask("/datasets").text
+    folder = read_media_folder(tmp_path / "set")
+    assert folder is not None
+    assert folder.words.startswith("3 pictures, 1 sound")
 
 
 def test_a_described_folder_is_put_into_the_queue_from_its_page(tmp_path: Path) -> None:

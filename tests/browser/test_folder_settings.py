@@ -386,6 +386,23 @@ def wait_for_text(page: Any, place: str, text: str) -> None:
     wait_until(page, f"document.querySelector({place!r})?.textContent.includes({text!r}) === true")
 
 
+def test_a_save_says_at_once_that_it_works(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_settings(served, folder) as page:
+        busy = page.locator("#changes-keys .busy")
+        assert not busy.is_visible()
+        held: list[Any] = []
+        page.route("**/new/settings/save", lambda route: held.append(route))  # answered when it is let go on
+        page.locator("#set-network_dim").fill("8")
+        page.get_by_role("button", name="Save these changes").click()
+        assert busy.is_visible()
+        assert busy.inner_text() == "being checked and saved …"
+        wait_until(page, "document.querySelector('#keys').matches('.htmx-request')")
+        held[0].continue_()
+        wait_for_text(page, "#changes-keys", "Saved into run.toml")
+        assert not page.locator("#changes-keys .busy").is_visible()
+
+
 def test_search_opens_the_table_and_finds_names_helps_and_words_of_others(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with (

@@ -105,6 +105,23 @@ def test_every_row_is_whole_and_its_limits_exist(rows: list[list[str]]) -> None:
             assert getattr(limits, name) > 0, row
 
 
+@pytest.mark.parametrize(
+    ("file", "reader"),
+    [
+        ("(`new --from`)", "project/foreign/reading.py"),
+        ("(`unpack`)", "project/unpacking.py"),
+        ("(`set_up.py update", "package/updating.py"),
+        ("a tagger", "data_tools/tags/model.py"),
+        ("captions", "data_tools/captions/local_model.py"),
+    ],
+)
+def test_what_commands_and_pages_take_from_others_has_a_row(
+    file: str, reader: str, rows: list[list[str]]
+) -> None:
+    (row,) = [row for row in rows if f"`{reader}`" in row[1]]
+    assert file in row[0]
+
+
 def test_a_new_reader_is_noticed() -> None:
     assert calls_parser("import zipfile\nwith zipfile.ZipFile(x) as y: pass")
     assert calls_parser("model = library.AutoModel.from_pretrained(x)")

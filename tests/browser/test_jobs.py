@@ -202,6 +202,7 @@ def test_what_cannot_end_or_begin_is_refused_when_it_is_added(
     with pytest.raises(OptionError) as refusal:
         check_options(split_words(line), tmp_path)
     assert message in str(refusal.value)
+    assert "--help lists all options" not in str(refusal.value)  # a hint for a terminal
 
 
 @pytest.mark.parametrize("line", ["reelsmith browser", "python wan_generate_video.py --interactive"])

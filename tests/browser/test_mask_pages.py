@@ -35,7 +35,9 @@ from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
 from modules.parser import parse_options
+from project.files import write_project
 from project.media import read_kept_masks
+from project.new_options import NewOptions
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
@@ -562,6 +564,33 @@ def test_a_new_description_keeps_the_masks(folder: Path) -> None:
     assert read_kept_masks(folder) == {folder: folder / "masks"}
     (folder / "dataset.toml").write_text(f'{SUBSETS}mask_directory = "masks"\n', encoding="utf-8")
     assert read_kept_masks(folder) == {folder: folder / "masks"}
+
+
+def test_masks_that_were_drawn_before_the_first_description_are_learned(folder: Path, served: Served) -> None:
+    shutil.rmtree(folder / "masks")
+    assert draw(served, item(served, 0), WHITE).status == 200
+    options = NewOptions.usual(
+        folder=folder,
+        family="stable_diffusion",
+        task="1.5",
+        memory=12,
+        trigger_word="ohwx",
+        models=folder.parent,
+    )
+    write_project(options)
+    text = (folder / "dataset.toml").read_text(encoding="utf-8")
+    assert 'mask_directory = "masks"' in text
+    assert read_kept_masks(folder) == {folder: folder / "masks"}
+
+    (folder / "dataset.toml").write_text(text.replace('mask_directory = "masks"', ""), encoding="utf-8")
+    assert read_kept_masks(folder) == {}  # as was chosen since
+
+
+def test_masks_of_others_and_thrown_away_ones_are_left_to_their_owner(folder: Path) -> None:
+    assert read_kept_masks(folder) == {}
+    shutil.rmtree(folder / "masks")
+    (folder / "masks" / ".before" / "cat.png").mkdir(parents=True)
+    assert read_kept_masks(folder) == {}
 
 
 class OneAtATime(OrderedDict[Any, Any]):

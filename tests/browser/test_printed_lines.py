@@ -8,14 +8,19 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
+import torch
+
 from browser.page_language import read_texts
 from browser.printed_lines import is_for_terminal, translate_line
 from browser.render_queue import PHASES
-from modules.pages.language import Language, Words, speaking
+from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
+from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_pictures
 from tests.commands import ROOT
+from training.reports.history import HIGHEST, PREDICTED, History
+from training.summary import list_memory
 
 
 @pytest.fixture
@@ -67,3 +72,45 @@ def test_each_phase_that_a_generation_names_is_a_text_of_the_page() -> None:
     named = re.findall(r'on_phase\("([^"]+)"', (ROOT / "generation/making.py").read_text(encoding="utf-8"))
     assert len(named) >= 4
     assert {*named} <= {*map(str, PHASES)}
+
+
+@pytest.mark.parametrize("code", ["zh", "ja"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        "ended by an error after step 1,200: CUDA out of memory",
+        "stopped after step 7",
+        "ended while caching latents: exit code 1",
+        "ended while downloading the model: it was stopped",
+        "most host memory of this process so far, measured",
+        "cpu: a prediction is made for CUDA devices (--plan)",
+        PREDICTED,
+        HIGHEST,
+    ],
+)
+def test_how_a_run_ended_and_its_memory_are_told_in_the_language_of_the_page(told: str, code: str) -> None:
+    with speaking(Language(code, read_texts(code))):
+        shown = show(translate_line(told))
+        assert any(ord(letter) > 0x3000 for letter in shown)
+        for stays in re.findall(r"\d[\d,]*|CUDA(?: out of memory)?|cpu|--plan", told):
+            assert stays in shown
+        for word in ("ended", "stopped", "caching", "exit", "measured", "predict"):
+            assert word not in shown
+
+
+def test_all_that_a_training_notes_of_its_memory_and_its_end_is_translated(tmp_path: Path) -> None:
+    rows = list_memory(torch.device("cpu"), None)
+    folder = tmp_path / "runs"
+    ended = write_run(folder, "stopped", 3, None)
+    history = History(ended, 1, 3)
+    history.add(3, memory=rows)
+    history.add(3, ended="ended by an error after step 3: no space", kind="bad")
+    history.flush()
+    texts = read_texts("zh")
+    with serve_runs(tmp_path) as served:
+        for address in ("/", served.of("stopped")):
+            page = served.ask(address, Cookie="", Accept_Language="zh").text
+            assert "ended by an error" not in page
+            assert texts["ended by an error after step %(step)s: %(reason)s"].split("%")[0] in page
+        assert "measured" not in page
+        assert texts["most host memory of this process so far, measured"] in page

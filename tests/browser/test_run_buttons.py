@@ -347,6 +347,17 @@ def test_a_run_of_a_terminal_continues_with_its_own_command(
     assert lines(queue) == [usual, usual.replace(" 10 ", " 50 ")]
 
 
+def test_prompts_of_a_described_folder_lead_to_their_fields(served: Served, tmp_path: Path) -> None:
+    (address,) = re.findall(r'href="([^"]+)">Fields for sizes', panel(served, "prompts").text)
+    assert html.unescape(address) == f"/new?{urlencode({'folder': tmp_path / 'my clips'})}#samples"
+    assert 'id="samples"' in served.ask(html.unescape(address).partition("#")[0]).text
+
+
+def test_a_foreign_run_toml_is_a_warning_and_no_error(served: Served, tmp_path: Path) -> None:
+    describe(tmp_path / "their clips", "theirs", is_known=False)
+    assert '<p class="warn">This run.toml comes from elsewhere.' in panel(served, "read", "theirs").text
+
+
 def test_the_command_of_a_foreign_run_is_read_on_the_page_of_the_queue(
     served: Served, queue: JobQueue, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
 from tests.faults.messages import succeed_here
+from tests.moss_image.plain import PlainMossImage
 from tests.parity.running import assert_equal, training_key
 from tests.parity.training import (
     Factors,
@@ -92,6 +93,7 @@ class Training:
     tolerance: float = 1e-4  # of the largest weight
     share: float | None = None  # see `assert_descent`
     family: str = ""
+    names: Sequence[object] = ()  # options for the LoRA's names, where the usual ones are others
 
 
 def stacked(batch: Sequence[Item], name: str) -> Tensor:
@@ -238,6 +240,27 @@ def error_of_qwen_image_21(dit: nn.Module, batch: Sequence[Item], step: int) -> 
     timesteps = 1000 * sigmas + 1  # as the known tuner's
     given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask, "slots": slots}
     return qwen_image_21.predict_with(dit, given, references_of(batch)) - wanted
+
+
+def moss_levels(batch: Sequence[Item], step: int) -> Tensor:
+    """The report's: one draw of a hundred is even, the others logit-normal, cut at 0.95 and stretched."""
+    edges = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    below = torch.special.ndtr((torch.logit(0.95 * edges) - 1.09) / 0.95)
+    numbers = uniform_of(batch, step)
+    even = torch.searchsorted(edges, numbers / 0.01)
+    others = torch.searchsorted(below / below[-1], (numbers - 0.01) / 0.99)
+    return (torch.where(numbers < 0.01, even, others) + 1).float() / 1000
+
+
+def error_of_moss_image(dit: nn.Module, batch: Sequence[Item], step: int, joint: bool = False) -> Tensor:
+    """Each by itself, as there is no padding then. joint: references see the picture and the text too."""
+    sigmas = moss_levels(batch, step)
+    noisy, wanted = mixed(batch, step, sigmas)
+    references, found = [each[:, :, 0] for each in references_of(batch)], []
+    for index, item in enumerate(batch):
+        own = [each[index] for each in references]
+        found.append(dit(noisy[index, :, 0], 1000 * sigmas[index], item.text, own, joint))
+    return torch.stack(found) - wanted[:, :, 0]
 
 
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -585,6 +608,23 @@ CASES: dict[str, Training] = {
         )
         for name in ("qwen_image_21", "qwen_image_21 edit")
     },
+    **{
+        f"moss_image{kind}": Training(
+            *("moss", "qwen3_5_embed", 20.0),
+            options=options,
+            network=PlainMossImage,
+            parts=linears_in("layers."),
+            error=partial(error_of_moss_image, joint=bool(options)),
+            change=change,
+            names=("--lora_format", "known"),
+            family="moss_image",
+        )
+        for kind, options, change in (
+            ("", (), partial(write_caption, "picture 1", LONG)),  # captions of unequal lengths
+            (" edit", (), edits_of_two),
+            (" edit, joint", ("--joint_references",), edits_of_two),
+        )
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -632,7 +672,7 @@ def version_of(name: str) -> Sequence[str]:
 def train(folder: Path, name: str, *more: object) -> Path:
     """Train two steps of descent; the transformer's file."""
     case, family = CASES[name], family_called(CASES[name].family or name)
-    words = [*family.train, *descent(case.rate), *case.options, *version_of(name), *more]
+    words = [*family.train, *descent(case.rate), *case.options, *case.names, *version_of(name), *more]
     succeed_here(*words, folder=folder)
     return folder / "model" / "dit.safetensors"
 

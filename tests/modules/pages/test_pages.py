@@ -170,6 +170,13 @@ def test_folders_end_where_a_command_goes_on(text: str, marked: str) -> None:
         *(r"\\?\C:\Users\anna\x.png", r"\\?\UNC\nas\anna\x.png", "//nas/anna/x.png", r"-\\nas\anna\x.png"),
         *("/home/anna", "saved in /Users/anna, then", r"C:\Users\anna", "(/home/anna)", "'/home/anna' x"),
         *("/home/anna/my pictures/x.png", "(file:///home/anna/x.png)", "/mnt/c/Users/anna/x.png"),
+        *(
+            "cat ../anna/x.png",
+            "--i ../../my anna/x.png",
+            r"..\\anna\x.png",
+            "$HOME/anna/x",
+            "${HOME}/anna/x",
+        ),
     ],
 )
 def test_no_folder_stays_in_a_shared_text(text: str) -> None:
@@ -177,7 +184,9 @@ def test_no_folder_stays_in_a_shared_text(text: str) -> None:
     assert "anna" in str(mark_folders(text))
 
 
-@pytest.mark.parametrize("unit", ["/a", "~", "\\", "x:", "file:", "a ", "/a b ", "a/", "/a.py "])
+@pytest.mark.parametrize(
+    "unit", ["/a", "~", "\\", "../", "$a/", "$", "x:", "file:", "a ", "/a b ", "a/", "/a.py "]
+)
 def test_folders_of_a_long_text_are_found_in_its_length(unit: str) -> None:
     """Twice the text takes about twice the time; it took four times that of backslashes."""
     start = time.process_time()
