@@ -14,6 +14,7 @@ from krea2.configs import Krea2Config
 from ltx_2.configs import LtxConfig
 from lumina.configs import LuminaConfig
 from minimax_h3.configs import H3Config
+from moss_image.configs import MossImageConfig
 from qwen_image_21.configs import QwenImage21Config
 from wan.configs import WanConfig
 
@@ -180,6 +181,14 @@ def qwen_image_21_work(config: QwenImage21Config, picture_tokens: int, text_toke
     pairs = picture_tokens * tokens + text_tokens**2
     last = config.num_layers * 2 * picture_tokens * dim * config.ffn_dim
     return Work(linear, config.num_layers * 4 * pairs * dim, last=last)
+
+
+def moss_image_work(config: MossImageConfig, picture_tokens: int, text_tokens: int) -> Work:
+    """Return the work of MOSS-Image without references: all tokens see each other, in equal blocks."""
+    dim, tokens = config.dim, picture_tokens + text_tokens
+    linear = config.num_layers * 2 * tokens * (4 * dim**2 + 3 * dim * config.ffn_dim)
+    attention = config.num_layers * 4 * tokens**2 * dim
+    return Work(linear, attention, last=config.num_layers * 2 * tokens * dim * config.ffn_dim)
 
 
 def h3_work(config: H3Config, media_tokens: int, text_tokens: int) -> Work:

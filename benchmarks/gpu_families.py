@@ -23,6 +23,7 @@ from benchmarks.flops import (
     joint_work,
     ltx_work,
     lumina_work,
+    moss_image_work,
     qwen_image_21_work,
     unet_work,
     wan_work,
@@ -338,6 +339,10 @@ FAMILIES = {
     "ltx_2": BenchFamily(
         *("ltx_2", "Ltx2TrainingOptions", "ltx2_generate_video", _ltx_texts),
         work=lambda config, shape, text: ltx_work(config, count_tokens(shape, patch=1), text),
+    ),
+    "moss_image": BenchFamily(
+        *("moss_image", "MossImageTrainingOptions", "moss_image_generate_image", _listed("qwen3_5_embed")),
+        work=lambda config, shape, text: moss_image_work(config, count_tokens(shape, patch=1), text),
     ),
     "qwen_image": BenchFamily(
         *("qwen_image", "QwenImageTrainingOptions", "qwen_image_generate_image", _listed("vl_embed")),

@@ -89,6 +89,7 @@ FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev
 FLUX_3 = Model("FLUX 3 Klein base", "flux_3", "flux3-klein-base-dit")
 KREA_2 = Model("Krea 2", "krea2", "krea2-dit")
 Z_IMAGE = Model("Z-Image", "z_image", "z-image-dit")
+MOSS_IMAGE = Model("MOSS-Image Base", "moss_image", "moss-image-dit-comfy")
 H3 = Model("MiniMax-H3", "minimax_h3", "minimax-h3-dit")
 SDXL = Model("Stable Diffusion XL", "sdxl", "sdxl-base-1.0")
 SD_1_5 = Model("Stable Diffusion 1.5", "sd1", "sd1.5")
@@ -220,10 +221,13 @@ ROWS = (
         *("qwen-image-2.1-int8-compiled", QWEN_IMAGE_21, SQUARE, "int8 (ConvRot), compiled"),
         *(*COMPILED, *INT8),
     ),
+    _train("moss-image-bf16", MOSS_IMAGE, SQUARE, "bf16, eager"),
+    _train("moss-image-int8-compiled", MOSS_IMAGE, SQUARE, "int8 (ConvRot), compiled", *COMPILED, *INT8),
     _generate("gen-flux3", FLUX_3, SQUARE, "bf16, eager", text_tokens=FLUX_3_TOKENS, steps=6),
     _generate("gen-flux3-int8", FLUX_3, SQUARE, "int8, eager", *INT8, text_tokens=FLUX_3_TOKENS, steps=6),
     _generate("gen-qwen-image-2.1", QWEN_IMAGE_21, SQUARE, "bf16, eager", steps=6),
     _generate("gen-qwen-image-2.1-int8", QWEN_IMAGE_21, SQUARE, "int8 (ConvRot), eager", *INT8, steps=6),
+    _generate("gen-moss-image", MOSS_IMAGE, SQUARE, "bf16, eager", steps=6),
     _generate("gen-wan1.3b-eager", WAN_1_3B, SMALL, "bf16, eager", steps=6),
     _generate(
         *("gen-wan1.3b-sage", WAN_1_3B, SMALL, "bf16, eager, SageAttention"),

@@ -33,6 +33,7 @@ from benchmarks.gpu_rows import (  # noqa: E402
     LARGE,
     LTX_2,
     LTX_CLIP,
+    MOSS_IMAGE,
     NF4,
     OFFLOADED,
     QWEN_IMAGE,
@@ -73,6 +74,7 @@ ROWS = tuple(
         (FLUX, SQUARE, 512),
         (KREA_2, SQUARE, 256),
         (QWEN_IMAGE_21, SQUARE, 256),
+        (MOSS_IMAGE, SQUARE, 256),
         (Z_IMAGE, SQUARE, 256),
         (HUNYUAN_IMAGE, LARGE, 256),
     )

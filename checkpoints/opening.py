@@ -334,6 +334,7 @@ _FOREIGN = {
     **dict.fromkeys((".wscales", ".smooth_factor"), "SVDQuant of nunchaku"),
     **dict.fromkeys((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
     ".weight._data": "quanto",
+    ".entropack_quant_state": "EntroPack",
     ".W_q": "HQQ",
     "_weight_qdata": "torchao",
     ".weight_scale_inv": "fp8 in blocks",

@@ -24,6 +24,7 @@ from benchmarks.flops import (
     h3_work,
     joint_work,
     ltx_work,
+    moss_image_work,
     qwen_image_21_work,
     unet_work,
     wan_work,
@@ -61,6 +62,7 @@ from ltx_2.model import LtxModel
 from minimax_h3.configs import H3Config
 from minimax_h3.model import H3Model
 from modules.flow.solvers import solver_for
+from moss_image.model import MossImageModel
 from qwen_image.model import QwenImageModel
 from qwen_image_21.model import QwenImage21Model
 from running.planning.dry_run import dry_run
@@ -69,6 +71,7 @@ from tests.commands import ROOT
 from tests.preparing import prepare
 from tests.tiny import flux_3 as tiny_flux_3
 from tests.tiny import krea2 as tiny_krea2
+from tests.tiny import moss_image as tiny_moss_image
 from tests.tiny import qwen_image as tiny_qwen_image
 from tests.tiny import qwen_image_21 as tiny_qwen_image_21
 from tests.tiny import stable_diffusion as tiny_stable_diffusion
@@ -167,6 +170,17 @@ def test_a_pass_of_qwen_image_2_1_takes_as_many_operations_as_torch_counts() -> 
     counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text, torch.ones(1, 20), slots=slots))
 
     assert counted == qwen_image_21_work(config, 4 * 4, 20).forward
+
+
+def test_a_pass_of_moss_image_takes_as_many_operations_as_torch_counts() -> None:
+    """The refiners of the text, blocks of their own, are left out."""
+    config = tiny_moss_image.CONFIG
+    model = MossImageModel(config)
+    noisy, text = torch.zeros(1, config.channels, 1, 4, 4), torch.zeros(1, 20, config.text_dim)
+
+    counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text, torch.ones(1, 20)))
+
+    assert counted == moss_image_work(config, 4 * 4, 20).forward
 
 
 def test_a_pass_of_minimax_h3_takes_as_many_operations_as_torch_counts() -> None:

@@ -21,7 +21,7 @@ from benchmarks.gpu_rows import BY_NAME, TRAINING, Row, Size
 from benchmarks.gpu_tables import BEGIN, END
 from tests.commands import ROOT
 from tests.minimax_h3.tiny_dit import released, their_dit
-from tests.tiny import flux, flux_3, qwen_image_21, wan_dit
+from tests.tiny import flux, flux_3, moss_image, qwen_image_21, wan_dit
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 
 CPU = torch.device("cpu")
@@ -49,6 +49,10 @@ def _qwen_image_21(folder: Path) -> Path:
     return qwen_image_21.write_dit(folder, qwen_image_21.tiny_state(dtype=torch.bfloat16))
 
 
+def _moss_image(folder: Path) -> Path:
+    return moss_image.write_dit(folder, moss_image.tiny_state(dtype=torch.bfloat16), "comfyui")
+
+
 def _h3(folder: Path) -> Path:
     path = folder / "h3.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in released(their_dit().state_dict()).items()}, path)
@@ -71,6 +75,7 @@ TRAINED = {
     "sd1.5-bf16": (write_sd1, PICTURE, ()),
     "flux3-bf16": (_flux_3, PICTURE, ()),
     "qwen-image-2.1-bf16": (_qwen_image_21, PICTURE, ()),
+    "moss-image-bf16": (_moss_image, PICTURE, ()),
 }
 GENERATED = {
     "gen-wan14b-i2v": (_wan("i2v"), CLIP, ("--fp8_scaled",)),
@@ -78,6 +83,7 @@ GENERATED = {
     "gen-h3": (_h3, SOUNDING, ()),
     "gen-flux3": (_flux_3, PICTURE, ()),
     "gen-qwen-image-2.1": (_qwen_image_21, PICTURE, ()),
+    "gen-moss-image": (_moss_image, PICTURE, ()),
 }
 
 

@@ -65,12 +65,22 @@ def test_large_pictures_are_cut_into_tiles_and_statistics_stay_in_float32(tmp_pa
     assert torch.equal(half.mean, whole.mean)
 
 
-@pytest.mark.parametrize("manifest", ["flux2-vae", "flux2-vae-diffusers"])
-def test_the_released_file_has_the_known_sizes(tmp_path: Path, manifest: str) -> None:
+@pytest.mark.parametrize(
+    ("manifest", "of_decoder"),
+    [
+        ("flux2-vae", (128, 256, 512, 512)),
+        ("flux2-vae-diffusers", (128, 256, 512, 512)),
+        ("moss-image-vae-diffusers", (96, 192, 384, 384)),
+    ],
+)
+def test_the_released_file_has_the_known_sizes(
+    tmp_path: Path, manifest: str, of_decoder: tuple[int, ...]
+) -> None:
     with open_checkpoint(write_hollow(tmp_path / "vae.safetensors", tensor_list(manifest))) as checkpoint:
         config = read_vae(checkpoint).config
 
     assert (config.latent_channels, config.widths) == (32, (128, 256, 512, 512))
+    assert (config.decoder_widths or config.widths) == of_decoder
 
 
 def test_another_autoencoder_is_refused_by_name(tmp_path: Path) -> None:

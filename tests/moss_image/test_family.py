@@ -149,3 +149,10 @@ def test_a_training_on_sft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptur
         family_for_training(replace(options, dit=files.dit))
     assert [record.message for record in caplog.records if "Base is made to train on" in record.message] != []
     assert "moss_image_base" not in caplog.text
+
+
+def test_noise_and_pictures_are_in_float32_whatever_the_transformer_computes_in(family: MossImage) -> None:
+    """As released: in 16 bits latents would be rounded between steps."""
+    in_16_bits = replace(family, files=replace(family.files, dit_dtype="bfloat16"))
+    assert in_16_bits.files.load_vae(torch.device("cpu")).dtype == torch.float32
+    assert in_16_bits.noise_dtype == torch.float32

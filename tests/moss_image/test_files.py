@@ -1,5 +1,7 @@
 """Files of MOSS-Image in all layouts, the small decoder, and what is refused."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,65 @@ def test_stacked_files_in_8_and_4_bits_are_read(tmp_path: Path, form: str, most:
         velocity, exact = (network(**inputs).float() for network in (loaded, load_dit(plain, CPU)))
     error = float((velocity - exact).abs().max() / exact.abs().max())
     assert 1e-4 < error < most
+
+
+def pack_four_bits(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The linear layers of the blocks as bitsandbytes saves them, with levels of their own."""
+    levels, block, packed = torch.linspace(-1, 1, 16), 64, dict(state)
+    for name, weight in state.items():
+        if not name.startswith("layers.") or ".proj." not in name:
+            continue
+        rows = weight.float().reshape(-1, block)
+        largest = rows.abs().amax(1)
+        codes = (rows / largest[:, None] - levels.view(16, 1, 1)).abs().argmin(0).reshape(-1, 2)
+        packed[name] = (16 * codes[:, :1] + codes[:, 1:]).to(torch.uint8)
+        packed[f"{name}.absmax"], packed[f"{name}.quant_map"] = largest, levels
+        facts = {"quant_type": "nf4", "blocksize": block, "shape": list(weight.shape), "dtype": "bfloat16"}
+        packed[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor([*json.dumps(facts).encode()]).byte()
+    return packed
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["apart", "stacked"])
+def test_files_in_four_bits_of_bitsandbytes_are_read(tmp_path: Path, stacked: bool) -> None:
+    state = tiny_state(dtype=torch.bfloat16, dim=128, ffn_dim=192)
+    stored = in_comfyui_names(state) if stacked else state
+    path = save(tmp_path / "nf4.safetensors", pack_four_bits(stored))
+
+    loaded, exact = (load_dit(file, CPU) for file in (path, save(tmp_path / "plain.safetensors", stored)))
+
+    assert loaded.layers[0].proj["q"].form.name == "nf4"
+    with torch.no_grad():
+        found, expected = (network(**draw_inputs()).float() for network in (loaded, exact))
+    assert 1e-4 < float((found - expected).abs().max() / expected.abs().max()) < 0.2
+
+
+def without_states(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of bitsandbytes in a trainer's own cache, which has no state that says their shape."""
+    return {name: tensor for name, tensor in pack_four_bits(state).items() if ".quant_state." not in name}
+
+
+def in_entropack(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear layers as EntroPack's `CompressedLinear` saves them: bytes of their own codec."""
+    linear = [name for name in state if name.endswith(".weight") and state[name].ndim == 2]
+    packed = {name: tensor for name, tensor in state.items() if name not in linear}
+    return packed | {f"{name}.entropack_quant_state": torch.zeros(99, dtype=torch.uint8) for name in linear}
+
+
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (without_states, "4 bits of bitsandbytes without a state: it has layers.0.proj.*absmax"),
+        (in_entropack, "EntroPack: it has .*entropack_quant_state"),
+    ],
+)
+def test_forms_of_other_programs_are_refused_by_name(
+    tmp_path: Path, pack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], said: str
+) -> None:
+    for stacked in (False, True):
+        state = tiny_state(dtype=torch.bfloat16, dim=128, ffn_dim=192)
+        path = save(tmp_path / "small.safetensors", pack(in_comfyui_names(state) if stacked else state))
+        with pytest.raises(CheckpointError, match=rf"not supported \({said}.*\. Give the bf16"):
+            load_dit(path, CPU)
 
 
 def draw_inputs() -> dict[str, Any]:

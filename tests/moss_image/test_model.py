@@ -10,9 +10,18 @@ from torch import Tensor, nn
 
 from contract.steps import Turn, Tweaks
 from moss_image import model as network
-from moss_image.configs import DIT
+from moss_image.configs import AXES, DIT
 from moss_image.model import MossImageModel
-from tests.moss_image.making import CONFIG, GOLDEN, draw_references, tiny_inputs, tiny_model, tiny_weights
+from tests.moss_image.making import (
+    CONFIG,
+    GOLDEN,
+    LENGTHS,
+    draw_references,
+    tiny_inputs,
+    tiny_model,
+    tiny_weights,
+)
+from tests.moss_image.plain import PlainMossImage
 
 # of the largest value: both sides sum products in another order. The nearest mistakes are above 1e-3
 # (`test_each_rule_matters`)
@@ -52,6 +61,19 @@ SKIPS = Tweaks(skip_blocks=frozenset({1}))
 )
 def test_the_network_equals_the_other_implementation(name: str, changes: dict[str, Any]) -> None:
     assert error_of(predict(tiny_model(), **changes), name) < NEAR
+
+
+@pytest.mark.parametrize("name", ["plain", "references", "references, joint"])
+@torch.no_grad()
+def test_the_network_that_trainings_are_compared_with_equals_the_recorded_numbers(name: str) -> None:
+    inputs, there = tiny_inputs(), PlainMossImage(tiny_weights())
+    references = [] if name == "plain" else draw_references()
+    found = []
+    for sample, length in enumerate(LENGTHS):
+        own = [latents[sample, :, 0] for latents in references]
+        text, time = inputs["text"][sample, :length], inputs["timesteps"][sample]
+        found.append(there(inputs["noisy"][sample, :, 0], time, text, own, joint="joint" in name))
+    assert error_of(torch.stack(found)[:, :, None], name) < NEAR
 
 
 def test_references_that_are_remembered_give_the_same_in_each_pass() -> None:
@@ -156,6 +178,104 @@ def test_each_rule_matters() -> None:
     errors["the clock of padded texts"] = error_of(predict(model), "plain")
 
     assert {name: error for name, error in errors.items() if error < 100 * NEAR} == {}
+
+
+def behind_the_second_layer(model: MossImageModel) -> None:
+    """Put a SiLU where the released embedding of time has none."""
+    model.time_embedding[2].register_forward_hook(lambda _, __, out: nn.functional.silu(out))
+
+
+def band_major(model: MossImageModel) -> None:
+    """Put the angles of all axes of a frequency side by side."""
+
+    def make(positions: Any, device: torch.device) -> Tensor:
+        pairs = MossImageModel._make_turns(model, positions, device)
+        return pairs.unflatten(-2, (AXES, -1)).transpose(-3, -2).flatten(-3, -2)
+
+    model._make_turns = make  # type: ignore[method-assign]
+
+
+def no_places_in_refiners(model: MossImageModel) -> None:
+    """Rotate no token of the text before it joins the picture."""
+    make = model._text_rotary._make
+
+    def still(length: int, /, *, device: torch.device) -> Tensor:
+        return make(length, device=device)[:1].expand(length, -1, -1, -1)
+
+    model._text_rotary._make = still
+
+
+def references_of_the_picture_time(model: MossImageModel) -> None:
+    """Modulate references as the noisy picture."""
+
+    def embed(timesteps: Tensor, has_references: bool) -> Tensor:
+        rows = model.embed_time(timesteps)[:, :, None]
+        return torch.cat([rows] * 2, dim=2) if has_references else rows
+
+    model._embed_times = embed  # type: ignore[method-assign]
+
+
+def references_on_the_same_place(model: MossImageModel) -> None:
+    """Number all references 1."""
+    make = model._make_turns
+
+    def alike(positions: Any, device: torch.device) -> Tensor:
+        return make((positions[0].clamp(max=1), *positions[1:]), device)
+
+    model._make_turns = alike  # type: ignore[method-assign]
+
+
+def rotate_neighbours(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate channels 2j and 2j + 1 in place of j and j + D/2."""
+    cosine, sine = table.unbind(-1)
+    first, second = x[..., 0::2], x[..., 1::2]
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def attend_before(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Let each token see those before it alone."""
+    heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+
+
+def swiglu(value: Tensor, gate: Tensor) -> Tensor:
+    return nn.functional.silu(gate) * value
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("plain", behind_the_second_layer),
+        ("plain", band_major),
+        ("plain", no_places_in_refiners),
+        ("references", references_of_the_picture_time),
+        ("references", references_on_the_same_place),
+    ],
+)
+def test_a_network_with_another_rule_gives_something_else(
+    name: str, mistake: Callable[[MossImageModel], None]
+) -> None:
+    model = tiny_model()
+    mistake(model)
+    assert error_of(predict(model, has_references=name == "references"), name) > 100 * NEAR
+
+
+@pytest.mark.parametrize(
+    ("function", "mistake"),
+    [
+        ("rotate_halves", rotate_neighbours),
+        ("attend", attend_before),  # of the refiners
+        ("situ", swiglu),
+        ("VALUE_CAP", 1e6),
+        ("GATE_CAP", 1e6),
+    ],
+)
+def test_another_function_in_its_place_gives_something_else(
+    function: str, mistake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, function, mistake)
+    assert error_of(predict(tiny_model()), "plain") > 10 * NEAR
 
 
 @pytest.mark.parametrize(("value", "gate"), [(3.0, 1.0), (-60.0, 2.0), (200.0, 40.0), (5.0, -9.0)])

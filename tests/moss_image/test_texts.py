@@ -1,6 +1,8 @@
 """States of texts are those of transformers' Qwen3.5, behind the released template."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,17 @@ from torch import Tensor
 from checkpoints.opening import open_checkpoint
 from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
-from encoders.language_models import QWEN3_VL, QWEN35, load_language_model, read_language_model
+from encoders.language_models import (
+    QWEN3_VL,
+    QWEN35,
+    load_language_model,
+    read_language_model,
+)
+from encoders.picture_prompts import load_vision_tower
 from modules.errors import CheckpointError
 from moss_image.files import KEY, MOST_TOKENS, TEXT_USE
+from tests.faults.messages import succeed_here
+from tests.manifests import tensor_list, write_hollow
 from tests.tiny.language_models import layouts, qwen3_vl, qwen35, qwen_tokenizer, write_model
 from tests.tiny.moss_image import write_text_encoder
 
@@ -64,6 +74,78 @@ def test_the_template_thinks_and_has_no_system_turn(encoder: LanguageModelEncode
         (BEFORE, "<|im_end|>\n<|im_start|>assistant\n"),
     ):
         assert len(states_there(f"{before}a cat{after}")) != len(states)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pre_norm": True}, {"states": (-2,)}, {"states": (3,)}, {"thinks": False}, {"strips": False}],
+    ids=str,
+)
+def test_other_states_and_texts_are_told_from_those(
+    folder: Path, encoder: LanguageModelEncoder, change: dict[str, Any]
+) -> None:
+    """Before the norm, a layer earlier, without thinking, with white space: each would be seen."""
+    if "thinks" in change:
+        change = {"after": "<|im_end|>\n<|im_start|>assistant\n"}
+    other = LanguageModelEncoder(replace(TEXT_USE, **change), folder, torch.float32)
+    other.load(CPU)
+
+    (states,), (right,) = states_of(other, Prompt(" a cat ")), states_of(encoder, Prompt(" a cat "))
+
+    assert states.shape != right.shape or (states - right).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "least"), [({}, 0.0), ({"rotated_share": 0.5}, 1e-5), ({"theta": 1e6}, 1e-5)], ids=str
+)
+def test_a_file_without_its_configuration_rotates_as_released(
+    tmp_path: Path, encoder: LanguageModelEncoder, change: dict[str, Any], least: float
+) -> None:
+    """As ComfyUI's files are. Other facts about the model would give other states."""
+    folder = write_text_encoder(tmp_path)
+    (folder / "config.json").unlink()
+    other = LanguageModelEncoder(replace(TEXT_USE, model=replace(QWEN35, **change)), folder, torch.float32)
+    other.load(CPU)
+    (states,), (right,) = states_of(other, Prompt("a cat")), states_of(encoder, Prompt("a cat"))
+    difference = float((states - right).abs().max())
+    assert difference > least if change else difference == 0
+
+
+def test_the_released_file_fits_at_full_size(tmp_path: Path) -> None:
+    """Loading raises for every tensor that is left over; the numbers are the released configuration's."""
+    tensors, meta = tensor_list("moss-image-text-encoder"), torch.device("meta")
+    more = {"lm_head.weight": ("BF16", (248320, 4096)), "mtp.fc.weight": ("BF16", (4096, 8192))}
+    path = write_hollow(tmp_path / "model.safetensors", tensors | more)
+
+    network: Any = load_language_model(path, QWEN35, meta, torch.bfloat16)
+    tower: Any = load_vision_tower(path, QWEN35, meta, torch.bfloat16)
+
+    assert sum(weight.numel() for weight in network.parameters()) == 7_936_684_544
+    assert sum(weight.numel() for weight in tower.parameters()) == 456_010_480
+    config = network.config
+    full = [index for index, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    assert full == list(range(3, 32, 4))
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 4, 256)
+    assert (config.linear_num_key_heads, config.linear_num_value_heads) == (16, 32)
+    assert (config.linear_key_head_dim, config.linear_value_head_dim) == (128, 128)
+    rope = config.rope_parameters
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (1e7, 0.25)
+    assert list(rope["mrope_section"]) == [11, 11, 10]
+    assert (tower.config.depth, tower.config.num_heads, tower.config.patch_size) == (27, 16, 16)
+
+
+@pytest.mark.parametrize("form", ["convrot", "int8"])
+def test_a_text_encoder_in_8_bits_is_read(tmp_path: Path, encoder: LanguageModelEncoder, form: str) -> None:
+    folder = write_text_encoder(tmp_path / "text_encoder")
+    plain, small = folder / "model.safetensors", folder / "small.safetensors"
+    succeed_here("tools/quantise.py", plain, "--form", form, "--output", small, folder=tmp_path)
+    plain.unlink()
+    in_8_bits = LanguageModelEncoder(TEXT_USE, small, torch.float32)
+    in_8_bits.load(CPU)
+
+    (states,), (right,) = states_of(in_8_bits, Prompt("a cat")), states_of(encoder, Prompt("a cat"))
+
+    assert 1e-4 < (states - right).norm() / right.norm() < 0.2
 
 
 def test_texts_of_one_call_equal_each_by_itself(encoder: LanguageModelEncoder) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import tests.anima.making as anima
+import tests.fibo_2.making as fibo_2
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
@@ -41,6 +42,7 @@ import tests.tiny.lumina as tiny_lumina
 import tests.z_image.making as z_image
 from encoders.autoencoder import SCALE, SHIFT
 from tests.faults.messages import succeed_here
+from tests.moss_image.plain import PlainMossImage
 from tests.parity.running import assert_equal, training_key
 from tests.parity.training import (
     Factors,
@@ -91,6 +93,7 @@ class Training:
     tolerance: float = 1e-4  # of the largest weight
     share: float | None = None  # see `assert_descent`
     family: str = ""
+    names: Sequence[object] = ()  # options for the LoRA's names, where the usual ones are others
 
 
 def stacked(batch: Sequence[Item], name: str) -> Tensor:
@@ -178,6 +181,36 @@ def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Ten
     return found - qwen_image.pack(wanted)
 
 
+def error_of_qwen_image_layered(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Frame after frame, and behind them the picture that is taken apart, clean."""
+    sigmas = shifted(normal_share(batch, step), 2.5)
+    noisy, wanted = mixed(batch, step, sigmas)
+    source = torch.stack([item.latents for item in batch])[:, :, :1]
+    frames = torch.cat([noisy, source], dim=2).split(1, dim=2)
+    text, mask = padded(batch)
+    grid = (1, noisy.shape[-2] // 2, noisy.shape[-1] // 2)
+    velocity = dit(
+        hidden_states=torch.cat([qwen_image.pack(one) for one in frames], dim=1),
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask,
+        timestep=sigmas + 0.001,  # as the known tuner's
+        img_shapes=[[grid] * len(frames)] * len(batch),
+        additional_t_cond=torch.zeros(len(batch), dtype=torch.long),
+        return_dict=False,
+    )[0]
+    expected = torch.cat([qwen_image.pack(one) for one in wanted.split(1, dim=2)], dim=1)
+    return velocity[:, : expected.shape[1]] - expected
+
+
+def error_of_fibo_2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """The timesteps are the shares of noise in thousandths."""
+    sigmas = by_size(batch, step, side=1)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    given = {"noisy": noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
+    return fibo_2.predict_with(dit, given, references_of(batch)) - wanted
+
+
 def error_of_krea2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     sigmas = by_size(batch, step, many=6400, shift=1.15)
     noisy, wanted = mixed(batch, step, sigmas)
@@ -207,6 +240,27 @@ def error_of_qwen_image_21(dit: nn.Module, batch: Sequence[Item], step: int) -> 
     timesteps = 1000 * sigmas + 1  # as the known tuner's
     given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask, "slots": slots}
     return qwen_image_21.predict_with(dit, given, references_of(batch)) - wanted
+
+
+def moss_levels(batch: Sequence[Item], step: int) -> Tensor:
+    """The report's: one draw of a hundred is even, the others logit-normal, cut at 0.95 and stretched."""
+    edges = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    below = torch.special.ndtr((torch.logit(0.95 * edges) - 1.09) / 0.95)
+    numbers = uniform_of(batch, step)
+    even = torch.searchsorted(edges, numbers / 0.01)
+    others = torch.searchsorted(below / below[-1], (numbers - 0.01) / 0.99)
+    return (torch.where(numbers < 0.01, even, others) + 1).float() / 1000
+
+
+def error_of_moss_image(dit: nn.Module, batch: Sequence[Item], step: int, joint: bool = False) -> Tensor:
+    """Each by itself, as there is no padding then. joint: references see the picture and the text too."""
+    sigmas = moss_levels(batch, step)
+    noisy, wanted = mixed(batch, step, sigmas)
+    references, found = [each[:, :, 0] for each in references_of(batch)], []
+    for index, item in enumerate(batch):
+        own = [each[index] for each in references]
+        found.append(dit(noisy[index, :, 0], 1000 * sigmas[index], item.text, own, joint))
+    return torch.stack(found) - wanted[:, :, 0]
 
 
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -496,6 +550,30 @@ CASES: dict[str, Training] = {
         network=partial(qwen_image.in_diffusers, clean_references=True),
         change=two_references_of_other_sizes,
     ),
+    "qwen_image layered": Training(
+        "qil",
+        **{
+            **QWEN,
+            "error": error_of_qwen_image_layered,
+            "options": ("--timestep_sampling", "shift", "--discrete_flow_shift", 2.5),
+        },
+        network=partial(qwen_image.in_diffusers, layered=True),
+    ),
+    **{
+        name: Training(
+            *("fibo", "fibo_states", 20.0),
+            options=("--timestep_sampling", "flux_shift"),
+            network=fibo_2.in_diffusers,
+            parts=linears_in("layers.", "noise_refiner.", "perceiver."),
+            error=error_of_fibo_2,
+            change=change,
+            share=1e-9,  # queries and keys of the gist tokens move the picture little
+        )
+        for name, change in {
+            "fibo_2": partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+            "fibo_2 edit": keep_sizes,
+        }.items()
+    },
     "krea2": Training(
         *("kr2", "krea2_vl_embed", 20.0),
         options=("--timestep_sampling", "krea2_shift"),
@@ -529,6 +607,23 @@ CASES: dict[str, Training] = {
             unused=0 if "edit" in name else 0,
         )
         for name in ("qwen_image_21", "qwen_image_21 edit")
+    },
+    **{
+        f"moss_image{kind}": Training(
+            *("moss", "qwen3_5_embed", 20.0),
+            options=options,
+            network=PlainMossImage,
+            parts=linears_in("layers."),
+            error=partial(error_of_moss_image, joint=bool(options)),
+            change=change,
+            names=("--lora_format", "known"),
+            family="moss_image",
+        )
+        for kind, options, change in (
+            ("", (), partial(write_caption, "picture 1", LONG)),  # captions of unequal lengths
+            (" edit", (), edits_of_two),
+            (" edit, joint", ("--joint_references",), edits_of_two),
+        )
     },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
@@ -577,7 +672,7 @@ def version_of(name: str) -> Sequence[str]:
 def train(folder: Path, name: str, *more: object) -> Path:
     """Train two steps of descent; the transformer's file."""
     case, family = CASES[name], family_called(CASES[name].family or name)
-    words = [*family.train, *descent(case.rate), *case.options, *version_of(name), *more]
+    words = [*family.train, *descent(case.rate), *case.options, *case.names, *version_of(name), *more]
     succeed_here(*words, folder=folder)
     return folder / "model" / "dit.safetensors"
 

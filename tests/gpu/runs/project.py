@@ -34,7 +34,7 @@ EXPERTS = "wan t2v-A14B"
 # of which all but the last have blocks enough to swap
 DEEP = (
     *("wan t2v-1.3B", EXPERTS, "hunyuan_video", "framepack", "flux", "hunyuan_image", "lumina"),
-    *("flux_3", "qwen_image_21"),
+    *("flux_3", "qwen_image_21", "moss_image"),
 )
 OTHERS = ("wan i2v-14B", "wan ti2v-5B", "skyreels i2v", "framepack one frame", "chroma")
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "flux_3"}  # of blocks, or more

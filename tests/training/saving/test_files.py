@@ -1,5 +1,6 @@
 """Names, times and retention of saved files; a new training keeps what an earlier one left."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints.shard_options import INDEX, MODEL
+from checkpoints.shards import SavedForm
+from contract.loading import TensorInfo
 from modules.errors import OptionError, OutputError, UserError
 from tests.commands import ROOT
 from tests.run_pages import find_run_page
@@ -119,6 +123,96 @@ def test_what_a_kill_left_behind_goes_with_the_next_save(written: Written) -> No
     saver.save_step(8)
 
     assert written.names() == [others, *of_steps(8)]
+
+
+MODEL_OF = {f"w.{number}": torch.full((300,), float(number)) for number in range(3)}  # 1200 bytes each
+FACTS = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in MODEL_OF.items()}
+IN_SHARDS = SavedForm(1500)
+
+
+def write_shards(path: Path, times: float = 1.0) -> None:
+    IN_SHARDS.write(path, FACTS, lambda name: times * MODEL_OF[name], {})
+
+
+def read_shards(folder: Path) -> dict[str, float]:
+    """The first number of each tensor, where the index says that it is."""
+    places = json.loads((folder / f"{MODEL}{INDEX}").read_text(encoding="utf-8"))["weight_map"]
+    assert len(set(places.values())) == len(MODEL_OF)
+    return {name: float(load_file(folder / file)[name][0]) for name, file in places.items()}
+
+
+@pytest.mark.parametrize("words", ["--save_every_n_steps 1 --save_last_n_steps 1", "--save_last_n_epochs 2"])
+def test_models_in_folders_expire_with_all_their_files(tmp_path: Path, words: str) -> None:
+    """Averages and states too; folders of other names stay."""
+    other = tmp_path / "x-step2"
+    write_shards(other)
+    options = toy.toy_options(tmp_path, *words.split(), "--save_state").saving
+    saver = Saver(
+        *(options, Names(tmp_path, "x", ending="")),
+        write_file=lambda _, path: write_shards(path),
+        write_state=lambda folder: folder.mkdir(),
+        publisher=None,
+        write_average=lambda _, path: write_shards(path, 2.0),
+    )
+
+    for number in range(1, 6):
+        saver.save_step(number) if "steps" in words else saver.save_epoch(number)
+
+    kept = ["x-step00000004", "x-step00000005"] if "steps" in words else ["x-000004", "x-000005"]
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {other.name, *(f"{name}{end}" for name in kept for end in ("", "-ema", "-state"))}
+    assert read_shards(tmp_path / kept[0]) == {"w.0": 0.0, "w.1": 1.0, "w.2": 2.0}
+    assert read_shards(tmp_path / f"{kept[0]}-ema") == {"w.0": 0.0, "w.1": 2.0, "w.2": 4.0}
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from checkpoints import shards
+from modules import atomic_write
+from tests.training.saving.test_files import write_shards
+
+path, moment = Path(sys.argv[1]), sys.argv[2]
+replace, write, calls = os.replace, shards.stream_tensors, []
+
+def write_or_die(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os._exit(9)
+    write(*arguments)
+
+def replace_or_die(source, target):
+    if target == path:
+        os._exit(9)
+    replace(source, target)
+
+if moment == "a file":
+    shards.stream_tensors = write_or_die
+elif moment == "the index":
+    shards.write_text = lambda *_: os._exit(9)
+else:
+    os.replace = replace_or_die
+write_shards(path, 3.0)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["a file", "the index", "the last name"])
+def test_a_kill_while_shards_are_saved_leaves_the_earlier_folder(tmp_path: Path, moment: str) -> None:
+    """Between its two names, the earlier one is back as soon as a training looks for it."""
+    path = tmp_path / "x"
+    write_shards(path)
+
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, moment], cwd=ROOT, check=False)
+
+    assert killed.returncode == 9
+    assert path.exists() == (moment != "the last name")
+    assert len(list(tmp_path.iterdir())) > 1
+    assert find_latest(tmp_path, "x") is None  # it finishes what the killed run has left
+    assert read_shards(path) == {"w.0": 0.0, "w.1": 1.0, "w.2": 2.0}
+    write_shards(path, 3.0)
+    assert read_shards(path) == {"w.0": 0.0, "w.1": 3.0, "w.2": 6.0}
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize(
