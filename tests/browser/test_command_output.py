@@ -82,7 +82,8 @@ def test_a_file_is_linked_in_a_translated_line_too(tmp_path: Path) -> None:
 
 
 def test_a_linked_file_stands_within_its_line(tmp_path: Path) -> None:
-    line = '<li>tiny: <a href="#captions" class="find">a.png</a>, <a href="#captions" class="find">b.png</a></li>'
+    files = [f'<a href="#captions" class="find">{name}</a>' for name in ("a.png", "b.png")]
+    line = f"<li>tiny: {', '.join(files)}</li>"
     page_path = tmp_path / "page.html"
     page_path.write_text(f'<style>{SHEET}</style><ul class="lines said">{line}</ul>', encoding="utf-8")
     with open_page(page_path) as page:
