@@ -233,7 +233,8 @@ class SharePages:
             name=run.name,
             has_sections=False,  # no training pictures are named
         )
-        values |= {"commands": (), "makes_samples": True, "memory": translate_memory(story.memory)}
+        values |= {"is_shared": True, "commands": (), "makes_samples": True}
+        values["memory"] = translate_memory(story.memory)
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # a page itself cannot say who may frame it
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
