@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from blissful_tuner.metadata import find_other_maker
 from checkpoints.model_files import load_latents
 from contract.data import LatentSpec, MediaEncoders
 from contract.family import Family
@@ -246,8 +247,8 @@ def _load_saved_latents(
     only_shape: see `load_latents`.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
-    model = saved.metadata.get("bt_model_type")
-    if model is not None and model not in rules.latents_of:
+    model = find_other_maker(saved.metadata, rules.latents_of)
+    if model:
         raise CheckpointError(
             f"{_name_source(source)}: the latents were made by {model}, whose latents mean something else to "
             f"{rules.who}. Decode them with that model's script, and give the video to --video_path",

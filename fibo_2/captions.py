@@ -126,6 +126,17 @@ def write_edit(text: str) -> WrittenCaption:
     return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])
 
 
+def has_drawn_texts(text: str) -> bool:
+    """Return whether a caption names texts that the release's pipeline draws for the text encoder."""
+    caption = read_caption(text) or {}
+    inner = caption.get(CAPTION, caption)
+    entries = inner.get(TEXTS) if isinstance(inner, dict) else None
+    return any(
+        isinstance(entry, dict) and _is_text(entry.get("text"))
+        for entry in (entries if isinstance(entries, list) else ())
+    )
+
+
 def _wrap_plain(key: str, text: str) -> WrittenCaption:
     return WrittenCaption(write_json({key: text}), f'{{"{key}":"', is_plain=True)
 

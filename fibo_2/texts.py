@@ -15,7 +15,7 @@ from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_to
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse
 from encoders.text_encoder import Written
-from fibo_2.captions import WrittenCaption, write_caption, write_edit, write_json
+from fibo_2.captions import TEXTS, WrittenCaption, has_drawn_texts, write_caption, write_edit, write_json
 from fibo_2.configs import STATES
 from fibo_2.references import read_shown, shrink
 from krea2.files import BESIDE
@@ -60,6 +60,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
     def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
         super().__init__(use, path, *settings, **named_settings)
         self._has_told = False  # how plain texts are encoded
+        self._has_warned = False  # of texts that are not drawn
 
     def write(self, prompt: Prompt) -> Written:
         """Write a caption or prompt as JSON; a negative one stays as it is.
@@ -71,6 +72,8 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         caption = write_edit(prompt.text) if prompt.pictures else write_caption(prompt.text)
         if caption.is_plain:
             self._tell_plain(caption)
+        elif has_drawn_texts(prompt.text):
+            self._warn_of_texts(prompt.text)
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
         if not prompt.pictures:
             return written
@@ -86,6 +89,16 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             logger.info(
                 "plain texts are encoded as JSON, which the model was trained on, such as %s",
                 shorten(caption.text, 120),
+            )
+
+    def _warn_of_texts(self, text: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s of %s: the release's pipeline also shows drawings of these texts to the text encoder; "
+                "here it reads the words alone, so that letters come out less surely",
+                TEXTS,
+                shorten(text, 60),
             )
 
     def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
+from blissful_tuner.metadata import (
+    find_other_maker,
+    read_decoded_metadata,
+    read_frame_rate,
+    read_shown,
+    read_stored_seed,
+)
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
@@ -157,6 +163,13 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     if channels != family.latent.channels:
         raise CheckpointError(
             f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
+            path,
+        )
+    model = find_other_maker(saved.metadata, family.source.latents_of)
+    if model:
+        raise CheckpointError(
+            f"--latent_path {path}: the latents were made by {model}, whose latents mean something else to "
+            f"{family.source.who}. Decode them with the script, the release and the VAE that made them",
             path,
         )
     if saved.sound is not None:

@@ -142,13 +142,9 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
     ordered = sorted(places, key=lambda relative: _start_of(places[relative]))
-    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
-    if is_plain and len(present) > 1 and sum(present.values()) == whole_height:
-        # parts that were joined get their own factors back
-        blocks = diagonal_blocks(factors[UP], [present[relative] for relative in ordered])
-        if blocks is not None:
-            parts = cut_blocks(factors, blocks)
-            return {OURS + relative.name: part for relative, part in zip(ordered, parts, strict=True)}
+    parts = joined_blocks(factors, [present[relative] for relative in ordered])
+    if parts:
+        return {OURS + relative.name: part for relative, part in zip(ordered, parts, strict=True)}
     for relative, rows in places.items():
         piece = _part_of(delta, rows)
         if piece is None:
@@ -157,11 +153,26 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     return pieces
 
 
+def joined_blocks(factors: Factors, heights: Sequence[int]) -> list[Factors]:
+    """Return the LoRAs that one of several parts was joined from; [] of one that was trained as a whole.
+
+    heights: rows of the parts.
+    """
+    is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
+    if not is_plain or len(heights) < 2:
+        return []
+    blocks = diagonal_blocks(factors[UP], heights)
+    return [] if blocks is None else cut_blocks(factors, blocks)
+
+
 def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
     """Return the LoRA of each block of a block-diagonal up factor."""
     downs = factors[DOWN].chunk(len(blocks))
+    pieces: list[Factors] = [{DOWN: down, UP: up} for down, up in zip(downs, blocks, strict=True)]
+    if "alpha" not in factors:
+        return pieces
     alpha = torch.tensor(strength(factors) * (len(factors[DOWN]) // len(blocks)))
-    return [{DOWN: down, UP: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
+    return [{**piece, "alpha": alpha} for piece in pieces]
 
 
 def _height_to_cut(delta: Delta) -> int | None:

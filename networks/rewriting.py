@@ -21,6 +21,7 @@ from networks.deltas import LORA, OF_BIAS, SET, strength
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.module_names import count_parts
+from networks.parts import joined_blocks
 from networks.tensor_names import FACTORS, split_end
 
 _XLABS = re.compile(
@@ -98,6 +99,7 @@ def _in_flux(match: re.Match[str]) -> list[str]:
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
+    A LoRA that was joined from theirs, with a block-diagonal up factor, is theirs again, of their rank.
     Layers whose change is not a matrix, or whose factors do not fit it, stay whole.
     """
     apart = dict(tensors)
@@ -111,9 +113,10 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"{layer.start}to_{layer.name}."
         ends = {part: key.removeprefix(prefix) for part, key in keys.items()}
         first = 0
-        for part, height in zip(_FUSED_PARTS[layer.name], heights, strict=True):
-            piece = read_delta(factors).part(first, first + height)
-            for name, tensor in piece.factors.items():
+        blocks = joined_blocks(factors, heights)
+        for index, (part, height) in enumerate(zip(_FUSED_PARTS[layer.name], heights, strict=True)):
+            piece = blocks[index] if blocks else read_delta(factors).part(first, first + height).factors
+            for name, tensor in piece.items():
                 end = ends.get(name, name)
                 apart[f"{layer.start}{part}.{end}"] = tensor
             first += height

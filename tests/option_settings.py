@@ -446,6 +446,10 @@ SETTINGS: dict[str, Setting] = {
         )
         for name in names
     },
+    "fibo_2_generate_image.py.mask_path": Setting(
+        ("mask.png",), also=("--control_image_path", "mask.png"), family="fibo_2 edit"
+    ),
+    "distilled_dit": Setting(("model/other.safetensors",), also=PROMPTS),
     # the whole transformer
     "trainable_modules": Setting(("attn",)),
     "dit_variant": Setting(("turbo",), also=PROMPTS),

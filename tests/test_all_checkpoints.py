@@ -136,7 +136,7 @@ KINDS = {
             *("moss_image", moss_image.files, tiny_moss_image, dit("a MOSS-Image")),
             (*SHARED, "comfyui"),
         ),
-        Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui")),
+        Kind("fibo_2", fibo_2.files, tiny_fibo_2, dit("a Fibo 2.0"), (*SHARED, "comfyui", "early")),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(

@@ -12,7 +12,7 @@ import convert_lora
 import merge_lora
 from fibo_2.names import FIBO_2
 from networks.formats import KNOWN, LoraFormat
-from tests.fibo_2.making import diffusers_model, tiny_model
+from tests.fibo_2.making import in_diffusers, tiny_model
 from tests.tiny.fibo_2 import in_comfyui_names, tiny_state
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.loras import make_lora
@@ -93,7 +93,7 @@ def test_comfyui_has_every_module_of_its_layout_once(known: Path) -> None:
 @torch.no_grad()
 def test_diffusers_loads_every_module(known: Path) -> None:
     """Its loader converts nothing: the network changes as by our merge."""
-    there = diffusers_model()
+    there = in_diffusers(tiny_state())
     state = load_file(convert(known, "diffusers"))
     BriaFibo2LoraLoaderMixin.load_lora_into_transformer(state, there)
     there.fuse_lora()

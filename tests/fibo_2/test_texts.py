@@ -13,13 +13,13 @@ from torch import Tensor
 
 from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
-from fibo_2.captions import NULL
-from fibo_2.configs import PLACES, STATES
+from fibo_2.captions import NULL, has_drawn_texts
+from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
 from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
 from modules.errors import MediaError, OptionError
+from tests.fibo_2.making import bundles_there
 from tests.tiny.fibo_2 import write_text_encoder
-from tests.tiny.language_models import qwen3_vl, qwen_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -30,30 +30,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> LanguageModelEncoder:
     loaded = Fibo2TextEncoder(TEXT_USE, folder, torch.float32)
     loaded.load(CPU)
     return loaded
-
-
-class Inputs(dict[str, Tensor]):
-    """What a processor returns."""
-
-    def to(self, device: Any) -> "Inputs":
-        return self
-
-    def __getattr__(self, name: str) -> Tensor:
-        return self[name]
-
-
-def read_there(text: list[str], **_: Any) -> Inputs:
-    """Stand in for the processor, for one text without pictures."""
-    ids = torch.tensor([qwen_tokenizer().encode(text[0], add_special_tokens=False).ids])
-    return Inputs(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-
-@torch.no_grad()
-def bundles_there(text: str) -> Tensor:
-    network = qwen3_vl(layers=STATES[-1] + 1)
-    bundles, _ = BriaFibo2Pipeline._get_qwen_prompt_embeds(network, read_there, text, device=CPU)
-    found: Tensor = bundles[0]
-    return found
 
 
 def bundles_here(encoder: LanguageModelEncoder, prompt: Prompt) -> Tensor:
@@ -135,3 +111,30 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
 def test_crops_cover(tmp_path: Path) -> None:
     frame = np.zeros((50, 70, 3), np.uint8)
     assert crop_cover(frame, (32, 48)).shape == (48, 32, 3)
+
+
+def test_texts_that_are_not_drawn_are_told_once(
+    encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = (
+        '{"short_description":"a sign","text_render":[]}',
+        "text_render",
+        '{"text_render":[{"text":""}]}',
+    )
+    for text in silent:
+        encoder.write(Prompt(text))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    drawn = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'
+    for _ in range(2):
+        encoder.write(Prompt(drawn))
+
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned.startswith("text_render of {")
+    assert "reads the words alone" in warned
+
+
+def test_texts_of_an_edit_are_told_too(encoder: LanguageModelEncoder) -> None:
+    text = '{"structured_caption":{"text_render":[{"text":"SALE"}]},"edit_instruction":"add a sign"}'
+    assert has_drawn_texts(text)
+    assert not has_drawn_texts('{"edit_instruction":"add a sign"}')

@@ -54,8 +54,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 CASES: list[tuple[TinyDit, dict[str, Any]]] = [
-    # of Fibo 2.0 keys and values, which ComfyUI stacks, have the rank of both: tests/fibo_2/test_loras.py
-    *((tiny, {}) for tiny in ONE_EACH if tiny.name != "fibo_2"),
+    *((tiny, {}) for tiny in ONE_EACH),
     *((tiny, {"split_qkv": "True"}) for tiny in ONE_EACH if tiny.lora in {"lora_flux", "lora_lumina"}),
     (dit_called("flux dev"), {"img_attn_dim": "8"}),  # two ranks, so that alpha / rank differs
 ]

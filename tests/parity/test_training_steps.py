@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import tests.anima.making as anima
+import tests.fibo_2.making as fibo_2
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
 import tests.flux_3.making as flux_3
@@ -178,6 +179,36 @@ def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Ten
     given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask}
     found = qwen_image.predict_with(dit, given, references_of(batch))  # type: ignore[arg-type]
     return found - qwen_image.pack(wanted)
+
+
+def error_of_qwen_image_layered(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Frame after frame, and behind them the picture that is taken apart, clean."""
+    sigmas = shifted(normal_share(batch, step), 2.5)
+    noisy, wanted = mixed(batch, step, sigmas)
+    source = torch.stack([item.latents for item in batch])[:, :, :1]
+    frames = torch.cat([noisy, source], dim=2).split(1, dim=2)
+    text, mask = padded(batch)
+    grid = (1, noisy.shape[-2] // 2, noisy.shape[-1] // 2)
+    velocity = dit(
+        hidden_states=torch.cat([qwen_image.pack(one) for one in frames], dim=1),
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask,
+        timestep=sigmas + 0.001,  # as the known tuner's
+        img_shapes=[[grid] * len(frames)] * len(batch),
+        additional_t_cond=torch.zeros(len(batch), dtype=torch.long),
+        return_dict=False,
+    )[0]
+    expected = torch.cat([qwen_image.pack(one) for one in wanted.split(1, dim=2)], dim=1)
+    return velocity[:, : expected.shape[1]] - expected
+
+
+def error_of_fibo_2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """The timesteps are the shares of noise in thousandths."""
+    sigmas = by_size(batch, step, side=1)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    given = {"noisy": noisy, "timesteps": 1000 * sigmas, "text": text, "text_mask": mask}
+    return fibo_2.predict_with(dit, given, references_of(batch)) - wanted
 
 
 def error_of_krea2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -519,6 +550,30 @@ CASES: dict[str, Training] = {
         network=partial(qwen_image.in_diffusers, clean_references=True),
         change=two_references_of_other_sizes,
     ),
+    "qwen_image layered": Training(
+        "qil",
+        **{
+            **QWEN,
+            "error": error_of_qwen_image_layered,
+            "options": ("--timestep_sampling", "shift", "--discrete_flow_shift", 2.5),
+        },
+        network=partial(qwen_image.in_diffusers, layered=True),
+    ),
+    **{
+        name: Training(
+            *("fibo", "fibo_states", 20.0),
+            options=("--timestep_sampling", "flux_shift"),
+            network=fibo_2.in_diffusers,
+            parts=linears_in("layers.", "noise_refiner.", "perceiver."),
+            error=error_of_fibo_2,
+            change=change,
+            share=1e-9,  # queries and keys of the gist tokens move the picture little
+        )
+        for name, change in {
+            "fibo_2": partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+            "fibo_2 edit": keep_sizes,
+        }.items()
+    },
     "krea2": Training(
         *("kr2", "krea2_vl_embed", 20.0),
         options=("--timestep_sampling", "krea2_shift"),

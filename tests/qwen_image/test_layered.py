@@ -8,13 +8,16 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.data import CONTROL, Batch, MediaBatch
 from contract.requests import Prepared, Request
 from contract.steps import Tweaks
+from generation.run import check_latents
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageReleaseFiles
 from qwen_image.layered import QwenImageLayered
 from qwen_image.model import QwenImageModel
@@ -196,3 +199,22 @@ def test_layers_are_written_with_what_they_show_together(tmp_path: Path) -> None
     alone = write_layers(tmp_path, "b", [plain(200, 0), plain(100, 51)], False, {})
     assert [path.name for path in alone] == ["b_layer1.png", "b_layer2.png", "b_composite.png"]
     assert numpy.array(Image.open(alone[-1]))[0, 0].tolist() == [100, 100, 100, 51]
+
+
+def test_latents_of_layers_and_of_plain_pictures_are_not_mixed_up(
+    family: QwenImageLayered, files: TinyModel, tmp_path: Path
+) -> None:
+    plain = QwenImage(QwenImageReleaseFiles(files.dit))
+
+    def write(model: str | None) -> Path:
+        path = tmp_path / f"{model}.safetensors"
+        metadata = {} if model is None else {"bt_model_type": model}
+        save_file({"latent": torch.zeros(16, 3, 4, 4)}, path, metadata)
+        return path
+
+    with pytest.raises(CheckpointError, match="made by qwen_image_layered(.|\n)*to Qwen-Image"):
+        check_latents(plain, write("qwen_image_layered"))
+    with pytest.raises(CheckpointError, match="made by qwen_image,(.|\n)*to Qwen-Image-Layered"):
+        check_latents(family, write("qwen_image"))
+    for taken, model in ((plain, "qwen_image"), (family, "qwen_image_layered"), (family, None)):
+        assert check_latents(taken, write(model)).latents.shape == (1, 16, 3, 4, 4)

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
+from PIL import Image
+
 from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny.anima import write_tiny_anima
@@ -270,6 +273,19 @@ def write_references(folder: Path, endings: Sequence[str] = ("",)) -> None:
     write_image(folder / "start.png", 64, 48)
 
 
+def write_layers(folder: Path) -> None:
+    """Two layers of each of four pictures, transparent at their left, and a picture to take apart."""
+    for index in range(4):
+        for number in (1, 2):
+            pixels = numpy.full((48, 48, 4), 60 * index + 20 * number, numpy.uint8)
+            pixels[..., 3] = 255
+            pixels[:, : 12 * number, 3] = 0
+            Image.fromarray(pixels).save(folder / "clips" / f"picture {index}_{number}.png")
+    with (folder / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("multiple_target = true\n")
+    write_image(folder / "start.png", 64, 48)
+
+
 def _kontext() -> TinyFamily:
     """FLUX.1 Kontext, which learns and makes edits of a reference; it keeps its small size."""
 
@@ -368,6 +384,24 @@ def _qwen_image(version: str = "") -> TinyFamily:
         release=["--model_version", version] if version else [],
         making=["--control_image_path", "start.png", "--resize_control_to_official_size"] if version else [],
         line="--ci start.png" * bool(version),
+        train_whole="qwen_image_train.py",
+    )
+
+
+def _qwen_image_layered() -> TinyFamily:
+    """Qwen-Image-Layered, which takes pictures apart into two layers."""
+
+    def write(folder: Path) -> None:
+        write_tiny_qwen_image(folder / "model", layered=True)
+        write_layers(folder)
+
+    return _pictures(
+        *("qwen_image layered", "qwen_image", "lora_qwen_image", write),
+        vae=VAE,
+        texts=TEXTS,
+        release=["--model_version", "layered"],
+        making=["--control_image_path", "start.png", "--output_layers", "2"],
+        line="--ci start.png --f 2",
         train_whole="qwen_image_train.py",
     )
 
@@ -538,13 +572,15 @@ FAMILIES = (
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
+# its tests are its own, tests/qwen_image/test_layered_way.py: it makes several files of a request
+LAYERED = _qwen_image_layered()
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext", "flux_2"}  # of blocks
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})
 
 
 def family_called(name: str) -> TinyFamily:
-    """One of FAMILIES."""
-    return next(each for each in FAMILIES if each.name == name)
+    """One of FAMILIES, or LAYERED."""
+    return next(each for each in (*FAMILIES, LAYERED) if each.name == name)
 
 
 def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips) -> None:

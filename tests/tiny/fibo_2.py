@@ -82,10 +82,12 @@ def in_early_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_dit(
     folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "fibo2_dev"
 ) -> Path:
-    """Write a transformer in a layout of `write_dialect`, or "comfyui". Returns what --dit is given."""
+    """Write a transformer in a layout of `write_dialect`, "comfyui" or "early"; what --dit is given."""
     folder.mkdir(parents=True, exist_ok=True)
     if dialect == "comfyui":
         return save(folder / f"{name}.safetensors", in_comfyui_names(state))
+    if dialect == "early":
+        return save(folder / f"{name}.safetensors", in_early_names(state))
     return write_dialect(folder / f"{name}.safetensors", state, dialect, dict)
 
 
