@@ -444,11 +444,13 @@ def _warn_of_unused_options(
     rescaling = f"--guidance_rescale {options.guidance_rescale:g}"
     perpendicular = f"--perp_neg {options.perp_neg or 0:g}"
     embedded = "--disable_embedded_for_cfg"
+    negative_skips = prepared.rules.negative_skips
     is_given = {
         layers: bool(options.skipped_layers),
         rescaling: options.guidance_rescale != 0,
         perpendicular: options.perp_neg is not None,
         embedded: options.disable_embedded_for_cfg,
+        negative_skips.option: bool(negative_skips.option),
     }
     negatives = [texts.negative for texts in prepared.prompts.values()]
     has_negative_text = any(negative is not None and negative.text for negative in negatives)
@@ -461,6 +463,7 @@ def _warn_of_unused_options(
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
         if not has_negative_text:
             reasons[perpendicular] = "the negative prompt is empty"
+        reasons[negative_skips.option] = f"it acts in none of the {prepared.num_steps} steps"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"
     for option, reason in reasons.items():

@@ -21,7 +21,7 @@ from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, MODEL_FOLDER, MaskOptions
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOUR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
@@ -204,8 +204,10 @@ class MaskMakingPages:
         finder = fields.get("finder", WORDS)
         if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
-        if finder == COLOUR and not fields.get("colour", "").strip():
-            raise OptionError(say("Type the colour to find, such as 00ff00 for green."))
+        if finder == COLOUR and not IS_COLOUR.fullmatch(fields.get("colour", "").strip()):
+            raise OptionError(
+                say("Type the colour to find in six hexadecimal digits, such as 00ff00 for green.")
+            )
         network = self.name_network(finder)
         if not tries and network and not fields.get("model", "").strip() and not Path(network).exists():
             raise OptionError(say("%(missing)s is missing: load the model first (Models).", missing=network))

@@ -27,7 +27,6 @@ from browser.printed_lines import translate_memory
 from browser.responses import (
     Form,
     answer_form,
-    answer_message,
     answer_not_found,
     answer_page,
     answer_text,
@@ -234,7 +233,8 @@ class SharePages:
             name=run.name,
             has_sections=False,  # no training pictures are named
         )
-        values |= {"commands": (), "makes_samples": True, "memory": translate_memory(story.memory)}
+        values |= {"is_shared": True, "commands": (), "makes_samples": True}
+        values["memory"] = translate_memory(story.memory)
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # a page itself cannot say who may frame it
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
@@ -256,8 +256,11 @@ class SharePages:
 
     # ---- for the user
 
-    def render(self, run_id: str, origin: str, is_open: bool = False) -> str:
-        """Return the part of a run's page that shares it. origin: by which the page is reached."""
+    def render(self, run_id: str, origin: str, is_open: bool = False, refused: str = "") -> str:
+        """Return the part of a run's page that shares it.
+
+        origin: by which the page is reached. refused: why no link was made.
+        """
         settings = self.site.settings
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
@@ -268,6 +271,7 @@ class SharePages:
             "days": USUAL_DAYS,
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
+            "refused": refused,
         }
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
@@ -289,7 +293,8 @@ class SharePages:
             else:
                 self.shares.add(run_id, read_days(form), read_session(run.history))
         except (UserError, OSError) as error:
-            return answer_message(str(error), is_refused=True)
+            shown = self.render(run_id, self.find_origin(request), is_open=True, refused=str(error))
+            return answer_page(shown, 422)
         return answer_page(self.render(run_id, self.find_origin(request), is_open=True))
 
 

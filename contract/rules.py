@@ -108,6 +108,7 @@ class NegativeSkips:
     blocks: frozenset[int] = frozenset()
     start: float = 0.0
     end: float = 1.0
+    option: str = ""  # that asks for it, for messages; "": none does
 
     def acts(self, index: int, num_steps: int) -> bool:
         """Return whether a step leaves them out. index: from 0."""

@@ -181,7 +181,10 @@ class MossImage(pictures.ModelOfPictures):
                 f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the blocks "
                 f"0 to {(count or 1) - 1}"
             )
-        return NegativeSkips(blocks - frozenset(missing), self.skips.start, self.skips.end)
+        start, end = self.skips.start, self.skips.end
+        is_asked = blocks and not (is_usual and (start, end) == (0, 1))
+        option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}" if is_asked else ""
+        return NegativeSkips(blocks - frozenset(missing), start, end, option)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""

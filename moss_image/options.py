@@ -100,6 +100,7 @@ class MossImageTrainingOptions(MossImageModelOptions, title=NAME):
 
     def __post_init__(self) -> None:
         read_blocks(self.negative_skip_blocks)
+        check_window(self.negative_skip_start, self.negative_skip_end)
 
 
 class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
@@ -119,6 +120,7 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
 
     def __post_init__(self) -> None:
         read_blocks(self.negative_skip_blocks)
+        check_window(self.negative_skip_start, self.negative_skip_end)
 
 
 def read_blocks(text: str) -> frozenset[int]:
@@ -132,6 +134,15 @@ def read_blocks(text: str) -> frozenset[int]:
             f"such as {SKIPPED}, or {NO_BLOCKS}"
         )
     return frozenset(map(int, words))
+
+
+def check_window(start: float, end: float) -> None:
+    """Raise OptionError if the share of the steps at which the skipping begins is not below its end."""
+    if start >= end:
+        raise OptionError(
+            f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
+            f"block, give --negative_skip_blocks {NO_BLOCKS}"
+        )
 
 
 def check_schedule(name: str) -> str:

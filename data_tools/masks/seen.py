@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.masks.options import COLOUR
+from data_tools.masks.options import IS_COLOUR
 from data_tools.masks.shaping import Values
 from modules.control_codes import shorten
 from modules.devices import choose_device
@@ -163,7 +163,7 @@ class ColourFinder:
 
 def make_colour_finder(text: str, distance: float) -> ColourFinder:
     """Return the finder of a colour. text: six hexadecimal digits, as the options have checked."""
-    digits = COLOUR.fullmatch(text)
+    digits = IS_COLOUR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])
     return ColourFinder((red / 255, green / 255, blue / 255), distance)

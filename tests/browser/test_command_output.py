@@ -7,6 +7,8 @@ import pytest
 from browser.command_output import find_command, read_changes, read_output_lines
 from browser.jobs import Job
 from modules.pages.language import Language, speaking
+from modules.pages.page import SHEET
+from tests.chromium import open_page
 
 NAMES = ["a.png", "aa.png", "b c.mp4", "bad.png"]
 
@@ -77,6 +79,18 @@ def test_a_file_is_linked_in_a_translated_line_too(tmp_path: Path) -> None:
             ("b c.mp4", True),
             ("低于256像素", False),
         ]
+
+
+def test_a_linked_file_stands_within_its_line(tmp_path: Path) -> None:
+    files = [f'<a href="#captions" class="find">{name}</a>' for name in ("a.png", "b.png")]
+    line = f"<li>tiny: {', '.join(files)}</li>"
+    page_path = tmp_path / "page.html"
+    page_path.write_text(f'<style>{SHEET}</style><ul class="lines said">{line}</ul>', encoding="utf-8")
+    with open_page(page_path) as page:
+        tops = page.evaluate(
+            "[...document.querySelectorAll('a')].map((link) => link.getBoundingClientRect().top)"
+        )
+    assert tops[0] == tops[1]
 
 
 def test_only_a_printed_command_can_be_run(tmp_path: Path) -> None:

@@ -39,10 +39,8 @@ def write_hostile_run(folder: Path, name: str, ending: str | None) -> None:
     changed = [["sample_prompts", EVIL], ["output_dir", EVIL], [EVIL, EVIL], ["dit", EVIL]]
     process = describe_process() if ending is None else {}
     history.add(0, started={**facts, "changed": changed, "unchanged": [[EVIL, EVIL]], "process": process})
-    commands = [
-        {"title": EVIL, "bash": f"python wan_generate_video.py --task t2v-1.3B --prompt '{EVIL[:30]}'"}
-    ]
-    history.add(0, commands=commands)
+    typed = f"python wan_generate_video.py --task t2v-1.3B --prompt '{EVIL[:30]}'"
+    history.add(0, commands=[[EVIL, typed, typed, EVIL, EVIL]])
     history.add(1, loss=1.0, rates={EVIL: 1e-4}, seconds=1.0)
     history.add(1, samples="000001", files={"0": f"{name}_1.png"}, prompts={"0": EVIL})
     history.add(1, saved=f"{name}.safetensors")

@@ -454,6 +454,7 @@ def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
         ("write", {}, "Type what to find"),
         ("write", {"what": "a cat"}, "load the model first"),
         ("write", {"finder": "colour"}, "Type the colour to find"),
+        ("write", {"finder": "colour", "colour": "green"}, "in six hexadecimal digits"),
         (
             "write",
             {"finder": "colour", "colour": "00ff00", "threshold": "2"},

@@ -66,6 +66,16 @@ def test_a_friend_sees_the_page_the_samples_and_the_files_of_one_run(tmp_path: P
         assert "connect-src" not in policy
 
 
+@pytest.mark.parametrize("code", ["zh", "ja"])
+def test_a_shared_page_is_in_the_language_of_the_friend(code: str, tmp_path: Path) -> None:
+    write_run(tmp_path, "x", 10)
+    with serve_runs(tmp_path, token=TOKEN) as served:
+        page = served.ask(make_link(served), Accept_Language=code).text
+    assert "<code>sample/</code>" not in page  # each sample is the file itself
+    for english in ("mostly noise", "written "):
+        assert english not in page, english
+
+
 def test_a_page_that_is_shared_names_no_folder_no_file_and_no_other_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     typed = {
@@ -152,6 +162,7 @@ def test_days_that_no_link_has_are_refused(days: str, tmp_path: Path) -> None:
         )
         assert (refused.status, "/shared/" in refused.text) == (422, False)
         assert "A link holds 1 to 365 days" in refused.text
+        assert 'name="days"' in refused.text  # so that the next try needs no other page
     assert Shares().list_all() == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from blissful_tuner.guidance import plan_steps
+from blissful_tuner.guidance import check_guidance, plan_steps
 from blissful_tuner.options import GuidanceOptions
 from contract.requests import Prepared, Request
 from contract.rules import NegativeSkips
@@ -94,6 +94,35 @@ def test_skipping_has_a_window_of_steps(family: MossImage) -> None:
     assert [skips.acts(index, 50) for index in (0, 1, 49)] == [False, True, True]
 
 
+def test_skipping_that_has_no_effect_is_told(family: MossImage, caplog: pytest.LogCaptureFixture) -> None:
+    """The block that is left out without an option is not: nobody asked for it."""
+    chosen = {"negative_skip_blocks": "3,5"}
+    late = replace(family, skips=NegativeSkipChoice("3", 0.95, 1.0))
+    for prepared, reason in (
+        (prepare(family, steps=2, guidance_scale=1.0, extra=chosen), "3,5 is ignored because no step uses"),
+        (late.prepare(replace(REQUEST, steps=2)), "3 is ignored because it acts in none of the 2 steps"),
+        (
+            replace(family, skips=NegativeSkipChoice("22", 0.95, 1.0)).prepare(replace(REQUEST, steps=2)),
+            "22 is ignored because it acts in none of the 2 steps",
+        ),
+        (prepare(family, steps=2, extra=chosen), ""),
+        (prepare(family, steps=2, guidance_scale=1.0), ""),
+        (prepare(family, steps=2, guidance_scale=1.0, extra={"negative_skip_blocks": "none"}), ""),
+    ):
+        caplog.clear()
+        check_guidance(prepared)
+        said = [record.message for record in caplog.records]
+        assert said == [f"--negative_skip_blocks {reason}{' guidance' * ('uses' in reason)}"] * bool(reason)
+
+
+@pytest.mark.parametrize(
+    "options", [own.MossImageTrainingOptions.usual(), own.MossImageGenerationOptions.usual()]
+)
+def test_a_window_that_ends_before_it_begins_is_refused(options: Any) -> None:
+    with pytest.raises(OptionError, match="--negative_skip_start 0.8: give less than .*end, 0.2; .* none"):
+        replace(options, negative_skip_start=0.8, negative_skip_end=0.2)
+
+
 def test_options_that_skip_layers_replace_the_blocks_of_the_model(family: MossImage) -> None:
     prepared = prepare(family, steps=2)
     assert skipped_at(prepared, slg_mode="uncond", slg_layers="1", slg_end=0.5) == [([], [1]), ([], [22])]
@@ -153,6 +182,6 @@ def test_a_training_on_sft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_noise_and_pictures_are_in_float32_whatever_the_transformer_computes_in(family: MossImage) -> None:
     """As released: in 16 bits latents would be rounded between steps."""
-    in_16_bits = replace(family, files=replace(family.files, dit_dtype="bfloat16"))
+    in_16_bits = replace(family, files=replace(family.files, dit_dtype=torch.bfloat16))
     assert in_16_bits.files.load_vae(torch.device("cpu")).dtype == torch.float32
     assert in_16_bits.noise_dtype == torch.float32

@@ -581,20 +581,20 @@ def test_a_clone_whose_git_is_killed_at_any_file_is_finished(
 def test_the_next_command_in_half_an_update_undoes_it_and_begins_anew(tmp_path: Path) -> None:
     root = tmp_path / "a b ü"
     ours = [*ROOT.glob("modules/*.py"), *ROOT.glob("package/*.py")]
-    for path in (*ours, ROOT / "set_up.py", ROOT / "pyproject.toml"):
+    for path in (*ours, ROOT / "modules/option_tables.txt", ROOT / "set_up.py", ROOT / "pyproject.toml"):
         (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.relative_to(ROOT))
     write(root, {"hello.py": "import modules.interpreter\nprint('old', __import__('sys').argv[1:])\n"})
     texts = read(root)
     hello = texts["hello.py"].replace("old", "new")
-    newer = {**texts, "hello.py": hello, "modules/parser.py": "import nothing"}
+    broken = {"modules/parser.py": "import nothing", "modules/errors.py": "half a version"}
+    newer = {**texts, "hello.py": hello, **broken}
     update(root, pack(tmp_path / "new.zip", newer))
     (root / ".reelsmith/back/unfinished").touch()  # as it is until the last file is in its place
-    (root / "modules/errors.py").write_text("half a version", encoding="utf-8")
     done = subprocess.run(
         [sys.executable, root / "hello.py", "a b", "ü"], cwd=tmp_path, capture_output=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "old ['a b', 'ü']\n"
     assert "was ended half way. It is undone now" in done.stderr
-    assert read(root) == {**texts, "modules/errors.py": "half a version"}
+    assert read(root) == texts

@@ -90,6 +90,7 @@ def page_values(
         grid = make_grid(story, load, most_columns, most_prompts)
     return {
         "live": None,
+        "is_shared": False,  # by a link: its samples are the files themselves
         "standing": standing,
         "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
