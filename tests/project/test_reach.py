@@ -39,7 +39,7 @@ PLAIN = {
     *("latent_paddings", "log_prefix", "log_tracker_name"),
     *("lr_decay_steps", "lr_scheduler", "lr_scheduler_args"),
     *("lr_warmup_steps", "metadata_arch", "metadata_author"),
-    *("metadata_description", "metadata_is_negative_embedding", "metadata_license"),
+    *("max_shard_size", "metadata_description", "metadata_is_negative_embedding", "metadata_license"),
     *("metadata_merged_from", "metadata_preprocessor", "metadata_reso"),
     *("metadata_tags", "metadata_thumbnail", "metadata_title"),
     *("h3_teacher_conditions", "max_timestep", "metadata_trigger_phrase", "metadata_usage_hint"),
