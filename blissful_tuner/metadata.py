@@ -231,12 +231,6 @@ def read_value(metadata: Mapping[str, str], name: str) -> str | None:
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
-def find_other_maker(metadata: Mapping[str, str], models: Collection[str]) -> str:
-    """Return the model that made a file, if it is none of `models`; "" also where no model is named."""
-    model = metadata.get("bt_model_type")
-    return "" if model is None or model in models else model
-
-
 def read_stored_seed(metadata: Mapping[str, str]) -> int:
     """Return the stored seed, 0 if there is none. Not read as a float, which would round seeds above 2^53."""
     text = (read_value(metadata, "seeds") or "").strip()

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy
 import torch
@@ -16,8 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from blissful_tuner.metadata import find_other_maker
-from checkpoints.model_files import load_latents
+from checkpoints.model_files import SavedLatents, load_latents
 from contract.data import LatentSpec, MediaEncoders
 from contract.family import Family
 from contract.inputs import IMAGE, LATENTS, VIDEO
@@ -239,6 +239,17 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     return torch.cat([latents, copies], dim=2)
 
 
+def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str, remedy: str) -> None:
+    """Raise CheckpointError if latents are of a model whose latents mean something else.
+
+    Those of other programs name no model and are taken. start, remedy: of the message.
+    """
+    model = saved.metadata.get("bt_model_type")
+    if model is not None and model not in rules.latents_of:
+        fault = f"the latents were made by {model}, whose latents mean something else to {rules.who}"
+        raise CheckpointError(f"{start}: {fault}. {remedy}", path)
+
+
 def _load_saved_latents(
     source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
 ) -> Tensor:
@@ -247,13 +258,8 @@ def _load_saved_latents(
     only_shape: see `load_latents`.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
-    model = find_other_maker(saved.metadata, rules.latents_of)
-    if model:
-        raise CheckpointError(
-            f"{_name_source(source)}: the latents were made by {model}, whose latents mean something else to "
-            f"{rules.who}. Decode them with that model's script, and give the video to --video_path",
-            source.path,
-        )
+    remedy = "Decode them with that model's script, and give the video to --video_path"
+    check_maker(saved, rules, source.path, _name_source(source), remedy)
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
             f"{_name_source(source)}: the latents have {saved.latents.shape[1]} channels, {rules.who} has "

@@ -66,6 +66,7 @@ LABELS = {
     "width": say("Width"),
     "height": say("Height"),
     "frames": say("Frames"),
+    "layers": say("Layers"),
     "steps": say("Steps"),
     "guidance": say("Guidance"),
     "cfg": say("CFG"),
@@ -81,7 +82,8 @@ LABELS = {
     "lora_file": say("LoRA file"),
     "lora_strength": say("Its strength"),
 }
-NUMBERS = ("width", "height", "frames", "steps", "guidance", "cfg", "high_cfg", "share")  # in their order
+# in their order
+NUMBERS = ("width", "height", "frames", "layers", "steps", "guidance", "cfg", "high_cfg", "share")
 NOTES = {
     "start": say("the first picture"),
     "end": say("the last picture"),

@@ -41,6 +41,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "width": ["video_size_width"],
     "height": ["video_size_height"],
     "frames": ["video_length", "video_seconds"],
+    "layers": ["output_layers"],
     "steps": ["infer_steps"],
     "guidance": ["embedded_cfg_scale", "guidance_scale"],
     "cfg": ["guidance_scale"],  # of models whose `guidance` is embedded
@@ -119,6 +120,8 @@ class ModelRecipe:
             is_typed = name in self.needed or bool(self.usual.get(name))
             if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
+        if not self.usual.get("layers"):  # of releases that take pictures apart: their commands name it
+            keys.pop("layers", None)
         if "redraw" not in keys:
             keys.pop("share", None)
         return keys
@@ -200,6 +203,7 @@ class ModelRecipe:
             **dict.fromkeys(SIDES, (1, MOST_SIDE)),
             "steps": (1, MOST_STEPS),
             "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
+            "layers": (1, MOST_FRAMES),
             "guidance": (least, MOST_SCALE),
             "cfg": (-MOST_SCALE, MOST_SCALE),
             "high_cfg": (-MOST_SCALE, MOST_SCALE),

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import (
-    find_other_maker,
-    read_decoded_metadata,
-    read_frame_rate,
-    read_shown,
-    read_stored_seed,
-)
+from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
@@ -156,7 +150,8 @@ def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box |
 
 def check_latents(family: Family, path: Path) -> "SavedLatents":
     """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
-    from checkpoints.model_files import load_latents  # only with --latent_path
+    from blissful_tuner.video_to_video import check_maker  # only with --latent_path
+    from checkpoints.model_files import load_latents
 
     saved = load_latents(path)
     _, channels, latent_frames, rows, columns = saved.latents.shape
@@ -165,13 +160,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
             f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
             path,
         )
-    model = find_other_maker(saved.metadata, family.source.latents_of)
-    if model:
-        raise CheckpointError(
-            f"--latent_path {path}: the latents were made by {model}, whose latents mean something else to "
-            f"{family.source.who}. Decode them with the script, the release and the VAE that made them",
-            path,
-        )
+    check_maker(saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model")
     if saved.sound is not None:
         _check_sound(family, path, saved.sound, latent_frames)
     if not latent_frames:

@@ -26,7 +26,7 @@ from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.devices import Failures
 from modules.errors import CheckpointError
-from modules.media.reading import Frame, image_suffixes, read_image, video_frames
+from modules.media.reading import Frame, image_suffixes, read_image, split_alpha, video_frames
 from modules.media.writing import write_png, write_video
 from modules.pages.page import embed_clip, write_page
 
@@ -36,6 +36,7 @@ TEMPLATE = Path(__file__).resolve().parent / "compare.html"
 CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
 BACKGROUND, EMPTY = "white", (225, 225, 225)
 HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
+SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent pictures
 NARROWEST_COLUMN = 128  # pixels: for its label
 MOST_FRAMES = 2000  # of a clip that are shown
 MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
@@ -104,8 +105,22 @@ def is_picture(path: Path) -> bool:
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
-    """Yield the frames (H W 3) of a clip or of a picture, which has one."""
-    return iter([read_image(path)]) if is_picture(path) else islice(video_frames(path), MOST_FRAMES)
+    """Yield the frames (H W 3) of a clip or of a picture, which has one; behind transparent parts squares."""
+    if is_picture(path):
+        return iter([_put_on_squares(read_image(path, alpha=True))])
+    return islice(video_frames(path), MOST_FRAMES)
+
+
+def _put_on_squares(frame: Frame) -> Frame:
+    """Return a frame H W 3 or 4 as H W 3: on a checkerboard, which shows what is transparent."""
+    colors, alpha = split_alpha(frame)
+    if alpha is None:
+        return colors
+    rows, columns = np.indices(alpha.shape) // SQUARE
+    squares = np.where((rows + columns) % 2, *SQUARE_SHADES)[..., None]
+    share = alpha[..., None] / 255
+    blended: Frame = (colors * share + squares * (1 - share)).round().astype(np.uint8)
+    return blended
 
 
 def read_middle_frame(path: Path | None) -> Frame | None:

@@ -140,6 +140,28 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
     assert "--prompt" not in request.session_words
 
 
+def test_the_number_of_layers_is_a_field_of_releases_that_take_pictures_apart(tmp_path: Path) -> None:
+    recipes = {f"{model.family} {model.task}": recipe_of(model, tmp_path) for model in SETS}
+    with_layers = [name for name, recipe in recipes.items() if "layers" in recipe.fields]
+    (name,) = with_layers
+    recipe = recipes[name]
+    assert (name, recipe.usual["layers"]) == ("qwen_image layered", "4")
+
+    request = RenderRequest(
+        recipe=recipe,
+        prompt="a cat",
+        texts={"layers": "6"},
+        loras=[],
+        save_path="out",
+        references=["a.png"],
+    )
+
+    assert parse(request.command("1"), recipe).output_layers == 6
+    assert request.request("1")["options"]["output_layers"] == "6"
+    unsaid = replace(request, texts={})
+    assert "--output_layers" not in unsaid.command("1")
+
+
 def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
     fields = {
         f"{model.family} {model.task}": {*recipe_of(model, tmp_path).fields} & {"start", "end", "control"}

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import wan_generate_video
 from generation.grid_options import family_of, split_values
 from generation.run import generate
-from generation.sheets import EMPTY, HEAD, LINE
+from generation.sheets import EMPTY, HEAD, LINE, frames_of
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_image, read_tags, video_frames, video_info
 from tests.chromium import open_page
@@ -393,3 +394,20 @@ def test_the_family_is_what_the_lora_says(
             family_of(path, families)
     else:
         assert family_of(path, families) == family
+
+
+def test_transparent_pictures_lie_on_a_checkerboard(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[..., :3] = 40
+    pixels[:, 15:, 3] = 255
+    pixels[:, 10:15, 3] = 51
+    Image.fromarray(pixels).save(tmp_path / "layer.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "plain.png")
+
+    (shown,) = frames_of(tmp_path / "layer.png")
+    (plain,) = frames_of(tmp_path / "plain.png")
+
+    gray = shown[..., 0].tolist()
+    assert gray[0] == [238] * 10 + [158] * 5 + [40] * 5
+    assert gray[10] == [187] * 10 + [198] * 5 + [40] * 5
+    assert (plain == 40).all()
