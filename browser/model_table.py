@@ -51,6 +51,8 @@ class ModelRow:
 
 def describe_kind(model: ModelSet) -> str:
     """Return the kinds of results that a model makes, by the catalogue alone: `clips and sound`."""
+    if "--output_layers" in model.commands["generate"]:
+        return say("layers")
     if needs_picture(model):
         return say("edits")
     if model.data["frames"] == 1:

@@ -317,8 +317,7 @@ def message_of(errors: str) -> str:
     if match is None:
         return errors.strip()[-MOST_SAID:]
     message = last[match.end() :].partition("\n\n")[0].strip()
-    lines = [line for line in message.split("\n") if not line.endswith(LISTS_OPTIONS)]
-    return "\n".join(lines)[:MOST_SAID]
+    return re.sub(rf"\n[^\n]*{LISTS_OPTIONS}$", "", message)[:MOST_SAID]
 
 
 def one_line(word: str) -> str:

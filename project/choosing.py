@@ -279,7 +279,9 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
 
 def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     """Return the kinds of results that a model makes: `clips and sound`."""
-    if facts.needs_reference:
+    if facts.learns_layers:
+        kinds = ["layers"]
+    elif facts.needs_reference:
         kinds = ["edits"]
     else:
         kinds = ["pictures" if model.data["frames"] == 1 else "clips"]
