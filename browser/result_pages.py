@@ -552,10 +552,9 @@ class ResultPages:
         """Return the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
-        if result is None or not index.isdecimal() or int(index[:4]) >= len(result.layers):
-            return answer_not_found()
-        path = result.layers[int(index)]
-        if path.is_symlink() or not path.is_file():
+        paths = {} if result is None else {str(one): path for one, path in enumerate(result.layers)}
+        path = paths.get(index)
+        if path is None or path.is_symlink() or not path.is_file():
             return answer_not_found()
         return answer_file(path)
 

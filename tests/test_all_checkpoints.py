@@ -681,4 +681,4 @@ def test_the_layered_qwen_image_is_told_by_its_further_tensor(tmp_path: Path) ->
 
     assert read_once(path, qwen_image.files.read_dit_header).config.has_layers
     with pytest.raises(CheckpointError, match="which takes pictures apart; Qwen-Image needs another one"):
-        qwen_image.files.QwenImageFiles(path).dit_header()
+        qwen_image.files.QwenImageReleaseFiles(path).dit_header()

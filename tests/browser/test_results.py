@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
@@ -720,7 +720,8 @@ def test_layers_of_a_picture_are_one_result_and_shown_as_a_stack_that_hides_each
     ]
     answer = served.ask(places[2][0])
     assert answer.body == (folder / "cat_layer2.png").read_bytes()
-    assert served.ask(f"/results/{id}/layer/3").status == 404
+    for index in ("3", "-1", "00000", "00003", "x", "\u0660"):
+        assert served.ask(f"/results/{id}/layer/{quote(index)}").status == 404
 
     assert send(served, id, "remove").status == 200
     assert not list(folder.glob("cat_*"))
