@@ -349,6 +349,7 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
 @pytest.mark.long
 def test_what_goes_on_or_fails_or_only_shows_moves_nothing(folder: Path) -> None:
     toy.train_toy(folder, *STATES, "--max_train_steps", 4, has_page=True)
+    find_run_page(folder / "output")
     before = results(folder / "output")
 
     toy.train_toy(folder, "--check")
