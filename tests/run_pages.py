@@ -56,7 +56,7 @@ def find_run_page(output: Path, name: str = "x") -> Path:
 def _draw(history: Path, typed: Typed) -> None:
     """Draw a page as its process does once it has nothing more to read: its training has ended."""
     with (
-        open(os.devnull, encoding="utf-8") as nothing,
+        Path(os.devnull).open(encoding="utf-8") as nothing,
         patch.object(sys, "stdin", nothing),
         patch.object(sys, "argv", [""]),
         patch("os.nice", lambda _: 0, create=True),

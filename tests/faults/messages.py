@@ -30,7 +30,7 @@ def run_here(
 ) -> tuple[int, str]:
     """Run a root script as if it were a program of its own. printed: takes its standard output.
 
-    The page of a training is drawn when `tests.run_pages` is asked for it, or with --on_end, which hands it on.
+    A training with a page has it drawn by `tests.run_pages`; with --on_end, which hands it on, by its process.
     Returns its exit code and all that it wrote to standard error.
     """
     said = io.StringIO()
