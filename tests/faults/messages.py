@@ -30,7 +30,7 @@ def run_here(
 ) -> tuple[int, str]:
     """Run a root script as if it were a program of its own. printed: takes its standard output.
 
-    A training with a page has it drawn by `tests.run_pages`; with --on_end, which hands it on, by its process.
+    `tests.run_pages` draws the page of a training; with --on_end, which hands it on, its process does.
     Returns its exit code and all that it wrote to standard error.
     """
     said = io.StringIO()
