@@ -777,7 +777,7 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
         with page.expect_navigation():
             page.get_by_role("button", name="Describe").press("Enter")
         page.get_by_text("Written into run.toml: max_train_steps = 300, save_every_n_steps = 50.").wait_for()
-        assert page.evaluate("document.activeElement.id") == "step"
+        page.wait_for_function("document.activeElement.id === 'step'")
         assert abs(page.evaluate("scrollY") - place) < 200
         page.get_by_label("Training steps", exact=True).fill("301")
         assert page.locator("#written").text_content() == ""
