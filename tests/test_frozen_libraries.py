@@ -20,12 +20,12 @@ def test_each_command_freezes_what_it_imported_before_it_loads_a_network(
 
     monkeypatch.setattr(gc, "freeze", note_modules)
     for commands in way.commands(tmp_path).values():
-        for run, argv in commands:
+        for script, words in commands:
             gc.collect()  # networks of the command before
             modules_at_freeze.clear()
             monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)  # as in a process of its own
 
-            run(argv)
+            way.run_script(script, words)
 
             assert modules_at_freeze == [0]
 
