@@ -65,6 +65,7 @@ FIBO_2 = FamilyNames(
         *with_endings("final_layer.", "linear adaLN_modulation.1"),
     ),
     stacked_in_comfyui=True,
+    converted_for="ComfyUI",
     kinds_in_diffusers=("LoKr",),
     is_as_in_diffusers=True,
     versions=("fibo_2", "fibo-2", "fibo 2", "fibo2"),

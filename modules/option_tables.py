@@ -24,11 +24,12 @@ def read_entry(kind: str, name: str) -> Any:
     return json.loads(_read_lines()[f"{kind} {name}"])
 
 
-def list_option_names() -> list[str]:
+@cache
+def list_option_names() -> tuple[str, ...]:
     """Return the names of the options of all scripts, sorted, with _ for -."""
     rows = [json.loads(text) for key, text in _read_lines().items() if key.startswith("option ")]
     flags = (flag for row in rows for flag in row["flags"])
-    return sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"})
+    return tuple(sorted({flag[2:].replace("-", "_") for flag in flags if flag[:2] == "--"}))
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:

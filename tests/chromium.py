@@ -4,12 +4,14 @@ On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-
 """
 
 import contextlib
+import inspect
 import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -75,7 +77,7 @@ def _prepare(page: Any, url: str) -> None:
     page.on("request", lambda request: _note_request(page, request.url, url))
 
 
-STARTED: list[Any] = []  # Playwright and its browser, which the tests of a file share
+STARTED: list[Any] = []  # Playwright and its browser, which files share that follow each other
 
 
 @cache
@@ -88,6 +90,13 @@ def _start() -> Any:
     STARTED.append(sync_api.sync_playwright().start())
     STARTED.append(STARTED[0].chromium.launch(executable_path=browser_path, args=FLAGS))
     return STARTED[1]
+
+
+def is_used_by(test_file: ModuleType | None) -> bool:
+    """Return whether a file of tests names what opens pages; None: there is no such file."""
+    return test_file is not None and any(
+        value in {open_page, open_tabs} for value in vars(test_file).values() if inspect.isfunction(value)
+    )
 
 
 def end_browser() -> None:

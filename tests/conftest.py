@@ -62,6 +62,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return (yield)
     finally:
         is_last = nextitem is None or nextitem.path != item.path
+        if is_last and not chromium.is_used_by(getattr(nextitem, "module", None)):
+            chromium.end_browser()
         num_objects = gc.get_freeze_count() if is_last else 0  # it counts them one by one
         gc.unfreeze()
         if num_objects > item.config.stash.get(objects_kept, 0) + MOST_GARBAGE:
@@ -101,12 +103,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if "pack_vnni2" in str(error):
             pytest.skip(f"torch: {error}")
         raise
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _browser_of_the_file() -> Iterator[None]:
-    yield
-    chromium.end_browser()
 
 
 @pytest.fixture

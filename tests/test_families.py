@@ -169,8 +169,8 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
 def test_the_commands_on_the_page_run(trained: tuple[TinyFamily, Path], tmp_path: Path) -> None:
     """They go on with the training, generate the first sample again, and convert the LoRA."""
     family, original = trained
+    page = read_run_page(original / "output", "lora")
     folder = shutil.copytree(original, tmp_path / "a copy")
-    page = read_run_page(folder / "output", "lora")
     texts = re.findall(r"(?s)</h3>.*?<pre>(.*?)</pre>", page)  # of each the first, for bash
     commands = [shlex.split(html.unescape(re.sub("<[^>]*>", "", text))) for text in texts]
     scripts = [Path(words[1]).name for words in commands]

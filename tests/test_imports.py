@@ -237,8 +237,8 @@ HEAVY = (
     *("torch", "numpy", "av", "cv2", "accelerate", "transformers", "safetensors", "PIL", "einops"),
     *("jinja2", "matplotlib", "rich", "tqdm"),
 )
-# of the standard library, a tenth of the time of --help together: options import them where they need them
-SLOW = ("hashlib", "json", "subprocess", "tomllib")
+# of the standard library, slow to load: options import them where they need them
+SLOW = ("hashlib", "subprocess", "tomllib")
 SCRIPTS = sorted(
     path.name
     for path in ROOT.glob("*.py")

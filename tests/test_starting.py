@@ -98,7 +98,8 @@ def test_an_older_python_is_refused_in_two_lines(python: str) -> None:
 # all begin with the same import, see above
 @pytest.mark.parametrize("script", ["merge_lora.py", "wan_train_network.py"])
 def test_without_torch_a_script_says_how_to_get_to_it(script: str) -> None:
-    done = run_python("-S", ROOT / script, check=False)  # -S: no packages at all
+    needed = {"merge_lora.py": ["--dit", "a", "--save_merged_model", "b"]}  # what is missing is told first
+    done = run_python("-S", ROOT / script, *needed.get(script, []), check=False)  # -S: no packages at all
     assert_user_error(done, f"torch is not installed in this Python ({sys.executable})", "Activate")
     assert len(done.stderr.splitlines()) <= 3
     assert "usage:" in run_python("-S", ROOT / script, "--help").stdout

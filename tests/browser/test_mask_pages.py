@@ -362,6 +362,17 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         page.keyboard.press("ArrowRight")
         shows("3 / 3 · c.png · no mask")
         assert page.locator('[data-key="x"]').get_attribute("aria-disabled") == "true"
+        said = page.locator("#mask-said")
+        page.keyboard.press("a")
+        assert said.inner_text().startswith("It has no mask: draw one with the brush (b)")
+        page.keyboard.press("ArrowLeft")
+        shows("2 / 3 · b.png")
+        assert said.inner_text() == ""
+        page.keyboard.press("ArrowRight")
+        shows("3 / 3 · c.png")
+        page.locator('[data-key="x"]').click(force=True)
+        wait_on(page, lambda: said.inner_text().startswith("It has no mask"))
+        page.locator("#mask-view").click()
 
         page.keyboard.press("b")
         canvas = page.locator("canvas.drawn")

@@ -283,7 +283,9 @@ def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
 def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
     """The facts of a family that change a configuration."""
     return SimpleNamespace(
-        latent=SimpleNamespace(lengths=ClipLengths(step, first), in_sections=in_sections, holds_sound=False),
+        latent=SimpleNamespace(
+            lengths=ClipLengths(step, first), in_sections=in_sections, holds_sound=False, has_layers=False
+        ),
         references=None,
         can=SimpleNamespace(references="", keep_time=False, show_media=False),
     )
@@ -324,6 +326,7 @@ OTHER = {  # another value, as a table holds it, of each key that makes caches s
     "load_tensors": True,
     "mask_directory": Path("masks"),
     "alpha_mask": True,
+    "multiple_target": True,
     "target_frames": (1, 5),
     "frame_extraction": "chunk",
     "frame_stride": 2,
@@ -355,7 +358,10 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     tensors = CogVideoXTensors(Path(), "a", False) if table.gives_latents else None
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
     picture = Path("a.png")
-    source = MediaSource(picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors)
+    layers = (picture,) if table.multiple_target else ()
+    source = MediaSource(
+        picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors, layers=layers
+    )
     recipe = Recipe("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.commands import QUIET, ROOT, typed_there
+from tests.run_pages import pages_drawn_later
 
 ERROR = re.compile(r"^(?:\w+Error: |.*\.py: error: )")
 # what a message tells the user to do begins with one of these
@@ -29,6 +30,7 @@ def run_here(
 ) -> tuple[int, str]:
     """Run a root script as if it were a program of its own. printed: takes its standard output.
 
+    `tests.run_pages` draws the page of a training; with --on_end, which hands it on, its process does.
     Returns its exit code and all that it wrote to standard error.
     """
     said = io.StringIO()
@@ -47,6 +49,7 @@ def run_here(
             contextlib.chdir(folder),
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(printed or io.StringIO()),
+            contextlib.nullcontext() if "--on_end" in arguments else pages_drawn_later(),
         ):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:

@@ -53,7 +53,9 @@ def pack(path: Path, files: Mapping[str, str], top: str = "reelsmith-main/") -> 
 
 
 def read(folder: Path) -> dict[str, str]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and ".reelsmith" not in path.parts]
+    """Return the texts of a checkout's files, without those that Python and updates put beside them."""
+    kept = {".reelsmith", "__pycache__"}
+    paths = [path for path in folder.rglob("*") if path.is_file() and not kept & {*path.parts}]
     return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 

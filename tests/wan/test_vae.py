@@ -1,7 +1,7 @@
 """The video VAEs of both generations against recorded numbers and diffusers."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from tests.tiny.wan_encoders import (
     vae_tensors,
 )
 from wan.configs import WAN_2_1, WAN_2_2, VaeRelease
+from wan.spec import LATENT
 from wan.vae import WanVae, load_vae
 from wan.vae_blocks import WanVaeConfig
+from wan.vae_checkpoints import check_latents
 
 CPU = torch.device("cpu")
 
@@ -257,7 +259,13 @@ def test_a_vae_of_neither_generation_is_refused(tmp_path: Path, config: WanVaeCo
         made(tmp_path, zeros_of(config))
 
 
-def test_a_vae_of_pictures_with_transparency_is_refused(tmp_path: Path) -> None:
-    tensors = vae_tensors() | {"encoder.conv1.weight": torch.zeros(8, 4, 3, 3, 3)}
-    with pytest.raises(CheckpointError, match="takes 4 channels"):
+def test_a_vae_of_pixels_with_alpha_is_refused_where_pixels_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "vae.safetensors"
+    with pytest.raises(CheckpointError, match="is a VAE of pixels with alpha; --task t2v-1.3B needs one of"):
+        check_latents(replace(vae_config(), colors=4), LATENT, path, "--task t2v-1.3B")
+
+
+def test_a_vae_of_pixels_with_another_number_of_channels_is_refused(tmp_path: Path) -> None:
+    tensors = vae_tensors() | {"encoder.conv1.weight": torch.zeros(8, 5, 3, 3, 3)}
+    with pytest.raises(CheckpointError, match="takes 5 channels"):
         made(tmp_path, tensors)

@@ -332,6 +332,7 @@ def test_a_new_training_sets_all_results_of_an_earlier_one_aside(
     others = {"xy.safetensors", "x_comfy.safetensors"}
     for name in others:
         (output / name).touch()
+    find_run_page(output)  # a process of its own draws it
     before = results(output)
     caplog.set_level("INFO")
 
