@@ -15,7 +15,7 @@ import modules.interpreter  # noqa: F401
 from blissful_tuner.model_utility_options import ModelUtilityOptions
 from contract.families import identify
 from modules.command import command_line
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -263,6 +263,8 @@ class NewPages:
         if form.folder and folder is None and not error:
             problem = self.explain_folder(form.folder)
         content = None if folder is None else read_media_folder(folder)
+        if content is not None:
+            content = replace(content, unreadable=self.files.count_unreadable(content.path))
         written = None if described is None else self.make_form(described)
         progress = self.progress_values(folder, described)
         is_written = written is not None and not list_unwritten(form, written, written)

@@ -16,7 +16,7 @@ from modules.errors import CheckpointError
 from modules.installation import import_own
 from modules.option_values import FillIn, option_words
 from modules.options import Options
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 logger = logging.getLogger(__name__)
 

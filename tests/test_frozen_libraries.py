@@ -22,13 +22,13 @@ def test_each_command_freezes_what_it_imported_before_it_loads_a_network(
 
     monkeypatch.setattr(gc, "freeze", note_modules)
     for commands in way.commands(tmp_path).values():
-        for run, argv in commands:
+        for script, words in commands:
             gc.collect()  # networks of the command before
             modules_at_freeze.clear()
             freeze_libraries.cache_clear()  # as in a process of its own
             monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
 
-            run(argv)
+            way.run_script(script, words)
 
             assert modules_at_freeze == [0]
 

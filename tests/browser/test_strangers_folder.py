@@ -272,14 +272,14 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
     given: list[float] = []
     now = [0.0]
 
-    def check(words: object, folder: object, may_come: bool, seconds: float) -> None:
+    def check(words: object, folder: object, earlier: object, seconds: float) -> None:
         given.append(seconds)
         now[0] += 11.0
 
     monkeypatch.setattr("browser.queue_pages.check_options", check)
     monkeypatch.setattr("browser.queue_pages.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
-    read_jobs(lines, None, may_come=False)
+    read_jobs(lines, None)
     assert given == [30.0, 19.0, 8.0]
 
 

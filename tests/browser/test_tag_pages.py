@@ -17,10 +17,11 @@ from browser.tag_editor import TagEditor, rename_tag
 from browser.tag_pages import FORM
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.browser.test_safe_clicks import save_picture
+from tests.chromium import open_page, wait_until
 from tests.commands import MOST_SECONDS
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 
@@ -131,6 +132,30 @@ def test_a_tag_is_renamed_in_all_captions_and_each_change_is_undone(pictures: Pa
     assert {**texts_of(pictures), "0.txt": before["0.txt"]}.items() >= before.items()
     assert texts_of(pictures)["0.txt"] == "mine"
     assert refused.status == 422
+
+
+def test_a_tag_is_renamed_and_given_back_by_clicks(pictures: Path) -> None:
+    before = texts_of(pictures)
+    with (
+        serve_runs(pictures.parent) as served,
+        open_page(f"{served.url}/new?{urlencode({'folder': str(pictures)})}") as page,
+    ):
+        page.locator("#tags-fold > summary").click()
+        wait_until(page, "document.querySelector('#tag-rename') !== null")
+        page.get_by_label("Old tag").fill("red_hat")
+        page.get_by_label("becomes").fill("Hut ü")
+        page.get_by_role("button", name="Rename everywhere").click()
+        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('2 captions')")
+        assert texts_of(pictures)["0.txt"] == "cat, Hut ü, catgirl"
+        assert "Hut ü" in page.locator(".tag-counts").inner_text()
+        page.locator("#tag-editor").get_by_role("button", name="Undo").click()
+        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('as they were')")
+        assert page.problems == []
+        page.get_by_label("Old tag").fill("nowhere")
+        page.get_by_label("becomes").fill("x")
+        page.get_by_role("button", name="Rename everywhere").click()
+        wait_until(page, "document.querySelector('#tag-editor .bad').textContent.includes('nowhere')")
+    assert texts_of(pictures).items() >= before.items()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
 from modules.errors import UserError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
 from stable_diffusion.options import read_gen_img

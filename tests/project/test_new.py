@@ -10,7 +10,7 @@ from PIL import Image
 
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project import choosing
 from project.files import write_project
