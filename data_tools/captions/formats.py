@@ -25,7 +25,11 @@ _QUESTION = (
     "Describe {what} as one JSON object, for a model that learns to make pictures from such objects. Say "
     "nothing that is not seen, leave out what does not apply, and answer with the object alone. Its keys:"
 )
-_OF_KIND = {str: "a text", dict: "an object with the texts {parts}", list: "a list of objects with {parts}"}
+_OF_KIND: dict[type, str] = {
+    str: "a text",
+    dict: "an object with the texts {parts}",
+    list: "a list of objects with {parts}",
+}
 _KNOWN = "What is known already, and has to be said in the object too: {caption}"
 _WRONG = "Your last answer was wrong: {fault}. Write the whole object again, without this mistake."
 
