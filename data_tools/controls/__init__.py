@@ -1,5 +1,5 @@
 """Make control pictures for the pictures of a folder.
 
 depth: run a transformers model that estimates depth
-run: options of the tool; write the control pictures that a folder lacks
+run: options, and the control pictures that a folder lacks
 """
