@@ -312,7 +312,7 @@ class Script(partial[None]):
 
 def plain_script(
     about: str | None,
-    work: str,
+    work: Callable[..., None] | str,
     *records: type[Options],
     without: Collection[str] = (),
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
@@ -320,18 +320,25 @@ def plain_script(
 ) -> Script:
     """Return the script that reads options and hands the first record to a function.
 
-    about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
-    loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
-    going_on: the advice that is printed after Ctrl-C.
+    about: the script's docstring. work: the function; its name, as `networks.merging.merge_flux`, where the
+    record is in a light file and its import loads torch. without: as for `add_options`. prepare: makes the
+    function's arguments from the record. going_on: the advice that is printed after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
         options, *_ = parse_options(about, argv, *records, without=without)
         arguments = prepare(options)
-        module, _, function = work.rpartition(".")
         try:
-            getattr(import_own(module), function)(*arguments)
+            _find_function(work)(*arguments)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
 
     return Script(run_tool)
+
+
+def _find_function(work: Callable[..., None] | str) -> Callable[..., None]:
+    if not isinstance(work, str):
+        return work
+    module, _, name = work.rpartition(".")
+    function: Callable[..., None] = getattr(import_own(module), name)
+    return function
