@@ -264,6 +264,10 @@ class GenerationOptions(Options, title="run"):
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
+        if prompt.endswith(".json") and not prompt.startswith("@") and path_exists(Path(prompt)):
+            raise OptionError(
+                f'--prompt {prompt} is a file. For the JSON object in it give --prompt "@{prompt}"'
+            )
 
     def _check_one_result(self) -> None:
         """Raise OptionError if --save_path names a file, and there can be several results."""

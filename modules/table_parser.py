@@ -182,7 +182,9 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
 
 def _find_public_name(action: argparse.Action) -> str:
-    return action.option_strings[-1].removeprefix("--") if action.option_strings else action.dest
+    """Return the name of an option in its record: of its flags that by which its value is kept."""
+    names = (flag.removeprefix("--") for flag in action.option_strings)
+    return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
 
 
 def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:

@@ -45,7 +45,6 @@ patterns: regular expressions for names of modules, with dots or underscores
 predictions: what files say that their model predicts
 rank_masks: which ranks act, by the noise of each sample
 resize_lora: command: fewer ranks for a LoRA
-resize_options: options of this command
 resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from contract.families import FOLDERS, identify, with_scripts
-from data_tools.controls.options import ControlPictureOptions
+from data_tools.controls.run import ControlPictureOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
@@ -42,7 +42,7 @@ from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import CUT_LOGIT, SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges, read_training
-from training.scoring.options import ScoreOptions
+from training.scoring.run import ScoreOptions
 from wan.configs import TASKS
 from wan.family import Wan
 from wan.files import WanFiles

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -127,6 +128,7 @@ class PawOptions(Options):
     boots: str = option("on them", default="none", off=("no",))
     basket: Path | None = option("where it sleeps", place="folder")
     portrait: Path | None = option("to write", place="new file", spares="toys")
+    bed: Path | None = option("or this", place="folder", flags=("--bed", "--sofa"))
     toys: tuple[Path, ...] | None = option("that are there", place="there")
 
 
@@ -155,6 +157,8 @@ class PawOptions(Options):
         "--portrait new.txt --toys toy.txt",
         "--toys toy.txt nothing.txt",
         "--basket=",
+        "--sofa nowhere",
+        "--bed none",
     ],
 )
 def test_a_table_refuses_the_values_that_a_record_refuses_with_the_same_words(
@@ -164,7 +168,7 @@ def test_a_table_refuses_the_values_that_a_record_refuses_with_the_same_words(
     Path("toy.txt").touch()
     of_records = Parser(description="Cats.")
     add_options(of_records, PawOptions)
-    described = describe_parser(of_records)
+    described: Any = describe_parser(of_records)
     rows = {row["flags"][-1]: row for row in described["sections"][0]["options"]}
     entries = {"section": {"title": described["sections"][0]["title"], "options": [*rows]}, "option": rows}
     entries["section"] = {"all": entries["section"]}

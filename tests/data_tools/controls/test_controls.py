@@ -10,8 +10,7 @@ from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from data_tools.controls.depth import DepthModel, load_depth_model
-from data_tools.controls.options import ControlPictureOptions
-from data_tools.controls.run import make_control_pictures
+from data_tools.controls.run import ControlPictureOptions, make_control_pictures
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.reading import read_image, read_tags
 from modules.script_options import parse_options
