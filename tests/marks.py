@@ -1,9 +1,9 @@
 """Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
 
 Three tiers. `fast`: of each test that takes less than LONG seconds of processor time, starts no script and no
-browser and compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is not marked
-`slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and `tests/heavy.toml` why
-a case of the default tier may take more than HEAVY seconds.
+browser and compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is
+not marked `slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and
+`tests/heavy.toml` why a case of the default tier may take more than HEAVY seconds.
 `slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
 `long` marks a test whose cases take longer than LONG.
 """

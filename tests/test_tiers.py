@@ -67,4 +67,4 @@ def test_a_process_that_is_waited_for_counts() -> None:
 def test_what_opens_a_page_in_a_browser_is_not_quick() -> None:
     """A browser takes 1.3 to 2 processor seconds, most of them in processes that end later."""
     assert starts_script(test_light.test_a_hidden_page_asks_for_nothing)
-    assert not starts_script(test_what_opens_a_page_in_a_browser_is_not_quick)
+    assert not starts_script(test_the_fast_tier_is_within_its_budget)
