@@ -389,9 +389,10 @@ def test_a_click_hides_a_layer_of_a_picture_and_shows_what_is_behind(served: Ser
         write_png(made / f"cat_{name}.png", picture, TAGS)
 
     with open_page(f"{served.url}/generate") as page:
-        wait_for_plates(page, 6)
+        page.evaluate("document.getElementById('results').scrollIntoView()")
+        tile(page, "cat_composite.png").wait_for()
         press(page, "cat_composite.png", "layers")
-        page.wait_for_selector(".stack img")
+        page.locator(".stack img:visible").first.wait_for()
         wait_until(page, "[...document.querySelectorAll('.stack img')].slice(1).every((one) => one.complete)")
 
         def see() -> list[str]:
