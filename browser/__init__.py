@@ -2,6 +2,7 @@
 
 background_jobs: commands for a page, next to the queue
 bin_folder: what pages have removed, until it is emptied
+caption_keys: form of the keys of captions in JSON
 captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
 command_lines: a command as it can be typed in any folder

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.run_pages import read_run_page
-from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
+from tests.tiny.families import FAMILIES, LAYERED, ONE_OF_EACH, OUTPUT, TinyFamily
 from tests.tiny.runs import make_project
 
 # families whose LoRAs a tool reads only once they are converted, if they are saved without --lora_format
@@ -45,10 +45,11 @@ SLOW |= {
     "qwen_image_21 edit",
     "moss_image edit",
     "fibo_2 edit",
+    "qwen_image layered",
 }
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
-CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
+CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in (*FAMILIES, LAYERED)]
 
 
 @pytest.fixture(scope="module", params=CASES)

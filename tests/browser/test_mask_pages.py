@@ -34,7 +34,7 @@ from dataset.config import load_dataset_config
 from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from project.files import write_project
 from project.media import read_kept_masks
 from project.new_options import NewOptions

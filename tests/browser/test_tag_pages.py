@@ -17,7 +17,7 @@ from browser.tag_editor import TagEditor, rename_tag
 from browser.tag_pages import FORM
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.browser.test_safe_clicks import save_picture
