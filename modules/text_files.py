@@ -105,6 +105,8 @@ def read_tensor_header(
     if most headers are short. no_repeats: see `parse_json`. Raises ValueError if the header is wrong;
     entries are not looked at.
     """
+    if size == 0:
+        raise ValueError("it is empty")
     start = read(min(size, first))
     length = int.from_bytes(start[:8], "little")
     end = 8 + length
