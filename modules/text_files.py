@@ -105,13 +105,11 @@ def read_tensor_header(
     if most headers are short. no_repeats: see `parse_json`. Raises ValueError if the header is wrong;
     entries are not looked at.
     """
-    if size == 0:
-        raise ValueError("it is empty")
     start = read(min(size, first))
     length = int.from_bytes(start[:8], "little")
     end = 8 + length
     if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
-        raise ValueError(f"it claims {length} bytes, the file has {size}")
+        raise ValueError(f"it claims {length} bytes, the file has {size}" if size else "it is empty")
     if len(start) < 9:
         start += read(1)
     if start[8:9] != b"{":  # by the format; a hundred megabytes of something else are not read
