@@ -2,9 +2,9 @@
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import ConvertOptions
+from networks.convert import ConvertOptions, convert
 
-main = plain_script(__doc__, "networks.convert.convert", ConvertOptions)
+main = plain_script(__doc__, convert, ConvertOptions)
 
 
 if __name__ == "__main__":

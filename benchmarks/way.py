@@ -10,6 +10,7 @@ bodies; and how many kinds of records of ours (dataclasses and named tuples) wer
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import io
 import logging
@@ -47,15 +48,11 @@ cache_directory = "{folder}/cache"
 target_frames = [5]
 """
 
-Command = tuple[Callable[[Sequence[str]], None], list[str]]
+Command = tuple[str, list[str]]  # a script, and the words of its command line
 
 
 def commands(folder: Path) -> dict[str, list[Command]]:
     """Return the commands of each way, with the clip and its dataset file written into the folder."""
-    import wan_cache_latents
-    import wan_cache_text_encoder_outputs
-    import wan_generate_video
-    import wan_train_network
     from modules.media.writing import write_video
 
     (folder / "clips").mkdir()
@@ -66,13 +63,13 @@ def commands(folder: Path) -> dict[str, list[Command]]:
     made = ["--lora_weight", str(folder / "way.safetensors"), "--save_path", str(folder / "videos")]
     return {
         "one clip, cache and train": [
-            (wan_cache_latents.main, [*data, *VAE, "--num_workers", "1"]),
-            (wan_cache_text_encoder_outputs.main, [*data, *T5]),
-            (wan_train_network.main, [*MODEL, *data, *TRAINING.split(), "--output_dir", str(folder)]),
+            ("wan_cache_latents.py", [*data, *VAE, "--num_workers", "1"]),
+            ("wan_cache_text_encoder_outputs.py", [*data, *T5]),
+            ("wan_train_network.py", [*MODEL, *data, *TRAINING.split(), "--output_dir", str(folder)]),
         ],
         "one prompt with a LoRA": [
             (
-                wan_generate_video.main,
+                "wan_generate_video.py",
                 [*MODEL, *VAE, *T5, *made, *CLIP.split(), "--prompt", "a red circle moving left"],
             ),
         ],
@@ -105,8 +102,8 @@ def count(way: Sequence[Command]) -> Counts:
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        for main, words in way:
-            main(words)
+        for script, words in way:
+            run_script(script, words)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
@@ -116,6 +113,20 @@ def count(way: Sequence[Command]) -> Counts:
         f"{one.__module__}.{one.__qualname__}" for one in made if isinstance(one, type) and _is_record(one)
     )
     return Counts(len({code.co_filename for code in ours}), len(ours), lines, tuple(records))
+
+
+def run_script(script: str, words: list[str]) -> None:
+    """Run a script of the root as its command does: its table reads the words first."""
+    from modules.table_answers import answer_script
+
+    main = importlib.import_module(Path(script).stem).main
+    before = sys.argv
+    sys.argv = [str(ROOT / script), *words]
+    try:
+        answer_script(Path(script), words)
+        main()
+    finally:
+        sys.argv = before
 
 
 def _is_record(kind: type) -> bool:

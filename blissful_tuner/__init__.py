@@ -8,7 +8,6 @@ latent_preview: show a clip in a file while it is denoised
 metadata: `bt_*` texts in latent files, pictures and videos
 metaview: command: show how files say they were made
 model_utility: command: inspect model files, and rewrite them
-model_utility_options: options of model_utility.py: file and result
 model_work: the work of model_utility.py: inspect, rewrite
 options: options of guidance, prompts, previews, long videos, step caches
 prompt_rewrite: a chat model turns requests into full descriptions

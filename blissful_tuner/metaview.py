@@ -18,7 +18,7 @@ from modules.command import command_line
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import MediaError, UserError
 from modules.options import Options, option
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})

@@ -12,19 +12,16 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from blissful_tuner.model_utility_options import ModelUtilityOptions
+from blissful_tuner.model_work import Knowledge, ModelUtilityOptions, work
 from contract.families import identify
 from modules.command import command_line
-from modules.parser import parse_options
+from modules.script_options import parse_options
+from networks.metadata import STALE, describe_lora, lora_hashes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Show what a file is, and rewrite it if that is asked for. Raises UserError."""
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
-
-    from blissful_tuner.model_work import Knowledge, work
-    from networks.metadata import STALE, describe_lora, lora_hashes
-
     work(options, Knowledge(identify, describe_lora, lora_hashes, STALE))
 
 

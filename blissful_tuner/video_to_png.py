@@ -14,7 +14,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
 from modules.options import Options, option
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 
 class VideoToPngOptions(Options):

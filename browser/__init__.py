@@ -2,6 +2,7 @@
 
 background_jobs: commands for a page, next to the queue
 bin_folder: what pages have removed, until it is emptied
+caption_keys: form of the keys of captions in JSON
 captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
 command_lines: a command as it can be typed in any folder
@@ -16,6 +17,7 @@ draft_changes: show, check and save changes of a described folder
 drafts: what is typed into the form Generate, in files
 dropped_settings: how a dropped file was made, as a form
 durations: how long steps take, as earlier runs measured
+earlier_jobs: what jobs before a command may still make
 folder_files: rows of a folder, captions, files left out
 folder_settings: run.toml as a table of all its options
 folder_tools: try, start, stop and continue tools on a folder
@@ -60,6 +62,7 @@ run_buttons: the buttons of a run and what they do
 run_start: state of a run from its draft on, its start
 run_views: pages, curves and files of one run
 runs: find runs by their histories, tell each at a summary
+sample_sizes: sizes of samples that a model cannot make
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 sessions: what the process behind Generate may do

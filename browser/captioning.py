@@ -1,10 +1,12 @@
 """Have a model write captions: the command, a try on a few files, and what the try has printed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from browser.folder_files import picture_address
 from browser.jobs import Job
+from contract.families import caption_formats
 from modules.errors import OptionError
 from modules.pages.language import say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
@@ -23,12 +25,37 @@ class TriedCaption:
     text: str
 
 
-def make_caption_words(engine: str, question: str, try_on: int | None = None) -> list[str]:
+@dataclass(frozen=True)
+class CaptionForm:
+    """What the form says that lets a model write captions.
+
+    engine: a repository, the folder of a model, or the address of a server and the name of its model. format:
+    the family whose JSON objects are written; "": sentences. converts_plain: captions that are sentences
+    become objects too.
+    """
+
+    engine: str = ""
+    question: str = ""
+    format: str = ""
+    converts_plain: bool = False
+
+    @classmethod
+    def read(cls, fields: Mapping[str, str]) -> "CaptionForm":
+        return cls(
+            fields.get("engine", ""),
+            fields.get("question", ""),
+            fields.get("caption_format", ""),
+            bool(fields.get("convert_plain")),
+        )
+
+
+def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str]:
     """Return the command that writes captions in a described folder.
 
-    engine: a repository, the folder of a model, or the address of a server and the name of its model.
-    try_on: print the captions of so many files instead. Raises OptionError if the server's model is missing.
+    try_on: print the captions of so many files instead. Raises OptionError if the server's model is missing,
+    or the format is none.
     """
+    engine, question = form.engine, form.question
     engine = engine.strip() or CAPTION_MODEL
     words = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]
     if engine.startswith(("http://", "https://")):
@@ -45,6 +72,11 @@ def make_caption_words(engine: str, question: str, try_on: int | None = None) ->
         words = [*words, "--model", engine]
     if question.strip():
         words += ["--prompt", " ".join(question.split())]
+    if form.format:
+        if form.format not in caption_formats():
+            raise OptionError(say("There is no such form of captions."))
+        words += ["--caption_format", form.format]
+        words += ["--convert_plain"] if form.converts_plain else []
     if try_on is not None:
         words += ["--try_on", str(try_on)]
     return words

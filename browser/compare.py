@@ -272,6 +272,21 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     return comparison
 
 
+def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
+    """Return the ids of the runs next to whose histories no file has their name. Reads no history."""
+    names: dict[Path, list[str]] = {}
+    bare = set()
+    for run in runs:
+        folder = run.history.parent
+        if folder not in names:
+            with contextlib.suppress(OSError):
+                names[folder] = [path.name for path in folder.glob("*.safetensors")]
+        saved = re.compile(rf"{re.escape(run.name)}([-_].*)?\.safetensors", re.DOTALL)
+        if not any(map(saved.fullmatch, names.get(folder, []))):
+            bare.add(run.id)
+    return bare
+
+
 def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
     """Return the runs that a form names, or whose files it names. Raises as `read_comparison`."""
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]

@@ -81,6 +81,7 @@ class ComparePages:
             "chosen": {file.key for file in comparison.columns},
             "titles": [file.title for file in comparison.columns],
             "others": further,
+            "bare": compare.find_without_files(further),
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
             "commands": [

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from browser.caption_keys import describe_formats, find_format_of_folder
 from browser.captions import Captions, caption_values
 from browser.command_lines import format_command
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
@@ -296,6 +297,8 @@ class DatasetPages:
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
             "tool_folders": self.list_tool_folders(dataset),
+            "caption_format": dataset.caption_format or find_format_of_folder(dataset.path.parent),
+            "caption_formats": describe_formats(),
         }
         return answer_template("dataset.html", dataset.name, values)
 

@@ -20,7 +20,7 @@ from typing import Any
 from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Runs, RunSummary
-from contract.families import with_scripts
+from contract.families import caption_formats, with_scripts
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
@@ -83,6 +83,7 @@ class FoundDataset:
     is_project: bool = False  # the whole folder of the file is open, though only one in it was given
     runs: Sequence[tuple[str, str]] = ()  # id and name of those that trained on it
     model: str = next(iter(MODELS))
+    caption_format: str = ""  # the family of a run whose captions are JSON objects
 
     @property
     def id(self) -> str:
@@ -251,6 +252,7 @@ class Datasets:
         """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
+        formats: dict[Path, str] = {}
         for run in self.runs.list_all():
             changed = run.start.changed if run.start else ()
             typed = dict(changed).get("dataset_config")
@@ -259,10 +261,17 @@ class Datasets:
                 runs.setdefault((path, folder), []).append((run.id, run.name))
                 usual_model = PICTURES if run.model in picture_families() else next(iter(MODELS))
                 models.setdefault(path, OF_RUNS.get(run.model, usual_model))
+                if run.model in caption_formats():
+                    formats[path] = run.model
         datasets = {}
         for (path, folder), names in runs.items():
             datasets[path] = FoundDataset(
-                path, folder, is_project=path in projects, runs=names, model=models[path]
+                path,
+                folder,
+                is_project=path in projects,
+                runs=names,
+                model=models[path],
+                caption_format=formats.get(path, ""),
             )
         return datasets
 

@@ -29,6 +29,7 @@ from browser.described_folder import (
 from browser.folders import find_folder
 from browser.responses import Form, answer_form, answer_not_found, answer_text
 from browser.runs import Runs
+from browser.sample_sizes import describe_changed_sizes
 from browser.site import Site
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
@@ -193,7 +194,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     if name == PROMPTS_FILE:
         lines = numbered_lines(text)
         read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
-        return ""
+        return describe_changed_sizes(text, folder)
     try:
         content = parse_toml(text)
     except ValueError as error:

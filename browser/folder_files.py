@@ -41,6 +41,7 @@ PICTURES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
 SHOWN = PICTURES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
 MOST_FACTS = 4000  # files whose headers are kept
+MOST_COUNTED = 100  # files whose headers are read to count the damaged ones
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,16 @@ class FolderFiles:
             while len(self._facts) > MOST_FACTS:
                 self._facts.popitem(last=False)
         return self._facts[key]
+
+    def count_unreadable(self, folder: Path) -> int:
+        """Return how many files of a folder cannot be read; 0 if it has more than MOST_COUNTED."""
+        try:
+            names = list_names(folder)
+        except OSError:
+            return 0
+        if len(names) > MOST_COUNTED:
+            return 0
+        return sum(self.facts(folder / name).fault != "" for name in names)
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, and whether it can be edited here, else the reason."""

@@ -43,10 +43,11 @@ class MediaFolder:
     pictures: int
     clips: int
     sounds: int
-    uncaptioned: int  # files without a caption file of the same name
+    uncaptioned: int  # files whose caption is missing or empty
     first: Path | None  # picture or clip that is shown
     is_described: bool
     inner: int = 0  # subfolders that the files are in, if the folder itself has none
+    unreadable: int = 0  # of the files, as far as their headers were read
 
     @property
     def problem(self) -> str:
@@ -72,6 +73,8 @@ class MediaFolder:
             )
         if self.uncaptioned:
             words.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
+        if self.unreadable:
+            words.append(counted(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
         return join(", ", words)
 
 
@@ -103,15 +106,17 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 def read_media_folder(folder: Path) -> MediaFolder | None:
     """Count the media of a folder; None if it has none or cannot be read."""
     names: dict[str, list[str]] = {"picture": [], "clip": [], "sound": []}
-    captions = set()
+    captions: dict[str, bool] = {}  # stem -> whether one has a text; a .txt counts before a .caption
     try:
-        entries = os.listdir(folder)[:MOST_ENTRIES]
+        with os.scandir(folder) as scanned:
+            entries = [*itertools.islice(scanned, MOST_ENTRIES)]
     except OSError:
         return None
-    for name in entries:
+    for entry in entries:
+        name = entry.name
         path = Path(name)
         suffix = path.suffix.lower()
-        if label_of(path.stem) is not None:
+        if name[0] == "." or label_of(path.stem) is not None:
             continue
         if suffix in IMAGE_SUFFIXES:
             names["picture"].append(name)
@@ -119,8 +124,8 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
             names["clip"].append(name)
         elif suffix in SOUND_SUFFIXES:
             names["sound"].append(name)
-        elif suffix in {".txt", ".caption"}:
-            captions.add(path.stem)
+        elif suffix == ".txt" or (suffix == ".caption" and path.stem not in captions):
+            captions[path.stem] = _has_text(entry)
     media = [name for group in names.values() for name in group]
     if not media:
         return None
@@ -130,10 +135,17 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
         pictures=len(names["picture"]),
         clips=len(names["clip"]),
         sounds=len(names["sound"]),
-        uncaptioned=sum(Path(name).stem not in captions for name in media),
+        uncaptioned=sum(not captions.get(Path(name).stem) for name in media),
         first=None if shown is None else folder / shown,
         is_described=is_described(folder),
     )
+
+
+def _has_text(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.stat().st_size > 0
+    except OSError:  # a link to nothing
+        return False
 
 
 def read_outer_folder(folder: Path) -> MediaFolder | None:

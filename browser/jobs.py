@@ -10,12 +10,13 @@ import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from browser import launch
+from browser.earlier_jobs import EarlierJob
 from browser.known_queues import KnownQueue, recall_queue, remember_queue
 from browser.names import short_digest
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
@@ -358,7 +359,7 @@ class JobQueue:
             command, folder = launch.split_folder(line, Path(job.folder))
             words = launch.split_words(command)
             others = [other for other in book.jobs if other is not job]
-            launch.check_options(words, folder, may_come=any(map(may_still_write, others)))
+            launch.check_options(words, folder, list_earlier(others))
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
             job.within = ""  # somebody has typed it
@@ -594,6 +595,15 @@ def _check_stored(stored: Any) -> None:
 def may_still_write(job: Job) -> bool:
     """Return whether a job may still write files."""
     return job.state in (WAITING, RUNNING)
+
+
+def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
+    """Return the jobs that may still write files, for the check of a job behind them."""
+    earlier = []
+    for job in filter(may_still_write, jobs):
+        with contextlib.suppress(OptionError):  # a line by hand that will be refused makes nothing
+            earlier.append(launch.find_earlier_job(job.words, Path(job.folder)))
+    return [*filter(None, earlier)]
 
 
 def as_line(words: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 
+from browser.earlier_jobs import EarlierJob, may_be_made
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
@@ -67,8 +68,8 @@ _SHAPES = {  # in words
 }
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
-# what scripts say of a path that is not there
-NOT_THERE = re.compile(r"no such (file|folder)")
+# what scripts say of a path that is not there, behind it
+NOT_THERE = re.compile(r"(there is )?no such (file|folder)")
 logger = logging.getLogger(__name__)
 _find_commands = functools.cache(find_commands)
 
@@ -234,7 +235,7 @@ else:
 WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
 WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model before it
 # how the other scripts read their options: they end behind that if they are asked to
-ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script)\(")
+ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 LEAST_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
@@ -246,28 +247,31 @@ FILES_READ = {
     *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
     *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
 }
-FILE_NAME = re.compile(r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|txt|toml|json)", re.IGNORECASE)
+BY_PLACE = ""  # in place of an option: words before the first one
+FILE_NAME = re.compile(
+    r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|txt|toml|json|zip|html)", re.IGNORECASE
+)
 
 
 def check_options(
     words: Sequence[str],
     folder: Path,
-    may_come: bool = False,
+    earlier: Sequence[EarlierJob] = (),
     seconds: float = CHECK_SECONDS,
     checks_files: bool = True,
 ) -> list[str]:
     """Raise OptionError, with the script's own message, if a command of ours refuses its options.
 
-    Return its warnings about them. may_come: jobs before it may write the files that it reads, so they need
-    not be there yet. seconds: that the script may take; if it takes longer, nothing is said. checks_files:
-    files that the words name, and that the script opens only later, have to be there.
+    Return its warnings about them. earlier: jobs before it; what they may make need not be there
+    yet. seconds: that the script may take; if it takes longer, nothing is said. checks_files: files that the
+    words name, and that the script opens only later, have to be there.
     """
     command, (python, *program) = find_program(words, folder)
     if any(word in HELP for word in words):
         return []
     refuse_endless(command, words)
     if command.words[0] == "run":
-        _check_folder_of_run(program, folder)
+        _check_folder_of_run(program, folder, earlier)
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
     if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
@@ -290,11 +294,28 @@ def check_options(
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known
         return []
-    if process.returncode and not (may_come and NOT_THERE.search(process.stderr)):
+    if process.returncode and not _may_come(process.stderr, words, folder, earlier):
         raise OptionError(message_of(process.stderr))
-    if checks_files and not may_come:
-        _check_files(words, folder)
+    if checks_files:
+        _check_files(words, folder, earlier)
     return [escape_control_codes(text) for text in WARNING.findall(process.stderr)]
+
+
+def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
+    """Return what `check_options` asks of a job before another; None if it will be refused."""
+    with contextlib.suppress(OptionError):
+        command, _ = find_program(words, folder)
+        return EarlierJob(command.path.relative_to(ROOT), words, folder)
+    return None
+
+
+def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> bool:
+    """Return whether a script was refused for files alone that jobs before it may make."""
+    if not earlier or not NOT_THERE.search(message):
+        return False
+    values = {value for word in words for value in (word, word.rpartition("=")[2])} - {""}
+    missing = [value for value in values if re.search(rf"{re.escape(value)}: {NOT_THERE.pattern}", message)]
+    return all(may_be_made(folder / value, earlier) for value in missing)
 
 
 def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
@@ -338,15 +359,16 @@ def _file_options() -> frozenset[str]:
     return frozenset({*FILES_READ, *parts})
 
 
-def _check_files(words: Sequence[str], folder: Path) -> None:
-    """Raise OptionError for the first file that a command reads and that does not exist."""
-    option = ""
-    written = "--config_file" if "--output_config" in words else ""
+def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+    """Raise OptionError for the first file that a command reads and that neither exists nor may be made."""
+    option = BY_PLACE
+    written = "--config_file" if "--output_config" in words else None
     for word in words:
-        if word.startswith("--"):
+        if word.startswith("-"):
             option, _, word = word.partition("=")
-        is_read = option in _file_options() and option != written
-        if is_read and FILE_NAME.fullmatch(word) and not (folder / word).exists():
+        is_read = option in (BY_PLACE, *_file_options()) and option != written
+        is_file = is_read and FILE_NAME.fullmatch(word) is not None
+        if is_file and not (folder / word).exists() and not may_be_made(folder / word, earlier):
             raise OptionError(
                 say(
                     "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
@@ -355,12 +377,12 @@ def _check_files(words: Sequence[str], folder: Path) -> None:
                     word=shorten(word, 200),
                     folder=folder,
                     explain_missing=explain_missing(folder / word),
-                )
+                ).lstrip()
             )
 
 
-def _check_folder_of_run(words: Sequence[str], folder: Path) -> None:
-    """Raise OptionError if the folder that `run` is given does not exist. words: end with its options.
+def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+    """Raise OptionError if the folder of `run` neither exists nor may be made. words: end with its options.
 
     Whether it is described is known when the job starts: a job before it may describe it.
     """
@@ -368,7 +390,8 @@ def _check_folder_of_run(words: Sequence[str], folder: Path) -> None:
         place for place, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
     )
     described = "".join(words[script + 1 : script + 2])
-    if described and not described.startswith("-") and not (folder / described).exists():
+    is_typed = described != "" and not described.startswith("-")
+    if is_typed and not (folder / described).exists() and not may_be_made(folder / described, earlier):
         raise OptionError(
             say(
                 "%(described)s: there is no such folder in %(folder)s, where relative paths "

@@ -23,10 +23,12 @@ from starlette.routing import Route
 
 from browser.background_jobs import has_changed_since, name_background_job
 from browser.bin_folder import FOLDER as BIN
+from browser.caption_keys import describe_formats, find_format_of_folder
 from browser.captioning import (
     CAPTION_SCRIPT,
     TRIED,
     TYPED_OPTIONS,
+    CaptionForm,
     describe_engine,
     make_caption_words,
     read_tries,
@@ -118,6 +120,7 @@ from browser.upload_parts import ADDRESS as PIECE
 from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
+from contract.families import caption_formats
 from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
@@ -263,10 +266,13 @@ class NewPages:
         if form.folder and folder is None and not error:
             problem = self.explain_folder(form.folder)
         content = None if folder is None else read_media_folder(folder)
+        if content is not None:
+            content = replace(content, unreadable=self.files.count_unreadable(content.path))
         written = None if described is None else self.make_form(described)
         progress = self.progress_values(folder, described)
         is_written = written is not None and not list_unwritten(form, written, written)
         duration = self.describe_duration(form, described)
+        writer = CaptionForm(format=find_format_of_folder(folder))
         values = {
             **progress,
             **self.folder_values(folder, content, is_part),
@@ -286,8 +292,11 @@ class NewPages:
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": format_command(make_caption_words("", ""), folder),
-            "try_line": format_command(make_caption_words("", "", TRIED), folder),
+            "caption_line": format_command(make_caption_words(writer), folder),
+            "try_line": format_command(make_caption_words(writer, TRIED), folder),
+            "caption_format": writer.format,
+            "format_title": caption_formats()[writer.format].title if writer.format else "",
+            "caption_formats": describe_formats(),
             "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
@@ -574,7 +583,7 @@ class NewPages:
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
             count = TRIED if "tries" in query else None
-            words = make_caption_words(query.get("engine", ""), query.get("question", ""), count)
+            words = make_caption_words(CaptionForm.read(query), count)
             text = format_command(words, folder)
         except OptionError as error:
             text = str(error)
@@ -784,13 +793,13 @@ class NewPages:
             self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
-            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
+            words = make_caption_words(CaptionForm.read(texts), TRIED)
             require_inside(self.site.runs, folder)
             background_jobs.start(
                 name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
             )
         elif what == "write":
-            words = make_caption_words(texts.get("engine", ""), texts.get("question", ""))
+            words = make_caption_words(CaptionForm.read(texts))
             require_inside(self.site.runs, folder)
             self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
         elif what == "remedy":

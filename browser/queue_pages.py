@@ -13,9 +13,17 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
+from browser.earlier_jobs import EarlierJob
 from browser.folders import find_folder
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, may_still_write
-from browser.launch import check_options, command_part, find_program, split_folder, split_words
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, list_earlier
+from browser.launch import (
+    check_options,
+    command_part,
+    find_earlier_job,
+    find_program,
+    split_folder,
+    split_words,
+)
 from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
 from browser.run_start import TrackedRuns
 from browser.run_views import HERE, POLICY
@@ -71,11 +79,13 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     return Draft()
 
 
-def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[list[str], Path]]:
+def read_jobs(
+    text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
+) -> list[tuple[list[str], Path]]:
     """Return the words and the folder of each command in a text; all are checked before the first is added.
 
-    run: the run that the commands are from, if any. may_come: jobs before them may write what they read; so
-    may the first of several. Raises UserError.
+    run: the run that the commands are from, if any. earlier: jobs before them, which may make what they read;
+    so may the first of several. Raises UserError.
     """
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
@@ -102,11 +112,13 @@ def read_jobs(text: str, run: RunSummary | None, may_come: bool) -> list[tuple[l
     for words, folder in jobs:  # all of them, before a script takes a second for the first
         find_program(words, folder)
     end = time.monotonic() + CHECK_SECONDS
-    for place, (words, folder) in enumerate(jobs):
+    before = [*earlier]
+    for words, folder in jobs:
         seconds = end - time.monotonic()
         if seconds <= 0:  # scripts check the options of the others when these begin
             break
-        check_options(words, folder, may_come=may_come or place > 0, seconds=seconds)
+        check_options(words, folder, before, seconds=seconds)
+        before += filter(None, [find_earlier_job(words, folder)])
     return jobs
 
 
@@ -215,8 +227,7 @@ class QueuePages:
                 raise OptionError(
                     say("%(within)s: there is no such folder below those that are shown.", within=within)
                 )
-            may_come = any(map(may_still_write, self.queue.jobs()))
-            for words, folder in read_jobs(line, run, may_come):
+            for words, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
                 self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):
             return False

@@ -563,7 +563,7 @@ class RunButtons:
             )
         _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
-        for words, folder in read_jobs(page_command.bash, run, may_come=False):
+        for words, folder in read_jobs(page_command.bash, run):
             changed = [*words]
             if steps:
                 place = changed.index(STEPS_OPTION) + 1

@@ -24,7 +24,7 @@ from browser.draft_changes import (
     save_change,
 )
 from browser.folders import is_written
-from browser.new_form import MOST_STEPS, parse_whole
+from browser.new_form import MOST_STEPS, find_model, parse_whole
 from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
@@ -36,7 +36,7 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
 from modules.pages.language import say
 from project.fitting import needs_picture
-from project.options import RUN_FILE, find_models
+from project.options import RUN_FILE
 
 FEWEST_ROWS = 3
 MOST_ROWS = 100
@@ -349,11 +349,6 @@ class SamplePages:
             raise OptionError(
                 say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder)
             )
-
-
-def find_model(family: str, task: str) -> ModelSet | None:
-    """Return a model that folders can be described for; None if there is none of this name."""
-    return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
 
 
 def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:

@@ -15,7 +15,6 @@ marks: recognise packed weights by what a file says
 model_files: check model files and folders given by options
 model_folders: what a folder of transformers says, held against its weights
 opening: open model files in any container
-quantise_options: options of quantising a model's file
 quantising: write layers in 8 bits, or 16 again
 shard_options: names and sizes of a model's parts
 shards: cut a model into files with an index

@@ -1,6 +1,7 @@
 """What a model family tells the shared loops: read family.py first.
 
 brought_words: words for prompts that LoRA files bring along
+caption_formats: keys of captions that are JSON objects, and their faults
 data: records of latents, and what caches hand over
 family: protocols that loops call, and how models learn
 families: families by name: places, scripts, kinds of files

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.command import as_typed, command_line
 from modules.errors import CheckpointError
 from modules.installation import import_own
 from modules.option_values import FillIn, option_words
 from modules.options import Options
-from modules.parser import parse_options
+from modules.script_options import parse_options
+
+if TYPE_CHECKING:  # few processes ask for captions
+    from contract.caption_formats import CaptionFormat
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class FamilyEntry:
     own_latents: tuple[str, ...] = ()  # of these, the ones with latents of their own
     same_latents: str = ""  # the family whose autoencoder it has too
     notice: str = ""  # what its scripts say before anything else: terms of the licence that exclude many
+    captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
 
     def say_notice(self) -> None:
         if self.notice:
@@ -79,6 +83,11 @@ class FamilyEntry:
     @property
     def options(self) -> ModuleType:
         return import_own(f"{self.room}.options")
+
+    @property
+    def caption_format(self) -> "CaptionFormat | None":
+        """Return the format of captions that its model was trained with; None if they are sentences."""
+        return import_own(f"{self.room}.{self.captions}").FORMAT if self.captions else None
 
     def options_record(self, kind: str) -> Any:
         """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
@@ -199,6 +208,12 @@ def with_scripts() -> Mapping[str, FamilyEntry]:
     return {name: entry for name, entry in FAMILIES.items() if entry.script}
 
 
+@cache
+def caption_formats() -> Mapping[str, "CaptionFormat"]:
+    """Return the formats of captions that are JSON objects, by the families that were trained with them."""
+    return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
+
+
 def read_names() -> list[ModuleType]:
     return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
 
@@ -297,7 +312,7 @@ class Script(partial[None]):
 
 def plain_script(
     about: str | None,
-    work: str,
+    work: Callable[..., None] | str,
     *records: type[Options],
     without: Collection[str] = (),
     prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
@@ -305,18 +320,25 @@ def plain_script(
 ) -> Script:
     """Return the script that reads options and hands the first record to a function.
 
-    about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
-    loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
-    going_on: the advice that is printed after Ctrl-C.
+    about: the script's docstring. work: the function; its name, as `networks.merging.merge_flux`, where the
+    record is in a light file and its import loads torch. without: as for `add_options`. prepare: makes the
+    function's arguments from the record. going_on: the advice that is printed after Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:
         options, *_ = parse_options(about, argv, *records, without=without)
         arguments = prepare(options)
-        module, _, function = work.rpartition(".")
         try:
-            getattr(import_own(module), function)(*arguments)
+            _find_function(work)(*arguments)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
 
     return Script(run_tool)
+
+
+def _find_function(work: Callable[..., None] | str) -> Callable[..., None]:
+    if not isinstance(work, str):
+        return work
+    module, _, name = work.rpartition(".")
+    function: Callable[..., None] = getattr(import_own(module), name)
+    return function

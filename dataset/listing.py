@@ -26,6 +26,7 @@ from dataset.sources.media_source import (
 )
 from dataset.sources.references import lack_references, limit_references
 from dataset.table import DatasetConfig, DatasetTable
+from modules.command import quote_for_shell
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
@@ -40,7 +41,8 @@ def _hint_of_start(table: DatasetTable) -> str:
     folder, path = table.config_path.absolute().parent, table.directory
     if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
         return ""
-    return f" Relative paths start in the current folder: to start in the file's folder, first `cd {folder}`."
+    move = quote_for_shell(["cd", str(folder)])
+    return f" Relative paths start in the current folder: to start in the file's folder, first `{move}`."
 
 
 def find_sources(

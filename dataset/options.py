@@ -9,7 +9,8 @@ from contract.families import FAMILIES
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import CONNECTS, WRITES, KeyFile, Options, option, read_options
-from modules.parser import Parser, add_options, parse_spelled
+from modules.parser import Parser, add_options
+from modules.script_options import parse_spelled
 
 R = TypeVar("R", bound=Options)
 

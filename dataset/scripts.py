@@ -10,7 +10,7 @@ from dataset.options import CachingOptions, EmptyPromptOptions, read_spelled_cac
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
-from modules.parser import parse_spelled
+from modules.script_options import parse_spelled
 
 if TYPE_CHECKING:
     from dataset.config import DatasetConfig

@@ -3,32 +3,58 @@
 Source: diffusers' BriaFibo2Pipeline (`_parse_prompt`, `_get_edit_prompt`) and the release's description.
 """
 
-import difflib
 import json
 import math
 from typing import Any, NamedTuple
 
+from contract.caption_formats import CaptionFormat, CaptionKey, is_said
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.text_files import looks_like_object, read_object
 
 DESCRIPTION, TEXTS = "short_description", "text_render"
 CAPTION, INSTRUCTION = "structured_caption", "edit_instruction"
-# key -> the value that says nothing of it, in the order of training
-EMPTY: dict[str, Any] = {
-    DESCRIPTION: "",
-    "objects": [],
-    "background_setting": "",
-    "lighting": {},
-    "aesthetics": {},
-    "photographic_characteristics": {},
-    "style_medium": "",
-    "context": "",
-    "artistic_style": "",
-}
-KEYS = (*EMPTY, TEXTS)
 SCORES = ("aesthetic_score", "preference_score")  # never in trained captions
-CERTAIN = 0.75  # how alike a misspelt key is to the one that is meant
+FORMAT = CaptionFormat(
+    "Fibo 2.0",
+    (
+        CaptionKey(DESCRIPTION, str, "the whole picture in a few sentences: who, what, where, and its mood"),
+        CaptionKey(
+            "objects",
+            list,
+            "each thing and person that matters, at most five; of people also what the last parts say",
+            (
+                *("description", "location", "relationship", "relative_size", "shape_and_color", "texture"),
+                *("appearance_details", "orientation", "number_of_objects", "pose", "expression", "clothing"),
+                *("action", "gender", "skin_tone_and_texture"),
+            ),
+        ),
+        CaptionKey("background_setting", str, "what is behind and around them"),
+        CaptionKey("lighting", dict, "the light", ("conditions", "direction", "shadows")),
+        CaptionKey(
+            "aesthetics", dict, "how it is composed", ("composition", "color_scheme", "mood_atmosphere")
+        ),
+        CaptionKey(
+            "photographic_characteristics",
+            dict,
+            "how it was taken",
+            ("depth_of_field", "focus", "camera_angle", "lens_focal_length"),
+        ),
+        CaptionKey("style_medium", str, "such as photograph, oil painting, 3D render"),
+        CaptionKey("context", str, "what kind of picture it is and what it is for"),
+        CaptionKey("artistic_style", str, "the style in at most three words"),
+        CaptionKey(
+            TEXTS,
+            list,
+            "each text that is legible in the picture",
+            ("text", "location", "size", "color", "font", "appearance_details"),
+        ),
+    ),
+    ignored=SCORES,
+    instruction=INSTRUCTION,
+)
+# key -> the value that says nothing of it, in the order of training
+EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name != TEXTS}
 
 
 class WrittenCaption(NamedTuple):
@@ -132,7 +158,7 @@ def has_drawn_texts(text: str) -> bool:
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None
     return any(
-        isinstance(entry, dict) and _is_text(entry.get("text"))
+        isinstance(entry, dict) and is_said(entry.get("text"))
         for entry in (entries if isinstance(entries, list) else ())
     )
 
@@ -172,35 +198,5 @@ def find_caption_faults(text: str) -> list[str]:
         fault = find_edit_fault(content)
         caption = content.get(CAPTION, {key: content[key] for key in content.keys() - {INSTRUCTION}})
         faults = [fault] if fault else []
-        return faults + (_find_key_faults(caption) if isinstance(caption, dict) else [])
-    missing = [] if _is_text(content.get(DESCRIPTION)) else [f"{DESCRIPTION} is missing"]
-    return missing + _find_key_faults(content)
-
-
-def _find_key_faults(caption: dict[str, Any]) -> list[str]:
-    faults = []
-    for key, value in caption.items():
-        if key in SCORES:
-            continue
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1, CERTAIN)
-            faults.append(f"{key} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
-            continue
-        usual = EMPTY.get(key, [])
-        if value is not None and not isinstance(value, type(usual)):
-            faults.append(f"{key} is {_name_type(value)}, not {_name_type(usual)}")
-    for key, part in (("objects", "description"), (TEXTS, "text")):
-        entries = caption.get(key)
-        for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
-            if not isinstance(entry, dict) or not _is_text(entry.get(part)):
-                faults.append(f"{key}, entry {number}: {part} is missing")
-    return faults
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _name_type(value: Any) -> str:
-    names = {str: "a text", list: "a list", dict: "an object", bool: "true or false"}
-    return names.get(type(value), "a number")
+        return faults + (FORMAT.find_key_faults(caption) if isinstance(caption, dict) else [])
+    return FORMAT.find_faults(content)

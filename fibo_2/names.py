@@ -12,6 +12,7 @@ ENTRY = FamilyEntry(
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN3_VL_FILE",
     same_latents="flux_2",
+    captions="captions",
 )
 _BLOCKS = ("noise_refiner.{n}.", "layers.{n}.")
 _PERCEIVER = "perceiver.layers.{n}."

@@ -12,7 +12,7 @@ from modules.errors import OptionError
 from modules.minimal_options import MOST_SIDE, MinimalLoraOptions
 from modules.option_values import option_words
 from modules.options import Options, option
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 SIZE_STEP = 16
 

@@ -13,6 +13,7 @@ grid_options: options of sheets and of tools/compare.py
 line_options: long names of options in prompt and sample lines
 making: make the videos of jobs: texts, denoising, pixels, files
 memory: predict memory by rehearsing each phase
+named_prompts: JSON prompts from files, `@caption.json`
 options: options of the generation scripts that all families share
 outputs: output files: latents, videos, images, and names
 progress: boxes, lines, and a preview that grows by sections

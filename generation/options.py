@@ -45,6 +45,7 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.paths import path_exists
+from modules.script_options import read_command_line
 from modules.speed_options import IN_PLACE_OF_SCALED, TO_OTHER_FORMS
 from networks.use_options import (
     LoraOptions,
@@ -263,6 +264,10 @@ class GenerationOptions(Options, title="run"):
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
+        if prompt.endswith(".json") and not prompt.startswith("@") and path_exists(Path(prompt)):
+            raise OptionError(
+                f'--prompt {prompt} is a file. For the JSON object in it give --prompt "@{prompt}"'
+            )
 
     def _check_one_result(self) -> None:
         """Raise OptionError if --save_path names a file, and there can be several results."""
@@ -326,12 +331,17 @@ def read_generation(
     add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[GenerationOptions, R]:
     """Read the options of a generation script. defaults, record: the family's. add_more: the script's."""
-    parser = generation_parser(description, defaults)
-    add_options(parser, record)
-    add_more(parser)
+
+    def build_parser() -> Parser:
+        parser = generation_parser(description, defaults)
+        add_options(parser, record)
+        add_more(parser)
+        return parser
+
+    parser, parsed = read_command_line(argv, build_parser)
+    values = {**script_values(parser, defaults), **vars(parsed), "extras": request_extras(record)}
+    args = fill_arguments(parser, argparse.Namespace(**values))
     facts = facts_of(GenerationOptions) | facts_of(record)
-    parser.set_defaults(extras=request_extras(record))
-    args = read_arguments(parser, argv)
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
         family_options = read_options(record, args)
@@ -378,33 +388,43 @@ def _choose_recorded(
     return recorded
 
 
-def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
+def generation_parser(description: str | None, defaults: ScriptDefaults) -> Parser:
     """Build a parser with the shared options, as the family's script has them."""
     parser = Parser(description=description)
     parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
-    parser.set_defaults(
-        extras={},
-        line_options=defaults.line_options,
-        numbers_single=defaults.numbers_single,
-        pictures=defaults.pictures,
-        solver_names=defaults.solver_names,
-        solvers=defaults.solvers,
-        by_model=defaults.by_model,
-        preset=defaults.optimized,
-        usual_sources={name: parser.get_default(name) for name in OF_SCRIPT},
-        riflex_frequencies=defaults.riflex_frequencies or 0,
-        riflex_beyond=defaults.riflex_beyond,
-    )
+    parser.set_defaults(**script_values(parser, defaults))
+    parser.changes_values = True  # by --optimized, --scheduler and what the model decides
     return parser
 
 
-def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line, with --scheduler as --sample_solver and the options that --optimized turns on.
+def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
+    """Return what arguments have of the family's script besides options."""
+    return {
+        "extras": {},
+        "line_options": defaults.line_options,
+        "numbers_single": defaults.numbers_single,
+        "pictures": defaults.pictures,
+        "solver_names": defaults.solver_names,
+        "solvers": defaults.solvers,
+        "by_model": defaults.by_model,
+        "preset": defaults.optimized,
+        "usual_sources": {name: parser.get_default(name) for name in OF_SCRIPT},
+        "riflex_frequencies": defaults.riflex_frequencies or 0,
+        "riflex_beyond": defaults.riflex_beyond,
+    }
 
-    Raises OptionError if an option is refused, or if both name a solver and they differ.
+
+def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    return fill_arguments(parser, parser.parse_args(argv))
+
+
+def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Return parsed arguments with --scheduler as --sample_solver and what --optimized turns on.
+
+    Raises:
+        OptionError: If an option is refused, or if both name a solver and they differ.
     """
-    args = parser.parse_args(argv)
     refuse_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
         solver = args.solver_names[args.scheduler]

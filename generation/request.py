@@ -130,7 +130,14 @@ def make_request(
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return texts with what is drawn from wildcards. Raises OptionError if nothing can be drawn."""
+    """Return texts with what is drawn from wildcards, and with the JSON of files in place of their names.
+
+    Raises OptionError if nothing can be drawn, or if a file cannot be read.
+    """
+    if any(text is not None and text.lstrip().startswith("@") for text in texts.values()):
+        from generation.named_prompts import read_named_object  # only with such a text
+
+        texts = {name: text and read_named_object(text) for name, text in texts.items()}
     if not prompts.draws:
         return texts
     from blissful_tuner.prompt_syntax import expand_texts  # only with wildcards

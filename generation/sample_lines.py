@@ -117,6 +117,11 @@ def _read_size(text: str) -> Mapping[str, int]:
 _SIZE = prompt_lines.LineOption("size", _read_size)
 
 
+def fit_side(pixels: int, step: int) -> int:
+    """Return the width or height that a sample is made with: the next lower multiple of the model's step."""
+    return max(pixels // step, 1) * step
+
+
 def find_sample_option(word: str) -> prompt_lines.LineOption | None:
     """Return the option of a sample line by its letters or by a long name, as prompt lines have them."""
     option = SAMPLE_OPTIONS.get(word.lower())

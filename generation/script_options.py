@@ -24,7 +24,7 @@ class RequestOptions(Options, title="what to make"):
     None means the task's default.
     """
 
-    prompt: str | None = option("what the picture or video should show", often=True)
+    prompt: str | None = option("what to show; @caption.json is the JSON object in a file", often=True)
     nag_prompt: str | None = option("what to steer away from; default: the negative prompt", title=NAG)
     prompt_2: str | None = option("prompt for the second text encoder, CLIP; default: --prompt")
     negative_prompt: str | None = option(

@@ -12,7 +12,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.option_values import HEIGHT_WIDTH, option_words
 from modules.options import Options, Refusal, option, unsupported
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 logger = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ minimal_options: options that the minimal inference scripts share
 memory_limit: bound a process that runs a stranger's file
 mistyped: name our option for another program's
 nvidia_driver: cards of NVIDIA, and why torch does not see them
+option_checks: check values by limits, relations and places
 option_tables: read the options of every script from compiled tables
 option_values: values of options: converted from what was typed, and checked
 options: declare options as fields of a record
@@ -42,10 +43,11 @@ private_torch: everything private of torch that is used
 repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends
 screen: whether this machine has a screen to look at
+script_options: read the running script's options, by table or records
 script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, VAE, text encoders
-table_answers: answer --help and wrong options from tables
+table_answers: parse the command line by tables; answer help and errors
 table_parser: build a parser from a table, and describe one
 template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8

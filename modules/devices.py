@@ -250,13 +250,14 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+@functools.cache
 def freeze_libraries() -> None:
     """Leave all objects that exist now out of garbage collections, for the rest of this process.
 
     torch and its companions have some 365,000 objects, which each collection would scan: 0.2 s on a laptop.
     Call it after the libraries are imported and before a network is loaded: what is frozen is never
     collected. Only the first call of a process acts, so a process that runs several commands freezes no
-    network of an earlier one.
+    network of an earlier one. It does not ask again whether something is frozen, as Python counts all of it.
     """
     if gc.get_freeze_count() == 0:
         gc.freeze()

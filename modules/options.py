@@ -14,18 +14,15 @@ import argparse
 import dataclasses
 import functools
 import logging
-import operator
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-from modules.control_codes import shorten
-from modules.errors import OptionError
 from modules.installation import refuse_in_queue, refuse_starting
-from modules.option_values import check_characters, check_numbers, check_path, convert_value, show_number
-from modules.output_files import refuse_replacing
+from modules.option_checks import LIMITS, check_paths, check_relations, check_value, find_needed, list_paths
+from modules.option_values import check_characters, check_numbers, convert_value
 from modules.run_limits import refuse_outside, refuse_sending
 
 T = TypeVar("T")
@@ -209,19 +206,6 @@ class KeyFile(NamedTuple):
     hint: str  # what to write, with {key}
 
 
-class _Limit(NamedTuple):
-    words: str  # in front of the number in a message
-    holds: Callable[[Any, Any], bool]  # whether a number is within the limit
-
-
-_LIMITS = {
-    "least": _Limit("of at least", operator.ge),
-    "above": _Limit("above", operator.gt),
-    "most": _Limit("of at most", operator.le),
-    "below": _Limit("below", operator.lt),
-}
-
-
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
@@ -301,7 +285,7 @@ class _FieldChecks(NamedTuple):
 
 def _find_checks(cls: type) -> _FieldChecks:
     fields = dataclasses.fields(cls)
-    checked = {*_LIMITS, "one_of", "excludes", "needs", "only_with"}
+    checked = {*LIMITS, "one_of", "excludes", "needs", "only_with"}
     return _FieldChecks(
         with_facts=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
         with_reach=tuple(field for field in fields if find_reach(field.metadata)),
@@ -368,71 +352,14 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     value = getattr(record, field.name)
     if value is None or facts.get("declared") is None:
         return
-    hint = _find_hint(facts)
-    option = f"--{option_name(field)}"
-    for number in value if isinstance(value, tuple) else (value,):
-        _check_limits(option, number, facts, hint)
-    if "one_of" in facts and value not in facts["one_of"]:
-        near = f", not {shorten(str(value), 80)!r}" if not value else ""
-        raise OptionError(f"{option} {value}: use {_join_alternatives(facts['one_of'])}{near}{hint}")
+    check_value(option_name(field), value, facts)
     if is_given(record, field):
-        _check_excluded(record, field)
-        _check_needed(record, field)
+        check_relations(option_name(field), facts, partial(_list_given, record))
         _warn_of_ignored(record, field)
 
 
-def _find_hint(facts: Mapping[str, Any]) -> str:
-    return f" ({facts['hint']})" if facts.get("hint", "") else ""
-
-
-def _find_relation_hint(facts: Mapping[str, Any]) -> str:
-    """Return the end of messages on options that go together; a hint is about the value if it has limits."""
-    is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
-    return "" if is_of_value else _find_hint(facts)
-
-
-def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str) -> None:
-    """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
-    if not isinstance(number, (int, float)):
-        return
-    limits = {fact: facts[fact] for fact in _LIMITS if fact in facts}
-    if all(_LIMITS[fact].holds(number, limit) for fact, limit in limits.items()):  # NaN is within none
-        return
-    shown = {}
-    for fact, limit in limits.items():
-        shown[fact] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
-    if "least" in shown and "most" in shown:
-        text = f"from {shown['least']} to {shown['most']}"
-    else:
-        text = " and ".join(f"{_LIMITS[fact].words} {limit}" for fact, limit in shown.items())
-    raise OptionError(f"{option} {show_number(number)}: give a number {text}{hint}")
-
-
-def _check_excluded(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if an option that a given one excludes is given too."""
-    facts = field.metadata
-    for name in _list_given(record, facts.get("excludes", ())):
-        option = f"--{option_name(field)}"
-        hint = _find_relation_hint(facts)
-        raise OptionError(f"{option} and --{name} exclude each other: give one of them{hint}")
-
-
-def _check_needed(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if a given option lacks one that it needs."""
-    flags = _find_needed(record, field)
-    if flags:
-        facts = field.metadata
-        what = "both" if len(facts["needs"]) == 1 else "one of them too"
-        hint = "" if facts.get("excludes") else _find_relation_hint(facts)
-        raise OptionError(f"--{option_name(field)} needs {flags}: give {what}{hint}")
-
-
 def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
-    """Return the options of which an option needs one, if none is given; else nothing."""
-    needed = field.metadata.get("needs", ())
-    if not needed or _list_given(record, needed):
-        return ""
-    return _join_alternatives([f"--{name}" for name in needed])
+    return find_needed(field.metadata, partial(_list_given, record))
 
 
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
@@ -506,7 +433,7 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     reach = find_reach(field.metadata)
     name = option_name(field)
     if reach in ("writes", "appends"):
-        for path in _list_paths(value):
+        for path in list_paths(value):
             refuse_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
         if value not in field.metadata.get("stays", ()):
@@ -521,24 +448,13 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if a path of a field with a `place` is unusable, or would replace a spared file."""
-    facts = field.metadata
     fields = _fields_by_name(type(record))
-    dashes = "" if facts["declared"].positional else "--"
-    flag = f"{dashes}{option_name(field)}"
-    for path in _list_paths(getattr(record, field.name)):
-        check_path(flag, path, facts["place"], facts.get("hint", ""))
-        for name in facts.get("spares", ()):
-            refuse_replacing(flag, path, _list_paths(getattr(record, fields[name].name)))
-
-
-def _list_paths(value: Any) -> list[Path]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [path for path in values if isinstance(path, Path)]
-
-
-def _join_alternatives(words: Collection[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
+    check_paths(
+        f"{'' if field.metadata['declared'].positional else '--'}{option_name(field)}",
+        getattr(record, field.name),
+        field.metadata,
+        lambda name: getattr(record, fields[name].name),
+    )
 
 
 def read_options(cls: type[T], args: argparse.Namespace) -> T:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import re
 import sys
 import typing
@@ -17,14 +16,14 @@ from modules.command import (
     LISTS_OPTIONS,
     as_typed,
     did_you_mean,
-    name_as_typed,
     one_line,
     plain_message,
     wait_for_first_process,
     wants_colour,
 )
 from modules.errors import OptionError
-from modules.installation import ONLY_OPTIONS, find_front_words, find_script
+from modules.installation import find_front_words, find_script
+from modules.option_checks import CHECKED_FACTS
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
@@ -37,7 +36,6 @@ from modules.options import (
     find_refusal,
     hints_of,
     option_name,
-    read_options,
     record_of,
 )
 from modules.paths import path_exists
@@ -84,6 +82,9 @@ class Parser(argparse.ArgumentParser):
         self.typed_flags: dict[str, str] = {}
         self._all_typed: set[str] = set()
         self.key_files: list[KeyFile] = []  # of the records
+        self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
+        # whether other arguments, or a file, may replace those that are parsed before records are read
+        self.changes_values = False
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
@@ -394,28 +395,6 @@ def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
     return names
 
 
-def parse_options(
-    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
-) -> list[Any]:
-    """Return the records of a script that has only these options. changes: as `add_options` takes them."""
-    return parse_spelled(description, argv, *records, **changes)[0]
-
-
-def parse_spelled(
-    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
-) -> tuple[list[Any], Mapping[str, str]]:
-    """Return the records of `parse_options`, and the spelling of each given option by public name."""
-    parser = Parser(description=description)
-    add_options(parser, *records, **changes)
-    args = parser.parse_args(argv)
-    with name_as_typed(typed_names(args)):
-        refuse_unsupported(parser, args)
-        options = [read_options(record, args) for record in records]
-    if os.environ.get(ONLY_OPTIONS):
-        raise SystemExit(0)
-    return options, parser.typed_flags
-
-
 def add_options(
     parser: argparse.ArgumentParser,
     *records: type[Options],
@@ -491,11 +470,14 @@ def _add_field(
         default = None if required else default_of(cls, field)
     if name in changes.without:
         parser.set_defaults(**{name.replace("-", "_"): default})
+        if isinstance(parser, Parser):
+            parser.left_out[name.replace("-", "_")] = default
         return
     action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
     action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
     action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
+    action.facts = _list_checked_facts(cls, field, action.default)  # type: ignore[attr-defined]
     if name in changes.refused:
         action.refusal = Refusal(  # type: ignore[attr-defined]
             action.help or "",
@@ -504,6 +486,26 @@ def _add_field(
             values=(),
             settings={},
         )
+
+
+def _list_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
+    """Return the facts by which the value of a field is checked.
+
+    default: What the script has if the option is not typed. If the record has another default, it is the fact
+    `usual`.
+    """
+    facts = {name: field.metadata[name] for name in CHECKED_FACTS if name in field.metadata}
+    hint = hints_of(cls)[field.name]
+    kinds = typing.get_args(hint) or (hint,)
+    if "place" in facts and str not in kinds:  # else they are texts
+        facts["are_paths"] = True
+    try:
+        usual = default_of(cls, field)
+    except TypeError:  # it must be given
+        return facts
+    usual = list(usual) if isinstance(usual, tuple) else usual
+    usual = usual.as_posix() if isinstance(usual, Path) else usual
+    return facts if usual == default else {**facts, "usual": usual}
 
 
 def _list_refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:

@@ -1,19 +1,24 @@
-"""Answer --help and wrong options of the running script from its table, before its modules are imported."""
+"""Read the command line of the running script by its table, before its modules are imported.
 
+--help and errors are answered then; the arguments of any other command line wait for the script.
+"""
+
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from modules.command import command_line, name_as_typed, start_logging
 from modules.errors import UserError
 from modules.installation import PREFIX, ROOT, find_script
 from modules.option_tables import TABLES, find_table
+from modules.options import Options
 from modules.parser import Parser, refuse_unsupported, typed_names
 from modules.script_words import console_words
-from modules.table_parser import build_parser
+from modules.table_parser import build_parser, check_arguments
 from modules.text_files import real_path
 
 _HELP = {"-h", "--help"}
@@ -26,9 +31,19 @@ class _OutdatedTables(Exception):
 
 class _TableParser(Parser):
     def error(self, message: str) -> NoReturn:
-        if not PREFIX and _are_outdated():
-            raise _OutdatedTables
+        _check_tables()
         super().error(message)
+
+
+class CommandLine(NamedTuple):
+    """Hold the words of a command line as the options of a script."""
+
+    parser: Parser
+    arguments: argparse.Namespace
+
+
+# words of the process -> what a table has read of them, until the script takes it
+_answered: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
@@ -42,6 +57,8 @@ def answer_running_script() -> None:
 def answer_script(script: Path, words: Sequence[str], program: str | None = None) -> None:
     """End the process with the help, or with the message on a wrong option, if the words ask for it.
 
+    The arguments of other words wait for `take_answered`.
+
     Args:
         script: Path of the script in the checkout or the package.
         words: Words of the command line behind the script.
@@ -53,13 +70,28 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
     start_logging()
     parser = build_parser(table, program, _TableParser)
     try:
-        parsed = parser.parse_args(words)
-        with name_as_typed(typed_names(parsed)):
-            refuse_unsupported(parser, parsed, tells_unneeded=False)
+        arguments = parser.parse_args(words)
+        try:
+            with name_as_typed(typed_names(arguments)):
+                refuse_unsupported(parser, arguments, tells_unneeded=False)
+                check_arguments(parser, arguments)
+        except UserError as error:
+            _check_tables()
+            command_line(partial(_raise, error))
     except _OutdatedTables:
         return
-    except UserError as error:
-        command_line(partial(_raise, error))
+    _answered[tuple(sys.argv)] = CommandLine(parser, arguments)
+
+
+def take_answered() -> CommandLine | None:
+    """Return what the table has read of the command line of this process, once; else None.
+
+    None too if a file of records is newer than the tables: then the records answer.
+    """
+    answered = _answered.pop(tuple(sys.argv), None)
+    if answered is None or (not PREFIX and _are_records_newer()):
+        return None
+    return answered
 
 
 def _raise(error: UserError) -> None:
@@ -79,12 +111,30 @@ def _find_running_script(typed: str) -> Path | None:
         return find_script(path.stem) if is_command else None
 
 
-def _are_outdated() -> bool:
-    """Return whether a file of a room was changed after the tables were compiled."""
-    latest = TABLES.stat().st_mtime + CHECKOUT_SECONDS
+def _check_tables() -> None:
+    """Raise _OutdatedTables if a file of a room was changed after the tables were compiled."""
+    if PREFIX:
+        return
+    latest = _find_latest_time()
     for room in (folder for folder in ROOT.iterdir() if (folder / "__init__.py").is_file()):
         for parent, _, names in os.walk(room):
             sources = (Path(parent, name) for name in names if name.endswith(".py"))
             if any(source.stat().st_mtime > latest for source in sources):
-                return True
-    return False
+                raise _OutdatedTables
+
+
+def _are_records_newer() -> bool:
+    """Return whether a file that declares options was changed after the tables were compiled."""
+    latest = _find_latest_time()
+    waiting: list[type] = [Options]
+    modules = set()
+    while waiting:
+        record = waiting.pop()
+        modules.add(record.__module__)
+        waiting += record.__subclasses__()
+    files = (getattr(sys.modules.get(module), "__file__", None) for module in modules)
+    return any(Path(file).stat().st_mtime > latest for file in files if file)
+
+
+def _find_latest_time() -> float:
+    return TABLES.stat().st_mtime + CHECKOUT_SECONDS

@@ -1,19 +1,23 @@
 """Build the parser of a script from its table, and describe a parser as a table.
 
-The parser knows what one does that is built from the records: help, mistyped options and the settings of the
-page need no record, and nothing that the file of a record imports. Standard library only.
+The parser knows what one does that is built from the records, and `check_arguments` the facts by which
+records check their values: help, wrong options and the settings of the page need no record, and nothing that
+the file of a record imports. Standard library only.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modules.installation import import_own
+from modules.option_checks import check_paths, check_relations, check_value
 from modules.option_tables import read_entry
-from modules.options import KeyFile, Refusal
+from modules.option_values import check_characters, convert_value
+from modules.options import TYPED, KeyFile, Refusal
 from modules.parser import Parser, group_of
+from modules.run_limits import is_limited
 
 # attribute of an action -> its value where the table does not name it
 _DEFAULTS: Mapping[str, Any] = {
@@ -32,6 +36,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "is_secret": False,
     "reach": "",
     "stays": (),
+    "facts": {},
 }
 # likewise, of a switch
 _OF_SWITCH: Mapping[str, Mapping[str, Any]] = {
@@ -55,6 +60,7 @@ class _NamedType:
     """A function that reads the words of an option; its module is imported when the first word is read."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self._module, self.__name__ = name.split(":")
 
     def __call__(self, text: str) -> Any:
@@ -62,7 +68,7 @@ class _NamedType:
 
 
 def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[Parser] = Parser) -> Parser:
-    """Return the parser of a script. It parses as the one that is built from records, but fills no record.
+    """Return the parser of a script, which parses as the one that is built from its records.
 
     Args:
         table: What `find_table` returns.
@@ -74,6 +80,9 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
     parser = kind(description=table["description"], allow_abbrev=allows_abbreviation, **settings)
     parser.shown_flags = table.get("shown_flags", {})
     parser.key_files = [_find_key_file(hint) for hint in table.get("key_files", ())]
+    parser.left_out = table.get("left_out", {})
+    parser.set_defaults(**parser.left_out)
+    parser.changes_values = table.get("changes_values", False)
     for title in table.get("groups", ()):
         group_of(parser, title)
     for name in table["sections"]:
@@ -125,6 +134,81 @@ def _build_action(row: Mapping[str, Any]) -> Any:
     return action
 
 
+def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Check typed values by the facts of their options, as their records do.
+
+    An option whose need a file or another option may meet (`changes_values`) is left to its record.
+
+    Args:
+        parser: Of a table.
+        arguments: What it has parsed.
+
+    Raises:
+        OptionError: As `check_value`, `check_relations` and `check_paths` do.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    typed: Collection[str] = getattr(arguments, TYPED)
+
+    def value_of(name: str) -> Any:
+        return _convert(actions.get(name.replace("-", "_")), name, arguments)
+
+    def list_given(names: Collection[str]) -> list[str]:
+        return [name for name in names if _is_given(actions.get(name.replace("-", "_")), name, arguments)]
+
+    def list_typed(names: Collection[str]) -> list[str]:
+        return [name for name in list_given(names) if name.replace("-", "_") in typed]
+
+    checked = [action for action in parser._actions if action.dest in typed or not action.option_strings]
+    for action in checked:
+        facts: Mapping[str, Any] = getattr(action, "facts", {})
+        name = _find_public_name(action)
+        value = getattr(arguments, action.dest, None)
+        if value is None or not facts:
+            continue
+        check_value(name, value, facts)
+        if not _is_given(action, name, arguments):
+            continue
+        if parser.changes_values:
+            check_relations(name, {**facts, "needs": ()}, list_typed)
+        else:
+            check_relations(name, facts, list_given)
+    if is_limited():  # then what may be looked at is checked first
+        return
+    for action in checked:
+        facts = getattr(action, "facts", {})
+        if facts.get("are_paths"):
+            name = _find_public_name(action)
+            check_paths(f"--{name}" if action.option_strings else name, value_of(name), facts, value_of)
+
+
+def _find_public_name(action: argparse.Action) -> str:
+    """Return the name of an option in its record: of its flags that by which its value is kept."""
+    names = (flag.removeprefix("--") for flag in action.option_strings)
+    return next((name for name in names if name.replace("-", "_") == action.dest), action.dest)
+
+
+def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
+    """Return whether an option has another value than the default of its record, and is not turned off."""
+    value = getattr(arguments, name.replace("-", "_"), None)
+    if action is None:  # the script does not have it, but its record may hold a value of the script
+        return bool(value)
+    facts: Mapping[str, Any] = getattr(action, "facts", {})
+    usual = facts.get("usual", action.default)
+    if isinstance(value, str) and isinstance(usual, str) and facts.get("are_paths"):
+        value, usual = Path(value), Path(usual)
+    return bool(value != usual) and value not in facts.get("off", ())
+
+
+def _convert(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> Any:
+    """Return the value of an option as its record has it, if it is one path or several."""
+    value = getattr(arguments, name.replace("-", "_"), None)
+    if action is None or value is None:
+        return None
+    flag = f"--{name}" if action.option_strings else name
+    check_characters(name, value)
+    return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
+
+
 def _name_after(flags: Sequence[str]) -> str:
     """Return the name that an option has if none is given: that of its last flag."""
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
@@ -161,10 +245,13 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
         "groups": [] if titles == list(in_order) else titles,
         "sections": sections,
         "shown_flags": dict(parser.shown_flags),
+        "left_out": {name: _make_plain(value) for name, value in parser.left_out.items()},
         "key_files": {file.hint: sorted(file.read_keys()) for file in parser.key_files},
     }
     if not parser.allow_abbrev:
         table["allow_abbrev"] = False
+    if parser.changes_values:
+        table["changes_values"] = True
     return {name: value for name, value in table.items() if value not in ({}, [])}
 
 
@@ -205,12 +292,14 @@ def _make_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_make_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return dict(sorted(value.items()))
+        return {name: _make_plain(inner) for name, inner in sorted(value.items())}
     return value.as_posix() if isinstance(value, Path) else value
 
 
 def _name_type(kind: Callable[[str], Any]) -> str:
     """Return the name by which a table finds the type of an option."""
+    if isinstance(kind, _NamedType):
+        return kind.name
     name = getattr(kind, "__qualname__", "")
     if _NUMBERS.get(name) is kind:
         return str(name)

@@ -45,14 +45,13 @@ patterns: regular expressions for names of modules, with dots or underscores
 predictions: what files say that their model predicts
 rank_masks: which ranks act, by the noise of each sample
 resize_lora: command: fewer ranks for a LoRA
-resize_options: options of this command
 resizing: the best factors of a smaller rank
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, and words that they bring
-tool_options: options to merge, convert, average and extract LoRAs
+tool_options: options to merge and extract LoRAs
 use_options: options to add LoRAs to a model
 unmerged: LoRAs around layers in 8 or 4 bits, masked ones
 writing: write the dialects of ComfyUI and diffusers

@@ -17,16 +17,76 @@ from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.writing import save_tensors, stream_tensors
 from modules.command import as_typed
 from modules.console import list_some
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, OptionError
+from modules.options import Options, option
+from modules.output_files import check_output_file, refuse_replacing
+from modules.paths import explain_missing, sort_by_numbers
 from networks.metadata import STALE, add_hashes, expert_of
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, LORA_FORMAT
-from networks.tool_options import AveragingOptions
+from networks.use_options import require_files
 
 logger = getLogger(__name__)
 
 LARGEST_HASHED = 4 << 30  # bytes; hashes precede the data in a file, so hashed files are built in memory
 NOTE = "ss_post_hoc_ema"
 _TARGETS = {KNOWN: "default", COMFYUI: "comfyui", DIFFUSERS: "diffusers"}  # of convert_lora.py
+# of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
+LARGEST_SIGMA = 12**-0.5
+
+
+class AveragingOptions(Options):
+    """Options of `lora_post_hoc_ema.py`."""
+
+    path: tuple[Path, ...] = option(
+        "saved files of one run, from any of its epochs or steps", positional=True, nargs="+"
+    )
+    no_sort: bool = option(
+        "take the files in the given order; without it they are sorted by their step, or by time if they "
+        "do not record it"
+    )
+    beta: float = option(
+        "share of the average so far at each further file; the first file keeps a large share",
+        default=0.95,
+        least=0,
+        most=1,
+        hint="such as 0.9",
+    )
+    beta2: float | None = option(
+        "that share at the last file; it changes evenly from --beta to this",
+        least=0,
+        most=1,
+        hint="such as 0.9",
+    )
+    sigma_rel: float | None = option(
+        "instead of --beta: width of the average as a share of the run, 0.05 to 0.28 (power function)",
+        above=0,
+        most=LARGEST_SIGMA,
+        hint="there all files count alike; 0.2 is a good start",
+    )
+    output_file: Path = option("safetensors file to write", required=True)
+
+    def __post_init__(self) -> None:
+        files = self.files()
+        if len(files) < 2:
+            raise OptionError(f"{files[0]} is a single file: give two or more of one run")
+        require_files("path", files, folders="its files end in .safetensors")
+        refuse_replacing("--output_file", self.output_file, files)
+        check_output_file("--output_file", self.output_file)
+
+    def files(self) -> list[Path]:
+        """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
+        files: dict[Path, None] = {}
+        for path in self.path:
+            if path.exists():
+                files[path] = None
+                continue
+            matching = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            if not matching:
+                raise OptionError(
+                    f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"
+                )
+            files |= dict.fromkeys(matching)
+        return list(files)
 
 
 def average_files(options: AveragingOptions) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,9 @@ from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.console import as_size, list_some, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
+from modules.options import Options, option
 from modules.output_files import refuse_replacing
+from modules.text_files import real_path
 from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baked, Baking, bake
@@ -24,7 +26,7 @@ from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
-from networks.kinds.composing import MAGNITUDES, PRODUCTS, in_series, kind_of_files
+from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, PRODUCTS, in_series, kind_of_files
 from networks.kinds.factors import Factors
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
 from networks.metadata import PARTS_METADATA, STALE, add_hashes
@@ -41,12 +43,6 @@ from networks.names.layouts import (
 from networks.parts import fuse
 from networks.rank_masks import rule_of
 from networks.tensor_names import NETWORKS, dialect_in_words
-from networks.tool_options import (
-    ComfyConvertOptions,
-    ConvertOptions,
-    FluxConvertOptions,
-    ZImageConvertOptions,
-)
 from networks.writing import (
     in_own_form,
     in_target,
@@ -58,6 +54,114 @@ from networks.writing import (
 
 logger = getLogger(__name__)
 FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
+DIALECTS = ("sd-scripts", "ai-toolkit")
+# kinds of which --bake makes plain LoRAs without the model, and with it
+_BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
+_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
+_RESULT: Mapping[str, Any] = {"place": "safetensors", "spares": ("input", "input_high_noise", "dit")}
+
+
+class ConvertOptions(Options):
+    """Options of `convert_lora.py`."""
+
+    input: Path = option(
+        "LoRA file, any dialect; of two experts that of low noise, or of both",
+        place="there",
+        required=True,
+        by_place=True,
+    )
+    input_high_noise: Path | None = option(
+        "LoRA file of the high-noise expert of Wan2.2, to be written next to --input",
+        place="there",
+        excludes="expert",
+    )
+    output: Path = option("safetensors file to write", **_RESULT, required=True, by_place=True)
+    output_high_noise: Path | None = option(
+        "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
+        excludes="expert",
+        **_RESULT,
+    )
+    expert: str | None = option(
+        "of a file with a LoRA for each expert, take only this one", choices=("high_noise", "low_noise")
+    )
+    target: str = option(
+        "other or comfyui: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: "
+        "transformer.) with lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's "
+        "names; default: lora_unet_ with lora_down and lora_up; "
+        "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
+        "(high noise) and transformer_2. (low noise)",
+        required=True,
+        choices=("other", "comfyui", "default", "diffusers"),
+    )
+    family: str | None = option(
+        "the model that the LoRA is for, such as flux or hunyuan_video; default: as the file's metadata, "
+        "names and sizes say"
+    )
+    bake: int | None = option(
+        f"make a plain LoRA of this rank of each {in_series(_BAKED, 'and')}, for "
+        "tools that do not know them; says how much of the change is lost",
+        least=1,
+        hint="a rank",
+    )
+    dit: tuple[Path, ...] | None = option(
+        "the model that a DoRA was trained for; after it text encoders that it changes. With --bake, or for "
+        "--target other, which is exact in ComfyUI then, and for the way back",
+        nargs="+",
+        place="there",
+        excludes=("input_high_noise", "output_high_noise"),
+        hint="each expert has its own model: --expert takes one LoRA out of a file for both",
+    )
+    device: str | None = option(
+        "device that --bake and --dit compute on; default: CUDA if available, else MPS, else the CPU",
+        needs=("bake", "dit"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.output_high_noise is not None and real_path(self.output) == real_path(self.output_high_noise):
+            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
+        is_joined = self.input_high_noise is not None and self.output_high_noise is None
+        if is_joined and self.target != "diffusers":
+            raise OptionError(
+                f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
+                "add --output_high_noise FILE"
+            )
+
+
+class FluxConvertOptions(Options):
+    """Options of `networks/convert_flux_lora.py`."""
+
+    src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)
+    dst: str = option(f"dialect to write: {' or '.join(DIALECTS)}", default="sd-scripts", one_of=DIALECTS)
+    src_path: Path | None = option("LoRA file to read", place="there")
+    dst_path: Path | None = option("safetensors file to write", place="safetensors", spares="src_path")
+
+    def __post_init__(self) -> None:
+        if self.src == self.dst:
+            raise OptionError(f"--src and --dst are both {self.src}: give two dialects")
+        if self.src_path is None or self.dst_path is None:
+            raise OptionError("--src_path and --dst_path are both needed: the LoRA and the file to write")
+
+
+class ComfyConvertOptions(Options):
+    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`, and more for Z-Image's."""
+
+    src_path: Path = option("LoRA file to read", positional=True, place="there")
+    dst_path: Path = option(
+        "safetensors file to write", positional=True, place="safetensors", spares="src_path"
+    )
+    reverse: bool = option("from ComfyUI's names to ours")
+
+
+class ZImageConvertOptions(ComfyConvertOptions):
+    """Options of `networks/convert_z_image_lora_to_comfy.py`."""
+
+    lokr_rank: int | None = option(
+        f"rank of the plain LoRAs that take the place of {_UNJOINABLE} for queries, keys and values, which "
+        "cannot be joined; more loses less",
+        least=1,
+        excludes="reverse",
+        hint="the way back leaves them as they are",
+    )
 
 
 @dataclass(frozen=True)

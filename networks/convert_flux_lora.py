@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import FluxConvertOptions
+from networks.convert import FluxConvertOptions, convert_flux
 
-main = plain_script(__doc__, "networks.convert.convert_flux", FluxConvertOptions)
+main = plain_script(__doc__, convert_flux, FluxConvertOptions)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import ComfyConvertOptions
+from networks.convert import ComfyConvertOptions, convert_hunyuan_image
 
-main = plain_script(__doc__, "networks.convert.convert_hunyuan_image", ComfyConvertOptions)
+main = plain_script(__doc__, convert_hunyuan_image, ComfyConvertOptions)
 
 
 if __name__ == "__main__":

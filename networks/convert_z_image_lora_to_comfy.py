@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import ZImageConvertOptions
+from networks.convert import ZImageConvertOptions, convert_z_image
 
-main = plain_script(__doc__, "networks.convert.convert_z_image", ZImageConvertOptions)
+main = plain_script(__doc__, convert_z_image, ZImageConvertOptions)
 
 
 if __name__ == "__main__":

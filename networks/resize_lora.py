@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.resize_options import ResizeOptions
+from networks.resizing import ResizeOptions, resize_file
 
-main = plain_script(__doc__, "networks.resizing.resize_file", ResizeOptions)
+main = plain_script(__doc__, resize_file, ResizeOptions)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options of the LoRA tools: merge, convert, average, extract. Standard library only."""
+"""Options of the LoRA tools: merge, extract. Standard library only."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,23 +6,16 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option, unsupported
-from modules.output_files import check_output_file, refuse_replacing
-from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import real_path
-from networks.kinds.composing import OF_MAGNITUDES, PRODUCTS, in_series
 from networks.use_options import (
     LoraOptions,
     lora_rounding_option,
     multipliers_for,
-    require_files,
     require_loras,
 )
 
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
-# of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
-LARGEST_SIGMA = 12**-0.5
 PRECISIONS = ("float", "fp16", "bf16")
-DIALECTS = ("sd-scripts", "ai-toolkit")
 BY_TENSOR = "models are always read and written tensor by tensor."
 ONLY_NEEDED = "write only what loaders need to know"
 EXACT_SUM = (
@@ -35,9 +28,6 @@ OF_LORAS = "it is for merging LoRAs into one"
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01
-# kinds of which --bake makes plain LoRAs without the model, and with it
-_BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
-_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
 OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
 
 
@@ -66,130 +56,6 @@ class MergeOptions(Options):
 
     def __post_init__(self) -> None:
         require_loras(self.lora_rounding, [self.lora.lora_weight], "--lora_weight")
-
-
-_RESULT: Mapping[str, Any] = {"place": "safetensors", "spares": ("input", "input_high_noise", "dit")}
-
-
-class ConvertOptions(Options):
-    """Options of `convert_lora.py`."""
-
-    input: Path = option(
-        "LoRA file, any dialect; of two experts that of low noise, or of both",
-        place="there",
-        required=True,
-        by_place=True,
-    )
-    input_high_noise: Path | None = option(
-        "LoRA file of the high-noise expert of Wan2.2, to be written next to --input",
-        place="there",
-        excludes="expert",
-    )
-    output: Path = option("safetensors file to write", **_RESULT, required=True, by_place=True)
-    output_high_noise: Path | None = option(
-        "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
-        excludes="expert",
-        **_RESULT,
-    )
-    expert: str | None = option(
-        "of a file with a LoRA for each expert, take only this one", choices=("high_noise", "low_noise")
-    )
-    target: str = option(
-        "other or comfyui: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: "
-        "transformer.) with lora_A and lora_B, alpha folded in; HunyuanImage: lora_unet_ with ComfyUI's "
-        "names; default: lora_unet_ with lora_down and lora_up; "
-        "diffusers: transformer. with diffusers' module names, both experts in one file as transformer. "
-        "(high noise) and transformer_2. (low noise)",
-        required=True,
-        choices=("other", "comfyui", "default", "diffusers"),
-    )
-    family: str | None = option(
-        "the model that the LoRA is for, such as flux or hunyuan_video; default: as the file's metadata, "
-        "names and sizes say"
-    )
-    bake: int | None = option(
-        f"make a plain LoRA of this rank of each {in_series(_BAKED, 'and')}, for "
-        "tools that do not know them; says how much of the change is lost",
-        least=1,
-        hint="a rank",
-    )
-    dit: tuple[Path, ...] | None = option(
-        "the model that a DoRA was trained for; after it text encoders that it changes. With --bake, or for "
-        "--target other, which is exact in ComfyUI then, and for the way back",
-        nargs="+",
-        place="there",
-        excludes=("input_high_noise", "output_high_noise"),
-        hint="each expert has its own model: --expert takes one LoRA out of a file for both",
-    )
-    device: str | None = option(
-        "device that --bake and --dit compute on; default: CUDA if available, else MPS, else the CPU",
-        needs=("bake", "dit"),
-    )
-
-    def __post_init__(self) -> None:
-        if self.output_high_noise is not None and real_path(self.output) == real_path(self.output_high_noise):
-            raise OptionError(f"--output and --output_high_noise are both {self.output}: give two names")
-        is_joined = self.input_high_noise is not None and self.output_high_noise is None
-        if is_joined and self.target != "diffusers":
-            raise OptionError(
-                f"--target {self.target} has no form for two LoRAs in one file: use --target diffusers, or "
-                "add --output_high_noise FILE"
-            )
-
-
-class AveragingOptions(Options):
-    """Options of `lora_post_hoc_ema.py`."""
-
-    path: tuple[Path, ...] = option(
-        "saved files of one run, from any of its epochs or steps", positional=True, nargs="+"
-    )
-    no_sort: bool = option(
-        "take the files in the given order; without it they are sorted by their step, or by time if they "
-        "do not record it"
-    )
-    beta: float = option(
-        "share of the average so far at each further file; the first file keeps a large share",
-        default=0.95,
-        least=0,
-        most=1,
-        hint="such as 0.9",
-    )
-    beta2: float | None = option(
-        "that share at the last file; it changes evenly from --beta to this",
-        least=0,
-        most=1,
-        hint="such as 0.9",
-    )
-    sigma_rel: float | None = option(
-        "instead of --beta: width of the average as a share of the run, 0.05 to 0.28 (power function)",
-        above=0,
-        most=LARGEST_SIGMA,
-        hint="there all files count alike; 0.2 is a good start",
-    )
-    output_file: Path = option("safetensors file to write", required=True)
-
-    def __post_init__(self) -> None:
-        files = self.files()
-        if len(files) < 2:
-            raise OptionError(f"{files[0]} is a single file: give two or more of one run")
-        require_files("path", files, folders="its files end in .safetensors")
-        refuse_replacing("--output_file", self.output_file, files)
-        check_output_file("--output_file", self.output_file)
-
-    def files(self) -> list[Path]:
-        """Return the files, each once; patterns such as `x-*.safetensors` are expanded: not all shells do."""
-        files: dict[Path, None] = {}
-        for path in self.path:
-            if path.exists():
-                files[path] = None
-                continue
-            matching = sort_by_numbers(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-            if not matching:
-                raise OptionError(
-                    f"{path}: no such file.{explain_missing(path)} Give files that a training has saved"
-                )
-            files |= dict.fromkeys(matching)
-        return list(files)
 
 
 class ExtractOptions(Options):
@@ -344,40 +210,3 @@ def _check_ratios(models: Sequence[Path], ratios: Sequence[float]) -> None:
             "the same order"
         )
     multipliers_for(models, ratios, "--ratios")
-
-
-class FluxConvertOptions(Options):
-    """Options of `networks/convert_flux_lora.py`."""
-
-    src: str = option(f"dialect to read: {' or '.join(DIALECTS)}", default="ai-toolkit", one_of=DIALECTS)
-    dst: str = option(f"dialect to write: {' or '.join(DIALECTS)}", default="sd-scripts", one_of=DIALECTS)
-    src_path: Path | None = option("LoRA file to read", place="there")
-    dst_path: Path | None = option("safetensors file to write", place="safetensors", spares="src_path")
-
-    def __post_init__(self) -> None:
-        if self.src == self.dst:
-            raise OptionError(f"--src and --dst are both {self.src}: give two dialects")
-        if self.src_path is None or self.dst_path is None:
-            raise OptionError("--src_path and --dst_path are both needed: the LoRA and the file to write")
-
-
-class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`, and more for Z-Image's."""
-
-    src_path: Path = option("LoRA file to read", positional=True, place="there")
-    dst_path: Path = option(
-        "safetensors file to write", positional=True, place="safetensors", spares="src_path"
-    )
-    reverse: bool = option("from ComfyUI's names to ours")
-
-
-class ZImageConvertOptions(ComfyConvertOptions):
-    """Options of `networks/convert_z_image_lora_to_comfy.py`."""
-
-    lokr_rank: int | None = option(
-        f"rank of the plain LoRAs that take the place of {_UNJOINABLE} for queries, keys and values, which "
-        "cannot be joined; more loses less",
-        least=1,
-        excludes="reverse",
-        hint="the way back leaves them as they are",
-    )

@@ -6,6 +6,7 @@ Scripts, `--then` and `--post` know the tools by these names. Standard library o
 import argparse
 import contextlib
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from modules.command import as_typed, did_you_mean
 from modules.errors import OptionError, UserError
-from modules.installation import ROOT
+from modules.installation import ONLY_OPTIONS, ROOT
 from modules.options import Options, option_values, read_options
 from modules.parser import Parser, add_options
 from post.options import (
@@ -101,6 +102,8 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         name = " ".join([THEN, *later[:1]])
         with name_tool(name):
             tools.append(read_tool(later, before))
+    if os.environ.get(ONLY_OPTIONS):
+        raise SystemExit(0)
     return Chain(run, tuple(tools))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,10 +53,10 @@ from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
     RUN_FILE,
-    WRITE_CAPTIONS,
     as_operand,
     download_options,
     find_models,
+    make_caption_words,
     own_command,
 )
 from project.running import typed_in
@@ -474,11 +475,12 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
         names = name_some(by_trigger)
         lines.append(f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it")
     if bare:
+        write_words = make_caption_words([shlex.split(choice.model.commands["latents"])])
         lines += [
             f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
             f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
             f"{choice.folder}:",
-            f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",
+            f"  {typed_in(write_words, choice.folder)}",
             "or name what they show by a made-up word alone:",
             f"  {_describe_again(choice, trigger_word='WORD')}",
         ]

@@ -1,9 +1,10 @@
 """What the options of new_project.py and run_project.py share. Standard library only."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from contract.families import FAMILIES, caption_formats
 from downloads.catalogue import ModelSet, model_sets
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
@@ -26,6 +27,22 @@ WRITE_CAPTIONS = [
     "python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL,
 ]
 # fmt: on
+
+
+def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
+    """Return the family whose JSON captions the model of these commands knows; "" for sentences."""
+    scripts = {Path(word).name for words in commands for word in words if word.endswith(".py")}
+    for name in caption_formats():
+        entry = FAMILIES[name]
+        if scripts & {*entry.main_scripts, f"{entry.cache}_text_encoder_outputs.py"}:
+            return name
+    return ""
+
+
+def make_caption_words(commands: Iterable[Sequence[str]]) -> list[str]:
+    """Return the command that writes captions in the folder of a run, in the form that its model knows."""
+    format = find_caption_format(commands)
+    return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS
 
 
 def _training_keys() -> Collection[str]:

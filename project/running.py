@@ -39,9 +39,9 @@ from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
     RUN_FILE,
-    WRITE_CAPTIONS,
     as_operand,
     find_models,
+    make_caption_words,
     own_command,
 )
 from project.run_options import RunOptions
@@ -516,7 +516,7 @@ def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> N
             [
                 f"Captions that are missing are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
                 "download), in that folder:",
-                f"  {typed_in(WRITE_CAPTIONS, folder)}",
+                f"  {typed_in(make_caption_words([words]), folder)}",
                 'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',
             ]
         )

@@ -8,7 +8,7 @@ from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import check_path, check_seed
 from modules.options import Options, option
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from stable_diffusion import sampling_options
 from stable_diffusion.network_options import AddedNetworkOptions, ControlOptions, GuideOptions, check_control
 

@@ -15,8 +15,9 @@ from tests.commands import ROOT
 
 their_frequencies.make_exact()
 
-objects_kept = pytest.StashKey[int]()  # after the last collection
-MOST_GARBAGE = 150_000  # objects, about 80 MB of small models
+objects_kept = pytest.StashKey[int]()  # that were left out of collections since the last one of all objects
+FEW_OBJECTS = 2_000  # that a collection inside a test may see of earlier tests: a millisecond
+MOST_KEPT = 150_000  # objects, about 80 MB of small models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,24 +54,28 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Leave what was there before a test and its fixtures, of any scope, out of its garbage collections.
 
-    Scripts collect garbage between their phases, which takes half a second a time once all libraries are
-    loaded. No collection inside a test sees the models and pictures of earlier ones, so they are collected
-    here, between two files.
+    Scripts collect garbage between their phases, which takes a second a time once all libraries and tests
+    are loaded. So what earlier tests have left is collected before it is frozen. Models of their fixtures
+    that are garbage later are collected between two files, once there may be many. Nothing here asks how
+    much is frozen: Python counts that one by one.
     """
-    gc.freeze()
+    stash = item.config.stash
+    if len(gc.get_objects()) > FEW_OBJECTS:
+        gc.collect()
+        # at first the libraries, which stay
+        stash[objects_kept] = stash[objects_kept] + len(gc.get_objects()) if objects_kept in stash else 0
+        gc.freeze()
     try:
         return (yield)
     finally:
         is_last = nextitem is None or nextitem.path != item.path
         if is_last and not chromium.is_used_by(getattr(nextitem, "module", None)):
             chromium.end_browser()
-        num_objects = gc.get_freeze_count() if is_last else 0  # it counts them one by one
-        gc.unfreeze()
-        if num_objects > item.config.stash.get(objects_kept, 0) + MOST_GARBAGE:
+        if is_last and stash.get(objects_kept, 0) > MOST_KEPT:
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
-            item.config.stash[objects_kept] = gc.get_freeze_count()
-            gc.unfreeze()
+            stash[objects_kept] = 0
 
 
 @pytest.hookimpl(tryfirst=True)

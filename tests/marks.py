@@ -1,9 +1,9 @@
 """Set the marks that follow from what a test calls: `recorded`, `script`, and the tier `fast`.
 
-Three tiers. `fast`: of each test that takes less than LONG seconds of processor time, starts no script and
-compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is not marked
-`slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and `tests/heavy.toml` why
-a case of the default tier may take more than HEAVY seconds.
+Three tiers. `fast`: of each test that takes less than LONG seconds of processor time, starts no script and no
+browser and compiles nothing, at most CASES cases, and the cases marked `whole_way`. The default: all that is
+not marked `slow`. Everything: the rest too. `tests/durations.toml` says what each file takes, and
+`tests/heavy.toml` why a case of the default tier may take more than HEAVY seconds.
 `slow_cases("CASE", ...)` marks single cases of a test as slow, because others of it show the same daily.
 `long` marks a test whose cases take longer than LONG.
 """
@@ -26,6 +26,7 @@ STARTERS: frozenset[Name] = frozenset(
         *(("tests.commands", name) for name in ("run_script", "run_python", "run_program")),
         ("tests.faults.messages", "run_here"),
         ("tests.warm_processes", "__init__"),
+        *(("tests.chromium", name) for name in ("open_page", "open_tabs")),
     }
 )
 COMPILES = "nothing_compiled"  # the fixture of tests that compile
@@ -93,7 +94,9 @@ def reads_recorded(*functions: Any) -> bool:
 
 
 def starts_script(*functions: Any) -> bool:
-    """Return whether functions of the tests start a script, in a process of its own or in this one."""
+    """Return whether functions of the tests start a script, in a process of its own or in this one, or a
+    browser.
+    """
     found = reached(functions)
     return subprocess in found or any(
         (each.__module__, each.__name__) in STARTERS for each in found if inspect.isfunction(each)

@@ -40,17 +40,27 @@ def _catching(script: str) -> Iterator[None]:
         yield
 
 
-def compile_script(script: str) -> dict[str, Any]:
-    """Return the table of a script, made of its records. script: its path, such as tools/mask.py."""
+def _find_parser(script: str) -> _ParserFound:
     with _catching(script):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except _ParserFound as found:
-            table = describe_parser(found.parser)
-            if found.words is not None:
-                table["cuts_words"] = True  # it parses only some of the words of its command line
-            return table
+            return found
     raise AssertionError(f"{script} has no parser")
+
+
+def catch_parser(script: str) -> Parser:
+    """Return the parser that a script builds of its records. script: its path, such as tools/mask.py."""
+    return _find_parser(script).parser
+
+
+def compile_script(script: str) -> dict[str, Any]:
+    """Return the table of a script, made of its records."""
+    found = _find_parser(script)
+    table = describe_parser(found.parser)
+    if found.words is not None:
+        table["cuts_words"] = True  # it parses only some of the words of its command line
+    return table
 
 
 class _Names:

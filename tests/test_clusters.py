@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 
 from contract.families import FAMILIES
 from dataset.options import CachingOptions, read_latent_caching
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from project.pack_options import UnpackOptions
 from project.run_options import RunOptions
 from tests.commands import QUIET, ROOT

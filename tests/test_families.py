@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.commands import run_script, typed_there
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.run_pages import read_run_page
-from tests.tiny.families import FAMILIES, ONE_OF_EACH, OUTPUT, TinyFamily
+from tests.tiny.families import FAMILIES, LAYERED, ONE_OF_EACH, OUTPUT, TinyFamily
 from tests.tiny.runs import make_project
 
 # families whose LoRAs a tool reads only once they are converted, if they are saved without --lora_format
@@ -45,10 +45,11 @@ SLOW |= {
     "qwen_image_21 edit",
     "moss_image edit",
     "fibo_2 edit",
+    "qwen_image layered",
 }
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
-CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
+CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in (*FAMILIES, LAYERED)]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -203,6 +204,7 @@ def shown(folder: Path) -> torch.Tensor:
     from modules.media.reading import read_image, video_frames
 
     files = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
+    files = [path for path in files if not re.search(r"_layer\d+$", path.stem)]  # their composite stays
     (path,) = (path for path in files if not path.stem.endswith("_sheet"))
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
     return torch.stack([torch.from_numpy(frame) for frame in frames])

@@ -74,6 +74,7 @@ FLOORS = {
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
+        {"option_checks"},
         {"backups", "file_batches", "installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
@@ -83,7 +84,7 @@ FLOORS = {
         {"downloading", "parser"},
         {"console_options", "table_parser"},
         {"table_answers"},
-        {"interpreter"},
+        {"interpreter", "script_options"},
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"pages"},
     ),
@@ -157,6 +158,7 @@ _LIGHT = {
             "help_text",
             "installed",
             "mistyped",
+            "option_checks",
             "option_tables",
             "option_values",
             "options",
@@ -259,11 +261,12 @@ _TOOLS = {
         "sdxl_merge_lora",
     ),
 }
-# lines that a training of caches reads at its start, without the family's; 340 answer from
-# tables before them, 200 are the form and names of models in parts, 210 read the index of the caches
+# lines that a training of caches reads at its start, without the family's; 500 parse and
+# check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches
 MOST_READ = 43_460
-# 340 of them answer from tables before anything else is read, 2 ask latents for the model that made them
-MOST_READ_TO_GENERATE = 23_300
+# 500 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
+# name the formats of captions and prompts in JSON files
+MOST_READ_TO_GENERATE = 23_560
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 import pytest
 
 import run_tests
+from tests.browser import test_light
 from tests.commands import ROOT
 from tests.long_tests import Measuring, read_durations, read_heavy, write_durations
-from tests.marks import CASES, spread
+from tests.marks import CASES, spread, starts_script
 
 # What is left is for collecting in two processes, ruff, and files that nobody has measured yet.
 BUDGET = 0.75 * run_tests.MOST_SECONDS
@@ -61,3 +62,9 @@ def test_a_process_that_is_waited_for_counts() -> None:
     before = Measuring._now()
     subprocess.run([sys.executable, "-S", "-c", "for _ in range(4_000_000): pass"], check=True)
     assert Measuring._now() - before > 0.03
+
+
+def test_what_opens_a_page_in_a_browser_is_not_quick() -> None:
+    """A browser takes 1.3 to 2 processor seconds, most of them in processes that end later."""
+    assert starts_script(test_light.test_a_hidden_page_asks_for_nothing)
+    assert not starts_script(test_the_fast_tier_is_within_its_budget)

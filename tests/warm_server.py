@@ -31,20 +31,29 @@ LOADED = (
     *("cv2", "ftfy", "matplotlib.figure", "pandas", "psutil", "transformers"),
     *("training.run", "generation.run", "contract.families"),
     *("dataset.caching.work", "dataset.caching.texts", "dataset.batches.starting", "networks.lora_wan"),
+    *("dataset.scripts", "dataset.cache.commands", "dataset.caching.indexing", "dataset.caching.loop"),
+    *("training.scripts", "generation.scripts", "torch.profiler._cupti_monitor", "einops._torch_specific"),
     *("running.compile", "running.offload.checkpointing", "training.samples", "training.planning.memory"),
     *("generation.sheets", "generation.memory", "blissful_tuner.latent_preview"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
+    *(f"stable_diffusion.sdxl.{name}" for name in ("options", "family")),
 )
 
 
 def main() -> None:
     """Load, then answer."""
     sys.path[0] = str(ROOT)
+    from PIL import Image
+
+    from modules.devices import freeze_libraries
+
     for name in LOADED:
         with contextlib.suppress(ImportError):  # of an optional package; or the script that needs it says so
             importlib.import_module(name)
+    Image.init()  # all formats of files, at the first file in a copy
     gc.collect()
-    gc.freeze()  # copies collect garbage between their phases; what all of them share is left out of it
+    # copies collect garbage between their phases; what all of them share is left out of it, and counted once
+    freeze_libraries()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:

@@ -14,9 +14,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from data_tools.controls.options import ControlPictureOptions
+from data_tools.controls.run import ControlPictureOptions, make_control_pictures
 
-main = plain_script(__doc__, "data_tools.controls.run.make_control_pictures", ControlPictureOptions)
+main = plain_script(__doc__, make_control_pictures, ControlPictureOptions)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import modules.interpreter  # noqa: F401
 from downloads.listing import print_list
 from downloads.options import DownloadOptions
 from modules.command import command_line
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import AveragingOptions
+from networks.averaging import AveragingOptions, average_files
 
-main = plain_script(__doc__, "networks.averaging.average_files", AveragingOptions)
+main = plain_script(__doc__, average_files, AveragingOptions)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from checkpoints.quantise_options import QuantiseOptions
+from checkpoints.quantising import QuantiseOptions, quantise_file
 from contract.families import plain_script
 
-main = plain_script(__doc__, "checkpoints.quantising.quantise_file", QuantiseOptions)
+main = plain_script(__doc__, quantise_file, QuantiseOptions)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from training.scoring.options import ScoreOptions
+from training.scoring.run import ScoreOptions, score_run
 
 main = plain_script(
     __doc__,
-    "training.scoring.run.score_run",
+    score_run,
     ScoreOptions,
     going_on=lambda options: "What was computed is kept: type the same command to continue.",
 )

@@ -20,6 +20,7 @@ from modules.option_values import to_path
 from modules.options import HABIT, STARTS, Options, not_needed, option, read_options, unsupported
 from modules.output_files import check_output_name
 from modules.parser import Parser, add_options, typed_names
+from modules.script_options import read_command_line
 from running.options import SWAPPING
 from running.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
@@ -30,9 +31,9 @@ from training.options import (
     ScriptOption,
     TrainedNetworkOptions,
     TrainingOptions,
+    fill_arguments,
     list_script_options,
     log_idle,
-    read_arguments,
     training_parser,
 )
 from training.run_options import StartOptions
@@ -93,9 +94,15 @@ def read_image_training(
     --vae are declared here, and are read by a field of the record with that option name. Ends the program
     after --output_config.
     """
-    parser = image_training_parser(doc, defaults, learner)
-    add_options(parser, record)
-    args = read_arguments(parser, argv)
+
+    def build_parser() -> Parser:
+        parser = image_training_parser(doc, defaults, learner)
+        add_options(parser, record)
+        return parser
+
+    command = read_command_line(argv, build_parser)
+    parser = command.parser
+    args = fill_arguments(command)
     read_options(ConsoleOptions, args).apply()
     if args.output_config:
         _output_config(parser, args)
@@ -103,9 +110,9 @@ def read_image_training(
     defaults.translate(args)
     args.typed_names = {**typed_names(args), **defaults.shown_as}
     _find_tokenizers(args, defaults.tokenizers)
-    if isinstance(parser, Parser):  # commands that are printed have these in place of their other names
-        for name in _named_otherwise(args, defaults.tokenizers):
-            parser.typed_flags.setdefault(name, f"--{name}")
+    # commands that are printed have these in place of their other names
+    for name in _named_otherwise(args, defaults.tokenizers):
+        parser.typed_flags.setdefault(name, f"--{name}")
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
@@ -148,7 +155,7 @@ class OtherNames(Options, title="other names"):
 
 def image_training_parser(
     doc: str | None, defaults: ImageTrainerDefaults, learner: type[Options] = TrainedNetworkOptions
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Return a parser with all options that every image trainer has.
 
     doc: the script's docstring. learner: see `training_parser`.

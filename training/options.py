@@ -28,6 +28,8 @@ from modules.options import (
 )
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
+from modules.script_options import read_command_line
+from modules.table_answers import CommandLine
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from running.options import TrainingSpeedOptions
@@ -323,17 +325,22 @@ def read_training(
 
     record: the family's own. doc, learner: see `training_parser`. shared: further records of shared options.
     """
-    parser = training_parser(
-        doc, learner, defaults=changes.defaults, settings=changes.settings, refused=changes.refused
-    )
-    add_options(parser, record, *shared, refused=changes.refused)
-    args = read_arguments(parser, argv)
+
+    def build_parser() -> Parser:
+        parser = training_parser(
+            doc, learner, defaults=changes.defaults, settings=changes.settings, refused=changes.refused
+        )
+        add_options(parser, record, *shared, refused=changes.refused)
+        return parser
+
+    command = read_command_line(argv, build_parser)
+    args = fill_arguments(command)
     changes.translate(args)
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
         log_idle(args, options, family_options)
-    return options, family_options, list_script_options(parser, family_options, options)
+    return options, family_options, list_script_options(command.parser, family_options, options)
 
 
 def log_idle(args: argparse.Namespace, *records: Options) -> None:
@@ -356,13 +363,14 @@ def log_idle(args: argparse.Namespace, *records: Options) -> None:
 
 def training_parser(
     doc: str | None, learner: type[Options] = TrainedNetworkOptions, **settings: Any
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Return a parser with all options that every family's training has.
 
     doc: the script's docstring. learner: `TrainedNetworkOptions` or `WholeDitOptions`. settings: defaults and
     settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
+    parser.changes_values = True  # by --config_file, a launcher, and other names of options
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
         add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
@@ -389,32 +397,42 @@ def _refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str,
 
 
 def read_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
+    parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
-    """Parse: command line over --config_file over settings of `accelerate launch` over defaults.
+    """Parse, then do as `fill_arguments`. Ends the program for a wrong command line, as argparse does."""
+    return fill_arguments(CommandLine(parser, parser.parse_args(argv)), environment)
 
-    The launcher's settings are precision and compiling. Raises OptionError for a wrong value in the file and
-    for an option that is refused; ends the program for a wrong command line, as argparse does.
+
+def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
+    """Return all arguments: command line over --config_file over `accelerate launch` over defaults.
+
+    The launcher sets precision and compiling.
+
+    Raises:
+        OptionError: If a value in the file is wrong, or an option is refused.
     """
-    typed = parser.parse_args(argv, argparse.Namespace(max_train_steps=None))
+    parser, typed = command
     # the file that --output_config writes is not there yet
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
     usual = {"mixed_precision": "no", "dynamo_backend": "NO"}
     prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in usual.items()}
     from_file = {} if config_file is None else read_config_file(config_file, parser)
-    args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
+    untyped = {
+        name: value for name, value in (prefilled | from_file).items() if name not in typed.typed_options
+    }
+    args = argparse.Namespace(**{**vars(typed), **untyped})
     args.options_of_file = frozenset(from_file) - args.typed_options
     refuse_unsupported(parser, args)
     if is_limited():  # `run`: also the words of its commands are from a file
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
-        untyped = {
+        unchanged = {
             action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
         }
-        of_file = {name: from_file[name] for name in untyped & from_file.keys()}
+        of_file = {name: from_file[name] for name in unchanged & from_file.keys()}
         check_imports(parser, of_file, str(config_file))
         _refuse_unseen_sending(parser, of_file, str(config_file))
-    has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
+    has_steps = "max_train_steps" in typed.typed_options | from_file.keys()
     if has_steps and args.max_train_epochs is not None:
         logger.warning(
             f"--max_train_steps {args.max_train_steps} is ignored because --max_train_epochs "

@@ -29,7 +29,13 @@ from generation.denoise import OnSection, make_latents
 from generation.embedding_marks import warn_of_embeddings
 from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
-from generation.sample_lines import OF_SOME_MODELS, parse_sample_prompts, read_all, read_sample_file
+from generation.sample_lines import (
+    OF_SOME_MODELS,
+    fit_side,
+    parse_sample_prompts,
+    read_all,
+    read_sample_file,
+)
 from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.command import each_warning_once
@@ -494,8 +500,8 @@ def _with_whole_size(
     """
     width, height, frames = size
     side = latent.pixel_step
-    whole_width = None if width is None else max(width // side, 1) * side
-    whole_height = None if height is None else max(height // side, 1) * side
+    whole_width = None if width is None else fit_side(width, side)
+    whole_height = None if height is None else fit_side(height, side)
     whole_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
     if latent.has_layers:
         whole_frames = frames  # the number of layers

@@ -109,6 +109,7 @@ function fill(card, file) {
   card.querySelector(".where").textContent = file.caption.where || (file.captions.length ? translate("trained as: %(text)s", { text: file.captions.join(" | ") }) : "");
   card.querySelector(".told").replaceChildren(...lines(file));
   showButtons(card);
+  box.dispatchEvent(new CustomEvent("filled", { detail: card })); // the card itself may not be in it yet
   return card;
 }
 
@@ -222,6 +223,7 @@ box.addEventListener("click", (event) => {
 });
 
 box.addEventListener("input", (event) => {
+  if (!event.target.matches(".caption textarea")) return;
   const card = event.target.closest(".file"), { text, mark } = card.file.caption, { id } = card.dataset;
   if (event.target.value === text) drafts.delete(id);
   else drafts.set(id, { text: event.target.value, have: drafts.get(id)?.have ?? mark });
@@ -231,12 +233,12 @@ box.addEventListener("input", (event) => {
 
 box.addEventListener("keydown", (event) => {
   const card = event.target.closest(".file");
-  if (!card || event.target.tagName !== "TEXTAREA") return;
+  if (!card || !event.target.matches("textarea, .keys input")) return;
   const isSave = (event.ctrlKey || event.metaKey) && (event.key === "Enter" || event.key === "s");
   const way = event.altKey ? { ArrowDown: 1, ArrowUp: -1 }[event.key] : 0;
   if (isSave) act(card, "save");
   if (way) {
-    const texts = [...box.querySelectorAll("textarea")], next = texts[texts.indexOf(event.target) + way];
+    const texts = [...box.querySelectorAll(".caption textarea")], next = texts[texts.indexOf(card.querySelector("textarea")) + way];
     next?.focus();
     next?.scrollIntoView({ block: "center" });
   }

@@ -73,6 +73,13 @@
   const enable = (key, isOn) => { const button = buttonOf(key); if (button) button.ariaDisabled = isOn ? "false" : "true"; };
   const isOn = (key) => buttonOf(key)?.ariaDisabled === "false";
 
+  // Says why a key or button does nothing now. A page that only shows has none of them.
+  const IDLE = {
+    b: translate("The brush draws on pictures, not on clips."), u: translate("There is nothing to undo here."),
+    ...Object.fromEntries(["a", "i", "x"].map((key) => [key, translate("It has no mask: draw one with the brush (b), or have masks made for the folder.")])),
+  };
+  const sayIdle = (key) => { if (buttonOf(key)) said.textContent = IDLE[key]; };
+
   // Sends a request and returns its JSON; a text that is none is said.
   async function ask(address, options) {
     const answer = await fetch(address, options).catch(() => null);
@@ -251,8 +258,9 @@
     if (isWithControl) return;
     if (event.key === "ArrowLeft") step(-1);
     else if (event.key === "ArrowRight") step(1);
-    else if (event.key === "b" && isOn("b")) beginDrawing();
-    else if (event.key in ADDRESSES && isOn(event.key)) press(event.key);
+    else if (event.key in IDLE && !isOn(event.key)) sayIdle(event.key);
+    else if (event.key === "b") beginDrawing();
+    else if (event.key in ADDRESSES) press(event.key);
     else return;
     event.preventDefault();
   });
@@ -261,8 +269,9 @@
   find("mask-next").addEventListener("click", () => step(1));
   review.addEventListener("click", ({ target }) => {
     const { key } = target.dataset;
-    if (!key || !isOn(key)) return;
-    if (key === "b") beginDrawing();
+    if (!key) return;
+    if (!isOn(key)) sayIdle(key);
+    else if (key === "b") beginDrawing();
     else if (!drawing) press(key);
   });
   if (writes) {

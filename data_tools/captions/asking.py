@@ -9,7 +9,7 @@ from pathlib import Path
 from data_tools.captions.options import AskOptions, WordingOptions
 from data_tools.captions.places import CaptionPlace
 from dataset.caching.prefetch import run_ahead
-from dataset.sources.captions import add_trigger, lines_of
+from dataset.sources.captions import add_trigger
 from modules.control_codes import take_answer
 from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
@@ -109,6 +109,8 @@ def answer_in_batches(
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
+    if place.question is not None:
+        return place.question
     return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
 
 
@@ -140,11 +142,3 @@ def reword(caption: str, wording: WordingOptions) -> str:
     if suffix and not caption.endswith(suffix):
         caption = f"{caption} {suffix}"
     return caption
-
-
-def reword_lines(caption: str, wording: WordingOptions, is_several: bool) -> str:
-    """Reword an existing caption. is_several: each line is a caption (multi_caption)."""
-    if not is_several:
-        return reword(caption, wording)
-    lines = [reword(line, wording) for line in lines_of(caption)]
-    return "\n".join(filter(None, lines))

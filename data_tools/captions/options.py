@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from contract.families import caption_formats
 from dataset.config_keys import MOST_WORDS
 from dataset.options import DATASET_FILE
 from modules.errors import OptionError
@@ -12,6 +13,7 @@ from modules.text_files import bad_character
 
 MOST_FRAMES = 1024
 MOST_TOKENS = 32_768
+TOKENS, TOKENS_OF_OBJECTS = 256, 2048  # of an answer, where nothing is said
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
 
@@ -80,7 +82,11 @@ class AskOptions(Options, title="what is asked"):
         default=262_144,
         least=1024,
     )
-    max_new_tokens: int = option("most tokens of a caption", default=256, least=1, most=MOST_TOKENS)
+    max_new_tokens: int | None = option(
+        f"most tokens of a caption; default: {TOKENS}, with --caption_format {TOKENS_OF_OBJECTS}",
+        least=1,
+        most=MOST_TOKENS,
+    )
     temperature: float = option(
         "0 takes the most probable word every time; above 0 words are drawn",
         default=0.0,
@@ -178,10 +184,20 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     key_files = (DATASET_FILE,)
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
+    caption_format: str | None = option(
+        "write JSON objects with the keys that the model of this family was trained with, such as fibo_2. "
+        "Each answer is checked, and asked for once more if it is wrong; --trigger_word and the like change "
+        "the texts in the objects"
+    )
+    convert_plain: bool = option(
+        "also turn captions that are sentences into such objects, from the picture and the sentences; these "
+        "are kept next to the new ones as .bak",
+        needs="caption_format",
+    )
     edit_only: bool = option(
         "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
         "--caption_suffix to those that are there; the old ones are kept as .bak",
-        excludes=("overwrite", "overwrite_all", "fill_empty", "try_on"),
+        excludes=("overwrite", "overwrite_all", "fill_empty", "try_on", "convert_plain"),
         hint="it makes no captions",
     )
     model: CaptionModelOptions
@@ -190,6 +206,11 @@ class CaptioningOptions(WritingOptions, title="what to do"):
     wording: WordingOptions
 
     def __post_init__(self) -> None:
+        if self.caption_format is not None and self.caption_format not in caption_formats():
+            raise OptionError(
+                f"--caption_format {self.caption_format}: the captions of no model of this name are objects. "
+                f"Those of {', '.join(caption_formats())} are; leave it out for sentences"
+            )
         has_model = self.model.model is not None
         has_server = self.api.api_base is not None
         if has_model and has_server:

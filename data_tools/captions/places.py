@@ -26,12 +26,13 @@ from modules.atomic_write import append_text, atomic_path, write_text
 from modules.backups import BACKUP, keep_backup
 from modules.errors import DatasetError, OutputError
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, short_hash
-from modules.text_files import bad_character, parse_json, read_lines, real_path
+from modules.text_files import bad_character, looks_like_object, parse_json, read_lines, real_path
 
 EXTENSION = ".txt"  # for tables that name no extension
 MADE = ".captions_made.jsonl"
 TRIES, PAUSE = 5, 0.2  # seconds between attempts while another program writes a list
 Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line, new ones
+# why a caption is made: of the last two the record and the .bak differ
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
 
@@ -185,6 +186,7 @@ class CaptionPlace:
     entry: str  # the path in the line of the list
     caption: str | None  # current text; None: missing, or in a file and not read
     has_caption: bool
+    question: str | None = None  # that is asked about it; None: the same as about all
 
     @property
     def name(self) -> str:
@@ -367,6 +369,7 @@ class WhichCaptions(NamedTuple):
     ours: bool  # that this program wrote and nobody has edited
     all: bool  # also hand-written ones; both also empty ones
     empty: bool
+    plain: bool = False  # those that are no JSON objects
 
 
 def plan_captions(
@@ -400,6 +403,7 @@ def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: WhichC
         return None
     if not place.caption.strip():
         return EMPTY if rewritten.empty or rewritten.all else None
+    is_converted = rewritten.plain and not looks_like_object(place.caption)
     if record.has(place.name, place.caption):
-        return OURS if rewritten.ours or rewritten.all else None
-    return FOREIGN if rewritten.all else None
+        return OURS if rewritten.ours or rewritten.all or is_converted else None
+    return FOREIGN if rewritten.all or is_converted else None

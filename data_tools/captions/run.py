@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from contract.caption_formats import CaptionFormat
+from contract.families import caption_formats
 from data_tools.captions.asking import (
     Answerer,
     Frames,
@@ -19,10 +21,16 @@ from data_tools.captions.asking import (
     NoCaptionError,
     read_shown,
     reword,
-    reword_lines,
 )
+from data_tools.captions.formats import ObjectAsker, read_if_object, reword_object, write_object
 from data_tools.captions.local_model import load_model
-from data_tools.captions.options import CaptioningOptions, WordingOptions
+from data_tools.captions.options import (
+    TOKENS,
+    TOKENS_OF_OBJECTS,
+    AskOptions,
+    CaptioningOptions,
+    WordingOptions,
+)
 from data_tools.captions.places import (
     FOREIGN,
     OURS,
@@ -39,6 +47,7 @@ from data_tools.captions.places import (
 from data_tools.captions.server import ApiServer
 from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
+from dataset.sources.captions import lines_of
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
 from modules.backups import keep_backup
@@ -66,6 +75,7 @@ class CaptionMaker:
     load: Callable[[], Answerer]
     look: Look  # Raises MediaError if a file cannot be read.
     finish: Callable[[CaptionPlace, str], str]  # the text to write, of an answer; "": none is left
+    describe_unsaid: Callable[[], str | None] = lambda: None  # what answers left out, when all are written
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
@@ -78,17 +88,31 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
                     "touching files; it would be there twice. Leave out one of the two."
                 )
+    format = None if options.caption_format is None else caption_formats()[options.caption_format]
     if options.edit_only:
-        edit_captions(config, options.wording, options.dry_run)
+        edit_captions(config, options.wording, options.dry_run, format)
         return
+    usual_tokens = TOKENS if format is None else TOKENS_OF_OBJECTS
+    ask = replace(options.ask, max_new_tokens=options.ask.max_new_tokens or usual_tokens)
     maker = CaptionMaker(
         name=str(options.model.model),
         pass_id=_pass_of(options),
-        rewritten=WhichCaptions(options.overwrite, options.overwrite_all, options.fill_empty),
-        load=lambda: _load_answerer(options),
-        look=lambda place: look_at(place, options.ask.num_frames, options.ask.max_pixels),
+        rewritten=WhichCaptions(
+            options.overwrite, options.overwrite_all, options.fill_empty, options.convert_plain
+        ),
+        load=lambda: _load_answerer(options, ask),
+        look=lambda place: look_at(place, ask.num_frames, ask.max_pixels),
         finish=lambda place, answer: reword(answer, options.wording),
     )
+    if format is not None:
+        _refuse_edits(config, options)
+        asker = ObjectAsker(format, options.wording, ask.prompt, tells_plain=options.convert_plain)
+        maker = replace(
+            maker,
+            load=lambda: asker.around(_load_answerer(options, ask)),
+            finish=lambda place, answer: answer,
+            describe_unsaid=asker.describe_unsaid,
+        )
     if options.api.api_base is not None:
         maker = replace(maker, name=f"{options.api.api_model} at {options.api.api_base}")
     if options.try_on is not None:
@@ -97,9 +121,20 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         write_captions(config, maker, options.dry_run)
 
 
+def _refuse_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
+    """Raise OptionError if a table teaches edits, whose captions say what is changed."""
+    for table in config.datasets:
+        if table.control_directory:
+            raise OptionError(
+                f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
+                "its captions say what is changed. A model that sees the results alone cannot write them"
+            )
+
+
 def _pass_of(options: CaptioningOptions) -> str:
-    facts = [options.overwrite_all, options.model.model, options.api.api_base, options.api.api_model]
-    values = json.dumps([*facts, asdict(options.ask), asdict(options.wording)])
+    facts = [options.caption_format, options.overwrite_all]
+    made_by = [options.model.model, options.api.api_base, options.api.api_model]
+    values = json.dumps([*facts, *made_by, asdict(options.ask), asdict(options.wording)])
     return hashlib.sha256(values.encode("utf-8")).hexdigest()
 
 
@@ -114,7 +149,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     replaces = maker.rewritten.ours or maker.rewritten.all
     if not dry_run:
         _take_waiting(config)
-    places = find_places(config, texts=replaces or maker.rewritten.empty)
+    places = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
     records = read_made(places)
     jobs, num_done = plan_captions(places, records, maker.rewritten, maker.pass_id)
     num_kept = len(places) - len(jobs) - num_done
@@ -141,6 +176,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", foreign),
+        ("not said", maker.describe_unsaid()),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
@@ -225,11 +261,11 @@ def _show_start(
     show_box("Captioning", rows)
 
 
-def _load_answerer(options: CaptioningOptions) -> Answerer:
+def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
     """Return the function that answers: of the local model, which is loaded, or of a server."""
     if options.api.api_base is None:
-        return load_model(options.model, options.ask).answer
-    return ApiServer(options.api, options.ask).answer
+        return load_model(options.model, ask).answer
+    return ApiServer(options.api, ask).answer
 
 
 def _make_captions(
@@ -311,15 +347,18 @@ class _Edit:
     change: Change = ({}, {})  # of a line in a list
 
 
-def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
+def edit_captions(
+    config: DatasetConfig, wording: WordingOptions, dry_run: bool, format: CaptionFormat | None = None
+) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print the changes instead. A caption that would become empty does not change. Raises DatasetError
-    if the dataset cannot be used, or at the end if captions would become empty.
+    dry_run: print the changes instead. format: of captions that are JSON objects. A caption that would become
+    empty does not change. Raises DatasetError if the dataset cannot be used, or at the end if captions would
+    become empty; OptionError for words around an object without its format.
     """
     places = find_places(config, texts=True)
     records = read_made(places)
-    all_edits = list(_list_edits(places, wording))
+    all_edits = list(_list_edits(places, wording, format))
     edits = [edit for edit in all_edits if edit.new]
     emptied = [edit for edit in all_edits if not edit.new]
     if dry_run:
@@ -363,22 +402,56 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
         captions.write(by_entry, is_foreign=True)
 
 
-def _list_edits(places: Sequence[CaptionPlace], wording: WordingOptions) -> Iterator[_Edit]:
+def _list_edits(
+    places: Sequence[CaptionPlace], wording: WordingOptions, format: CaptionFormat | None
+) -> Iterator[_Edit]:
     """Yield the captions that `wording` changes."""
+
+    def reword_text(place: CaptionPlace, caption: str) -> str:
+        """Return a caption with the words; an object has them in its texts."""
+        content = read_if_object(caption)
+        if content is None:
+            return reword(caption, wording)
+        _check_words_around(place, content, wording, format)
+        return write_object(reword_object(content, wording, "" if format is None else format.main))
+
     for place in places:
         is_several = place.source.table.multi_caption
         if place.lines is not None:
-            edit = _edit_line(place, place.lines.record(place.entry), wording, is_several)
+            edit = _edit_line(place, place.lines.record(place.entry), is_several, reword_text)
             if edit is not None:
                 yield edit
         elif place.caption is not None:
-            text = reword_lines(place.caption, wording, is_several)
+            lines = lines_of(place.caption) if is_several else [place.caption]
+            text = "\n".join(filter(None, (reword_text(place, line) for line in lines)))
             if text != place.caption:
                 yield _Edit(place, place.caption, text)
 
 
+def _check_words_around(
+    place: CaptionPlace, content: Mapping[str, Any], wording: WordingOptions, format: CaptionFormat | None
+) -> None:
+    """Raise OptionError if words are to stand around an object, and it is not known where in it."""
+    if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
+        return
+    what = f"{place.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
+    if format is None:
+        formats = ", ".join(caption_formats())
+        raise OptionError(
+            f"{what}--caption_suffix would break. Say whose it is by --caption_format ({formats}): then they "
+            "go into its texts"
+        )
+    if format.main not in content:
+        raise OptionError(
+            f"{what}--caption_suffix put into {format.main}, and it has none. Write it there by hand"
+        )
+
+
 def _edit_line(
-    place: CaptionPlace, line: Mapping[str, Any], wording: WordingOptions, is_several: bool
+    place: CaptionPlace,
+    line: Mapping[str, Any],
+    is_several: bool,
+    reword_text: Callable[[CaptionPlace, str], str],
 ) -> _Edit | None:
     """Return the edit of a line of a list; None if nothing changes. is_several: it may have "captions"."""
     old: dict[str, Any] = {}
@@ -389,9 +462,9 @@ def _edit_line(
         if value is None:
             continue
         if isinstance(value, str):
-            reworded: str | list[str] = reword(value, wording)
+            reworded: str | list[str] = reword_text(place, value)
         else:
-            reworded = [reword(text, wording) for text in value]
+            reworded = [reword_text(place, text) for text in value]
         if reworded != value:
             old[key] = value
             new[key] = reworded

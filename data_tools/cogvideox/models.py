@@ -20,7 +20,7 @@ from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError, catch_panics
 from modules.installation import hide_packages
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.text_files import parse_json, read_text
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")

@@ -66,7 +66,7 @@ MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
-WRONG_OBJECTS = "faults of captions that are JSON objects"
+WRONG_OBJECTS = "faults in captions as JSON objects"
 RECOGNISED = "Files recognised:"
 UNREADABLE = "cannot be read"
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contract.families import caption_formats
 from contract.rules import TokenCount
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
-from modules.text_files import bad_character, read_content, read_text
+from modules.text_files import bad_character, looks_like_object, read_content, read_object, read_text
 
 if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
     from modules.text_encodings import EncodingGuess
@@ -138,11 +139,35 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 
 
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
-    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is."""
+    """Return "prefix trigger, caption suffix"; a caption that has the trigger word keeps it where it is.
+
+    A JSON object of a model's format has the words around its main text.
+    """
+    if looks_like_object(caption) and (trigger or prefix or suffix):
+        whole = _complete_object(caption, trigger, prefix, suffix)
+        if whole is not None:
+            return whole
     caption = add_trigger(caption, trigger)
     if not (prefix or suffix):
         return caption
     return " ".join(part for part in (prefix, caption, suffix) if part)
+
+
+def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
+    """Return a caption that is a JSON object with the words in its text; None if it has no known format."""
+    import json  # only with such a caption
+
+    try:
+        content = read_object(caption)
+    except ValueError:
+        return None
+    keys = [key for format in caption_formats().values() for key in (format.main, format.instruction)]
+    key = next((key for key in keys if isinstance(content.get(key), str)), None)
+    if key is None:
+        return None
+    missing = "" if add_trigger(caption, trigger) == caption else trigger
+    content[key] = complete_caption(content[key], missing, prefix, suffix)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def lines_of(text: str) -> list[str]:

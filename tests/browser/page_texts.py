@@ -10,8 +10,10 @@ import jinja2
 from jinja2 import nodes
 
 from browser import launch
+from browser.caption_keys import name_key
 from browser.draft_changes import trains
 from browser.folder_settings import Setting, read_settings
+from contract.families import caption_formats
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
 from modules.installation import ROOT
@@ -96,6 +98,13 @@ def list_catalogue_texts() -> Iterator[str]:
                 yield from (file.licence.terms for file in part.files)
 
 
+def list_key_labels() -> Iterator[str]:
+    """Yield what the form of captions calls the keys of all formats."""
+    for format in caption_formats().values():
+        for key in format.keys:
+            yield from map(name_key, (key.name, *key.parts))
+
+
 @cache
 def list_settings() -> dict[str, list[Setting]]:
     """Return the settings that the page shows of each script that trains a described folder."""
@@ -128,6 +137,8 @@ def list_texts() -> dict[str, list[Path]]:
             found.setdefault(key, []).append(path)
     for key in list_chart_titles():
         found.setdefault(key, []).append(ROOT / "training/features")
+    for key in list_key_labels():
+        found.setdefault(key, []).append(ROOT / "browser/caption_keys.py")
     for key in list_catalogue_texts():
         found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
     return found | list_helps()

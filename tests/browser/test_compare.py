@@ -229,6 +229,17 @@ def test_what_is_to_be_chosen_is_said_until_something_is_compared(served: Served
     assert "None of these runs has a saved file: " in show(served)
 
 
+def test_a_run_without_a_saved_file_is_listed_and_cannot_be_chosen(served: Served, folder: Path) -> None:
+    write_comparable(folder.parent / "y", "y")
+    assert re.search('<option value="[^"]*">y, Wan</option>', served.ask("/compare").text)
+    for path in (folder.parent / "y").glob("*.safetensors"):
+        path.unlink()
+    (folder.parent / "y" / "yes.safetensors").touch()  # of another run
+    listed = served.ask("/compare").text
+    assert re.search('<option value="[^"]*" disabled>y, Wan · no saved file yet</option>', listed)
+    assert re.search('<option value="[^"]*">x, Wan</option>', listed)
+
+
 def test_a_run_without_samples_asks_for_a_prompt(served: Served, folder: Path) -> None:
     history = History(history_path(folder.parent / "bare", "bare"), 1)
     start = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}

@@ -239,12 +239,19 @@ def test_what_can_begin_is_taken_and_nothing_is_done_yet(line: str, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_job_may_read_what_jobs_before_it_write(queue: JobQueue) -> None:
-    line = "python convert_lora.py --input no.safetensors --output y.safetensors --target other"
+def test_a_job_may_read_what_jobs_before_it_write(
+    queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    made = "python convert_lora.py --input a.safetensors --output b.safetensors --target other"
+    line = "python convert_lora.py --input b.safetensors --output y.safetensors --target other"
+    strange = line.replace("b.safe", "nowhere.safe")
     with serve_runs(queue.folder.parent) as served:
         assert ask(served, "add", line=line) == 422
-        assert ask(served, "add", line=f"{shlex.join(SHORT)}\n{line}") == 303
+        assert ask(served, "add", line=f"{made}\n{line}") == 303
         assert ask(served, "add", line=line) == 303
+        assert ask(served, "add", line=strange) == 422
     assert len(queue.jobs()) == 3
 
 

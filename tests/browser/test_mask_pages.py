@@ -34,7 +34,7 @@ from dataset.config import load_dataset_config
 from dataset.sources.left_out import TableFolders
 from modules.media.reading import read_mask
 from modules.media.writing import write_png, write_video
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from project.files import write_project
 from project.media import read_kept_masks
 from project.new_options import NewOptions
@@ -362,6 +362,17 @@ def test_keys_and_brush_of_the_page(folder: Path, served: Served) -> None:
         page.keyboard.press("ArrowRight")
         shows("3 / 3 · c.png · no mask")
         assert page.locator('[data-key="x"]').get_attribute("aria-disabled") == "true"
+        said = page.locator("#mask-said")
+        page.keyboard.press("a")
+        assert said.inner_text().startswith("It has no mask: draw one with the brush (b)")
+        page.keyboard.press("ArrowLeft")
+        shows("2 / 3 · b.png")
+        assert said.inner_text() == ""
+        page.keyboard.press("ArrowRight")
+        shows("3 / 3 · c.png")
+        page.locator('[data-key="x"]').click(force=True)
+        wait_on(page, lambda: said.inner_text().startswith("It has no mask"))
+        page.locator("#mask-view").click()
 
         page.keyboard.press("b")
         canvas = page.locator("canvas.drawn")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.captioning import make_caption_words
+from browser.captioning import CaptionForm, make_caption_words
 from browser.described_folder import change_steps
 from browser.new_form import NewForm, check_form, list_key_changes, make_new_words, read_steps
 from browser.new_pages import find_free_name
@@ -147,15 +147,25 @@ def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:
 
 def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
     start = ["python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml"]
-    assert make_caption_words("", "") == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
-    assert make_caption_words("/m/vision", " what\nis it? ", 3) == [
+    assert make_caption_words(CaptionForm()) == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
+    assert make_caption_words(CaptionForm("/m/vision", " what\nis it? "), 3) == [
         *start,
         *("--model", "/m/vision", "--prompt", "what is it?", "--try_on", "3"),
     ]
-    server = make_caption_words("http://localhost:8000/v1 qwen", "")
+    server = make_caption_words(CaptionForm("http://localhost:8000/v1 qwen"))
     assert server == [*start, "--api_base", "http://localhost:8000/v1", "--api_model", "qwen"]
     with pytest.raises(OptionError, match="behind the address"):
-        make_caption_words("http://localhost:8000/v1", "")
+        make_caption_words(CaptionForm("http://localhost:8000/v1"))
+
+
+def test_captions_are_written_as_objects_where_the_form_says_so() -> None:
+    fields = {"engine": "/m", "caption_format": "fibo_2", "convert_plain": "yes"}
+    words = make_caption_words(CaptionForm.read(fields))
+    assert words[-3:] == ["--caption_format", "fibo_2", "--convert_plain"]
+    assert "--convert_plain" not in make_caption_words(CaptionForm.read({**fields, "convert_plain": ""}))
+    assert make_caption_words(CaptionForm.read({**fields, "caption_format": ""}))[-2:] == ["--model", "/m"]
+    with pytest.raises(OptionError, match="no such form"):
+        make_caption_words(CaptionForm(format="wan --model /x"))
 
 
 @pytest.mark.parametrize(

@@ -854,3 +854,20 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
         page.get_by_text("Train on it").wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
         assert page.get_by_label("Task").input_value() == FIELDS["task"]
+
+
+def test_the_counts_of_a_folder_agree_with_its_rows_and_with_what_new_takes(tmp_path: Path) -> None:
+    folder = tmp_path / "roots" / "my set"
+    write_pictures(folder, 3)
+    for name in ("bad.png", ".hidden.png"):
+        (folder / name).touch()
+    first, second, third = sorted(folder.glob("[!.b]*.png"))
+    first.with_suffix(".txt").write_text("a", encoding="utf-8")
+    second.with_suffix(".txt").touch()
+    with serve_runs(tmp_path / "roots") as served:
+        page = served.ask(f"/new?{urlencode({'folder': str(folder)})}").text
+        rows = served.ask(f"/new/rows/{str(folder).encode().hex()}/items?from=0&count=9").json()
+    assert "4 pictures, 3 without caption, 1 cannot be read" in page
+    assert rows["counts"] == {"": 4, "uncaptioned": 3}
+    assert [row["pictures"][0]["name"] for row in rows["files"] if row["faults"]] == ["bad.png"]
+    assert third.is_file()

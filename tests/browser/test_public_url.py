@@ -9,7 +9,7 @@ from browser.site import ServerSettings
 from browser.start import show_address
 from browser.tokens import PageToken
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.entering import enter
 from tests.browser.serving import serve_runs
 

@@ -1,5 +1,6 @@
 """The results in a browser: tiles, keys, the dialogs of their buttons, and thousands of them."""
 
+import io
 import os
 import re
 import time
@@ -9,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from modules.media.reading import frame_size, read_image, read_tags
-from modules.media.writing import write_video
+from modules.media.writing import write_png, write_video
 from tests.browser.serving import Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_results import MADE, MODEL, TAGS, describe, frames_of, wait_for_files, write_maker
@@ -374,3 +376,47 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         assert abs(names.index(larger.name) - names.index(original.name)) == 1
         assert "afterwards: upscaler" in tile(page, larger.name).inner_text()
         assert page.problems == []
+
+
+def test_a_click_hides_a_layer_of_a_picture_and_shows_what_is_behind(served: Served, root: Path) -> None:
+    """The whole picture is blue, layer 1 red, layer 2 green on its left half, transparent on its right."""
+    made = root / "generated"
+    colors = {"layer0": (0, 0, 255), "layer1": (255, 0, 0), "layer2": (0, 255, 0), "composite": (9, 9, 9)}
+    for name, color in colors.items():
+        picture = np.full((64, 64, 4), (*color, 255), np.uint8)
+        if name == "layer2":
+            picture[:, 32:] = (0, 0, 255, 0)
+        write_png(made / f"cat_{name}.png", picture, TAGS)
+
+    with open_page(f"{served.url}/generate") as page:
+        page.evaluate("document.getElementById('results').scrollIntoView()")
+        tile(page, "cat_composite.png").wait_for()
+        press(page, "cat_composite.png", "layers")
+        page.locator(".stack img:visible").first.wait_for()
+        wait_until(page, "[...document.querySelectorAll('.stack img')].slice(1).every((one) => one.complete)")
+
+        def see() -> list[str]:
+            """The colors in the middle of the left and the right half of the stack."""
+            box = (
+                page.locator(".stack img:visible").last.bounding_box()
+                or page.locator(".stack").bounding_box()
+            )
+            shot = read_png(page.screenshot(clip=box))
+            height, width = shot.shape[:2]
+            found = [tuple(map(int, shot[height // 2, x, :3])) for x in (width // 4, 3 * width // 4)]
+            return [next((name for name, color in colors.items() if color == one), "behind") for one in found]
+
+        assert see() == ["layer2", "layer1"]
+        page.get_by_label("layer 2").click()
+        assert see() == ["layer1", "layer1"]
+        page.get_by_label("layer 1").click()
+        assert page.locator(".stack img:visible").count() == 0
+        page.get_by_label("layer 2").click()
+        assert see() == ["layer2", "behind"]
+        page.get_by_label("the whole picture").click()
+        assert see() == ["layer2", "layer0"]  # what is at the back stays there
+        assert page.problems == []
+
+
+def read_png(content: bytes) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))

@@ -18,7 +18,7 @@ from browser.run_views import LiveStanding, select_runs, share_page
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
 from browser.start import run_browser
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page
 from tests.run_pages import find_run_page, read_run_page

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
+from browser.draft_changes import check_text
 from browser.samples import FIELDS, edit_prompts, edit_times, list_pictures, read_rows
 from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
@@ -117,6 +118,30 @@ def test_how_often_is_written_into_run_toml() -> None:
     assert 'sample_prompts = "prompts.txt"\n' in edit_times(without, {"every": "9", "first": "yes"})
     with pytest.raises(OptionError, match="often is no whole number"):
         edit_times(RUN, {"every": "often"})
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ({"width_1": "65"}, "line 2, --w 65: give a multiple of 16. The sample is made with 64."),
+        ({"frames_1": "8"}, "line 2, --f 8: give a length of 4n + 1. The sample is made with 5."),
+        ({"width_1": "96"}, ""),
+    ],
+)
+def test_a_size_that_the_model_cannot_make_is_told_in_rows_and_in_the_text(
+    typed: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        saved = send(served, folder, "save", **typed)
+    assert saved.status == 200
+    assert (
+        f'<p class="warn" role="status">prompts.txt, {told}' in saved.text
+        if told
+        else "warn" not in saved.text
+    )
+    text = (folder / "prompts.txt").read_text(encoding="utf-8")
+    assert check_text("prompts.txt", text, folder, RUN) == (f"prompts.txt, {told}" if told else "")
 
 
 def test_rows_are_saved_at_once(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from browser.qr_code import compute_cells, draw_svg
 from browser.site import ServerSettings
 from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
 

@@ -19,7 +19,7 @@ from browser.qr_code import draw_code
 from browser.runs import Runs
 from browser.start import choose_places, may_open_page, open_socket
 from modules.errors import OptionError, OutputError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run
 from tests.commands import ROOT, run_python
 from tests.waiting import PATIENCE

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.captioning import TYPED_OPTIONS, make_caption_words
+from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_words
 from browser.jobs import WAITING, open_queue
 from browser.launch import READ_OPTIONS, check_options
 from browser.queue_pages import read_jobs
@@ -272,14 +272,14 @@ def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: py
     given: list[float] = []
     now = [0.0]
 
-    def check(words: object, folder: object, may_come: bool, seconds: float) -> None:
+    def check(words: object, folder: object, earlier: object, seconds: float) -> None:
         given.append(seconds)
         now[0] += 11.0
 
     monkeypatch.setattr("browser.queue_pages.check_options", check)
     monkeypatch.setattr("browser.queue_pages.time.monotonic", lambda: now[0])
     lines = "\npython wan_train_network.py --seed 1" * 20
-    read_jobs(lines, None, may_come=False)
+    read_jobs(lines, None)
     assert given == [30.0, 19.0, 8.0]
 
 
@@ -324,7 +324,7 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     (folder / "cat.txt").write_text("a cat", encoding="utf-8")
     queue = open_queue(Runs((root,)), read_only=False)
     background_jobs = BackgroundJobs(queue)
-    words = make_caption_words("http://127.0.0.1:9/v1 model", "", try_on=1)
+    words = make_caption_words(CaptionForm("http://127.0.0.1:9/v1 model"), try_on=1)
     name = name_background_job("try", folder)
 
     background_jobs.start(name, words, folder, within=folder)

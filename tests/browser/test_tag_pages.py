@@ -17,10 +17,11 @@ from browser.tag_editor import TagEditor, rename_tag
 from browser.tag_pages import FORM
 from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.browser.test_safe_clicks import save_picture
+from tests.chromium import open_page, wait_until
 from tests.commands import MOST_SECONDS
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 
@@ -133,6 +134,30 @@ def test_a_tag_is_renamed_in_all_captions_and_each_change_is_undone(pictures: Pa
     assert refused.status == 422
 
 
+def test_a_tag_is_renamed_and_given_back_by_clicks(pictures: Path) -> None:
+    before = texts_of(pictures)
+    with (
+        serve_runs(pictures.parent) as served,
+        open_page(f"{served.url}/new?{urlencode({'folder': str(pictures)})}") as page,
+    ):
+        page.locator("#tags-fold > summary").click()
+        wait_until(page, "document.querySelector('#tag-rename') !== null")
+        page.get_by_label("Old tag").fill("red_hat")
+        page.get_by_label("becomes").fill("Hut ü")
+        page.get_by_role("button", name="Rename everywhere").click()
+        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('2 captions')")
+        assert texts_of(pictures)["0.txt"] == "cat, Hut ü, catgirl"
+        assert "Hut ü" in page.locator(".tag-counts").inner_text()
+        page.locator("#tag-editor").get_by_role("button", name="Undo").click()
+        wait_until(page, "document.querySelector('#tag-editor .good').textContent.includes('as they were')")
+        assert page.problems == []
+        page.get_by_label("Old tag").fill("nowhere")
+        page.get_by_label("becomes").fill("x")
+        page.get_by_role("button", name="Rename everywhere").click()
+        wait_until(page, "document.querySelector('#tag-editor .bad').textContent.includes('nowhere')")
+    assert texts_of(pictures).items() >= before.items()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -165,6 +190,14 @@ def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: l
 def test_a_field_that_the_tool_would_refuse_is_named_at_once(fields: dict[str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         FORM.make_words(".", fields)
+
+
+@pytest.mark.parametrize("what", ["rename", "remove"])
+def test_a_tag_that_was_not_typed_is_asked_for(what: str, pictures: Path) -> None:
+    with serve_runs(pictures.parent) as served:
+        answer = press(served, what, tag=" ", name="x")
+    assert answer.status == 422
+    assert "Type the tag in the field Old tag" in answer.text
 
 
 def test_what_a_press_cannot_do_is_said(pictures: Path) -> None:

@@ -12,7 +12,7 @@ from dataset.config import DatasetConfig, DatasetTable, load_dataset_config
 from dataset.forms import FORMS
 from dataset.subset_options import DATASET, SUBSET_KEYS, SubsetOptions
 from modules.media.writing import write_video
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
 

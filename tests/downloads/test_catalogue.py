@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from contract.families import FOLDERS, identify, with_scripts
-from data_tools.controls.options import ControlPictureOptions
+from data_tools.controls.run import ControlPictureOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
@@ -31,7 +31,7 @@ from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
 from modules.errors import UserError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain
 from stable_diffusion.options import read_gen_img
@@ -42,7 +42,7 @@ from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.noise_options import CUT_LOGIT, SAMPLERS, SHIFTED_LOGIT
 from training.options import TrainerChanges, read_training
-from training.scoring.options import ScoreOptions
+from training.scoring.run import ScoreOptions
 from wan.configs import TASKS
 from wan.family import Wan
 from wan.files import WanFiles

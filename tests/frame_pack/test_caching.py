@@ -19,7 +19,7 @@ from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.vae import load_vae
 from modules.errors import DatasetError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT
 from tests.tiny.framepack import write_siglip, write_tiny_framepack

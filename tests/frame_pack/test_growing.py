@@ -15,7 +15,7 @@ from frame_pack.sections import video_frames
 from generation.denoise import make_latents
 from generation.progress import fade_in_clip
 from hunyuan_model.spec import LATENT as VAE_LATENT
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.tiny.hunyuan_vae import write_vae
 

@@ -27,7 +27,8 @@ from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.options import read_options
-from modules.parser import add_options, parse_options
+from modules.parser import add_options
+from modules.script_options import parse_options
 from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.preparing import prepare

@@ -28,7 +28,7 @@ from frame_pack.sections import (
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from running.compile import compile_blocks
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case

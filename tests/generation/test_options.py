@@ -23,6 +23,7 @@ from generation.sample_lines import parse_sample_line
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
 from modules.errors import OptionError
 from modules.options import NoOptions, read_options
+from modules.run_limits import limit_run
 from modules.speed_options import Quantisation
 from tests.generation.toy_family import ToyFamily
 from tests.golden_cases import read_case
@@ -300,3 +301,41 @@ def test_a_tag_that_loads_a_lora_elsewhere_causes_a_warning(caplog: pytest.LogCa
     make_request(OPTIONS, {"prompt": "a cat <lora:style:0.8>, 1 < 2 > 0"})
     (record,) = caplog.records
     assert record.getMessage().startswith("<lora:style:0.8> in a prompt loads nothing and is read as words")
+
+
+def test_a_prompt_that_names_a_json_file_is_the_object_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "a caption ü.json"
+    path.write_text('\ufeff{\n "short_description": "a c\u00e4t",\r\n "own": 1.0}\n', encoding="utf-8")
+    content = '{\n "short_description": "a cät",\n "own": 1.0}'
+
+    request = make_request(replace(OPTIONS, prompt=f"@{path}", negative_prompt=f" @{path} "))
+    assert (request.prompt, request.negative_prompt) == (content, content)
+    assert request.typed["prompt"] == f"@{path}"
+    assert make_request(OPTIONS, {"prompt": f"@{path}"}).prompt == content
+    assert make_request(replace(OPTIONS, prompt="@ohwx in a hat")).prompt == "@ohwx in a hat"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file.*one JSON object"),
+        ("{a cat", "no JSON.*one JSON object"),
+        ("[1]", "no JSON object"),
+        ("<!doctype html>", "no JSON"),
+    ],
+)
+def test_a_prompt_that_names_no_json_object_is_refused(
+    content: str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(OptionError, match=words):
+        make_request(replace(OPTIONS, prompt=f"@{path}"))
+
+
+def test_commands_of_pages_read_no_file_for_a_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{}", encoding="utf-8")
+    with limit_run([tmp_path]), pytest.raises(OptionError, match="Give the JSON itself"):
+        make_request(replace(OPTIONS, prompt=f"@{path}"))

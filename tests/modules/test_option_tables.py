@@ -1,18 +1,27 @@
 """The tables of options: equal to the records, and what scripts answer from them before they are imported."""
 
+import argparse
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from modules import table_answers
+from modules import table_answers, table_parser
+from modules.errors import OptionError, UserError
 from modules.installation import find_script
 from modules.option_tables import TABLES, find_table
-from modules.table_parser import build_parser
+from modules.options import TYPED, Options, option, read_options
+from modules.parser import Parser, add_options
+from modules.run_limits import limit_run
+from modules.table_answers import CommandLine
+from modules.table_parser import build_parser, check_arguments, describe_parser
 from tests.commands import ROOT, assert_user_error, run_python
-from tests.tables import compile_tables
+from tests.tables import catch_parser, compile_tables
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 
@@ -32,7 +41,7 @@ EVERY = [
 IMPORTED = """
 import runpy, sys
 from modules import table_answers
-table_answers._are_outdated = lambda: False  # whatever the times of the files here
+table_answers._check_tables = lambda: None  # whatever the times of the files here
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -57,6 +66,190 @@ def test_the_parser_of_a_table_has_the_help_of_the_records(
     assert of_table.format_help() == of_records.format_help()
     assert of_table.format_short_help() == of_records.format_short_help()  # type: ignore[attr-defined]
     assert [action.dest for action in of_table._actions] == [action.dest for action in of_records._actions]
+
+
+def _choose_word(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+    """Return a word that an option takes."""
+    words = ["1", "0.5", "50%", "text", "12GB", "on", "auto"]
+    if action.choices is not None:
+        words = [str(choice) for choice in action.choices if choice not in getattr(action, "refused", {})]
+    for word in words:
+        try:
+            parser._get_value(action, word)
+        except (argparse.ArgumentError, UserError):
+            continue
+        return word
+    raise AssertionError(f"no word for {action.option_strings or action.dest}")
+
+
+def _type_every_option(parser: argparse.ArgumentParser, only_required: bool = False) -> list[str]:
+    """Return words that give a value to every option, which are parsed and not checked."""
+    words, placed = [], []
+    for action in parser._actions:
+        is_needed = action.required or not action.option_strings
+        if action.dest == "help" or (only_required and not is_needed):
+            continue
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        values = [_choose_word(parser, action)] * count if count else []
+        if action.option_strings:
+            words += [action.option_strings[-1], *values]
+        else:
+            placed += values
+    return [*words, "--", *placed] if placed else words
+
+
+def _list_values(parser: argparse.ArgumentParser, words: list[str], shared: frozenset[str]) -> dict[str, str]:
+    values = vars(parser.parse_args(words))
+    return {name: repr(value) for name, value in values.items() if name in shared}
+
+
+@pytest.mark.parametrize("script", EVERY)
+def test_a_table_has_the_arguments_and_facts_of_the_records(script: str) -> None:
+    of_records = catch_parser(script)
+    table = find_table(find_script(script))
+    assert table is not None
+    of_table = build_parser(table, of_records.prog)
+    own = {action.dest for action in of_records._actions} | {*of_records.left_out}
+    names = frozenset(own - {"help"} | {"typed_names", TYPED})
+    for words in (_type_every_option(of_records, True), _type_every_option(of_records)):
+        assert _list_values(of_table, words, names) == _list_values(of_records, words, names)
+    assert describe_parser(of_table) == json.loads(json.dumps(describe_parser(of_records)))
+    assert of_table.changes_values == of_records.changes_values
+
+
+class PawOptions(Options):
+    """Facts of every sort."""
+
+    paws: int = option("how many", default=4, least=1, most=8, hint="a cat has 4")
+    share: float | None = option("of them", above=0, below=1)
+    fur: str | None = option("its kind", one_of=("long", "short"))
+    claws: bool = option("with claws", needs="paws")
+    gloves: bool = option("no claws", excludes=("claws", "boots"))
+    boots: str = option("on them", default="none", off=("no",))
+    basket: Path | None = option("where it sleeps", place="folder")
+    portrait: Path | None = option("to write", place="new file", spares="toys")
+    bed: Path | None = option("or this", place="folder", flags=("--bed", "--sofa"))
+    toys: tuple[Path, ...] | None = option("that are there", place="there")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--paws 0",
+        "--paws 9",
+        "--paws 8",
+        "--share 0",
+        "--share nan",
+        "--share 0.5",
+        "--fur curly",
+        "--fur long",
+        "--claws",
+        "--claws --paws 4",
+        "--claws --paws 3",
+        "--gloves --claws --paws 2",
+        "--gloves --boots red",
+        "--gloves --boots no",
+        "--gloves --boots none",
+        "--basket nowhere",
+        "--basket toy.txt",
+        "--basket .",
+        "--portrait toy.txt --toys toy.txt",
+        "--portrait new.txt --toys toy.txt",
+        "--toys toy.txt nothing.txt",
+        "--basket=",
+        "--sofa nowhere",
+        "--bed none",
+    ],
+)
+def test_a_table_refuses_the_values_that_a_record_refuses_with_the_same_words(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy.txt").touch()
+    of_records = Parser(description="Cats.")
+    add_options(of_records, PawOptions)
+    described: Any = describe_parser(of_records)
+    rows = {row["flags"][-1]: row for row in described["sections"][0]["options"]}
+    entries = {"section": {"title": described["sections"][0]["title"], "options": [*rows]}, "option": rows}
+    entries["section"] = {"all": entries["section"]}
+    monkeypatch.setattr(table_parser, "read_entry", lambda kind, name: entries[kind][name])
+    of_table = build_parser(json.loads(json.dumps({**described, "sections": ["all"]})))
+
+    def read_record() -> None:
+        read_options(PawOptions, of_records.parse_args(words.split()))
+
+    def read_table() -> None:
+        check_arguments(of_table, of_table.parse_args(words.split()))
+
+    assert _find_error(read_table) == _find_error(read_record)
+
+
+def _find_error(read: Callable[[], None]) -> str:
+    try:
+        read()
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+def test_what_a_file_or_another_option_may_give_is_not_missed_in_the_words() -> None:
+    """--config_file may have the option that another one needs, and the record sees it."""
+    done = run_python("-c", IMPORTED, ROOT / "wan_train_network.py", "--save_last_n_steps", "2", check=False)
+    assert "--save_last_n_steps needs" not in done.stderr
+    both = ["--save_every_n_epochs", "2", "--save_n_epoch_ratio", "2"]
+    done = run_python("-c", IMPORTED, ROOT / "wan_train_network.py", *both, check=False)
+    assert_user_error(done, "exclude each other")
+    assert done.stdout.splitlines()[-1] == "IMPORTED"
+
+
+def test_a_limit_is_an_error_of_the_table() -> None:
+    done = run_python("-c", IMPORTED, ROOT / "wan_train_network.py", "--network_dim", "0", check=False)
+    assert_user_error(done, "--network_dim 0: give a number of at least 1")
+    assert done.stdout.splitlines()[-1] == "IMPORTED"
+
+
+def test_a_folder_of_somebody_else_is_not_told_which_files_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limited run is refused a place outside before its table looks whether something is there."""
+    parser = Parser(description="Cats.")
+    add_options(parser, PawOptions)
+    arguments = parser.parse_args(["--basket", str(tmp_path / "nowhere")])
+    for action in parser._actions:
+        action.facts = {**getattr(action, "facts", {})}  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="no such folder"):
+        check_arguments(parser, arguments)
+    with limit_run([tmp_path]):
+        check_arguments(parser, arguments)
+
+
+def test_a_command_line_is_parsed_once() -> None:
+    """The script takes the arguments that its table has read: no record is put into a parser."""
+    code = """
+import runpy, sys
+from modules import parser, table_answers
+table_answers._check_tables = lambda: None
+table_answers._are_records_newer = lambda: False
+parse = parser.Parser.parse_args
+parser.Parser.parse_args = lambda self, *args: print("PARSED") or parse(self, *args)
+parser.add_options = lambda *args, **settings: print("BUILT")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    words = ["--dataset_config", "none.toml", "--output_dir", "made", "--dit", "none"]
+    done = run_python("-c", code, ROOT / "wan_train_network.py", *words, check=False)
+    assert "--output_name is missing" in done.stderr
+    assert done.stdout.split() == ["PARSED"]
+
+
+def test_an_argument_waits_for_its_script_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["tools/mask.py", "clips"]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(table_answers, "_are_records_newer", lambda: False)
+    command = CommandLine(Parser(), argparse.Namespace())
+    monkeypatch.setattr(table_answers, "_answered", {tuple(words): command})
+    assert table_answers.take_answered() is command
+    assert table_answers.take_answered() is None
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from modules.compile_options import (
 )
 from modules.errors import OptionError
 from modules.option_values import option_words
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.speed_options import (
     AttentionChoice,
     GenerationAttentionOptions,

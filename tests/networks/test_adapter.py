@@ -16,7 +16,7 @@ from checkpoints.opening import open_checkpoint
 from contract.requests import Prompt
 from encoders.clip_l import ClipTextEncoder
 from modules.errors import CheckpointError, OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from networks.adapter import ForeignNetwork, NormReport, make_network
 from networks.apply import LoraPatch
 from networks.convert import convert_file

@@ -19,14 +19,13 @@ from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from networks import averaging
 from networks.apply import LoraPatch
-from networks.averaging import exponent_of, file_weights
+from networks.averaging import LARGEST_SIGMA, AveragingOptions, exponent_of, file_weights
 from networks.formats import LoraFormat
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import add_hashes, model_hashes
 from networks.module_names import family_named
 from networks.names.layouts import COMFYUI, KNOWN
 from networks.text_loras import WholePatch
-from networks.tool_options import LARGEST_SIGMA, AveragingOptions
 from tests.faults.messages import assert_one_message, run_here
 from tests.networks.test_read_by_comfyui import MODELS, write_lora
 from tests.networks.test_read_by_comfyui import factors as factors_of_kind

@@ -10,7 +10,7 @@ from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
 from modules.errors import OptionError
 from modules.options import facts_of
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
 from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
 from project.new_options import NewOptions

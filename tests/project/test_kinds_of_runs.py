@@ -16,9 +16,8 @@ from safetensors import safe_open
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from checkpoints.writing import save_tensors
-from data_tools.controls.options import ControlPictureOptions
-from data_tools.controls.run import make_control_pictures
-from modules.parser import parse_options
+from data_tools.controls.run import ControlPictureOptions, make_control_pictures
+from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
 from project.options import KIND_NAMES, RUN_FILE, find_models

@@ -10,7 +10,7 @@ from PIL import Image
 
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project import choosing
 from project.files import write_project
@@ -229,6 +229,17 @@ def test_pictures_without_captions_get_the_word_or_both_ways_out(word: str | Non
     assert all(("--s 8" in line) for line in (folder / "prompts.txt").read_text("utf-8").splitlines())
     ways = ("tools/caption_dataset.py --dataset_config dataset.toml", "--max_train_steps 7 --overwrite")
     assert all((way in said) is (word is None) for way in ways)
+
+
+@pytest.mark.parametrize(("family", "task"), [("fibo_2", "dev"), ("zimage", "base")])
+def test_captions_are_written_in_the_form_that_the_model_was_trained_with(
+    family: str, task: str, tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "set", captions=False)
+    said = run_script("new_project.py", tmp_path / "set", "--family", family, "--task", task).stdout
+
+    (line,) = [line for line in said.splitlines() if "tools/caption_dataset.py" in line]
+    assert ("--caption_format fibo_2" in line) is (family == "fibo_2")
 
 
 def test_prompts_are_as_the_page_recommends(tmp_path: Path) -> None:

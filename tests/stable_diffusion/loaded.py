@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from encoders.clip_layers import ClipText
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from networks.module_names import to_alias
 from stable_diffusion.contract import (
     SD1,

@@ -16,7 +16,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
 from encoders.clip_layers import ClipText
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from stable_diffusion.contract import Model
 from stable_diffusion.sdxl.family import family_for_text_caching
 from stable_diffusion.sdxl.options import SdxlTextCachingOptions

@@ -572,7 +572,8 @@ FAMILIES = (
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
-# its tests are its own, tests/qwen_image/test_layered_way.py: it makes several files of a request
+# one of FURTHER: it makes several files of a request, so rooms that look at one result are not for it. Its
+# whole way is tests/qwen_image/test_layered_way.py
 LAYERED = _qwen_image_layered()
 TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "kontext", "flux_2"}  # of blocks
 ONE_OF_EACH = tuple(one for one in FAMILIES if one.name in {"wan t2v-1.3B", "hunyuan_video", "framepack"})

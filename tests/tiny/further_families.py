@@ -5,7 +5,7 @@ from pathlib import Path
 
 from modules.media.writing import write_video
 from tests.minimax_h3.test_caching import tone
-from tests.tiny.families import DATASET, PRECISE, Command, TinyFamily, WriteClips
+from tests.tiny.families import DATASET, LAYERED, PRECISE, Command, TinyFamily, WriteClips
 from tests.tiny.minimax_h3 import write_tiny_h3
 from tests.tiny.project import moving_square, write_clips, write_image, write_plain_pictures
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
@@ -84,4 +84,5 @@ FURTHER = (
     _stable_diffusion("sd1", "sd", "train_network.py"),
     _stable_diffusion("sdxl", "sdxl", "sdxl_train_network.py"),
     _minimax_h3(),
+    LAYERED,
 )

@@ -11,7 +11,8 @@ from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
 from modules.installation import import_own
 from modules.options import facts_of, read_options
-from modules.parser import add_options, parse_options
+from modules.parser import add_options
+from modules.script_options import parse_options
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.features.composing import options_by_expert

@@ -2,7 +2,6 @@
 
 embeddings: vectors of pictures and clips, kept on disk by content
 model: CLIP and SigLIP models of transformers
-options: options of tools/score.py: run, model, training pictures
-run: score a run after the options are read
+run: options of tools/score.py, and scores of a run
 training_pictures: the pictures a run learned from, and copies of them
 """

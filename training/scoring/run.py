@@ -14,6 +14,7 @@ from modules.console import count_of, list_some
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
+from modules.options import Options, option
 from modules.text_files import real_path
 from training.reports.history import END, SampleRow, Start, Story, history_name, read_session, read_story
 from training.reports.page import Standing, write_training_page
@@ -32,7 +33,6 @@ from training.reports.scores import (
 from training.reports.sections import SAMPLES, page_path, scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
 from training.scoring.model import PictureTextModel, load_picture_text_model
-from training.scoring.options import ScoreOptions
 from training.scoring.training_pictures import (
     LEAST_TO_COMPARE,
     NEAREST,
@@ -45,6 +45,31 @@ logger = logging.getLogger(__name__)
 
 SOUND = ".wav"
 NO_FACES = ScoreNote("faces")  # post/faces finds and restores them
+MODEL_FOLDER = Path("models/score_clip")  # that tools/download.py fills
+
+
+class ScoreOptions(Options, title="what to score"):
+    """A run, the model that compares pictures, and the pictures that the run learned from."""
+
+    run: Path = option(
+        "folder of a run (its --output_dir), or its ...-history.jsonl if the folder has several runs",
+        positional=True,
+        place="there",
+    )
+    model: Path = option(
+        "folder of a CLIP or SigLIP model as transformers saves it, with its tokenizer and "
+        "preprocessor_config.json",
+        default=MODEL_FOLDER,
+    )
+    dataset_config: Path | None = option(
+        "dataset of the training pictures, .toml or .json; default: the one that the run was trained on",
+        place="file",
+    )
+    num_frames: int = option(
+        "frames of a clip that are compared, evenly spaced", default=8, least=1, most=1024
+    )
+    batch_size: int = option("pictures that the model sees at a time", default=16, least=1, most=4096)
+    device: str | None = option("cuda, cuda:1, mps or cpu (default: the best there is)")
 
 
 @dataclass(frozen=True)
@@ -139,12 +164,13 @@ def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleCompariso
 def open_run(place: Path) -> ScoredRun:
     """Return the run of a history, or the only run of a folder. Raises OptionError for anything else."""
     if place.is_dir():
-        # those of `run` tell only what it did before its training
-        histories = [path for path in sorted(place.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        histories = _find_histories(place, f"*{END}")
         if not histories:
+            inner = {str(path.parent): None for path in _find_histories(place, f"*/*{END}")}
+            advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
             raise OptionError(
-                f"{place}: there is no run in this folder: no ...{END}. Give the --output_dir of a training "
-                "that was not run with --no_page."
+                f"{place}: there is no run in this folder: no ...{END}. "
+                + (advice or "Give the --output_dir of a training that was not run with --no_page.")
             )
         if len(histories) > 1:
             raise OptionError(
@@ -162,6 +188,11 @@ def open_run(place: Path) -> ScoredRun:
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
     return ScoredRun(place, story)
+
+
+def _find_histories(folder: Path, pattern: str) -> list[Path]:
+    """Return histories of trainings; those of `run` tell only what it did before its training."""
+    return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
 def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from checkpoints.stored.forms import attach, stored_in
 from checkpoints.stored.fp8 import E4M3, Fp8, dequantise, quantise, store_scale
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from modules.speed_options import GenerationFp8Options, Quantisation, TrainingFp8Options
 from tests.golden_cases import read_case
 

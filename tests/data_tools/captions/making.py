@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.captions.options import CaptioningOptions
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.dataset.making import make_image
 from tests.servers import run_handler
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_tools.captions import places
-from data_tools.captions.asking import Frames, caption_in, choose_frames, read_shown, reword, reword_lines
+from data_tools.captions.asking import Frames, caption_in, choose_frames, read_shown, reword
 from data_tools.captions.local_model import LocalModel, load_model
 from data_tools.captions.options import AskOptions, CaptionModelOptions, WordingOptions
 from data_tools.captions.places import CaptionList, CaptionPlace, find_places
@@ -72,10 +72,7 @@ def test_words_are_put_in_as_the_keys_of_a_table_do_and_not_twice(tmp_path: Path
 
         assert reword(caption, around) == by_table
         assert reword(by_table, around) == by_table
-    assert reword_lines("a cat\n\n a dog ", around, True) == (
-        "A video of zxc, a cat in 4k.\nA video of zxc, a dog in 4k."
-    )
-    assert reword_lines("a cat\n\na dog", around, False) == "A video of zxc, a cat\n\na dog in 4k."
+    assert reword("a cat\n\na dog", around) == "A video of zxc, a cat\n\na dog in 4k."
 
 
 def test_texts_are_replaced_in_order_before_words_are_put_in() -> None:

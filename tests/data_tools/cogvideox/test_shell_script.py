@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.cogvideox.options import PrepareOptions
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.commands import ROOT
 
 SCRIPT = ROOT / "prepare_dataset.sh"

@@ -10,11 +10,10 @@ from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from data_tools.controls.depth import DepthModel, load_depth_model
-from data_tools.controls.options import ControlPictureOptions
-from data_tools.controls.run import make_control_pictures
+from data_tools.controls.run import ControlPictureOptions, make_control_pictures
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.reading import read_image, read_tags
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.commands import run_script
 
 SIZES = {"cat.jpg": (60, 40), "dog.png": (40, 60), "tree.webp": (48, 48)}

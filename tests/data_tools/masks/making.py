@@ -19,7 +19,7 @@ from transformers import (
 from data_tools.masks.options import MaskOptions
 from data_tools.masks.run import make_masks
 from modules.media.writing import write_video
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.tiny.onnx_files import _node, write_onnx
 from tests.tiny.stable_diffusion import vocabulary, write_tokenizer
 

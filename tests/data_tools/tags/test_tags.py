@@ -16,7 +16,7 @@ from data_tools.tags.run import tag_folder
 from data_tools.tags.words import extend_caption, read_choice
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.writing import write_video
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from tests.data_tools.captions.making import everything_in
 from tests.data_tools.tags.making import (
     ROWS,

@@ -17,7 +17,7 @@ from hunyuan_model.spec import DIT as HUNYUAN
 from krea2.configs import DIT as KREA2
 from minimax_h3.configs import DIT as H3
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from running.offload.block_swap import move_network, settle_all, swap_of
 from running.offload.checkpointing import checkpoint_blocks
 from running.offload.swap_plan import SwapPlan, check_swap, most_blocks, plan_list

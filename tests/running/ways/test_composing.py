@@ -3,7 +3,7 @@
 import pytest
 
 from modules.errors import OptionError
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from running.options import GenerationSpeedOptions, TrainingSpeedOptions
 from running.ways.composing import (
     check_launch,

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
-from modules.parser import parse_options
+from modules.script_options import parse_options
 from training.learning_options import LrScheduleOptions, OptimizerOptions
 from training.optimizers.lr_schedule import LrSchedule, make_lr_schedule
 from training.optimizers.optimizer import PATHS, check_rates, find_optimizer, make_optimizer

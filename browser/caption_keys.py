@@ -1,0 +1,41 @@
+"""Captions that are JSON objects: what the form of their keys needs, on the pages New and of a dataset."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from browser.described_folder import is_described, read_described
+from contract.caption_formats import CaptionFormat
+from contract.families import caption_formats
+from modules.pages.language import say, show_all
+from project.options import find_caption_format
+
+
+def find_format_of_folder(folder: Path | None) -> str:
+    """Return the family whose JSON captions a described folder is to have; "" if its are sentences."""
+    if folder is None or not is_described(folder):
+        return ""
+    try:
+        return find_caption_format(read_described(folder).commands)
+    except (OSError, ValueError):
+        return ""
+
+
+def describe_formats() -> str:
+    """Return the keys of all formats as JSON, with their names in the language of the page."""
+    formats = {name: _describe(format) for name, format in caption_formats().items()}
+    return json.dumps(show_all(formats), ensure_ascii=False)
+
+
+def name_key(name: str) -> str:
+    """Return what a form calls a key."""
+    return name.replace("_", " ")
+
+
+def _describe(format: CaptionFormat) -> dict[str, Any]:
+    keys = []
+    for key in format.keys:
+        parts = [{"name": part, "label": say(name_key(part))} for part in key.parts]
+        label = say(name_key(key.name))
+        keys.append({"name": key.name, "label": label, "kind": key.kind.__name__, "parts": parts})
+    return {"title": format.title, "keys": keys}

@@ -1,0 +1,73 @@
+"""Judge whether jobs before a command may still make a file or folder that is not there."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from modules.option_tables import find_table, read_entry
+from modules.text_files import read_text, real_path
+
+SETTINGS = (".toml", ".json", ".txt", ".yaml", ".yml")  # files of a command that may name where it writes
+MOST_OF_SETTINGS = 1 << 20  # bytes
+QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
+
+
+class EarlierJob(NamedTuple):
+    """A command that runs before another."""
+
+    script: Path  # in the checkout or the package
+    words: Sequence[str]
+    folder: Path  # that its relative paths begin in
+
+
+def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
+    """Return whether a job may make a path.
+
+    It makes what its words or its settings name, what lies in or around that, and neighbors that have the
+    beginning of its name, as `clips-pack.zip` next to `clips`.
+    """
+    missing = real_path(path)
+    return any(_is_related(real_path(place), missing) for job in jobs for place in _list_places(job))
+
+
+def _is_related(place: Path, missing: Path) -> bool:
+    if missing.is_relative_to(place) or place.is_relative_to(missing):
+        return True
+    return missing.parent == place.parent and missing.name.startswith(place.stem)
+
+
+def _list_places(job: EarlierJob) -> Iterator[Path]:
+    """Yield the paths that the words of a job, its settings and its usual values name."""
+    if job.script.stem == "unpack":
+        yield job.folder  # the packed file holds the name of the folder that it makes there
+    values = {value for word in job.words for value in (word, word.rpartition("=")[2])}
+    for value in [*values, *_list_usual_values(job.script)]:
+        if value and not value.startswith("-"):
+            yield job.folder / value
+            with contextlib.suppress(OSError, ValueError):  # no file can have that name, or it says so itself
+                yield from _list_named_places(job.folder / value, job.folder)
+
+
+def _list_named_places(path: Path, folder: Path) -> Iterator[Path]:
+    """Yield the paths between quotes in a file of settings, or in those that describe a folder."""
+    if path.is_dir():
+        texts = [text for file in path.glob("*.toml") for text in _list_quoted(file)]
+        yield from (path / text for text in texts)
+    elif path.suffix.lower() in SETTINGS and path.is_file():
+        yield from (start / text for text in _list_quoted(path) for start in (path.parent, folder))
+
+
+def _list_quoted(file: Path) -> list[str]:
+    found = QUOTED.findall(read_text(file, MOST_OF_SETTINGS))
+    return [double.replace("\\\\", "\\") or single for double, single in found if double or single]
+
+
+def _list_usual_values(script: Path) -> list[str]:
+    """Return the files and folders that a script takes if none are typed, such as `models`."""
+    table = find_table(script)
+    sections = [] if table is None else [read_entry("section", name) for name in table["sections"]]
+    options = [read_entry("option", name) for section in sections for name in section["options"]]
+    defaults = [option.get("default") for option in options if option.get("metavar") == "PATH"]
+    return [default for default in defaults if isinstance(default, str)]

@@ -1,0 +1,59 @@
+"""Say which sizes of a training's samples its model cannot make, before the training changes them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from browser.described_folder import PROMPTS_FILE, read_described
+from browser.new_form import find_model
+from browser.recipes import SIDES, ModelRecipe, is_driven, make_model_recipe
+from generation.prompt_lines import numbered_lines
+from generation.sample_lines import fit_side, parse_sample_line
+from modules.pages.language import say
+
+
+def describe_changed_sizes(text: str, folder: Path) -> str:
+    """Return a sentence for each size in a prompts.txt that the folder's model cannot make.
+
+    Raises OSError, ValueError or UserError if the folder or a line cannot be read.
+    """
+    described = read_described(folder)
+    model = find_model(described.family, described.task)
+    if model is None or not is_driven(model):
+        return ""
+    recipe = make_model_recipe(model, Path(), Path())
+    sentences: list[str] = []
+    for number, line in numbered_lines(text):
+        sentences += _describe_line(number, parse_sample_line(line), recipe)
+    return " ".join(sentences)
+
+
+def _describe_line(number: int, values: Mapping[str, Any], recipe: ModelRecipe) -> Iterable[str]:
+    for name in SIDES:
+        pixels = values.get(name)
+        made = None if pixels is None else fit_side(pixels, recipe.side_step)
+        if made != pixels:
+            yield say(
+                "%(file)s, line %(number)s, --%(letter)s %(pixels)s: give a multiple of %(side_step)s. The "
+                "sample is made with %(made)s.",
+                file=PROMPTS_FILE,
+                number=number,
+                letter=name[0],
+                pixels=pixels,
+                side_step=recipe.side_step,
+                made=made,
+            )
+    frames = values.get("frame_count")
+    if frames is None or "frames" not in recipe.fields or recipe.counts_seconds:
+        return
+    made = recipe.defaults.lengths.fit(frames)
+    if made != frames:
+        yield say(
+            "%(file)s, line %(number)s, --f %(frames)s: give a length of %(lengths)s. The sample is made "
+            "with %(made)s.",
+            file=PROMPTS_FILE,
+            number=number,
+            frames=frames,
+            lengths=recipe.defaults.lengths,
+            made=made,
+        )

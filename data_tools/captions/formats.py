@@ -1,0 +1,145 @@
+"""Captions that are JSON objects: the question for them, what an answer is, and words put into its texts."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from contract.caption_formats import CaptionFormat
+from data_tools.captions.asking import Answerer, Answers, Look, NoCaptionError, reword
+from data_tools.captions.options import WordingOptions
+from data_tools.captions.places import CaptionPlace
+from dataset.sources.captions import add_trigger
+from modules.control_codes import shorten
+from modules.text_files import looks_like_object, read_object
+
+logger = logging.getLogger(__name__)
+
+TIMES = 2  # that a model is asked for an object
+SHOWN = 200  # characters of an answer in a message
+_QUESTION = (
+    "Describe {what} as one JSON object, for a model that learns to make pictures from such objects. Say "
+    "nothing that is not seen, leave out what does not apply, and answer with the object alone. Its keys:"
+)
+_OF_KIND: dict[type, str] = {
+    str: "a text",
+    dict: "an object with the texts {parts}",
+    list: "a list of objects with {parts}",
+}
+_KNOWN = "What is known already, and has to be said in the object too: {caption}"
+_WRONG = "Your last answer was wrong: {fault}. Write the whole object again, without this mistake."
+
+
+@dataclass
+class ObjectAsker:
+    """Ask a model for captions that are JSON objects, and check what it answers.
+
+    prompt: what is asked besides; None: the usual sentence. tells_plain: the model is given the caption that
+    is there, if it is no object.
+    """
+
+    format: CaptionFormat
+    wording: WordingOptions
+    prompt: str | None
+    tells_plain: bool
+    unsaid: Counter[str] = field(default_factory=Counter)  # keys that answers left out
+
+    def make_question(self, place: CaptionPlace) -> str:
+        """Return the question about a picture or clip: what to write, and each key."""
+        what = "this image" if place.source.table.kind == "image" else "the video of these frames"
+        lines = [self.prompt or _QUESTION.format(what=what)]
+        for key in self.format.keys:
+            parts = ", ".join(f'"{part}"' for part in key.parts)
+            lines.append(f'"{key.name}": {key.about}; {_OF_KIND[key.kind].format(parts=parts)}')
+        caption = place.caption
+        if self.tells_plain and caption and not looks_like_object(caption):
+            lines.append(_KNOWN.format(caption=" ".join(caption.split())))
+        return "\n".join(lines)
+
+    def read_answer(self, answer: str) -> str:
+        """Return the caption in an answer, with the words of the options in its texts.
+
+        Raises NoCaptionError if there is no object in it, or one that the model was not trained with.
+        """
+        start, end = answer.find("{"), answer.rfind("}")
+        if start < 0 or end < start:
+            hint = "" if start < 0 else ", as it does not end: raise --max_new_tokens"
+            raise NoCaptionError(f"the answer holds no JSON object{hint}: {shorten(answer, SHOWN)!r}")
+        try:
+            caption = read_object(answer[start : end + 1])
+        except ValueError as error:
+            raise NoCaptionError(f"{error}: {shorten(answer[start:], SHOWN)!r}") from None
+        faults = self.format.find_faults(caption)
+        if faults:
+            raise NoCaptionError("; ".join(faults))
+        self.unsaid.update(self.format.list_unsaid(caption))
+        return write_object(reword_object(caption, self.wording, self.format.main))
+
+    def around(self, answerer: Answerer) -> Answerer:
+        """Return an answerer whose captions are checked. A wrong answer is asked for once more."""
+
+        def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
+            asked = {
+                dataclasses.replace(place, question=self.make_question(place)): place for place in places
+            }
+            for number in range(1, TIMES + 1):
+                again: dict[CaptionPlace, CaptionPlace] = {}
+                with contextlib.closing(answerer(list(asked), look)) as answers:
+                    for one, text in answers:
+                        place = asked[one]
+                        try:
+                            yield place, self.read_answer(text) if isinstance(text, str) else text
+                        except NoCaptionError as error:
+                            if number == TIMES:
+                                yield place, NoCaptionError(f"{number} answers are wrong, the last: {error}")
+                                continue
+                            logger.warning("%s: %s. It is asked again", place.media, error)
+                            wrong = _WRONG.format(fault=error)
+                            question = f"{one.question}\n{wrong}"
+                            again[dataclasses.replace(one, question=question)] = place
+                asked = again
+
+        return answer
+
+    def describe_unsaid(self) -> str | None:
+        """Return how often which keys were left out, in a line; None if none was."""
+        counts = ", ".join(f"{name} in {count}" for name, count in self.unsaid.most_common())
+        return counts or None
+
+
+def write_object(caption: dict[str, Any]) -> str:
+    return json.dumps(caption, ensure_ascii=False)
+
+
+def read_if_object(caption: str) -> dict[str, Any] | None:
+    """Return the object that a caption is; None if it is a plain text."""
+    with contextlib.suppress(ValueError):
+        return read_object(caption) if looks_like_object(caption) else None
+    return None
+
+
+def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
+    """Return a caption with texts replaced in all its values, and words put around the text of key `main`."""
+    replacing = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
+
+    def reword_value(value: Any) -> Any:
+        if isinstance(value, str):
+            return reword(value, replacing)
+        if isinstance(value, list):
+            return [reword_value(part) for part in value]
+        if isinstance(value, dict):
+            return {name: reword_value(part) for name, part in value.items()}
+        return value
+
+    reworded: dict[str, Any] = reword_value(caption) if wording.replace or wording.replace_regex else caption
+    around = dataclasses.replace(wording, replace=(), replace_regex=())
+    if not around.changes_something:
+        return reworded
+    whole = write_object(reworded)
+    if add_trigger(whole, wording.trigger_word.strip()) == whole:  # some text of the object has it
+        around = dataclasses.replace(around, trigger_word="")
+    return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), around)}

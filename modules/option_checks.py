@@ -1,0 +1,127 @@
+"""Check the values of options against their facts, whether a record has them or a table.
+
+Facts are those of `option` (modules/options.py): limits, choices, what an option needs and excludes, and what
+a path has to be. Standard library only.
+"""
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.option_values import check_path, show_number
+from modules.output_files import refuse_replacing
+
+Facts = Mapping[str, Any]
+# public names of options -> those of them that are given and not turned off
+ListGiven = Callable[[Collection[str]], list[str]]
+
+
+class _Limit(NamedTuple):
+    words: str  # in front of the number in a message
+    holds: Callable[[Any, Any], bool]  # whether a number is within the limit
+
+
+LIMITS: Mapping[str, _Limit] = {
+    "least": _Limit("of at least", operator.ge),
+    "above": _Limit("above", operator.gt),
+    "most": _Limit("of at most", operator.le),
+    "below": _Limit("below", operator.lt),
+}
+# facts that this file checks, and which a table has too
+CHECKED_FACTS = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "spares")
+
+
+def check_value(name: str, value: Any, facts: Facts) -> None:
+    """Check a value by itself.
+
+    Raises:
+        OptionError: If a number is not within the limits, or the value is none of `one_of`.
+    """
+    hint = _find_hint(facts)
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        _check_limits(f"--{name}", number, facts, hint)
+    if "one_of" in facts and value not in facts["one_of"]:
+        near = f", not {shorten(str(value), 80)!r}" if not value else ""
+        raise OptionError(f"--{name} {value}: use {_join_alternatives(facts['one_of'])}{near}{hint}")
+
+
+def check_relations(name: str, facts: Facts, list_given: ListGiven) -> None:
+    """Check a given option against the others.
+
+    Raises:
+        OptionError: If an option that it excludes is given too, or none of those that it needs.
+    """
+    hint = _find_relation_hint(facts)
+    for other in list_given(facts.get("excludes", ())):
+        raise OptionError(f"--{name} and --{other} exclude each other: give one of them{hint}")
+    flags = find_needed(facts, list_given)
+    if flags:
+        what = "both" if len(facts["needs"]) == 1 else "one of them too"
+        hint = "" if facts.get("excludes") else hint
+        raise OptionError(f"--{name} needs {flags}: give {what}{hint}")
+
+
+def find_needed(facts: Facts, list_given: ListGiven) -> str:
+    """Return the options of which an option needs one, if none is given; else nothing."""
+    needed = facts.get("needs", ())
+    if not needed or list_given(needed):
+        return ""
+    return _join_alternatives([f"--{name}" for name in needed])
+
+
+def check_paths(flag: str, value: Any, facts: Facts, value_of: Callable[[str], Any]) -> None:
+    """Check the paths of an option with a `place`.
+
+    Args:
+        flag: How the option is typed.
+        value: A path or several.
+        facts: Facts of the option.
+        value_of: Returns the value of another option by its public name.
+
+    Raises:
+        OptionError: If a path is unusable, or if a file would replace one of those that it spares.
+    """
+    for path in list_paths(value):
+        check_path(flag, path, facts["place"], facts.get("hint", ""))
+        for name in facts.get("spares", ()):
+            refuse_replacing(flag, path, list_paths(value_of(name)))
+
+
+def list_paths(value: Any) -> list[Path]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [path for path in values if isinstance(path, Path)]
+
+
+def _find_hint(facts: Facts) -> str:
+    return f" ({facts['hint']})" if facts.get("hint", "") else ""
+
+
+def _find_relation_hint(facts: Facts) -> str:
+    """Return the end of messages on options that go together; a hint is about the value if it has limits."""
+    is_of_value = "one_of" in facts or any(fact in facts for fact in LIMITS)
+    return "" if is_of_value else _find_hint(facts)
+
+
+def _check_limits(option: str, number: Any, facts: Facts, hint: str) -> None:
+    """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
+    if not isinstance(number, (int, float)):
+        return
+    limits = {fact: facts[fact] for fact in LIMITS if fact in facts}
+    if all(LIMITS[fact].holds(number, limit) for fact, limit in limits.items()):  # NaN is within none
+        return
+    shown = {}
+    for fact, limit in limits.items():
+        shown[fact] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
+    if "least" in shown and "most" in shown:
+        text = f"from {shown['least']} to {shown['most']}"
+    else:
+        text = " and ".join(f"{LIMITS[fact].words} {limit}" for fact, limit in shown.items())
+    raise OptionError(f"{option} {show_number(number)}: give a number {text}{hint}")
+
+
+def _join_alternatives(words: Collection[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,0 +1,51 @@
+"""Read the options of the running script: from its table if that has read them, else by its records."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from modules.command import name_as_typed
+from modules.installation import ONLY_OPTIONS
+from modules.options import Options, read_options
+from modules.parser import Parser, add_options, refuse_unsupported, typed_names
+from modules.table_answers import CommandLine, take_answered
+
+
+def read_command_line(argv: Sequence[str] | None, build_parser: Callable[[], Parser]) -> CommandLine:
+    """Return the arguments of the running script with its parser; the command line is parsed once.
+
+    Args:
+        argv: Words of the command line. None: those of the process, which the script's table has read.
+        build_parser: Makes the parser of the script from its records, where no table has read the words.
+    """
+    answered = take_answered() if argv is None else None
+    if answered is not None:
+        return answered
+    parser = build_parser()
+    return CommandLine(parser, parser.parse_args(argv))
+
+
+def parse_options(
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
+) -> list[Any]:
+    """Return the records of a script that has only these options. changes: as `add_options` takes them."""
+    return parse_spelled(description, argv, *records, **changes)[0]
+
+
+def parse_spelled(
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
+) -> tuple[list[Any], Mapping[str, str]]:
+    """Return the records of `parse_options`, and the spelling of each given option by public name."""
+
+    def build_parser() -> Parser:
+        parser = Parser(description=description)
+        add_options(parser, *records, **changes)
+        return parser
+
+    parser, arguments = read_command_line(argv, build_parser)
+    with name_as_typed(typed_names(arguments)):
+        refuse_unsupported(parser, arguments)
+        options = [read_options(record, arguments) for record in records]
+    if os.environ.get(ONLY_OPTIONS):
+        raise SystemExit(0)
+    return options, parser.typed_flags
