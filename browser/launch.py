@@ -202,7 +202,7 @@ def _count_launcher_words(words: Sequence[str]) -> int:
     return place
 
 
-# Runs a script until it has read its options, which is when torch would load, or when ONLY_OPTIONS ends it; or
+# Runs a script until it has read its options: torch would load, or ONLY_OPTIONS ends it; or
 # until it would write, start or ask anything: the options may be from a file of somebody else.
 READ_OPTIONS = f"""
 import builtins, os, runpy, sys

@@ -102,3 +102,9 @@ def test_a_file_of_settings_that_cannot_be_read_names_nothing(tmp_path: Path) ->
     (tmp_path / "train.toml").write_bytes(b"\xff'x'")
     job = EarlierJob(Path("wan_train_network.py"), ["--config_file", "train.toml", "a\0b"], tmp_path)
     assert not may_be_made(tmp_path / "x", [job])
+
+
+def test_a_wrong_option_of_a_tool_without_options_is_refused(tmp_path: Path) -> None:
+    check_options(split_words("reelsmith doctor"), tmp_path)
+    with pytest.raises(OptionError, match="Unknown option --nix"):
+        check_options(split_words("reelsmith doctor --nix"), tmp_path)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import tomllib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from dataset.forms.composing import KEYS, SOURCES
 from dataset.subset_options import DATASET, SUBSET_KEYS
 from modules.options import NoOptions
 from tests.dataset.making import make_clip
-from tests.dataset.toy_family import ToyFamily, options
+from tests.dataset.toy_family import ToyFamily
+from tests.dataset.toy_family import options as toy_options
 from tests.training.toy import ToyTextEncoder, same
 from tests.training.toy_images import PictureFamily
 from training.image_options import ImageTrainerDefaults, read_image_training
@@ -140,23 +141,60 @@ def test_every_key_is_listed() -> None:
     assert all(entry["same"] for form in ACTS.values() for entry in form.values() if "value" not in entry)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training whose tables have keys of their own, in the first one or a second one."""
+
+    form: str
+    keys: dict[str, Any]
+    is_second: bool
+    options: tuple[str, ...]
+
+    def learn(self, folder: Path) -> dict[str, torch.Tensor]:
+        make_folder(folder)
+        first, second = ({}, {"num_repeats": 1} | self.keys) if self.is_second else (self.keys, {})
+        return learned(folder, written(folder, self.form, first, second), self.options)
+
+
+LearnedBefore = Callable[[Run], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def learned_before(tmp_path_factory: pytest.TempPathFactory) -> LearnedBefore:
+    """Return what trains each run once: most keys are compared with the same one."""
+    known: dict[str, dict[str, torch.Tensor]] = {}
+
+    def learn(run: Run) -> dict[str, torch.Tensor]:
+        text = repr(run)
+        if text not in known:
+            known[text] = run.learn(tmp_path_factory.mktemp("before"))
+        return known[text]
+
+    return learn
+
+
+@pytest.mark.parametrize("form", ["subsets", "datasets"])
+def test_the_same_keys_in_another_folder_change_nothing(
+    tmp_path: Path, form: str, learned_before: LearnedBefore
+) -> None:
+    run = Run(form, {}, is_second=False, options=())
+    assert same(run.learn(tmp_path), learned_before(run))
+
+
 @pytest.mark.parametrize(
     ("form", "name"), [(form, name) for form in ("subsets", "datasets") for name in cases(form)]
 )
-def test_a_key_changes_what_is_learned(tmp_path: Path, form: str, name: str) -> None:
+def test_a_key_changes_what_is_learned(
+    tmp_path: Path, form: str, name: str, learned_before: LearnedBefore
+) -> None:
     entry = ACTS[form][name]
-    make_folder(tmp_path)
     shared = entry.get("with", {})
-    is_second = entry.get("of") == "second"
     before = shared | ({name: entry["before"]} if "before" in entry else {})
-    after = shared | {name: entry["value"]}
-    runs = []
-    for keys in (before, after):
-        first, second = ({}, {"num_repeats": 1} | keys) if is_second else (keys, {})
-        path = written(tmp_path, form, first, second)
-        runs.append(learned(tmp_path, path, entry.get("options", ())))
+    is_second, options = entry.get("of") == "second", tuple(entry.get("options", ()))
+    changed = Run(form, shared | {name: entry["value"]}, is_second, options)
 
-    assert not same(*runs), f"{name} = {entry['value']} changes nothing"
+    unchanged = learned_before(dataclasses.replace(changed, keys=before))
+    assert not same(changed.learn(tmp_path), unchanged), f"{name} = {entry['value']} changes nothing"
 
 
 def cached(folder: Path, keys: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -166,7 +204,7 @@ def cached(folder: Path, keys: dict[str, Any]) -> dict[str, torch.Tensor]:
     path = folder / "dataset.json"
     path.write_text(json.dumps({"datasets": [table | keys]}), encoding="utf-8")
     family = dataclasses.replace(ToyFamily())
-    cache_media(family, load_dataset_config(path), options())
+    cache_media(family, load_dataset_config(path), toy_options())
     tensors = {}
     for file in sorted(cache.glob("*.safetensors")):
         tensors |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
