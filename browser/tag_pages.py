@@ -155,6 +155,8 @@ class TagPages:
         """
         tag, name = fields.get("tag", ""), fields.get("name", "")
         match what:
+            case "rename" | "remove" if not tag.strip():
+                raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
             case "rename" if not name.strip():
                 raise OptionError(say("Type the new name of the tag, or press Remove."))
             case "rename":

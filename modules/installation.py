@@ -159,7 +159,8 @@ def find_front_words() -> list[str]:
     words = name_words(Path(sys.argv[0]).stem).split()
     place -= len(words)
     is_front = place > 0 and Path(sys.orig_argv[place]).name == FRONT_SCRIPT
-    return [FRONT_SCRIPT, *words] if is_front and sys.orig_argv[place + 1 :][: len(words)] == words else []
+    typed = [word for word in sys.orig_argv[place + 1 :] if word not in ("help", "-h", "--help")]
+    return [FRONT_SCRIPT, *words] if is_front and typed[: len(words)] == words else []
 
 
 def find_script(word: str) -> Path | None:

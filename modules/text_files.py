@@ -109,7 +109,7 @@ def read_tensor_header(
     length = int.from_bytes(start[:8], "little")
     end = 8 + length
     if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
-        raise ValueError(f"it claims {length} bytes, the file has {size}")
+        raise ValueError(f"it claims {length} bytes, the file has {size}" if size else "it is empty")
     if len(start) < 9:
         start += read(1)
     if start[8:9] != b"{":  # by the format; a hundred megabytes of something else are not read

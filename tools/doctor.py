@@ -13,11 +13,11 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.parser import Parser
+from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    Parser(description=__doc__).parse_args(argv)
+    parse_options(__doc__, argv)  # it has none
 
     from running.doctor import examine  # it imports torch, if there is one
 

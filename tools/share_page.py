@@ -20,7 +20,10 @@ class ShareOptions(Options):
     """Which page to copy, and where to."""
 
     page: Path = option(
-        "page of a training, a comparison, a check or a report: an .html file", positional=True
+        "page of a training, a comparison, a check or a report: an .html file",
+        positional=True,
+        place="file",
+        hint="a page that this program wrote, an .html file",
     )
     output: Path | None = option("file to write (default: NAME-shared.html next to the page)")
 

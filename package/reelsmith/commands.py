@@ -144,6 +144,7 @@ SIMILAR = 0.75  # of a command that was mistyped and the intended one; 1: equal
 
 # what others call a command -> what to type
 _MEANT = {
+    "version": "--version",
     "models": "download --list",
     "list": "download --list",
     "train": "run FOLDER",

@@ -55,6 +55,12 @@ def test_what_no_job_makes_has_to_be_there(line: str, earlier: str, folder: Path
         check_options(split_words(line), folder, [*jobs])
 
 
+def test_a_record_that_stands_beside_code_with_torch_is_asked_too(folder: Path) -> None:
+    words = split_words("python tools/quantise.py --model a.safetensors --form int8 --output a.bin")
+    with pytest.raises(OptionError, match="--output a.bin: a safetensors file is written"):
+        check_options(words, folder, [])
+
+
 @pytest.mark.parametrize(
     ("earlier", "line"),
     [
@@ -96,3 +102,9 @@ def test_a_file_of_settings_that_cannot_be_read_names_nothing(tmp_path: Path) ->
     (tmp_path / "train.toml").write_bytes(b"\xff'x'")
     job = EarlierJob(Path("wan_train_network.py"), ["--config_file", "train.toml", "a\0b"], tmp_path)
     assert not may_be_made(tmp_path / "x", [job])
+
+
+def test_a_wrong_option_of_a_tool_without_options_is_refused(tmp_path: Path) -> None:
+    check_options(split_words("reelsmith doctor"), tmp_path)
+    with pytest.raises(OptionError, match="Unknown option --nix"):
+        check_options(split_words("reelsmith doctor --nix"), tmp_path)

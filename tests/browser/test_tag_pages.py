@@ -192,6 +192,14 @@ def test_a_field_that_the_tool_would_refuse_is_named_at_once(fields: dict[str, s
         FORM.make_words(".", fields)
 
 
+@pytest.mark.parametrize("what", ["rename", "remove"])
+def test_a_tag_that_was_not_typed_is_asked_for(what: str, pictures: Path) -> None:
+    with serve_runs(pictures.parent) as served:
+        answer = press(served, what, tag=" ", name="x")
+    assert answer.status == 422
+    assert "Type the tag in the field Old tag" in answer.text
+
+
 def test_what_a_press_cannot_do_is_said(pictures: Path) -> None:
     with serve_runs(pictures.parent) as served:
         for what, fields, message in (

@@ -413,3 +413,8 @@ def test_pairs_in_one_word_are_told_and_lists_with_blanks_are_not_pairs() -> Non
         "betas": (0.9, 0.95),
         "x": ["a b=2"],
     }
+
+
+def test_an_empty_file_of_tensors_is_called_empty() -> None:
+    with pytest.raises(ValueError, match="it is empty"):
+        read_tensor_header(io.BytesIO().read, 0)

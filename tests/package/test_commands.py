@@ -66,6 +66,7 @@ def test_each_command_has_its_own_words_and_none_hides_another() -> None:
         ("cache pony", "'cache pony' is no command. There are cache latents wan."),
         ("cache wan", "'cache wan' is no command. Did you mean python reelsmith.py cache latents wan?"),
         ("trian photos", "'trian photos' is no command. Did you mean python reelsmith.py train?"),
+        ("version", "'version' is no command. Did you mean python reelsmith.py --version?"),
         ("resume photos", "'resume photos' is no command. Did you mean python reelsmith.py run FOLDER?"),
         ("teapot --help", "'teapot' is no command."),
     ],
@@ -261,5 +262,6 @@ def test_messages_name_the_command_that_was_typed(words: list[str], script: str,
     assert f"reelsmith.py {words[0]}: error: Unknown option --nope" in said
     assert f"{quote_for_shell(['python', front, *words])} --help lists all options" in said
     assert f"usage: reelsmith.py {words[0]} " in ask(front, *words, "--help")
+    assert f"usage: reelsmith.py {words[0]} " in ask(front, "help", *words)
     assert f"python {script} --help" not in ask(front, *words, "--help")
     assert f"{Path(script).name}: error: Unknown option --nope" in ask(str(ROOT / script), "--nope")

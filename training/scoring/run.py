@@ -164,12 +164,13 @@ def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleCompariso
 def open_run(place: Path) -> ScoredRun:
     """Return the run of a history, or the only run of a folder. Raises OptionError for anything else."""
     if place.is_dir():
-        # those of `run` tell only what it did before its training
-        histories = [path for path in sorted(place.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
+        histories = _find_histories(place, f"*{END}")
         if not histories:
+            inner = {str(path.parent): None for path in _find_histories(place, f"*/*{END}")}
+            advice = f"There is one in {list_some([*inner])}: give that folder." if inner else ""
             raise OptionError(
-                f"{place}: there is no run in this folder: no ...{END}. Give the --output_dir of a training "
-                "that was not run with --no_page."
+                f"{place}: there is no run in this folder: no ...{END}. "
+                + (advice or "Give the --output_dir of a training that was not run with --no_page.")
             )
         if len(histories) > 1:
             raise OptionError(
@@ -187,6 +188,11 @@ def open_run(place: Path) -> ScoredRun:
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
     return ScoredRun(place, story)
+
+
+def _find_histories(folder: Path, pattern: str) -> list[Path]:
+    """Return histories of trainings; those of `run` tell only what it did before its training."""
+    return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
 def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote]) -> Path | None:
