@@ -202,9 +202,9 @@ def _count_launcher_words(words: Sequence[str]) -> int:
     return place
 
 
-# Runs a script until it has read its options, which is when torch would load; or until it would write, start
-# or ask anything: the options may be from a file of somebody else.
-READ_OPTIONS = """
+# Runs a script until it has read its options: torch would load, or ONLY_OPTIONS ends it; or
+# until it would write, start or ask anything: the options may be from a file of somebody else.
+READ_OPTIONS = f"""
 import builtins, os, runpy, sys
 sys.dont_write_bytecode = True
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -219,7 +219,7 @@ def end_at_writing(event, facts):
 sys.addaudithook(end_at_writing)
 load = builtins.__import__
 def load_until_torch(name, *how, **more):
-    if name.partition(".")[0] == "torch":
+    if name.partition(".")[0] == "torch" and not os.environ.get("{ONLY_OPTIONS}"):
         raise SystemExit(0)
     return load(name, *how, **more)
 builtins.__import__ = load_until_torch

@@ -15,13 +15,13 @@ from dataset.config_keys import MODES
 from dataset.forms.composing import (
     FORM_OF_SOURCE,
     KEYS,
+    KEYS_OF_SOURCE,
     OWN_KEYS,
     SHARED_CACHES,
     SOURCES,
     SOURCES_WITH_ADDRESSES,
     form_of,
     read_own_keys,
-    takes_key,
 )
 from dataset.forms.contract import DataForm
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
@@ -134,15 +134,12 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
                 "folder, which is made if it is not there"
             )
         problems += _places_elsewhere(table)
-        shared = SHARED_CACHES.get(table.cache_format)
-        conflict = None
-        if shared is not None and shared.cache_conflict is not None:
-            conflict = shared.cache_conflict(table.kind)
-        if conflict is not None:
-            problems.append(f"{table.place}: {conflict}")
+        is_shared = table.cache_format in SHARED_CACHES
+        if is_shared and table.kind == "video":
+            key = f'cache_format = "{table.cache_format}"'
+            problems.append(f'{table.place}: {key} is for tables of pictures; use "files" or "shards"')
         first = users.setdefault(folder_id(folder), table)
-        is_shared_by_both = shared is not None and first.cache_format == table.cache_format
-        may_share = first is table or is_shared_by_both
+        may_share = first is table or (is_shared and first.cache_format == table.cache_format)
         if not may_share:
             second = table.place.removeprefix("[[datasets]] ")
             problems.append(
@@ -434,13 +431,16 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     """Return the reasons why keys cannot stand in a table with this source, by key."""
     misplaced = {}
-    for name, key in KEYS.items():
-        if kind not in key.kinds:
-            misplaced[name] = f"is for {key.kinds[0]} tables; {source_key} makes this one {kind}s"
-        elif name not in SOURCES and not takes_key(FORM_OF_SOURCE[source_key], name):
-            of_kind = [source for source in SOURCES if kind in KEYS[source].kinds]
-            fitting = [source for source in of_kind if takes_key(FORM_OF_SOURCE[source], name)]
-            misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
+    for name in KEYS.keys() - KEYS_OF_SOURCE[source_key] - {*SOURCES}:
+        fitting = [
+            source for source, keys in KEYS_OF_SOURCE.items() if name in keys and kind in KEYS[source].kinds
+        ]
+        misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
+        if not fitting:
+            misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
+    for name in SOURCES:
+        if kind not in KEYS[name].kinds:
+            misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
     return misplaced
 
 
@@ -467,15 +467,12 @@ def _complete(
     conflict = None
     if not (fields["cache_directory"] or folder):
         conflict = f"cache_directory is required with {source_key}"
-    elif form.find_conflict is not None:
-        conflict = form.find_conflict(fields)
-    conflict = conflict or _find_conflict(fields)
+    conflict = conflict or form.find_conflict(fields) or _find_conflict(fields)
     if conflict is not None:
         place = where.rpartition(", ")[2]
         problems.append(f"{place}: {conflict}")
         return False
-    if form.complete is not None:
-        form.complete(fields, where)
+    form.complete(fields, where)
     fields["cache_directory"] = fields["cache_directory"] or folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times

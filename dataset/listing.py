@@ -84,9 +84,7 @@ def find_sources(
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     if table.directory is None:
-        list_sources = form_of(table).list_sources
-        assert list_sources is not None
-        return list_sources(table, faults)
+        return form_of(table).list_sources(table, faults)
     if not table.directory.is_dir():
         hint = _hint_of_start(table)
         if hint:
@@ -217,7 +215,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Warn about columns that nothing reads, and if a model that edits gets no reference picture at all."""
     unread: list[Fault] = []
     for table in config.datasets:
-        if form_of(table).look_at is not None:
+        if form_of(table).has_columns:
             from dataset.forms.unread import find_unread  # only with lists or tables
 
             unread += find_unread(table)
@@ -238,10 +236,7 @@ def _caption_place(source: MediaSource) -> str:
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
         return f"no {source.caption_path.name} next to it{hint}"
-    describe = form_of(table).caption_place
-    if describe is not None:
-        return describe(table)
-    return "no caption_extension in its table, such as .txt"
+    return form_of(table).describe_caption_place(table)
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:

@@ -39,6 +39,7 @@ from modules.command import as_typed
 from modules.console import count_of, in_words, show_box
 from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
 from modules.errors import OptionError, UserError
+from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
@@ -103,7 +104,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
     columns = _make_columns(run, variants, jobs)
-    missing = _list_missing_cells(options, columns)
+    missing = _list_missing_cells(run, columns)
     _show_start(run, jobs, columns, missing)
     if missing:
         denoise_cells(run, missing)
@@ -164,11 +165,11 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     return jobs
 
 
-def _list_missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
+def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
     """Return the columns that are not complete, each with its cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
-        missing = [cell for cell in cells if not _files(options, cell.clip).exist]
+        missing = [cell for cell in cells if not _files(run, cell.clip).exist]
         if missing:
             incomplete.append((variant, missing))
     return incomplete
@@ -283,13 +284,16 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     mark = hashlib.sha256(f"{variant.label} {' '.join(variant.sha256.values())}".encode()).hexdigest()[:6]
     stem = f"{line:03d}_{job.prepared.seed}_{column}_{mark}"
     cell = GenerationJob(f"{job.label}, {variant.label}", job.prepared, stem, metadata)
-    while not _is_own(run.options, cell):
+    while not _is_own(run, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
     return cell
 
 
-def _files(options: GenerationOptions, cell: GenerationJob) -> ClipFiles:
-    if cell.prepared.frames > 1:
+def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
+    options = run.options
+    if run.family.latent.has_layers:
+        suffix = f"{COMPOSITE}.png"
+    elif cell.prepared.frames > 1:
         suffix = options.output.format.suffix
     else:
         suffix = "_000.png" if options.output.numbers_single else ".png"
@@ -297,9 +301,9 @@ def _files(options: GenerationOptions, cell: GenerationJob) -> ClipFiles:
     return ClipFiles(folder / f"{cell.stem}{suffix}", folder / f"{cell.stem}{LATENT_SUFFIX}")
 
 
-def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
+def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
     """Return whether existing files of this name are of exactly this clip; True if there are none."""
-    video, latents = _files(options, cell)
+    video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
         if video.exists() and _select_making_settings(read_tags(video)) != settings:
@@ -402,7 +406,7 @@ def _begin_phase(
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
     """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
-    files = {cell.label: _files(run.options, cell) for cell in cells}
+    files = {cell.label: _files(run, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
         saved = load_latents(path)

@@ -1,10 +1,10 @@
 """Prompts that name the file of a JSON object: `@caption.json`. Standard library only."""
 
-from generation.prompt_lines import read_prompt_file
 from modules.errors import OptionError
 from modules.option_values import to_path
+from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited
-from modules.text_files import read_object
+from modules.text_files import read_object, read_text
 
 
 def read_named_object(text: str) -> str:
@@ -18,11 +18,14 @@ def read_named_object(text: str) -> str:
         return text
     if is_limited():
         raise OptionError(f"--prompt {name}: files are read for commands that you type. Give the JSON itself")
-    content = read_prompt_file(to_path("--prompt", name[1:]), "--prompt @")
+    path = to_path("--prompt", name[1:])
     try:
+        content = read_text(path)
         read_object(content)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        near = "" if path_exists(path) else explain_missing(path)
         raise OptionError(
-            f"--prompt {name}: {error}. Give a file with one JSON object, such as a caption"
+            f"--prompt {name}: {reason or error}.{near} Give a file with one JSON object, such as a caption"
         ) from None
     return content.strip()

@@ -47,8 +47,11 @@ _answered: dict[tuple[str, ...], CommandLine] = {}
 
 
 def answer_running_script() -> None:
-    """Answer for the script that this process runs; do nothing if it runs none of ours."""
-    script = _find_running_script(sys.argv[0])
+    """Answer for the script that this process runs; do nothing if it runs none of ours.
+
+    Nor in a worker of the script, which has the same words: a file that they name may be gone by then.
+    """
+    script = None if _is_worker() else _find_running_script(sys.argv[0])
     if script is not None:
         program = " ".join(console_words(script.stem)) if PREFIX else None
         answer_script(script, sys.argv[1:], program)
@@ -96,6 +99,12 @@ def take_answered() -> CommandLine | None:
 
 def _raise(error: UserError) -> None:
     raise error
+
+
+def _is_worker() -> bool:
+    """Return whether multiprocessing has started this process."""
+    process = sys.modules.get("multiprocessing.process")  # which it imports before the script
+    return process is not None and process.parent_process() is not None
 
 
 def _find_running_script(typed: str) -> Path | None:

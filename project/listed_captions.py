@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.forms.composing import FORM_OF_SUFFIX, column_names, read_columns
+from dataset.forms.composing import FORMAT_OF_SUFFIX, column_names, read_columns
 from dataset.forms.rows import CAPTION_COLUMNS, PATH_COLUMNS, check_text
 from dataset.sources.captions import guess_of_editor
 from modules.console import count_of, list_some
@@ -67,7 +67,7 @@ def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str])
 
 
 def _lists_in(folder: Path, ignored: Collection[str]) -> list[Path]:
-    kinds = {*FORM_OF_SUFFIX, JSON}
+    kinds = {*FORMAT_OF_SUFFIX, JSON}
     with contextlib.suppress(OSError):
         return [
             path
@@ -206,7 +206,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
 
     Spreadsheets write other encodings, and lists made by hand begin with the first file.
     """
-    if not FORM_OF_SUFFIX[path.suffix.lower()].is_text:
+    if not FORMAT_OF_SUFFIX[path.suffix.lower()].is_text:
         yield path
         return
     text = _add_column_names(path, _decode_table(path, remarks), names)
@@ -234,7 +234,7 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
     """Return the text of a table with a first line of columns. names: of the media in its folder."""
-    if not FORM_OF_SUFFIX[path.suffix.lower()].has_header:
+    if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text
     first_line = text.split("\n", 1)[0]
     separator = next((sign for sign in "\t,;" if sign in first_line), ",")

@@ -13,8 +13,9 @@ import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from dataset.forms import FOLDER, FORMS, JSONL
+from dataset.forms import CACHES, FOLDER, FORMS, JSON_LINES, JSONL, ROWS
 from dataset.forms.composing import FORM_OF_SOURCE
 from dataset.forms.contract import DataForm
 from dataset.forms.metadata import METADATA
@@ -30,7 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {feature.name: "training/features" for feature in FEATURES}
 FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
 FOLDERS |= {way.name: "running/ways" for way in WAYS}
-FOLDERS |= {form.name.lower(): "dataset/forms" for form in FORMS if form not in (FOLDER, JSONL, METADATA)}
+FORM_FILES = {
+    type(form).__module__.rpartition(".")[2]: form
+    for form in (*FORMS, *ROWS)
+    if form not in (FOLDER, JSONL, JSON_LINES, METADATA)
+} | {caches.cache_format: caches for caches in CACHES}
+FOLDERS |= dict.fromkeys(FORM_FILES, "dataset/forms")
 # what writes a form, and is of no use without it
 WRITERS = {
     "cogvideox": (
@@ -63,6 +69,7 @@ assert not KEYS.keys() & sys.argv[1:], KEYS.keys() & sys.argv[1:]
 TRAIN = """
 import hashlib, os, sys
 from pathlib import Path
+from typing import Any
 from safetensors import safe_open
 from tests.tiny.families import FAMILIES
 from tests.tiny.runs import make_project
@@ -120,14 +127,15 @@ def delete_from(tree: Path, name: str) -> list[str]:
 
 def name_what_it_brings(name: str) -> list[str]:
     """Return the options of trainings and keys of tables that are gone with one of FOLDERS: --tread, tars."""
-    parts = {part.name.lower(): part for part in (*FEATURES, *WAYS, *FORMS)}
+    form = FORM_FILES.get(name)
+    if isinstance(form, DataForm):
+        keys = [] if form.keys is None else [*declared_keys(form.keys)]
+        return [*keys, *(key for key, other in FORM_OF_SOURCE.items() if other is form)]
+    parts: dict[str, Any] = {feature.name: feature for feature in FEATURES}
+    parts |= {way.name: way for way in WAYS}
     if name not in parts:
-        return []  # a kind of network: the values of options name it
-    part = parts[name]
-    if not isinstance(part, DataForm):
-        return [f"--{option_name(declared)}" for declared in fields(part.options)]
-    keys = [] if part.keys is None else [*declared_keys(part.keys)]
-    return [*keys, *(key for key, form in FORM_OF_SOURCE.items() if form is part)]
+        return []  # a kind of network, of rows or caches: the values of options and keys name it
+    return [f"--{option_name(declared)}" for declared in fields(parts[name].options)]
 
 
 def find_faults(tree: Path, name: str) -> list[str]:

@@ -204,6 +204,7 @@ def shown(folder: Path) -> torch.Tensor:
     from modules.media.reading import read_image, video_frames
 
     files = [path for path in folder.iterdir() if path.suffix in {".mp4", ".png"}]
+    files = [path for path in files if not re.search(r"_layer\d+$", path.stem)]  # their composite stays
     (path,) = (path for path in files if not path.stem.endswith("_sheet"))
     frames = [read_image(path)] if path.suffix == ".png" else list(video_frames(path))
     return torch.stack([torch.from_numpy(frame) for frame in frames])

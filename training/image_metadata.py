@@ -261,7 +261,7 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _PictureCounts, t
             entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
     return entry | {
-        "is_dreambooth": not any(form_of(table).entry for table in tables),
+        "is_dreambooth": not any(form_of(table).metadata_key for table in tables),
         "num_train_images": counted.num_learned,
         "num_reg_images": counted.num_regularisation,
         "resolution": list(tables[0].resolution),
@@ -290,7 +290,7 @@ def _describe_subset(table: DatasetTable, num_pictures: int) -> dict[str, Any]:
     }
     if table.directory is not None or table.image_folder is not None:
         entry["image_dir"] = table.picture_folder.name
-    name = form_of(table).entry
+    name = form_of(table).metadata_key
     if name:
         entry[name] = table.source.name
     else:

@@ -43,7 +43,7 @@ from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahea
 from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig
-from dataset.forms.composing import form_of, list_addresses
+from dataset.forms.composing import form_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.colours import find_reordered
 from dataset.sources.companions import refuse_companions
@@ -66,7 +66,7 @@ MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
-WRONG_OBJECTS = "faults of captions that are JSON objects"
+WRONG_OBJECTS = "faults in captions as JSON objects"
 RECOGNISED = "Files recognised:"
 UNREADABLE = "cannot be read"
 
@@ -564,7 +564,7 @@ def _compare_sources(
     """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
     all: training does not need them.
     """
-    if list_addresses(findings.table):  # listing the sources would download them
+    if form_of(findings.table).list_addresses(findings.table):  # listing the sources would download them
         name = form_of(findings.table).name
         findings.caches.append(f"its sources are not checked: they are in {name} at addresses")
         return

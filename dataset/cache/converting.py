@@ -43,7 +43,10 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
     """
     for table in config.datasets if config else ():
         if table.cache_format in SHARED_CACHES:
-            raise OptionError(f"{table.name}: {SHARED_CACHES[table.cache_format].not_converted}")
+            raise OptionError(
+                f'{table.name}: cache_format = "{table.cache_format}": only a caching script knows which of '
+                "the sizes in a file are this table's. Set another cache_format and cache again"
+            )
     folders = options.cache_directory or ()
     if config is not None:
         folders = tuple(table.cache_directory for table in config.datasets)

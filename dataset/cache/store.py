@@ -135,14 +135,12 @@ def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, 
     folder: of these caches, except those of pictures that a list names anywhere. Raises DatasetError if the
     family, of which `names` are, has none in this form.
     """
-    open_caches = SHARED_CACHES[cache_format].open_caches
-    assert open_caches is not None
-    return open_caches(table, names, folder, partial(_list_pictures, table))
+    return SHARED_CACHES[cache_format].open_store(table, names, folder, partial(_list_images, table))
 
 
-def _list_pictures(table: DatasetTable) -> dict[str, Path]:
-    """Return the pictures that a list names anywhere, without suffix, by stem; none of other forms."""
-    if not form_of(table).names_pictures_anywhere:
+def _list_images(table: DatasetTable) -> dict[str, Path]:
+    """Return the images that a list names anywhere, without suffix, by stem; none of other forms."""
+    if not form_of(table).names_images_anywhere:
         return {}
     from dataset.listing import find_sources  # a training of our own caches lists none
 

@@ -5,7 +5,7 @@ cogvideox_keys: the keys of such tables
 cogvideox_lists: read these lists, and find tensors computed before
 columns: the rows and columns of a table of any format
 composing: what reading a dataset asks all forms for
-contract: what a form of data is
+contract: what forms of items, rows and caches are
 delimited: tables as text, CSV and TSV
 delimited_rows: read CSV and TSV row by row
 folder: images or clips in a folder
@@ -29,29 +29,34 @@ unread: columns of lists and tables that nothing reads
 """
 
 from dataset.forms.cogvideox import COGVIDEOX
-from dataset.forms.contract import DataForm
+from dataset.forms.contract import DataForm, RowFormat, SharedCaches
 from dataset.forms.delimited import DELIMITED
 from dataset.forms.folder import FOLDER
-from dataset.forms.jsonl import JSONL
+from dataset.forms.jsonl import JSON_LINES, JSONL
 from dataset.forms.metadata import METADATA
 from dataset.forms.npz import NPZ
 from dataset.forms.parquet import PARQUET
 from dataset.forms.tables import TABLES
 from dataset.forms.tars import TARS
 
-__all__ = ["FOLDER", "FORMS", "JSONL"]
+__all__ = ["CACHES", "FOLDER", "FORMS", "JSONL", "JSON_LINES", "ROWS"]
 
 # in the order in which messages name them, one a line
 # fmt: off
 FORMS: tuple[DataForm, ...] = (
     FOLDER,
-    PARQUET,
-    DELIMITED,
     JSONL,
     TABLES,
     TARS,
     COGVIDEOX,
     METADATA,
+)
+ROWS: tuple[RowFormat, ...] = (
+    DELIMITED,
+    JSON_LINES,
+    PARQUET,
+)
+CACHES: tuple[SharedCaches, ...] = (
     NPZ,
 )
 # fmt: on

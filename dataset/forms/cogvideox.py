@@ -17,36 +17,34 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 logger = logging.getLogger(__name__)
 
 
-def find_conflict(fields: Mapping[str, Any]) -> str | None:
-    if fields["own"].load_tensors and fields["alpha_mask"]:
-        return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
-    return None
+class CogVideoX(DataForm):
+    """Clips and prompts, line by line."""
+
+    name = "CogVideoX"
+    source = "cogvideox_root"
+    keys = CogVideoXKeys
+    shared_keys = ("caption_column",)
+
+    def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
+        if fields["own"].load_tensors and fields["alpha_mask"]:
+            return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+        return None
+
+    def complete(self, fields: dict[str, Any], where: str) -> None:
+        fields["gives_latents"] = fields["own"].load_tensors
+        of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
+        unused = [name for name, default in of_frames.items() if fields[name] != default]
+        if unused:
+            logger.warning(
+                "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
+                where,
+                " and ".join(unused),
+            )
+
+    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
+
+        return list_cogvideox(table, faults)
 
 
-def complete(fields: dict[str, Any], where: str) -> None:
-    fields["gives_latents"] = fields["own"].load_tensors
-    of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
-    unused = [name for name, default in of_frames.items() if fields[name] != default]
-    if unused:
-        logger.warning(
-            "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
-            where,
-            " and ".join(unused),
-        )
-
-
-def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-    from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
-
-    return list_cogvideox(table, faults)
-
-
-COGVIDEOX = DataForm(
-    "CogVideoX",
-    source="cogvideox_root",
-    keys=CogVideoXKeys,
-    shared_keys=("caption_column",),
-    find_conflict=find_conflict,
-    complete=complete,
-    list_sources=list_sources,
-)
+COGVIDEOX = CogVideoX()

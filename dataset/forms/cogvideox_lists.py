@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.forms import JSONL
+from dataset.forms import JSON_LINES
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.columns import table_lines
-from dataset.forms.composing import column_names, read_columns, row_form
+from dataset.forms.composing import column_names, read_columns, row_format
 from dataset.forms.contract import TableRow
 from dataset.forms.rows import check_text, locate
 from dataset.sources.captions import complete_captions
@@ -159,7 +159,7 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     if path is None:
         raise DatasetError(f"{name}: dataset_file {keys.dataset_file} is neither there nor in {root}")
     names = column_names(path)
-    caption_columns = CAPTION_COLUMNS[::-1] if row_form(path) is JSONL else CAPTION_COLUMNS
+    caption_columns = CAPTION_COLUMNS[::-1] if row_format(path) is JSON_LINES else CAPTION_COLUMNS
     caption = table.caption_column or _first_of(caption_columns, names)
     video = keys.video_column or _first_of(VIDEO_COLUMNS, names)
     for key, column in (("caption_column", caption), ("video_column", video)):

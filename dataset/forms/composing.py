@@ -7,8 +7,8 @@ from typing import Any
 
 from dataset import config_keys as forms
 from dataset.config_keys import TableKey
-from dataset.forms import FOLDER, FORMS, JSONL
-from dataset.forms.contract import DataForm, FindCell, TableRow
+from dataset.forms import CACHES, FOLDER, FORMS, JSONL, ROWS
+from dataset.forms.contract import DataForm, FindCell, RowFormat, SharedCaches, TableRow
 from dataset.table import DatasetTable, declared_keys
 from modules.errors import DatasetError
 
@@ -60,6 +60,20 @@ def _compose_keys() -> dict[str, TableKey]:
 
 
 KEYS: Mapping[str, TableKey] = _compose_keys()
+
+
+def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
+    """Return the keys that a table with a source may have besides it."""
+    own = {} if form.keys is None else declared_keys(form.keys)
+    common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
+    of_form = (common | {*form.shared_keys, *own}) - {*SOURCES}
+    kind = KEYS[source].kinds[0]
+    return frozenset(name for name in of_form if kind in KEYS[name].kinds)
+
+
+KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
+    source: _list_keys_of(source, form) for source, form in FORM_OF_SOURCE.items()
+}
 _ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]  # in rows, or by their key
 SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda form: form is JSONL)]
 
@@ -68,19 +82,6 @@ def form_of(table: DatasetTable) -> DataForm:
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
-
-
-def list_addresses(table: DatasetTable) -> list[str]:
-    """Return the addresses of what has to be downloaded before the sources of a table can be listed."""
-    addresses = form_of(table).addresses
-    return [] if addresses is None else addresses(table)
-
-
-def takes_key(form: DataForm, name: str) -> bool:
-    """Return whether tables of a form may have a key."""
-    if name in OWN_KEYS:
-        return form.keys is not None and name in declared_keys(form.keys)
-    return name in form.shared_keys or not KEYS[name].of_some_forms
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
@@ -94,21 +95,18 @@ def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) ->
 # --- rows of tables
 # ------------------------------------------------------------------------------------------------------------
 
-FORM_OF_SUFFIX: Mapping[str, DataForm] = {suffix: form for form in FORMS for suffix in form.suffixes}
+FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for suffix in rows.suffixes}
 
 
-def row_form(path: Path) -> DataForm:
-    """Return the form of a table's rows, by its suffix. Raises DatasetError if it has another one."""
-    of_folders = [form for form in FORMS if form.folder_of_parts]
-    form = FORM_OF_SUFFIX.get(path.suffix.lower())
-    if path.is_dir():
-        form = of_folders[0] if of_folders else None
-    if form is None:
-        forms_read = ", ".join([*FORM_OF_SUFFIX, *(f"or {form.folder_of_parts}" for form in of_folders)])
-        raise DatasetError(
-            f"{path}: tables are read from {forms_read}; this ends in {path.suffix or 'nothing'}"
-        )
-    return form
+def row_format(path: Path) -> RowFormat:
+    """Return the format of a table's rows, by its name. Raises DatasetError if it is in no format."""
+    for rows in ROWS:
+        if rows.reads(path):
+            return rows
+    *names, last = (name for rows in ROWS for name in rows.list_names())
+    raise DatasetError(
+        f"{path}: tables are read from {', '.join(names)} or {last}; this ends in {path.suffix or 'nothing'}"
+    )
 
 
 def column_names(path: Path) -> tuple[str, ...]:
@@ -116,9 +114,7 @@ def column_names(path: Path) -> tuple[str, ...]:
 
     Raises DatasetError if the file cannot be read or has no columns.
     """
-    form = row_form(path)
-    assert form.column_names is not None
-    return form.column_names(path)
+    return row_format(path).column_names(path)
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
@@ -128,9 +124,7 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
     file is missing, does not fit its suffix, or is not UTF-8.
     """
-    form = row_form(path)
-    assert form.read_rows is not None
-    yield from form.read_rows(path, names)
+    yield from row_format(path).read_rows(path, names)
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
@@ -138,18 +132,16 @@ def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
 
     finds_nulls: return None for a cell that is null and names no file.
     """
-    form = row_form(path)
-    return None if form.find_cells is None else form.find_cells(path, name, finds_nulls)
+    return row_format(path).find_cells(path, name, finds_nulls)
 
 
 def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
     """Return those columns whose values can be read cheaply, and those that hold whole files."""
-    form = row_form(path)
-    return ([*names], []) if form.plain_columns is None else form.plain_columns(path, names)
+    return row_format(path).plain_columns(path, names)
 
 
 # --- caches
 # ------------------------------------------------------------------------------------------------------------
 
 # by `cache_format`, except our own files and shards
-SHARED_CACHES: Mapping[str, DataForm] = {form.cache_format: form for form in FORMS if form.cache_format}
+SHARED_CACHES: Mapping[str, SharedCaches] = {caches.cache_format: caches for caches in CACHES}

@@ -1,15 +1,15 @@
-"""What a form of data is: one record, of which each phase of reading a dataset asks its part.
+"""What a form of data is: where the items of a table are, how rows are written, how caches are stored.
 
-A form is where the items of a table are (a folder, a list, tars), how the rows of a table are written
-(Parquet, CSV), or how caches are kept for other programs. It is one light file, or one with a heavy half next
-to it, and its lines in `dataset/forms/__init__.py`. Without these every script does all the rest as before.
-No phase names a form but folders and JSONL lists: what is asked of all forms is in `composing.py`.
+Each is one light file, or one with a heavy half next to it, and its lines in `dataset/forms/__init__.py`.
+Without these every script does all the rest as before. Reading a dataset names folders and JSONL lists alone;
+it finds the others by the keys of a table (`DataForm`), the suffix of a file (`RowFormat`) or the value of
+`cache_format` (`SharedCaches`), as `composing.py` lists them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from dataset.table import DatasetTable, OwnKeys
 
@@ -35,7 +35,7 @@ class TableRow:
         return f"{self.file}, {self.unit} {self.number}"
 
 
-ListPictures = Callable[[], Mapping[str, Path]]  # by stem, without suffix
+ListImages = Callable[[], Mapping[str, Path]]  # by stem, without suffix
 FindCell = Callable[[TableRow], "PackedFile | None"]  # the file in a row; None: it has none
 
 
@@ -49,55 +49,82 @@ class LookedAt(NamedTuple):
     is_list: bool = False  # its rows are written for this program
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
 class DataForm:
-    """A form of data. All but the name may be left out."""
+    """Where the items of a table are: in a folder, a list, a table, tars. A subclass says what differs."""
 
-    name: str  # as in messages
-
-    # --- its tables in a dataset file
+    name: ClassVar[str]  # as in messages
     # the key that says where the items are: behind `image_` and `video_`, or alone
-    source: str = ""
-    keys: type[OwnKeys] | None = None  # the keys that its tables alone have
-    shared_keys: tuple[str, ...] = ()  # keys of some forms that its tables take as well
-    # given the fields of a table: which of them conflict; None: none do
-    find_conflict: Callable[[Mapping[str, Any]], str | None] | None = None
-    # given these, and the table's place in the file: changes those that depend on others, with a warning
-    complete: Callable[[dict[str, Any], str], None] | None = None
-    entry: str = ""  # of the source in the metadata of a subset, in place of its class and repeats
+    source: ClassVar[str] = ""
+    keys: ClassVar[type[OwnKeys] | None] = None  # the keys that its tables alone have
+    shared_keys: ClassVar[tuple[str, ...]] = ()  # keys of some forms that its tables take as well
+    metadata_key: ClassVar[str] = ""  # of the source in a subset's metadata, in place of class and repeats
+    empty: ClassVar[str] = "has no lines"  # behind the name of an empty source, {kind} filled in
+    has_columns: ClassVar[bool] = False  # `look_at` opens it, for remarks about columns that nothing reads
+    is_listed_in_training: ClassVar[bool] = False  # to compare the companions of items with those of now
+    has_caches_of_others: ClassVar[bool] = False  # other programs keep theirs next to the images
+    names_images_anywhere: ClassVar[bool] = False  # images of one table may be in many folders
 
-    # --- sources
-    # adds errors to the list. Raises DatasetError. A folder has none: it is what listing does by itself
-    list_sources: "Callable[[DatasetTable, list[Fault]], list[MediaSource]] | None" = None
-    empty: str = "has no lines"  # behind the name of a source that has no items, {kind} filled in
-    # where a caption was looked for, which is missing
-    caption_place: Callable[[DatasetTable], str] | None = None
-    # opens a list or table for remarks about columns that nothing reads
-    look_at: Callable[[DatasetTable], LookedAt] | None = None
-    # addresses of what has to be downloaded before the sources can be listed
-    addresses: Callable[[DatasetTable], list[str]] | None = None
-    is_listed_in_training: bool = False  # to compare the companions of items with those of now
-    has_caches_of_others: bool = False  # other programs keep theirs next to the pictures
-    names_pictures_anywhere: bool = False  # pictures of one table may be in many folders
+    def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
+        """Return which fields of a table conflict; None if none do."""
+        return None
 
-    # --- rows of tables
-    suffixes: tuple[str, ...] = ()  # of files
-    folder_of_parts: str = ""  # what a folder of such files is called; "": they are single
-    # given a file or folder. Raises DatasetError
-    column_names: Callable[[Path], tuple[str, ...]] | None = None
-    # likewise, with the columns that are wanted, None: all. Rows that cannot be read have a fault
-    read_rows: Callable[[Path, Collection[str] | None], Iterator[TableRow]] | None = None
-    # given a column and whether cells may be null: finds its files; None: it holds none
-    find_cells: Callable[[Path, str, bool], FindCell | None] | None = None
-    # the columns of some names whose values can be read cheaply, and those that hold whole files
-    plain_columns: Callable[[Path, Collection[str]], tuple[list[str], list[str]]] | None = None
-    is_text: bool = True  # its files can be decoded and corrected as text
-    has_header: bool = False  # the first line names the columns
+    def complete(self, fields: dict[str, Any], where: str) -> None:
+        """Change fields that depend on others, with a warning. where: the table's place in the file."""
 
-    # --- caches
-    cache_format: str = ""  # the value of the key of this name
-    # opens the caches of a table, given their names and folder, and what lists pictures elsewhere. Raises
-    # DatasetError if the family has no such caches
-    open_caches: "Callable[[DatasetTable, NpzNames | None, Path, ListPictures], CacheStore] | None" = None
-    cache_conflict: Callable[[str], str | None] | None = None  # given the kind of a table
-    not_converted: str = ""  # why such caches become no others
+    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        """Return the sources of a table; errors go to the list. Raises DatasetError if it cannot be read."""
+        raise NotImplementedError(self.name)  # folders: listing reads them by itself
+
+    def describe_caption_place(self, table: DatasetTable) -> str:
+        """Return where a caption was looked for, which is missing."""
+        return "no caption_extension in its table, such as .txt"
+
+    def look_at(self, table: DatasetTable) -> LookedAt:
+        """Open a list or table for remarks about its columns."""
+        raise NotImplementedError(self.name)
+
+    def list_addresses(self, table: DatasetTable) -> list[str]:
+        """Return the addresses of what is downloaded before the sources of a table can be listed."""
+        return []
+
+
+class RowFormat:
+    """How the rows of a list or table are written, as JSONL or CSV. A subclass says what differs."""
+
+    suffixes: ClassVar[tuple[str, ...]]  # of files
+    is_text: ClassVar[bool] = True  # its files can be decoded and corrected as text
+    has_header: ClassVar[bool] = False  # the first line names the columns
+
+    def reads(self, path: Path) -> bool:
+        """Return whether a file or folder is in this format, by its name alone."""
+        return path.suffix.lower() in self.suffixes and not path.is_dir()
+
+    def list_names(self) -> list[str]:
+        """Return what it reads, for messages."""
+        return [*self.suffixes]
+
+    def column_names(self, path: Path) -> tuple[str, ...]:
+        """Return the names of the columns. Raises DatasetError if the file cannot be read or has none."""
+        raise NotImplementedError
+
+    def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+        """Yield the rows with some columns, None: all. Rows that cannot be read have a fault."""
+        raise NotImplementedError
+
+    def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
+        """Return a function that finds the file in a row's cell; None if the column holds no files."""
+        return None
+
+    def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return those columns whose values can be read cheaply, and those that hold whole files."""
+        return [*names], []
+
+
+@dataclass(frozen=True)
+class SharedCaches:
+    """Caches that other programs share: next to the images, with entries for several resolutions."""
+
+    cache_format: str  # the value of the key of this name
+    # opens the caches of a table, given the family's names of entries, their folder, and what lists images
+    # elsewhere. Raises DatasetError if the family has no such caches
+    open_store: "Callable[[DatasetTable, NpzNames | None, Path, ListImages], CacheStore]"

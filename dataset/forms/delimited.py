@@ -3,25 +3,24 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from dataset.forms.contract import DataForm, TableRow
+from dataset.forms.contract import RowFormat, TableRow
 
 
-def column_names(path: Path) -> tuple[str, ...]:
-    from dataset.forms.delimited_rows import header_of  # it loads what decodes
+class Delimited(RowFormat):
+    """CSV and TSV."""
 
-    return header_of(path)
+    suffixes = (".csv", ".tsv", ".tab")
+    has_header = True
+
+    def column_names(self, path: Path) -> tuple[str, ...]:
+        from dataset.forms.delimited_rows import header_of  # it loads what decodes
+
+        return header_of(path)
+
+    def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+        from dataset.forms.delimited_rows import read_delimited
+
+        return read_delimited(path, names)
 
 
-def read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    from dataset.forms.delimited_rows import read_delimited
-
-    return read_delimited(path, names)
-
-
-DELIMITED = DataForm(
-    "delimited",
-    suffixes=(".csv", ".tsv", ".tab"),
-    column_names=column_names,
-    read_rows=read_rows,
-    has_header=True,
-)
+DELIMITED = Delimited()

@@ -5,10 +5,13 @@
 
 from dataset.forms.contract import DataForm
 
-FOLDER = DataForm(
-    "folders",
-    source="directory",
-    shared_keys=(
+
+class Folders(DataForm):
+    """Files in a folder."""
+
+    name = "folders"
+    source = "directory"
+    shared_keys = (
         "class_tokens",
         "control_directory",
         "reference_directory",
@@ -17,7 +20,9 @@ FOLDER = DataForm(
         "mask_directory",
         "audio_directory",
         "multiple_target",
-    ),
-    is_listed_in_training=True,
-    has_caches_of_others=True,
-)
+    )
+    is_listed_in_training = True
+    has_caches_of_others = True
+
+
+FOLDER = Folders()

@@ -26,18 +26,22 @@ class MetadataKeys:
         return "metadata_file"
 
 
-def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-    from dataset.forms.metadata_listing import list_metadata  # it loads what decodes
+class Metadata(DataForm):
+    """Images that such a file names."""
 
-    return list_metadata(table, table.source, faults)
+    name = "metadata files"
+    keys = MetadataKeys
+    metadata_key = "metadata_file"
+    has_caches_of_others = True
+    names_images_anywhere = True
+
+    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        from dataset.forms.metadata_listing import list_metadata  # it loads what decodes
+
+        return list_metadata(table, table.source, faults)
+
+    def describe_caption_place(self, table: DatasetTable) -> str:
+        return 'neither "caption" nor "tags" in its entry'
 
 
-METADATA = DataForm(
-    "metadata files",
-    keys=MetadataKeys,
-    entry="metadata_file",
-    list_sources=list_sources,
-    caption_place=lambda table: 'neither "caption" nor "tags" in its entry',
-    has_caches_of_others=True,
-    names_pictures_anywhere=True,
-)
+METADATA = Metadata()

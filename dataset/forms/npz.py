@@ -1,9 +1,9 @@
-"""Caches that image trainers share: npz files next to the pictures, with arrays of several resolutions."""
+"""Caches that image trainers share: npz files next to the images, with arrays of several resolutions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset.forms.contract import DataForm, ListPictures
+from dataset.forms.contract import ListImages, SharedCaches
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 
@@ -12,19 +12,10 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
     from dataset.forms.npz_store import NpzStore
 
 
-def find_conflict(kind: str) -> str | None:
-    if kind == "video":
-        return 'cache_format = "npz" is for tables of pictures; use "files" or "shards"'
-    return None
-
-
-def open_caches(
-    table: DatasetTable,
-    names: "NpzNames | None",
-    folder: Path,
-    list_pictures: ListPictures,
+def open_store(
+    table: DatasetTable, names: "NpzNames | None", folder: Path, list_images: ListImages
 ) -> "NpzStore":
-    """Return the npz files of a table. folder: of its pictures, except those that `list_pictures` returns.
+    """Return the npz files of a table. folder: of its images, but for those that `list_images` returns.
 
     Raises DatasetError if the family has no caches in npz files.
     """
@@ -36,18 +27,8 @@ def open_caches(
     from dataset.forms.npz_store import NpzStore  # it loads torch
 
     tag, latent, text_keys = names
-    return NpzStore(
-        table=table, tag=tag, latent=latent, text_keys=text_keys, folder=folder, listed=list_pictures()
-    )
+    listed = list_images()
+    return NpzStore(table=table, tag=tag, latent=latent, text_keys=text_keys, folder=folder, listed=listed)
 
 
-NPZ = DataForm(
-    "npz",
-    cache_format="npz",
-    open_caches=open_caches,
-    cache_conflict=find_conflict,
-    not_converted=(
-        'cache_format = "npz": only a caching script knows which of the sizes in a file are this table\'s. '
-        "Set another cache_format and cache again"
-    ),
-)
+NPZ = SharedCaches("npz", open_store)

@@ -29,25 +29,28 @@ class TableKeys:
         return f"{kind}_table_file"
 
 
-def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-    from dataset.forms.tables_listing import list_table  # it loads what decodes
+class Tables(DataForm):
+    """Rows of a table that names files, addresses or holds files."""
 
-    return list_table(table, table.of(TableKeys).path_column, faults)
+    name = "tables"
+    source = "table_file"
+    keys = TableKeys
+    shared_keys = ("control_column", "caption_column", "allow_urls", "download_directory")
+    has_columns = True
+    is_listed_in_training = True
+
+    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        from dataset.forms.tables_listing import list_table  # it loads what decodes
+
+        return list_table(table, table.of(TableKeys).path_column, faults)
+
+    def describe_caption_place(self, table: DatasetTable) -> str:
+        return f'no "{table.caption_column or "caption"}" in its row'
+
+    def look_at(self, table: DatasetTable) -> LookedAt:
+        from dataset.forms.tables_listing import look_at_table
+
+        return look_at_table(table, table.of(TableKeys).path_column)
 
 
-def look_at(table: DatasetTable) -> LookedAt:
-    from dataset.forms.tables_listing import look_at_table
-
-    return look_at_table(table, table.of(TableKeys).path_column)
-
-
-TABLES = DataForm(
-    "tables",
-    source="table_file",
-    keys=TableKeys,
-    shared_keys=("control_column", "caption_column", "allow_urls", "download_directory"),
-    list_sources=list_sources,
-    caption_place=lambda table: f'no "{table.caption_column or "caption"}" in its row',
-    look_at=look_at,
-    is_listed_in_training=True,
-)
+TABLES = Tables()

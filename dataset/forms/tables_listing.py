@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dataset.forms import JSONL
-from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_form
+from dataset.forms import JSON_LINES
+from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_format
 from dataset.forms.contract import LookedAt
 from dataset.forms.rows import (
     CAPTION_COLUMNS,
@@ -42,7 +42,7 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     names -= cells.keys()
     base = None if media in cells else find_base(path, media, read_columns(path, [media]))
     reader = RowReader(table, path, media, caption_column, base=base)
-    rows = read_columns(path, None if row_form(path) is JSONL else names)
+    rows = read_columns(path, None if row_format(path) is JSON_LINES else names)
     return list_rows(reader, rows, faults, cells)
 
 

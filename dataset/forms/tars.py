@@ -30,23 +30,25 @@ class TarKeys:
         return f"{kind}_tars"
 
 
-def list_sources(table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-    from dataset.forms.tars_listing import list_tars  # it loads what decodes
+class Tars(DataForm):
+    """Samples in tars, local ones or behind addresses."""
 
-    return list_tars(table, table.of(TarKeys).tars, faults)
+    name = "tars"
+    source = "tars"
+    keys = TarKeys
+    shared_keys = ("caption_column", "allow_urls", "download_directory")
+    empty = "holds no {kind}s"
+
+    def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        from dataset.forms.tars_listing import list_tars  # it loads what decodes
+
+        return list_tars(table, table.of(TarKeys).tars, faults)
+
+    def describe_caption_place(self, table: DatasetTable) -> str:
+        return "no text file and no caption in a .json of the same name in the tar"
+
+    def list_addresses(self, table: DatasetTable) -> list[str]:
+        return [tar for tar in table.of(TarKeys).tars if is_address(tar)]
 
 
-def addresses(table: DatasetTable) -> list[str]:
-    return [tar for tar in table.of(TarKeys).tars if is_address(tar)]
-
-
-TARS = DataForm(
-    "tars",
-    source="tars",
-    keys=TarKeys,
-    shared_keys=("caption_column", "allow_urls", "download_directory"),
-    list_sources=list_sources,
-    empty="holds no {kind}s",
-    caption_place=lambda table: "no text file and no caption in a .json of the same name in the tar",
-    addresses=addresses,
-)
+TARS = Tars()

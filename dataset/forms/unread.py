@@ -44,10 +44,10 @@ def find_unread(table: DatasetTable) -> list[Fault]:
 
     Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
     """
-    path, look_at = table.source, form_of(table).look_at
-    if look_at is None or not path.exists():  # reported by the listing
+    path = table.source
+    if not form_of(table).has_columns or not path.exists():  # reported by the listing
         return []
-    columns = look_at(table)
+    columns = form_of(table).look_at(table)
     companion_cells = [name for name in columns.cells if is_control(table, name)]
     unread: dict[str, str] = {}  # text by column
     for name in columns.cells:

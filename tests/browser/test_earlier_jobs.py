@@ -55,6 +55,12 @@ def test_what_no_job_makes_has_to_be_there(line: str, earlier: str, folder: Path
         check_options(split_words(line), folder, [*jobs])
 
 
+def test_a_record_that_stands_beside_code_with_torch_is_asked_too(folder: Path) -> None:
+    words = split_words("python tools/quantise.py --model a.safetensors --form int8 --output a.bin")
+    with pytest.raises(OptionError, match="--output a.bin: a safetensors file is written"):
+        check_options(words, folder, [])
+
+
 @pytest.mark.parametrize(
     ("earlier", "line"),
     [

@@ -179,6 +179,7 @@ def test_the_metadata_says_how_it_was_made(tmp_path: Path, tiny: Tiny) -> None:
         assert found[name] == found[f"bt_{name}"]
 
 
+@pytest.mark.long
 def test_latents_of_the_known_tool_are_read(tmp_path: Path, tiny: Tiny) -> None:
     """Its names have no prefix."""
     said = {"seeds": "77", "fps": "24", "latent_window_size": "2", "prompt": "a cat"}

@@ -318,10 +318,10 @@ def test_a_prompt_that_names_a_json_file_is_the_object_in_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "No such file"),
+        (None, "No such file.*one JSON object"),
         ("{a cat", "no JSON.*one JSON object"),
         ("[1]", "no JSON object"),
-        ("<!doctype html>", "web page"),
+        ("<!doctype html>", "no JSON"),
     ],
 )
 def test_a_prompt_that_names_no_json_object_is_refused(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing.process
 import os
 import shutil
 from collections.abc import Callable
@@ -240,6 +241,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     done = run_python("-c", code, ROOT / "wan_train_network.py", *words, check=False)
     assert "--output_name is missing" in done.stderr
     assert done.stdout.split() == ["PARSED"]
+
+
+def test_a_worker_of_a_script_does_not_check_its_words_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is spawned imports the script, when a file that was named may be gone."""
+    monkeypatch.setattr("sys.argv", [str(ROOT / "tools/mask.py"), "no such folder"])
+    monkeypatch.setattr(table_answers, "_check_tables", lambda: None)
+    with pytest.raises(SystemExit):
+        table_answers.answer_running_script()
+    monkeypatch.setattr(multiprocessing.process, "parent_process", lambda: "the script")
+    table_answers.answer_running_script()
 
 
 def test_an_argument_waits_for_its_script_once(monkeypatch: pytest.MonkeyPatch) -> None:

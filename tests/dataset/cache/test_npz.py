@@ -261,6 +261,7 @@ def test_both_sides_are_cached_and_chosen_between(folder: Path) -> None:
             assert torch.equal(one.tensor("latents").flip(-1), other.tensor("latents"))
 
 
+@pytest.mark.long
 def test_foreign_latents_need_the_other_side_and_the_mask(folder: Path) -> None:
     np.savez(folder / LATENTS, latents_4x4=np.zeros((2, 4, 4), np.float32))
     cache_texts(NpzFamily(), make_config(folder), options())
