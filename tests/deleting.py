@@ -131,7 +131,8 @@ def name_what_it_brings(name: str) -> list[str]:
     if isinstance(form, DataForm):
         keys = [] if form.keys is None else [*declared_keys(form.keys)]
         return [*keys, *(key for key, other in FORM_OF_SOURCE.items() if other is form)]
-    parts: dict[str, Any] = {part.name: part for part in (*FEATURES, *WAYS)}
+    parts: dict[str, Any] = {feature.name: feature for feature in FEATURES}
+    parts |= {way.name: way for way in WAYS}
     if name not in parts:
         return []  # a kind of network, of rows or caches: the values of options and keys name it
     return [f"--{option_name(declared)}" for declared in fields(parts[name].options)]

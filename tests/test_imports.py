@@ -264,9 +264,9 @@ _TOOLS = {
 # lines that a training of caches reads at its start, without the family's; 500 parse and
 # check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches
 MOST_READ = 43_460
-# 500 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
+# 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
 # name the formats of captions and prompts in JSON files
-MOST_READ_TO_GENERATE = 23_560
+MOST_READ_TO_GENERATE = 23_580
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

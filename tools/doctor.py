@@ -13,7 +13,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
-from modules.parser import parse_options
+from modules.script_options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
