@@ -4,7 +4,6 @@ On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-
 """
 
 import contextlib
-import inspect
 import itertools
 import shutil
 import time
@@ -95,7 +94,7 @@ def _start() -> Any:
 def is_used_by(test_file: ModuleType | None) -> bool:
     """Return whether a file of tests names what opens pages; None: there is no such file."""
     return test_file is not None and any(
-        value in {open_page, open_tabs} for value in vars(test_file).values() if inspect.isfunction(value)
+        value is open_page or value is open_tabs for value in vars(test_file).values()
     )
 
 
