@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
         "python tools/caption_dataset.py nowhere.toml --dry_run",
         "python convert_lora.py --input nowhere.safetensors --output y.safetensors --target comfyui",
         "python resize_lora.py --model nowhere.safetensors --save_to y.safetensors --new_rank 2",
-        "python merge_lora.py --lora_weight nowhere.safetensors --save_merged_model y.safetensors --dit a.safetensors",
+        "python merge_lora.py --lora_weight nowhere.safetensors --save_merged_model y.sft --dit clips",
         "python blissful_tuner/upscaler.py --input nowhere.mp4 --model a.safetensors",
         "python blissful_tuner/metaview.py nowhere.png",
         "python gen_img.py --prompt x --ckpt nowhere.safetensors",
