@@ -4,11 +4,11 @@ import modules.interpreter  # noqa: F401
 from anima.options import FLOW_SHIFT, GUIDANCE_SCALE, STEPS
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=GUIDANCE_SCALE,
     infer_steps=STEPS,
     flow_shift=FLOW_SHIFT,

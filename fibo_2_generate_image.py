@@ -14,11 +14,11 @@ from fibo_2.options import (
     STEPS_OF_TURBO,
 )
 from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=GUIDANCE,
     infer_steps=STEPS,
     sample_solver="vanilla",

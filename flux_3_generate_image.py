@@ -7,11 +7,11 @@ import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from flux_3.options import GUIDANCE, SHIFT, SIDE, STEPS, STEPS_OF_DISTILLED
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=GUIDANCE,
     infer_steps=STEPS,
     flow_shift=SHIFT,

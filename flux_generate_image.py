@@ -2,18 +2,18 @@
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from flux.options import USUAL_GUIDANCE
+from flux.options import DEFAULT_GUIDANCE
 from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     size=(1024, 1024),
     pictures=True,
     sample_solver="vanilla",
-    embedded_guidance=USUAL_GUIDANCE,
+    embedded_guidance=DEFAULT_GUIDANCE,
     media=frozenset(),
     source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
     joins_guidance=True,

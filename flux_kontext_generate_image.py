@@ -4,12 +4,12 @@ import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from flux.kontext.options import GUIDANCE
 from generation.prompt_lines import EMBEDDED_IMAGE_OPTIONS, REFERENCES
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     infer_steps=25,
     pictures=True,
     sample_solver="vanilla",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
 from contract.families import identify
-from flux.official_options import LINE_LETTERS, TYPED, generation_words, is_fp8, read_minimal
+from flux.official_options import LINE_CHARACTERS, TYPED, generation_words, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
 from generation.prompt_lines import NO_TEXT, LineOption
 from modules.command import command_line, name_as_typed
@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from generation.run import generate
 
-        letters = {}
-        for letter, (key, read, is_text) in LINE_LETTERS.items():
-            letters[letter] = LineOption(key, read, NO_TEXT if is_text else ())
+        characters = {}
+        for character, (key, read, is_text) in LINE_CHARACTERS.items():
+            characters[character] = LineOption(key, read, NO_TEXT if is_text else ())
         options = replace(
             options,
             output=replace(options.output, naming="time"),
-            line_options={**options.line_options, **letters},
+            line_options={**options.line_options, **characters},
             remembers_lines=True,
         )
         # without a negative prompt there is no guidance, whatever --cfg_scale says

@@ -9,7 +9,7 @@ main = training_script(
     "flux",
     __doc__,
     whole_dit=True,
-    kind="WholeTraining",
+    kind="FullTraining",
     images=ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}),
 )
 

@@ -3,12 +3,12 @@
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     side_step=32,
     guidance_scale=3.5,
     infer_steps=50,

@@ -5,9 +5,9 @@ import argparse
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_number
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from krea2.options import REPLACED, SIDE, settle_generation
+from krea2.options import REPLACED, SIDE, resolve_generation
 
 
 def _read_one(text: str) -> int:
@@ -37,7 +37,7 @@ def _take_prompt(parser: argparse.ArgumentParser) -> None:
 
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=5.5,
     infer_steps=28,
     by_model={
@@ -62,7 +62,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("krea2", DEFAULTS, __doc__, settle=settle_generation, add_more=_take_prompt)
+main = generation_script("krea2", DEFAULTS, __doc__, settle=resolve_generation, add_more=_take_prompt)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ main = training_script(
     "krea2",
     __doc__,
     whole_dit=True,
-    kind="WholeTraining",
+    kind="FullTraining",
     changes=TrainerChanges(refused={"turbo_dit": TURBO_LACKS_IT}),
 )
 

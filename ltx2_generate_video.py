@@ -12,7 +12,7 @@ from generation.prompt_lines import CANCELS, GENERATION_OPTIONS, LineOption, rea
 from generation.script_options import IMAGE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.model_options import VIDEO
-from ltx_2.options import Ltx2GenerationOptions, settle_generation
+from ltx_2.options import Ltx2GenerationOptions, resolve_generation
 from modules.errors import OptionError
 from modules.media.lengths import ClipLengths
 from modules.media.options import FormatOptions
@@ -41,9 +41,9 @@ def settle(
     """Settle options that have two names. Take the factors of references from LoRAs that record them, and
     leave such LoRAs out of a second stage.
     """
-    shared, family_options = settle_generation(shared, family_options)
+    shared, family_options = resolve_generation(shared, family_options)
     if VIDEO not in family_options.streams:
-        refuse_picture_options(shared)
+        reject_image_options(shared)
     references = family_options.references
     paths = references.paths or None
     is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
@@ -66,16 +66,16 @@ def settle(
     return shared, family_options
 
 
-def refuse_picture_options(shared: GenerationOptions) -> None:
+def reject_image_options(shared: GenerationOptions) -> None:
     """Raise OptionError if an option for pictures is given, for a clip that is sound alone."""
     output = shared.output
-    usual = FormatOptions()
+    default = FormatOptions()
     given_options = {
         "--post": shared.post.tools,
         "--sheet": shared.sheet.sheet is not None,
         "--save_last_frame": output.save_last_frame,
-        "--codec": output.format.codec != usual.codec,
-        "--container": output.format.container != usual.container,
+        "--codec": output.format.codec != default.codec,
+        "--container": output.format.container != default.container,
         "--keep_pngs": output.format.keep_pngs,
         "--preview_latent_every": shared.preview.preview_latent_every is not None,
         "--trim_tail_frames": output.trim_tail_frames,

@@ -18,7 +18,7 @@ main = training_script(
     "ltx_2",
     __doc__,
     whole_dit=True,
-    kind="WholeTraining",
+    kind="FullTraining",
     samplers=(*SAMPLERS, SHIFTED_LOGIT),
     changes=changes,
 )

@@ -3,11 +3,11 @@
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, NO_TEXT, LineOption
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=3.5,
     infer_steps=36,
     flow_shift=6.0,

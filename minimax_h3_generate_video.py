@@ -14,9 +14,9 @@ from generation.prompt_lines import (
 )
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
-from minimax_h3.options import FRAMES, SIZE, STEPS, settle_generation
+from minimax_h3.options import FRAMES, SIZE, STEPS, resolve_generation
 from modules.media.lengths import ClipLengths
-from modules.option_values import read_whole
+from modules.option_values import read_full
 
 DEFAULTS = ScriptDefaults(
     fps=24,
@@ -62,11 +62,11 @@ DEFAULTS = ScriptDefaults(
         "keyframe": LineOption("keyframe", read_path, CANCELS, repeats=True),
         "condition_image": LineOption("condition_image", read_path, CANCELS, repeats=True),
         "reference_jsonl": LineOption("reference_jsonl", read_path, CANCELS),
-        "reference_index": LineOption("reference_index", read_whole),
+        "reference_index": LineOption("reference_index", read_full),
     },
     output_types=("video", "images", "latent", "both", "latent_images"),
 )
-main = generation_script("minimax_h3", DEFAULTS, __doc__, settle=settle_generation)
+main = generation_script("minimax_h3", DEFAULTS, __doc__, settle=resolve_generation)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ All options: python moss_image_generate_image.py --help
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_name
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from moss_image.options import EXTRAS, GUIDANCE, SHIFT, SIDE, STEPS
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=GUIDANCE,
     infer_steps=STEPS,
     flow_shift=SHIFT,

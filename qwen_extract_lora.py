@@ -2,10 +2,10 @@
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import OF_WHOLE, BlockExtractWords, ExtractOptions
+from networks.tool_options import OF_FULL, BlockExtractWords, ExtractOptions
 
 main = plain_script(
-    __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractWords, without=OF_WHOLE
+    __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractWords, without=OF_FULL
 )
 
 

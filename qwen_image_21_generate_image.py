@@ -13,12 +13,12 @@ from generation.prompt_lines import (
     LineOption,
     read_path,
 )
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from qwen_image_21.options import SIDE, STEPS, read_negative, settle_generation
+from qwen_image_21.options import SIDE, STEPS, read_negative, resolve_generation
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     side_step=32,
     guidance_scale=1.0,
     infer_steps=STEPS,
@@ -44,7 +44,7 @@ DEFAULTS = ScriptDefaults(
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("qwen_image_21", DEFAULTS, __doc__, settle=settle_generation)
+main = generation_script("qwen_image_21", DEFAULTS, __doc__, settle=resolve_generation)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from generation.prompt_lines import (
     LineOption,
     read_path,
 )
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from modules.option_values import read_whole
+from modules.option_values import read_full
 
 DEFAULTS = ScriptDefaults(
-    fps=PICTURE_FPS,
+    fps=IMAGE_FPS,
     guidance_scale=4.0,
     infer_steps=25,
     sample_solver="vanilla",
@@ -26,7 +26,7 @@ DEFAULTS = ScriptDefaults(
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
         "mask_path": LineOption("mask_path", read_path, CANCELS),
-        "f": LineOption("output_layers", read_whole),
+        "f": LineOption("output_layers", read_full),
     },
     output_types=PICTURE_OUTPUTS,
     by_model={"output_layers": ""},  # of no use to other releases, which warn of it

@@ -54,7 +54,7 @@ NUM_COMMITS = 30  # a push has fewer, so that no changed room is left out
 SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
 TYPES = ["mypy"]  # minutes the first time
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
-MOST_SECONDS = 480  # of the processor, for --fast
+MAX_SECONDS = 480  # of the processor, for --fast
 TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
 AGAIN = "--last-failed"
 TOO_LONG = "`python -m pytest --measure-tests -m fast -n 2` finds those that are long now"
@@ -82,8 +82,8 @@ def main() -> None:
     checks = _list_checks(python, typed, tier, rooms, is_fast=args.fast)
     failed = [_typed(check) for check in _run_checks(checks)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
-    if args.fast and not typed and seconds > MOST_SECONDS:
-        failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
+    if args.fast and not typed and seconds > MAX_SECONDS:
+        failed.append(f"{seconds:.0f} processor seconds of at most {MAX_SECONDS}: {TOO_LONG}")
     if failed:
         print(f"Failed: {'; '.join(failed)}")
         raise SystemExit(1)

@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def make(family: "HunyuanVideo", options: "GenerationOptions") -> None:
         from generation.run import generate
-        from modules.devices import choose_compute_dtype
+        from modules.devices import select_compute_dtype
 
-        dtype = choose_compute_dtype(official.model.precision, "--precision", None)
+        dtype = select_compute_dtype(official.model.precision, "--precision", None)
         output = replace(options.output, naming="released")
         settings = {**options.settings, "precision": official.model.precision}
         options = replace(options, output=output, settings=settings)

@@ -12,7 +12,7 @@ main = training_script(
     __doc__,
     whole_dit=True,
     script="sdxl_train.py",
-    kind="WholeTraining",
+    kind="FullTraining",
     images=replace(CHECKPOINT_TRAINER, shown_as=SHOWN_AS),
 )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import modules.interpreter  # noqa: F401
 from modules.atomic_write import write_text
-from modules.card_builds import BUILDS, BuildFacts, choose_build
+from modules.card_builds import BUILDS, BuildInfo, select_build
 from modules.command import command_line
 from modules.environment import OWN, prepare_environment, python_of, read_builds
 from modules.errors import InstallationError, OptionError
@@ -78,7 +78,7 @@ def set_up(build_name: str | None) -> Path:
         return python
     reason = "as before"
     if build_name is None and before not in BUILDS:
-        choice = choose_build()
+        choice = select_build()
         build_name, reason = choice.build, choice.reason
     name = build_name or str(before)
     is_replacing = before is not None and (name != before or REPLACING in noted)
@@ -91,7 +91,7 @@ def set_up(build_name: str | None) -> Path:
     return python
 
 
-def announce(name: str, reason: str, facts: BuildFacts) -> None:
+def announce(name: str, reason: str, facts: BuildInfo) -> None:
     """Say what is downloaded and where to, and wait for a person to agree.
 
     Raises InstallationError if the disk is too small.

@@ -6,7 +6,7 @@ from training.scripts import training_script
 from wan.options import WanTrainingOptions
 
 
-def refuse_lora_options(options: WanTrainingOptions) -> None:
+def reject_lora_options(options: WanTrainingOptions) -> None:
     """Raise OptionError for what only a LoRA's frozen transformer can have."""
     if options.mixed_precision_transformer:
         raise OptionError(
@@ -20,7 +20,7 @@ def refuse_lora_options(options: WanTrainingOptions) -> None:
         )
 
 
-main = training_script("wan", __doc__, whole_dit=True, check=refuse_lora_options)
+main = training_script("wan", __doc__, whole_dit=True, check=reject_lora_options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.rules import ModelRelease, NpzFormat
 from qwen_image.configs import LATENT as QWEN_LATENT
@@ -71,7 +71,7 @@ class AnimaConfig:
 _DROPOUT = "caption_dropout_rate"
 # Qwen-Image's VAE. Training has the mean of its posterior
 LATENT: LatentSpec = replace(QWEN_LATENT, npz=NpzFormat("_anima", "_anima_te", of_table={_DROPOUT: _DROPOUT}))
-NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_picture_tokens)
+NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_modulation"),

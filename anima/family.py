@@ -18,12 +18,12 @@ from anima.options import (
     GUIDANCE_SCALE,
     NAME,
     STEPS,
+    AnimaFullTrainingOptions,
     AnimaGenerationOptions,
     AnimaLatentCachingOptions,
     AnimaLearningOptions,
     AnimaLlliteTrainingOptions,
     AnimaTextCachingOptions,
-    AnimaWholeTrainingOptions,
 )
 from anima.text_encoder import IDS, MASK, STATES, WEIGHTS, check_tokens
 from checkpoints.dits import with_dtype
@@ -45,7 +45,7 @@ from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders import control_pictures
-from encoders.pictures import ModelOfPictures, encode_pictures, picture_defaults
+from encoders.pictures import ModelOfImages, encode_images, image_defaults
 from modules.devices import send
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
@@ -58,11 +58,11 @@ INPUTS = {"states": STATES, "states_mask": MASK, "ids": IDS, "weights": WEIGHTS}
 ON_HOST = {"states_mask", "weights"}
 LLLITE, CONTROL_IMAGE = "--lllite_weights", "--control_image"
 UNIT = 1000  # of timesteps; the model takes the share of noise
-DEFAULTS = picture_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
+DEFAULTS = image_defaults(STEPS, GUIDANCE_SCALE, 1024, FLOW_SHIFT)
 
 
 @dataclass(frozen=True)
-class Anima(ModelOfPictures):
+class Anima(ModelOfImages):
     """Description of Anima for one run, built by the `family_for_...` functions below."""
 
     files: AnimaFiles
@@ -112,9 +112,9 @@ class Anima(ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return normalised means of pictures, in the VAE's dtype."""
         vae = encoders.vae
-        pictures = replace(media, control=())
-        entries = encode_pictures(
-            pictures, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
+        images = replace(media, control=())
+        entries = encode_images(
+            images, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
         )
         return control_pictures.add_controls(entries, media) if media.control else entries
 
@@ -123,7 +123,7 @@ class Anima(ModelOfPictures):
     @property
     def part_rates(self) -> Mapping[str, float]:
         """Return learning rates of parts, of a training of all weights that gives some."""
-        return self.options.part_rates if isinstance(self.options, AnimaWholeTrainingOptions) else {}
+        return self.options.part_rates if isinstance(self.options, AnimaFullTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
         return self.files.adapter_path
@@ -191,7 +191,7 @@ class Anima(ModelOfPictures):
         return {0: {} if path is None else control_pictures.read_control(path, *size, strength=1.0)}
 
     def prepare(self, request: Request) -> Prepared:
-        return self.settle_picture(request, FLOW_SHIFT)
+        return self.resolve_image(request, FLOW_SHIFT)
 
     def sections(
         self,
@@ -226,7 +226,7 @@ def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
 
 
 def family_for_training(options: AnimaLearningOptions) -> Anima:
-    if isinstance(options, AnimaWholeTrainingOptions) and options.llm_adapter_lr is None:
+    if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
             "leave it as it is",

@@ -19,7 +19,7 @@ from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.loading import TensorSource
 from encoders.language_encoder import LanguageUse
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form
 from networks.names.layouts import tensor_patterns
@@ -204,7 +204,7 @@ class AnimaFiles(QwenImageFiles):
             t5_tokenizer=options.t5_tokenizer_path,
             t5_most=options.t5_max_token_length,
             text_use=make_use(options.qwen3_max_token_length),
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )

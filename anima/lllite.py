@@ -23,7 +23,7 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.made_networks import MadeNetwork, UsualRate, describe_start
+from contract.made_networks import DefaultRate, MadeNetwork, describe_start
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.option_values import FillIn, option_words
@@ -34,7 +34,7 @@ WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
-MOST_DILATION = 64  # of the trunk's views; the largest control pictures are 256 positions wide there
+MAX_DILATION = 64  # of the trunk's views; the largest control pictures are 256 positions wide there
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
     first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     stored_dilations = checkpoint.metadata.get("lllite.aspp_dilations", "")
     dilations = tuple(int(number) for number in re.findall(r"\d{1,9}", stored_dilations)) or DILATIONS
-    if not all(1 <= dilation <= MOST_DILATION for dilation in dilations):
+    if not all(1 <= dilation <= MAX_DILATION for dilation in dilations):
         raise CheckpointError(
             f"{checkpoint.path} is not {WHAT} as known: lllite.aspp_dilations of its metadata is "
             f"{shorten(stored_dilations, 60)!r}. Copy or download it again.",
@@ -210,7 +210,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=_say_generation,
-        usual_rate=UsualRate(1e-5, "2e-4", 5e-3),
+        usual_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
             "lllite.cond_emb_dim": config.cond_emb_dim,

@@ -82,8 +82,8 @@ class ControlPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         views = [branch(x) for branch in self.branches]
-        whole = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
-        views.append(functional.interpolate(whole, x.shape[2:], mode="bilinear", align_corners=False))
+        full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
+        views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))
         return self.proj(torch.cat(views, dim=1))
 
 

@@ -91,7 +91,7 @@ class AnimaAttention(nn.Module):
         key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
         return key, in_own_dtype(self.v_proj, source).unflatten(-1, heads)
 
-    def attend_picture(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+    def attend_image(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
         """Return the attention of the picture's tokens to each other, rotated by position: B L C."""
         key, value = self.key_and_value(x)
         query = rotate_halves(self.query(x), tokens.rotary)
@@ -159,7 +159,7 @@ class AnimaBlock(nn.Module):
         # x: B L C
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
-        x = add_gated(x, branch.gate, self.self_attn.attend_picture(h, tokens))
+        x = add_gated(x, branch.gate, self.self_attn.attend_image(h, tokens))
         branch = self.modulation(self.adaln_modulation_cross_attn, tokens)
         h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
         x = add_gated(x, branch.gate, self.cross_attn.attend_text(h, tokens))
@@ -271,8 +271,8 @@ class AnimaModel(BlockNetwork):
             attention=self.attention,
             combine=tweaks.steer,
         )
-        picture = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
-        return Hidden(picture, tokens)
+        image = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
+        return Hidden(image, tokens)
 
     def _check_sizes(self, noisy: Tensor) -> None:
         if noisy.shape[1:3] != (self.config.channels, 1):

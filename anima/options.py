@@ -22,7 +22,7 @@ from modules.speed_options import (
 
 NAME = "Anima"
 MAX_TOKENS = 512  # of either tokenizer, where nothing is said
-MOST_QWEN3_TOKENS = 4096
+MAX_QWEN3_TOKENS = 4096
 FLOW_SHIFT = 3.0  # of generations and samples, where nothing is said
 GUIDANCE_SCALE = 4.0
 STEPS = 30
@@ -36,7 +36,7 @@ PARTS = {
     "cross_attn_lr": ".cross_attn.",
     "mlp_lr": ".mlp.",
 }
-_OF_WHOLE = (
+_OF_FULL = (
     "it is for anima_train.py, which trains the whole transformer. --network_args network_reg_lrs gives "
     "rates to parts of a LoRA"
 )
@@ -66,7 +66,7 @@ class AnimaTextOptions(Options):
         "text encoder, else from the hub"
     )
     qwen3_max_token_length: int = option(
-        "tokens of a prompt that Qwen3 reads", default=MAX_TOKENS, least=1, most=MOST_QWEN3_TOKENS
+        "tokens of a prompt that Qwen3 reads", default=MAX_TOKENS, least=1, most=MAX_QWEN3_TOKENS
     )
     t5_max_token_length: int = option(
         "tokens of a prompt that the adapter reads, with T5's end token; the model has rows for 512",
@@ -90,8 +90,8 @@ class AnimaTextOptions(Options):
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
             "--t5_tokenizer_path": self.t5_tokenizer_path,
-            "--qwen3_max_token_length": _unless_usual(self.qwen3_max_token_length),
-            "--t5_max_token_length": _unless_usual(self.t5_max_token_length),
+            "--qwen3_max_token_length": _unless_default(self.qwen3_max_token_length),
+            "--t5_max_token_length": _unless_default(self.t5_max_token_length),
             "--fp8_text_encoder": self.in_fp8,
             "--text_encoder_form": self.text_encoder_form,
         }
@@ -150,10 +150,10 @@ class AnimaLearningOptions(Options, title=NAME):
 class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train_network.py besides those of all image trainers."""
 
-    self_attn_lr = unsupported(_OF_WHOLE, type=float)
-    cross_attn_lr = unsupported(_OF_WHOLE, type=float)
-    mlp_lr = unsupported(_OF_WHOLE, type=float)
-    mod_lr = unsupported(_OF_WHOLE, type=float)
+    self_attn_lr = unsupported(_OF_FULL, type=float)
+    cross_attn_lr = unsupported(_OF_FULL, type=float)
+    mlp_lr = unsupported(_OF_FULL, type=float)
+    mod_lr = unsupported(_OF_FULL, type=float)
     llm_adapter_lr = unsupported(
         "it is for anima_train.py. In a LoRA the adapter learns with --network_args "
         "train_llm_adapter=True, and network_reg_lrs='llm_adapter=1e-5' gives it a rate",
@@ -238,7 +238,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
             )
 
 
-class AnimaWholeTrainingOptions(AnimaLearningOptions, title=NAME):
+class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
     """Options of anima_train.py besides those of all image trainers."""
 
     self_attn_lr: float | None = _rate_option("self-attention")
@@ -327,5 +327,5 @@ def generation_options(options: AnimaLearningOptions, sample: Mapping[str, Any])
     }
 
 
-def _unless_usual(length: int) -> int | None:
+def _unless_default(length: int) -> int | None:
     return None if length == MAX_TOKENS else length

@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         described = folder / "pictures"
-        describe_pictures(described)
+        describe_images(described)
         with training(folder, args.steps) as step, browser(folder) as (server, address):
             idle = share(server, args.idle)
             with client(address, described) as asking:
@@ -111,7 +111,7 @@ def training(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         yield take_steps
 
 
-def describe_pictures(folder: Path) -> None:
+def describe_images(folder: Path) -> None:
     """Write pictures with captions, and the files of `new` beside them, which New shows."""
     from PIL import Image
 

@@ -64,10 +64,10 @@ def measure(form: type[SingleFiles] | type[ShardStore], folder: Path, entries: i
     opening = time.perf_counter() - start
     chosen = random.Random(0).choices(names, k=READS)
     times = []
-    for is_whole in (True, False):
+    for is_full in (True, False):
         start = time.perf_counter()
         for name in chosen:
-            store.read(name, is_whole)
+            store.read(name, is_full)
         times.append((time.perf_counter() - start) / READS * 1e6)
     return (
         f"{entries} x {size_kb} KB written in {writing:6.2f} s; {len(files)} files, {size:.0f} MB; opened in "

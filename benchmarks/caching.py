@@ -68,11 +68,11 @@ def write_clip(path: Path, frames: int, size: tuple[int, int], seed: int) -> Non
     random = np.random.default_rng(seed)
     ground = random.integers(0, 255, (height // 8, width // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     grain = random.integers(0, 12, (height, width, 1), np.uint8)
-    pictures = (
+    images = (
         np.roll(ground, 3 * index, axis=1) // 2 + np.roll(grain, 5 * index, axis=0) + 60
         for index in range(frames)
     )
-    write_video(path, pictures, 16, crf=20, preset="veryfast")
+    write_video(path, images, 16, crf=20, preset="veryfast")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 import process_memory  # noqa: E402
 
 SIZES = (10_000, 100_000, 1_000_000)
-MOST_LINKS = 60_000  # of a file: ext4 allows 65,000
+MAX_LINKS = 60_000  # of a file: ext4 allows 65,000
 FRAMES = 5
 START_SECONDS, START_MICROSECONDS, START_BYTES = 10.0, 5.0, 1024.0  # the bars
 CONFIG = """[general]
@@ -49,7 +49,7 @@ PHASES = {
     "check_texts": "clips .txt, cache texts",
     "check_training": "clips .mp4, clips .txt, cache latents, cache texts",
 }
-MOST_READ = 100_000  # check_training reads every file
+MAX_READ = 100_000  # check_training reads every file
 
 
 def make_items(folder: Path, count: int, form: str = "files") -> Path:
@@ -64,7 +64,7 @@ def make_items(folder: Path, count: int, form: str = "files") -> Path:
     clips.mkdir(parents=True)
     path = folder / "dataset.toml"
     path.write_text(CONFIG.format(folder=folder.as_posix(), form=form), encoding="utf-8")
-    real = min(count, count // MOST_LINKS + 1)
+    real = min(count, count // MAX_LINKS + 1)
     for index in range(real):
         make_clip(clips / f"clip_{index:08d}.mp4", FRAMES)
         (clips / f"clip_{index:08d}.txt").write_text(f"clip number {index}, seen from the side", "utf-8")
@@ -250,7 +250,7 @@ def main() -> None:
         print(f"{count} items, made in {time.monotonic() - begin:.0f} s")
         try:
             for phase in args.only:
-                if phase == "check_training" and count > MOST_READ and not args.read_all:
+                if phase == "check_training" and count > MAX_READ and not args.read_all:
                     continue
                 rows[phase][count] = numbers = run(path, phase)
                 said = ", ".join(

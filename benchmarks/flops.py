@@ -117,12 +117,12 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
     return Work(linear, attention, last=2 * dim * sum(ends))
 
 
-def gated_work(config: Krea2Config, picture_tokens: int, text_tokens: int) -> Work:
+def gated_work(config: Krea2Config, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of Krea 2: gated attention with grouped keys, gated feed-forward, one stream.
 
     The few blocks that fuse the states of the language model are left out: about half a percent.
     """
-    dim, tokens = config.dim, picture_tokens + text_tokens
+    dim, tokens = config.dim, image_tokens + text_tokens
     keys_and_values = 2 * config.num_kv_heads * config.head_width
     per_token = 3 * dim**2 + dim * keys_and_values + 3 * dim * config.ffn_dim
     linear = config.num_layers * 2 * tokens * per_token
@@ -141,7 +141,7 @@ def ltx_work(config: LtxConfig, video_tokens: int, text_tokens: int) -> Work:
     return Work(layers * linear, layers * attention, layers * cross, last=layers * last)
 
 
-def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> Work:
+def lumina_work(config: LuminaConfig, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of Lumina-Image-2.0, with the layers that refine picture (L) and caption (T) apart."""
     dim = config.dim
     qkv = dim * (config.num_heads + 2 * config.num_kv_heads) * config.head_width
@@ -150,42 +150,42 @@ def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> 
     def of_layers(count: int, tokens: int) -> Work:
         return Work(count * 2 * tokens * per_token, count * 4 * tokens**2 * dim)
 
-    picture = of_layers(config.noise_refiner_layers, picture_tokens)
+    image = of_layers(config.noise_refiner_layers, image_tokens)
     caption = of_layers(config.context_refiner_layers, text_tokens)
-    refining = Work(picture.linear + caption.linear, picture.attention + caption.attention)
-    joint = of_layers(config.num_layers, picture_tokens + text_tokens)
+    refining = Work(image.linear + caption.linear, image.attention + caption.attention)
+    joint = of_layers(config.num_layers, image_tokens + text_tokens)
     return Work(joint.linear, joint.attention, outside=refining)
 
 
-def flux_3_work(config: Flux3Config, picture_tokens: int, text_tokens: int) -> Work:
+def flux_3_work(config: Flux3Config, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of FLUX 3 without references: blocks of each kind of tokens, then joint blocks.
 
     A block's attention and its gated feed-forward have the same input.
     """
-    dim, tokens = config.dim, picture_tokens + text_tokens
+    dim, tokens = config.dim, image_tokens + text_tokens
     per_token = 4 * dim**2 + 3 * dim * config.ffn_dim
     passed = (config.mode_blocks + config.joint_blocks) * tokens  # no block of references has tokens
-    alone = config.mode_blocks * (picture_tokens**2 + text_tokens**2)
+    alone = config.mode_blocks * (image_tokens**2 + text_tokens**2)
     attention = 4 * dim * (alone + config.joint_blocks * tokens**2)
     return Work(2 * passed * per_token, attention, last=2 * passed * dim * config.ffn_dim)
 
 
-def qwen_image_21_work(config: QwenImage21Config, picture_tokens: int, text_tokens: int) -> Work:
+def qwen_image_21_work(config: QwenImage21Config, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of Qwen-Image-2.1 without references.
 
     The picture's tokens see all, and the text's only each other: those before them, but all count here.
     """
-    dim, tokens = config.dim, picture_tokens + text_tokens
+    dim, tokens = config.dim, image_tokens + text_tokens
     per_token = 4 * dim**2 + 3 * dim * config.ffn_dim
     linear = config.num_layers * 2 * tokens * per_token
-    pairs = picture_tokens * tokens + text_tokens**2
-    last = config.num_layers * 2 * picture_tokens * dim * config.ffn_dim
+    pairs = image_tokens * tokens + text_tokens**2
+    last = config.num_layers * 2 * image_tokens * dim * config.ffn_dim
     return Work(linear, config.num_layers * 4 * pairs * dim, last=last)
 
 
-def moss_image_work(config: MossImageConfig, picture_tokens: int, text_tokens: int) -> Work:
+def moss_image_work(config: MossImageConfig, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of MOSS-Image without references: all tokens see each other, in equal blocks."""
-    dim, tokens = config.dim, picture_tokens + text_tokens
+    dim, tokens = config.dim, image_tokens + text_tokens
     linear = config.num_layers * 2 * tokens * (4 * dim**2 + 3 * dim * config.ffn_dim)
     attention = config.num_layers * 4 * tokens**2 * dim
     return Work(linear, attention, last=config.num_layers * 2 * tokens * dim * config.ffn_dim)

@@ -41,16 +41,16 @@ def main() -> None:
     require_linux()
     with tempfile.TemporaryDirectory() as folder:
         options = _write_project(Path(folder), args.dim, args.layers)
-        usual, fused = (_run(Path(folder), [*options, *more]) for more in ([], [FUSED]))
-    weights = usual[1]
-    for name, (whole, _, saving, _) in (("without", usual), ("with", fused)):
+        default, fused = (_run(Path(folder), [*options, *more]) for more in ([], [FUSED]))
+    weights = default[1]
+    for name, (full, _, saving, _) in (("without", default), ("with", fused)):
         print(
-            f"{name:7} {FUSED}: peak {whole / 1e6:6.0f} MB = {whole / weights:.2f} x weights, "
+            f"{name:7} {FUSED}: peak {full / 1e6:6.0f} MB = {full / weights:.2f} x weights, "
             f"saving {saving / weights:.3f} x weights"
         )
-    if usual[3] != fused[3]:
+    if default[3] != fused[3]:
         raise SystemExit("the two runs ended with different weights")
-    ratio, saving = fused[0] / usual[0], max(usual[2], fused[2]) / weights
+    ratio, saving = fused[0] / default[0], max(default[2], fused[2]) / weights
     print(
         f"weights {weights / 1e6:.0f} MB, ratio {ratio:.3f}, aim at most {AIM}; saving {saving:.3f}, aim at "
         f"most {SAVING_AIM}"

@@ -65,7 +65,7 @@ def write_models(folder: Path, kind: str) -> None:
 def compare_speed(folder: Path, args: argparse.Namespace) -> float:
     """Print U-Net calls a second of both, and return the median of ours' seconds over theirs'."""
     makers = {"diffusers": load_theirs(folder, args), "gen_img.py": load_ours(folder, args)}
-    pictures = [make() for make in makers.values()]  # warm up
+    images = [make() for make in makers.values()]  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(args.rounds):
         for name, make in makers.items():
@@ -78,7 +78,7 @@ def compare_speed(folder: Path, args: argparse.Namespace) -> float:
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     ratio, fastest = statistics.median(ratios), min(ours) / min(theirs)
     print(f"ratio of seconds {ratio:.3f}, of the fastest rounds {fastest:.3f}; bar {BAR}")
-    print(f"largest difference of a pixel: {difference(*pictures)} of 255")
+    print(f"largest difference of a pixel: {difference(*images)} of 255")
     return ratio
 
 
@@ -126,18 +126,18 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     import torch
 
     from stable_diffusion.assembling import assemble
-    from stable_diffusion.contract import AskedPicture, PictureSettings
+    from stable_diffusion.contract import AskedImage, ImageSettings
     from stable_diffusion.options import read_gen_img
 
     words = ["--ckpt", str(folder / "model"), "--tokenizer_cache_dir", str(folder / "tokenizers")]
     options = read_gen_img("", [*words, "--prompt", "x", "--device", "cpu"])
     maker = assemble(options, torch.device("cpu"))
-    settings = PictureSettings(args.size, args.size, args.steps, SCALE)
-    pictures = [
-        AskedPicture(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
+    settings = ImageSettings(args.size, args.size, args.steps, SCALE)
+    images = [
+        AskedImage(f"picture {seed}", prompt, AVOIDED, seed, settings, prompt)
         for seed, prompt in enumerate(PROMPTS[: args.batch])
     ]
-    return lambda: list(maker.make(pictures).images or ())
+    return lambda: list(maker.make(images).images or ())
 
 
 def measure_peak(args: argparse.Namespace) -> None:

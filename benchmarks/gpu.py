@@ -120,11 +120,11 @@ def head_of(device: str) -> dict[str, Any]:
     import torch
 
     from benchmarks.ceilings import copy_peak, matmul_peak, upload_peak
-    from modules.devices import choose_device
+    from modules.devices import select_device
 
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device; --dry shows the rows without one")
-    choose_device(device)
+    select_device(device)
     found = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
@@ -148,7 +148,7 @@ class Job:
     def run_here(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row that is measured in this process, or why it failed."""
         from benchmarks.gpu_measuring import forget_row
-        from modules.devices import choose_device
+        from modules.devices import select_device
 
         try:
             return measure_here(row, self.folder, self.device, self.profiled)
@@ -156,7 +156,7 @@ class Job:
             traceback.print_exc()
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         finally:
-            forget_row(choose_device(self.device))
+            forget_row(select_device(self.device))
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
         """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
@@ -254,11 +254,11 @@ def expected_of(row: Row) -> Any:
 
     with folder_for(row, None) as folder:
         path, high = lay_out(row, folder)
-        whole = with_vae(row, folder)
+        full = with_vae(row, folder)
         if row.kind == TRAINING:
-            options, family = training_family(whole, path)
+            options, family = training_family(full, path)
         else:
-            options, family = generation_family(whole, path, high)
+            options, family = generation_family(full, path, high)
         operations, _ = call_operations(row, options, family)
         files = 2 if high is not None else 1
         return expect(row, operations, files * path.stat().st_size)
@@ -284,12 +284,12 @@ def measure_here(row: Row, folder: Path | None, device: str, profiled: bool) -> 
     """Return the figures of a row, in the process that loads its model."""
     from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import measure_row
-    from modules.devices import choose_device
+    from modules.devices import select_device
 
     with folder_for(row, folder) as where:
         path, high = lay_out(row, where)
-        whole = with_vae(row, where)
-        return measure_row(whole, path, high, choose_device(device), profiled=profiled)
+        full = with_vae(row, where)
+        return measure_row(full, path, high, select_device(device), profiled=profiled)
 
 
 def with_vae(row: Row, folder: Path) -> Row:
@@ -304,12 +304,12 @@ def profile(row: Row, folder: Path | None, device: str) -> None:
     from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report
-    from modules.devices import choose_device
+    from modules.devices import select_device
 
     if row.kind == LOADING:
         raise SystemExit(f"--profile {row.name}: loading has no steps. Give a row of another group")
     with folder_for(row, folder) as where:
-        chosen = choose_device(device)  # as a script does, which also sets how float32 is computed
+        chosen = select_device(device)  # as a script does, which also sets how float32 is computed
         path, high = lay_out(row, where)
         bench = prepare(with_vae(row, where), path, high, chosen)
         bench.warm_up()

@@ -49,8 +49,8 @@ def measure_row(
 def limit_memory(device: torch.device, card: float) -> None:
     """Let torch take no more of a CUDA device than a card of so many GiB has free."""
     if device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction((card - CONTEXT) / whole, device.index or 0)
+        full = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction((card - CONTEXT) / full, device.index or 0)
 
 
 def forget_row(device: torch.device) -> None:

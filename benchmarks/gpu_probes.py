@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import ceilings
 from contract.loading import TensorInfo
 from modules.attention.attend import attend
-from modules.devices import choose_device
+from modules.devices import select_device
 from running.offload.host_memory import allocate
 
 LENGTHS = (8, 77, 128, 500, 704, 754, 1024)
@@ -51,7 +51,7 @@ def run_probe(probe: Probe, device: str) -> Figures:
     """Return the answer with its seconds, or why there is none: the next probe may have one."""
     begun = time.monotonic()
     try:
-        found = probe.ask(choose_device(device))
+        found = probe.ask(select_device(device))
     except Exception as error:  # of any kernel
         found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     return {**found, "took": round(time.monotonic() - begun, 1)}

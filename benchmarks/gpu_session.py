@@ -179,15 +179,15 @@ def plan_row(row: Row) -> dict[str, float]:
 
     with folder_for(row, None) as folder:
         path, high = lay_out(row, folder)
-        whole = gpu.with_vae(row, folder)
+        full = gpu.with_vae(row, folder)
         cpu = torch.device("cpu")
         if row.kind == TRAINING:
-            options, family = training_family(whole, path)
-            planned = plan_of_training(whole, options, family, cpu)
+            options, family = training_family(full, path)
+            planned = plan_of_training(full, options, family, cpu)
         else:
-            options, family = generation_family(whole, path, high)
-            planned = plan_of_generation(whole, options, family, path, cpu)
-        operations, _ = call_operations(whole, options, family)
+            options, family = generation_family(full, path, high)
+            planned = plan_of_generation(full, options, family, path, cpu)
+        operations, _ = call_operations(full, options, family)
         files = 2 if high is not None else 1
         size = files * path.stat().st_size
     return {"planned": planned, "operations": operations, "size": size}

@@ -182,8 +182,10 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
 
 def passes_of(family: Any) -> int:
     """Return the passes of a step of generation: two with guidance."""
-    usual = family.defaults
-    return 2 if any(scale != 1 for scale in (usual.guidance_scale, *usual.expert_guidance.values())) else 1
+    default = family.defaults
+    return (
+        2 if any(scale != 1 for scale in (default.guidance_scale, *default.expert_guidance.values())) else 1
+    )
 
 
 def sound_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
@@ -216,22 +218,22 @@ def random_batch(row: Row, family: Any) -> NoisyBatch:
 def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
     """Return a request for a few steps, with its texts and its image as the encoders return them."""
     drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
-    size, config, usual = row.size, entry.config(family), family.defaults
+    size, config, default = row.size, entry.config(family), family.defaults
     texts = [without_batch(entry.texts(config, drawn, row.text_tokens)) for _ in range(2)]
     inputs = entry.inputs(config, drawn, family.latent.shape(size.frames, size.height, size.width))
     request = Request("", SEED, steps=row.steps)
     prepared = settle(
         request,
-        usual,
+        default,
         (size.width, size.height, size.frames),
-        flow_shift=usual.flow_shift or 3.0,
-        usual_negative="",
+        flow_shift=default.flow_shift or 3.0,
+        default_negative="",
         experts=family.experts,
     )
     prepared = replace(prepared, family_record=entry.own())
     if (sound := sound_shape(row, family)) is not None:
-        _, *picture = section_of(row, family)
-        joint = Joint(tuple(picture), sound)  # type: ignore[arg-type]  # four numbers
+        _, *image = section_of(row, family)
+        joint = Joint(tuple(image), sound)  # type: ignore[arg-type]  # four numbers
         prepared = replace(prepared, joint=joint, sound_shift=family.noise.sound_shift)
     return prepared, {0: EncodedPrompts(*texts)}, inputs
 

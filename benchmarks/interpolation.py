@@ -62,7 +62,7 @@ def _read(args: argparse.Namespace) -> list[Any]:
 
 def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     """Return the stage, the network in it, and the device."""
-    from modules.devices import choose_device
+    from modules.devices import select_device
     from post.interpolation.files import load_networks
     from post.interpolation.motion import Interpolation
     from post.interpolation.stage import Interpolator
@@ -71,7 +71,7 @@ def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     from tests.manifests import tensor_list, write_hollow
     from tests.tiny.post_interpolation import draw
 
-    device = choose_device(args.device)
+    device = select_device(args.device)
     if args.model is None:
         flow = "raft-things" if args.mode == "gimmvfi_r" else "flowformer_sintel"
         for name, manifest in (
@@ -134,7 +134,7 @@ def _compare(frames: list[Any], made: list[Any]) -> None:
 
     known, truth = frames[::2], frames[1::2]
     ways = {
-        "made": [picture.pixels.astype(float) for picture in made[1::2]],
+        "made": [image.pixels.astype(float) for image in made[1::2]],
         "mean of both neighbours": [
             (a.astype(float) + b) / 2 for a, b in zip(known, known[1:], strict=False)
         ],

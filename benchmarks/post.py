@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from checkpoints.writing import save_tensors  # noqa: E402
-from modules.devices import choose_device  # noqa: E402
+from modules.devices import select_device  # noqa: E402
 from modules.media.options import FormatOptions  # noqa: E402
 from modules.media.reading import video_frames  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
@@ -51,10 +51,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        bare, whole = _measures(Path(folder), args)
+        bare, full = _measures(Path(folder), args)
         bare()
-        whole()
-        pairs = [(bare(), whole()) for _ in range(args.rounds)]
+        full()
+        pairs = [(bare(), full()) for _ in range(args.rounds)]
     wall, own = (statistics.median(alone[kind] / run[kind] for alone, run in pairs) for kind in range(2))
     seconds = statistics.median(run[0] for _, run in pairs)
     print(
@@ -79,7 +79,7 @@ def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]
     )  # fmt: skip
     torch.manual_seed(0)
     save_tensors(model, SwinIR(config).state_dict())
-    device = choose_device(args.device)
+    device = select_device(args.device)
     options = UpscalerOptions(network=ToolNetworkOptions(model=model), scale=2.0, tile=0, batch_size=1)
     stage = NamedStage(make_upscaler(options, device))
     network = load_upscaler(model, device, torch.float32).network

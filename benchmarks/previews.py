@@ -60,7 +60,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     from generation.options import read_generation
     from generation.request import GenerationRun, make_job
     from generation.session import Session, wanted_texts
-    from modules.devices import Failures, choose_device
+    from modules.devices import Failures, select_device
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions
 
@@ -70,7 +70,7 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     words += ["--video_size", "64", "64", "--video_length", "17", "--infer_steps", str(args.steps)]
     words += ["--guidance_scale", "3", "--flow_shift", "3", "--preview_latent_every", "1"]
     options, own = read_generation(None, wan_generate_video.DEFAULTS, WanGenerationOptions, words)
-    device, family = choose_device(args.device), family_for_generation(own)
+    device, family = select_device(args.device), family_for_generation(own)
     session = Session(
         family, device, DitTurns(family.experts, device, dit_loader(family, (), device, options))
     )
@@ -109,10 +109,10 @@ def _large_clip(folder: Path, args: argparse.Namespace) -> dict[str, tuple[float
 
     from blissful_tuner.latent_preview import make_previews
     from blissful_tuner.options import PreviewOptions
-    from modules.devices import choose_device
+    from modules.devices import select_device
     from wan.spec import LATENT
 
-    device = choose_device(args.device)
+    device = select_device(args.device)
     latents = torch.randn(LATENT.shape(*args.size), device=device)
     found = {}
     kinds = {"as colours": None} | ({} if args.preview_vae is None else {"by TAEHV": args.preview_vae})

@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, terminal() as read:
-        whole, inside = measure(Path(folder), args.steps)
+        full, inside = measure(Path(folder), args.steps)
     print(
-        f"{args.steps} steps in {whole:.2f} s, {1000 * inside:.1f} ms of it in reports; {read()} bytes shown"
+        f"{args.steps} steps in {full:.2f} s, {1000 * inside:.1f} ms of it in reports; {read()} bytes shown"
     )
-    ratio = whole / (whole - inside)
+    ratio = full / (full - inside)
     print(f"ratio {ratio:.4f} against the same steps without reports, aim at most {AIM}")
     raise SystemExit(ratio > AIM)
 
@@ -98,11 +98,11 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
         inside, start = 0.0, time.perf_counter()
         for _ in range(steps):
             advance(run, next(groups), micro_batches)
-        whole = time.perf_counter() - start
+        full = time.perf_counter() - start
         begin = time.perf_counter()
         show_box("Training is finished", [(f"row {index}", "a text") for index in range(8)])
         inside += time.perf_counter() - begin
-    return whole + time.perf_counter() - begin, inside
+    return full + time.perf_counter() - begin, inside
 
 
 if __name__ == "__main__":

@@ -143,14 +143,20 @@ def start(folder: Path, count: int, words: list[str]) -> list[subprocess.Popen[s
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    usual = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_PORT": port, **FREES}
-    usual |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}
-    usual |= {"LOCAL_WORLD_SIZE": str(count)}
+    default = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_PORT": port,
+        **FREES,
+    }
+    default |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(count)}
+    default |= {"LOCAL_WORLD_SIZE": str(count)}
     return [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), *words],
             cwd=folder,
-            env={**usual, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else usual,
+            env={**default, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else default,
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -339,7 +339,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
         record = entry.options_record("InversionTraining")
         options, family_options, _ = read_image_training("", record, WORD_TRAINER, typed)
     elif args.learns == WHOLE:
-        record = entry.options_record("WholeTraining" if args.kind == "sdxl" else "FineTuning")
+        record = entry.options_record("FullTraining" if args.kind == "sdxl" else "FineTuning")
         options, family_options, _ = read_image_training(
             "", record, CHECKPOINT_TRAINER, typed, learner=WholeDitOptions
         )

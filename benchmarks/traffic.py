@@ -41,7 +41,7 @@ from modules.console import quiet  # noqa: E402
 from running.planning.dry_run import Counts, dry_run, keep_blocks, place, watch_blocks  # noqa: E402
 
 META = torch.device("meta")
-FEWEST = 2  # blocks of a list that are run; one more tells what each further block adds
+MIN = 2  # blocks of a list that are run; one more tells what each further block adds
 OPTIMIZER = "optimizer"
 GB = 1e9
 
@@ -113,7 +113,7 @@ def traffic_of(
     run: Run, counts: Mapping[str, int], inputs: Mapping[str, int], rates: Rates, merge: bool
 ) -> Traffic:
     """Run a step with few blocks, and with one more of each list."""
-    few = tuple(min(count, FEWEST) for count in counts.values())
+    few = tuple(min(count, MIN) for count in counts.values())
 
     def measured(numbers: Counts) -> Sums:
         operations = run(numbers)
@@ -214,12 +214,12 @@ def table(sums: Sums, unit: float, rates: Rates) -> Iterator[str]:
             yield from row_of(f"{phase} | {group}", chosen(sums, phase, group), unit)
     for group in GROUPS:
         yield from row_of(f"all | {group}", chosen(sums, None, group), unit)
-    whole = chosen(sums)
-    yield from row_of("all | all", whole, unit)
+    full = chosen(sums)
+    yield from row_of("all | all", full, unit)
     useful = sum(chosen(sums, None, group).operations for group in (ATTENTION, PRODUCT))
-    if whole.seconds:
-        share = useful / whole.seconds / rates.matmul
-        yield f"\nPredicted: {whole.seconds:.4f} s, {100 * share:.1f} % of the matrix product's rate\n"
+    if full.seconds:
+        share = useful / full.seconds / rates.matmul
+        yield f"\nPredicted: {full.seconds:.4f} s, {100 * share:.1f} % of the matrix product's rate\n"
 
 
 def chosen(sums: Sums, phase: str | None = None, group: str | None = None) -> Sum:

@@ -55,13 +55,13 @@ def _random_models(folder: Path) -> Iterator[Path]:
 
 
 def _stage(model: Path, args: argparse.Namespace, scale: float, tile: int | None) -> Any:
-    from modules.devices import choose_device
+    from modules.devices import select_device
     from post.options import ToolNetworkOptions, UpscalerOptions
     from post.upscaling.stage import make_upscaler
 
     network = ToolNetworkOptions(model=model, dtype=args.dtype)
     options = UpscalerOptions(network=network, scale=scale, tile=tile, batch_size=1)
-    return make_upscaler(options, choose_device(args.device))
+    return make_upscaler(options, select_device(args.device))
 
 
 def _run(stage: Any, pixels: list[Any]) -> list[Any]:
@@ -74,16 +74,16 @@ def _run(stage: Any, pixels: list[Any]) -> list[Any]:
     height, width = pixels[0].shape[:2]
     clip = Clip(Path("a clip"), width, height, Fraction(25), len(pixels), False)
     given = (Picture(each, Fraction(index, 25), Fraction(1, 25)) for index, each in enumerate(pixels))
-    return [picture.pixels for picture in stage.run(given, clip)]
+    return [image.pixels for image in stage.run(given, clip)]
 
 
 def _time(model: Path, args: argparse.Namespace) -> None:
     import numpy as np
 
-    from modules.devices import choose_device
+    from modules.devices import select_device
 
     # of all threads: other work on the machine does not count
-    clock = time.process_time if choose_device(args.device).type == "cpu" else time.perf_counter
+    clock = time.process_time if select_device(args.device).type == "cpu" else time.perf_counter
     height, width = args.size
     pixels = [np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)]
     from post.upscaling.files import check_file

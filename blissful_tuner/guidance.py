@@ -18,7 +18,7 @@ from blissful_tuner.guidance_formulas import (
     POSITIVE,
     GuidanceStage,
     Momentum,
-    NormalisedGuidance,
+    NormalizedGuidance,
     Pass,
     PassPlan,
     Velocities,
@@ -34,7 +34,7 @@ from blissful_tuner.guidance_formulas import (
     run_passes,
     watched,
 )
-from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
+from blissful_tuner.options import MAX_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
 from contract.data import Conditions
 from contract.requests import Prepared
 from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
@@ -112,7 +112,7 @@ class _Steering:
             return NO_TWEAKS
         assert section.away is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
-        steer = NormalisedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
+        steer = NormalizedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
         return Tweaks(away=Away(section.away, steer))
 
 
@@ -122,7 +122,7 @@ def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassP
     Raises OptionError if the request's schedule and the options do not go together.
     """
     if prepared.rules.projection is not None or prepared.rules.streams:
-        refuse_other_formulas(prepared.rules, options)
+        reject_other_formulas(prepared.rules, options)
     planner = _StepPlanner(prepared, options)
     plans = []
     for scales in guidance_scales(prepared, options):
@@ -154,12 +154,12 @@ class _StepPlanner:
         """Return the plan of a step. scale: of its guidance; None: the positive conditions alone."""
         options = self._options
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
-        of_picture: tuple[GuidanceStage, ...] = ()
+        of_image: tuple[GuidanceStage, ...] = ()
         of_sound: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            of_picture, of_sound = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
+            of_image, of_sound = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
         elif scale is not None:
-            of_picture, of_sound = (
+            of_image, of_sound = (
                 self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
             )
         if self._prepared.joint is None:
@@ -167,10 +167,10 @@ class _StepPlanner:
         passes: list[Pass] = []
         if factor:
             passes.append(POSITIVE)
-            for stage in (*of_picture, *of_sound):
+            for stage in (*of_image, *of_sound):
                 passes += stage.passes
         tweaks = NO_TWEAKS if scale is None else self._guided_tweaks
-        return PassPlan(tuple(dict.fromkeys(passes)), (of_picture, of_sound), factor, tweaks)
+        return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_sound), factor, tweaks)
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
         """Return the stages of a picture or a sound that has scales of its own."""
@@ -191,7 +191,7 @@ class _StepPlanner:
         rules = self._rules
         rule = rules.projection
         weakens = index in self._weakened_steps
-        negative = self._choose_negative(index, weakens)
+        negative = self._select_negative(index, weakens)
         stages = self._make_guiding_stages(scale, negative)
         share = options.guidance_rescale
         if stages and rule is not None and momentum is not None:
@@ -212,7 +212,7 @@ class _StepPlanner:
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
 
-    def _choose_negative(self, index: int, weakens: bool) -> Pass:
+    def _select_negative(self, index: int, weakens: bool) -> Pass:
         """Return the negative pass of a step. weakens: the options skip layers in this step."""
         if weakens:  # in place of the blocks that the model leaves out by itself
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
@@ -232,7 +232,7 @@ class _StepPlanner:
         return [plain_cfg(scale, negative)]
 
 
-def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
+def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
     """Raise OptionError if the options replace a formula that is the model's own."""
     replacing = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
@@ -282,17 +282,17 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
         )
     applied = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
-        applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    to_usual = 1 - rules.off_at
+        applied = select_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
+    to_default = 1 - rules.off_at
     guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
             numbers = range(1, num_steps + 1)
-            scales = tuple(table[number] + to_usual if number in table else None for number in numbers)
+            scales = tuple(table[number] + to_default if number in table else None for number in numbers)
         else:  # at 1 the formula gives the positive velocity back
-            weight = scale + to_usual
+            weight = scale + to_default
             guides = weight != 1 or guides_streams
             scales = tuple(weight if is_applied and guides else None for is_applied in applied)
         scales_by_expert.append(scales)
@@ -304,7 +304,7 @@ def _has_guidance(stream: StreamGuidance) -> bool:
     return bool(stream.perturbed) or stream.modality != 1 or stream.text not in (None, 1)
 
 
-def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
+def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
     """Return for each step whether `--cfg_skip_mode` keeps guidance.
 
     int(num_steps * ratio) steps keep it, with "alternate" about that many. The mode names the steps that skip
@@ -352,8 +352,8 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
             scale = guidance_scale
             if colon:
                 scale = read_or_explain(float, scale_text, "the scale {!r} is not a number")
-            if colon and not abs(scale) <= MOST_SCALE:  # nan too
-                raise ValueError(f"give a scale of at most {MOST_SCALE}")
+            if colon and not abs(scale) <= MAX_SCALE:  # nan too
+                raise ValueError(f"give a scale of at most {MAX_SCALE}")
         except ValueError as error:
             raise OptionError(
                 f"--cfg_schedule entry {entry!r}: {error}. Write entries such as 1-10, 20, e~3 or 1-10:6.5, "
@@ -365,15 +365,15 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
 def _parse_steps(text: str, steps: int) -> range:
     """Return the steps of `k`, `a-b` or `e~m`. Raises ValueError with the reason."""
-    not_whole = "{!r} is not a whole number"
+    not_full = "{!r} is not a whole number"
     first_text, dash, last_text = text.strip().partition("-")
     if first_text.startswith("e~"):
-        every = read_or_explain(int, text.strip()[2:], not_whole)
+        every = read_or_explain(int, text.strip()[2:], not_full)
         if every < 1:
             raise ValueError("the interval after ~ must be at least 1")
         return range(every, steps + 1, every)
-    first = read_or_explain(int, first_text, not_whole)
-    last = read_or_explain(int, last_text, not_whole) if dash else first
+    first = read_or_explain(int, first_text, not_full)
+    last = read_or_explain(int, last_text, not_full) if dash else first
     if first > last:
         raise ValueError(f"it runs backwards, from {first} to {last}")
     if first < 1 or last > steps:

@@ -54,7 +54,7 @@ class PassPlan:
     tweaks: Tweaks = NO_TWEAKS  # of all passes
 
     @property
-    def most_together(self) -> int:
+    def max_together(self) -> int:
         return max(Counter(pass_.tweaks for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -296,7 +296,7 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormalisedGuidance:
+class NormalizedGuidance:
     """The formula for `Away.steer`. Objects with equal numbers are equal, so that compiled code is reused."""
 
     scale: float

@@ -21,11 +21,11 @@ from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import (
     TinyVae,
     check_taehv,
-    choose_dtype,
     decoding_bytes,
     enlarge,
     load_taehv,
     project,
+    select_dtype,
 )
 from contract.data import LatentSpec
 from contract.steps import Section, StepDone, Watcher
@@ -124,7 +124,7 @@ class LatentPreviews:
         None if no preview is possible.
         """
         _, _, num_frames, height, width = latents.shape
-        is_picture = num_frames == 1
+        is_image = num_frames == 1
         self._check_room(height, width)
         if self.vae is not None:
             try:
@@ -132,18 +132,18 @@ class LatentPreviews:
             except torch.OutOfMemoryError:
                 self._leave_out_vae("the device ran out of memory")
             else:
-                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture)
+                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_image)
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
-        colours = bring_home(project(latents[0], self.latent))
-        return Shot(lambda: enlarge(colours(), rows, columns), fps / step, is_picture)
+        colors = bring_home(project(latents[0], self.latent))
+        return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
         """Leave the decoder out if the device has no room for it. height, width: of the latents."""
         if self.vae is None or self.device.type == "cpu":
             return
-        needed = decoding_bytes(self.vae.config, choose_dtype(self.device), height, width)
+        needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
             self._leave_out_vae(f"the device is not known to have {room}")

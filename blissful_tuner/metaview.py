@@ -39,7 +39,7 @@ FIRST = (
 )
 # what FFmpeg writes into every file
 OF_CONTAINERS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
-MOST_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
+MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
 
 
 class MetaviewOptions(Options):
@@ -57,7 +57,7 @@ class MetaviewOptions(Options):
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileInfo:
     """Metadata of one file, or the error if it could not be read."""
 
     path: Path
@@ -68,16 +68,16 @@ class FileFacts:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the metadata of all files. Raises UserError at the end if one could not be read."""
     (options,) = parse_options(__doc__, argv, MetaviewOptions)
-    files = [read_file_facts(path) for path in list_files(options.input_file)]
+    files = [read_file_info(path) for path in list_files(options.input_file)]
     is_one = len(options.input_file) == 1 and not options.input_file[0].is_dir()
     lines = list(as_json(files, is_one)) if options.json else list(as_lines(files, is_one))
     if lines:
         sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
-    for facts in files:
-        if not facts.error and not facts.metadata and not options.json:
-            sys.stderr.write(f"{escape_control_codes(str(facts.path))} holds no metadata\n")
-    failed = [facts.error for facts in files if facts.error]
+    for info in files:
+        if not info.error and not info.metadata and not options.json:
+            sys.stderr.write(f"{escape_control_codes(str(info.path))} holds no metadata\n")
+    failed = [info.error for info in files if info.error]
     if failed:
         raise MediaError("\n".join(failed))
 
@@ -97,44 +97,44 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_file_facts(path: Path) -> FileFacts:
+def read_file_info(path: Path) -> FileInfo:
     from modules.media.reading import read_tags  # with the libraries for pictures and videos
     from modules.text_files import read_safetensors_texts
 
     try:
         if path.suffix.lower() == TENSORS:
-            return FileFacts(path, read_safetensors_texts(path))
+            return FileInfo(path, read_safetensors_texts(path))
         tags = read_tags(path)
     except UserError as error:
-        return FileFacts(path, error=str(error))
+        return FileInfo(path, error=str(error))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        return FileFacts(path, error=f"{path} cannot be read: {reason}")
-    return FileFacts(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
+        return FileInfo(path, error=f"{path} cannot be read: {reason}")
+    return FileInfo(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
 
 
-def as_json(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
+def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
     """Yield JSON in ASCII: names and values exactly as stored."""
     objects = []
-    for facts in files:
-        content: dict[str, object] = {"file": str(facts.path)}
-        if facts.error:
-            content["error"] = facts.error
+    for info in files:
+        content: dict[str, object] = {"file": str(info.path)}
+        if info.error:
+            content["error"] = info.error
         else:
-            content["metadata"] = dict(facts.metadata)
+            content["metadata"] = dict(info.metadata)
         objects.append(content)
     yield json.dumps(objects[0] if is_one else objects, indent=2)
 
 
-def as_lines(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
+def as_lines(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
     """Yield `NAME: value`; with several files, below the path of each, with an empty line between files."""
-    for index, facts in enumerate(files):
-        if facts.error:
+    for index, info in enumerate(files):
+        if info.error:
             continue
         if not is_one:
             yield from ([""] if index else [])
-            yield escape_control_codes(str(facts.path))
-        for name, text in in_order(facts.metadata):
+            yield escape_control_codes(str(info.path))
+        for name, text in in_order(info.metadata):
             yield f"{_as_line(name)}: {_as_line(text)}"
 
 
@@ -158,7 +158,7 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _as_line(text: str) -> str:
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
-    return shorten(escape_control_codes(plain), MOST_OF_VALUE)
+    return shorten(escape_control_codes(plain), MAX_OF_VALUE)
 
 
 if __name__ == "__main__":

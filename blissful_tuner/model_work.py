@@ -25,14 +25,14 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
-from modules.output_files import Answer, ask_to_replace, ask_yes_or_no, check_output_file, refuse_replacing
+from modules.output_files import Answer, ask_to_replace, ask_yes_or_no, check_output_file, reject_replacing
 
 logger = logging.getLogger(__name__)
 
 
-MOST_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
-MOST_VALUES = 40
-MOST_OF_KIND = 1000  # characters of what a file is; names of unknown tensors may be long
+MAX_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
+MAX_VALUES = 40
+MAX_OF_KIND = 1000  # characters of what a file is; names of unknown tensors may be long
 PIECE = 1 << 20  # bytes read at once
 # the first checksum that the AUTOMATIC1111 web UI looked models up by: where it begins, and its length
 OLD_START, OLD_BYTES = 0x100000, 0x10000
@@ -140,7 +140,7 @@ def _no_dtype(name: str) -> OptionError:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Info:
     """Facts about a model that are known without reading its weights."""
 
     path: Path
@@ -179,9 +179,9 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
     return [(name, counts[name], size) for name, size in sizes.most_common()]
 
 
-def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
+def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
     """Yield the facts as lines. listed: the tensors to list; None: none is listed."""
-    yield f"{facts.path}: {shorten(_in_one_line(facts.what), MOST_OF_KIND)}"
+    yield f"{facts.path}: {shorten(_in_one_line(facts.what), MAX_OF_KIND)}"
     files = f", {len(facts.files)} files" if len(facts.files) > 1 else ""
     yield f"container: {facts.container}{files}, {as_size(facts.file_bytes)}"
     numbers = "1 number" if facts.numbers == 1 else f"{facts.numbers:,} numbers"
@@ -192,16 +192,16 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
         yield f"in addition to the tensors, not read: {_format_line(', '.join(facts.left_out))}"
     if facts.metadata:
         yield "metadata:"
-        for key, text in list(facts.metadata.items())[:MOST_VALUES]:
+        for key, text in list(facts.metadata.items())[:MAX_VALUES]:
             yield f"  {_format_line(key)}: {_format_line(text)}"
-        if len(facts.metadata) > MOST_VALUES:
-            yield f"  and {len(facts.metadata) - MOST_VALUES} more, which metaview.py shows"
+        if len(facts.metadata) > MAX_VALUES:
+            yield f"  and {len(facts.metadata) - MAX_VALUES} more, which metaview.py shows"
     for name, info in (listed or {}).items():
         yield f"{_in_one_line(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
 
 
 def as_json(
-    facts: Facts,
+    facts: Info,
     listed: Mapping[str, TensorInfo] | None,
     hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
@@ -272,7 +272,7 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _format_line(text: str) -> str:
-    return shorten(_in_one_line(text), MOST_OF_VALUE)
+    return shorten(_in_one_line(text), MAX_OF_VALUE)
 
 
 def _in_one_line(text: str) -> str:
@@ -313,7 +313,7 @@ def work(
         if options.input.is_dir():
             inputs += options.input.glob(f"*{INDEX}")
         for path in replaced:
-            refuse_replacing(OPTION, path, inputs)
+            reject_replacing(OPTION, path, inputs)
         plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
         ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
@@ -355,7 +355,7 @@ def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    facts = Facts(
+    info = Info(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
         files=tuple(checkpoint.parts),
@@ -363,16 +363,16 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         metadata=dict(checkpoint.metadata),
         left_out=checkpoint.left_out,
     )
-    listed = _list_tensors(options, facts.tensors) if options.inspect else None
+    listed = _list_tensors(options, info.tensors) if options.inspect else None
     hashes: list[dict[str, str]] = []
     lora_hashes: Mapping[str, str] = {}
     if options.hash:
-        hashes = [file_hashes(file) for file in facts.files]
+        hashes = [file_hashes(file) for file in info.files]
         lora_hashes = knowledge.lora_hashes(checkpoint)
     if options.json:
-        lines = [as_json(facts, listed, hashes, lora_hashes)]
+        lines = [as_json(info, listed, hashes, lora_hashes)]
     else:
-        plain = [*as_lines(facts, listed), *_format_hashes(hashes, lora_hashes, facts.metadata)]
+        plain = [*as_lines(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()

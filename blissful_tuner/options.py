@@ -8,7 +8,7 @@ from modules.options import NO_PIXELS, Options, option
 
 logger = logging.getLogger(__name__)
 
-MOST_NAG = 100  # of some hundreds the products overflow in float16
+MAX_NAG = 100  # of some hundreds the products overflow in float16
 
 
 NAG = "normalised attention guidance (NAG)"
@@ -21,7 +21,7 @@ class NagOptions(Options, title=NAG):
         "steer attention away from --nag_prompt, with or without --guidance_scale; 4 to 11 are usual, 1 "
         "turns it off",
         least=1,
-        most=MOST_NAG,
+        most=MAX_NAG,
         hint="1 is off, 4 to 11 are usual",
     )
     nag_tau: float = option(
@@ -46,8 +46,8 @@ class NagOptions(Options, title=NAG):
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
-MOST_SCALE = 1000  # of guidance, and of every other factor here
-USUAL_SLG = 3.0
+MAX_SCALE = 1000  # of guidance, and of every other factor here
+DEFAULT_SLG = 3.0
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
@@ -77,9 +77,9 @@ class GuidanceOptions(Options, title="guidance"):
     slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10", only_with="slg_mode")
     slg_scale: float = option(
         "strength of --slg_mode original",
-        default=USUAL_SLG,
-        least=-MOST_SCALE,
-        most=MOST_SCALE,
+        default=DEFAULT_SLG,
+        least=-MAX_SCALE,
+        most=MAX_SCALE,
         only_with="slg_mode",
         hint="3 is usual",
     )
@@ -102,16 +102,16 @@ class GuidanceOptions(Options, title="guidance"):
     cfgzerostar_multiplier: float = option(
         "with --cfgzerostar_init_steps: the factor; 0 skips the passes of these steps",
         default=0.0,
-        least=-MOST_SCALE,
-        most=MOST_SCALE,
+        least=-MAX_SCALE,
+        most=MAX_SCALE,
         only_with="cfgzerostar_init_steps",
         hint="0 is usual",
     )
     perp_neg: float | None = option(
         "perpendicular negative guidance: weight of what the negative prompt does not share with the prompt; "
         "1.5 to 2 are usual; one further pass, of the empty prompt",
-        least=-MOST_SCALE,
-        most=MOST_SCALE,
+        least=-MAX_SCALE,
+        most=MAX_SCALE,
         excludes="cfgzerostar_scaling",
         hint="1.5 to 2 are usual; it replaces the formula of guidance",
     )
@@ -129,7 +129,7 @@ class GuidanceOptions(Options, title="guidance"):
     def __post_init__(self) -> None:
         if self.slg_mode is not None:
             parse_layers(self.slg_layers)
-        if self.slg_mode == "uncond" and self.slg_scale != USUAL_SLG:
+        if self.slg_mode == "uncond" and self.slg_scale != DEFAULT_SLG:
             logger.warning("--slg_scale %g is ignored because it is for --slg_mode original", self.slg_scale)
         if self.perp_neg is not None and self.slg_mode == "original" and self.skipped_layers:
             raise OptionError(
@@ -268,15 +268,15 @@ class SteadierOptions(Options, title="longer videos"):
             )
 
 
-RETENTION, THRESHOLD, MOST_SKIPS = 0.2, 0.24, 6  # usual values of --magcache_...
-MOST_RATIO = 100  # larger values are typing mistakes
-MOST_COEFFICIENTS = 16
+RETENTION, THRESHOLD, MAX_SKIPS = 0.2, 0.24, 6  # usual values of --magcache_...
+MAX_RATIO = 100  # larger values are typing mistakes
+MAX_COEFFICIENTS = 16
 NOTHING_SKIPPED = "0 skips nothing"
 COMPUTES_ALL = "a calibration computes every step, a cache skips some"
 
 
 class StepCacheOptions(Options, title="step caches: skip passes that resemble those before"):
-    """Which step cache to use; `blissful_tuner.step_cache.choose_step_cache` adds a prompt line's values."""
+    """Which step cache to use; `blissful_tuner.step_cache.select_step_cache` adds a prompt line's values."""
 
     magcache_mag_ratios: tuple[float, ...] | None = option(  # None: no MagCache
         "skip by MagCache, with these ratios as --magcache_calibration prints them; they are resampled to "
@@ -301,8 +301,8 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         only_with="magcache_mag_ratios",
     )
     magcache_k: int = option(
-        f"largest number of passes skipped in a row; default {MOST_SKIPS}",
-        default=MOST_SKIPS,
+        f"largest number of passes skipped in a row; default {MAX_SKIPS}",
+        default=MAX_SKIPS,
         least=0,
         hint=NOTHING_SKIPPED,
         only_with="magcache_mag_ratios",
@@ -341,15 +341,15 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
                 "option to give"
             )
         for ratio in self.magcache_mag_ratios or ():
-            if not 0 < ratio <= MOST_RATIO:
+            if not 0 < ratio <= MAX_RATIO:
                 raise OptionError(
                     f"--magcache_mag_ratios {ratio:g}: give numbers above 0, one for each step of the "
                     "calibration, as --magcache_calibration prints them"
                 )
         count = 1 if self.teacache_coefficients is None else len(self.teacache_coefficients)
-        if not 1 <= count <= MOST_COEFFICIENTS:
+        if not 1 <= count <= MAX_COEFFICIENTS:
             raise OptionError(
-                f"--teacache_coefficients: give 1 to {MOST_COEFFICIENTS} numbers, highest power first, as "
+                f"--teacache_coefficients: give 1 to {MAX_COEFFICIENTS} numbers, highest power first, as "
                 "--teacache_calibration prints them"
             )
 

@@ -20,7 +20,7 @@ from running.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
-MOST_NEW_TOKENS = 400  # more than the text encoders take
+MAX_NEW_TOKENS = 400  # more than the text encoders take
 ATTENTION = "eager"  # which all models have; fast enough for a paragraph
 COMMON = (
     "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
@@ -109,7 +109,7 @@ class PromptRewriter:
             if not answer:
                 logger.warning(
                     "the chat model gave no answer within %d tokens, so this prompt is used unchanged: %s",
-                    MOST_NEW_TOKENS,
+                    MAX_NEW_TOKENS,
                     prompt,
                 )
             self._known[prompt] = answer or prompt
@@ -120,7 +120,7 @@ class PromptRewriter:
     def _ask(self, message: str) -> str:
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+        generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         prompt_tokens = inputs["input_ids"][0]
         answer: str = tokenizer.decode(generated[0, len(prompt_tokens) :], skip_special_tokens=True)
         # templates of some models begin the thought themselves

@@ -30,7 +30,7 @@ from modules.text_files import bad_character, read_text
 logger = logging.getLogger(__name__)
 
 
-MOST_WEIGHT = 1e9
+MAX_WEIGHT = 1e9
 SHOWN = 12  # draws that are logged
 # a key neither begins nor ends with white space or _; single ones may stand in it
 _WILDCARD = re.compile(r"\\__|__(?![\s_])((?:[^_\n]|_(?!_))++)(?<!\s)__")
@@ -70,7 +70,7 @@ class Drawing:
 
     def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
         if self.options.prompt_alternatives:
-            text = choose_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
+            text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
         if self.options.prompt_wildcards is None:
             return unescape(text)
         pieces = []
@@ -131,10 +131,10 @@ class Drawing:
 def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
     """Return the running sums of weights. Raises OptionError if nothing can be drawn with them."""
     sums = tuple(itertools.accumulate(weights))
-    if not 0 < sums[-1] <= MOST_WEIGHT:
+    if not 0 < sums[-1] <= MAX_WEIGHT:
         raise OptionError(
             f"{where}: the weights of the texts to draw from add up to {sums[-1]:g}. Give one of them "
-            f"more than 0, and all together at most {MOST_WEIGHT:g}"
+            f"more than 0, and all together at most {MAX_WEIGHT:g}"
         )
     return sums
 
@@ -198,8 +198,8 @@ def read_lines_of(path: Path, where: str) -> Lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         text, weight = _parse_line(line)
-        if not 0 <= weight <= MOST_WEIGHT:
-            raise OptionError(f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MOST_WEIGHT:g}")
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise OptionError(f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MAX_WEIGHT:g}")
         texts.append(text)
         weights.append(weight)
         numbers.append(number)
@@ -270,7 +270,7 @@ class _Alternative(NamedTuple):
     weight: float
 
 
-def choose_alternatives(text: str, choose: Choose) -> str:
+def select_alternatives(text: str, choose: Choose) -> str:
     """Return a text with one alternative of each group. Escaped characters stay escaped until `unescape`.
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
@@ -345,7 +345,7 @@ def unescape(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
-USUAL = 1.1  # of (text)
+DEFAULT = 1.1  # of (text)
 MOST = 100.0  # larger weights are typing mistakes, and would overflow float16
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
@@ -395,7 +395,7 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
     """Return the text between parentheses and its weight; None if the parentheses are plain text."""
     text, colon, number = inside.rpartition(":")
     if not colon:
-        return (inside, USUAL) if inside.strip() else None
+        return (inside, DEFAULT) if inside.strip() else None
     if not text.strip() or not NUMBER.fullmatch(number):
         return None
     weight = float(number) if len(number) < 40 else float("inf")

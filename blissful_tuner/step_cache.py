@@ -18,7 +18,7 @@ from running import step_cache
 
 logger = logging.getLogger(__name__)
 
-LETTERS = {  # option -> its letters in a prompt line
+CHARACTERS = {  # option -> its letters in a prompt line
     "magcache_retention_ratio": "mcrr",
     "magcache_threshold": "mct",
     "magcache_k": "mck",
@@ -27,7 +27,7 @@ LETTERS = {  # option -> its letters in a prompt line
 SHARES = {"magcache_retention_ratio"}  # not above 1
 
 
-def choose_step_cache(
+def select_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
     """Return the step cache for a video (None if nothing is skipped or measured), and the prompt line's
@@ -37,16 +37,18 @@ def choose_step_cache(
     values are ignored with a warning. Raises OptionError for values that make no sense.
     """
     settings = {}
-    for name, letters in LETTERS.items():
+    for name, characters in CHARACTERS.items():
         value = line.get(name)
         if value is None:
             continue
         most = 1 if name in SHARES else MOST
         if not 0 <= value <= most:
-            raise OptionError(f"--{letters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it")
+            raise OptionError(
+                f"--{characters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it"
+            )
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
-            logger.warning("--%s %g is ignored because --%s is not given", letters, value, switch)
+            logger.warning("--%s %g is ignored because --%s is not given", characters, value, switch)
         else:
             settings[name] = value
     chosen: StepCacheOptions = replace(options, **settings) if settings else options

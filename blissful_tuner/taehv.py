@@ -28,7 +28,7 @@ from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 #
 # The maps are data of each family, `LatentSpec.preview_factors` and `preview_bias`. Source: least squares
 # fits of latents to downscaled pixels, which all known tools use.
-LEAST_RANGE = 1e-6  # of colours: a clip of one colour stays dark instead of becoming noise
+MIN_RANGE = 1e-6  # of colours: a clip of one colour stays dark instead of becoming noise
 
 
 def project(latents: Tensor, spec: LatentSpec) -> Tensor:
@@ -49,7 +49,7 @@ def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
     """
     colours = colours.nan_to_num(0.0, 0.0, 0.0)
     lowest, highest = colours.amin(), colours.amax()
-    colours = (colours - lowest) * (255 / (highest - lowest).clamp(min=LEAST_RANGE))
+    colours = (colours - lowest) * (255 / (highest - lowest).clamp(min=MIN_RANGE))
     for frame in colours.permute(1, 2, 3, 0).contiguous().numpy():
         # OpenCV: torch's bicubic, the same to the last bit but one, takes eight times as long
         larger = cv2.resize(frame, None, fx=columns, fy=rows, interpolation=cv2.INTER_CUBIC)
@@ -206,12 +206,12 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
     grown = [sides(f"{number + 4}.conv")[0] for number in STAGES]
     strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
-    colours, _ = sides("22")
+    colors, _ = sides("22")
     return TaehvConfig(
         channels=channels,
         widths=widths,
         strides=strides,
-        patch=max(1, round((colours / 3) ** 0.5)),
+        patch=max(1, round((colors / 3) ** 0.5)),
     )
 
 
@@ -257,7 +257,7 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     """Load a decoder into host memory, in the dtype to decode with on a device. Raises as `check_taehv`."""
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
-        weights = _load(plan, CPU, choose_dtype(device)).state_dict()
+        weights = _load(plan, CPU, select_dtype(device)).state_dict()
     if device.type == "cuda":  # so that sending them does not wait for the device
         weights = {name: pin(weight) for name, weight in weights.items()}
     return TinyVae(plan.config, weights)
@@ -267,7 +267,7 @@ def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype)
     return load_planned(plan, TinyDecoder, device=device, dtype=dtype, what="--preview_vae")
 
 
-def choose_dtype(device: torch.device) -> torch.dtype:
+def select_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype to decode with: float32 on a CPU, else float16, which is exact enough for previews."""
     return torch.float32 if device.type == "cpu" else torch.float16
 

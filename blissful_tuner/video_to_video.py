@@ -246,8 +246,8 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
     """
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.latents_of:
-        fault = f"the latents were made by {model}, whose latents mean something else to {rules.who}"
-        raise CheckpointError(f"{start}: {fault}. {remedy}", path)
+        error = f"the latents were made by {model}, whose latents mean something else to {rules.who}"
+        raise CheckpointError(f"{start}: {error}. {remedy}", path)
 
 
 def _load_saved_latents(

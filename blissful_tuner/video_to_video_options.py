@@ -11,8 +11,8 @@ from modules.options import Options, option
 
 SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
-MOST_NOISE = 10
-USUAL_NOISE = "0.01 to 0.05 are usual"
+MAX_NOISE = 10
+DEFAULT_NOISE = "0.01 to 0.05 are usual"
 _SHARE = "how much is made new: share of the steps that run; 1 replaces it completely"
 _PAD = "how a video that is too short is filled up: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
@@ -78,11 +78,11 @@ class SourceOptions(Options, title="video or image to start from"):
         "noise added to the noisy video, for more change",
         flags=("--v2v_extra_noise", "--v2_extra_noise"),
         least=0,
-        most=MOST_NOISE,
-        hint=USUAL_NOISE,
+        most=MAX_NOISE,
+        hint=DEFAULT_NOISE,
     )
     i2_extra_noise: float | None = option(
-        "noise added to the noisy image of --i2i_path", least=0, most=MOST_NOISE, hint=USUAL_NOISE
+        "noise added to the noisy image of --i2i_path", least=0, most=MAX_NOISE, hint=DEFAULT_NOISE
     )
     # the script's defaults, by option
     of_script: Mapping[str, Any] = option(name="usual_sources", default={})

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, refuse_link
+from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, reject_link
 from browser.names import short_digest
 from browser.runs import RUNNING, is_living
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
@@ -29,7 +29,7 @@ from training.reports.history import describe_process
 NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
 STORED = ("line", "folder", "process", "stops")
 LOOKED_EVERY = 0.1  # seconds
-MOST_OF_RECORD = 1 << 17  # bytes
+MAX_OF_RECORD = 1 << 17  # bytes
 
 
 def name_background_job(kind: str, folder: Path) -> str:
@@ -81,14 +81,14 @@ class BackgroundJobs:
             raise OutputError(say("the browser was started with --read_only"))
         _, program = launch.find_program(words, folder)
         with explain_errors(self.folder / name):
-            refuse_link(self.folder.parent)
+            reject_link(self.folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
-            refuse_link(self.folder)
+            reject_link(self.folder)
             with only_one(self.folder / ".lock"):
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError(say("it is running already: wait until it has ended, or stop it"))
-                check_space(self._record(name), MOST_OF_RECORD)  # before the earlier one is gone
+                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier one is gone
                 log = self._log(name)
                 progress = log.with_suffix(".progress")  # of loops, for pages that show it
                 for path in (log, log.with_suffix(".code"), progress):
@@ -111,7 +111,7 @@ class BackgroundJobs:
         if child is not None and child.poll() is not None:
             del self._children[name]
         try:
-            record = parse_json(read_text(self._record(name), MOST_OF_RECORD))
+            record = parse_json(read_text(self._record(name), MAX_OF_RECORD))
             for key in STORED:
                 if not isinstance(record[key], KINDS[key]):
                     return None

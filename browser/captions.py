@@ -24,7 +24,7 @@ from modules.text_files import bad_character, read_content
 BOM = b"\xef\xbb\xbf"
 MOST_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
 LOCK = ".captions.lock"  # in the folder of the captions, while one is written
-MOST_SAVES = 100  # how many saves of a file can be undone
+MAX_SAVES = 100  # how many saves of a file can be undone
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Captions:
             if new != now:
                 _write(path, new)
                 self._first.setdefault(path, now)
-                self._before.setdefault(path, deque(maxlen=MOST_SAVES)).append(now)
+                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(now)
 
     def save_all(self, edits: Sequence["CaptionEdit"], marks: dict[Path, str]) -> None:
         """Write many captions at once, and keep each as it was as .bak; skip those that have changed since.
@@ -159,7 +159,7 @@ class Captions:
 
             def note(path: Path) -> None:
                 self._first.setdefault(path, before[path])
-                self._before.setdefault(path, deque(maxlen=MOST_SAVES)).append(before[path])
+                self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(before[path])
                 marks[path] = mark_bytes(contents[path])
 
             write_files(contents, note)

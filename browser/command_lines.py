@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modules.command import quote_for_powershell, quote_for_shell
-from modules.installation import FRONT_SCRIPT, MOST_BEFORE, PREFIX, ROOT, command_words, find_script
+from modules.installation import FRONT_SCRIPT, MAX_BEFORE, PREFIX, ROOT, command_words, find_script
 
 
 def format_command(words: Sequence[str], folder: Path | None = None) -> str:
@@ -44,7 +44,7 @@ def _add_script_path(words: Sequence[str]) -> list[str]:
         return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MOST_BEFORE]):
+    for place, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
             return [*words[:place], str(ROOT / script), *words[place + 1 :]]

@@ -13,9 +13,9 @@ from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import show
 from modules.text_encodings import NAMES
 
-MOST_LINES = 400
-MOST_LINKS = 3  # files of a line that are linked
-MOST_SEARCHED = 3000  # files of a folder whose names are looked for with blanks in them
+MAX_LINES = 400
+MAX_LINKS = 3  # files of a line that are linked
+MAX_SEARCHED = 3000  # files of a folder whose names are looked for with blanks in them
 DIFF = re.compile(r"--- \S+")  # begins the changes that `new --dry_run` prints
 NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 OUT = "out"  # remedies: leave the files of a line out; convert captions; run the command of the line
@@ -62,7 +62,7 @@ class OutputLine:
         rest: str = show(self.shown)
         pieces = []
         for name in self.names:
-            place = max(_find_whole(name, rest), rest.find(name))  # letters of Chinese may touch a name
+            place = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
             if place >= 0:
                 pieces += [LinePiece(rest[:place], is_file=False), LinePiece(name, is_file=True)]
                 rest = rest[place + len(name) :]
@@ -88,7 +88,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
         return []
     lines: list[OutputLine] = []
     offered: set[tuple[str, ...]] = set()  # files for which an earlier line has the button
-    for text in job.last_lines(MOST_LINES).splitlines():
+    for text in job.last_lines(MAX_LINES).splitlines():
         if DIFF.match(text):
             break
         if not text.strip() or names and _is_mended(text, names):
@@ -115,7 +115,7 @@ def _read_line(line: str, names: Collection[str]) -> OutputLine:
         needs_word = "--trigger_word WORD" in text
         return OutputLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
     found_names = _find_names(text, names)
-    is_fault = text.startswith("left out: ") or "Something is wrong" in text
+    is_error = text.startswith("left out: ") or "Something is wrong" in text
     named = NAMED_ENCODING.search(text)
     if named is not None and named[1] in NAMES:
         return OutputLine(text, found_names, remedy=REPAIR, encoding=named[1])
@@ -123,22 +123,22 @@ def _read_line(line: str, names: Collection[str]) -> OutputLine:
         return OutputLine(text, found_names, remedy=REPAIR)
     is_unreadable = any(words in text for words in UNREADABLE) or text in names
     if (is_unreadable and len(found_names) == 1) or (COPIES in text and len(found_names) > 1):
-        return OutputLine(text, found_names, remedy=OUT, is_fault=is_fault)
-    return OutputLine(text, found_names, is_fault=is_fault)
+        return OutputLine(text, found_names, remedy=OUT, is_fault=is_error)
+    return OutputLine(text, found_names, is_fault=is_error)
 
 
 def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
     """Return the first files that a line names, in its order."""
-    if len(names) <= MOST_SEARCHED:
+    if len(names) <= MAX_SEARCHED:
         contained = [name for name in names if name in text]
-        found_names = [name for name in contained if _find_whole(name, text) >= 0]
+        found_names = [name for name in contained if _find_full(name, text) >= 0]
     else:
         words = {Path(word.strip(",:;'()")).name for word in text.split()}
         found_names = [name for name in names if name in words]
-    return tuple(sorted(found_names, key=lambda name: _find_whole(name, text))[:MOST_LINKS])
+    return tuple(sorted(found_names, key=lambda name: _find_full(name, text))[:MAX_LINKS])
 
 
-def _find_whole(name: str, text: str) -> int:
+def _find_full(name: str, text: str) -> int:
     """Return where a text has a name that is not a part of a longer one; -1 if it has not."""
     match = re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)
     return -1 if match is None else match.start()
@@ -146,7 +146,7 @@ def _find_whole(name: str, text: str) -> int:
 
 def read_changes(job: Job | None) -> list[str]:
     """Return the lines that say how files would change, as `new --dry_run` prints them."""
-    lines = [] if job is None else job.last_lines(MOST_LINES).splitlines()
+    lines = [] if job is None else job.last_lines(MAX_LINES).splitlines()
     for place, line in enumerate(lines):
         if DIFF.match(line):
             return lines[place:]

@@ -23,7 +23,7 @@ from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from downloads.catalogue import model_title
 from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError
-from modules.installation import MOST_BEFORE
+from modules.installation import MAX_BEFORE
 from modules.media.reading import read_tags
 from modules.pages.language import join, say
 from modules.pages.page import link
@@ -31,12 +31,12 @@ from modules.text_files import read_text, real_path
 from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
-from training.reports.scores import choose_file
+from training.reports.scores import select_file
 from training.reports.sections import SAMPLES
 
 MOST_COLUMNS = 24
-MOST_ROWS = 40
-USUAL_ROWS = 8
+MAX_ROWS = 40
+DEFAULT_ROWS = 8
 SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
 # options of a generation that a comparison sets itself, or that would write elsewhere
@@ -107,7 +107,7 @@ class ComparableRun:
         """Return the saved files that exist, by step; only one of several with equal weights."""
         folder = self.run.history.parent
         story = self.story
-        best = choose_file(folder, self.run.name, story)
+        best = select_file(folder, self.run.name, story)
         files = []
         for step, names in list_files(story, folder):
             name = names[0]
@@ -216,7 +216,7 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
         except ValueError:  # an edited history
             continue
         # behind python, or behind a launcher with its options
-        for place, word in enumerate(words[:MOST_BEFORE]):
+        for place, word in enumerate(words[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
                 yield _TypedCommand(command.bash, script, words[place + 1 :], missing)
@@ -257,14 +257,14 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     sources = _read_sources(runs, form)
     comparison = Comparison(sources, typed_lines="\n".join(form.get("more", ())))
     for source in sources:
-        comparison.columns += _choose_files(runs, source, form.get("file", ()))
-    _choose_rows(comparison, form.get("prompt", ()))
-    if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MOST_ROWS:
+        comparison.columns += _select_files(runs, source, form.get("file", ()))
+    _select_rows(comparison, form.get("prompt", ()))
+    if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MAX_ROWS:
         raise OptionError(
             say(
                 "%(most_columns)s files and %(most_rows)s prompts are the most: choose fewer",
                 most_columns=MOST_COLUMNS,
-                most_rows=MOST_ROWS,
+                most_rows=MAX_ROWS,
             )
         )
     if sources:
@@ -311,7 +311,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
     return sources
 
 
-def _choose_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
+def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
     """Return the files of a run with these keys; without any, the best file and the one before it."""
     files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
     chosen = [file for file in files if file.key in keys]
@@ -321,7 +321,7 @@ def _choose_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
     return files[max(0, place - 1) :][:2]
 
 
-def _choose_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
+def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
     """Add the prompts that have samples, and a row for each chosen prompt and each typed line.
 
     prompts: the chosen ones; if neither one nor a line is given, the first that have samples.
@@ -333,7 +333,7 @@ def _choose_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
         if line.strip() and not line.startswith("#"):
             lines.append(line)
     if not prompts and not lines:
-        prompts = comparison.sampled_prompts[:USUAL_ROWS]
+        prompts = comparison.sampled_prompts[:DEFAULT_ROWS]
     comparison.chosen = [prompt for prompt in comparison.sampled_prompts if prompt in prompts]
     seed = sources[0].options.get("--seed", [SEED])[0] if sources else SEED
     comparison.rows = [_make_sampled_row(sources, prompt, seed) for prompt in comparison.chosen]
@@ -372,8 +372,8 @@ def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) 
         line += f" --video_size {settings['height']} {settings['width']}"
     for name in SETTINGS:
         text = settings.get(name, "")
-        is_of_picture = (name, text) == ("video_length", "1")
-        if text and "\\n" not in text and " --" not in text and not is_of_picture:
+        is_of_image = (name, text) == ("video_length", "1")
+        if text and "\\n" not in text and " --" not in text and not is_of_image:
             line += f" --{name} {text}"
     return ComparedPrompt(prompt, line, settings.get("seeds", seed))
 

@@ -20,7 +20,7 @@ BATCH = "batch_size"  # key of dataset.toml
 BATCH_OPTION = "train_batch_size"  # of a training, for datasets whose file does not say the batch size
 GENERAL = "general"
 OF_SUBSETS_TOO = "masked_loss"  # the one option that no key of a dataset stands for
-MOST_IN_BATCH = 1024
+MAX_IN_BATCH = 1024
 
 
 @cache
@@ -83,8 +83,8 @@ class DatasetKeys:
 
         values: of the training.
         """
-        usual = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
-        sizes = [table.get(BATCH, usual) for table in self.tables] or [usual]
+        default = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
+        sizes = [table.get(BATCH, default) for table in self.tables] or [default]
         return ", ".join(str(size) for size in dict.fromkeys(sizes))
 
 
@@ -95,13 +95,13 @@ def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def read_batch_field(text: str) -> int:
     """Return the number in the field of the pictures of a step. Raises OptionError if there is none."""
-    if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MOST_IN_BATCH:
+    if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IN_BATCH:
         return int(text)
     raise OptionError(
         say(
             "Pictures of a step %(text)s: give a whole number from 1 to %(most)s.",
             text=text or "-",
-            most=MOST_IN_BATCH,
+            most=MAX_IN_BATCH,
         )
     )
 

@@ -42,9 +42,9 @@ from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
 LARGEST_SIDE = 448  # pixels of a picture in the page
-MOST_PICTURES = 1000  # kept in memory, some 20 KB each
-MOST_AT_ONCE = 200  # files in an answer
-MOST_FOLDERS = 100  # of a dataset, that tools are offered for
+MAX_IMAGES = 1000  # kept in memory, some 20 KB each
+MAX_AT_ONCE = 200  # files in an answer
+MAX_FOLDERS = 100  # of a dataset, that tools are offered for
 TOLD = 200  # how many remarks about no single file are shown
 ONLY = {  # filters by name; the words that the page says
     "": say("all files"),
@@ -80,7 +80,7 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
 def read_part(query: Mapping[str, str]) -> slice:
     """Return the slice of a list that a query asks for. Raises ValueError for bad numbers."""
     first = max(0, int(query.get("from") or 0))
-    count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
+    count = min(max(0, int(query.get("count") or 0)), MAX_AT_ONCE)
     return slice(first, first + count)
 
 
@@ -117,7 +117,7 @@ UNREADABLE = (
     'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
     'text-anchor="middle">cannot be read</text></svg>'
 )
-MOST_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small picture is made
+MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small picture is made
 
 
 class Thumbnails:
@@ -140,7 +140,7 @@ class Thumbnails:
         Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:
             self._pictures[key] = jpeg.getvalue()
-            while len(self._pictures) > MOST_PICTURES:
+            while len(self._pictures) > MAX_IMAGES:
                 self._pictures.popitem(last=False)
         return jpeg.getvalue()
 
@@ -152,11 +152,9 @@ class Thumbnails:
             raise MediaError(say("%(path)s is in a table", path=path))
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
-            if part["bytes"] > MOST_COPIED:
+            if part["bytes"] > MAX_COPIED:
                 raise MediaError(
-                    say(
-                        "%(path)s has more than %(most_copied)s MiB", path=path, most_copied=MOST_COPIED >> 20
-                    )
+                    say("%(path)s has more than %(most_copied)s MiB", path=path, most_copied=MAX_COPIED >> 20)
                 )
             with Path(part["in"]).open("rb") as file, copy.open("wb") as target:
                 file.seek(part["offset"])
@@ -217,7 +215,7 @@ class DatasetPages:
             for states in caches.values():
                 if states["text"][0] == "valid":
                     states["text"] = ("stale", say("the caption has changed since: cache the captions again"))
-        pictures = [
+        images = [
             {"name": Path(part["path"]).name, "address": self.address(dataset, id, number, part)}
             for number, part in enumerate(file["parts"])
         ]
@@ -225,7 +223,7 @@ class DatasetPages:
             "id": id,
             **{name: file[name] for name in SHOWN},
             "caches": caches,
-            "pictures": pictures,
+            "pictures": images,
             "caption": caption,
         }
 
@@ -312,7 +310,7 @@ class DatasetPages:
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
-        return list_table_folders(self.runs, dataset.path, dataset.folder)[:MOST_FOLDERS]
+        return list_table_folders(self.runs, dataset.path, dataset.folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
         try:
@@ -327,12 +325,12 @@ class DatasetPages:
             if media.first is None or not self.datasets.is_open(dataset, media.first):
                 return answer_not_found()
             part = {"path": str(media.first)}
-            picture = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
+            image = self.thumbnails.make(part, media.first.stat().st_mtime_ns)
         except (MediaError, StopIteration):
             return answer_unreadable()
-        return Response(picture, media_type="image/jpeg")
+        return Response(image, media_type="image/jpeg")
 
-    def show_picture(self, dataset: FoundDataset, request: Request) -> Response:
+    def show_image(self, dataset: FoundDataset, request: Request) -> Response:
         item = request.path_params["item"]
         number = request.path_params["number"]
         if self.datasets.list_outside(dataset):
@@ -345,10 +343,10 @@ class DatasetPages:
         if self.address(dataset, item, number, part) != request.url.path:
             return answer_not_found()  # it lies elsewhere, or is not what the page knows of
         try:
-            picture = self.thumbnails.make(part, request.path_params["stamp"])
+            image = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
             return answer_unreadable()
-        return answer_stamped(picture)
+        return answer_stamped(image)
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
         try:
@@ -423,7 +421,7 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
         Route(f"{place}/", find(pages.show_page)),
         Route(f"{place}/first", find(pages.show_first)),
         Route(f"{place}/items", find(pages.show_items)),
-        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_picture)),
+        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_image)),
         Route(f"{place}/measure", answer_body(find(pages.write)), methods=["POST"]),
         Route(f"{place}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
     ]

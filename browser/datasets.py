@@ -33,10 +33,10 @@ from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.options import find_models
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
-MOST_ENTRIES = 100_000  # of a folder, that are counted
+MAX_ENTRIES = 100_000  # of a folder, that are counted
 # keys of folders with what belongs to the media of a dataset, such as mask_directory
 BESIDE = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
-MOST_ERROR = 4000  # characters
+MAX_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frames per second, steps of sides and of frames of models, for files of which no run tells the model
 MODELS = {
@@ -59,7 +59,7 @@ OF_RUNS = {
 
 
 @functools.cache
-def picture_families() -> frozenset[str]:
+def image_families() -> frozenset[str]:
     """Return the names by which runs call the families that make no clips."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     frames: dict[str, int] = {}
@@ -123,7 +123,7 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
     return list(dict.fromkeys(places))
 
 
-def choose_folder(config: Path, working_folder: Path) -> Path:
+def select_folder(config: Path, working_folder: Path) -> Path:
     """Return the folder where relative paths of a configuration begin, of which no run tells.
 
     That is the configuration's own folder, as `new` writes it, if anything it names exists there, else
@@ -200,26 +200,26 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
 
     is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
     """
-    pictures: list[str] = []
+    images: list[str] = []
     clips: list[str] = []
     sounds = 0
     for place in find_places(dataset.path, dataset.folder, has_beside=False):
         if not (place.is_dir() and is_open(place)):
             continue
         with os.scandir(place) as entries:
-            for entry in itertools.islice(entries, MOST_ENTRIES):
+            for entry in itertools.islice(entries, MAX_ENTRIES):
                 path = Path(entry.name)
                 suffix = path.suffix.lower()
                 if label_of(path.stem) is not None:
                     continue
                 if suffix in IMAGE_SUFFIXES:
-                    pictures.append(entry.path)
+                    images.append(entry.path)
                 elif suffix in VIDEO_SUFFIXES:
                     clips.append(entry.path)
                 elif suffix in SOUND_SUFFIXES:
                     sounds += 1
-    first = min([*pictures, *clips], default=None)
-    return MediaFiles(len(pictures), len(clips), sounds, None if first is None else Path(first))
+    first = min([*images, *clips], default=None)
+    return MediaFiles(len(images), len(clips), sounds, None if first is None else Path(first))
 
 
 class Datasets:
@@ -242,7 +242,7 @@ class Datasets:
         for config in (*self.runs.configs(), *projects):
             path = real_path(config)
             if path not in datasets and self._is_dataset(config):
-                folder = choose_folder(path, Path.cwd())
+                folder = select_folder(path, Path.cwd())
                 datasets[path] = FoundDataset(path, folder, is_project=path in projects)
         with self.lock:
             self._found = {dataset.id: dataset for dataset in datasets.values()}
@@ -259,8 +259,8 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                usual_model = PICTURES if run.model in picture_families() else next(iter(MODELS))
-                models.setdefault(path, OF_RUNS.get(run.model, usual_model))
+                default_model = PICTURES if run.model in image_families() else next(iter(MODELS))
+                models.setdefault(path, OF_RUNS.get(run.model, default_model))
                 if run.model in caption_formats():
                     formats[path] = run.model
         datasets = {}
@@ -437,7 +437,7 @@ class Datasets:
         finally:
             self._processes.discard(process)
         if process.returncode:
-            text = errors.decode("utf-8", "replace").strip()[-MOST_ERROR:]
+            text = errors.decode("utf-8", "replace").strip()[-MAX_ERROR:]
             raise ValueError(
                 escape_control_codes(text)
                 or say("it ended with %(returncode)s", returncode=process.returncode)
@@ -457,21 +457,21 @@ def _describe_measured(measured: Measured | None) -> str:
         return say("being measured")
     if measured.error:
         return say("cannot be measured")
-    facts = []
+    info = []
     dropped = sum(bool(file["dropped"]) for file in measured.files.values())
     if dropped:
-        facts.append(say("%(dropped)s dropped", dropped=dropped))
+        info.append(say("%(dropped)s dropped", dropped=dropped))
     states = set()
     for file in measured.files.values():
         for parts in file["caches"].values():
             states |= {state for state, _ in parts.values()}
     if not states:
-        facts.append(say("not cached"))
+        info.append(say("not cached"))
     elif states == {"valid"}:
-        facts.append(say("caches valid"))
+        info.append(say("caches valid"))
     else:
-        facts.append(say("caches out of date"))
-    return join(", ", facts)
+        info.append(say("caches out of date"))
+    return join(", ", info)
 
 
 def _report_options(dataset: FoundDataset, measured: Measured) -> list[str]:

@@ -177,7 +177,7 @@ def read_described(folder: Path) -> DescribedFolder:
         task = download[download.index("--task") + 1]
         files = [str(file) for file in project["files"]]
         for file in files:
-            refuse_share(file, folder)
+            reject_share(file, folder)
         steps = values.get("max_train_steps")
         return DescribedFolder(
             folder=folder,
@@ -196,7 +196,7 @@ def read_described(folder: Path) -> DescribedFolder:
         raise ValueError(f"{folder / RUN_FILE} is not as `new` writes it: {error}") from None
 
 
-def refuse_share(text: str, folder: Path) -> None:
+def reject_share(text: str, folder: Path) -> None:
     """Raise ValueError for a path in a file of a folder that leads to a share of another machine."""
     if is_on_foreign_share(folder / text, folder):
         raise ValueError(f"{text} is on another machine, which pages do not look at")

@@ -104,8 +104,8 @@ def plan_change(
             if after == draft.text:
                 continue
             if draft.name != PROMPTS_FILE:
-                site.tracked_runs.refuse_while_it_runs(draft.path.parent)
-            notes = [change.note, refuse_new_faults(draft, after, run.text)]
+                site.tracked_runs.reject_while_it_runs(draft.path.parent)
+            notes = [change.note, reject_new_errors(draft, after, run.text)]
             if draft.name == RUN_FILE:
                 notes.append(describe_following(draft.text, after))
             change = replace(change, note=" ".join(filter(None, notes)))
@@ -165,7 +165,7 @@ def describe_difference(before: str, after: str) -> list[str]:
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
-def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> str:
+def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
     """Raise UserError or ValueError if a changed file has a fault that it did not have before.
 
     after: its text. run_text: of the folder's run.toml. Return what is to be said of it, as `check_text`.
@@ -295,7 +295,7 @@ def find_described(runs: Runs, text: str) -> Path | None:
     return folder
 
 
-def require_whole(fields: Mapping[str, str]) -> None:
+def require_full(fields: Mapping[str, str]) -> None:
     """Raise OptionError if the end of a form is missing."""
     if "complete" not in fields:
         raise OptionError(say("The form did not arrive as a whole. Load the page again."))

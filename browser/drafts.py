@@ -13,7 +13,7 @@ from modules.text_files import parse_json, read_text
 
 FOLDER = "drafts"  # in that of the render jobs
 NAME = re.compile(r"[0-9a-f]{16}")
-MOST_DRAFTS = 40
+MAX_DRAFTS = 40
 MOST_BYTES = 1 << 20
 
 Fields = Mapping[str, Sequence[str]]
@@ -51,7 +51,7 @@ class Drafts:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._path(name), json.dumps({key: list(texts) for key, texts in fields.items()}))
             others = [other for other in self._names() if other != name]  # a set clock may date it oldest
-            for old in others[MOST_DRAFTS - 1 :]:
+            for old in others[MAX_DRAFTS - 1 :]:
                 self._path(old).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:

@@ -16,8 +16,8 @@ from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json
 
-MOST_HOPS = 20  # between nodes of a graph
-MOST_OF_GRAPH = 4 << 20  # characters
+MAX_HOPS = 20  # between nodes of a graph
+MAX_OF_GRAPH = 4 << 20  # characters
 NO_SETTINGS = say(
     "It holds no settings: programs that change a picture often drop them. To start "
     "from it, drop it on the field Start from, or on Edit."
@@ -87,7 +87,7 @@ def _is_number(text: str) -> bool:
 
 def _read_graph(text: str) -> dict[str, Any]:
     """Return the nodes of ComfyUI's graph, by number; empty if a text is none."""
-    if not text.lstrip().startswith("{") or len(text) > MOST_OF_GRAPH:
+    if not text.lstrip().startswith("{") or len(text) > MAX_OF_GRAPH:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
         graph = parse_json(text)
@@ -133,7 +133,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
 
 def _follow(graph: Mapping[str, Any], link: Any) -> str:
     """Return the text at the end of a link between nodes; empty if there is none plainly."""
-    for _ in range(MOST_HOPS):
+    for _ in range(MAX_HOPS):
         if isinstance(link, str):
             return link
         if not isinstance(link, list) or not link:

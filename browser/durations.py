@@ -47,19 +47,19 @@ def describe_duration(
 def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
     hours = steps * seconds / 3600
     if hours >= 1:
-        whole = say("%(hours)s hours", hours=f"{hours:.1f}")
+        full = say("%(hours)s hours", hours=f"{hours:.1f}")
     elif round(hours * 60) <= 1:
-        whole = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
+        full = counted(max(1, round(steps * seconds)), "%(n)s second", "%(n)s seconds")
     else:
-        whole = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
+        full = counted(max(1, round(hours * 60)), "%(n)s minute", "%(n)s minutes")
     if is_rough:
-        whole = say("about %(time)s", time=whole)
+        full = say("about %(time)s", time=full)
     return counted(
         steps,
         "%(steps)s step take %(time)s: %(seconds)s seconds each",
         "%(steps)s steps take %(time)s: %(seconds)s seconds each",
         steps=steps,
-        time=whole,
+        time=full,
         seconds=f"{seconds:.2g}",
     )
 

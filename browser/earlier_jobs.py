@@ -10,7 +10,7 @@ from modules.option_tables import find_table, read_entry
 from modules.text_files import read_text, real_path
 
 SETTINGS = (".toml", ".json", ".txt", ".yaml", ".yml")  # files of a command that may name where it writes
-MOST_OF_SETTINGS = 1 << 20  # bytes
+MAX_OF_SETTINGS = 1 << 20  # bytes
 QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
 
@@ -43,7 +43,7 @@ def _list_places(job: EarlierJob) -> Iterator[Path]:
     if job.script.stem == "unpack":
         yield job.folder  # the packed file holds the name of the folder that it makes there
     values = {value for word in job.words for value in (word, word.rpartition("=")[2])}
-    for value in [*values, *_list_usual_values(job.script)]:
+    for value in [*values, *_list_default_values(job.script)]:
         if value and not value.startswith("-"):
             yield job.folder / value
             with contextlib.suppress(OSError, ValueError):  # no file can have that name, or it says so itself
@@ -60,11 +60,11 @@ def _list_named_places(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def _list_quoted(file: Path) -> list[str]:
-    found = QUOTED.findall(read_text(file, MOST_OF_SETTINGS))
+    found = QUOTED.findall(read_text(file, MAX_OF_SETTINGS))
     return [double.replace("\\\\", "\\") or single for double, single in found if double or single]
 
 
-def _list_usual_values(script: Path) -> list[str]:
+def _list_default_values(script: Path) -> list[str]:
     """Return the files and folders that a script takes if none are typed, such as `models`."""
     table = find_table(script)
     sections = [] if table is None else [read_entry("section", name) for name in table["sections"]]

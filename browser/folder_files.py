@@ -21,7 +21,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, answer_unreadable, read_part
-from browser.folders import MOST_ENTRIES, find_folder
+from browser.folders import MAX_ENTRIES, find_folder
 from browser.names import short_digest
 from browser.page_root import add_root
 from browser.responses import NO_WRITING, NOT_FOUND, answer_body, answer_json, answer_not_found, answer_text
@@ -40,12 +40,12 @@ from modules.text_files import parse_json, real_path
 PICTURES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
 SHOWN = PICTURES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
-MOST_FACTS = 4000  # files whose headers are kept
-MOST_COUNTED = 100  # files whose headers are read to count the damaged ones
+MAX_INFO = 4000  # files whose headers are kept
+MAX_COUNTED = 100  # files whose headers are read to count the damaged ones
 
 
 @dataclass(frozen=True)
-class HeaderFacts:
+class HeaderInfo:
     """Facts of a file's header."""
 
     size: tuple[int, int] | None
@@ -59,7 +59,7 @@ def list_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         names = [
             entry.name
-            for _, entry in zip(range(MOST_ENTRIES), entries, strict=False)
+            for _, entry in zip(range(MAX_ENTRIES), entries, strict=False)
             if _is_listed(Path(entry.name))
         ]
     return sorted(names)
@@ -74,8 +74,8 @@ def find_caption_file(folder: Path, name: str) -> Path:
     """Return the path of a file's caption, which need not exist."""
     path = folder / name
     other = path.with_suffix(".caption")
-    usual = path.with_suffix(".txt")
-    return other if other.exists() and not usual.exists() else usual
+    default = path.with_suffix(".txt")
+    return other if other.exists() and not default.exists() else default
 
 
 def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
@@ -164,7 +164,7 @@ class FolderFiles:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
-        self._facts: OrderedDict[tuple[str, int], HeaderFacts] = OrderedDict()
+        self._facts: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
 
     def address(self, folder: Path) -> str:
         """Return the address that `dataset.js` asks for the files of a folder."""
@@ -215,23 +215,23 @@ class FolderFiles:
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the facts of a file that the page shows."""
-        facts = self.facts(folder / name)
+        info = self.facts(folder / name)
         suffix = Path(name).suffix.lower()
-        is_seen = suffix in SHOWN and not facts.fault
+        is_seen = suffix in SHOWN and not info.fault
         return {
             "id": short_digest(name),
             "table": "",
             "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
-            "size": facts.size,
-            "frames": facts.frames,
-            "fps": facts.fps,
+            "size": info.size,
+            "frames": info.frames,
+            "fps": info.fps,
             "fit": None,
             "cut_percent": 0,
             "lengths": [],
             "dropped": "",
             "short": "",
             "captions": [],
-            "faults": [facts.fault] if facts.fault else [],
+            "faults": [info.fault] if info.fault else [],
             "remarks": [],
             "has_mask": False,
             "caches": None,
@@ -239,19 +239,19 @@ class FolderFiles:
             "caption": self.caption(folder, name),
         }
 
-    def facts(self, path: Path) -> HeaderFacts:
+    def facts(self, path: Path) -> HeaderInfo:
         """Return facts of a file's header; they are read once."""
         if not self.runs.is_below(path):
-            return HeaderFacts(
+            return HeaderInfo(
                 None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
             )
         try:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
-            return HeaderFacts(None, None, None, fault=error.strerror or str(error))
+            return HeaderInfo(None, None, None, fault=error.strerror or str(error))
         if key not in self._facts:
-            self._facts[key] = _read_facts(path)
-            while len(self._facts) > MOST_FACTS:
+            self._facts[key] = _read_info(path)
+            while len(self._facts) > MAX_INFO:
                 self._facts.popitem(last=False)
         return self._facts[key]
 
@@ -261,7 +261,7 @@ class FolderFiles:
             names = list_names(folder)
         except OSError:
             return 0
-        if len(names) > MOST_COUNTED:
+        if len(names) > MAX_COUNTED:
             return 0
         return sum(self.facts(folder / name).fault != "" for name in names)
 
@@ -312,32 +312,32 @@ class FolderFiles:
             return answer_json({"error": str(error)}, 422)
         return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
 
-    def show_picture(self, request: Request) -> Response:
+    def show_image(self, request: Request) -> Response:
         """Return a small picture of a picture or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
         is_media = path.suffix.lower() in SHOWN and path.is_absolute()
         try:
             if not is_media or not self.runs.is_inside(path):
                 return answer_not_found()
-            picture = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
+            image = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
         except (MediaError, StopIteration):
             return answer_unreadable()
         except (OSError, ValueError):
             return answer_not_found()
-        return answer_stamped(picture)
+        return answer_stamped(image)
 
 
-def _read_facts(path: Path) -> HeaderFacts:
+def _read_info(path: Path) -> HeaderInfo:
     suffix = path.suffix.lower()
     try:
         if suffix in PICTURES:
-            return HeaderFacts(image_size(path), None, None, fault="")
+            return HeaderInfo(image_size(path), None, None, fault="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)
-            return HeaderFacts((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+            return HeaderInfo((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
     except (MediaError, OSError) as error:
-        return HeaderFacts(None, None, None, fault=str(error).replace(f"{path} ", ""))
-    return HeaderFacts(None, None, None, fault="")
+        return HeaderInfo(None, None, None, fault=str(error).replace(f"{path} ", ""))
+    return HeaderInfo(None, None, None, fault="")
 
 
 def picture_address(path: Path) -> str | None:
@@ -352,7 +352,7 @@ def picture_address(path: Path) -> str | None:
 def file_routes(files: FolderFiles) -> list[Route]:
     """Return the routes of the rows of a folder."""
     return [
-        Route("/new/picture", files.show_picture),
+        Route("/new/picture", files.show_image),
         Route("/new/rows/{place}/items", files.show_items),
         Route("/new/rows/{place}/caption/{item}", answer_body(files.write), methods=["POST"]),
         Route("/new/rows/{place}/move", answer_body(files.move), methods=["POST"]),

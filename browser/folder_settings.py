@@ -32,7 +32,7 @@ from browser.draft_changes import (
     plan_change,
     read_draft_file,
     read_keys,
-    require_whole,
+    require_full,
     save_change,
 )
 from browser.new_form import NewForm, make_new_words
@@ -381,7 +381,7 @@ class FolderSettingsPages:
         """Return the text of a file with the edits of a form."""
         if part != TABLE:
             return fields.get("text", "")
-        require_whole(fields)
+        require_full(fields)
         draft = read_draft_file(self.site, present.path.parent, DATASET_FILE)
         rows = self.read_rows(present.text, None, read_dataset_keys(draft))
         return apply_edits(present.text, rows, fields)

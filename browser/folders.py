@@ -22,8 +22,8 @@ from modules.text_files import bad_character, real_path
 from training.reports.sections import SAMPLES
 
 DEEPEST = 6  # folders below a root
-MOST_FOLDERS = 500
-MOST_ENTRIES = 20_000  # of a folder
+MAX_FOLDERS = 500
+MAX_ENTRIES = 20_000  # of a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
 # by their names how often image trainers repeat their pictures, and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
@@ -86,7 +86,7 @@ def list_media_folders(runs: Runs) -> list[MediaFolder]:
             media_folder = read_media_folder(folder) or read_outer_folder(folder)
             if media_folder is not None:
                 folders.append(media_folder)
-            if len(folders) >= MOST_FOLDERS:
+            if len(folders) >= MAX_FOLDERS:
                 return folders
     return folders
 
@@ -109,7 +109,7 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
     captions: dict[str, bool] = {}  # stem -> whether one has a text; a .txt counts before a .caption
     try:
         with os.scandir(folder) as scanned:
-            entries = [*itertools.islice(scanned, MOST_ENTRIES)]
+            entries = [*itertools.islice(scanned, MAX_ENTRIES)]
     except OSError:
         return None
     for entry in entries:

@@ -19,7 +19,7 @@ from browser.drafts import Drafts
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
-from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_default_loras, choose_expert
+from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_expert, select_default_loras
 from browser.page_root import add_root
 from browser.recipes import (
     FIELDS,
@@ -56,7 +56,7 @@ from modules.pages.language import counted, join, say
 from modules.paths import without_quotes
 from modules.text_files import real_path
 
-MOST_AT_ONCE = 64  # results of one press of Make
+MAX_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
 SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
 SHOWN_OF_REASON = 400  # characters: a sentence with its remedy and two paths
@@ -205,7 +205,7 @@ class GeneratePages:
         form = replace(form, source=source)
         rows = [] if recipe is None else self.run_loras.list_rows(recipe)
         if recipe is not None and is_new:
-            form = make_usual_form(source, recipe, rows)
+            form = make_default_form(source, recipe, rows)
         render_request = None if recipe is None else self.make_render_request(recipe, form, rows)
         values = {
             "form": form,
@@ -348,14 +348,14 @@ class GeneratePages:
     def refill(self, form: GenerateForm) -> GenerateForm:
         """Return the form for another source: what was written and the seed stay, the rest is its own."""
         recipe = self.find_recipe(form.source)
-        usual = make_usual_form(form.source, recipe, self.run_loras.list_rows(recipe))
-        texts = dict(usual.texts)
+        default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
+        texts = dict(default.texts)
         for name in ("prompt", "negative", "seed", "lora_file", "lora_strength"):
             if form.texts.get(name, "").strip():
                 texts[name] = form.texts[name]
-        if texts.get("negative") in list_usual_negatives():  # nobody has typed it: another model's own
-            texts["negative"] = usual.texts.get("negative", "")
-        return replace(usual, texts=texts, count=form.count, is_locked=form.is_locked)
+        if texts.get("negative") in list_default_negatives():  # nobody has typed it: another model's own
+            texts["negative"] = default.texts.get("negative", "")
+        return replace(default, texts=texts, count=form.count, is_locked=form.is_locked)
 
     # --- render jobs
 
@@ -456,7 +456,7 @@ class GeneratePages:
         self._check_paths(render_request)
         for lora in render_request.loras:
             check_family(recipe.folder / lora.path, recipe.family)
-        seeds = choose_seeds(form)
+        seeds = select_seeds(form)
         launch.check_options(render_request.command(seeds[0]), recipe.folder)
         render_jobs = []
         for seed in seeds:
@@ -542,7 +542,7 @@ class GeneratePages:
     def fill_form(self, found: DroppedSettings) -> GenerateForm:
         """Return the form for settings of a file. Raises OptionError if there is no model for it."""
         sources = self.list_sources()
-        source = self._choose_source(found, sources) or self.first_source(sources)
+        source = self._select_source(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.run_loras.list_rows(recipe)
         strengths: dict[str, str] = {}
@@ -550,7 +550,7 @@ class GeneratePages:
             names = row.names & found.loras.keys()
             if names and not any(Path(path).name in row.names for path in strengths):
                 strengths[row.path] = found.loras[min(names)]
-        texts = {**make_usual_form(source, recipe, []).texts, **found.fields(recipe)}
+        texts = {**make_default_form(source, recipe, []).texts, **found.fields(recipe)}
         return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
     def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
@@ -577,7 +577,7 @@ class GeneratePages:
         ]
         return join(" ", sentences)
 
-    def _choose_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    def _select_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.
 
         Of several the one with the LoRAs counts, then a run, then a model on disk.
@@ -618,7 +618,7 @@ class GeneratePages:
 
 
 @functools.cache
-def list_usual_negatives() -> frozenset[str]:
+def list_default_negatives() -> frozenset[str]:
     """Return the negative prompts that the commands of released models have."""
     negatives = set()
     for model in model_sets():
@@ -627,9 +627,9 @@ def list_usual_negatives() -> frozenset[str]:
     return frozenset(negatives - {""})
 
 
-def make_usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
+def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
     """Return the form that a source usually has."""
-    chosen = choose_default_loras(recipe, rows)
+    chosen = select_default_loras(recipe, rows)
     return GenerateForm(
         source=source,
         texts={**recipe.usual, "seed": ""},
@@ -691,7 +691,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     raise OptionError(say("It is neither a picture, a clip nor a sound that can be read."))
 
 
-def choose_seeds(form: GenerateForm) -> list[str]:
+def select_seeds(form: GenerateForm) -> list[str]:
     """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
     seed = form.texts.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
@@ -699,12 +699,12 @@ def choose_seeds(form: GenerateForm) -> list[str]:
             say("Seed %(seed)s: give a whole number, or leave it empty for another each time.", seed=seed)
         )
     count = form.count.strip()
-    if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
+    if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MAX_AT_ONCE:
         raise OptionError(
             say(
                 "How many %(count)s: give a number from 1 to %(most_at_once)s.",
                 count=count,
-                most_at_once=MOST_AT_ONCE,
+                most_at_once=MAX_AT_ONCE,
             )
         )
     first = int(seed) if seed else secrets.randbits(SEED_BITS)

@@ -12,11 +12,11 @@ from modules.atomic_write import check_space, explain_errors, remove_leftovers, 
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
 from modules.pages.language import say
-from modules.run_limits import refuse_writing
+from modules.run_limits import reject_writing
 
 FOLDER = "inputs"  # in that of results
 MOST_BYTES = 256 << 20  # of a file
-MOST_FILES = 1000
+MAX_FILES = 1000
 LONGEST_NAME = 60  # characters
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # by the first name of FFmpeg's format
@@ -34,16 +34,16 @@ class InputFolder:
         Raises OptionError if it is too large or there are too many, OutputError if it cannot be written.
         """
         path = temporary_name(self.folder / "input")
-        refuse_writing(path)
+        reject_writing(path)
         place = self.folder / (clean_name(name) or "input")
         with explain_errors(place):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if sum(1 for _ in os.scandir(self.folder)) >= MOST_FILES:
+            if sum(1 for _ in os.scandir(self.folder)) >= MAX_FILES:
                 raise OptionError(
                     say(
                         "%(folder)s has %(most_files)s files: remove some of them first",
                         folder=self.folder,
-                        most_files=f"{MOST_FILES:,}",
+                        most_files=f"{MAX_FILES:,}",
                     )
                 )
             remove_leftovers(self.folder)

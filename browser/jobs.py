@@ -38,16 +38,16 @@ LOGS = "logs"
 RENDER_FOLDER = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
-MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
+MAX_OF_CODE = 100  # bytes that are read of the file with an exit code
 LAST_LINES = 20
 EVERY_SECONDS = 0.5
 # a line of the text file, with its continuation lines
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
 TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
-MOST_JOBS = 10**9
-MOST_BORN = 1e11  # seconds since 1970
-MOST_LINES = 1000  # of the text file
-MOST_OF_JOB = 100_000  # characters of a job
+MAX_JOBS = 10**9
+MAX_BORN = 1e11  # seconds since 1970
+MAX_LINES = 1000  # of the text file
+MAX_OF_JOB = 100_000  # characters of a job
 KINDS: dict[str, Any] = {
     "line": str,
     "folder": str,
@@ -107,7 +107,7 @@ class Job:
 
     def _read_code(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
-            return int(read_text(self.code_path, MOST_OF_CODE))
+            return int(read_text(self.code_path, MAX_OF_CODE))
         return None
 
     def as_row(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Job:
             is_there = False
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
-    def refuse_moved_limits(self) -> None:
+    def reject_moved_limits(self) -> None:
         """Raise OptionError if a link has taken the place of the folder that the job may write into."""
         if self.within and str(real_path(Path(self.within))) != self.within:
             raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
@@ -158,7 +158,7 @@ class Job:
     def born(self) -> float:
         """Return the start of the job, in seconds since 1970; 0 before it, or if its file is damaged."""
         born = (self.process or {}).get("born")
-        return float(born) if isinstance(born, (int, float)) and abs(born) < MOST_BORN else 0.0
+        return float(born) if isinstance(born, (int, float)) and abs(born) < MAX_BORN else 0.0
 
     def last_lines(self, count: int = LAST_LINES) -> str:
         """Return the last lines of the job's log; progress bars only with their last state."""
@@ -185,8 +185,8 @@ class _Book:
 
     def as_text(self) -> str:
         rows = [job.as_row() for job in self.jobs]
-        facts = {"last": self.last, "worker": self.worker, "jobs": rows}
-        return json.dumps(facts, indent=1)
+        info = {"last": self.last, "worker": self.worker, "jobs": rows}
+        return json.dumps(info, indent=1)
 
     def count_waiting(self) -> "Counter[str]":
         """Return digests of the jobs that are to begin, with how often there is each."""
@@ -306,10 +306,10 @@ class JobQueue:
             waiting = [candidate for candidate in book.jobs if candidate.state == WAITING]
             index = waiting.index(job) + by
             if 0 <= index < len(waiting):
-                neighbour = waiting[index]
+                neighbor = waiting[index]
                 entry = book.entries[job.place]
-                book.entries[job.place] = book.entries[neighbour.place]
-                book.entries[neighbour.place] = entry
+                book.entries[job.place] = book.entries[neighbor.place]
+                book.entries[neighbor.place] = entry
 
     def remove(self, number: int) -> None:
         """Delete a job that is not running, with its line and its log."""
@@ -383,7 +383,7 @@ class JobQueue:
         stack = contextlib.ExitStack()
         with self._change() as book:
             if only_known:
-                self._refuse_strange(book)
+                self._reject_strange(book)
             try:
                 stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
@@ -438,7 +438,7 @@ class JobQueue:
             job.log.parent.mkdir(exist_ok=True)
             try:
                 program = launch.find_job_program(job.words, Path(job.folder))
-                job.refuse_moved_limits()
+                job.reject_moved_limits()
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
@@ -464,7 +464,7 @@ class JobQueue:
             raise OutputError(say("the browser was started with --read_only"))
         with explain_errors(self.folder / QUEUE):
             for folder in (self.folder, self.folder / LOGS):
-                refuse_link(folder)
+                reject_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 book, stored_text = self._read_files()
@@ -490,7 +490,7 @@ class JobQueue:
         if now != earlier:
             remember_queue(self.folder, now.is_open, now.jobs.elements())
 
-    def _refuse_strange(self, book: _Book) -> None:
+    def _reject_strange(self, book: _Book) -> None:
         """Raise StrangeJobsError if a job waits that the user does not know."""
         known = recall_queue(self.folder)
         strange = book.count_waiting() - (Counter() if known is None else known.jobs)
@@ -524,14 +524,14 @@ class JobQueue:
     def _read_entries(self) -> list[str]:
         """Return the entries of the text file. Raises OutputError if it is too large."""
         entries = [entry for entry in ENTRY.findall(_read_or_empty(self.folder / QUEUE)) if entry]
-        if len(entries) > MOST_LINES or any(len(entry) > MOST_OF_JOB for entry in entries):
+        if len(entries) > MAX_LINES or any(len(entry) > MAX_OF_JOB for entry in entries):
             raise OutputError(
                 say(
                     "%(folder)s: at most %(most_lines)s lines of %(most_of_job)s characters are "
                     "read. Take some out",
                     folder=self.folder / QUEUE,
-                    most_lines=f"{MOST_LINES:,}",
-                    most_of_job=f"{MOST_OF_JOB:,}",
+                    most_lines=f"{MAX_LINES:,}",
+                    most_of_job=f"{MAX_OF_JOB:,}",
                 )
             )
         if entries and not entries[-1].endswith("\n"):
@@ -584,7 +584,7 @@ def _check_stored(stored: Any) -> None:
     """Check the content of STATE. Raises ValueError, TypeError or LookupError if it is damaged."""
     numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
     for number in numbers:
-        if type(number) is not int or not 0 <= number < MOST_JOBS:  # it names files
+        if type(number) is not int or not 0 <= number < MAX_JOBS:  # it names files
             raise ValueError(f"{number!r} is no number of a job")
     for row in (stored, *stored["jobs"]):
         for name, kind in KINDS.items():
@@ -630,19 +630,19 @@ def open_queue(runs: Runs, read_only: bool) -> JobQueue:
     """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
     folder = runs.tops[0] / FOLDER
     for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
-        refuse_link(place)
+        reject_link(place)
     return JobQueue(folder, read_only)
 
 
-def refuse_link(path: Path) -> None:
+def reject_link(path: Path) -> None:
     """Raise OutputError if a file or folder of the queue is a link to another place."""
-    usual = os.path.normcase(real_path(path.parent) / path.name)
-    if os.path.normcase(real_path(path)) != usual:
+    default = os.path.normcase(real_path(path.parent) / path.name)
+    if os.path.normcase(real_path(path)) != default:
         raise OutputError(f"{path} is a link to another place. Remove the link")
 
 
 def _read_or_empty(path: Path) -> str:
-    refuse_link(path)
+    reject_link(path)
     try:
         return read_text(path)
     except FileNotFoundError:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from project.known import recall_facts, remember_facts
+from project.known import recall_info, remember_info
 
 KIND = "queues"
 
@@ -27,14 +27,14 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 
     Without a place to keep it, a queue that was started stays paused after a restart.
     """
-    facts = {"open": is_open, "jobs": sorted(jobs)}
-    remember_facts(KIND, folder, facts)
+    info = {"open": is_open, "jobs": sorted(jobs)}
+    remember_info(KIND, folder, info)
 
 
 def recall_queue(folder: Path) -> KnownQueue | None:
     """Return the remembered facts of a queue; None if another queue is in its place, or none are known."""
     try:
-        facts = recall_facts(KIND, folder)
-        return KnownQueue(facts["open"] is True, Counter(map(str, facts["jobs"])))
+        info = recall_info(KIND, folder)
+        return KnownQueue(info["open"] is True, Counter(map(str, info["jobs"])))
     except (OSError, ValueError, TypeError, LookupError):
         return None

@@ -167,9 +167,9 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
 
 
 def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
-    """Return the program of a job. Raises OptionError as `find_program` and `refuse_endless` do."""
+    """Return the program of a job. Raises OptionError as `find_program` and `reject_endless` do."""
     command, program = find_program(words, folder)
-    refuse_endless(command, words)
+    reject_endless(command, words)
     return program
 
 
@@ -238,7 +238,7 @@ WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # likewise, with a model bef
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
-LEAST_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
+MIN_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
 HELP = ("-h", "--help")
 INTERACTIVE = "--interactive"
 # options that name files to read, besides those of a model's parts; `--lora_weight a b` names two
@@ -269,7 +269,7 @@ def check_options(
     command, (python, *program) = find_program(words, folder)
     if any(word in HELP for word in words):
         return []
-    refuse_endless(command, words)
+    reject_endless(command, words)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder, earlier)
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
@@ -318,7 +318,7 @@ def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequenc
     return all(may_be_made(folder / value, earlier) for value in missing)
 
 
-def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
+def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
     """Raise OptionError for a command that never ends, or that reads what somebody types.
 
     All jobs behind it would wait. words: of the line.
@@ -428,7 +428,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
         if script is not None and is_script and command.path.name == script.name:
             return command, count
     hint = did_you_mean(
-        word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands], LEAST_SIMILAR
+        word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands], MIN_SIMILAR
     )
     raise OptionError(
         say(

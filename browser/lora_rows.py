@@ -84,15 +84,15 @@ class RunLoras:
     def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed; return those that generate, with their labels, the newest first."""
         with self.runs.lock:
-            labelled = label_runs(self.runs.list_all())
+            labeled = label_runs(self.runs.list_all())
             rows = {}
-            for run, label in labelled:
+            for run, label in labeled:
                 known = self._rows.get(run.id)
                 if known is None or known[0] != run.changed:
                     known = (run.changed, *self._read(run, label))
                 rows[run.id] = known
             self._rows = rows
-        return [(run, label) for run, label in labelled if rows[run.id][1]]
+        return [(run, label) for run, label in labeled if rows[run.id][1]]
 
     def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
         """Return the family of a run and its rows; no family if it has no command that generates."""
@@ -186,7 +186,7 @@ def _complete_path(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""
 
 
-def choose_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
+def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
     """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:

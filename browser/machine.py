@@ -32,7 +32,7 @@ RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
 PATIENCE = 1.0  # seconds for the driver's answer
 PAUSE_SECONDS = 60.0  # after a call that has failed
-MOST_OF_LINE = 60  # characters of a command or a name
+MAX_OF_LINE = 60  # characters of a command or a name
 QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
 
@@ -116,7 +116,7 @@ class RunningThing:
 
 
 @dataclass(frozen=True)
-class MachineFacts:
+class MachineInfo:
     """Facts about this machine for the line on the page."""
 
     running: Sequence[RunningThing] = ()
@@ -132,7 +132,7 @@ class MachineLine:
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
-    _facts: MachineFacts = field(default_factory=MachineFacts)
+    _facts: MachineInfo = field(default_factory=MachineInfo)
     _next: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -140,7 +140,7 @@ class MachineLine:
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
-    def read(self) -> MachineFacts:
+    def read(self) -> MachineInfo:
         """Return the facts of a few seconds ago at most."""
         with self._lock:
             if time.monotonic() >= self._next:
@@ -148,7 +148,7 @@ class MachineLine:
                 self._next = time.monotonic() + EVERY_SECONDS
             return self._facts
 
-    def _gather(self) -> MachineFacts:
+    def _gather(self) -> MachineInfo:
         try:
             free = gigabytes(free_bytes(self.site.runs.tops[0]))
         except OSError:
@@ -156,7 +156,7 @@ class MachineLine:
         settings = SettingsPages(self.site)
         command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
         runs = self.site.runs.list_all()
-        return MachineFacts(
+        return MachineInfo(
             running=self.list_running(runs),
             cards=self.cards.read(),
             free=free,
@@ -250,7 +250,7 @@ def _describe_run(run: RunSummary) -> RunningThing:
 def _shorten_line(text: str) -> str:
     """Return the beginning of a text in one line."""
     line = " ".join(text.split())
-    return line if len(line) <= MOST_OF_LINE else f"{line[:MOST_OF_LINE]} …"
+    return line if len(line) <= MAX_OF_LINE else f"{line[:MAX_OF_LINE]} …"
 
 
 def machine_routes(site: Site) -> list[Route]:

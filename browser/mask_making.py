@@ -21,21 +21,21 @@ from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
 from browser.site import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
-from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOUR, MODEL_FOLDER, MaskOptions
+from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from project.options import MODELS
 
-NO_COLOUR = "RRGGBB"  # in the shown command, until somebody types one
+NO_COLOR = "RRGGBB"  # in the shown command, until somebody types one
 BETWEEN = ";"  # two things to find
 # ways to find something, as the options of the tool are called; "": --what
-WORDS, WATERMARK, BACKGROUND, FACES, COLOUR = "", "watermark", "background", "faces", "colour"
+WORDS, WATERMARK, BACKGROUND, FACES, COLOR = "", "watermark", "background", "faces", "colour"
 FINDERS = {
     WORDS: say("what I name below"),
     BACKGROUND: say("what stands before the background"),
     FACES: say("faces"),
-    COLOUR: say("a colour"),
+    COLOR: say("a colour"),
     WATERMARK: say("all but watermarks and texts"),
 }
 NETWORKS = {WORDS: MODEL_FOLDER, WATERMARK: MODEL_FOLDER, BACKGROUND: BACKGROUND_FILE, FACES: FACE_FILE}
@@ -135,7 +135,7 @@ class MaskMakingPages:
         use = read_mask_use(self.site.runs, folder)
         if use is None:
             raise OptionError(say("It is not described yet: press Describe first."))
-        self.site.tracked_runs.refuse_while_it_runs(use.config.path.parent)
+        self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
         use.write(bool(fields.get("learns")))
 
     def find_model(self, finder: str) -> TaskFiles | None:
@@ -167,8 +167,8 @@ class MaskMakingPages:
                 words += give_value("what", name)
         if finder == WATERMARK:
             words.append("--watermark")
-        if finder == COLOUR:
-            words += give_value(COLOUR, texts.get("colour", "").strip() or NO_COLOUR)
+        if finder == COLOR:
+            words += give_value(COLOR, texts.get("colour", "").strip() or NO_COLOR)
         elif finder in (BACKGROUND, FACES):
             words += give_value(finder, network)
         else:
@@ -204,7 +204,7 @@ class MaskMakingPages:
         finder = fields.get("finder", WORDS)
         if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))
-        if finder == COLOUR and not IS_COLOUR.fullmatch(fields.get("colour", "").strip()):
+        if finder == COLOR and not IS_COLOR.fullmatch(fields.get("colour", "").strip()):
             raise OptionError(
                 say("Type the colour to find in six hexadecimal digits, such as 00ff00 for green.")
             )

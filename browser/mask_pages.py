@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.described_folder import ChangedMeanwhileError
-from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskPicture, MaskReview
+from browser.mask_review import ADDRESS, CHANGES, MaskConflictError, MaskImage, MaskReview
 from browser.mask_use import use_first_mask
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import (
@@ -28,7 +28,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json
 
 DRAWN_ADDRESS = f"{ADDRESS}/drawn"
-MOST_OF_DRAWN = 32 << 20  # bytes of a drawn mask
+MAX_OF_DRAWN = 32 << 20  # bytes of a drawn mask
 PART = 24  # media on a page for browsers without scripts
 
 
@@ -95,29 +95,27 @@ class MaskPages:
             "error": error,
         }
 
-    def show_picture(self, request: Request) -> Response:
-        return self._answer_picture(request, lambda place, number: self.review.read_picture(place, number))
+    def show_image(self, request: Request) -> Response:
+        return self._answer_image(request, lambda place, number: self.review.read_picture(place, number))
 
     def show_mask(self, request: Request) -> Response:
-        is_whole = "whole" in request.query_params
-        return self._answer_picture(
-            request, lambda place, number: self.review.read_mask(place, number, is_whole)
+        is_full = "whole" in request.query_params
+        return self._answer_image(
+            request, lambda place, number: self.review.read_mask(place, number, is_full)
         )
 
-    def _answer_picture(
-        self, request: Request, read: Callable[[MaskPlace, int], MaskPicture | None]
-    ) -> Response:
+    def _answer_image(self, request: Request, read: Callable[[MaskPlace, int], MaskImage | None]) -> Response:
         query = request.query_params
         folder = self.find_folder(query)
         try:
             place = None if folder is None else self.review.find(folder, query.get("id", ""))
-            picture = None if place is None else read(place, read_number(query, "number"))
+            image = None if place is None else read(place, read_number(query, "number"))
         except (UserError, OSError, StopIteration):
-            picture = None
-        if picture is None:
+            image = None
+        if image is None:
             return answer_not_found()
         headers = {"cache-control": "private, max-age=31536000, immutable"}  # the address has a stamp
-        return Response(picture.content, media_type=picture.kind, headers=headers)
+        return Response(image.content, media_type=image.kind, headers=headers)
 
     def change(self, request: Request, body: bytes) -> Response:
         """Accept, invert or remove a mask, or undo the last change. The body has folder, id and have."""
@@ -201,7 +199,7 @@ def mask_routes(site: Site) -> list[Route]:
     return [
         Route(ADDRESS, pages.show),
         Route(f"{ADDRESS}/item", pages.show_item),
-        Route(f"{ADDRESS}/picture", pages.show_picture),
+        Route(f"{ADDRESS}/picture", pages.show_image),
         Route(f"{ADDRESS}/mask", pages.show_mask),
         Route(DRAWN_ADDRESS, answer_body(pages.draw), methods=["POST"]),
         Route(f"{ADDRESS}/{{what}}", answer_body(pages.change), methods=["POST"]),

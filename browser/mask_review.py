@@ -43,8 +43,8 @@ from modules.text_files import real_path
 ADDRESS = "/masks"
 LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
 LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MOST_SHOTS = 60  # pictures in memory, some 200 KB each
-MOST_UNDONE = 1000
+MAX_SHOTS = 60  # pictures in memory, some 200 KB each
+MAX_UNDONE = 1000
 # states of masks
 NONE, OF_PROGRAM, TAKEN, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
 STATES = {
@@ -62,7 +62,7 @@ class MaskConflictError(Exception):
 
 
 @dataclass(frozen=True)
-class MaskPicture:
+class MaskImage:
     """What is to be sent of a picture, a clip or a mask."""
 
     content: bytes
@@ -168,7 +168,7 @@ class MaskReview:
                 )
             return place.listed_anew()
 
-    def read_picture(self, place: MaskPlace, number: int) -> MaskPicture | None:
+    def read_picture(self, place: MaskPlace, number: int) -> MaskImage | None:
         """Return a frame that `list_shots` lists, as JPEG; None for another one. Raises MediaError."""
         numbers = list_shots(place)
         if number not in numbers:
@@ -179,28 +179,28 @@ class MaskReview:
             if key not in self._shots:
                 for shown, frame in read_shots(place, numbers):
                     self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
-                while len(self._shots) > MOST_SHOTS:
+                while len(self._shots) > MAX_SHOTS:
                     self._shots.popitem(last=False)
             content = self._shots.get(key)
-        return None if content is None else MaskPicture(content, "image/jpeg")
+        return None if content is None else MaskImage(content, "image/jpeg")
 
-    def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskPicture | None:
+    def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskImage | None:
         """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
         if place.mask is None:
             return None
         with DECODING:
-            grey = read_frame(place.mask, number)
+            gray = read_frame(place.mask, number)
             if not is_whole:
-                grey = reduce_frame(grey, LARGEST_SIDE)
-            white = np.full_like(grey, 255)
+                gray = reduce_frame(gray, LARGEST_SIDE)
+            white = np.full_like(gray, 255)
             png = io.BytesIO()
-            Image.fromarray(np.dstack([white, grey])).save(png, format="PNG", compress_level=1)
-        return MaskPicture(png.getvalue(), "image/png")
+            Image.fromarray(np.dstack([white, gray])).save(png, format="PNG", compress_level=1)
+        return MaskImage(png.getvalue(), "image/png")
 
     def _note(self, folder: Path, place: MaskPlace) -> None:
         changed = self._changed.setdefault(folder, [])
         changed.append((place.medium, mark_mask(place.listed_anew())))
-        del changed[:-MOST_UNDONE]
+        del changed[:-MAX_UNDONE]
 
     def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
         """Return the place as it is now: another server may have made the first mask since it was found."""

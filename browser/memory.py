@@ -24,7 +24,7 @@ from browser.described_folder import (
     edit_toml,
     read_described,
 )
-from browser.draft_changes import find_training_script, read_draft_file, refuse_new_faults
+from browser.draft_changes import find_training_script, read_draft_file, reject_new_errors
 from browser.durations import describe_duration
 from browser.folder_settings import NUMBER, read_settings
 from browser.jobs import Job
@@ -40,7 +40,7 @@ from project.options import RUN_FILE
 
 PLAN = "plan"  # kind of the background job
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
-USUAL_SIZE = 24  # GiB, on a machine without a card
+DEFAULT_SIZE = 24  # GiB, on a machine without a card
 STOP_SECONDS = 5
 TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
@@ -91,8 +91,8 @@ class ReadPlan:
         """Return the parts on the card, with the share of the bar in percent. size: GiB of the card."""
         of_cuda = PlannedPart(say("CUDA itself"), self.of_cuda, 0.0, "")
         parts = [part for part in (*self.parts, of_cuda) if part.device]
-        whole = max(size, sum(part.device for part in parts))
-        return [(part, 100 * part.device / whole) for part in parts]
+        full = max(size, sum(part.device for part in parts))
+        return [(part, 100 * part.device / full) for part in parts]
 
     def card_share(self, size: float) -> float:
         """Return the position on the bar at which the card ends, in percent."""
@@ -236,9 +236,9 @@ class MemoryPages:
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the GiB that the last plan was made for, or those of this machine's card."""
         try:
-            return float(job.words[-1]) if job is not None else card or USUAL_SIZE
+            return float(job.words[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):
-            return card or USUAL_SIZE
+            return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
         if job is None or job.state == RUNNING or job.code != 0:
@@ -306,8 +306,8 @@ class MemoryPages:
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
-        self.site.tracked_runs.refuse_while_it_runs(folder)
-        note = refuse_new_faults(present, after, text)
+        self.site.tracked_runs.reject_while_it_runs(folder)
+        note = reject_new_errors(present, after, text)
         present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}
         changed = [f"-{line}" for line in text.splitlines() if line in lines]
@@ -346,7 +346,7 @@ def read_size(text: str) -> float:
             say(
                 "%(text)s: give the GiB of the card, such as %(usual_size)s",
                 text=text or "nothing",
-                usual_size=USUAL_SIZE,
+                usual_size=DEFAULT_SIZE,
             )
         )
     return float(text)

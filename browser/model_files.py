@@ -26,7 +26,7 @@ from modules.text_files import real_path
 
 DOWNLOAD = "download"  # kind of background jobs
 DEEPEST = 6  # folders below that of the models
-MOST_FILES = 2000  # of no part, that are listed
+MAX_FILES = 2000  # of no part, that are listed
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.py
 
 
@@ -244,7 +244,7 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
         size = _read_size(path)
         if size is not None:
             files.append(UnknownFile(inner, size))
-        if len(files) == MOST_FILES:
+        if len(files) == MAX_FILES:
             break
     return sorted(files, key=lambda file: -file.size_bytes)
 

@@ -22,7 +22,7 @@ from modules.installation import PREFIX, ROOT, program_environment
 from modules.pages.language import join, say
 from modules.paths import expand_path, without_quotes
 from modules.text_files import read_tensor_header
-from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
+from project.fitting import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
 GATED = "asks to accept"  # words of the terms of a licence that a repository wants accepted on its own page
@@ -53,7 +53,7 @@ def describe_kind(model: ModelSet) -> str:
     """Return the kinds of results that a model makes, by the catalogue alone: `clips and sound`."""
     if "--output_layers" in model.commands["generate"]:
         return say("layers")
-    if needs_picture(model):
+    if needs_image(model):
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
@@ -114,7 +114,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tupl
     return not suits, is_distilled, not fits, transformer_bytes(model)
 
 
-def list_licences(parts: Sequence[Component]) -> list[Licence]:
+def list_licenses(parts: Sequence[Component]) -> list[Licence]:
     """Return the licences of parts that are to be loaded, each once."""
     return list(dict.fromkeys(part.licence for part in parts))
 

@@ -24,8 +24,8 @@ from project.options import MODELS, check_trigger, find_models
 
 # a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
-USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
-MOST_STEPS = 10_000_000
+DEFAULT_STEPS = NewOptions(folder=Path()).max_train_steps
+MAX_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {
     "family": say("Model"),
@@ -69,7 +69,7 @@ class NewForm:
     train: str = ""  # name of a kind of run; "": a LoRA
     trigger: str = ""
     name: str = ""
-    steps: str = str(USUAL_STEPS)
+    steps: str = str(DEFAULT_STEPS)
     model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
 
     @classmethod
@@ -77,7 +77,7 @@ class NewForm:
         """Return the form that a page has sent."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
-        task = choose_single_task(family, texts.get("task", task_of_family))
+        task = select_single_task(family, texts.get("task", task_of_family))
         return cls(
             folder=without_quotes(texts.get("folder", "")),
             family=family,
@@ -85,7 +85,7 @@ class NewForm:
             train=_fit_kind(texts.get("train", ""), find_model(family, task)),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
-            steps=without_groups(texts.get("steps", str(USUAL_STEPS))),
+            steps=without_groups(texts.get("steps", str(DEFAULT_STEPS))),
             model_files={
                 name.removeprefix("file_"): without_quotes(text)
                 for name, text in texts.items()
@@ -116,7 +116,7 @@ class NewForm:
             train=_read_kind(texts.get("--train", "")),
             trigger=texts.get("--trigger_word", ""),
             name=texts.get("--output_name", ""),
-            steps=texts.get("--max_train_steps", str(USUAL_STEPS)),
+            steps=texts.get("--max_train_steps", str(DEFAULT_STEPS)),
             model_files=files,
         )
 
@@ -175,7 +175,7 @@ def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     return [kind for kind in KINDS if kind is WHOLE or kind.find_script(model) is not None]
 
 
-def choose_single_task(family: str, task: str) -> str:
+def select_single_task(family: str, task: str) -> str:
     """Return the only task of a family if it has one; else the task as it was chosen."""
     tasks = [model.task for model in find_models() if model.family == family]
     return tasks[0] if len(tasks) == 1 else task
@@ -186,7 +186,7 @@ def find_model(family: str, task: str) -> ModelSet | None:
     return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
 
 
-def _name_usual(form: NewForm) -> str | None:
+def _name_default(form: NewForm) -> str | None:
     """Return the name that `new` needs to train a LoRA; None if it does so without a word."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
@@ -204,9 +204,9 @@ def check_form(form: NewForm) -> None:
         )
     tasks = [model.task for model in models if model.family == form.family]
     if form.task not in tasks:
-        problem = join(" ", filter(None, (say("Task"), form.task)))
+        error = join(" ", filter(None, (say("Task"), form.task)))
         raise OptionError(
-            say("%(problem)s: choose one of %(names)s.", problem=problem, names=join(", ", tasks))
+            say("%(problem)s: choose one of %(names)s.", problem=error, names=join(", ", tasks))
         )
     if not form.trigger and BY_NAME[form.train or LORA.name].learns_word:
         raise OptionError(say("Trigger word: an embedding is a new word. Give one, such as mrsfluff."))
@@ -250,28 +250,28 @@ CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 }
 
 
-def list_field_faults(form: NewForm) -> dict[str, str]:
+def list_field_errors(form: NewForm) -> dict[str, str]:
     """Return what `new` would refuse, by the names of the fields."""
-    faults = {}
+    errors = {}
     for name, check in CHECKS.items():
         try:
             check(form)
         except OptionError as error:
-            faults[name] = str(error)
-    return faults
+            errors[name] = str(error)
+    return errors
 
 
 def read_steps(text: str) -> int:
     """Return the number of steps in a field. Raises OptionError if it is not a valid number."""
-    steps = parse_whole(text, MOST_STEPS)
+    steps = parse_full(text, MAX_STEPS)
     if steps is None:
         raise OptionError(
             say(
                 "Training steps %(text)s: give a whole number from 1 to %(most_steps)s, "
                 "such as %(usual_steps)s.",
                 text=shorten(text, 40),
-                most_steps=f"{MOST_STEPS:,}",
-                usual_steps=USUAL_STEPS,
+                most_steps=f"{MAX_STEPS:,}",
+                usual_steps=DEFAULT_STEPS,
             )
         )
     return steps
@@ -282,7 +282,7 @@ def without_groups(text: str) -> str:
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
-def parse_whole(text: str, most: int) -> int | None:
+def parse_full(text: str, most: int) -> int | None:
     """Return the whole number above 0 in a text; None for any other text, or if it is larger than `most`."""
     text = without_groups(text)
     digits = text.lstrip("0")
@@ -300,7 +300,7 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
     options: dict[str, Any] = {
         "--family": form.family or None,
         "--task": form.task or None,
-        "--train": form.train or _name_usual(form),
+        "--train": form.train or _name_default(form),
         "--trigger_word": form.trigger or None,
         "--output_name": form.name or None,
         "--max_train_steps": form.steps or None,

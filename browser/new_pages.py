@@ -70,7 +70,7 @@ from browser.model_table import (
     find_misfit,
     has_login,
     is_gated,
-    list_licences,
+    list_licenses,
     list_missing,
     list_model_rows,
 )
@@ -82,7 +82,7 @@ from browser.new_form import (
     check_form,
     find_model,
     list_differing,
-    list_field_faults,
+    list_field_errors,
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
@@ -90,7 +90,7 @@ from browser.new_form import (
     name_field,
     read_steps,
 )
-from browser.new_steps import FolderStanding, choose_step
+from browser.new_steps import FolderStanding, select_step
 from browser.offered_folders import find_open_folder, require_inside
 from browser.printed_lines import is_for_terminal
 from browser.responses import (
@@ -136,7 +136,7 @@ from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
 # how `new` ends its lines if something has to be done before the command that trains
-FIRST, HAS_FAULTS, NEEDS_CAPTIONS = (
+FIRST, HAS_ERRORS, NEEDS_CAPTIONS = (
     "First ",
     "correct what is listed above",
     "give captions or a trigger word",
@@ -146,7 +146,7 @@ COMPARE = "compare"  # kind of background job: shows how the files of a describe
 TRY = "try"  # captions of a few files
 REPAIRING = "repair"
 BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
-WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
+FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 # the page shows check.html of the folder in a frame
@@ -156,7 +156,7 @@ CHECK_POLICY = (
     "sandbox; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'self'"
 )
-MOST_OF_PAGE = 256 << 20  # bytes of check.html
+MAX_OF_PAGE = 256 << 20  # bytes of check.html
 
 
 @dataclass(frozen=True)
@@ -280,13 +280,13 @@ class NewPages:
             "form": form,
             "plan": self.plan_or_none(form, folder, described),
             "duration": duration,
-            "step": choose_step(
+            "step": select_step(
                 form if folder is not None else replace(form, folder=""), progress["standing"], is_written
             ),
-            "field_faults": list_field_faults(form),
+            "field_faults": list_field_errors(form),
             "folder_fault": self.explain_folder(form.folder) if form.folder and folder is None else "",
             "free": self.describe_free(),
-            "facts": self.list_facts(form, described, duration),
+            "facts": self.list_info(form, described, duration),
             "shown": "" if written is None else written.address,
             "free_name": _suggest_free_name(form, folder, described),
             "engine": CAPTION_MODEL,
@@ -357,15 +357,15 @@ class NewPages:
             "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
-    def list_facts(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
+    def list_info(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
         """Return what stands beside the button: steps, or their hours, and GB to load.
 
         duration: of the training, in words.
         """
-        facts = [duration] if duration else []
+        info = [duration] if duration else []
         if not duration:
             with contextlib.suppress(OptionError):
-                facts.append(
+                info.append(
                     counted(
                         read_steps(form.steps),
                         "%(steps)s step",
@@ -381,12 +381,12 @@ class NewPages:
                 if (model.family, model.task) == (form.family, form.task):
                     missing = list_missing(model, self.site.models, form.model_files)
         if missing is not None:
-            facts.append(
+            info.append(
                 say("%(total_bytes)s to load", total_bytes=gigabytes(total_bytes(missing)))
                 if missing
                 else say("its model is here")
             )
-        return facts
+        return info
 
     def describe_free(self) -> str:
         """Return the GB that are free for models; empty if that is not known."""
@@ -512,7 +512,7 @@ class NewPages:
             missing["uncaptioned"] = content.uncaptioned
             missing["only_pictures"] = not content.clips and not content.sounds
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
-        if HAS_FAULTS in verdict and not was_checked:
+        if HAS_ERRORS in verdict and not was_checked:
             missing["has_listed_faults"] = any(line.is_fault or line.remedy == OUT for line in lines)
         return missing
 
@@ -548,7 +548,7 @@ class NewPages:
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return the facts of files to load for a described folder: their size, licences and the login."""
         to_load = self.list_missing_parts(described)
-        licences = list_licences(to_load)
+        licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
         load_words: list[str] = []
         download = None
@@ -558,9 +558,9 @@ class NewPages:
         return {
             "download": download,
             "load_command": format_command(load_words) if load_words else "",
-            "licences": licences,
+            "licences": licenses,
             "is_gated": is_gated,  # a function: the template asks it of each licence
-            "has_login": any(map(is_gated, licences)) and has_login(),
+            "has_login": any(map(is_gated, licenses)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
         }
 
@@ -609,7 +609,7 @@ class NewPages:
         if path is None:
             return answer_not_found()
         try:
-            content = read_content(path, MOST_OF_PAGE)
+            content = read_content(path, MAX_OF_PAGE)
         except OSError:
             return answer_not_found()
         headers = {"content-security-policy": CHECK_POLICY}
@@ -762,7 +762,7 @@ class NewPages:
             )
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
-        if what not in WHOLE_PAGE:
+        if what not in FULL_PAGE:
             return self.answer_progress(folder, problem)
         if problem:
             return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
@@ -782,7 +782,7 @@ class NewPages:
         elif what == "keep":
             background_jobs.forget(name_background_job(COMPARE, folder))
         elif what == "check":
-            self.refuse_unwritten(folder, sent, texts.get("shown", ""))
+            self.reject_unwritten(folder, sent, texts.get("shown", ""))
             background_jobs.start(name_background_job(CHECK, folder), make_check_words(folder), Path.cwd())
         elif what == "load":
             self.load(folder, has_accepted=bool(texts.get("accept")))
@@ -790,7 +790,7 @@ class NewPages:
             for kind in BACKGROUND_KINDS:
                 background_jobs.stop(name_background_job(kind, folder))
         elif what == "start":
-            self.refuse_unwritten(folder, sent, texts.get("shown", ""))
+            self.reject_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = make_caption_words(CaptionForm.read(texts), TRIED)
@@ -810,7 +810,7 @@ class NewPages:
             return False
         return True
 
-    def refuse_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
+    def reject_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
         """Raise OptionError if fields of a page hold what the files of its folder do not.
 
         shown: the address of the page's form when it was made; empty if its fields were not sent.
@@ -836,7 +836,7 @@ class NewPages:
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
-        self.site.tracked_runs.refuse_while_it_runs(folder)
+        self.site.tracked_runs.reject_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(
                 say("%(folder)s has no clips, pictures or sounds. Drop some here first.", folder=folder)
@@ -860,7 +860,7 @@ class NewPages:
             raise OptionError(say("There are no changes to make (any more). Press Describe to see them."))
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
-        self.site.tracked_runs.refuse_while_it_runs(folder)
+        self.site.tracked_runs.reject_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))

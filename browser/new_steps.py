@@ -60,7 +60,7 @@ class FolderStanding:
     @property
     def mark(self) -> str:
         """Return a text that changes with the step of a page whose fields are as the files."""
-        return choose_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
+        return select_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
 
     @property
     def is_checked(self) -> bool:
@@ -78,7 +78,7 @@ class FolderStanding:
         return say("%(done)s.", done=join(", ", words))
 
 
-def choose_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
+def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
     """Return the next step of a folder. is_written: its files say what the fields of the form hold."""
     fields = {say("a folder"): form.folder, say("a model"): form.family, say("a task"): form.task}
     missing = [label for label, text in fields.items() if not text]
@@ -90,7 +90,7 @@ def choose_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
         return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_PLACE)
     if not (standing.is_described and is_written):
         return NextStep(DESCRIBE, say("Describe"))
-    return _choose_after_describing(standing)
+    return _select_after_describing(standing)
 
 
 def _ask_for_captions(standing: FolderStanding) -> NextStep:
@@ -119,7 +119,7 @@ def _ask_for_captions(standing: FolderStanding) -> NextStep:
     )
 
 
-def _choose_after_describing(standing: FolderStanding) -> NextStep:
+def _select_after_describing(standing: FolderStanding) -> NextStep:
     """Return the next step of a folder whose files say what the form holds."""
     job, download, checking = standing.job, standing.download, standing.checking
     if job is not None and (
@@ -149,13 +149,13 @@ def _choose_after_describing(standing: FolderStanding) -> NextStep:
             done=standing.done,
         )
     if standing.to_load:
-        licences = counted(standing.num_licences, "licence", "%(n)s licences")
-        word = say("Get the model (%(size)s, %(licences)s)", size=standing.to_load, licences=licences)
+        licenses = counted(standing.num_licences, "licence", "%(n)s licences")
+        word = say("Get the model (%(size)s, %(licences)s)", size=standing.to_load, licences=licenses)
         return NextStep(LOAD, word, done=standing.done)
     if checking is not None and checking.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=standing.done)
     if standing.is_checked or standing.loads_at_start:
         return NextStep(START, say("Start"), done=standing.done)
-    has_faults = checking is not None and checking.code not in (0, None) and not standing.is_check_old
-    missing = [say("what the check has found")] if has_faults else []
+    has_errors = checking is not None and checking.code not in (0, None) and not standing.is_check_old
+    missing = [say("what the check has found")] if has_errors else []
     return NextStep(CHECK, say("Check"), missing=missing, done=standing.done)

@@ -12,7 +12,7 @@ from modules.text_files import read_text, real_path
 from project.options import MODELS
 
 LOCAL = "localhost"
-USUAL_PORT = 8765
+DEFAULT_PORT = 8765
 PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
 READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
 SHORTEST = 16  # characters of a token
@@ -33,8 +33,8 @@ class BrowserOptions(Options, title="browser"):
         metavar="FOLDER",
     )
     port: int | None = option(
-        f"port to listen at; 0: any that is free (default: {USUAL_PORT}, so that a bookmark holds, or any if "
-        "that is taken)",
+        f"port to listen at; 0: any that is free (default: {DEFAULT_PORT}, so that a bookmark holds, or any "
+        "if that is taken)",
         least=0,
         most=65535,
     )
@@ -139,8 +139,8 @@ class BrowserOptions(Options, title="browser"):
         if self.public_url is None:
             return None
         parts = urllib.parse.urlsplit(self.public_url)
-        usual = {"http": 80, "https": 443}[parts.scheme]
-        port = "" if parts.port in (None, usual) else f":{parts.port}"
+        default = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, default) else f":{parts.port}"
         name = parts.hostname or ""
         return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}{port}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described_folder import DATASET_FILE, TRAINING_TABLE, refuse_share
+from browser.described_folder import DATASET_FILE, TRAINING_TABLE, reject_share
 from modules.command import as_typed
 from modules.pages.language import say
 from modules.paths import expand_path
@@ -22,7 +22,7 @@ from training.features.composing import options_reaching
 CODE = ("network_module",)  # options that load code
 NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
-MOST_LINES = 100
+MAX_LINES = 100
 MOST_SHOWN = 64 << 10  # bytes of a file
 
 
@@ -51,7 +51,7 @@ def read_permissions(folder: Path) -> list[Permission]:
         *_list_commands(tables),
     ]
     found.sort(key=lambda permission: not permission.is_unusual)
-    hidden = found[MOST_LINES:]
+    hidden = found[MAX_LINES:]
     if not hidden:
         return found
     num_unusual = sum(permission.is_unusual for permission in hidden)
@@ -60,7 +60,7 @@ def read_permissions(folder: Path) -> list[Permission]:
         n=f"{len(hidden):,}",
         num_unusual=f"{num_unusual:,}",
     )
-    return [*found[:MOST_LINES], Permission(text, is_unusual=num_unusual > 0)]
+    return [*found[:MAX_LINES], Permission(text, is_unusual=num_unusual > 0)]
 
 
 def read_shown_text(path: Path) -> str:
@@ -77,7 +77,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _describe_place(folder: Path, option: str, text: str) -> Permission:
     try:
-        refuse_share(text, folder)
+        reject_share(text, folder)
         place = real_path(expand_path(text, folder))
     except ValueError as error:
         return Permission(f"--{option} {text}: {error}", is_unusual=True)
@@ -120,12 +120,12 @@ def _as_list(value: object) -> list[Any]:
 
 def _list_sending(tables: Mapping[str, Any]) -> Iterator[Permission]:
     values = _table(tables, TRAINING_TABLE)
-    for option, facts in options_reaching("sends", "configures").items():
+    for option, info in options_reaching("sends", "configures").items():
         value = values.get(option)
         if value:
-            stays = value in facts.get("stays", ())
+            stays = value in info.get("stays", ())
             note = "" if stays else say("`run` refuses it unless --%(option)s is typed", option=option)
-            yield Permission(facts["permission"].format(value), note=note, is_unusual=not stays)
+            yield Permission(info["permission"].format(value), note=note, is_unusual=not stays)
 
 
 def _list_code(tables: Mapping[str, Any]) -> Iterator[Permission]:

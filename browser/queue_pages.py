@@ -38,7 +38,7 @@ from training.reports.present_files import present_commands
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
-MOST_ADDED = 40  # jobs, at once
+MAX_ADDED = 40  # jobs, at once
 CHECK_SECONDS = 30.0  # for the options of all of them
 
 
@@ -91,13 +91,13 @@ def read_jobs(
     lines = [line for line in entries if line and not line.startswith("#")]
     if not lines:
         raise OptionError(say("Type a command first, such as: %(example)s", example=EXAMPLE[0]))
-    if len(lines) > MOST_ADDED:
+    if len(lines) > MAX_ADDED:
         raise OptionError(
             say(
                 "%(n)s jobs are more than the %(most_added)s that are taken at once, as each is "
                 "checked by its script. Add them in parts, or write them into %(queue)s",
                 n=f"{len(lines):,}",
-                most_added=MOST_ADDED,
+                most_added=MAX_ADDED,
                 queue=QUEUE,
             )
         )

@@ -22,7 +22,7 @@ from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
-from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
+from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.pages.language import say
@@ -32,8 +32,8 @@ from project.fitting import find_memory
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
-MOST_STRENGTH = 1000  # of a LoRA, as training has it
-MOST_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
+MAX_STRENGTH = 1000  # of a LoRA, as training has it
+MAX_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
 # by name of the field: the options that it may set, of which the first that the script has counts. In the
 # order in which a command shows them
 FIELDS: Mapping[str, Sequence[str]] = {
@@ -197,16 +197,16 @@ class ModelRecipe:
 
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the least and the most of a field that holds a number."""
-        least = 0 if name == "guidance" and self.embeds_guidance else -MOST_SCALE
+        least = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MOST_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
-            **dict.fromkeys(SIDES, (1, MOST_SIDE)),
-            "steps": (1, MOST_STEPS),
+            **dict.fromkeys(SIDES, (1, MAX_SIDE)),
+            "steps": (1, MAX_STEPS),
             "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
             "layers": (1, MOST_FRAMES),
-            "guidance": (least, MOST_SCALE),
-            "cfg": (-MOST_SCALE, MOST_SCALE),
-            "high_cfg": (-MOST_SCALE, MOST_SCALE),
+            "guidance": (least, MAX_SCALE),
+            "cfg": (-MAX_SCALE, MAX_SCALE),
+            "high_cfg": (-MAX_SCALE, MAX_SCALE),
             "share": (0, 1),
         }
         return limits.get(name, (-math.inf, math.inf))
@@ -422,37 +422,37 @@ def _make_recipe(
     fixed = [option for option in typed if option.is_fixed]
     examples = [option.field for option in typed if option.has_example and not option.is_size]
     by_key = {option.key: option.words for option in typed}
-    usual = _list_usual_texts(typed, defaults)
+    default = _list_default_texts(typed, defaults)
     return ModelRecipe(
         title=title,
         family=family,
         fixed={option.flag: option.words for option in fixed},
-        usual=usual,
+        usual=default,
         folder=folder,
         missing=[*missing, *(option.flag for option in fixed if option.has_example)],
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
         needed=[name for name in examples if name in PICTURES],
-        paths=[path for name in PICTURES for path in usual.get(name, "").splitlines()],
+        paths=[path for name in PICTURES for path in default.get(name, "").splitlines()],
         of_files=of_files,
     )
 
 
-def _list_usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
+def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
     """Return the texts that the fields of the form begin with, by name.
 
     They come from the options of a command; width and height, if it has none, from the script's defaults.
     """
     height, width = (str(side) for side in defaults.size)
-    usual = {"height": height, "width": width}
+    default = {"height": height, "width": width}
     for option in typed:
         if option.is_size:
-            usual |= {"height": option.words[0], "width": option.words[1]}
+            default |= {"height": option.words[0], "width": option.words[1]}
         elif option.field is not None:
             separator = "\n" if option.field == "references" else " "
-            usual[option.field] = separator.join(option.words)
+            default[option.field] = separator.join(option.words)
         elif option.key == "prompt":
-            usual["prompt"] = " ".join(option.words)
-    return usual
+            default["prompt"] = " ".join(option.words)
+    return default
 
 
 def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
@@ -485,14 +485,14 @@ class RenderRequest:
                 raise OptionError(
                     say("%(label)s: leave out %(character)s.", label=self._label(name), character=character)
                 )
-            if len(text) > MOST_OF_TEXT:
+            if len(text) > MAX_OF_TEXT:
                 raise OptionError(
                     say(
                         "%(label)s has %(n)s characters: %(most_of_text)s are the most, and models read "
                         "far fewer.",
                         label=self._label(name),
                         n=f"{len(text):,}",
-                        most_of_text=f"{MOST_OF_TEXT:,}",
+                        most_of_text=f"{MAX_OF_TEXT:,}",
                     )
                 )
         self._check_recipe()
@@ -504,7 +504,7 @@ class RenderRequest:
         if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
             raise OptionError(say("Width and Height: give both, or neither for the model's usual size."))
         for name in PICTURES:
-            self._check_pictures(name)
+            self._check_images(name)
 
     def _check_recipe(self) -> None:
         """Raise OptionError if the model, or a picture that it needs, is not there."""
@@ -528,7 +528,7 @@ class RenderRequest:
                     say("%(label)s: this model needs one. Drop it on the field.", label=self._label(name))
                 )
 
-    def _check_pictures(self, name: str) -> None:
+    def _check_images(self, name: str) -> None:
         """Raise OptionError if a file that a field names is not there."""
         if name not in self.recipe.fields:
             return
@@ -548,7 +548,7 @@ class RenderRequest:
     def _check_lora(self, lora: UsedLora) -> None:
         name = Path(lora.path).name
         try:
-            is_number = abs(float(lora.strength)) <= MOST_STRENGTH
+            is_number = abs(float(lora.strength)) <= MAX_STRENGTH
         except ValueError:
             is_number = False
         if not is_number:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from browser.jobs import WAITING, refuse_link
+from browser.jobs import WAITING, reject_link
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
@@ -24,9 +24,9 @@ from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
 CANCELS = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
-MOST_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
-MOST_WAITING = 200
-MOST_ENDED = 300  # older ones are forgotten; their results stay
+MAX_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
+MAX_WAITING = 200
+MAX_ENDED = 300  # older ones are forgotten; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
 # what a generation says it does (generation/making.py), and what is noted here
@@ -143,12 +143,12 @@ class RenderQueue:
         with self._change():
             jobs = self.list_all()
             waiting = sum(job.state == WAITING for job in jobs)
-            if waiting + len(new_jobs) > MOST_WAITING:
+            if waiting + len(new_jobs) > MAX_WAITING:
                 raise OptionError(
                     say(
                         "%(waiting)s are waiting: %(most_waiting)s are the most",
                         waiting=waiting,
-                        most_waiting=MOST_WAITING,
+                        most_waiting=MAX_WAITING,
                     )
                 )
             numbers: list[int] = []
@@ -166,7 +166,7 @@ class RenderQueue:
 
     def _forget(self, jobs: Sequence[RenderJob]) -> None:
         ended = [job.id for job in jobs if job.state not in (WAITING, RUNNING)]
-        for number in ended[:-MOST_ENDED]:
+        for number in ended[:-MAX_ENDED]:
             self._path(number).unlink(missing_ok=True)
 
     def change(self, number: int, states: Sequence[str], **values: Any) -> RenderJob:
@@ -210,7 +210,7 @@ class RenderQueue:
     def _change(self) -> Iterator[None]:
         with self._lock, explain_errors(self.folder / "1.json"):
             for folder in (self.folder.parent, self.folder):
-                refuse_link(folder)
+                reject_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 yield
@@ -223,8 +223,8 @@ class RenderQueue:
 
     def _write(self, job: RenderJob) -> None:
         text = json.dumps({name: getattr(job, name) for name in KINDS})
-        if len(text) > MOST_OF_RENDER_JOB:  # it would not be read again
-            raise OptionError(f"a request of {len(text):,} bytes: {MOST_OF_RENDER_JOB:,} are the most")
+        if len(text) > MAX_OF_RENDER_JOB:  # it would not be read again
+            raise OptionError(f"a request of {len(text):,} bytes: {MAX_OF_RENDER_JOB:,} are the most")
         write_text(self._path(job.id), text)
 
     def _read_entry(self, number: int, path: Path) -> RenderJob | None:
@@ -235,7 +235,7 @@ class RenderQueue:
             if number in self._read and self._read[number][0] == mark:
                 stored = self._read[number][1]
                 return RenderJob(**{name: getattr(stored, name) for name in KINDS})
-            row = {**LATER, **parse_json(read_text(path, MOST_OF_RENDER_JOB))}
+            row = {**LATER, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
             for name, kind in KINDS.items():
                 if not isinstance(row[name], kind):
                     raise TypeError(f"{name} is {row[name]!r}")

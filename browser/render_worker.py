@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
-from browser.jobs import WAITING, Job, JobQueue, refuse_link
+from browser.jobs import WAITING, Job, JobQueue, reject_link
 from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from browser.sessions import find_session, limit_session
@@ -49,11 +49,11 @@ WRITTEN_EVERY = 1.0  # the steps of a render job, for other servers
 RETRIED_EVERY = 2.0  # after an error, or while another server makes the render jobs
 PATIENCE = 20.0  # seconds for a process to end by itself
 PATIENCE_AT_END = 5.0  # the same, when the server ends
-MOST_OF_SESSION = 1000  # bytes
+MAX_OF_SESSION = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
-MOST_OF_LINE = 500
-MOST_OF_WARNINGS = 4000  # characters that are kept of a render job
+MAX_OF_LINE = 500
+MAX_OF_WARNINGS = 4000  # characters that are kept of a render job
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = say("the page Generate")
@@ -410,17 +410,17 @@ class RenderWorker:
     def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
         """Note an answer that comes while a render job is made."""
         event = answer.get("event")
-        is_cancelled = self._cancels > 0
+        is_canceled = self._cancels > 0
         if event == "begun":
             render_job.steps = int(answer["steps"])
-        elif event == "phase" and not is_cancelled:
+        elif event == "phase" and not is_canceled:
             render_job.doing = str(answer["what"])
-        elif event == "warned" and len(render_job.warnings) < MOST_OF_WARNINGS:
+        elif event == "warned" and len(render_job.warnings) < MAX_OF_WARNINGS:
             render_job.warnings = f"{render_job.warnings}\n{answer['text']}".strip()
         elif event == "step":
             render_job.done = int(answer["done"])
             render_job.steps = int(answer.get("steps", render_job.steps))
-            if not is_cancelled:
+            if not is_canceled:
                 render_job.doing = MAKING
         elif event == "made":
             render_job.file = str(answer["file"])
@@ -507,7 +507,7 @@ class RenderWorker:
             raise OptionError(f"{folder}: the folder of this command is gone")
         _, program = self.find_program(render_job.session, folder)
         limits = limit_session(Path(render_job.save_path), self.folder, self.queue.folder.parent)
-        refuse_link(self.folder)
+        reject_link(self.folder)
         (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
         variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
@@ -577,7 +577,7 @@ class RenderWorker:
     def _read_session(self) -> dict[str, dict[str, Any]]:
         """Return the process with a model and the server that it belongs to; empty if there is none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            row = parse_json(read_text(self.folder / SESSION, MOST_OF_SESSION))
+            row = parse_json(read_text(self.folder / SESSION, MAX_OF_SESSION))
             return {"server": dict(row["server"]), "process": dict(row["process"])}
         return {}
 
@@ -597,7 +597,7 @@ class RenderWorker:
     def _read_last_lines(self) -> str:
         """Return the last lines that the process has logged."""
         lines = [line for line in self._read_log().split("\n") if line.strip()]
-        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MOST_OF_LINE)
+        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
     def last_words(self) -> str:
         """Return the message of the error that the process has logged, else that it said nothing."""

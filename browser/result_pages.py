@@ -60,14 +60,14 @@ from project.options import MODELS
 
 PART = 24  # results that are shown at once: full rows of one, two, three and four
 READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
-MOST_READ = 50_000  # results whose settings are in memory
+MAX_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
 LOAD = "upscaler"  # kind of a background job
 FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
-MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
+MAX_OF_PROMPTS = 1 << 20  # bytes of a prompt file
 SHORT = 160  # characters of a prompt in the list
 
 
@@ -103,7 +103,7 @@ class SettingsCache:
             read = ReadSettings(None, str(error))
         with self._lock:
             self._read[result.path] = ((result.changed, result.size_bytes), read)
-            while len(self._read) > MOST_READ:
+            while len(self._read) > MAX_READ:
                 self._read.popitem(last=False)
         return read
 
@@ -698,7 +698,7 @@ class ResultPages:
     def list_prompt_files(self, family: str) -> list[Path]:
         """Return the prompt files of described folders that train a family."""
         files = []
-        families = {family, *_list_catalogue_families(family)}
+        families = {family, *_list_catalog_families(family)}
         for folder in list_media_folders(self.site.runs):
             if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
                 continue
@@ -779,7 +779,7 @@ def _free_path(path: Path, added: str) -> Path:
     return next(free for free in paths if not os.path.lexists(free))
 
 
-def _list_catalogue_families(family: str) -> set[str]:
+def _list_catalog_families(family: str) -> set[str]:
     """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
     script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
@@ -787,7 +787,7 @@ def _list_catalogue_families(family: str) -> set[str]:
 
 def _read_or_nothing(path: Path) -> bytes | None:
     try:
-        return read_content(path, MOST_OF_PROMPTS)
+        return read_content(path, MAX_OF_PROMPTS)
     except FileNotFoundError:
         return None
 

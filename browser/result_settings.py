@@ -32,15 +32,15 @@ from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.media.reading import TOOL_TAG, read_tags
-from modules.options import facts_of
+from modules.options import info_of
 from modules.pages.language import join, say
 from modules.parser import add_options
 
 PREFIX = "bt_"
 NOT_SET = "N/A"
-MOST_KEPT = 4000  # characters of a text that a list keeps
+MAX_KEPT = 4000  # characters of a text that a list keeps
 MOST_TAGS = 400  # of a file that are looked at
-MOST_TYPED = 1 << 16  # characters of all texts of a render job
+MAX_TYPED = 1 << 16  # characters of all texts of a render job
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 # tags that say nothing of how pixels are made, or that are read elsewhere
@@ -150,7 +150,7 @@ class ResultSettings:
 
     def shortened(self) -> "ResultSettings":
         """Return the same with texts that a list can keep of thousands of files."""
-        values = {name: shorten(text, MOST_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
+        values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
 
@@ -230,20 +230,20 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
     record = entry.options_record("Generation")
     parser = generation_parser(None, defaults)
     add_options(parser, record)
-    facts = facts_of(GenerationOptions) | facts_of(record)
+    info = info_of(GenerationOptions) | info_of(record)
     refused = set(defaults.declared()["refused"])
     options = {}
     for action in parser._actions:
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
         if flags and action.dest not in refused:
-            option_facts = facts.get(action.dest, {})
-            kind = option_facts.get("record")
-            reaches_out = "reach" in option_facts  # it writes somewhere, or imports something
+            option_info = info.get(action.dest, {})
+            kind = option_info.get("record")
+            reaches_out = "reach" in option_info  # it writes somewhere, or imports something
             options[action.dest] = KnownOption(
                 flags=flags,
                 num_words=action.nargs,
                 default=action.default,
-                is_recorded=action.dest in facts and kind not in ("request", "nothing") and not reaches_out,
+                is_recorded=action.dest in info and kind not in ("request", "nothing") and not reaches_out,
             )
     return options
 
@@ -263,13 +263,13 @@ def remake(
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
     """
-    if sum(map(len, settings.values.values())) > MOST_TYPED:
+    if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long to be typed again."))
     fixed = _fix_options(settings, recipe)
     line = _read_line(settings, recipe, seed, find_media)
     loras = []
     for lora in settings.loras:
-        _refuse_options(STRENGTHS, [lora.strength])
+        _reject_options(STRENGTHS, [lora.strength])
         path = find_lora(lora.name, recipe)
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
@@ -348,11 +348,11 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
                 error=error,
             )
         ) from None
-    _refuse_options(flag, typed)
+    _reject_options(flag, typed)
     fixed[flag] = typed
 
 
-def _refuse_options(flag: str, words: Sequence[str]) -> None:
+def _reject_options(flag: str, words: Sequence[str]) -> None:
     """Raise OptionError if a word of a file, behind a flag, would be read as an option of its own."""
     for word in words:
         if OPTION.match(word):
@@ -416,8 +416,8 @@ def _read_line(
             continue
         option = options.get(key)
         flags = [] if option is None else option.flags
-        is_usual = option is not None and _is_equal([str(option.default)], text)
-        if is_usual and not any(flag in recipe.fixed for flag in flags) and key not in SIZES:
+        is_default = option is not None and _is_equal([str(option.default)], text)
+        if is_default and not any(flag in recipe.fixed for flag in flags) and key not in SIZES:
             continue
         if key in MEDIA or line_option.read is read_path:
             paths = [find_media(part) for part in text.split("\n")]
@@ -429,7 +429,7 @@ def _read_line(
 
 
 # letters of a sample's line by the names of metadata, in the order in which `new` writes them
-SAMPLE_LETTERS = {
+SAMPLE_CHARACTERS = {
     "width": "w",
     "height": "h",
     "video_length": "f",
@@ -443,10 +443,10 @@ SAMPLE_LETTERS = {
 def format_sample_line(settings: ResultSettings) -> str:
     """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
-    letters = dict(SAMPLE_LETTERS)
+    characters = dict(SAMPLE_CHARACTERS)
     values = {}
-    for name, letter in letters.items():
-        values[letter] = " ".join(settings.get(name).split())
+    for name, character in characters.items():
+        values[character] = " ".join(settings.get(name).split())
     guidance = settings.get("guidance_scale")
     embedded_guidance = settings.get("embedded_cfg_scale")
     if embedded_guidance:
@@ -458,9 +458,9 @@ def format_sample_line(settings: ResultSettings) -> str:
     if values["f"] == "1":
         values["f"] = ""
     parts = [prompt]
-    for letter in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
-        if values[letter]:
-            parts.append(f"--{letter} {values[letter]}")
+    for character in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):
+        if values[character]:
+            parts.append(f"--{character} {values[character]}")
     if " --" in f" {prompt}" or " --" in f" {values['n']}":
         raise OptionError(say("Its text has two dashes behind a blank, which a line takes for an option."))
     if prompt.startswith("#") or not prompt:

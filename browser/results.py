@@ -21,8 +21,8 @@ from modules.run_limits import QUEUE_FOLDER
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
-MOST_FOLDERS = 50_000  # that are looked into
-MOST_RESULTS = 20_000  # the newest
+MAX_FOLDERS = 50_000  # that are looked into
+MAX_RESULTS = 20_000  # the newest
 # folders that are not looked into
 CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
 LARGER = "_larger"  # behind the name of what was enlarged
@@ -84,7 +84,7 @@ class ResultFolders:
         self._folders = folders
         if not are_equal:
             every = (result for results in contents for result in results)
-            self._newest = heapq.nsmallest(MOST_RESULTS, every, key=_order_result)
+            self._newest = heapq.nsmallest(MAX_RESULTS, every, key=_order_result)
             self._by_id = {result.id: result for result in self._newest}
             self._contents = contents
         return self._newest
@@ -104,7 +104,7 @@ class ResultFolders:
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
         """Add a folder and those below it. Links are not followed."""
-        if folder in folders or len(folders) >= MOST_FOLDERS:
+        if folder in folders or len(folders) >= MAX_FOLDERS:
             return
         try:
             changed = folder.stat().st_mtime_ns
@@ -147,7 +147,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
                 if file is not None:
                     files[entry.name] = file
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
-    results = _make_results(folder, heapq.nlargest(MOST_RESULTS, files.values()))
+    results = _make_results(folder, heapq.nlargest(MAX_RESULTS, files.values()))
     return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)
 
 

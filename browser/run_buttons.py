@@ -697,8 +697,8 @@ def measure_size(path: Path) -> int:
 
 def mark_removed(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
-    facts = [(os.fsencode(path), measure_size(path)) for path in paths]
-    return short_digest(repr(facts))
+    info = [(os.fsencode(path), measure_size(path)) for path in paths]
+    return short_digest(repr(info))
 
 
 def run_button_routes(buttons: RunButtons) -> list[Route]:

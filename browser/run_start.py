@@ -17,7 +17,7 @@ from browser.described_folder import (
     TRAINING_TABLE,
     DescribedFolder,
     read_described,
-    refuse_share,
+    reject_share,
 )
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
@@ -65,7 +65,7 @@ KILLED = (9, -9, 137)  # exit codes after SIGKILL
 UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
 SHOWN_LINES = 12  # of a log, on a page
 READ_LINES = 60  # in which the reason of an end is looked for
-MOST_OF_REASON = 600  # characters
+MAX_OF_REASON = 600  # characters
 SECOND = 1.0  # a process' birth is rounded
 
 
@@ -169,7 +169,7 @@ def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
     except ValueError as error:
         if not (folder / DATASET_FILE).is_file():
             return None
-        return FolderPlan(folder, _find_usual_history(folder), changed, problem=f"{path}: {error}")
+        return FolderPlan(folder, _find_default_history(folder), changed, problem=f"{path}: {error}")
     if OTHERS_TABLE not in tables:
         return None
     try:
@@ -177,10 +177,10 @@ def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
     except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         problem = f"{path} is not as `new` writes it ({reason})"
-        return FolderPlan(folder, _find_usual_history(folder), changed, problem=problem)
+        return FolderPlan(folder, _find_default_history(folder), changed, problem=problem)
 
 
-def _find_usual_history(folder: Path) -> Path:
+def _find_default_history(folder: Path) -> Path:
     return history_path(folder / "output", folder.name)
 
 
@@ -193,7 +193,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
-        refuse_share(text, folder)
+        reject_share(text, folder)
     return FolderPlan(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
@@ -411,7 +411,7 @@ class TrackedRuns:
         with self._only_one_starts():
             self._start(real_path(folder), words, is_read)
 
-    def refuse_while_it_runs(self, folder: Path) -> None:
+    def reject_while_it_runs(self, folder: Path) -> None:
         """Raise OptionError if a training of a folder runs: its files are not changed under it."""
         for shown in self.list_all():
             is_of_folder = shown.plan is not None and shown.plan.folder == folder
@@ -675,7 +675,7 @@ def _explain(job: Job, otherwise: str) -> str:
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")
     if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
-        return shorten_lines(message_of(lines), MOST_OF_REASON)
+        return shorten_lines(message_of(lines), MAX_OF_REASON)
     if job.state == RUNNING:  # it is about to end
         return otherwise
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
@@ -701,5 +701,5 @@ def mark_state(shown: ShownRun) -> str:
     state = shown.state
     lines = state.last_lines if state.name in BEFORE else ""
     changed = 0.0 if shown.plan is None else shown.plan.changed
-    facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
-    return short_digest(repr(facts))
+    info = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
+    return short_digest(repr(info))

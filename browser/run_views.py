@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 PLAYED = (".mp4", ".wav")  # endings of samples that play; others are pictures
-MOST_RUNS = 200  # of a list, until all are asked for
-MOST_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
-MOST_SAMPLES = (2000, 100)  # columns and rows of the grid
-MOST_POINTS = 1500  # of a curve; zooming shows more
-MOST_MESSAGES = 500
-MOST_TEXT = 4000  # characters of a value of a file's metadata
+MAX_RUNS = 200  # of a list, until all are asked for
+MAX_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
+MAX_SAMPLES = (2000, 100)  # columns and rows of the grid
+MAX_POINTS = 1500  # of a curve; zooming shows more
+MAX_MESSAGES = 500
+MAX_TEXT = 4000  # characters of a value of a file's metadata
 COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
 COMPARED = re.compile(rf"{COMPARED_FOLDER}/\d{{3,}}_\d+_[^/\\]+\.(mp4|png)")
 # what a page may load: itself, and data of its own
@@ -105,10 +105,10 @@ def list_page(
     runs = [one.summary for one in shown_runs]
     states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
-    shown = chosen if query.get("all") else chosen[:MOST_RUNS]
+    shown = chosen if query.get("all") else chosen[:MAX_RUNS]
     families = {run.title: run.model for run in runs if run.model}
     view = query.get("view")
-    is_table = view == "table" or (len(chosen) > MOST_CARDS and view != "cards")
+    is_table = view == "table" or (len(chosen) > MAX_CARDS and view != "cards")
     values = {
         "runs": label_runs(shown),
         "is_table": is_table,
@@ -130,13 +130,13 @@ def list_page(
 def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
     """Return each run with its label: the name, with the folder if several runs have that name."""
     counts = Counter(run.shown_name for run in runs)
-    labelled = []
+    labeled = []
     for run in runs:
         label = run.shown_name
         if counts[run.shown_name] > 1:
             label = say("%(name)s in %(name2)s", name=run.name, name2=run.history.parent.name)
-        labelled.append((run, label))
-    return labelled
+        labeled.append((run, label))
+    return labeled
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def run_page(
         story,
         now.shown,
         load=linked_clip,
-        most=MOST_SAMPLES,
+        most=MAX_SAMPLES,
         name=run.name,
     )
     values["commands"] = present_commands(story, run.history.parent, run.name)
@@ -231,7 +231,7 @@ def run_page(
         "cd": format_cd(run.working_folder),
         "cd_powershell": format_cd(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
-        "messages": story.messages[-MOST_MESSAGES:],
+        "messages": story.messages[-MAX_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
 
@@ -262,8 +262,8 @@ def _read_shape(path: Path, changed: int) -> str:
 
 def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
     """Return the id and label of each run except one."""
-    labelled = label_runs(runs.list_all())
-    return [(candidate.id, label) for candidate, label in labelled if candidate.id != run.id]
+    labeled = label_runs(runs.list_all())
+    return [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
 
 
 def mark_page(story: Story, now: LiveStanding) -> str:
@@ -297,7 +297,7 @@ def collect_news(
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), most=MOST_POINTS)
+        charts = list_charts(_narrow(story, low, high), most=MAX_POINTS)
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news
@@ -356,7 +356,7 @@ class FileNotes:
             texts = {}
         rows = {"SHA-256": digest}
         for name, text in sorted(texts.items()):
-            rows[name] = escape_control_codes(shorten(text, MOST_TEXT))
+            rows[name] = escape_control_codes(shorten(text, MAX_TEXT))
         template = Markup("<tr><td>{}</td><td>{}</td></tr>")
         lines = [template.format(name, text) for name, text in rows.items()]
         return Markup("<table>{}</table>").format(Markup("").join(lines))

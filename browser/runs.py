@@ -246,12 +246,12 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size <= WHOLE:  # since `status` it may have been emptied
-            return _summarise(path, status, file.read())
+            return _summarize(path, status, file.read())
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _summarise(path, status, content)
+            return _summarize(path, status, content)
 
 
-def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
+def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
     """Return the facts of a run from the content of its history."""
     tail = content[-TAIL:]
     end = tail[-LAST:]
@@ -471,7 +471,7 @@ class Runs:
             shown = self._open.pop(run.history, None) or OpenHistory(run.history)
             shown.refresh()
             self._open[run.history] = shown  # the newest last
-            for path in [*self._open][:-MOST_OPEN]:
+            for path in [*self._open][:-MAX_OPEN]:
                 del self._open[path]
             return shown
 
@@ -509,7 +509,7 @@ class Runs:
         return any(real.is_relative_to(top) for top in self.tops)
 
 
-MOST_OPEN = 8  # histories in memory
+MAX_OPEN = 8  # histories in memory
 
 
 def _list_folder(folder: Path, changed: int) -> ListedFolder:

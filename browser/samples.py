@@ -20,11 +20,11 @@ from browser.draft_changes import (
     plan_change,
     read_draft_file,
     read_keys,
-    require_whole,
+    require_full,
     save_change,
 )
 from browser.folders import is_written
-from browser.new_form import MOST_STEPS, find_model, parse_whole
+from browser.new_form import MAX_STEPS, find_model, parse_full
 from browser.recipes import is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.site import Site
@@ -35,12 +35,12 @@ from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
 from modules.pages.language import say
-from project.fitting import needs_picture
+from project.fitting import needs_image
 from project.options import RUN_FILE
 
-FEWEST_ROWS = 3
-MOST_ROWS = 100
-MOST_PICTURES = 2000
+MIN_ROWS = 3
+MAX_ROWS = 100
+MAX_IMAGES = 2000
 DEEPEST = 3  # folders below the described one that pictures are looked for in
 EVERY = "sample_every_n_steps"  # keys of run.toml
 EVERY_EPOCHS = "sample_every_n_epochs"
@@ -58,9 +58,9 @@ FIELDS = {
     "start": ("image_path", "i"),
     "source": ("control_image_path", "ci"),
 }
-USUAL = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-WHOLE = tuple(USUAL)  # fields of whole numbers above 0
-MOST_NUMBER = 1_000_000
+DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
+WHOLE = tuple(DEFAULT)  # fields of whole numbers above 0
+MAX_NUMBER = 1_000_000
 SCALES = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
 PICTURES = ("start", "source")
@@ -121,19 +121,19 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     split = _split(line)
     parts = split.options
     for name, text in changes.items():
-        key, letters = FIELDS[name]
+        key, characters = FIELDS[name]
         places = [index for index, part in enumerate(parts) if _find_key(part) == key]
         if text and places:
             word = parts[places[-1]].partition(" ")[0]
             parts[places[-1]] = f"{word} {text}"
         elif text:
-            parts.append(f"{letters} {text}")
+            parts.append(f"{characters} {text}")
         else:
             parts = [part for index, part in enumerate(parts) if index not in places]
     return " --".join([split.prompt if prompt is None else prompt, *parts])
 
 
-def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> str:
+def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
     """Return prompts.txt with what was typed into its rows.
 
     An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
@@ -142,7 +142,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
     lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
     added = []
     for edit in _read_edits(text, fields):
-        _check_edit(edit, check_picture)
+        _check_edit(edit, check_image)
         if edit.row.line is None:
             if edit.prompt:
                 added.append(edit_line(edit.prompt, None, edit.changes))
@@ -179,7 +179,7 @@ def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
     """Return the edits of each row that a form has. text: of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
-    for number in range(1, MOST_ROWS + 1):
+    for number in range(1, MAX_ROWS + 1):
         if f"row {number}" in fields:
             row = rows.get(fields.get(f"line {number}", ""), PromptRow(None, "", {}))
             prompt = fields.get(f"prompt {number}", "").replace("\n", " ").strip()
@@ -197,7 +197,7 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
     return changes
 
 
-def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
+def _check_edit(edit: _RowEdit, check_image: Any) -> None:
     """Raise OptionError for a row that no line can be made of."""
     title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
@@ -207,14 +207,14 @@ def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
     if edit.changes and not edit.prompt and edit.row.line is None:
         raise OptionError(say("%(title)s: write its prompt.", title=title))
     for name, text in edit.changes.items():
-        if name in WHOLE and text and parse_whole(text, MOST_NUMBER) is None:
+        if name in WHOLE and text and parse_full(text, MAX_NUMBER) is None:
             raise OptionError(
                 say(
                     "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
                     title=title,
                     name=name,
                     text=shorten(text, 40),
-                    usual=USUAL[name],
+                    usual=DEFAULT[name],
                 )
             )
         if name in SCALES and text and not NUMBER.fullmatch(text):
@@ -231,7 +231,7 @@ def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
                 say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
             )
         if name in PICTURES and text:
-            check_picture(text)
+            check_image(text)
 
 
 def edit_times(text: str, fields: Mapping[str, str]) -> str:
@@ -240,7 +240,7 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     changes: dict[str, Any] = {}
     every = fields.get("every", "").strip()
     if every != str(keys.get(EVERY, "")):
-        number = parse_whole(every, MOST_STEPS)
+        number = parse_full(every, MAX_STEPS)
         if every and number is None:
             raise OptionError(
                 say(
@@ -299,20 +299,20 @@ class SamplePages:
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
         rows = read_rows(prompts.text)
-        count = min(max(FEWEST_ROWS, len(rows), num_rows), MOST_ROWS)
-        rows = rows[:MOST_ROWS]
+        count = min(max(MIN_ROWS, len(rows), num_rows), MAX_ROWS)
+        rows = rows[:MAX_ROWS]
         blank = PromptRow(None, "", {})
         model = find_model(described.family, described.task)
-        pictures = choose_picture_fields(model, rows)
+        images = select_image_fields(model, rows)
         keys = read_keys(run.text)
         return {
             "prompts": prompts,
             "run": run,
             "rows": [*rows, *[blank] * (count - len(rows))],
             "next_count": count + 1,
-            "number_fields": choose_number_fields(model, rows),
-            "picture_fields": pictures,
-            "pictures": list_pictures(folder) if pictures else [],
+            "number_fields": select_number_fields(model, rows),
+            "picture_fields": images,
+            "pictures": list_pictures(folder) if images else [],
             "every": str(keys.get(EVERY, "")),
             "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
             "at_first": bool(keys.get(AT_FIRST)),
@@ -324,11 +324,11 @@ class SamplePages:
         if what not in ("look", "save"):
             return answer_unknown()
         try:
-            require_whole(fields)
+            require_full(fields)
             prompts, run = self.read_drafts(folder)
             if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
                 raise ChangedMeanwhileError
-            prompts_after = edit_prompts(prompts.text, fields, lambda text: self.check_picture(folder, text))
+            prompts_after = edit_prompts(prompts.text, fields, lambda text: self.check_image(folder, text))
             texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
             change = plan_change(self.site, "samples", texts, run)
             if what == "save":
@@ -341,17 +341,17 @@ class SamplePages:
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
         return self.answer(folder, change, num_rows, is_refused)
 
-    def check_picture(self, folder: Path, text: str) -> None:
+    def check_image(self, folder: Path, text: str) -> None:
         """Raise OptionError if a path, relative to a folder, names no picture below the roots."""
         path = folder / text
-        is_picture = Path(text).suffix.lower() in IMAGE_SUFFIXES
-        if "\0" in text or not is_picture or not self.site.runs.is_inside(path):
+        is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
+        if "\0" in text or not is_image or not self.site.runs.is_inside(path):
             raise OptionError(
                 say("%(text)s: there is no such picture in %(folder)s", text=text, folder=folder)
             )
 
 
-def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+def select_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
     """Return the fields for numbers that the model, or a line, has a use for."""
     fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
     if model is None:
@@ -368,12 +368,12 @@ def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> l
     return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
 
 
-def choose_picture_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+def select_image_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
     """Return the fields for pictures that the model, or a line, has a use for."""
     fields = {name for row in rows for name in PICTURES if name in row.texts}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
-    if model is not None and needs_picture(model):
+    if model is not None and needs_image(model):
         fields.add("source")
     return [name for name in PICTURES if name in fields]
 
@@ -397,9 +397,9 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 def list_pictures(folder: Path) -> list[str]:
     """Return the pictures of a folder and of those below it, relative to it; at most MOST_PICTURES."""
-    pictures: list[str] = []
+    images: list[str] = []
     waiting = [(folder, 0)]
-    while waiting and len(pictures) < MOST_PICTURES:
+    while waiting and len(images) < MAX_IMAGES:
         place, depth = waiting.pop(0)
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
@@ -410,5 +410,5 @@ def list_pictures(folder: Path) -> list[str]:
                 if depth < DEEPEST and not is_written(entry.name):
                     waiting.append((place / entry.name, depth + 1))
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
-                pictures.append((place / entry.name).relative_to(folder).as_posix())
-    return pictures[:MOST_PICTURES]
+                images.append((place / entry.name).relative_to(folder).as_posix())
+    return images[:MAX_IMAGES]

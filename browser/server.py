@@ -26,11 +26,11 @@ from browser.dataset_pages import dataset_routes
 from browser.draft_changes import folder_routes
 from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
-from browser.inputs import MOST_BYTES as MOST_OF_INPUT
+from browser.inputs import MOST_BYTES as MAX_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.mask_making import mask_making_routes
-from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN, mask_routes
+from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN, mask_routes
 from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -117,11 +117,11 @@ TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what
 MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
 LARGEST_BODIES = {
-    "/generate/file": MOST_OF_INPUT,
-    "/generate/settings": MOST_OF_INPUT,
-    uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
+    "/generate/file": MAX_OF_INPUT,
+    "/generate/settings": MAX_OF_INPUT,
+    uploads.ADDRESS: uploads.DEFAULT_LIMITS.file_bytes,
     upload_parts.ADDRESS: upload_parts.PIECE_BYTES,
-    DRAWN_ADDRESS: MOST_OF_DRAWN,
+    DRAWN_ADDRESS: MAX_OF_DRAWN,
 }
 
 
@@ -152,14 +152,14 @@ class Gate:
         root = access.root if access is not None and is_below else ""
         is_begun = False
         received = 0  # bytes
-        most_bytes = LARGEST_BODIES.get(request.url.path, MOST_BYTES)
+        max_bytes = LARGEST_BODIES.get(request.url.path, MOST_BYTES)
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > most_bytes:
-                raise HTTPException(413, f"A request has at most {most_bytes:,} bytes.")
+            if received > max_bytes:
+                raise HTTPException(413, f"A request has at most {max_bytes:,} bytes.")
             return message
 
         async def send_guarded(message: Message) -> None:
@@ -173,8 +173,8 @@ class Gate:
 
         try:
             with speaking(choose_language(request)), serving_below(root):
-                refusal = self._find_refusal(request, access, is_below)
-                await (refusal or self.app)(scope, receive_bounded, send_guarded)
+                rejection = self._find_rejection(request, access, is_below)
+                await (rejection or self.app)(scope, receive_bounded, send_guarded)
         except Exception as error:  # whatever a damaged file leads to ends one request, in silence
             logger.debug("%s", request.url.path, exc_info=error)
             if not is_begun:
@@ -182,15 +182,15 @@ class Gate:
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return the headers of a response, with the usual ones that it does not set itself."""
-        usual = [(b"cache-control", b"no-cache")]
-        usual += [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        default = [(b"cache-control", b"no-cache")]
+        default += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         names = {name for name, _ in headers}
         if any(name == b"content-type" and value.startswith(TRANSLATED) for name, value in headers):
-            usual += language_headers()
-        complete = [*headers, *((name, value) for name, value in usual if name not in names)]
+            default += language_headers()
+        complete = [*headers, *((name, value) for name, value in default if name not in names)]
         return [(name, add_root_to_header(name, value)) for name, value in complete]
 
-    def _find_refusal(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
+    def _find_rejection(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
         """Return the response that refuses a request; None if the request may pass.
 
         access: what browsers keep that were let in; None without a token. is_below: the request's address is

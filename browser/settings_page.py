@@ -11,7 +11,7 @@ from starlette.routing import Route
 from browser.command_lines import format_command
 from browser.jobs import QUEUE
 from browser.model_pages import open_bin
-from browser.options import USUAL_PORT
+from browser.options import DEFAULT_PORT
 from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.site import Site
@@ -21,7 +21,7 @@ from modules.option_values import option_words
 from modules.pages.language import counted, join, say
 from project.options import MODELS
 
-MOST_ENTRIES = 200  # of the bin, that are listed
+MAX_ENTRIES = 200  # of the bin, that are listed
 WORKERS = {
     "here": say("this page's server runs its jobs"),
     "elsewhere": say("another server runs its jobs"),
@@ -61,8 +61,8 @@ class SettingsPages:
             "worker_words": WORKERS.get(worker, worker),
             "command": format_command(self.command_words(worker), Path.cwd()),
             "phone_command": format_command(self.phone_words(worker), Path.cwd()),
-            "entries": entries[:MOST_ENTRIES],
-            "num_more": max(0, len(entries) - MOST_ENTRIES),
+            "entries": entries[:MAX_ENTRIES],
+            "num_more": max(0, len(entries) - MAX_ENTRIES),
             "bin_words": join(", ", (counted(len(entries), "%(n)s removal", "%(n)s removals"), size))
             if entries
             else say("empty"),
@@ -114,7 +114,7 @@ class SettingsPages:
     def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:
         """Return the command that starts this page with these settings, and with further folders."""
         settings = self.site.settings
-        port = None if settings.port in (None, USUAL_PORT) else settings.port
+        port = None if settings.port in (None, DEFAULT_PORT) else settings.port
         return self._words(settings.host, port, self._find_token_file(), worker, further)
 
     def _find_token_file(self) -> str | None:
@@ -126,7 +126,7 @@ class SettingsPages:
     def phone_words(self, worker: str) -> list[str]:
         """Return the command that starts this page for other devices too."""
         token = self._find_token_file() or str(Path("token.txt").absolute())
-        return self._words("0.0.0.0", USUAL_PORT, token, worker)
+        return self._words("0.0.0.0", DEFAULT_PORT, token, worker)
 
     def _words(
         self, host: str, port: int | None, token: str | None, worker: str, further: Sequence[Path] = ()

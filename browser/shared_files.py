@@ -20,7 +20,7 @@ from modules.pages.page import mark_folders
 from modules.text_files import read_tensor_header
 
 PIECE_BYTES = 1 << 20
-MOST_CHUNKS = 100_000  # of a picture, a clip or a sound
+MAX_CHUNKS = 100_000  # of a picture, a clip or a sound
 RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 # entries of a safetensors file that programs need to load it, or that stand on the page
 KEPT = re.compile(
@@ -120,7 +120,7 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
     if file.read(8) != PNG_START:
         return
     at = 8
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         file.seek(at)
         start = file.read(8)
         if len(start) < 8:
@@ -136,7 +136,7 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
 
 def _find_in_mp4(file: BinaryIO, size: int) -> Iterator[Blank]:
     waiting = [(0, size)]
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         if not waiting:
             return
         at, end = waiting.pop()
@@ -163,7 +163,7 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
     at = 12
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         file.seek(at)
         start = file.read(8)
         if len(start) < 8:

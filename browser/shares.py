@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.new_form import parse_whole
+from browser.new_form import parse_full
 from browser.printed_lines import translate_memory
 from browser.responses import (
     Form,
@@ -49,9 +49,9 @@ from training.reports.sections import SAMPLES
 ADDRESS = "/shared/"  # of everything that needs no token
 FILE = "page_shares.json"  # of the user
 DAY = 60 * 60 * 24  # seconds
-USUAL_DAYS, MOST_DAYS = 7, 365
-MOST_SHARES = 200
-MOST_KEPT = 300  # in the file, with those that have ended; each takes some 150 bytes of 64 KiB
+DEFAULT_DAYS, MAX_DAYS = 7, 365
+MAX_SHARES = 200
+MAX_KEPT = 300  # in the file, with those that have ended; each takes some 150 bytes of 64 KiB
 RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
 ENDED = say("This link does not hold any more: ask for a new one.")
 MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
@@ -89,7 +89,7 @@ class Shares:
     def list_all(self) -> list[ShareLink]:
         """Return the links that have not ended. A file that is damaged holds none."""
         now = time.time()
-        return [share for share in self._read() if now < share.end <= now + (MOST_DAYS + 1) * DAY]
+        return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
         """Return the link with a word."""
@@ -107,8 +107,8 @@ class Shares:
         """
         share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY, session)
         with self._change() as shares:
-            if len(self.list_all()) >= MOST_SHARES:
-                raise UserError(say("There are %(n)s links already: take some back", n=MOST_SHARES))
+            if len(self.list_all()) >= MAX_SHARES:
+                raise UserError(say("There are %(n)s links already: take some back", n=MAX_SHARES))
             shares.append(share)
         return share
 
@@ -129,7 +129,7 @@ class Shares:
             shares = self._read()
             yield shares
             shares.sort(key=lambda share: share.end)
-            write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MOST_KEPT:]]))
+            write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MAX_KEPT:]]))
 
     def _read(self) -> list[ShareLink]:
         """Return the links of the file; none if a line of it is no link."""
@@ -157,9 +157,9 @@ def _is_same(word: str, typed: str) -> bool:
 
 def read_days(form: Form) -> int:
     """Return the days that a link holds. Raises UserError if the field has no such number."""
-    days = parse_whole("".join(form.get("days", ())).strip(), MOST_DAYS)
+    days = parse_full("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
-        raise UserError(say("A link holds 1 to %(most)s days", most=MOST_DAYS))
+        raise UserError(say("A link holds 1 to %(most)s days", most=MAX_DAYS))
     return days
 
 
@@ -268,7 +268,7 @@ class SharePages:
         values: Mapping[str, Any] = {
             "id": run_id,
             "links": [(origin + share.path, share.last_day) for share in links],
-            "days": USUAL_DAYS,
+            "days": DEFAULT_DAYS,
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
             "refused": refused,

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.jobs import JobQueue, StrangeJobsError, open_queue
-from browser.options import USUAL_PORT, BrowserOptions
+from browser.options import DEFAULT_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
 from browser.site import ServerSettings
-from browser.tokens import PageToken, Ticket, choose_token
+from browser.tokens import PageToken, Ticket, select_token
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.installation import FROM_QUEUE, ROOT
@@ -27,7 +27,7 @@ from project.options import MODELS
 
 logger = logging.getLogger(__name__)
 
-USUAL_FOLDER = "Reelsmith"  # of the home folder
+DEFAULT_FOLDER = "Reelsmith"  # of the home folder
 
 
 class ServedFolders(NamedTuple):
@@ -39,7 +39,7 @@ class ServedFolders(NamedTuple):
 
 def run_browser(options: BrowserOptions) -> None:
     """Serve pages until Ctrl-C, or write the page that --export asks for. Raises UserError if that fails."""
-    places = choose_places(options, Path.cwd(), ROOT)
+    places = select_places(options, Path.cwd(), ROOT)
     runs = Runs(places.folders)
     if options.export is not None:
         from browser.run_views import export_run
@@ -47,7 +47,7 @@ def run_browser(options: BrowserOptions) -> None:
         export_run(runs, options.export)
         logger.info("wrote %s", options.export)
         return
-    token = choose_token(options)
+    token = select_token(options)
     # starlette loads here
     import uvicorn
 
@@ -114,7 +114,7 @@ def reopen_queue(queue: JobQueue) -> bool:
     return False
 
 
-def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
+def select_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
     """Return the folders of the options. In the home folder or the checkout, whose files are no runs, the
     working folder stands for HOME/Reelsmith.
 
@@ -126,11 +126,11 @@ def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> Served
     is_unnamed = options.folders == (Path(),) and options.export is None
     if not is_unnamed or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
-    usual = home / USUAL_FOLDER
-    note = "" if usual.is_dir() else ", which is made when something is written"
-    logger.info("The folder is %s%s. Type the path of another one to show that.", usual, note)
+    default = home / DEFAULT_FOLDER
+    note = "" if default.is_dir() else ", which is made when something is written"
+    logger.info("The folder is %s%s. Type the path of another one to show that.", default, note)
     is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
-    return ServedFolders((usual,), usual / MODELS if is_own else options.models)
+    return ServedFolders((default,), default / MODELS if is_own else options.models)
 
 
 def may_open_page(options: BrowserOptions) -> bool:
@@ -154,12 +154,12 @@ def open_socket(host: str, port: int | None) -> socket.socket:
     """
     if port is None:
         try:
-            return open_socket(host, USUAL_PORT)
+            return open_socket(host, DEFAULT_PORT)
         except OutputError as error:
             if not _is_taken(error.__context__):
                 raise
             logger.info(
-                "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", USUAL_PORT
+                "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", DEFAULT_PORT
             )
             port = 0
     try:

@@ -49,7 +49,7 @@ class PageToken:
     place: Path | None = None  # None: it is kept nowhere
 
 
-def choose_token(options: BrowserOptions) -> PageToken:
+def select_token(options: BrowserOptions) -> PageToken:
     """Return the word of --token, or the user's own. Raises OptionError as `BrowserOptions.read_token`."""
     if options.token is not None:
         word = options.read_token()

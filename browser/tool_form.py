@@ -8,7 +8,7 @@ from typing import Any
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.options import default_of, facts_of, hints_of, option_name, record_of
+from modules.options import default_of, hints_of, info_of, option_name, record_of
 from modules.pages.language import say
 
 NUMBER, TEXT, SWITCH = "number", "text", "switch"
@@ -58,8 +58,8 @@ class ToolForm:
             if not text or text == self.usual(field):
                 continue
             if field.kind == NUMBER:
-                is_whole = isinstance(find_default(self.record, field.name), int)
-                _check_number(field, text, facts_of(self.record)[field.name], is_whole)
+                is_full = isinstance(find_default(self.record, field.name), int)
+                _check_number(field, text, info_of(self.record)[field.name], is_full)
             if field.choices is not None and text not in field.choices:
                 raise OptionError(
                     say(
@@ -81,7 +81,7 @@ def find_default(record: type, name: str) -> Any:
     """Return the default of an option of a record, or of one in it. Raises KeyError if there is no such."""
     for field in dataclasses.fields(record):
         inner = record_of(hints_of(record)[field.name])
-        if inner is not None and name in facts_of(inner):
+        if inner is not None and name in info_of(inner):
             return find_default(inner, name)
         if inner is None and option_name(field) == name:
             return default_of(record, field)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from browser.names import short_digest
 from browser.responses import answer_json
 from browser.uploads import (
-    MOST_DIGITS,
+    MAX_DIGITS,
     FileBusyError,
     FileUploads,
     answer_taken,
@@ -116,7 +116,7 @@ class PieceUploads:
             folder=self.uploads.find_target(query.get("into", "")),
             name=query.get("name", ""),
             size=_read_number(request, "size"),
-            changed=query.get("changed", "")[:MOST_DIGITS],
+            changed=query.get("changed", "")[:MAX_DIGITS],
         )
         check_file_name(arriving.name)
         arrived = arriving.count_bytes()
@@ -168,6 +168,6 @@ class PieceUploads:
 
 def _read_number(request: Request, name: str) -> int:
     text = request.query_params.get(name, "")
-    if not (text.isascii() and text.isdecimal()) or len(text) > MOST_DIGITS:
+    if not (text.isascii() and text.isdecimal()) or len(text) > MAX_DIGITS:
         raise OptionError(say("A piece of a file comes without %(name)s", name=name))
     return int(text)

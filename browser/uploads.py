@@ -31,7 +31,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, image_suffixes
 from modules.media.remedies import remedy_of
-from modules.media.samples import track_facts
+from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.output_files import fold_name, is_windows_device
 from modules.pages.language import say
@@ -40,7 +40,7 @@ from modules.text_files import bad_character, read_content, real_path
 ADDRESS = "/new/upload"
 PICTURE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
-MOST_DIGITS = 15  # of a size
+MAX_DIGITS = 15  # of a size
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 # what a name cannot hold: separators, drives, patterns
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
@@ -56,7 +56,7 @@ class UploadLimits:
     spare_bytes: int = 1 << 30  # left free on the disk
 
 
-USUAL_LIMITS = UploadLimits()
+DEFAULT_LIMITS = UploadLimits()
 
 
 class FileBusyError(OptionError):
@@ -151,7 +151,7 @@ def check_content(path: Path, kind: str) -> None:
             first_frame(path)
         elif kind == CLIP:
             source_info(path)
-        elif track_facts(path) is None:
+        elif track_info(path) is None:
             raise MediaError(say("%(path)s has no sound", path=path))
 
 
@@ -198,7 +198,7 @@ def _has_files(folder: Path) -> bool:
 class FileUploads:
     """Take the files that a page sends."""
 
-    def __init__(self, runs: Runs, limits: UploadLimits = USUAL_LIMITS) -> None:
+    def __init__(self, runs: Runs, limits: UploadLimits = DEFAULT_LIMITS) -> None:
         self.runs = runs
         self.limits = limits
 
@@ -207,7 +207,7 @@ class FileUploads:
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
-            if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MOST_DIGITS:
+            if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MAX_DIGITS:
                 raise OptionError(
                     say("%(name)s comes without its size, so there may be no room for it", name=name)
                 )
@@ -263,7 +263,7 @@ class FileUploads:
                 )
             )
         names, size_bytes = _measure(folder)
-        refuse_existing(name, names)
+        reject_existing(name, names)
         if len(names) >= limits.files:
             raise OptionError(
                 say(
@@ -320,10 +320,10 @@ class FileUploads:
             text = str(error) or say("%(path)s cannot be read", path=path)
             raise OptionError(text.replace(str(path), path.name)) from None
         names, _ = _measure(folder)
-        refuse_existing(path.name, names)  # another page may have been faster
+        reject_existing(path.name, names)  # another page may have been faster
 
 
-def refuse_existing(name: str, names: set[str]) -> None:
+def reject_existing(name: str, names: set[str]) -> None:
     """Raise OptionError if a folder has a file of a name. names: folded ones of its files."""
     if fold_name(name) in names:
         raise OptionError(

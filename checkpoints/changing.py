@@ -86,7 +86,7 @@ class NewFile:
         return sum(info.size_bytes for info in self.tensors.values())
 
 
-def refuse_packed(checkpoint: Checkpoint) -> None:
+def reject_packed(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the file stores weights packed in another shape: these cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
@@ -102,9 +102,9 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
     stale: beginnings of metadata keys that are true of the old tensors only. Raises OptionError if a
     selection or a prefix fits no name, or two tensors would have one name; CheckpointError as
-    `refuse_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
+    `reject_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
     """
-    refuse_packed(checkpoint)
+    reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
@@ -328,8 +328,8 @@ def gather(path: Path) -> Checkpoint:
     repeated: list[str] = []
 
     def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-        have_equal_facts = first.tensors[name] == second.tensors[name]
-        is_repeated = have_equal_facts and _hash_tensor(first, name) == _hash_tensor(second, name)
+        have_equal_info = first.tensors[name] == second.tensors[name]
+        is_repeated = have_equal_info and _hash_tensor(first, name) == _hash_tensor(second, name)
         if is_repeated:
             repeated.append(name)
         return is_repeated

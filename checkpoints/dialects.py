@@ -24,7 +24,7 @@ from checkpoints.filling import (
     stored_as,
 )
 from checkpoints.kinds import kind_of
-from checkpoints.opening import Checkpoint, refuse_quantised
+from checkpoints.opening import Checkpoint, reject_quantized
 from checkpoints.stored.forms import Stored, form_of, prepare
 from contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
@@ -75,8 +75,8 @@ def load_planned(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
     if form is not None:  # embeddings and norms are not rounded; those that the file has rounded stay so
-        _refuse_other_forms(plan, staying, form)
-        stored_form = form_of(prepare(text_quantisation(form), device))
+        _reject_other_forms(plan, staying, form)
+        stored_form = form_of(prepare(text_quantization(form), device))
         stored = StoredLoading(stored_form, linear - staying, staying)
     elif staying:
         stored = StoredLoading(None, staying=staying)
@@ -97,7 +97,7 @@ def load_planned(
     return network.eval()
 
 
-def text_quantisation(form: str) -> Quantisation:
+def text_quantization(form: str) -> Quantisation:
     """Return the `Quantisation` of a text encoder. form: name of a module of `checkpoints.stored`."""
     return Quantisation("rows", float32_scales=True, form=form)
 
@@ -111,11 +111,11 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     if stored is None or (form is None and not stored.form.stays):
         if form is None:
             return math.prod(shape) * dtype.itemsize
-        stored = form_of(text_quantisation(form)).empty((shape[0], shape[1]))
+        stored = form_of(text_quantization(form)).empty((shape[0], shape[1]))
     return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
 
 
-def _refuse_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
+def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
     """Raise CheckpointError for weights that the file has in another form than the one asked for."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
@@ -241,7 +241,7 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
 
     Raises CheckpointError for a quantised file, whose tensors may have other names.
     """
-    refuse_quantised(checkpoint)
+    reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])

@@ -20,7 +20,7 @@ from checkpoints.filling import (
     stored_as,
 )
 from checkpoints.kinds import OF_OTHERS, kind_of
-from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, reject_quantized
 from checkpoints.stored.forms import StoredForm, form_of
 from checkpoints.unused import UnusedTensors
 from contract.family import DitSpec
@@ -120,7 +120,7 @@ class DitFormat(Generic[Config, Dit]):
         # first, since some have all the tensors of a network of ours
         kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
         if kind is None:
-            refuse_quantised(checkpoint)
+            reject_quantized(checkpoint)
             try:
                 return self.read_bare(checkpoint)
             except CheckpointError:
@@ -144,7 +144,7 @@ class DitFormat(Generic[Config, Dit]):
     def load(self, path: Path, placement: Placement, *settings: Any, second_file: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-        dtype: see `choose_dtype`; some layers are always kept in float32, and with
+        dtype: see `select_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
         called with the published parameter names. second_file: a file with further tensors of it. Raises
         CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
@@ -154,7 +154,7 @@ class DitFormat(Generic[Config, Dit]):
             checkpoint = opened.enter_context(self._open(path, second_file))
             header = self.read_header(checkpoint)
             what = self.describe(header)
-            target = choose_dtype(header.block_dtype, placement)
+            target = select_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)
             spec = dit.spec
@@ -189,7 +189,7 @@ class DitFormat(Generic[Config, Dit]):
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
             )
-            saved = _choose_saved_dtypes(checkpoint, sources, target, header.block_dtype)
+            saved = _select_saved_dtypes(checkpoint, sources, target, header.block_dtype)
             dit.saved_dtypes = saved  # type: ignore[assignment]
             names = dit.state_dict().keys()
             unused = {name: source for name, source in sources.items() if name not in names}
@@ -211,7 +211,7 @@ class DitFormat(Generic[Config, Dit]):
         return add(checkpoint, second)
 
 
-def _choose_saved_dtypes(
+def _select_saved_dtypes(
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
     target: torch.dtype,
@@ -238,7 +238,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
-def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
+def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
     """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else that of the file's blocks."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
@@ -263,31 +263,31 @@ def stored_layers(
 
     If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
     """
-    quantisation = placement.quantisation
-    if quantisation is None:
+    quantization = placement.quantisation
+    if quantization is None:
         staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
         if not staying:
             return None
         return StoredLoading(None, staying=_without_patched(staying, dit, checkpoint.path, placement))
-    wide = _list_wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
+    wide = _list_wide_blocks(dit, spec) if quantization.fp8_matmul else ()
 
     def narrow(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(wide))
 
-    form: StoredForm | None = form_of(quantisation)
+    form: StoredForm | None = form_of(quantization)
     linear = narrow(linear_weights(dit, spec.block_lists))
     staying = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
     if not staying:
-        exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
+        exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)
         return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
-    if have_chosen_form(quantisation, staying, sources, checkpoint):
+    if have_chosen_form(quantization, staying, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
-        logger.info(text, quantisation.asked_by, checkpoint.path, quantisation.form)
+        logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
         form = None
-    elif quantisation.kind != "cast":
+    elif quantization.kind != "cast":
         infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
         is_packed = any(info.packing is not None for info in infos)
-        raise _make_quantised_error(checkpoint.path, quantisation.asked_by, is_packed)
+        raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
     return StoredLoading(form, staying=_without_patched(staying, dit, checkpoint.path, placement))
 
 
@@ -304,7 +304,7 @@ def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     return tuple(in_order[-LAST_IN_16_BITS:])
 
 
-def _make_quantised_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
+def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
     """Return the error for a file that would be rounded a second time. flag: the option that asks for it."""
     state = "quantised"
     instead = "layers stay as the file has them."

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.opening import Checkpoint, refuse_quantised
+from checkpoints.opening import Checkpoint, reject_quantized
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 
@@ -43,7 +43,7 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        refuse_quantised(checkpoint)
+        reject_quantized(checkpoint)
         raise CheckpointError(
             f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "

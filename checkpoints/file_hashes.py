@@ -20,14 +20,14 @@ def short_hash(path: Path) -> str:
         return hashlib.sha256(file.read(_BYTES)).hexdigest()[:8]
 
 
-def whole_hash(path: Path) -> str:
+def full_hash(path: Path) -> str:
     """Return the SHA-256 of a file.
 
     It is kept in `.NAME.sha256` next to the file, with the file's size and time, and computed again if these
     differ: a checkpoint of SDXL has 7 GB. Where the folder cannot be written, it is computed each time.
     """
-    facts = path.stat()
-    size_and_time = f"{facts.st_size} {facts.st_mtime_ns}"
+    info = path.stat()
+    size_and_time = f"{info.st_size} {info.st_mtime_ns}"
     entry_path = path.with_name(f".{path.name}.sha256")
     entry = _read_entry(entry_path)
     if entry is not None and entry.startswith(f"{size_and_time} "):

@@ -222,7 +222,7 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
         )
 
 
-MAX_FAULTS = 100  # lines of a message about missing and unexpected tensors
+MAX_ERRORS = 100  # lines of a message about missing and unexpected tensors
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
@@ -436,9 +436,9 @@ def _check_fit(
             missing.add(name)
     unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
     lines = []
-    for fault, names in (("missing", missing), ("unexpected", unexpected)):
+    for error, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            lines += [f"  {fault}: {line}" for line in compress_names(names)]
+            lines += [f"  {error}: {line}" for line in compress_names(names)]
     for name, tensor in targets.items():
         if name in missing:
             continue
@@ -449,8 +449,8 @@ def _check_fit(
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
     if lines:
-        if len(lines) > MAX_FAULTS:
-            lines = [*lines[:MAX_FAULTS], f"  and {len(lines) - MAX_FAULTS:,} lines like these"]
+        if len(lines) > MAX_ERRORS:
+            lines = [*lines[:MAX_ERRORS], f"  and {len(lines) - MAX_ERRORS:,} lines like these"]
         text = "\n".join(lines)
         raise CheckpointError(
             f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",

@@ -118,7 +118,7 @@ class GgufFile(HeaderFile):
             key = head.text()
             kind = head.number("I")
             if key.startswith(_SHAPE_KEY) and kind == _LIST:
-                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
+                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.full_numbers()
                 continue
             value = head.value(kind)
             if value is not None:
@@ -225,7 +225,7 @@ class _Header:
             raise ValueError(f"a tensor has a name of {length} bytes")
         return self.take(length).decode("utf-8")
 
-    def whole_numbers(self) -> tuple[int, ...]:
+    def full_numbers(self) -> tuple[int, ...]:
         """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
         inner = self.number("I")
         count = self.number("Q")
@@ -255,14 +255,14 @@ class _Header:
 
 def _make_packing(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
     """Return the packing of a tensor. shape: in the file. own_shape: in the model."""
-    has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
-    *ahead, columns = own_shape if has_whole_rows else shape
+    has_full_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
+    *ahead, columns = own_shape if has_full_rows else shape
     rows = math.prod(ahead)
     return Packing(
         shape=(rows, columns // kind.weights * kind.size),
         companions=(),
         keep=partial(_keep, kind, (rows, columns)),
-        can_stay=has_whole_rows,
+        can_stay=has_full_rows,
     )
 
 

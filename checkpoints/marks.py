@@ -26,7 +26,7 @@ from modules.text_files import parse_json
 logger = logging.getLogger(__name__)
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")  # read as any scaled fp8 weight
-_MOST_BYTES = 1 << 16  # of a mark
+_MAX_BYTES = 1 << 16  # of a mark
 _MAX_GROUP = 1 << 16
 
 
@@ -118,7 +118,7 @@ def _read_settings(mark: Any) -> dict[str, Any]:
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
     info = tensors[name]
-    if info.dtype != torch.uint8 or info.size_bytes > _MOST_BYTES:
+    if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
     return _parse_json(bytes(read(name).flatten().tolist()), name)
 
@@ -380,8 +380,8 @@ def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
-    are_whole = type(rows) is int and type(columns) is int
-    is_shape = are_whole and rows > 0 and columns > 0
+    are_full = type(rows) is int and type(columns) is int
+    is_shape = are_full and rows > 0 and columns > 0
     if not is_shape or columns % block or block % 2:
         raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
     info = layer.weight

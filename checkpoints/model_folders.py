@@ -18,17 +18,17 @@ from modules.text_files import parse_json, read_tensor_header, read_text
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-MOST_SIDE = 2048  # pixels of the pictures that a network is given; Depth Pro looks at 1536
+MAX_SIDE = 2048  # pixels of the pictures that a network is given; Depth Pro looks at 1536
 MOST_PIXELS = 1 << 24  # of a picture for a language model; Qwen's processors say 12,845,056
-MOST_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
-USUAL_NUMBER = 4096  # up to which a setting is no size that the weights have to show
+MAX_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
+DEFAULT_NUMBER = 4096  # up to which a setting is no size that the weights have to show
 NO_SIZES = ("theta", "token_id")  # in keys of a base of frequencies, and of words
 SPARE_ELEMENTS = 1 << 20  # of a network, that are not in its weights: places, masks
 
 Shape = tuple[int, ...]
 
 
-def check_settings(folder: Path, option: str, most_side: int = MOST_SIDE) -> list[Shape]:
+def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[Shape]:
     """Return the shapes of the tensors in a folder's weights.
 
     option: by which the folder is named, for messages. most_side: of the pictures that its network looks at.
@@ -40,11 +40,11 @@ def check_settings(folder: Path, option: str, most_side: int = MOST_SIDE) -> lis
     largest = max((max(shape, default=1) for shape in shapes), default=0)
     for path, content in _read_settings(folder):
         if path.name in PROCESSORS:
-            _check_numbers(path, content, most_side, "the pictures of a network have at most")
+            _check_numbers(path, content, max_side, "the pictures of a network have at most")
         elif path.name == CONFIG:
-            most = max(USUAL_NUMBER, largest)
+            most = max(DEFAULT_NUMBER, largest)
             _check_numbers(path, content, most, "the largest size of a tensor in its weights is")
-            _check_counts(path, content, min(len(shapes), MAX_BLOCKS), MOST_HEADS)
+            _check_counts(path, content, min(len(shapes), MAX_BLOCKS), MAX_HEADS)
     return shapes
 
 
@@ -152,21 +152,21 @@ def _check_sides(path: Path, content: Any) -> None:
         counts_pixels = {"shortest_edge", "longest_edge"} <= set(table)
         sides = ("height", "width") if counts_pixels else ("height", "width", "shortest_edge", "longest_edge")
         for name, number in _list_numbers({name: table[name] for name in sides if name in table}):
-            if not abs(number) <= USUAL_NUMBER:
+            if not abs(number) <= DEFAULT_NUMBER:
                 raise CheckpointError(
-                    f"{path}: {name} is {number:,}, and a side of a picture has at most {USUAL_NUMBER:,}",
+                    f"{path}: {name} is {number:,}, and a side of a picture has at most {DEFAULT_NUMBER:,}",
                     path,
                 )
 
 
-def _check_counts(path: Path, content: Any, most_layers: int, most_heads: int = MAX_BLOCKS) -> None:
+def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MAX_BLOCKS) -> None:
     """Raise CheckpointError for more layers or heads than a network can have."""
     for name, number in _list_numbers(content):
-        if "heads" in name and number > most_heads:
-            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {most_heads} are taken", path)
+        if "heads" in name and number > max_heads:
+            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_heads} are taken", path)
         is_count = any(word in name for word in ("layers", "depth", "blocks", "stages"))
-        if is_count and number > most_layers:
-            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {most_layers:,} go here", path)
+        if is_count and number > max_layers:
+            raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_layers:,} go here", path)
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

@@ -37,7 +37,7 @@ from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 
 LISTED = 8  # file names in a message
-MOST_OF_NAME = 200  # characters of a name there
+MAX_OF_NAME = 200  # characters of a name there
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
@@ -262,7 +262,7 @@ def _read_index(path: Path) -> list[Path]:
         for name in parse_json(read_text(path))["weight_map"].values():
             below = Path(name)
             if below.is_absolute() or below.drive or ".." in below.parts:
-                raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
+                raise ValueError(f"{shorten(name, MAX_OF_NAME)} is not in its folder")
             names.add(str(below))
         if len(names) > MAX_SHARDS:
             raise ValueError(f"it names {len(names):,} files, no model has more than {MAX_SHARDS:,}")
@@ -283,7 +283,7 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
                 continue
         missing.append(name)
     if missing:
-        shown = [shorten(name, MOST_OF_NAME) for name in missing[:LISTED]]
+        shown = [shorten(name, MAX_OF_NAME) for name in missing[:LISTED]]
         which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
         raise CheckpointError(
             f"{path}: {len(missing)} of its {len(names)} files are not next to it: {which}.", path
@@ -341,7 +341,7 @@ _FOREIGN = {
 }
 
 
-def refuse_quantised(checkpoint: Checkpoint) -> None:
+def reject_quantized(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, naming the form, for quantised weights that are not read.
 
     Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
@@ -432,7 +432,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
-    refuse_quantised(checkpoint)
+    reject_quantized(checkpoint)
     scales = find_scales(checkpoint.tensors)
     packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
     companions = set(scales.values())

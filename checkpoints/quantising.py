@@ -28,7 +28,7 @@ from checkpoints.opening import (
     checkpoint_paths,
     open_checkpoint,
     plain_sources,
-    refuse_quantised,
+    reject_quantized,
 )
 from checkpoints.stored.forms import Shape
 from checkpoints.stored.fp8 import E4M3, is_fp8
@@ -40,11 +40,11 @@ from contract.loading import TensorInfo
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
 from modules.console import as_size, show_box
-from modules.devices import choose_device, dtype_name
+from modules.devices import dtype_name, select_device
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_own
 from modules.options import Options, option
-from modules.output_files import check_output_file, check_place, refuse_replacing
+from modules.output_files import check_output_file, check_place, reject_replacing
 from modules.speed_options import SDPA, Quantisation
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ GGUF = "q8_0"
 FORMS = ("int8", "convrot", "fp8", GGUF, "bf16")
 
 
-class QuantiseOptions(Options):
+class QuantizeOptions(Options):
     """Options of `tools/quantise.py`."""
 
     model: Path = option(
@@ -109,7 +109,7 @@ class QuantiseOptions(Options):
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Recognized:
     """The kind of a file, the layers that can be quantised, and the shapes of weights that may be padded."""
 
     what: str
@@ -127,14 +127,14 @@ class Recognised:
         return tensor if order is None else order(tensor).contiguous()
 
 
-def quantise_file(options: QuantiseOptions) -> None:
+def quantize_file(options: QuantizeOptions) -> None:
     """Write the quantised or 16-bit file.
 
     Raises CheckpointError if the model is unknown, or is quantised already (for bf16: is not), OptionError if
     the file would replace one that is read, OutputError if it cannot be written.
     """
-    refuse_replacing("--output", options.output, checkpoint_paths(options.model))
-    device = choose_device(options.device)
+    reject_replacing("--output", options.output, checkpoint_paths(options.model))
+    device = select_device(options.device)
     with open_checkpoint(options.model) as checkpoint:
         sources = plain_sources(checkpoint)
         narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
@@ -176,7 +176,7 @@ def _is_narrow(info: TensorInfo) -> bool:
     return info.packing is not None or is_fp8(info.dtype)
 
 
-def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
+def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
     """Recognise the network of a file. form: value of --form, on which the set of layers depends.
 
     Raises CheckpointError if it is neither a known transformer nor a text encoder.
@@ -189,7 +189,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
             prefix = first[1] or ""
             with_prefix = re.compile(re.escape(prefix) + pattern)
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
-            return Recognised("a text encoder", None, layers, {})
+            return Recognized("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
     # as in `families.identify`: Wan's, the last, recognises files of no family too
     for family, entry in reversed(list(FAMILIES.items())):
@@ -197,7 +197,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         try:
             if dit_format is not None:
-                return _recognise_transformer(checkpoint, bare, family, dit_format, form=form)
+                return _recognize_transformer(checkpoint, bare, family, dit_format, form=form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
     if is_lora(names):
@@ -213,9 +213,9 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
     )
 
 
-def _recognise_transformer(
+def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
-) -> Recognised:
+) -> Recognized:
     """Find the layers of a family's transformer that a form quantises. bare: the file without prefixes."""
     header = dit_format.read_header(bare)
     with on_meta_device():
@@ -237,7 +237,7 @@ def _recognise_transformer(
             (our_name,) = ours
             if our_name in weights:  # the network computes some tensors of the file instead of loading them
                 shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
-    return Recognised(
+    return Recognized(
         what=dit_format.describe(header),
         family=family,
         layers=frozenset(layers),
@@ -257,9 +257,9 @@ def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
 
 
 def _write_marked(
-    options: QuantiseOptions,
+    options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognised,
+    model: Recognized,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -329,9 +329,9 @@ class _Rounding:
 
 
 def _write_gguf(
-    options: QuantiseOptions,
+    options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognised,
+    model: Recognized,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -407,9 +407,9 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
 
 
 def _widen(
-    options: QuantiseOptions,
+    options: QuantizeOptions,
     checkpoint: Checkpoint,
-    model: Recognised,
+    model: Recognized,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -434,7 +434,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     quantised, return `checkpoint` itself. The files stay shared: close one of the two. device: to compute
     them on. Raises CheckpointError if a form is not read, or the unpadded size of a weight is not known.
     """
-    refuse_quantised(checkpoint)
+    reject_quantized(checkpoint)
     infos = checkpoint.tensors.values()
     if not any(map(_is_narrow, infos)):
         return checkpoint

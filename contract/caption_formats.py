@@ -48,33 +48,33 @@ class CaptionFormat:
     def find_faults(self, caption: Mapping[str, Any]) -> list[str]:
         """Return what is missing in a caption, and what is misspelt or of the wrong kind."""
         missing = [] if is_said(caption.get(self.main)) else [f"{self.main} is missing"]
-        return missing + self.find_key_faults(caption)
+        return missing + self.find_key_errors(caption)
 
-    def find_key_faults(self, caption: Mapping[str, Any]) -> list[str]:
+    def find_key_errors(self, caption: Mapping[str, Any]) -> list[str]:
         """Return the faults of the keys that are there."""
         keys = {key.name: key for key in self.keys}
         known = {name: value for name, value in caption.items() if name in keys}
-        faults = []
+        errors = []
         for name, value in caption.items():
             if name in self.ignored:
                 continue
             if name not in keys:
                 near = difflib.get_close_matches(name, keys, 1, CERTAIN)
-                faults.append(f"{name} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
+                errors.append(f"{name} is no key of a caption" + (f": {near[0]} is meant" if near else ""))
             elif value is not None and not isinstance(value, keys[name].kind):
-                faults.append(f"{name} is {_name_type(value)}, not {_NAMES[keys[name].kind]}")
+                errors.append(f"{name} is {_name_type(value)}, not {_NAMES[keys[name].kind]}")
         entries = {name: value for name, value in known.items() if isinstance(value, list)}
         for key in self.keys:
             if key.kind is list:
-                faults += _find_entry_faults(key, entries.get(key.name, []))
-        return faults
+                errors += _find_entry_errors(key, entries.get(key.name, []))
+        return errors
 
     def list_unsaid(self, caption: Mapping[str, Any]) -> list[str]:
         """Return the keys that say nothing in a caption."""
         return [key.name for key in self.keys if not caption.get(key.name)]
 
 
-def _find_entry_faults(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]:
+def _find_entry_errors(key: CaptionKey, entries: Sequence[Any]) -> Iterator[str]:
     needed = key.parts[0]
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not is_said(entry.get(needed)):

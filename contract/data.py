@@ -36,7 +36,7 @@ IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control image
 REFERENCE_LATENTS = "latents_reference"
 
 # latents of the worse one of a pair, in caches only: of the form of `latents`
-WORSE_LATENTS = "latents_worse"
+REJECTED_LATENTS = "latents_worse"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"

@@ -77,8 +77,8 @@ class FamilyEntry:
     @property
     def spellings(self) -> dict[str, str]:
         """Return the flags of shared options of generation that its script spells otherwise, by name."""
-        of_pictures = {"video_size": "--image_size"} if self.makes == "image" else {}
-        return {**of_pictures, **dict(self.spelled)}
+        of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
+        return {**of_images, **dict(self.spelled)}
 
     @property
     def options(self) -> ModuleType:

@@ -99,13 +99,13 @@ class NoiseSpec:
         return noise if self.table else noise - latents
 
 
-def count_picture_tokens(shape: Sequence[int]) -> int:
+def count_image_tokens(shape: Sequence[int]) -> int:
     """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
 # of the video families; as in other tuners the length of a video does not count towards its shift
-FLOW = NoiseSpec(tokens=count_picture_tokens)
+FLOW = NoiseSpec(tokens=count_image_tokens)
 
 
 @dataclass(frozen=True)
@@ -472,7 +472,7 @@ class FitsCaptions(Protocol):
     def names_places(self, caption: str) -> bool: ...  # whether it is such a caption
 
     # of a picture of that width and height: what is wrong with such a caption, a line each
-    def find_caption_faults(self, caption: str, size: "Size") -> Sequence[str]: ...
+    def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]: ...
 
     # with the places in the picture's bucket
     def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str: ...

@@ -84,7 +84,7 @@ class FewSteps:
         return says
 
     @property
-    def instead_of_whole(self) -> str:
+    def instead_of_full(self) -> str:
         """Return the advice for those who train the distilled model whole, likewise."""
         if not self.base:
             return "Train a LoRA with one of the targets that keep it: see docs/targets.md"

@@ -20,7 +20,7 @@ class WritesNetwork(Protocol):
 
 
 @dataclass(frozen=True)
-class UsualRate:
+class DefaultRate:
     """The learning rates of Adam that are usual for something: the lowest, the highest, and one between."""
 
     low: float
@@ -46,7 +46,7 @@ class MadeNetwork:
     # script and options that generate with a saved file, given the file, the values of a sample, and script
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
-    usual_rate: UsualRate
+    usual_rate: DefaultRate
     write: WritesNetwork | None = None  # None: the state dict is what files hold
     # logs what there is to say of it before its values are saved
     report: Callable[[nn.Module], None] = lambda module: None

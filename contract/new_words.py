@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # --help does without torch
     from contract.family import Described, Family
     from contract.made_networks import MadeNetwork
 
-MOST_VECTORS = 75  # a text encoder reads so many tokens at a time
+MAX_VECTORS = 75  # a text encoder reads so many tokens at a time
 STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them otherwise
 
 
@@ -75,7 +75,7 @@ def find_fault(word: str) -> str:
             "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
-    strange = next((letter for letter in word if letter in STRANGE), None)
+    strange = next((character for character in word if character in STRANGE), None)
     if strange is not None:
         return f"holds {strange}, which prompts or file names read otherwise. Give a word of letters, - and _"
     return ""

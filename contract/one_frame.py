@@ -8,7 +8,7 @@ from modules.errors import OptionError
 
 # negative places too, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
 _WHOLE = re.compile(r"-?[0-9]+")
-MOST_PLACE = 9999  # 40 is far already; more digits are a typing error
+MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ def parse_one_frame(text: str) -> OneFrame:
             indices = tuple(_index(number, text) for number in re.split("[;+]", value))
             settings = replace(settings, control_indices=indices)
         elif _WHOLE.fullmatch(item):
-            raise _refuse(text, f"{item!r} stands alone: write indices as in control_index=0+10")
+            raise _reject(text, f"{item!r} stands alone: write indices as in control_index=0+10")
         else:
-            raise _refuse(text, f"{item!r} is unknown")
+            raise _reject(text, f"{item!r} is unknown")
     return settings
 
 
@@ -60,13 +60,13 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 
 def _index(number: str, text: str) -> int:
     if not _WHOLE.fullmatch(number.strip()):
-        raise _refuse(text, f"{number.strip()!r} is not a whole number")
-    if len(number.strip().lstrip("-")) > len(str(MOST_PLACE)):
-        raise _refuse(text, f"the largest index is {MOST_PLACE}")
+        raise _reject(text, f"{number.strip()!r} is not a whole number")
+    if len(number.strip().lstrip("-")) > len(str(MAX_PLACE)):
+        raise _reject(text, f"the largest index is {MAX_PLACE}")
     return int(number)
 
 
-def _refuse(text: str, why: str) -> OptionError:
+def _reject(text: str, why: str) -> OptionError:
     return OptionError(
         f"--one_frame_inference {text!r}: {why}. Give default, no_post, no_2x, no_4x, target_index=N and "
         "control_index=N+N, separated by commas."

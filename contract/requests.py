@@ -12,7 +12,7 @@ from contract.data import Joint, LatentSpec, SamplingDefaults
 from contract.inputs import VIDEO
 from contract.rules import AS_PLAIN, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
-from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
+from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
@@ -183,15 +183,15 @@ MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone ta
 
 # field of a request -> its option, its letter in a prompt line, the most
 COUNTS = {
-    "width": ("--video_size, width", "w", MOST_SIDE),
-    "height": ("--video_size, height", "h", MOST_SIDE),
+    "width": ("--video_size, width", "w", MAX_SIDE),
+    "height": ("--video_size, height", "h", MAX_SIDE),
     "frames": ("--video_length", "f", MOST_FRAMES),
-    "steps": ("--infer_steps", "s", MOST_STEPS),
+    "steps": ("--infer_steps", "s", MAX_STEPS),
 }
 
 VALUES = {
-    "guidance_scale": ("--guidance_scale", "l", MOST_SCALE),
-    "embedded_guidance": ("--embedded_cfg_scale", "g", MOST_SCALE),
+    "guidance_scale": ("--guidance_scale", "l", MAX_SCALE),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", MAX_SCALE),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
 
@@ -205,7 +205,7 @@ def settle(
     usual: SamplingDefaults,
     size: tuple[int, int, int],
     flow_shift: float,
-    usual_negative: str | None,
+    default_negative: str | None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> Prepared:
     """Fill in the defaults for a family whose videos are made in one section.
@@ -221,7 +221,7 @@ def settle(
     scales = tuple(named.get(expert.name, scale) for expert in experts)
     for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
         logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
-    negative = usual_negative if request.negative_prompt is None else request.negative_prompt
+    negative = default_negative if request.negative_prompt is None else request.negative_prompt
     if negative is None and any(scale != 1 for scale in scales):
         logger.warning(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
@@ -365,7 +365,7 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
         )
 
 
-def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
+def full_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
     """Return the next lower width and height that the model can make; warn if they differ."""
     step = latent.pixel_step
     rounded = max(width // step, 1) * step, max(height // step, 1) * step
@@ -380,7 +380,7 @@ def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int
     return rounded
 
 
-def whole_frames(frames: int, latent: LatentSpec) -> int:
+def full_frames(frames: int, latent: LatentSpec) -> int:
     """Return the next lower number of frames that the model can make; warn if that differs."""
     rounded = latent.lengths.fit(frames)
     if rounded != frames:
@@ -396,21 +396,22 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no valid Unicode, and numbers that no model or generator takes."""
     _check_texts(request)
-    *_, most_scale = VALUES["guidance_scale"]
+    *_, max_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
-        if not abs(scale) <= most_scale:
-            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {most_scale}")
-    for name, (option, letter, most) in COUNTS.items():
+        if not abs(scale) <= max_scale:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {max_scale}")
+    for name, (option, character, most) in COUNTS.items():
         count = getattr(request, name)
         if count is not None and not 1 <= count <= most:
             raise OptionError(
-                f"{option} {show_number(count)} (--{letter} in a prompt line): give a number from 1 to {most}"
+                f"{option} {show_number(count)} (--{character} in a prompt line): give a number from 1 to "
+                f"{most}"
             )
-    for name, (option, letter, most) in VALUES.items():
+    for name, (option, character, most) in VALUES.items():
         value = getattr(request, name)
         if value is not None and not abs(value) <= most:  # nan too
             raise OptionError(
-                f"{option} {value:g} (--{letter} in a prompt line): give a number of at most {most}"
+                f"{option} {value:g} (--{character} in a prompt line): give a number of at most {most}"
             )
     if request.flow_shift is not None and request.flow_shift <= 0:
         raise OptionError(

@@ -212,13 +212,13 @@ class Source:
 
     def in_words(self) -> Mapping[str, object]:
         """Return its entries in the metadata of outputs, by the names of the options."""
-        facts: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
-        facts["v2v_noise_mode"] = self.noise_mode
+        info: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        info["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
-            facts["v2v_pad_mode"] = self.pad_mode
+            info["v2v_pad_mode"] = self.pad_mode
         if self.extra_noise:
-            facts[self.extra_option] = self.extra_noise
-        return facts
+            info[self.extra_option] = self.extra_noise
+        return info
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ class CutLogit:
     uniform_share: float = 0.0  # of draws are uniform
 
 
-PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
+IMAGE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
 
 
 @dataclass(frozen=True)

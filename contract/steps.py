@@ -188,8 +188,8 @@ class Section:
     def clean_streams(self) -> tuple[bool, bool]:
         """Return whether the whole picture is given instead of denoised, and whether the sound is."""
         joint, frames = self.tweaks.joint, self.given
-        has_picture = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
-        return has_picture, self.given_sound is not None
+        has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
+        return has_image, self.given_sound is not None
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
@@ -251,10 +251,10 @@ class StepDone:
         joint = self.section.tweaks.joint
         if self.step.sound_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
-        picture, sound = joint.split(self.step.noisy)
-        picture_velocity, sound_velocity = joint.split(self.velocity)
+        image, sound = joint.split(self.step.noisy)
+        image_velocity, sound_velocity = joint.split(self.velocity)
         clean_sound = sound - self.step.sound_sigma * sound_velocity
-        return joint.join(picture - self.step.sigma * picture_velocity, clean_sound)
+        return joint.join(image - self.step.sigma * image_velocity, clean_sound)
 
     @property
     def picture(self) -> Tensor:

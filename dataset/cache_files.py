@@ -324,11 +324,11 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
     try:
         # Path.open takes longer
         with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
-            facts = os.fstat(file.fileno())
-            if stat.S_ISREG(facts.st_mode):
+            info = os.fstat(file.fileno())
+            if stat.S_ISREG(info.st_mode):
                 if is_whole:
                     return unpack(path, file.read())
-                return unpack_header(path, facts.st_size, file.read)
+                return unpack_header(path, info.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         pass
     except OSError as error:
@@ -358,7 +358,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
-        end = max((facts["data_offsets"][1] for facts in content.values()), default=0)
+        end = max((info["data_offsets"][1] for info in content.values()), default=0)
         if end != size - start:
             raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -27,7 +27,7 @@ from dataset.forms.contract import DataForm
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import DatasetConfig, DatasetTable, Table, folder_id
-from dataset.timestep_keys import find_unused, find_window_problem
+from dataset.timestep_keys import find_unused, find_window_error
 from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.media.lengths import ClipLengths
@@ -51,7 +51,7 @@ KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all for
 OF_SOUND = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # if neither the table nor [general] says; 20 seconds are the longest for which LTX-2 has positions
-WHOLE_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
+FULL_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
@@ -62,15 +62,15 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     Source folders are not checked, because training needs only the caches; `find_sources` checks them.
     Raises DatasetError, with file, table, key, the value found and the values allowed.
     """
-    problems: list[str] = []
+    errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
     if not content.keys() <= {*TOP_LEVEL}:
-        content = _with_keys_in_general(path, content, problems)
+        content = _with_keys_in_general(path, content, errors)
     for name, value in content.items():
         if name not in TOP_LEVEL:
-            problems.append(forms.unknown(name, value, TOP_LEVEL))
+            errors.append(forms.unknown(name, value, TOP_LEVEL))
     if _has_subsets(content):  # the image guides' form
-        tables = read_subsets(path, content, typed, problems)
+        tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
             unused = sorted(set(typed_options(typed).values()))
@@ -78,13 +78,13 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
                 logger.warning(
                     "%s: ignored because the tables of %s have no subsets", ", ".join(unused), path
                 )
-        tables = _read_tables(path, content, problems)
-    _check_cache_folders(tables, problems)
+        tables = _read_tables(path, content, errors)
+    _check_cache_folders(tables, errors)
     tables = _share_folders(tables)
-    if problems:
-        lines = [f"{path} cannot be used:", *problems[:MOST_LISTED]]
-        if len(problems) > MOST_LISTED:
-            lines.append(f"... and {len(problems) - MOST_LISTED} more")
+    if errors:
+        lines = [f"{path} cannot be used:", *errors[:MOST_LISTED]]
+        if len(errors) > MOST_LISTED:
+            lines.append(f"... and {len(errors) - MOST_LISTED} more")
         hint = forms.other_trainers().hint_of(content)
         if hint:
             lines.append(hint)
@@ -151,9 +151,9 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
 def _places_elsewhere(table: DatasetTable) -> list[str]:
     """Return the faults of the folders that a table writes into."""
     cache, downloads = table.cache_directory, table.download_directory
-    problem = describe_outside(cache)
-    if problem is not None:
-        return [f"{table.place}: caches go to cache_directory = {cache}, and {problem}"]
+    error = describe_outside(cache)
+    if error is not None:
+        return [f"{table.place}: caches go to cache_directory = {cache}, and {error}"]
     if downloads is None or real_path(downloads).is_relative_to(real_path(cache)):
         return []
     return [
@@ -293,13 +293,13 @@ def with_references(
             f"{flips[0]}: flip_aug mirrors reference pictures, but not what the text encoder sees of them. "
             "Leave it out"
         )
-    problems: list[str] = []
+    errors: list[str] = []
     for table in config.datasets:
-        problems += _clip_reference_problems(table, rules, instead)
+        errors += _clip_reference_problems(table, rules, instead)
         if rules is None or rules.clips:
-            problems += _find_picture_reference_problems(table)
-    if problems:
-        raise DatasetError("\n".join(problems))
+            errors += _find_image_reference_errors(table)
+    if errors:
+        raise DatasetError("\n".join(errors))
     if rules is None:
         return config
     tables = []
@@ -317,36 +317,36 @@ def _clip_reference_problems(table: DatasetTable, rules: "ReferenceRules | None"
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
     remedy = f"Leave it out. {instead}" if instead else "Leave it out"
-    problems = []
+    errors = []
     if table.reference_directory is not None and not takes_clips:
         takes = "none" if rules is None else "them from control_directory"
-        problems.append(
+        errors.append(
             f"{table.name}: reference_directory has clips and pictures as references; this model takes "
             f"{takes}. {remedy}"
         )
     if table.control_mask_directory is not None and not takes_masks:
-        problems.append(
+        errors.append(
             f"{table.name}: control_mask_directory: this model takes no masks of control clips; those of the "
             f"loss are in mask_directory. {remedy}"
         )
-    return problems
+    return errors
 
 
-def _find_picture_reference_problems(table: DatasetTable) -> list[str]:
+def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     """Return a line for each key of reference pictures, for a model that takes none."""
-    problems = []
+    errors = []
     if table.reference_dropout_rate:
-        problems.append(
+        errors.append(
             f"{table.name}: reference_dropout_rate: this model takes no reference pictures that are left out "
             "at times. Leave it out"
         )
     changed = table.changed(forms.REFERENCES)
     if changed:
-        problems.append(
+        errors.append(
             f"{table.name}: {' and '.join(changed)}: this model fits control images to the size of their "
             "picture; the keys are for models that take reference pictures. Leave them out"
         )
-    return problems
+    return errors
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
@@ -358,7 +358,7 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
         return [entries]
     if isinstance(entries, list) and entries:
         return entries
-    is_misspelt = entries is None and any("Did you mean datasets?" in problem for problem in problems)
+    is_misspelt = entries is None and any("Did you mean datasets?" in error for error in problems)
     if not is_misspelt:
         problems.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
     return []
@@ -452,11 +452,11 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
     for key in BLACK:
         if key in entry:
             logger.info("%s: ignored, as sounds have no pictures", key)
-    usual = {key: value for key, value in WHOLE_SOUND.items() if key not in general}
+    default = {key: value for key, value in FULL_SOUND.items() if key not in general}
     if "target_frames" in entry:
-        usual.pop("frame_extraction", None)
+        default.pop("frame_extraction", None)
     stated = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
-    return {**usual, **stated, **BLACK, OF_SOUND[source]: entry[source]}
+    return {**default, **stated, **BLACK, OF_SOUND[source]: entry[source]}
 
 
 def _complete(
@@ -495,4 +495,4 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
-    return find_window_problem(fields)
+    return find_window_error(fields)

@@ -29,12 +29,12 @@ REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
 AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
 # beyond these a number is a slip of the finger, or meant to fill the memory
 FAR = 10_000  # latent frames; places in time stay far below
-MOST_COUNT = 10**9
-MOST_REPEATS = 100_000
-MOST_SAMPLES = 10_000  # spans of a clip
-MOST_WEIGHT = 100
-MOST_MULTIPLIER = 10
-MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
+MAX_COUNT = 10**9
+MAX_REPEATS = 100_000
+MAX_SAMPLES = 10_000  # spans of a clip
+MAX_WEIGHT = 100
+MAX_MULTIPLIER = 10
+MAX_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
 MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
@@ -69,7 +69,7 @@ def form_of(
 
 
 def whole(least: int, most: int, allowed: str = "") -> Form:
-    limit = f"{least} or more" + (f", at most {most}" if most < MOST_COUNT else "")
+    limit = f"{least} or more" + (f", at most {most}" if most < MAX_COUNT else "")
     return form_of(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
 
 
@@ -134,25 +134,23 @@ def _is_of_programs(extension: str) -> bool:
 
 
 def is_short(value: str) -> bool:
-    return len(value) <= MOST_WORDS and not bad_character(value)
+    return len(value) <= MAX_WORDS and not bad_character(value)
 
 
 YES_NO = form_of(bool, lambda _: True, "true or false, without quotes")
-COUNT = whole(1, MOST_COUNT)
-REPEATS = whole(1, MOST_REPEATS)
-SAMPLES = whole(1, MOST_SAMPLES)
-FROM_ZERO = whole(0, MOST_REPEATS, "a whole number, 0 or more")
+COUNT = whole(1, MAX_COUNT)
+REPEATS = whole(1, MAX_REPEATS)
+SAMPLES = whole(1, MAX_SAMPLES)
+FROM_ZERO = whole(0, MAX_REPEATS, "a whole number, 0 or more")
 SIDE = whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
 PLACE = whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
 COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
 SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
-WEIGHT = number(
-    lambda value: 0 < value <= MOST_WEIGHT, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5"
-)
+WEIGHT = number(lambda value: 0 < value <= MAX_WEIGHT, f"a number above 0, at most {MAX_WEIGHT}, such as 0.5")
 MULTIPLIER = number(
-    lambda value: value != 0 and abs(value) <= MOST_MULTIPLIER,
-    f"a number from -{MOST_MULTIPLIER} to {MOST_MULTIPLIER} other than 0, such as -0.5",
+    lambda value: value != 0 and abs(value) <= MAX_MULTIPLIER,
+    f"a number from -{MAX_MULTIPLIER} to {MAX_MULTIPLIER} other than 0, such as -0.5",
 )
 RATE = number(
     lambda value: RATES[0] <= value <= RATES[1],
@@ -189,10 +187,10 @@ EXTENSION = form_of(
 WORDS = form_of(
     str,
     lambda value: is_short(value) and len(value.splitlines()) < 2,
-    f"text in quotes, one line of at most {MOST_WORDS} characters",
+    f"text in quotes, one line of at most {MAX_WORDS} characters",
     str.strip,
 )
-TEXT = form_of(str, is_short, f"text in quotes, at most {MOST_WORDS} characters")
+TEXT = form_of(str, is_short, f"text in quotes, at most {MAX_WORDS} characters")
 
 
 # --- keys of a [[datasets]] table
@@ -358,9 +356,9 @@ def parse_config(path: Path) -> dict[str, Any]:
 
 
 def _advise_file(folder: Path) -> str:
-    usual = folder / "dataset.toml"
-    if usual.is_file():
-        return f"Give {usual}"
+    default = folder / "dataset.toml"
+    if default.is_file():
+        return f"Give {default}"
     command = as_typed(["python", "new_project.py", str(folder)])
     return f"Give a .toml or .json file: {command} makes one"
 

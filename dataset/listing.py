@@ -20,9 +20,9 @@ from dataset.sources.media_source import (
     NO_REFERENCE,
     Fault,
     MediaSource,
-    list_faults,
+    list_errors,
     pause_collection,
-    raise_faults,
+    raise_errors,
 )
 from dataset.sources.references import lack_references, limit_references
 from dataset.table import DatasetConfig, DatasetTable
@@ -33,8 +33,8 @@ from modules.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 
-MOST_READ = 20_000  # captions, only to warn
-MOST_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
+MAX_READ = 20_000  # captions, only to warn
+MAX_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
 
 
 def _hint_of_start(table: DatasetTable) -> str:
@@ -56,10 +56,10 @@ def find_sources(
     misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
     faults instead; then all usable sources are returned.
     """
-    problems: list[Fault] = []
+    errors: list[Fault] = []
     with pause_collection():
-        sources = _list_sources(table, captions, problems)
-    if not sources and not problems:
+        sources = _list_sources(table, captions, errors)
+    if not sources and not errors:
         contents = form_of(table).empty.format(kind=table.kind)
         if table.directory is not None:
             contents = describe_entries(table)
@@ -69,16 +69,16 @@ def find_sources(
         sources.sort(key=lambda source: str(source.path))
     if table.references is not None:
         sources = limit_references(table, sources)
-    _check_stems(table, sources, problems)
+    _check_stems(table, sources, errors)
     if table.multiple_target:
-        from dataset.sources.layers import find_layer_faults  # few tables have any
+        from dataset.sources.layers import find_layer_errors  # few tables have any
 
-        problems += find_layer_faults(table, sources)
+        errors += find_layer_errors(table, sources)
     if faults is not None:
-        faults += problems
-    elif problems:
-        raise_faults(problems)
-        warn_skipped(problems)
+        faults += errors
+    elif errors:
+        raise_errors(errors)
+        warn_skipped(errors)
     return sources
 
 
@@ -91,9 +91,9 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
             raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
     sources = list_table_folder(table, captions, faults)
     if table.worse_directory is not None:
-        from dataset.sources.pairs import add_worse  # few tables have any
+        from dataset.sources.pairs import add_rejected  # few tables have any
 
-        sources = add_worse(table, sources, faults)
+        sources = add_rejected(table, sources, faults)
     if table.reference_directory is None and table.control_mask_directory is None:
         return sources
     from dataset.sources.companions import add_companions  # few tables have any
@@ -113,11 +113,11 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
             faults.append(Fault(repeated, str(source.path), source.stem))
         elif earlier is not source:
             faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
-        if len(source.stem) * 4 <= MOST_OF_STEM:  # no character takes more than four bytes
+        if len(source.stem) * 4 <= MAX_OF_STEM:  # no character takes more than four bytes
             continue
         size = len(os.fsencode(source.stem))
-        if size > MOST_OF_STEM:
-            text = f"{source.path}: {size} bytes, at most {MOST_OF_STEM} leave room"
+        if size > MAX_OF_STEM:
+            text = f"{source.path}: {size} bytes, at most {MAX_OF_STEM} leave room"
             faults.append(Fault(too_long, text, source.stem))
 
 
@@ -154,7 +154,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
-    lines = list_faults([fault for fault in faults if not fault.ends_run], LISTED)
+    lines = list_errors([error for error in faults if not error.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
 
@@ -174,21 +174,21 @@ def find_all_sources(
     sources: list[MediaSource] = []
     problems = []
     for table in config.datasets:
-        faults: list[Fault] = []
+        errors: list[Fault] = []
         try:
-            sources += find_sources(table, captions, faults)
-            if faults:
-                raise_faults(faults)
+            sources += find_sources(table, captions, errors)
+            if errors:
+                raise_errors(errors)
         except DatasetError as error:
             problems.append(str(error))
         if skipped is None:
-            warn_skipped(faults)
+            warn_skipped(errors)
         else:
-            skipped += [(table, fault) for fault in faults if not fault.ends_run]
+            skipped += [(table, fault) for fault in errors if not fault.ends_run]
     if problems:
         raise DatasetError("\n".join(problems))
     if any(source.caption_encoding is not None for source in sources):
-        remarks = list_faults(find_encodings(sources), LISTED)
+        remarks = list_errors(find_encodings(sources), LISTED)
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
@@ -220,7 +220,7 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
             unread += find_unread(table)
     if unread:
-        logger.warning("%s", escape_control_codes("\n".join(list_faults(unread, LISTED))))
+        logger.warning("%s", escape_control_codes("\n".join(list_errors(unread, LISTED))))
     if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):
         logger.warning("%s", NO_REFERENCE)
 
@@ -242,7 +242,7 @@ def _caption_place(source: MediaSource) -> str:
 def require_captions(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError listing the sources without a caption."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
-    raise_faults([Fault(kind, line) for line in missing_captions(sources)])
+    raise_errors([Fault(kind, line) for line in missing_captions(sources)])
 
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:
@@ -252,7 +252,7 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
     missing: list[MediaSource] = []
     bad: dict[Path, str] = {}
     without_caption = [source for source in sources if source.caption is None]
-    for source in without_caption[:MOST_READ]:
+    for source in without_caption[:MAX_READ]:
         path = source.caption_path
         try:
             caption = None if path is None else read_caption(path)
@@ -265,7 +265,7 @@ def warn_captions(sources: Sequence[MediaSource]) -> None:
     if missing:
         logger.warning(
             "%s%d of %d have no caption, and text caching needs one for each. The first: %s",
-            "at least " if len(sources) > MOST_READ else "",
+            "at least " if len(sources) > MAX_READ else "",
             len(missing),
             len(sources),
             missing_captions(missing[:1])[0],

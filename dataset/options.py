@@ -15,7 +15,7 @@ from modules.script_options import parse_spelled
 R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
-MOST_AT_ONCE = 1024  # items or threads
+MAX_AT_ONCE = 1024  # items or threads
 MOST_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
@@ -84,7 +84,7 @@ class ShardOptions(Options):
                 f"{shards - 1}"
             )
 
-    def refuse_beside(self, option: str) -> None:
+    def reject_beside(self, option: str) -> None:
         """Raise OptionError if a shard is given to a command on the whole dataset."""
         if self.num_shards is not None:
             raise OptionError(
@@ -101,10 +101,10 @@ class CachingOptions(Options, title="caching"):
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
     batch_size: int | None = option(
-        "items to encode at once; default: batch_size of each dataset", least=1, most=MOST_AT_ONCE, often=True
+        "items to encode at once; default: batch_size of each dataset", least=1, most=MAX_AT_ONCE, often=True
     )
     num_workers: int | None = option(
-        "threads that read ahead of the encoder; default: all cores but one", least=1, most=MOST_AT_ONCE
+        "threads that read ahead of the encoder; default: all cores but one", least=1, most=MAX_AT_ONCE
     )
     skip_existing: bool = option("also keep files made by other programs if their size is right", often=True)
     keep_cache: bool = option("do not remove cache files that no longer belong to an item", often=True)
@@ -136,7 +136,7 @@ class CachingOptions(Options, title="caching"):
     def __post_init__(self) -> None:
         self.page.require_check(self.check)
         if self.check:
-            self.shard.refuse_beside("--check")
+            self.shard.reject_beside("--check")
         encoding, is_text = self.repair_captions, True
         if encoding is not None and encoding != GUESS:
             try:
@@ -253,7 +253,7 @@ def read_spelled_caching(
     records, typed = parse_spelled(description, argv, CachingOptions, record, DebugOptions)
     caching, family_options, debug = records
     if debug.debug_mode is not None:
-        caching.shard.refuse_beside("--debug_mode")
+        caching.shard.reject_beside("--debug_mode")
     return caching, debug, family_options, typed
 
 
@@ -280,19 +280,19 @@ class RayOptions(Options, title="cluster"):
     num_actors: int | None = option(
         "processes that encode; default: one for each GPU of the cluster, or a single one",
         least=1,
-        most=MOST_AT_ONCE,
+        most=MAX_AT_ONCE,
     )
     gpus_per_actor: float | None = option(
         "GPUs that each of them gets; 0.5 puts two on one GPU; default: 1 if the cluster has any",
         least=0,
-        most=MOST_AT_ONCE,
+        most=MAX_AT_ONCE,
         hint="0 for the CPU",
     )
     cpus_per_actor: int = option(
         "CPU cores that each of them gets, and threads that read ahead if --num_workers is not given",
         default=1,
         least=1,
-        most=MOST_AT_ONCE,
+        most=MAX_AT_ONCE,
     )
     num_shards: int | None = option(
         "pieces of the work, which actors take one after the other; more of them balance the load; "

@@ -11,9 +11,9 @@ from modules.option_values import JOINED, require
 from modules.options import Options, option, unsupported
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
-MOST_SIDE = 65_536  # pixels
+MAX_SIDE = 65_536  # pixels
 A_SHARE = "a share from 0 to 1"
-MOST_ATTRIBUTES = 100
+MAX_ATTRIBUTES = 100
 
 # usual keep_tokens_separator: behind tags that stay in front, and before those that stay at the end
 KEPT = "|||"
@@ -56,13 +56,13 @@ _INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
 _SEPARATOR = forms.form_of(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
 _SEED = forms.form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
 _LOSS_WEIGHT = forms.number(
-    lambda value: 0 <= value <= forms.MOST_WEIGHT, f"a number from 0 to {forms.MOST_WEIGHT}"
+    lambda value: 0 <= value <= forms.MAX_WEIGHT, f"a number from 0 to {forms.MAX_WEIGHT}"
 )
 _UNTIL = forms.number(lambda value: 0 <= value < 10**9, "a number of steps, or below 1 a share of all steps")
 _STRENGTH = forms.number(
     lambda value: value == 1, "1.0; another strength of the LoRA for one dataset is not supported"
 )
-_ATTRIBUTES = forms.form_of(dict, lambda value: len(value) <= MOST_ATTRIBUTES, "a table of keys")
+_ATTRIBUTES = forms.form_of(dict, lambda value: len(value) <= MAX_ATTRIBUTES, "a table of keys")
 FACES = forms.Form(
     _two_numbers, 'two ascending numbers above 0, such as "2.0,4.0": sides of the crop in faces'
 )
@@ -164,8 +164,8 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     resolution: str | None = option("size in pixels: 512, or WIDTH,HEIGHT", often=True)
     train_batch_size: int = option("pictures of a batch", default=1, least=1)
     enable_bucket: bool = option("sort pictures into sizes by their shape", often=True)
-    min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MOST_SIDE)
-    max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MOST_SIDE)
+    min_bucket_reso: int = option("shortest side of a bucket, pixels", default=256, least=1, most=MAX_SIDE)
+    max_bucket_reso: int = option("longest side of a bucket, pixels", default=1024, least=1, most=MAX_SIDE)
     bucket_reso_steps: int = option("sides are multiples of this", default=64, least=1)
     bucket_no_upscale: bool = option("make buckets that enlarge nothing")
     resize_interpolation: str | None = option(
@@ -236,7 +236,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         if self.resolution is None:
             return None
         sides = [text.strip() for text in self.resolution.split(",")]
-        if not all(side.isdecimal() and 0 < int(side) <= MOST_SIDE for side in sides) or len(sides) > 2:
+        if not all(side.isdecimal() and 0 < int(side) <= MAX_SIDE for side in sides) or len(sides) > 2:
             joined = JOINED.fullmatch(self.resolution)
             example = f"{joined[1]},{joined[3]}" if joined is not None else "768,1024"
             raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as {example}")

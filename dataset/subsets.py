@@ -18,7 +18,7 @@ from dataset.forms.composing import SHARED_CACHES
 from dataset.forms.metadata import MetadataKeys
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
-from dataset.timestep_keys import find_window_problem
+from dataset.timestep_keys import find_window_error
 from modules.errors import DatasetError
 from modules.option_values import as_shape
 from modules.text_files import real_path
@@ -229,17 +229,17 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     """Return a line for each missing key of a subset, and for keys that conflict."""
-    problems = []
+    errors = []
     conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
     from_json = values["metadata_file"] is not None
     if values["image_dir"] is None and not from_json:
-        problems.append(
+        errors.append(
             "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
         )
-    problems += _size_problems(values)
-    window_problem = find_window_problem(values)
-    if window_problem is not None:
-        problems.append(window_problem)
+    errors += _size_errors(values)
+    window_error = find_window_error(values)
+    if window_error is not None:
+        errors.append(window_error)
     mask_sources = []
     if values["alpha_mask"]:
         mask_sources.append("alpha_mask")
@@ -249,33 +249,33 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
         mask_sources.append("conditioning_data_dir with --masked_loss")
     if len(mask_sources) > 1:
         names = " and ".join(mask_sources)
-        problems.append(f"{names}: both say where the masks of the loss are from; leave out one")
+        errors.append(f"{names}: both say where the masks of the loss are from; leave out one")
     elif from_json and (conditioning or masks):
-        problems.append(
+        errors.append(
             "conditioning_data_dir and mask_directory cannot be used with metadata_file; use image_dir"
         )
-    return problems
+    return errors
 
 
-def _size_problems(values: Table) -> list[str]:
+def _size_errors(values: Table) -> list[str]:
     """Return a line if a subset has no resolution, and for each limit of its buckets that excludes it."""
     size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
     if size is None:
         return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
-    problems = []
+    errors = []
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
-            problems.append(
+            errors.append(
                 f"min_bucket_reso = {low} is above the resolution {as_shape(size)}; set at most {min(size)}"
             )
         if max(size) > high:
-            problems.append(
+            errors.append(
                 f"max_bucket_reso = {high} is below the resolution {as_shape(size)}; set at least {max(size)}"
             )
-    return problems
+    return errors
 
 
-def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
+def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
     """Raise DatasetError if there are `keys`, with which the items to cache change each time."""
     if keys:
         raise DatasetError(
@@ -329,10 +329,10 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
         subsets = _subsets(folder, "--train_data_dir", is_reg=False, known=typed.reg_data_dir)
         if typed.reg_data_dir is not None:
             subsets += _subsets(typed.reg_data_dir, "--reg_data_dir", is_reg=True)
-    problems: list[str] = []
-    tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, typed, problems)
-    if problems:
-        raise DatasetError("\n  ".join([f"{folder} cannot be used:", *problems]))
+    errors: list[str] = []
+    tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, typed, errors)
+    if errors:
+        raise DatasetError("\n  ".join([f"{folder} cannot be used:", *errors]))
     return DatasetConfig(folder, tables)
 
 
@@ -392,10 +392,10 @@ def _warn_left_out(folder: Path, option: str) -> None:
     from modules.media.reading import IMAGE_SUFFIXES  # loads decoders; only such folders need it
 
     try:
-        has_pictures = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        has_images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
     except OSError:  # such as one of another user
-        has_pictures = True
-    if has_pictures:
+        has_images = True
+    if has_images:
         match = _NAME.fullmatch(folder.name)
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats, such as 10_%s",

@@ -9,13 +9,13 @@ from typing import Any
 from dataset import config_keys as forms
 
 NUM_TIMESTEPS = 1000  # in which windows are counted
-MOST_SHIFT = 1000
+MAX_SHIFT = 1000
 
 LOW = forms.whole(0, NUM_TIMESTEPS - 1, f"a whole number from 0 to {NUM_TIMESTEPS - 1}, in thousandths")
 HIGH = forms.whole(1, NUM_TIMESTEPS, f"a whole number from 1 to {NUM_TIMESTEPS}, in thousandths")
 SHIFT = forms.number(
-    lambda value: 0 < value <= MOST_SHIFT,
-    f"a number above 0, at most {MOST_SHIFT}, such as 3.0; 1 is no shift",
+    lambda value: 0 < value <= MAX_SHIFT,
+    f"a number above 0, at most {MAX_SHIFT}, such as 3.0; 1 is no shift",
 )
 
 WINDOW_KEYS = ("min_timestep", "max_timestep")
@@ -23,7 +23,7 @@ SHIFT_KEY = "discrete_flow_shift"
 TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
 
 
-def find_window_problem(values: Mapping[str, Any]) -> str | None:
+def find_window_error(values: Mapping[str, Any]) -> str | None:
     """Return the fault of a table's window of timesteps, by its keys; None if it has none."""
     low, high = (values[name] for name in WINDOW_KEYS)
     if low is None or high is None or low < high:

@@ -328,8 +328,8 @@ def draw_clip(seed: int, blur: float, frames: int = 17, width: int = 320, height
     random = np.random.default_rng(seed)
     shapes, ground = SCENES[seed % len(SCENES)]
     things = [
-        drawing.draw_thing(random, colour=colour, shape=form, direction=direction, width="large")
-        for colour, form, direction in shapes
+        drawing.draw_thing(random, colour=color, shape=form, direction=direction, width="large")
+        for color, form, direction in shapes
     ]
     clip = drawing.draw(drawing.Scene(tuple(things), ground, drawing.GROUNDS[ground]), count=frames)
     drawn = []

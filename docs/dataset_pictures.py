@@ -67,10 +67,10 @@ def main() -> None:
         with open_page(folder / "page.html", WIDTH, HEIGHT) as page:
             places = [[_top_of(page, name) for name in part] for part in PARTS]
             page.screenshot(path=folder / "page.png", full_page=True)
-        whole = np.asarray(Image.open(folder / "page.png").convert("RGB"))
-        shown = np.concatenate([whole[top:bottom] for top, bottom in places])
-        picture = Image.fromarray(shown).quantize(COLOURS, dither=Image.Dither.NONE)
-        picture.save(ROOT / "docs" / "dataset_page.png", optimize=True)
+        full = np.asarray(Image.open(folder / "page.png").convert("RGB"))
+        shown = np.concatenate([full[top:bottom] for top, bottom in places])
+        image = Image.fromarray(shown).quantize(COLOURS, dither=Image.Dither.NONE)
+        image.save(ROOT / "docs" / "dataset_page.png", optimize=True)
 
 
 def _top_of(page: Any, name: str) -> int:
@@ -99,8 +99,8 @@ def write_clip(path: Path, frames: list[Frame], caption: str) -> None:
 def _pan(seed: int, frames: int, width: int, height: int) -> list[Frame]:
     """A camera that moves over a drawn landscape, 3 pixels a frame."""
     size = (width + 3 * frames, height)
-    colours = cv2.resize(landscape(seed) * 255, size, interpolation=cv2.INTER_CUBIC)
-    wide = (0.7 * colours + 0.3 * picture(seed, size)).clip(0, 255).astype(np.uint8)
+    colors = cv2.resize(landscape(seed) * 255, size, interpolation=cv2.INTER_CUBIC)
+    wide = (0.7 * colors + 0.3 * picture(seed, size)).clip(0, 255).astype(np.uint8)
     return [np.ascontiguousarray(wide[:, 3 * index : 3 * index + width]) for index in range(frames)]
 
 

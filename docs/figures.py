@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 from dataset.config import DatasetTable, load_dataset_config  # noqa: E402
 from dataset.sources.frames import spans  # noqa: E402
 from modules.flow.schedule import make_schedule, shift_sigmas  # noqa: E402
-from modules.media.buckets import Size, bucket_sizes, choose_bucket, fit_cover  # noqa: E402
+from modules.media.buckets import Size, bucket_sizes, fit_cover, select_bucket  # noqa: E402
 from modules.media.edges import draw_edges  # noqa: E402
 from modules.media.options import EDGE_THRESHOLDS  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
@@ -81,9 +81,9 @@ def draw_buckets() -> Figure:
         for axes, source in zip(row.subplots(1, len(SOURCES)), SOURCES, strict=True):
             bucket = RESOLUTION
             if enabled:
-                bucket = choose_bucket(source, sizes, width * height, 16, no_upscale=False)
+                bucket = select_bucket(source, sizes, width * height, 16, no_upscale=False)
             fit = fit_cover(source, bucket)
-            _draw_picture(axes, fit.resized, fit.crop, bucket)
+            _draw_image(axes, fit.resized, fit.crop, bucket)
             axes.set_title(f"{source[0]}x{source[1]} becomes {bucket[0]}x{bucket[1]}", fontsize=8)
     return figure
 
@@ -139,8 +139,8 @@ def _paint(
 ) -> Frame:
     """Return a picture of forms on a ground: H W 3."""
     pixels = np.full((SIZE * FINE, SIZE * FINE, 3), GROUNDS[ground], np.uint8)
-    for (form, centre, width), colour in zip(forms, colours, strict=True):
-        paint(pixels, form, centre, width, COLOURS[colour])
+    for (form, center, width), color in zip(forms, colours, strict=True):
+        paint(pixels, form, center, width, COLOURS[color])
     return pixels
 
 
@@ -152,7 +152,7 @@ def _show(axes: Axes, pixels: Frame, title: str, below: str) -> None:
     axes.set_yticks([])
 
 
-def _draw_picture(axes: Axes, resized: Size, crop: Size, bucket: Size) -> None:
+def _draw_image(axes: Axes, resized: Size, crop: Size, bucket: Size) -> None:
     axes.add_patch(Rectangle((0, 0), *resized, color="tab:red", alpha=0.8))
     axes.add_patch(Rectangle(crop, *bucket, facecolor="#cfe2f3", edgecolor="#1f4e79"))
     axes.set_xlim(-30, max(resized) + 30)

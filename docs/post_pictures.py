@@ -117,10 +117,10 @@ def crowded(random: np.random.Generator) -> Frame:
     fine = np.empty((side * drawing.FINE, side * drawing.FINE, 3), np.uint8)
     fine[:] = drawing.GROUNDS[drawing.pick(random, tuple(drawing.GROUNDS))]
     for _ in range(FORMS):
-        colour = drawing.near(random, drawing.COLOURS[drawing.pick(random, tuple(drawing.COLOURS))], 40)
+        color = drawing.near(random, drawing.COLOURS[drawing.pick(random, tuple(drawing.COLOURS))], 40)
         x, y = random.uniform(0, side, 2)
         form = drawing.pick(random, drawing.SHAPES)
-        drawing.paint(fine, form, (x, y), random.uniform(6, 26), colour)
+        drawing.paint(fine, form, (x, y), random.uniform(6, 26), color)
     return cv2.resize(fine, (side, side), interpolation=cv2.INTER_AREA)
 
 
@@ -143,9 +143,9 @@ def unseen_forms() -> Frame:
     side = 32
     fine = np.empty((side * drawing.FINE * 2, side * drawing.FINE * 2, 3), np.uint8)
     fine[:] = drawing.GROUNDS["navy"]
-    for index, (form, colour) in enumerate(UNSEEN):
-        centre = (index % 2 + 0.5) * side, (index // 2 + 0.5) * side
-        drawing.paint(fine, form, centre, 0.75 * side, drawing.COLOURS[colour])
+    for index, (form, color) in enumerate(UNSEEN):
+        center = (index % 2 + 0.5) * side, (index // 2 + 0.5) * side
+        drawing.paint(fine, form, center, 0.75 * side, drawing.COLOURS[color])
     return cv2.resize(fine, (2 * side, 2 * side), interpolation=cv2.INTER_AREA)
 
 
@@ -205,8 +205,8 @@ def draw_times(folder: Path, path: Path) -> None:
     before = [Shown(float(each.start), "kept", index >= CUT) for index, each in enumerate(given)]
     after = interpolated(folder, given, "0.25")
     rows = (("the clip", before), (f"--factor {FACTOR}", after))
-    for number, (_, pictures) in enumerate(rows):
-        _draw_row(axes, pictures, -number)
+    for number, (_, images) in enumerate(rows):
+        _draw_row(axes, images, -number)
     axes.set_yticks([0, -1], [name for name, _ in rows])
     axes.set_ylim(-1.6, 0.6)
     axes.set_xlabel("seconds")

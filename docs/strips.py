@@ -23,7 +23,7 @@ from modules.parser import Parser  # noqa: E402
 
 FOLDER = ROOT / "docs" / "features"
 MODEL = ["--task", "t2v-1.3B", "--dit", "pocket/dit.safetensors", "--vae", "pocket/vae.safetensors"]
-USUAL = {
+DEFAULT = {
     "--t5": "pocket/t5.safetensors",
     "--video_size": "64 64",
     "--video_length": "17",
@@ -96,7 +96,7 @@ def draw(strip: Strip, folder: Path, path: Path) -> None:
 
 def make(folder: Path, texts: Sequence[str], *given: str) -> Path:
     """Generate a clip; later options replace earlier ones. Return its path."""
-    options = dict(USUAL)
+    options = dict(DEFAULT)
     for text in given:
         name = ""
         for word in text.split():

@@ -122,14 +122,14 @@ class ModelSet:
 @cache
 def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
     """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
-    catalogue = _read_catalogue()
+    catalog = _read_catalogue()
     components = known_components()
     sets = []
-    for entry in catalogue["set"]:
+    for entry in catalog["set"]:
         chosen = [components[name] for name in entry["components"]]
         if fp8_encoders:
             chosen = [components[part.in_fp8] if part.in_fp8 else part for part in chosen]
-        sets.append(_read_set(entry, catalogue["family"][entry["family"]], chosen))
+        sets.append(_read_set(entry, catalog["family"][entry["family"]], chosen))
     return tuple(sets)
 
 
@@ -157,15 +157,15 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
 
 def known_components() -> dict[str, Component]:
     """Return all components by their names in the catalogue."""
-    catalogue = _read_catalogue()
-    licences = {name: Licence(**entry) for name, entry in catalogue["licence"].items()}
+    catalog = _read_catalogue()
+    licenses = {name: Licence(**entry) for name, entry in catalog["licence"].items()}
     components = {}
-    for name, entry in catalogue["component"].items():
+    for name, entry in catalog["component"].items():
         paths = entry.get("files") or [entry["file"]]
         components[name] = Component(
             role=entry["role"],
             option=entry.get("option"),
-            files=tuple(_read_file(entry, path, licences[entry["licence"]]) for path in paths),
+            files=tuple(_read_file(entry, path, licenses[entry["licence"]]) for path in paths),
             tensor_bytes=entry.get("tensors"),
             trained_bytes=entry.get("trained"),
             in_fp8=entry.get("fp8"),
@@ -204,14 +204,14 @@ def model_title(name: str, task: str = "") -> str:
     task: of it, if that is known: runs name Wan2.1 and Wan2.2 alike. A name without a title, as another
     program may have written it, is returned unchanged.
     """
-    catalogue = _read_catalogue()
+    catalog = _read_catalogue()
     of_task = [model for model in model_sets() if task == model.task and model.family.startswith(name)]
     if of_task:
         return of_task[0].title
     if task:
         return f"{model_title(name)} {task}"
-    family = catalogue["family"].get(name, {})
-    return str(catalogue["titles"].get(name) or family.get("title") or name)
+    family = catalog["family"].get(name, {})
+    return str(catalog["titles"].get(name) or family.get("title") or name)
 
 
 def further_name(family: str) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from downloads.catalogue import ReleasedFile
 from downloads.hubs import RemoteFile, explain_status, find_file
-from downloads.listing import describe_licences, gigabytes, print_lines
+from downloads.listing import describe_licenses, gigabytes, print_lines
 from downloads.options import DownloadOptions
 from modules.atomic_write import give_name, make_folder
 from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
@@ -44,7 +44,7 @@ def run_download(options: DownloadOptions) -> None:
     Raises DownloadError if a site does not give a file, OutputError if it cannot be stored.
     """
     [model] = options.sets()
-    print_lines(describe_licences(model))  # before a site is asked, which may want them accepted
+    print_lines(describe_licenses(model))  # before a site is asked, which may want them accepted
     files = [file for component in model.components for file in component.files]
     planned = []
     for file in files:
@@ -192,11 +192,11 @@ def download_file(
                     "another connection, or --source."
                 )
             logger.warning("%s arrived damaged: %s. It is downloaded again.", target.name, damage)
-        problem = find_other_kind(partial, target.name)
-        if problem is not None:
+        error = find_other_kind(partial, target.name)
+        if error is not None:
             partial.unlink()
             raise DownloadError(
-                f"{remote.page}: what it sends as {target.name} is something else: {problem}. Nothing was "
+                f"{remote.page}: what it sends as {target.name} is something else: {error}. Nothing was "
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)

@@ -63,10 +63,10 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
     ]
     title = f"{model_set.family} {model_set.task}: {model_set.about}, released by {model_set.released_by}"
     total = f"  together {describe_total(model_set.components)}"
-    licences = describe_licences(model_set)
+    licenses = describe_licenses(model_set)
     if excludes_many(model_set):
-        return [*licences, "", title, *in_columns(rows), total]
-    return [title, *in_columns(rows), total, "", *licences]
+        return [*licenses, "", title, *in_columns(rows), total]
+    return [title, *in_columns(rows), total, "", *licenses]
 
 
 def excludes_many(model_set: ModelSet) -> bool:
@@ -84,10 +84,10 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
     return [*in_columns([("family", "task", "size", ""), *rows]), "", example]
 
 
-def describe_licences(model_set: ModelSet) -> list[str]:
-    licences = dict.fromkeys(component.licence for component in model_set.components)
+def describe_licenses(model_set: ModelSet) -> list[str]:
+    licenses = dict.fromkeys(component.licence for component in model_set.components)
     lines = []
-    for licence in licences:
+    for licence in licenses:
         note = "" if licence.verified else f" ({UNVERIFIED})"
         lines.append(f"{licence.name}: {licence.terms}{note}. {licence.url}")
     return lines

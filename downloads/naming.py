@@ -186,9 +186,9 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
     family, _, task = subject.partition(" ")
     if any((model.family, model.task) == (family, task) for model in models):
         return NamedModel(family, task, made_from=True)
-    pictures, clips = (_kinds_of(models, is_clip) for is_clip in (False, True))
+    images, clips = (_kinds_of(models, is_clip) for is_clip in (False, True))
     raise OptionError(
-        f"--family {text}: {subject} is not supported. For pictures choose from {pictures}; for clips from "
+        f"--family {text}: {subject} is not supported. For pictures choose from {images}; for clips from "
         f"{clips}"
     )
 
@@ -215,7 +215,7 @@ def _kinds_of(models: Sequence[ModelSet], is_clip: bool) -> str:
     return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))
 
 
-def refuse_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
+def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
     """Raise OptionError, with the options to type, if a name is that of a model that was trained further."""
     if not named.made_from:
         return

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
-from downloads.naming import NamedModel, is_task_spelling, read_family, refuse_made_from
+from downloads.naming import NamedModel, is_task_spelling, read_family, reject_made_from
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
@@ -69,7 +69,7 @@ class DownloadOptions(Options):
         if self.family is None:
             return None
         named = read_family(self.family, model_sets())
-        refuse_made_from(named, self.family, model_sets())
+        reject_made_from(named, self.family, model_sets())
         return named
 
     @property

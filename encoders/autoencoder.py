@@ -88,8 +88,8 @@ def read_autoencoder(
     as_matrices(sources, ATTENTION)
     shape = dialects.shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
-    is_quantised = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
-    _check_kind(checkpoint, kind, channels, is_quantised)
+    is_quantized = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
+    _check_kind(checkpoint, kind, channels, is_quantized)
     for part in ("encoder.down", "decoder.up"):
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
@@ -155,7 +155,7 @@ SHIFT, SCALE = 0.1159, 0.3611  # of the latents: the released FLUX.1, `shift_fac
 PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
-class PictureVae(nn.Module):
+class ImageVae(nn.Module):
     """Encoder and decoder of pictures, which are clips of one frame. Subclasses set both networks.
 
     Build it on the meta device. tile: edge of a tile in pixels, a multiple of `stride`; larger pictures are
@@ -221,11 +221,11 @@ class PictureVae(nn.Module):
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, unit_in)
-        picture = x.squeeze(2)
-        if self.tile is None or max(picture.shape[-2:]) <= self.tile // self.stride * unit_in:
-            return compute(picture).unsqueeze(2)
+        image = x.squeeze(2)
+        if self.tile is None or max(image.shape[-2:]) <= self.tile // self.stride * unit_in:
+            return compute(image).unsqueeze(2)
         cut = Cut(self.tile // self.stride, unit_in, unit_out)
-        return compute_in_tiles(compute, picture, cut, device).unsqueeze(2)
+        return compute_in_tiles(compute, image, cut, device).unsqueeze(2)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         if pixels.dtype == torch.uint8:
@@ -240,7 +240,7 @@ class PictureVae(nn.Module):
         return x.to(self.device, self.dtype, memory_format=layouts(self.device)[1])
 
 
-class Autoencoder(PictureVae):
+class Autoencoder(ImageVae):
     """FLUX's autoencoder, whose latents are in model space. Load a checkpoint with `load_autoencoder`."""
 
     stride = PIXELS
@@ -252,16 +252,16 @@ class Autoencoder(PictureVae):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """As `PictureVae.encode`, but logarithms of variances are not clamped, as in the released code."""
+        """As `ImageVae.encode`, but logarithms of variances are not clamped, as in the released code."""
         return super().encode(pixels, generators).sub_(SHIFT).mul_(SCALE)
 
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to each picture by itself, as `PictureVae.in_tiles`."""
+        """Apply `compute` to each picture by itself, as `ImageVae.in_tiles`."""
         results = []
-        for picture in x.split(1):
-            result = super().in_tiles(compute, picture, unit_in=unit_in, unit_out=unit_out, device=device)
+        for image in x.split(1):
+            result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)
             results.append(result)
         return torch.cat(results)
 

@@ -273,7 +273,7 @@ class ClipVision(nn.Module):
             top = (height - size) // 2
             squares.append(numpy.array(resized.crop((left, top, left + size, top + size))))
         pixels = rearrange(torch.from_numpy(numpy.stack(squares)), "b h w c -> b c h w").float() / 255
-        return _normalise(pixels)
+        return _normalize(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
         """Return pixels B 3 H W, in 0..1, as `prepare` does, but so that gradients flow to them."""
@@ -283,10 +283,10 @@ class ClipVision(nn.Module):
         resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
         top = (height - size) // 2
         left = (width - size) // 2
-        return _normalise(resized[..., top : top + size, left : left + size])
+        return _normalize(resized[..., top : top + size, left : left + size])
 
 
-def _normalise(pixels: Tensor) -> Tensor:
+def _normalize(pixels: Tensor) -> Tensor:
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels - mean) / std
 

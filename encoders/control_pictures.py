@@ -123,7 +123,7 @@ def strength_in(cond: Conditions) -> float:
 def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
     """Return the request as `keep` returns it, but with its control picture if something sees it.
 
-    keep: `ModelOfPictures.keep_media`. Warns of a sample without one. Raises OptionError if one cannot be
+    keep: `ModelOfImages.keep_media`. Warns of a sample without one. Raises OptionError if one cannot be
     read.
     """
     control = request.control_path

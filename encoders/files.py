@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
+from checkpoints.dits import DitFormat, DitHeader, select_dtype, with_dtype
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import fingerprint
 from contract.data import (
@@ -30,7 +30,7 @@ from contract.family import Abilities, DitSpec, TextEncoder
 from contract.few_steps import FewSteps, Verdict
 from contract.loading import Placement
 from contract.rules import ONE_EXPERT, Expert, ReferenceRules
-from modules.devices import choose_compute_dtype, dtype_name
+from modules.devices import dtype_name, select_compute_dtype
 from modules.errors import CheckpointError, DatasetError
 from modules.speed_options import VaeOptions
 
@@ -59,10 +59,10 @@ class TransformerFiles(ABC):
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
         """Return a copy with the options of the transformer. dtype: of --dit_dtype."""
-        return replace(self, dit=dit, dit_dtype=choose_compute_dtype(dtype, "--dit_dtype", None))
+        return replace(self, dit=dit, dit_dtype=select_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
-        dtype = choose_compute_dtype(options.vae_dtype, "--vae_dtype", None)
+        dtype = select_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
     @property
@@ -229,7 +229,7 @@ class OneTransformer:
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
-        return choose_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
+        return select_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         """Load the transformer. --dit_dtype applies if the caller sets no dtype."""

@@ -42,12 +42,12 @@ from encoders.language_models import (
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
-    PictureTokens,
-    PictureUse,
-    ReadPictures,
-    embed_pictures,
+    ImageTokens,
+    ImageUse,
+    ReadImages,
+    embed_images,
     load_vision_tower,
-    read_pictures,
+    read_images,
     read_vision_tower,
 )
 from encoders.text_encoder import (
@@ -59,7 +59,7 @@ from encoders.text_encoder import (
     fill_rows,
     find_merges,
 )
-from modules.devices import choose_compute_dtype, dtype_name
+from modules.devices import dtype_name, select_compute_dtype
 from modules.errors import MediaError
 from modules.speed_options import TextEncoderOptions, text_form
 from running.planning.device_memory import spare_bytes
@@ -157,12 +157,12 @@ class LanguageUse:
     pads_left: bool = False  # without a pad: the last token stands where it would if there were one
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
-    pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
+    pictures: ImageUse | None = None  # how pictures stand in a prompt; None: never
     # Keys of where pictures stood among the states, and of their sizes. Theirs are then left out, and places
     # count those that are left; sizes are rows and columns of half tokens. "": their states stay
     slots_key: str = ""
     sizes_key: str = ""
-    # key of hashes of the pictures of a dataset's text, as `PictureUse.hash_pictures` makes them; "": none
+    # key of hashes of the pictures of a dataset's text, as `ImageUse.hash_pictures` makes them; "": none
     hashes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
@@ -176,8 +176,8 @@ class LanguageUse:
 
     @property
     def template(self) -> str:
-        pictures = self.pictures.text if self.pictures else ""
-        return f"{self.before}{pictures}{{}}{self.after}"
+        images = self.pictures.text if self.pictures else ""
+        return f"{self.before}{images}{{}}{self.after}"
 
     @property
     def template_key(self) -> str:
@@ -344,7 +344,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         tokenizer: TextTokenizer,
         rows: Sequence[list[int]],
         dropped: int,
-        pictures: Sequence[ReadPictures] = (),
+        pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
@@ -358,9 +358,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
-            group_pictures = pictures[first : first + use.at_once]
-            ids, mask = fill_rows(group, self._choose_length(group, dropped), pad, use.pads_left)
-            inputs = self._embed(network, tokenizer, ids, group_pictures, mask=mask)
+            group_images = pictures[first : first + use.at_once]
+            ids, mask = fill_rows(group, self._select_length(group, dropped), pad, use.pads_left)
+            inputs = self._embed(network, tokenizer, ids, group_images, mask=mask)
             states = language_states(
                 network,
                 inputs.tokens,
@@ -374,15 +374,15 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
-                length = self._choose_length([row], dropped) if use.pads_to else len(row)
+                length = self._select_length([row], dropped) if use.pads_to else len(row)
                 conditions = self._make_conditions(row_states, row_mask, length - dropped)
                 if use.slots_key:
-                    sides = group_pictures[number].sides if group_pictures else ()
-                    conditions |= self._split_pictures(tokenizer, row_states, row[dropped:], sides)
+                    sides = group_images[number].sides if group_images else ()
+                    conditions |= self._split_images(tokenizer, row_states, row[dropped:], sides)
                 results.append(conditions)
         return results
 
-    def _split_pictures(
+    def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
@@ -393,14 +393,14 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         assert use.pictures is not None
         token = self.find_token(tokenizer, use.pictures.token) if sides else None
-        is_picture = [number == token for number in ids]
+        is_image = [number == token for number in ids]
         # numbers, not a mask: a rehearsal has no values to count
-        words_only = torch.tensor([index for index, shows in enumerate(is_picture) if not shows])
+        words_only = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
         slots = []
         place = 0  # in ids
         words = 0  # before it
         for rows, columns in sides:
-            while not is_picture[place]:
+            while not is_image[place]:
                 place += 1
                 words += 1
             slots.append(words)
@@ -414,7 +414,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
         return parted
 
-    def _choose_length(self, rows: Sequence[list[int]], dropped: int) -> int:
+    def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
         """Return the number of tokens that prompts of a group are filled up to."""
         use = self.use
         longest = max(map(len, rows))
@@ -429,9 +429,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         network: nn.Module,
         tokenizer: TextTokenizer,
         ids: Tensor,
-        pictures: Sequence[ReadPictures],
+        pictures: Sequence[ReadImages],
         mask: Tensor,
-    ) -> PictureTokens:
+    ) -> ImageTokens:
         """Return embeddings of tokens, with pictures in place of the tokens for them.
 
         ids, mask: on the CPU; the mask is 1 for real tokens.
@@ -444,13 +444,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             assert use.pictures is not None
             token = self.find_token(tokenizer, use.pictures.token)
             tower = network.get_submodule("visual")
-            return embed_pictures(tower, tokens, ids=ids, pictures=pictures, token=token)
+            return embed_images(tower, tokens, ids=ids, pictures=pictures, token=token)
         places = None
         if use.pad is None and use.pads_left:
             places = torch.arange(use.most - ids.shape[1], use.most)[None]
         if use.pads_to:
             places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
-        return PictureTokens(tokens, places, [])
+        return ImageTokens(tokens, places, [])
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
@@ -499,17 +499,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
-        pictures = _read_all_pictures(network.get_submodule("visual"), prompts, use)
+        images = _read_all_images(network.get_submodule("visual"), prompts, use)
         token = self.find_token(tokenizer, use.token)
         written: list[Written] = []
-        for prompt, prompt_pictures in zip(prompts, pictures, strict=True):
+        for prompt, prompt_images in zip(prompts, images, strict=True):
             text = self.write(prompt)
-            if prompt_pictures.sides and token in tokenizer.read(text.prompt).ids:
+            if prompt_images.sides and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
                     f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
                 )
-            written.append(_put_in_front(text, prompt_pictures, use))
-        return self.encode_written(written, functools.partial(self.compute, pictures=pictures))
+            written.append(_put_in_front(text, prompt_images, use))
+        return self.encode_written(written, functools.partial(self.compute, pictures=images))
 
 
 @dataclass(frozen=True)
@@ -532,7 +532,7 @@ class LanguageModelFiles(TransformerFiles):
             self,
             text_encoder=options.text_encoder,
             text_encoder_tokenizer=options.text_encoder_tokenizer,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )
@@ -582,18 +582,18 @@ class LanguageModelFiles(TransformerFiles):
         read_once(self.language_model().path, _read_tower, self.text_use)
 
 
-def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
-    pictures = []
+def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[ReadImages]:
+    images = []
     for prompt in prompts:
         if prompt.frames:
             frames = [use.show(frame) for frame in use.choose(prompt.frames)]
         else:
             frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
-        pictures.append(read_pictures(tower, frames, use))
-    return pictures
+        images.append(read_images(tower, frames, use))
+    return images
 
 
-def _put_in_front(written: Written, pictures: ReadPictures, use: PictureUse) -> Written:
+def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
     """Return the prompt with the tokens of its pictures in front of it."""
     total = len(pictures.counts)
     text = "".join(use.write(number, tokens, total) for number, tokens in enumerate(pictures.counts, 1))

@@ -26,8 +26,8 @@ from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_stretched
 
 Shown = TypeVar("Shown")
-LEAST_SIDE = 28  # pixels that reducing leaves of a side
-MOST_RATIO = 200  # of the sides of a picture, for the released image processor
+MIN_SIDE = 28  # pixels that reducing leaves of a side
+MAX_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Tensor:
@@ -42,13 +42,13 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
     sides = frame.shape[1], frame.shape[0]
     scale = math.sqrt(area / math.prod(sides))
     if scale < 1:
-        width, height = (max(round(side * scale), LEAST_SIDE) for side in sides)
+        width, height = (max(round(side * scale), MIN_SIDE) for side in sides)
         frame = resize_stretched(frame, (width, height))
     return torch.from_numpy(frame)
 
 
 @dataclass(frozen=True)
-class PictureUse:
+class ImageUse:
     """Settings with which a family shows pictures to the text encoder, as parts of the prompt."""
 
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
@@ -77,7 +77,7 @@ class PictureUse:
 
 
 @dataclass(frozen=True)
-class ReadPictures:
+class ReadImages:
     """The pictures of a prompt as the vision tower takes them."""
 
     patches: Tensor  # P K float32
@@ -180,12 +180,12 @@ def load_vision_tower(
     return tower
 
 
-def read_pictures(
+def read_images(
     tower: nn.Module,
     pictures: Sequence[Tensor],
-    use: PictureUse,
+    use: ImageUse,
     colours: Mapping[str, Sequence[float]] | None = None,
-) -> ReadPictures:
+) -> ReadImages:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
     pictures: each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
@@ -199,10 +199,10 @@ def read_pictures(
     frames = config.temporal_patch_size
     processor_class = _import_processor()
     if not pictures:
-        return ReadPictures(torch.zeros(0, 3 * frames * patch**2))
-    for picture in pictures:
-        height, width = picture.shape[:2]
-        if max(height, width) > MOST_RATIO * min(height, width):
+        return ReadImages(torch.zeros(0, 3 * frames * patch**2))
+    for image in pictures:
+        height, width = image.shape[:2]
+        if max(height, width) > MAX_RATIO * min(height, width):
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
@@ -215,9 +215,9 @@ def read_pictures(
         max_pixels=use.most,
         **{**of_tower, **(colours or {})},
     )
-    inputs = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
+    inputs = cut(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]
-    return ReadPictures(inputs["pixel_values"], tuple(sides))
+    return ReadImages(inputs["pixel_values"], tuple(sides))
 
 
 def _import_processor() -> Any:
@@ -232,7 +232,7 @@ def _import_processor() -> Any:
         return Qwen2VLImageProcessor
 
 
-class PictureTokens(NamedTuple):
+class ImageTokens(NamedTuple):
     """Prompts as embeddings, with pictures in place of the tokens for them."""
 
     tokens: Tensor  # embeddings, B L C
@@ -240,27 +240,27 @@ class PictureTokens(NamedTuple):
     added: list[Tensor]  # to the outputs of the first layers, each B L C, 0 for words
 
 
-def embed_pictures(
-    tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadPictures], token: int
-) -> PictureTokens:
+def embed_images(
+    tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadImages], token: int
+) -> ImageTokens:
     """Put pictures in place of the tokens for them.
 
     tokens: embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: the id for a picture.
     """
     states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
-    has_pictures = torch.tensor([bool(prompt.sides) for prompt in pictures])
-    ids = ids.masked_fill(~has_pictures[:, None], -1)  # elsewhere the token is a word like others
+    has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
+    ids = ids.masked_fill(~has_images[:, None], -1)  # elsewhere the token is a word like others
     places = [
         place_tokens(row, prompt.sides, token) for row, prompt in zip(ids.tolist(), pictures, strict=True)
     ]
     where = (ids == token).to(tokens.device)[..., None]
     added = [torch.zeros_like(tokens).masked_scatter(where, deep.to(tokens)) for deep in deep_states]
-    return PictureTokens(
+    return ImageTokens(
         tokens=tokens.masked_scatter(where, states.to(tokens)), places=torch.stack(places, dim=1), added=added
     )
 
 
-def _run_tower(tower: nn.Module, prompts: Sequence[ReadPictures]) -> tuple[Tensor, Sequence[Tensor]]:
+def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return the states of all pictures' tokens, and the states that are added after the first layers."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
@@ -283,9 +283,9 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
     remaining = list(sides)
     start = 0
     places: list[Tensor] = []
-    for is_picture, group in groupby(ids, lambda number: number == token):
+    for is_image, group in groupby(ids, lambda number: number == token):
         length = len(list(group))
-        while length and is_picture:  # pictures may follow one another
+        while length and is_image:  # pictures may follow one another
             rows, columns = remaining.pop(0)
             no_time = torch.zeros(1, dtype=torch.int64)
             grid = torch.cartesian_prod(no_time, torch.arange(rows), torch.arange(columns))

@@ -33,10 +33,10 @@ from contract.requests import (
     Prompts,
     Request,
     check_size,
+    full_patches,
     keep_usable_media,
     settle,
     size_of,
-    whole_patches,
 )
 from contract.rules import ReferenceRules, SourceRules
 from contract.steps import EncodedPrompts, Section
@@ -91,7 +91,7 @@ class AutoencoderFiles(TransformerFiles):
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
-def encode_pictures(
+def encode_images(
     media: MediaBatch, device: torch.device, encode: Callable[[Tensor], Tensor]
 ) -> list[list[CacheEntry]]:
     """Return the cache entry of each picture, with its references as `latents_control_0`, ...
@@ -104,7 +104,7 @@ def encode_pictures(
         for number, frames in enumerate(part.control):
             latents[f"{CONTROL}_{number}"] = encode(frames)
         for index in range(len(part.frames)):
-            tensors = {name: pictures[index].clone() for name, pictures in latents.items()}
+            tensors = {name: images[index].clone() for name, images in latents.items()}
             entries.append([CacheEntry(tensors)])
     return entries
 
@@ -155,14 +155,14 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
     paths = prepared.request.control_images
     texts = prepared.prompts[0]
 
-    def with_pictures(prompt: Prompt | None) -> Prompt:
+    def with_images(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, picture_size=size)
 
     prompts = Prompts(
-        with_pictures(texts.positive),
-        negative=with_pictures(texts.negative),
-        blank=with_pictures(texts.blank),
-        away=None if texts.away is None else with_pictures(texts.away),
+        with_images(texts.positive),
+        negative=with_images(texts.negative),
+        blank=with_images(texts.blank),
+        away=None if texts.away is None else with_images(texts.away),
     )
     return replace(prepared, prompts={0: prompts})
 
@@ -173,7 +173,7 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
 
-class ModelOfPictures(OneTransformer):
+class ModelOfImages(OneTransformer):
     """Base of the families that generate pictures, with what they have in common."""
 
     moments: MomentsRules = NO_MOMENTS
@@ -226,7 +226,7 @@ class ModelOfPictures(OneTransformer):
         entries = []
         vae = encoders.vae
         if not self.draws_latents:
-            return encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
+            return encode_images(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
         for part in media.split_for(vae.device):
             latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
             entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
@@ -238,7 +238,7 @@ class ModelOfPictures(OneTransformer):
 
     # generation
 
-    def settle_picture(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
+    def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
         flow_shift, negative: defaults for the request.
@@ -246,10 +246,10 @@ class ModelOfPictures(OneTransformer):
         self.files.check()
         request = self.keep_media(request, self.called)
         width, height, _ = size_of(request, self.defaults)
-        size = *whole_patches(width, height, self.latent), 1
+        size = *full_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
-        return settle(request, self.defaults, size=size, flow_shift=shift, usual_negative=negative)
+        return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without media that the model does not take. who: the model, for messages.
@@ -338,7 +338,7 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
             )
 
 
-def picture_defaults(
+def image_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **changes: Any
 ) -> SamplingDefaults:
     """Return defaults of square pictures, with Euler's method. changes: of `SamplingDefaults`."""

@@ -334,8 +334,8 @@ class FileTextEncoder(ABC, Generic[Network]):
             places = tokens.places[: len(tokens.places) - num_behind]  # of tokens that a cut may drop
             ends = [0 if place is None else place[1] - written.start for place in places]
             length = len(written.prompt)
-            most_kept = dropped + self.most - num_behind
-            characters = kept_characters(ends, most_kept, length)
+            max_kept = dropped + self.most - num_behind
+            characters = kept_characters(ends, max_kept, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.most) if self.variable_length else self.most
             return TokenCount(

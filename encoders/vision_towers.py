@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints.dialects import count
 
 PATCHES, PLACES = "patch_embed.proj.weight", "pos_embed.weight"
-MOST_SIZE = 1 << 16  # of these in a config.json
+MAX_SIZE = 1 << 16  # of these in a config.json
 # as released, not to be read from the tensors. Of Qwen2.5-VL:
 HEAD_WIDTH = 80
 WINDOW = 112  # pixels that layers attend within
@@ -43,7 +43,7 @@ class VisionTower:
 
 
 def _are_sizes(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < MOST_SIZE for value in values)
+    return all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
 def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
@@ -51,8 +51,8 @@ def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapp
     patch = sizes["patch_size"]
     heads = config_json.get("num_heads", dim // HEAD_WIDTH or 1)
     window = config_json.get("window_size", WINDOW)
-    usual_full = list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY))
-    full = config_json.get("fullatt_block_indexes", usual_full)
+    default_full = list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY))
+    full = config_json.get("fullatt_block_indexes", default_full)
     if not isinstance(full, list) or not _are_sizes(heads, window, *full) or heads < 1 or dim % (4 * heads):
         return None
     if window < patch * sizes["spatial_merge_size"]:

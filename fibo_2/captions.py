@@ -144,9 +144,9 @@ def write_edit(text: str) -> WrittenCaption:
     if content is None:
         plain = _wrap_plain(INSTRUCTION, text)
         return plain._replace(text=plain.text[1:], before=plain.before[1:])
-    fault = find_edit_fault(content)
-    if fault:
-        raise OptionError(f"the edit {shorten(text, 60)}: {fault}")
+    error = find_edit_error(content)
+    if error:
+        raise OptionError(f"the edit {shorten(text, 60)}: {error}")
     caption, instruction = _split_caption(content)
     edit = {CAPTION: caption} if caption else {}
     return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])
@@ -176,7 +176,7 @@ def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None
     return cleaned or None, content.get(INSTRUCTION)
 
 
-def find_edit_fault(content: dict[str, Any]) -> str:
+def find_edit_error(content: dict[str, Any]) -> str:
     """Return what is wrong with the object of an edit; "" if nothing is."""
     if not isinstance(content.get(INSTRUCTION), str) or not content[INSTRUCTION].strip():
         return f"it has no {INSTRUCTION}, a text that says what is changed"
@@ -188,15 +188,15 @@ def find_edit_fault(content: dict[str, Any]) -> str:
     return f"beside {CAPTION} stands {', '.join(others)}: put that into it" if others else ""
 
 
-def find_caption_faults(text: str) -> list[str]:
+def find_caption_errors(text: str) -> list[str]:
     """Return what is missing in a caption that is an object, and what is misspelt; [] if nothing is."""
     try:
         content = read_object(text)
     except ValueError as error:
         return [str(error)]
     if CAPTION in content or INSTRUCTION in content:
-        fault = find_edit_fault(content)
+        fault = find_edit_error(content)
         caption = content.get(CAPTION, {key: content[key] for key in content.keys() - {INSTRUCTION}})
-        faults = [fault] if fault else []
-        return faults + (FORMAT.find_key_faults(caption) if isinstance(caption, dict) else [])
+        errors = [fault] if fault else []
+        return errors + (FORMAT.find_key_errors(caption) if isinstance(caption, dict) else [])
     return FORMAT.find_faults(content)

@@ -22,8 +22,8 @@ STATES = tuple(sorted({layer for bundle in BUNDLES for layer in bundle}))  # eac
 STATES_OF_BUNDLE = len(BUNDLES[0])
 # places in STATES of each bundle's
 PLACES = tuple(tuple(STATES.index(layer) for layer in bundle) for bundle in BUNDLES)
-MOST_INJECTIONS = len(BUNDLES) - 1
-FEWEST_TOKENS, MOST_TOKENS = 256, 2048  # of a text, between which its number of gist tokens grows
+MAX_INJECTIONS = len(BUNDLES) - 1
+MIN_TOKENS, MOST_TOKENS = 256, 2048  # of a text, between which its number of gist tokens grows
 GIST_STEPS = 8  # the number of gist tokens is a multiple of an eighth of the most
 
 
@@ -49,7 +49,7 @@ class Fibo2Config(LuminaConfig):
 
     def count_gist(self, tokens: int) -> int:
         """Return the number of tokens that the Perceiver makes of a text of so many tokens."""
-        share = min(max((tokens - FEWEST_TOKENS) / (MOST_TOKENS - FEWEST_TOKENS), 0.0), 1.0)
+        share = min(max((tokens - MIN_TOKENS) / (MOST_TOKENS - MIN_TOKENS), 0.0), 1.0)
         step = self.most_gist // GIST_STEPS
         fewest = self.most_gist // 2
         return -int(-(fewest + share * (self.most_gist - fewest)) // step) * step

@@ -21,13 +21,13 @@ from contract.data import (
 from contract.families import list_same_latents
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
-from contract.requests import Prepared, Prompt, Request, size_of, whole_patches
+from contract.requests import Prepared, Prompt, Request, full_patches, size_of
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, Tweaks
 from encoders import pictures
 from encoders.files import judge_distillation
 from fibo_2 import options as own
-from fibo_2.captions import NULL, find_caption_faults, write_caption, write_edit
+from fibo_2.captions import NULL, find_caption_errors, write_caption, write_edit
 from fibo_2.configs import DIT, LATENT, NOISE, RELEASE, STATES
 from fibo_2.files import OF_SAMPLES, Fibo2Files
 from fibo_2.names import LORA
@@ -43,15 +43,15 @@ from modules.options import NO_OPTIONS
 from modules.text_files import looks_like_object
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
-MOST_REFERENCES = 4  # as released
+MAX_REFERENCES = 4  # as released
 FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of pictures, and mu of their noise levels
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
-DEFAULTS = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
+DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
 
 
 @dataclass(frozen=True)
-class Fibo2(pictures.ModelOfPictures):
+class Fibo2(pictures.ModelOfImages):
     """Description of Fibo 2.0 for one run, built by the `family_for_...` functions below."""
 
     files: Fibo2Files
@@ -63,7 +63,7 @@ class Fibo2(pictures.ModelOfPictures):
     few_steps: ClassVar = FewSteps("dev (briaai/Fibo-2.0-dev)", also="edit-turbo", adapter="")
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES, fit_captions=True)
     references: ReferenceRules | None = field(
-        default=ReferenceRules(MOST_REFERENCES, seen_by_text=True, as_encoded=True), init=False
+        default=ReferenceRules(MAX_REFERENCES, seen_by_text=True, as_encoded=True), init=False
     )
     lora_module: str = field(default=LORA[0].network_module, init=False)
     latent: LatentSpec = field(default=LATENT, init=False)
@@ -103,8 +103,8 @@ class Fibo2(pictures.ModelOfPictures):
     def names_places(self, caption: str) -> bool:
         return looks_like_object(caption)
 
-    def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
-        return find_caption_faults(caption)
+    def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
+        return find_caption_errors(caption)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
         """Return the caption: it names no places in pixels."""
@@ -157,21 +157,21 @@ class Fibo2(pictures.ModelOfPictures):
         Without a size the result has the size of training for the first picture's shape. Without a negative
         prompt it is the null caption. Raises OptionError for a prompt that is broken JSON.
         """
-        request = self._choose_size(self.keep_media(request, self.called))
+        request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
         (write_edit if edited else write_caption)(request.prompt)
         width, height, _ = size_of(request, self.defaults)
-        width, height = whole_patches(width, height, LATENT)
+        width, height = full_patches(width, height, LATENT)
         shift = size_shift(count_latents(LATENT.shape(1, height, width)), FEW, MANY)
-        prepared = self.settle_picture(request, shift, NULL)
+        prepared = self.resolve_image(request, shift, NULL)
         if edited and self.files.text_encoder is not None:
             self.files.check_tower()
         texts = prepared.prompts[0]
-        positive = self._show_pictures(texts.positive, prepared)
+        positive = self._show_images(texts.positive, prepared)
         negative = replace(texts.negative or Prompt(NULL), is_negative=True)
         return replace(prepared, prompts={0: replace(texts, positive=positive, negative=negative)})
 
-    def _choose_size(self, request: Request) -> Request:
+    def _select_size(self, request: Request) -> Request:
         """Return the request with the size of training for the first picture, if it has no size."""
         if not request.control_images or request.width is not None or request.height is not None:
             return request
@@ -180,7 +180,7 @@ class Fibo2(pictures.ModelOfPictures):
         width, height = find_size(request.control_images[0])
         return replace(request, width=width, height=height)
 
-    def _show_pictures(self, prompt: Prompt, prepared: Prepared) -> Prompt:
+    def _show_images(self, prompt: Prompt, prepared: Prepared) -> Prompt:
         """Return the prompt with the pictures to edit. Raises OptionError for a mask that fits none."""
         paths = prepared.request.control_images
         mask = prepared.request.extra.get(MASK)
@@ -206,8 +206,8 @@ class Fibo2(pictures.ModelOfPictures):
         prompt = prepared.prompts[0].positive
         frames = prompt.frames or [read_edited(path, prompt.picture_size) for path in prompt.pictures]
         conditions: dict[str, Tensor | list[Tensor]] = {}
-        for number, picture in enumerate(frames):
-            conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(picture[None, None]))
+        for number, image in enumerate(frames):
+            conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(image[None, None]))
         return {0: conditions}
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:

@@ -26,7 +26,7 @@ from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse
-from fibo_2.configs import MOST_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
+from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
 from fibo_2.names import FIBO_2
 from fibo_2.options import NAME
@@ -80,7 +80,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
     dim, channels = shapes.of("x_embedder.weight")
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
-    most_gist, gist_dim = shapes.of(MARK)
+    max_gist, gist_dim = shapes.of(MARK)
     text_dim = shapes.of("perceiver.layers.0.cross_attention.to_k.weight")[1]
     blocks = (match for match in map(_INJECTION.fullmatch, shapes.shapes) if match)
     injections = tuple(sorted(int(match[1]) for match in blocks))
@@ -88,14 +88,14 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         dim % width == 0
         and width % 16 == 0
         and gist_dim == dim
-        and most_gist % 8 == 0
+        and max_gist % 8 == 0
         and text_dim % STATES_OF_BUNDLE == 0
-        and len(injections) <= MOST_INJECTIONS
+        and len(injections) <= MAX_INJECTIONS
         and shapes.of("layers.0.attention.to_q.weight") == (dim, dim)
     )
     if not fits:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width}, {most_gist} gist tokens and {len(injections)} "
+            f"{shapes.path}: width {dim}, heads of {width}, {max_gist} gist tokens and {len(injections)} "
             f"blocks that read the text are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
@@ -112,7 +112,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
         freq_dim=freq_dim,
         time_hidden=hidden,
-        most_gist=most_gist,
+        most_gist=max_gist,
         perceiver_layers=shapes.blocks("perceiver.layers"),
         injections=injections,
     )

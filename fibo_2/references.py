@@ -18,7 +18,7 @@ from modules.media.buckets import Fit, Size
 from modules.media.reading import Frame, fit_frame, image_size, read_image
 
 STEP = 16  # sides are multiples of this, in pixels
-LEAST_SIDE = 64
+MIN_SIDE = 64
 AREA = 1024 * 1024  # of the sizes of training, within a tenth
 SHOWN_SIDE = 768  # of a picture that the text encoder sees, at most
 GRAY = 128  # of the part that is made anew; the mask is cut at this value too
@@ -32,8 +32,8 @@ def trained_size(size: Size) -> Size:
     """
     aspect = size[0] / size[1]
     sizes = []
-    for width in range(LEAST_SIDE, 2 * AREA // LEAST_SIDE, STEP):
-        first = max(LEAST_SIDE, math.ceil(0.9 * AREA / width / STEP) * STEP)
+    for width in range(MIN_SIDE, 2 * AREA // MIN_SIDE, STEP):
+        first = max(MIN_SIDE, math.ceil(0.9 * AREA / width / STEP) * STEP)
         last = min(2 * AREA // width, int(1.1 * AREA / width))
         sizes += [(width, height) for height in range(first, last + 1, STEP)]
 

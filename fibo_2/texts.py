@@ -13,7 +13,7 @@ from contract.data import Conditions
 from contract.requests import Prompt, Spans
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import PictureUse
+from encoders.picture_prompts import ImageUse
 from encoders.text_encoder import Written
 from fibo_2.captions import TEXTS, WrittenCaption, has_drawn_texts, write_caption, write_edit, write_json
 from fibo_2.configs import STATES
@@ -42,7 +42,7 @@ TEXT_USE = LanguageUse(
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=PictureUse(
+    pictures=ImageUse(
         _SEEN.format(name="_{number}"),
         alone=_SEEN.format(name=""),
         read=read_shown,

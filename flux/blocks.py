@@ -54,10 +54,10 @@ def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanMod
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
     if config.approximator is None:
         return HunyuanModulation(config.dim, count, "lin")
-    picture = 3 * config.single_blocks
-    text = picture + 6 * config.double_blocks
+    image = 3 * config.single_blocks
+    text = image + 6 * config.double_blocks
     final = text + 6 * config.double_blocks
-    first = {"single": 0, "picture": picture, "text": text, "final": final}[kind]
+    first = {"single": 0, "picture": image, "text": text, "final": final}[kind]
     return ModulationRows(first + count * block, count)
 
 

@@ -18,7 +18,7 @@ from checkpoints.dialects import translate_name
 from checkpoints.filling import on_meta_device
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from contract.made_networks import MadeNetwork, UsualRate
+from contract.made_networks import DefaultRate, MadeNetwork
 from flux.configs import CHROMA, FluxConfig
 from flux.control_net import (
     build_network,
@@ -93,7 +93,7 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
         generate=_say_generation,
-        usual_rate=UsualRate(5e-7, "1e-5", 5e-4),
+        usual_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=_write,
         start_option=CONTROL_NET.removeprefix("--"),
     )

@@ -35,9 +35,9 @@ from contract.steps import NO_TWEAKS, Tweaks
 from encoders import control_pictures
 from encoders.pictures import (
     GUIDANCE,
-    ModelOfPictures,
+    ModelOfImages,
     guidance_in,
-    picture_defaults,
+    image_defaults,
     references_in,
 )
 from flux import configs
@@ -47,7 +47,7 @@ from flux.names import LORA
 from flux.options import CHROMA as SAYS_CHROMA
 from flux.options import (
     CONTROL_NET,
-    USUAL_GUIDANCE,
+    DEFAULT_GUIDANCE,
     FluxControlNetTrainingOptions,
     FluxGenerationOptions,
     FluxLatentCachingOptions,
@@ -69,14 +69,14 @@ CLIP_L_WIDTH = 768  # numbers of its pooled text
 
 
 @dataclass(frozen=True)
-class Flux(ModelOfPictures):
+class Flux(ModelOfImages):
     """Description of FLUX.1 or Chroma for one run, built by the `family_for_...` functions below.
 
     The transformer's file says whether it is dev, schnell or Chroma.
     """
 
     files: FluxFiles
-    trained_guidance: float = USUAL_GUIDANCE  # what training feeds the model's guidance input
+    trained_guidance: float = DEFAULT_GUIDANCE  # what training feeds the model's guidance input
     # without a negative prompt it is empty; False, as in the guides' command: then there is no guidance
     negative_is_empty: bool = True
     noise_dtype: torch.dtype | None = None
@@ -130,10 +130,10 @@ class Flux(ModelOfPictures):
     def defaults(self) -> SamplingDefaults:
         kind = self.files.kind
         scale = CHROMA_SCALE if kind == configs.CHROMA else 1.0
-        usual = picture_defaults(
+        default = image_defaults(
             configs.STEPS[kind], scale, 1024, embedded_guidance=configs.EMBEDDED_GUIDANCE[kind]
         )
-        return usual if self.made_network is None else replace(usual, extras=("control_multiplier",))
+        return default if self.made_network is None else replace(default, extras=("control_multiplier",))
 
     @property
     def release(self) -> ModelRelease:
@@ -282,16 +282,16 @@ class Flux(ModelOfPictures):
     ) -> Tensor:
         """Predict from t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; Kontext: latents_control."""
         device = noisy.device
-        pictures = references_in(cond, device)
-        is_control = bool(pictures) and (self.controlnet is not None or self.made_network is not None)
+        images = references_in(cond, device)
+        is_control = bool(images) and (self.controlnet is not None or self.made_network is not None)
         return dit(
             noisy,
             timesteps.float(),
             **name_texts(cond, self._text_inputs, device),
             guidance=guidance_in(cond, device),
             tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
-            references=() if is_control else pictures,
-            control=pictures[0] if is_control else None,
+            references=() if is_control else images,
+            control=images[0] if is_control else None,
             control_strength=control_pictures.strength_in(cond),
         )
 
@@ -335,9 +335,9 @@ class Flux(ModelOfPictures):
         request = self.keep_media(request, str(self.files.dit_path))
         if request.second_prompt is not None and not self.files.has_pooled:
             logger.warning("--prompt_2 is ignored because Chroma has no second text encoder")
-        usual = self.defaults
+        default = self.defaults
         guidance = request.embedded_guidance
-        if guidance not in (None, usual.embedded_guidance, USUAL_GUIDANCE) and kind != configs.DEV:
+        if guidance not in (None, default.embedded_guidance, DEFAULT_GUIDANCE) and kind != configs.DEV:
             why = "is made for 0" if kind == configs.CHROMA else "has no input for it"
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
@@ -347,14 +347,14 @@ class Flux(ModelOfPictures):
             )
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
-        width, height, _ = requests.size_of(request, usual)
+        width, height, _ = requests.size_of(request, default)
         size = (width, height, 1)
         requests.check_size(size, LATENT)
         flow_shift = request.flow_shift
         if flow_shift is None:
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
-        return requests.settle(request, usual, size, flow_shift, usual_negative=negative)
+        return requests.settle(request, default, size, flow_shift, default_negative=negative)
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""

@@ -26,7 +26,7 @@ from flux.configs import CHROMA, DEV, PATCH, SCHNELL, T5_TOKENS, ApproximatorCon
 from flux.model import FluxModel
 from flux.names import FLUX
 from flux.options import FluxTextOptions
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import text_form
 from networks.names.layouts import tensor_patterns
@@ -160,7 +160,7 @@ class FluxFiles(AutoencoderFiles):
             t5xxl=options.t5xxl,
             clip_l_tokenizer=options.clip_l_tokenizer,
             t5xxl_tokenizer=options.t5xxl_tokenizer,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             t5_form=text_form(options),
             max_tokens=options.t5xxl_max_token_length,
             masks_text=options.apply_t5_attn_mask,

@@ -155,9 +155,9 @@ class FluxModel(BlockNetwork):
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         latents = (noisy, *references)
-        pictures = [in_own_dtype(self.img_in, pack(picture)).to(dtype) for picture in latents]
+        images = [in_own_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
         # a reference stands at the next place of the axis of frames
-        grids = [Grid(grid_of(picture), first=number) for number, picture in enumerate(latents)]
+        grids = [Grid(grid_of(image), first=number) for number, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
         rows = None
@@ -173,7 +173,7 @@ class FluxModel(BlockNetwork):
             vector = self._embed_vector(timesteps, prompt["pooled"], scale) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
-            pictures,
+            images,
             texts,
             tweaks.steer,
             grid=grids[0].sizes,
@@ -181,7 +181,7 @@ class FluxModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        del pictures, texts
+        del images, texts
         if control is not None and self.controlnet is not None:
             hidden.added = self.controlnet(
                 noisy,

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux.options import CHROMA, FLUX, USUAL_GUIDANCE
+from flux.options import CHROMA, DEFAULT_GUIDANCE, FLUX
 from modules.errors import OptionError
-from modules.minimal_options import MOST_SIDE, MinimalLoraOptions
+from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
 from modules.option_values import option_words
 from modules.options import Options, option
 from modules.script_options import parse_options
@@ -61,18 +61,18 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
         return dtypes.pop() if dtypes else self.base_dtype
 
 
-class FluxPictureOptions(Options, title="what to make"):
+class FluxImageOptions(Options, title="what to make"):
     """The picture that flux_minimal_inference.py makes."""
 
     prompt: str = option("what the picture shows", default="A photo of a cat")
     output_dir: Path = option("output folder", default=Path())
     seed: int | None = option("default: a random one")
     steps: int | None = option("default: 4 for schnell, 50 for others")
-    guidance: float = option("guidance that FLUX.1 dev takes as an input", default=USUAL_GUIDANCE)
+    guidance: float = option("guidance that FLUX.1 dev takes as an input", default=DEFAULT_GUIDANCE)
     negative_prompt: str | None = option("what to avoid")
     cfg_scale: float = option("guidance by the negative prompt; 1 turns it off", default=1.0)
-    width: int = option("in pixels; rounded up to a multiple of 16", default=1360, least=1, most=MOST_SIDE)
-    height: int = option("in pixels; rounded up to a multiple of 16", default=768, least=1, most=MOST_SIDE)
+    width: int = option("in pixels; rounded up to a multiple of 16", default=1360, least=1, most=MAX_SIDE)
+    height: int = option("in pixels; rounded up to a multiple of 16", default=768, least=1, most=MAX_SIDE)
     interactive: bool = option(
         "ask for prompts; their options (--w --h --s --d --g --c --n --m) hold for later ones"
     )
@@ -86,7 +86,7 @@ class FluxMinimalOptions(Options):
     """Options of flux_minimal_inference.py."""
 
     model: FluxModelOptions
-    picture: FluxPictureOptions
+    picture: FluxImageOptions
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMinimalOptions:
@@ -115,28 +115,28 @@ TYPED = {
 
 
 def generation_words(options: FluxMinimalOptions) -> list[str]:
-    model, picture = options.model, options.picture
+    model, image = options.model, options.picture
     values = {
         "--dit": model.ckpt_path,
         "--model_type": model.model_type,
-        "--save_path": picture.output_dir,
-        "--embedded_cfg_scale": picture.guidance,
-        "--guidance_scale": picture.cfg_scale,
+        "--save_path": image.output_dir,
+        "--embedded_cfg_scale": image.guidance,
+        "--guidance_scale": image.cfg_scale,
         "--dit_dtype": model.dit_dtype,
         "--text_encoder_dtype": model.text_dtype,
         "--vae_dtype": model.ae_dtype or model.base_dtype,
         "--clip_l": model.clip_l,
         "--t5xxl": model.t5xxl,
         "--ae": model.ae,
-        "--seed": picture.seed,
-        "--infer_steps": picture.steps,
-        "--negative_prompt": picture.negative_prompt,
-        "--prompt": None if picture.interactive else picture.prompt,
+        "--seed": image.seed,
+        "--infer_steps": image.steps,
+        "--negative_prompt": image.negative_prompt,
+        "--prompt": None if image.interactive else image.prompt,
         "--fp8": is_fp8(model.flux_dtype or model.dtype),
         "--fp8_t5": is_fp8(model.t5xxl_dtype or model.dtype),
         "--apply_t5_attn_mask": model.apply_t5_attn_mask,
-        "--interactive": picture.interactive,
-        "--image_size": picture.size,
+        "--interactive": image.interactive,
+        "--image_size": image.size,
         **model.lora_options,
     }
     return option_words(values)
@@ -155,7 +155,7 @@ def line_sizes(text: str) -> int:
 
 
 # letters of a line whose values are read otherwise than in flux_generate_image.py: key, how, may be empty
-LINE_LETTERS: Mapping[str, tuple[str, Any, bool]] = {
+LINE_CHARACTERS: Mapping[str, tuple[str, Any, bool]] = {
     "w": ("video_size_width", line_sizes, False),
     "h": ("video_size_height", line_sizes, False),
     "c": ("guidance_scale", float, False),

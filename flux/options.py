@@ -34,7 +34,7 @@ from modules.speed_options import (
 logger = logging.getLogger(__name__)
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
-USUAL_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
+DEFAULT_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
 MOST_TOKENS = 512  # that T5 was trained to read
 
 
@@ -82,7 +82,7 @@ TRAINER: Mapping[str, Any] = {
     "timestep_sampling": "sigma",
     "discrete_flow_shift": 3.0,
     "model_prediction_type": "sigma_scaled",
-    "guidance_scale": USUAL_GUIDANCE,
+    "guidance_scale": DEFAULT_GUIDANCE,
     "translate": take_ae,
     "tokenizers": {
         "clip_l_tokenizer": "openai_clip-vit-large-patch14",
@@ -159,7 +159,7 @@ class OlderSwappingOptions(Options):
     )
 
 
-class FluxWholeTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
+class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=NAME):
     """Options of flux_train.py besides the shared ones."""
 
 

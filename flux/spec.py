@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.rules import NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
@@ -19,7 +19,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     npz=NpzFormat("_flux", "_flux_te", zeros={"txt_ids": ("t5_out", 3)}),
 )
-NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_picture_tokens)
+NOISE = NoiseSpec(training_offset=0.0, table_is_shifted=True, tokens=count_image_tokens)
 GUIDANCE_UNIT = 1000.0  # the models were trained with 1000 times the scale
 FLUX_DIT = DitSpec(
     block_lists=("double_blocks", "single_blocks"),
@@ -47,7 +47,7 @@ FEW, MANY = (256, 0.5), (4096, 1.15)
 
 def tokens_of(height: int, width: int) -> int:
     """Return the number of tokens of a picture. height, width: in pixels."""
-    return count_picture_tokens(LATENT.shape(1, height, width))
+    return count_image_tokens(LATENT.shape(1, height, width))
 
 
 def size_shift(tokens: int) -> float:

@@ -42,13 +42,13 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 LATENTS_AGAIN, TEXTS_AGAIN = "flux_2_cache_latents.py", "flux_2_cache_text_encoder_outputs.py"
-MOST_REFERENCES = 10  # as released
+MAX_REFERENCES = 10  # as released
 # pixels of a reference, in area: of one alone, and of each of several. Source: the released code
 ALONE, AMONG_SEVERAL = 2024**2, 1024**2
 
 
 @dataclass(frozen=True)
-class Flux2(pictures.ModelOfPictures):
+class Flux2(pictures.ModelOfImages):
     """Description of FLUX.2 for one run, built by the `family_for_...` functions below.
 
     Files do not tell klein from klein-base: --model_version does.
@@ -104,7 +104,7 @@ class Flux2(pictures.ModelOfPictures):
 
     @property
     def references(self) -> ReferenceRules:
-        return ReferenceRules(most=MOST_REFERENCES)
+        return ReferenceRules(most=MAX_REFERENCES)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -149,8 +149,8 @@ class Flux2(pictures.ModelOfPictures):
     def prepare(self, request: Request) -> Prepared:
         """Settle a request. Without a flow shift noise levels follow size and steps, as released."""
         version = self.files.version
-        usual = DEV.defaults.embedded_guidance  # that of the script, whatever the release
-        if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, usual):
+        default = DEV.defaults.embedded_guidance  # that of the script, whatever the release
+        if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored: --model_version %s has no input "
                 "for it",
@@ -165,7 +165,7 @@ class Flux2(pictures.ModelOfPictures):
                 "built in" if version.defaults.embedded_guidance is None else "--embedded_cfg_scale",
             )
             request = replace(request, guidance_scale=None)
-        prepared = self.settle_picture(request, 1.0, "")
+        prepared = self.resolve_image(request, 1.0, "")
         if request.flow_shift is not None:
             return prepared
         tokens = count_latents(LATENT.shape(1, prepared.height, prepared.width))

@@ -32,7 +32,7 @@ from running.run_blocks import BlockNetwork, Hidden
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
 APART = 10  # places between a picture and its references on the first axis
 # rows of all modulations: of pictures and texts in double blocks, of single blocks; then the embedding
-PICTURE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
+IMAGE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
 
 
 class RowsOfAll(nn.Module):
@@ -104,7 +104,7 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         super().__init__(config.dim, config.eps)
         self.img_attn, self.txt_attn = StreamAttention(config), StreamAttention(config)
         self.img_mlp, self.txt_mlp = GatedMlp(config), GatedMlp(config)
-        self.img_rows, self.txt_rows = RowsOfAll(PICTURE_ROWS), RowsOfAll(TEXT_ROWS)
+        self.img_rows, self.txt_rows = RowsOfAll(IMAGE_ROWS), RowsOfAll(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
         if is_text:
@@ -224,15 +224,15 @@ class Flux2Model(BlockNetwork):
         latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do not fit.
         References come behind the picture, a second text behind the first one.
         """
-        pictures = (noisy, *references)
-        for latents in pictures:
+        images = (noisy, *references)
+        for latents in images:
             if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
                 raise ValueError(
                     f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
                 )
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = []
-        for latents in pictures:
+        for latents in images:
             pixels = latents.flatten(2).transpose(1, 2)  # B L Z
             embedded.append(in_own_dtype(self.img_in, pixels).to(dtype))
         vector = self._embed_vector(timesteps, guidance if tweaks.embedded_guidance else None)
@@ -242,14 +242,14 @@ class Flux2Model(BlockNetwork):
             texts.append(blocks.EmbeddedText(tokens, None, vector))
         # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
         grids = []
-        for number, latents in enumerate(pictures):
+        for number, latents in enumerate(images):
             _, _, _, rows, columns = latents.shape
             grids.append(Grid((1, rows, columns, 1), first=APART * number))
         for embedded_text in texts:
             length = embedded_text.tokens.shape[1]
             grids.append(Grid((1, 1, 1, length)))
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
-        num_pictures = sum(tokens.shape[1] for tokens in embedded)
+        num_images = sum(tokens.shape[1] for tokens in embedded)
         return blocks.join_tokens(
             embedded,
             texts,
@@ -259,7 +259,7 @@ class Flux2Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_picture=rotary[:num_pictures],
+            rotary_of_picture=rotary[:num_images],
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class Flux2Vae(Autoencoder):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Encode as `PictureVae.encode`, but return the posterior's means, packed and normalised."""
+        """Encode as `ImageVae.encode`, but return the posterior's means, packed and normalised."""
         return self.moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> Flux2Vae:
-    """Load FLUX.2's autoencoder. path: its file or folder. tile: as for `PictureVae`.
+    """Load FLUX.2's autoencoder. path: its file or folder. tile: as for `ImageVae`.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

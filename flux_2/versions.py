@@ -7,7 +7,7 @@ from contract.data import SamplingDefaults
 from contract.rules import ModelRelease
 from encoders.language_encoder import LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3, LanguageModel
-from encoders.pictures import picture_defaults
+from encoders.pictures import image_defaults
 from encoders.text_encoder import TokenizerSource
 
 MISTRAL3 = LanguageModel(
@@ -102,7 +102,7 @@ DEV = Flux2Version(
     architecture="Flux.2-dev",
     use=MISTRAL_USE,
     release=_release("FLUX.2-dev", _OF_DEV),
-    defaults=picture_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
+    defaults=image_defaults(50, 1.0, 1024, embedded_guidance=GUIDANCE),
     dim=6144,
     text_dim=15360,
     is_distilled=True,
@@ -113,7 +113,7 @@ KLEIN_4B = Flux2Version(
     architecture="Flux.2-klein-4b",
     use=QWEN3_4B_USE,
     release=_release("FLUX.2-klein-4B", _APACHE),
-    defaults=picture_defaults(4, 1.0, 1024),
+    defaults=image_defaults(4, 1.0, 1024),
     dim=3072,
     text_dim=7680,
     is_distilled=True,
@@ -128,7 +128,7 @@ KLEIN_9B = replace(
     dim=4096,
     text_dim=12288,
 )
-BASE = picture_defaults(50, GUIDANCE, 1024)
+BASE = image_defaults(50, GUIDANCE, 1024)
 VERSIONS = {
     "klein-4b": KLEIN_4B,
     "klein-base-4b": replace(

@@ -39,13 +39,13 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
-MOST_REFERENCES = 10  # as released
-BASE = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True)
+MAX_REFERENCES = 10  # as released
+BASE = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True)
 DISTILLED = replace(BASE, steps=own.STEPS_OF_DISTILLED, guidance_scale=own.GUIDANCE_OF_DISTILLED)
 
 
 @dataclass(frozen=True)
-class Flux3(pictures.ModelOfPictures):
+class Flux3(pictures.ModelOfImages):
     """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
 
     files: Flux3Files
@@ -92,7 +92,7 @@ class Flux3(pictures.ModelOfPictures):
 
     @property
     def references(self) -> ReferenceRules:
-        return ReferenceRules(most=MOST_REFERENCES)
+        return ReferenceRules(most=MAX_REFERENCES)
 
     # the network
 
@@ -148,19 +148,19 @@ class Flux3(pictures.ModelOfPictures):
         Raises OptionError for a solver that is not Euler's with the distilled model.
         """
         if self.is_distilled:
-            request = self._settle_distilled(request)
+            request = self._resolve_distilled(request)
         request = self.keep_media(request, self.called)
         has_side = request.width is not None or request.height is not None
         has_size = request.width is not None and request.height is not None
         if not request.control_images or has_size:
-            return self.settle_picture(request, SHIFT, "")
+            return self.resolve_image(request, SHIFT, "")
         (width, height), region = self._size_like(request.control_images)
         sized = replace(request, width=request.width or width, height=request.height or height)
-        prepared = self.settle_picture(sized, SHIFT, "")
+        prepared = self.resolve_image(sized, SHIFT, "")
         # with a side of the user's the result is not the size of the canvas, and is not cut
         return replace(prepared, shown=None if has_side else region)
 
-    def _settle_distilled(self, request: Request) -> Request:
+    def _resolve_distilled(self, request: Request) -> Request:
         """Return the request without guidance by a second pass."""
         if request.solver not in (None, "euler"):
             raise OptionError(

@@ -86,12 +86,12 @@ class Flux3Tokens:
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
         picture tokens are left out.
         """
-        of_picture, *others = self.counts
+        of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(
             self,
             rotary=take_rows(self.rotary, kept, num_left_out),
-            counts=(of_picture - num_left_out, *others),
+            counts=(of_image - num_left_out, *others),
             lengths=lengths,
         )
 
@@ -337,17 +337,17 @@ class Flux3Model(BlockNetwork):
         if (next_timesteps is not None) != self.config.is_flow_map:
             raise ValueError("a distilled transformer, and no other, takes the times at which steps end")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        contents = [self._embed_picture(PICTURE, noisy)]
-        contents += [self._embed_picture(REFERENCES, latents) for latents in references]
+        contents = [self._embed_image(PICTURE, noisy)]
+        contents += [self._embed_image(REFERENCES, latents) for latents in references]
         texts = []
         for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, dtype))
         x = torch.cat([*(tokens.to(dtype) for tokens in contents), *(words.states for words in texts)], dim=1)
-        of_picture = contents[0].shape[1]
+        of_image = contents[0].shape[1]
         of_contents = sum(tokens.shape[1] for tokens in contents)
-        counts = {PICTURE: of_picture, TEXT: x.shape[1] - of_contents}
+        counts = {PICTURE: of_image, TEXT: x.shape[1] - of_contents}
         if references:
-            counts = {PICTURE: of_picture, REFERENCES: of_contents - of_picture, TEXT: counts[TEXT]}
+            counts = {PICTURE: of_image, REFERENCES: of_contents - of_image, TEXT: counts[TEXT]}
         layout = Flux3Layout(
             grid=_measure_grid(noisy),
             references=tuple(_measure_grid(latents) for latents in references),
@@ -373,7 +373,7 @@ class Flux3Model(BlockNetwork):
             tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
         return Hidden(x, tokens)
 
-    def _embed_picture(self, mode: str, latents: Tensor) -> Tensor:
+    def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
         """Return the tokens of a picture or reference: B Z 1 H W -> B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
         return in_own_dtype(self.emb_in[mode], pixels)
@@ -406,9 +406,9 @@ class Flux3Model(BlockNetwork):
 
     def unembed(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Turn tokens B L+R+T C into the velocity, B Z 1 H W in float32."""
-        picture = x[:, : math.prod(tokens.grid)]
+        image = x[:, : math.prod(tokens.grid)]
         embedding = tokens.vector[:, :1, TIME_ROW]
-        pixels = self.final_layer[PICTURE](picture, embedding, tokens.dtype).float()
+        pixels = self.final_layer[PICTURE](image, embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:

@@ -15,8 +15,8 @@ from encoders.pictures import read_reference
 from modules.media.buckets import Fit, Size, fit_within
 from modules.media.reading import image_size, read_image, resize_frame
 
-MOST_PIXELS, MOST_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
-LEAST_SIDE = 64
+MOST_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
+MIN_SIDE = 64
 AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
 SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
 
@@ -38,7 +38,7 @@ def fit_canvas(size: Size, step: int) -> Canvas:
 
     A picture is reduced only if its canvas would have too many pixels or too long a side.
     """
-    scale = min(1.0, math.sqrt(MOST_PIXELS / math.prod(size)), MOST_SIDE / max(size))
+    scale = min(1.0, math.sqrt(MOST_PIXELS / math.prod(size)), MAX_SIDE / max(size))
     while True:
         width, height = (max(1, round(side * scale)) for side in size)
         canvas = _round_up(width, step), _round_up(height, step)
@@ -48,7 +48,7 @@ def fit_canvas(size: Size, step: int) -> Canvas:
 
 
 def _round_up(side: int, step: int) -> int:
-    return min(MOST_SIDE, max(LEAST_SIDE, -(-side // step) * step))
+    return min(MAX_SIDE, max(MIN_SIDE, -(-side // step) * step))
 
 
 def canvas_of(path: Path, step: int) -> Canvas:

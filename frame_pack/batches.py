@@ -66,8 +66,8 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
     target = tensors["latents"]
     places = tensors[indices]
     _, _, frames, *area = tensors[latents].shape
-    is_whole = not places.dtype.is_floating_point
-    if not is_whole or places.shape != (len(target), frames) or area != list(target.shape[3:]):
+    is_full = not places.dtype.is_floating_point
+    if not is_full or places.shape != (len(target), frames) or area != list(target.shape[3:]):
         raise CacheError(
             f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
             f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "

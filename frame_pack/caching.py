@@ -24,7 +24,7 @@ from modules.media.pixels import byte_clips, to_pixels
 logger = logging.getLogger(__name__)
 
 # a clip of up to six seconds is encoded as a whole, as in other tuners; in memory a longer one is as large
-WHOLE_FRAMES = 192
+FULL_FRAMES = 192
 
 
 NO_MOMENTS = (
@@ -42,7 +42,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
     one_frame: --one_frame. Warns of clips that are longer than whole sections.
     """
     if one_frame:
-        _check_pictures(table)
+        _check_images(table)
         return
     if table.kind != "video":
         raise DatasetError(
@@ -72,7 +72,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
             '"full".'
         )
     for frames in table.target_frames:
-        used = video_frames(_count_whole_sections(table, frames), table.window)
+        used = video_frames(_count_full_sections(table, frames), table.window)
         if used < frames:
             logger.warning(
                 "%s: of clips of %d frames the last %d are left out, because %d make whole sections",
@@ -83,7 +83,7 @@ def check_table(table: MediaTable, one_frame: bool) -> None:
             )
 
 
-def _check_pictures(table: MediaTable) -> None:
+def _check_images(table: MediaTable) -> None:
     if table.kind != "image":
         raise DatasetError(
             f"{table.name}: --one_frame caches images that have control images, these are videos. Leave "
@@ -101,7 +101,7 @@ def count_sections(table: MediaTable, frames: int) -> int:
 
     Raises MediaError if it is too short for one section.
     """
-    sections = _count_whole_sections(table, frames)
+    sections = _count_full_sections(table, frames)
     if sections == 0:
         raise MediaError(
             f"{frames} usable frames (4 n + 1 of the clip's) are too few: a section takes "
@@ -111,7 +111,7 @@ def count_sections(table: MediaTable, frames: int) -> int:
     return sections
 
 
-def _count_whole_sections(table: MediaTable, frames: int) -> int:
+def _count_full_sections(table: MediaTable, frames: int) -> int:
     return count_window_sections((frames - 1) // LATENT_STRIDE + 1, table.window)
 
 
@@ -162,7 +162,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 # Pictures
 
 
-def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
+def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
     """Return one entry for every image: its latents as the target, those of its control images before it.
 
     Each image is encoded alone. Latents are 0 where their image is transparent. switches: the black frames to

@@ -28,8 +28,8 @@ from frame_pack.inputs import encode_clip, one_frame_inputs, video_inputs
 from frame_pack.model import position_scale
 from frame_pack.names import LORA
 from frame_pack.options import (
+    DEFAULT_SECONDS,
     FRAMES_PER_SECOND,
-    USUAL_SECONDS,
     WINDOW,
     FramePackGenerationOptions,
     FramePackLatentCachingOptions,
@@ -110,7 +110,7 @@ class FramePack(OneTransformer):
             solver="unipc-bh1",
             width=256,
             height=256,
-            frames=video_frames(count_sections(USUAL_SECONDS, self.window), self.window),
+            frames=video_frames(count_sections(DEFAULT_SECONDS, self.window), self.window),
             noise_on_cpu=True,
             extras=("one_frame",),
         )
@@ -168,9 +168,7 @@ class FramePack(OneTransformer):
         """
         parts = media.split_for(encoders.vae.device)
         if self.one_frame is not None:
-            return [
-                item for part in parts for item in caching.picture_entries(encoders, part, self.one_frame)
-            ]
+            return [item for part in parts for item in caching.image_entries(encoders, part, self.one_frame)]
         return [item for part in parts for item in caching.clip_entries(encoders, part, self.order)]
 
     @property
@@ -322,7 +320,7 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
     files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
-        replace(files, vae_tile_frames=caching.WHOLE_FRAMES),
+        replace(files, vae_tile_frames=caching.FULL_FRAMES),
         is_f1=options.f1,
         one_frame=one_frame if options.one_frame else None,
     )

@@ -85,7 +85,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
         num_heads=dim // head_width(checkpoint.path, dim, settings, HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
-        image_size=_choose_image_size(
+        image_size=_select_image_size(
             shape("embeddings.position_embedding.weight")[0], patch, settings.get("image_size")
         ),
         patch_size=patch,
@@ -96,7 +96,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     return LoadPlan(config, tower, sources, _UNUSED + other_networks)
 
 
-def _choose_image_size(positions: int, patch: int, stated: object) -> int:
+def _select_image_size(positions: int, patch: int, stated: object) -> int:
     """Return the side that gives `positions` patches: config.json's, else FramePack's, else the smallest."""
     side = math.isqrt(positions)
     for size in (stated, IMAGE_SIZE):

@@ -89,8 +89,8 @@ def read_mask(path: Path, size: Size) -> Tensor:
     """Read an image as a mask, h w in 0..1. size: width and height of the latents. Raises MediaError."""
     from modules.media.reading import read_mask
 
-    grey = numpy.array(Image.fromarray(read_mask(path)).convert("L"))
-    return latent_mask(torch.from_numpy(grey), size[1], size[0])
+    gray = numpy.array(Image.fromarray(read_mask(path)).convert("L"))
+    return latent_mask(torch.from_numpy(gray), size[1], size[0])
 
 
 def read_alpha(path: Path, size: Size) -> Tensor | None:
@@ -131,5 +131,5 @@ def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
     """Multiply latents B C F h w, in their dtype, by the masks of `alpha`, B H W uint8; None: unchanged."""
     if alpha is None:
         return latents
-    masks = torch.stack([latent_mask(picture, *latents.shape[-2:]) for picture in alpha])
+    masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])
     return (latents * masks[:, None, None].to(latents.device)).to(latents.dtype)

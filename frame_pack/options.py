@@ -21,7 +21,7 @@ from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_re
 
 SEPARATOR = ";;;"
 _PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
-MOST_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
+MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
@@ -51,7 +51,7 @@ def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
         return
     first = int(places[1])
     last = first if places[2] is None else int(places[2])
-    if not first <= last < first + MOST_SECTIONS:
+    if not first <= last < first + MAX_SECTIONS:
         raise OptionError(
             f"{option}: {head.strip()} is not a range of sections. Write the smaller number first, as 1-2."
         )
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 # keys of caches: clean latents, and those at half the resolution, which single pictures lack
 CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
-USUAL_SECONDS = 5.0
+DEFAULT_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
 LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
 ROPE_FACTOR = 0.5  # of --rope_scaling_factor, where nothing is said
@@ -138,7 +138,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
     )
     video_seconds: float = option(
         "length of the video, rounded to whole sections; default 5",
-        default=USUAL_SECONDS,
+        default=DEFAULT_SECONDS,
         often=True,
         facts=of_request("video_seconds"),
     )
@@ -159,7 +159,7 @@ class FramePackVideoOptions(Options, title="length and images of a video"):
 
     def __post_init__(self) -> None:
         parse_entries(self.image_path or "", "--image_path")
-        if self.video_sections is not None and self.video_seconds != USUAL_SECONDS:
+        if self.video_sections is not None and self.video_seconds != DEFAULT_SECONDS:
             logger.warning(
                 "--video_seconds %g is ignored because --video_sections is given", self.video_seconds
             )
@@ -221,19 +221,19 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     extra = sample.get("extra") or {}
     frames = sample.get("frames")
     example = sample.get("example")
-    picture = sample.get("image_path")
+    image = sample.get("image_path")
     controls = sample.get("control_images") or ()
     one_frame = options.one_frame
     if example is not None:
         one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
         controls = example.controls
-        picture = next(iter(controls), None) if one_frame else example.picture
+        image = next(iter(controls), None) if one_frame else example.picture
         cached_with = sample.get("cached_with") or {}
         extra = {"one_frame": _join_places(example.places, cached_with)}
     words = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or FillIn("IMAGE_ENCODER_FILE"),
-        "--image_path": picture or FillIn("IMAGE_FILE"),
+        "--image_path": image or FillIn("IMAGE_FILE"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
         "--latent_window_size": None if window == WINDOW else window,
     }

@@ -13,18 +13,18 @@ from pathlib import Path
 from contract import requests
 from contract.data import LatentSpec, SamplingDefaults
 from contract.one_frame import OneFrame, parse_one_frame
-from frame_pack.options import FRAMES_PER_SECOND, MOST_SECTIONS, parse_entries
+from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
-    choose_entry,
     compute_flow_shift,
     count_sections,
     count_tokens,
     count_window_sections,
+    select_entry,
     video_frames,
 )
 from modules.errors import OptionError
-from modules.media.buckets import bucket_sizes, choose_bucket
+from modules.media.buckets import bucket_sizes, select_bucket
 from modules.option_values import require, to_path
 from modules.paths import explain_missing
 
@@ -58,42 +58,42 @@ def prepare_request(
     else as its start image. Raises OptionError for impossible settings.
     """
     text = request.extra.get("one_frame")
-    is_picture = text is not None
+    is_image = text is not None
     one_frame = None if text is None else parse_one_frame(text)
-    if is_picture and is_f1:
+    if is_image and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
         )
-    request = _with_media(request, is_f1, is_picture)
-    sections = _count_sections(request, usual, window, is_picture)
+    request = _with_media(request, is_f1, is_image)
+    sections = _count_sections(request, usual, window, is_image)
     width, height, _ = requests.size_of(request, usual)
-    frames = 1 if is_picture else video_frames(sections, window)
+    frames = 1 if is_image else video_frames(sections, window)
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
     settings = FramePackRequest(
-        _list_images(request, sections, is_picture),
+        _list_images(request, sections, is_image),
         one_frame,
         request.control_images,
         _read_paths(request.extra, "control_image_mask_path"),
     )
-    if takes_shape and is_picture:
+    if takes_shape and is_image:
         images = (*settings.controls, *settings.images)
-        width, height = _choose_bucket(images, width, height, latent.pixel_step)
+        width, height = _select_bucket(images, width, height, latent.pixel_step)
     elif takes_shape:
         logger.warning("--one_frame_auto_resize is ignored because a video is made")
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
-        flow_shift = compute_flow_shift(count_tokens(1 if is_picture else window, rows, columns))
-    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, usual_negative="")
+        flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
+    prepared = requests.settle(request, usual, (width, height, frames), flow_shift, default_negative="")
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
     metadata.pop("video_seconds", None)
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_picture:  # as the option counts them, whatever the rate it is played at
+    if not is_image:  # as the option counts them, whatever the rate it is played at
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
-    for index, prompt in enumerate(_read_prompts(request, sections, is_picture)):
+    for index, prompt in enumerate(_read_prompts(request, sections, is_image)):
         prompts[index] = replace(prepared.prompts[0], positive=prompt)
     return replace(
         prepared,
@@ -104,12 +104,12 @@ def prepare_request(
     )
 
 
-def _choose_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
+def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
     """Return the bucket, of a dataset with this resolution, to which the first image would be assigned."""
     from modules.media.reading import image_size  # only for single pictures
 
     buckets = bucket_sizes(width, height, step)
-    return choose_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)
+    return select_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)
 
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
@@ -162,23 +162,23 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
     if typed_sections is not None or seconds is not None:
         number = None if typed_sections is None else int(typed_sections)
         sections = count_sections(float(seconds or 0), window, number)
-        if sections > MOST_SECTIONS:
+        if sections > MAX_SECTIONS:
             raise OptionError(
-                f"{sections} sections: a video has {MOST_SECTIONS} at most. Lower --video_seconds or "
+                f"{sections} sections: a video has {MAX_SECTIONS} at most. Lower --video_seconds or "
                 "--video_sections."
             )
         return sections
     frames = request.frames or usual.frames
     sections = count_window_sections((frames - 1) // LATENT_STRIDE + 1, window)
-    whole_frames = video_frames(max(sections, 1), window)
+    full_frames = video_frames(max(sections, 1), window)
     if sections == 0:
         raise OptionError(
             f"{frames} frames are less than a section: the least with --latent_window_size {window} are "
-            f"{whole_frames}"
+            f"{full_frames}"
         )
-    if frames != whole_frames:
+    if frames != full_frames:
         logger.warning(
-            "%d frames are made %d: a video has whole sections behind its first frame", frames, whole_frames
+            "%d frames are made %d: a video has whole sections behind its first frame", frames, full_frames
         )
     return sections
 
@@ -229,7 +229,7 @@ def _read_entries(text: str, option: str, sections: int, is_picture: bool) -> tu
     used = (
         (entries[0],)
         if is_picture
-        else tuple(choose_entry(entries, index, sections) for index in range(sections))
+        else tuple(select_entry(entries, index, sections) for index in range(sections))
     )
     unused: dict[str, int] = {}
     for index, entry in entries.items():

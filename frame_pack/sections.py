@@ -170,7 +170,7 @@ def f1_indices(window: int) -> Indices:
     )
 
 
-def choose_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
+def select_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
     """Return a section's entry: by index from the end (-1 is the last), else from the start, else entry 0."""
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 

@@ -37,7 +37,7 @@ from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
 from modules.command import as_typed
 from modules.console import count_of, in_words, show_box
-from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
+from modules.devices import Failures, allow_fp16_accumulation, peak_in_words, select_device
 from modules.errors import OptionError, UserError
 from modules.media.layers import COMPOSITE
 from modules.media.reading import read_tags
@@ -93,8 +93,8 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     """Make all clips that are missing, then the grids. Raises UserError."""
     _check(options)
     start = time.monotonic()
-    device = choose_device(options.device)
-    options = _settle_options(family, options, device)
+    device = select_device(options.device)
+    options = _resolve_options(family, options, device)
     loras = dressing.expert_loras(family, options, with_texts=True)
     family = with_words_of(family, loras)
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
@@ -140,7 +140,7 @@ def _make_columns(
     return [(variant, cells_by_label[variant.label]) for variant in variants]
 
 
-def _settle_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
     """Return the options with all that a comparison decides by itself, and prepare the device for them."""
     if options.optimized:
         options = dressing.leave_out_missing(family, options, device)

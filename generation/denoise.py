@@ -89,10 +89,10 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
     joint = section.tweaks.joint
     if joint is None or schedule.sound_sigmas is None:
         return velocity
-    picture, sound = joint.split(velocity)
+    image, sound = joint.split(velocity)
     own = schedule.sound_sigmas[index + 1] - schedule.sound_sigmas[index]
-    of_picture = schedule.sigmas[index + 1] - schedule.sigmas[index]
-    return joint.join(picture, sound * float(own / of_picture))
+    of_image = schedule.sigmas[index + 1] - schedule.sigmas[index]
+    return joint.join(image, sound * float(own / of_image))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     joint = section.tweaks.joint
     if joint is None:
         return _put_first_frames(latents, section.given)
-    picture, sound = joint.split(latents)
-    picture = _put_first_frames(picture, section.given)
-    return joint.join(picture, sound if section.given_sound is None else section.given_sound)
+    image, sound = joint.split(latents)
+    image = _put_first_frames(image, section.given)
+    return joint.join(image, sound if section.given_sound is None else section.given_sound)
 
 
 def _put_first_frames(latents: Tensor, frames: Tensor | None) -> Tensor:

@@ -142,10 +142,10 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    quantisation = options.speed.fp8.quantisation
-    if quantisation is not None:
-        quantisation = prepare(quantisation, device)
-    return DitLoader(family, uses, device, options=options, quantisation=quantisation, originals=originals)
+    quantization = options.speed.fp8.quantisation
+    if quantization is not None:
+        quantization = prepare(quantization, device)
+    return DitLoader(family, uses, device, options=options, quantisation=quantization, originals=originals)
 
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from modules.options import Options, option
 from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import read_safetensors_texts
 
-MOST_AXES = 2
-MOST_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
+MAX_AXES = 2
+MAX_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
 PROMPT = LineOption("prompt", str)
 # no axes, and why
 REFUSED = {
@@ -62,7 +62,7 @@ class SheetOptions(Options, title="comparison sheet"):
         """
         if self.sheet is None:
             return ()
-        if not 1 <= len(self.sheet) <= MOST_AXES:
+        if not 1 <= len(self.sheet) <= MAX_AXES:
             raise OptionError(
                 f"--sheet takes one or two axes, {len(self.sheet)} are given: write them as seed=1,2,3 "
                 "guidance_scale=3,5, a text with blanks in quotes"
@@ -73,8 +73,8 @@ class SheetOptions(Options, title="comparison sheet"):
                 f"--sheet {' '.join(self.sheet)}: both axes are {axes[0].name}. Give two options"
             )
         cells = prod(len(axis.texts) for axis in axes)
-        if cells > MOST_CELLS:
-            raise OptionError(f"--sheet has {cells} cells, {MOST_CELLS} are the most: give fewer values")
+        if cells > MAX_CELLS:
+            raise OptionError(f"--sheet has {cells} cells, {MAX_CELLS} are the most: give fewer values")
         return axes
 
 
@@ -207,13 +207,13 @@ def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     keys = ("ss_base_model_version", "modelspec.architecture")
     description = " ".join(metadata.get(key, "") for key in keys)
     words = re.sub(r"[^a-z0-9]", "", description.lower())
-    letters = re.sub(r"\d", "", words)  # flux-1-kontext
+    characters = re.sub(r"\d", "", words)  # flux-1-kontext
     family_by_model: dict[str, str] = {}
     for family, models in families.items():
         family_by_model |= dict.fromkeys((family, *models), family)
     for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are not flux
         bare = name.replace("_", "")
-        if bare in (letters if bare.isalpha() else words):
+        if bare in (characters if bare.isalpha() else words):
             return family_by_model[name]
     raise OptionError(
         f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."

@@ -10,7 +10,7 @@ from modules.command import did_you_mean
 # the sides of --video_size, which have keys of their own in a line
 SIDES = {"width": "video_size_width", "height": "video_size_height"}
 # names that are suggested in addition to the options' own
-USUAL_NAMES = (
+DEFAULT_NAMES = (
     "width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver",
     "image", "end_image", "control", "reference",
 )  # fmt: skip
@@ -35,7 +35,7 @@ def known_names(letters: Collection[str], keys: Collection[str], find: Callable[
 
     letters, keys: of these options. find: returns an option by its name, or None.
     """
-    names = dict.fromkeys((*letters, *keys, *USUAL_NAMES))
+    names = dict.fromkeys((*letters, *keys, *DEFAULT_NAMES))
     return [name for name in names if find(name) is not None]
 
 
@@ -45,4 +45,4 @@ def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
     letters: of the options that the line can have. names: see `known_names`.
     """
     near = did_you_mean(word.lower().replace("-", "_"), names).strip()
-    return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{letter}' for letter in letters)}"
+    return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{character}' for character in letters)}"

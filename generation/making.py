@@ -146,16 +146,16 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
         for expert_plans in plan_steps(job.prepared, options.guidance)
         for plan in expert_plans
     ]
-    if forces_split and any(plan.most_together > 1 for plan in plans):
+    if forces_split and any(plan.max_together > 1 for plan in plans):
         logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
-    most_passes = max((len(plan.passes) for plan in plans), default=run.processes)
-    if most_passes < run.processes:
+    max_passes = max((len(plan.passes) for plan in plans), default=run.processes)
+    if max_passes < run.processes:
         logger.warning(
             "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
             options.speed.joined.divides_passes,
-            most_passes,
+            max_passes,
             run.processes,
-            most_passes,
+            max_passes,
         )
 
 
@@ -286,8 +286,8 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
     joint = job.prepared.joint
-    picture, sound = (latents, None) if joint is None else joint.split(latents)
-    outputs.save_latents(path, picture, metadata, sound)
+    image, sound = (latents, None) if joint is None else joint.split(latents)
+    outputs.save_latents(path, image, metadata, sound)
     until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
     logger.info("Latents: %s%s", path, until)
     return replace(
@@ -296,7 +296,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
         metadata=metadata,
         latent_path=path,
         preview=preview,
-        latents=picture,
+        latents=image,
         sound=sound,
     )
 

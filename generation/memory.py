@@ -308,7 +308,7 @@ def heaviest_step(
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):
             # of equal steps the first
-            weight = (plan.most_together, len(plan.passes), expert.lowest, -index)
+            weight = (plan.max_together, len(plan.passes), expert.lowest, -index)
             candidates.append((weight, index, expert.lowest))
     _, index, lowest = max(candidates)
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest

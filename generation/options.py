@@ -36,14 +36,14 @@ from modules.options import (
     OF_REQUEST,
     OF_TYPING,
     Options,
-    facts_of,
+    info_of,
     list_given_with,
     not_needed,
     option,
     option_values,
     read_options,
 )
-from modules.parser import Parser, add_options, refuse_unsupported, typed_names
+from modules.parser import Parser, add_options, reject_unsupported, typed_names
 from modules.paths import path_exists
 from modules.script_options import read_command_line
 from modules.speed_options import IN_PLACE_OF_SCALED, TO_OTHER_FORMS
@@ -341,16 +341,16 @@ def read_generation(
     parser, parsed = read_command_line(argv, build_parser)
     values = {**script_values(parser, defaults), **vars(parsed), "extras": request_extras(record)}
     args = fill_arguments(parser, argparse.Namespace(**values))
-    facts = facts_of(GenerationOptions) | facts_of(record)
+    info = info_of(GenerationOptions) | info_of(record)
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
         family_options = read_options(record, args)
     values = option_values(options) | option_values(family_options)
     values["post"] = options.post.tools and options.post.tools.in_words  # no folders
     decoding_options = frozenset(
-        name for name, option_facts in facts.items() if option_facts.items() >= OF_DECODING.items()
+        name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
-    recorded = _choose_recorded(parser, args, facts)
+    recorded = _select_recorded(parser, args, info)
     settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(
@@ -368,11 +368,11 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 
     record: the family's options of generation.
     """
-    facts = facts_of(GenerationOptions) | facts_of(record)
-    return {name: option_facts["extra"] for name, option_facts in facts.items() if "extra" in option_facts}
+    info = info_of(GenerationOptions) | info_of(record)
+    return {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}
 
 
-def _choose_recorded(
+def _select_recorded(
     parser: argparse.ArgumentParser, args: argparse.Namespace, facts: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
     """Return the options that metadata record: the typed ones, except those recorded elsewhere or never."""
@@ -382,8 +382,8 @@ def _choose_recorded(
         if getattr(args, action.dest, action.default) != action.default
     }
     recorded |= ALWAYS_RECORDED
-    for name, option_facts in facts.items():
-        if option_facts.get("record") in {"request", "nothing"}:
+    for name, option_info in facts.items():
+        if option_info.get("record") in {"request", "nothing"}:
             recorded.discard(name)
     return recorded
 
@@ -425,7 +425,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
     Raises:
         OptionError: If an option is refused, or if both name a solver and they differ.
     """
-    refuse_unsupported(parser, args)
+    reject_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
         solver = args.solver_names[args.scheduler]
         if args.sample_solver != solver and "sample_solver" in args.typed_options:

@@ -109,8 +109,8 @@ def words_of(prompt: str) -> str:
     start = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
     if len(start) == len(words):
         return start
-    whole_words = start.rpartition("-")[0]
-    return whole_words or start
+    full_words = start.rpartition("-")[0]
+    return full_words or start
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
@@ -178,8 +178,8 @@ def save_pixels(
     playing: Iterator[Frame] = chain(first_frames, frames)
     is_single = len(first_frames) == 1
     del first_frames  # a frame takes megabytes
-    is_picture = options.is_picture(is_single)
-    saves_last = options.save_last_frame and not is_picture
+    is_image = options.is_picture(is_single)
+    saves_last = options.save_last_frame and not is_image
     hides = post is not None and post.hides
     last = deque[Frame](maxlen=1)
     if saves_last and not hides:
@@ -188,8 +188,8 @@ def save_pixels(
         playing, fps = post.lead(playing, fps, is_single)
     if saves_last and hides:
         playing = remember(playing, last)
-    if is_picture:
-        return _save_picture(options, stem, playing, metadata)
+    if is_image:
+        return _save_image(options, stem, playing, metadata)
     saves_sound = options.save_audio is not None and track is not None
     side_suffixes = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
     if options.output_type in IMAGE_OUTPUTS:
@@ -215,7 +215,7 @@ def save_pixels(
     return path
 
 
-def _save_picture(
+def _save_image(
     options: OutputOptions, stem: str, frames: Iterator[Frame], metadata: Mapping[str, str] | None
 ) -> Path:
     """Write the only frame as a PNG file."""

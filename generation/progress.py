@@ -112,8 +112,8 @@ def _describe_results(requests: Sequence[Prepared]) -> Row:
         if first.is_sound_alone:
             return "sound", size
         return "clip" if first.frames > 1 else "picture", size
-    are_pictures = all(request.frames == 1 and not request.is_sound_alone for request in requests)
-    return "pictures" if are_pictures else "clips", f"{len(requests)}; the first: {size}"
+    are_images = all(request.frames == 1 and not request.is_sound_alone for request in requests)
+    return "pictures" if are_images else "clips", f"{len(requests)}; the first: {size}"
 
 
 def experts_in_words(family: Family) -> list[str]:

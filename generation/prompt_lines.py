@@ -17,7 +17,7 @@ from generation.line_options import key_of, known_names, suggest
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_LINE_OPTIONS, MAX_LINE_SHOWN
-from modules.option_values import JOINED, few_digits, height_width, read_whole, text_to_seed
+from modules.option_values import JOINED, few_digits, height_width, read_full, text_to_seed
 from modules.paths import explain_missing, path_exists
 from modules.text_files import read_text
 
@@ -43,7 +43,7 @@ PROMPT = "prompt"  # the option that names the prompt, in lines of the Web UI
 _QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')(?=\s*$|\s+--)""")
 _WORD = re.compile(r"\S*\s+")  # of an option
 _ESCAPED = re.compile(r'\\(["\\])')  # of a text in double quotation marks, as a shell reads it
-MOST_FPS = 1000  # more is a slip of the finger
+MAX_FPS = 1000  # more is a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def read_number(text: str) -> float:
 
 
 def _read_rate(text: str) -> int:
-    rate = read_whole(text)
-    if not 1 <= rate <= MOST_FPS:
-        raise ValueError(f"{text} is no frame rate: give a number from 1 to {MOST_FPS}")
+    rate = read_full(text)
+    if not 1 <= rate <= MAX_FPS:
+        raise ValueError(f"{text} is no frame rate: give a number from 1 to {MAX_FPS}")
     return rate
 
 
@@ -104,7 +104,7 @@ def _read_side(text: str) -> int:
     if joined is not None:
         height, width = height_width(joined)
         raise ValueError(f"{text!r} is not a whole number: give --w {width} --h {height}")
-    return read_whole(text)
+    return read_full(text)
 
 
 def read_path(text: str) -> str:
@@ -119,9 +119,9 @@ def read_name(text: str) -> str:
 GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "w": LineOption("video_size_width", _read_side),
     "h": LineOption("video_size_height", _read_side),
-    "f": LineOption("video_length", read_whole),
+    "f": LineOption("video_length", read_full),
     "d": LineOption("seed", read_seed),
-    "s": LineOption("infer_steps", read_whole),
+    "s": LineOption("infer_steps", read_full),
     "g": LineOption("guidance_scale", read_number),
     "l": LineOption("guidance_scale", read_number),
     "fs": LineOption("flow_shift", read_number),
@@ -136,7 +136,7 @@ GENERATION_OPTIONS: Mapping[str, LineOption] = {
     "cs": LineOption("cfg_schedule", str, NO_TEXT),
     "mcrr": LineOption("magcache_retention_ratio", read_number),
     "mct": LineOption("magcache_threshold", read_number),
-    "mck": LineOption("magcache_k", read_whole),
+    "mck": LineOption("magcache_k", read_full),
     "tct": LineOption("teacache_threshold", read_number),
 }
 
@@ -159,7 +159,7 @@ REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats
 SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
     **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {"cn", "ii"}},
     "f": LineOption("video_seconds", read_number, instead_of=("video_sections",)),
-    "vs": LineOption("video_sections", read_whole),
+    "vs": LineOption("video_sections", read_full),
     "embedded_cfg_scale": LineOption("embedded_cfg_scale", read_number),
     **REFERENCES,
     "cim": LineOption("control_image_mask_path", read_path, CANCELS, repeats=True),
@@ -322,7 +322,7 @@ def parse_words(
     values: dict[str, Any] = {"prompt": split.prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
     spellings_by_key = _list_spellings(words, find)
-    problems = _find_odd_options(line, find)
+    errors = _find_odd_options(line, find)
 
     @functools.cache  # only if an option is unknown, and once for all such options
     def usable_names() -> list[str]:
@@ -340,7 +340,7 @@ def parse_words(
             logger.warning("%s: the unknown option --%s is ignored. %s", shown_line, unknown, hint)
             continue
         if not read_path(text) and text not in option.empty:
-            problems.append(f"--{word} has no value. Write it, or leave --{word} out")
+            errors.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
         spellings = spellings_by_key[option.key]
         if len(spellings) > 1 and not option.repeats and option.key not in values:
@@ -351,9 +351,9 @@ def parse_words(
         try:
             store(values, option, option.read(text))
         except ValueError as error:
-            problems.append(f"--{word}: {error}")
-    if problems:
-        raise OptionError("; ".join(problems))
+            errors.append(f"--{word}: {error}")
+    if errors:
+        raise OptionError("; ".join(errors))
     return values
 
 

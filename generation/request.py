@@ -116,11 +116,11 @@ def make_request(
         away_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
-        image_path=_choose_media_path(options, line, "image_path"),
-        end_image_path=_choose_media_path(options, line, "end_image_path"),
-        control_path=_choose_media_path(options, line, "control_path"),
+        image_path=_select_media_path(options, line, "image_path"),
+        end_image_path=_select_media_path(options, line, "end_image_path"),
+        control_path=_select_media_path(options, line, "control_path"),
         control_images=_list_control_images(options, line),
-        source=_choose_source(options.source, line),
+        source=_select_source(options.source, line),
         extra=_collect_extras(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
         typed={name: text for name, text in typed_texts.items() if text is not None and text != texts[name]},
@@ -145,7 +145,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
     return expand_texts(texts, prompts, seed)
 
 
-def _choose_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
+def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
     """Return the file of an option, unless it is an option of the family or empty."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
@@ -167,7 +167,7 @@ def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
     return extra
 
 
-def _choose_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
+def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     """Return the source that the command line or a prompt line names. Raises OptionError for several."""
     paths = {name: line[name] for name in SOURCES if name in line}
     if not paths:
@@ -223,9 +223,9 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
-        from blissful_tuner.step_cache import choose_step_cache  # only if a line may ask for one
+        from blissful_tuner.step_cache import select_step_cache  # only if a line may ask for one
 
-        step_cache, settings = choose_step_cache(options.step_cache, overrides)
+        step_cache, settings = select_step_cache(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})
     if request.source is not None:
         from blissful_tuner.video_to_video import check_source  # only with a source

@@ -40,11 +40,11 @@ from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.devices import Failures, allow_fp16_accumulation, choose_device, freeze_libraries
+from modules.devices import Failures, allow_fp16_accumulation, freeze_libraries, select_device
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
 from modules.media.tracks import Track
-from modules.output_files import refuse_replacing
+from modules.output_files import reject_replacing
 from running.offload.joining import have_joined, launched_processes
 from running.offload.swap_plan import check_swap
 from running.planning.device_memory import room_on, too_little
@@ -52,7 +52,7 @@ from running.ways.composing import (
     count_shared_passes,
     make_block_place,
     make_passes,
-    refuse_other_splits,
+    reject_other_splits,
 )
 
 if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
@@ -218,13 +218,13 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     --from_file only after all lines that work are generated.
     """
     freeze_libraries()
-    refuse_other_splits()
+    reject_other_splits()
     if device is None and options.speed.joined.typed:
         from generation.together import generate_together  # only with several processes
 
         generate_together(generate, family, options)
         return
-    device = device or choose_device(options.device)
+    device = device or select_device(options.device)
     if options.optimized and not options.latent_path:  # decoding runs no transformer
         options = leave_out_missing(family, options, device)
     if options.speed.fp16_accumulation:
@@ -502,7 +502,7 @@ def save_merged_model(
 
     for index in changed:
         sources = [*files, *(use.lora.path for use in uses[index])]
-        refuse_replacing("--save_merged_model", targets[index], sources)
+        reject_replacing("--save_merged_model", targets[index], sources)
         second_file = family.file_beside(files[index])
         if second_file is not None:
             raise OptionError(
@@ -540,7 +540,7 @@ def converse(run: GenerationRun) -> None:
 
     remembers = run.options.remembers_lines
     ask = line_reader(
-        ((letter, option.key) for letter, option in run.options.line_options.items()),
+        ((character, option.key) for character, option in run.options.line_options.items()),
         " Options hold for the prompts after it; an empty line quits." if remembers else "",
     )
     is_shared = have_joined()

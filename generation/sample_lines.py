@@ -19,7 +19,7 @@ Entry = TypeVar("Entry")
 Made = TypeVar("Made")
 
 
-def _read_leading_whole(text: str) -> int:
+def _read_leading_full(text: str) -> int:
     return few_digits(_match_leading(r"[+-]?[0-9]+", text))
 
 
@@ -27,7 +27,7 @@ def _read_sample_seed(text: str) -> int:
     """Return the number at the beginning of a text, as other trainers read it, else the hash of the text."""
     if not text.strip():
         raise ValueError("give a number or a text")
-    return _read_leading_whole(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
+    return _read_leading_full(text) if re.match(r"[+-]?[0-9]", text) else prompt_lines.read_seed(text)
 
 
 def _read_leading_number(text: str) -> float:
@@ -66,17 +66,17 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     "keyframe": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),
     "condition_image": prompt_lines.LineOption("condition_image", prompt_lines.read_path, repeats=True),
     "reference_jsonl": prompt_lines.LineOption("reference_jsonl", prompt_lines.read_path),
-    "reference_index": prompt_lines.LineOption("reference_index", _read_leading_whole),
+    "reference_index": prompt_lines.LineOption("reference_index", _read_leading_full),
     "task": prompt_lines.LineOption("task", prompt_lines.read_name),
     "fsa": prompt_lines.LineOption("h3_shift_audio", _read_leading_number),
 }
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
-    "w": prompt_lines.LineOption("width", _read_leading_whole),
-    "h": prompt_lines.LineOption("height", _read_leading_whole),
-    "f": prompt_lines.LineOption("frame_count", _read_leading_whole),
+    "w": prompt_lines.LineOption("width", _read_leading_full),
+    "h": prompt_lines.LineOption("height", _read_leading_full),
+    "f": prompt_lines.LineOption("frame_count", _read_leading_full),
     "d": prompt_lines.LineOption("seed", _read_sample_seed),
-    "s": prompt_lines.LineOption("sample_steps", _read_leading_whole),
+    "s": prompt_lines.LineOption("sample_steps", _read_leading_full),
     "g": prompt_lines.LineOption("guidance_scale", _read_leading_number),
     "l": prompt_lines.LineOption("cfg_scale", _read_leading_number),
     "fs": prompt_lines.LineOption("discrete_flow_shift", _read_leading_number),
@@ -97,7 +97,7 @@ SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
 
 
 # options of prompt lines by their keys -> their letters, which sample lines share
-_LETTERS = {
+_CHARACTERS = {
     option.key: letter
     for letter, option in {
         "ss": prompt_lines.IMAGE_GENERATION_OPTIONS["ss"],
@@ -128,7 +128,7 @@ def find_sample_option(word: str) -> prompt_lines.LineOption | None:
     if option is not None:
         return option
     by_name = {option.key: option for option in SAMPLE_OPTIONS.values()}
-    by_name |= {key: SAMPLE_OPTIONS[letter] for key, letter in _LETTERS.items()}
+    by_name |= {key: SAMPLE_OPTIONS[character] for key, character in _CHARACTERS.items()}
     by_name |= dict.fromkeys(("video_size", "image_size"), _SIZE)
     by_name |= {"controlnet_image": SAMPLE_OPTIONS["cn"]}  # of other image trainers
     key = key_of(word, by_name)
@@ -218,14 +218,14 @@ def _read_toml_entries(text: str) -> list[dict[str, Any]]:
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
     """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
     results = []
-    problems = []
+    errors = []
     for entry in entries:
         try:
             results.append(read(entry))
         except OptionError as error:
-            problems.append(str(error))
-    if problems:
-        raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
+            errors.append(str(error))
+    if errors:
+        raise OptionError("\n  ".join(["--sample_prompts:", *errors] if len(errors) > 1 else errors))
     return results
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from blissful_tuner.options import NAG, RIFLEX
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
-from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
+from generation.prompt_lines import GENERATION_OPTIONS, MAX_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
-from modules.media.lengths import USUAL_LENGTHS, ClipLengths
+from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, WRITES, Options, option
@@ -34,7 +34,7 @@ class RequestOptions(Options, title="what to make"):
         "size in pixels", default=(256, 256), nargs=2, metavar=HEIGHT_WIDTH, often=True
     )
     video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)
-    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MOST_FPS)
+    fps: float | None = option("frames per second of the video file", type=int, above=0, most=MAX_FPS)
     infer_steps: int | None = option("number of denoising steps; {default}", often=True)
     seed: str | None = option(
         "a number or any text; default: a random seed for each video", type=str, often=True
@@ -86,9 +86,9 @@ OUTPUT_TYPES = {
 
 # names with such an ending are files, and no folders
 WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
-_OF_PICTURES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
+_OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
 _OF_SOUND = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_PICTURES | _OF_SOUND
+OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _OF_SOUND
 
 
 class OutputOptions(Options, title="output"):
@@ -161,14 +161,14 @@ class OutputOptions(Options, title="output"):
                 f"their own. Give a folder for them, such as {self.save_path.with_suffix('')}"
             )
         if self.save_path.suffix.lower() not in WRITTEN:
-            usual = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
+            default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
             if self.save_path.suffix.lower() in _OF_SOUND:
-                usual = self.save_path.with_suffix(".wav")
+                default = self.save_path.with_suffix(".wav")
                 raise OptionError(
                     f"--save_path {self.save_path}: no such files are written. Sound alone is "
-                    f"written as WAV: give {usual}"
+                    f"written as WAV: give {default}"
                 )
-            raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {usual}")
+            raise OptionError(f"--save_path {self.save_path}: no such files are written. Give {default}")
 
     @property
     def names_file(self) -> bool:
@@ -238,7 +238,7 @@ OPTIMIZED = (
 )
 
 PICTURE_OUTPUTS = ("images", "latent", "latent_images")  # output types of a script that makes pictures
-PICTURE_FPS = 1  # what stands where a video has its rate
+IMAGE_FPS = 1  # what stands where a video has its rate
 # --optimized, of every family
 FASTER: Mapping[str, Any] = {"attn_mode": "sageattn", "compile": True, "fp8_scaled": True}
 
@@ -273,7 +273,7 @@ class ScriptDefaults:
     size: tuple[int, int] = (256, 256)  # height, width
     # as the family's `LatentSpec` has them, for forms, which load no torch; a task may have its own
     side_step: int = 16
-    lengths: ClipLengths = USUAL_LENGTHS
+    lengths: ClipLengths = DEFAULT_LENGTHS
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
     # options, of the family too, that are None where they are not given: their default is the model's own, or

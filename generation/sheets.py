@@ -39,7 +39,7 @@ HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
 SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent pictures
 NARROWEST_COLUMN = 128  # pixels: for its label
 MOST_FRAMES = 2000  # of a clip that are shown
-MOST_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
+MAX_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
     if all(map(is_picture, grid.clips)):
         return [page, sheet]
-    few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
+    few = max(1, min(MAX_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
     if few < len(grid.rows):
         logger.warning("%s shows the first %d of %d prompts", video.name, few, len(grid.rows))
     playing = replace(grid, rows=grid.rows[:few])
@@ -238,7 +238,7 @@ class _Pen:
 
 
 CELL_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
-MOST_OF_TITLE = 300  # characters
+MAX_OF_TITLE = 300  # characters
 
 Place = tuple[int, int]  # column, row
 
@@ -318,7 +318,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
     return ClipGrid(
         columns=tuple(across.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
-        title="" if has_prompts else in_short(prompt, MOST_OF_TITLE),
+        title="" if has_prompts else in_short(prompt, MAX_OF_TITLE),
         cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
     )
 

@@ -24,7 +24,7 @@ from generation.options import GenerationOptions
 from generation.script_options import NOTHING
 from modules.command import LAUNCH
 from modules.console import quiet
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
 from modules.options import override_options
@@ -118,12 +118,12 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     if launched == 1:
         flags = " and ".join(speed.joined.typed)
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
-        generate(family, options, choose_device(options.device))
+        generate(family, options, select_device(options.device))
         return
     check_together(family, options)
     if runs_none:
         if os.environ.get("RANK", "0") == "0":
-            generate(family, options, choose_device(options.device))
+            generate(family, options, select_device(options.device))
         return
     meet_anew()
     device = join_processes(options.device, speed.joined.typed[0])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.rules import ModelRelease, NpzFormat
 from hunyuan_model.configs import JointConfig
 from hunyuan_model.spec import DIT as HUNYUAN
@@ -42,9 +42,7 @@ LATENT = LatentSpec(
     npz=NpzFormat("_hi", "_hi_te", variable_length=frozenset({"vlm_embed", "vlm_mask"})),
 )
 # the shift by size counts tokens of halved sides, as in the known trainers, although patches are one pixel
-NOISE = NoiseSpec(
-    training_offset=0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_picture_tokens
-)
+NOISE = NoiseSpec(training_offset=0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=HUNYUAN.block_lists,
     fp8_exclude=("norm", "_emb"),

@@ -26,7 +26,7 @@ from contract.rules import (
     Projection,
 )
 from contract.steps import NO_TWEAKS, Tweaks
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import ModelOfImages, image_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
 from hunyuan_image.names import LORA
@@ -51,13 +51,13 @@ TEXT_INPUTS = {
     "glyph_mask": "byt5_mask",
 }
 FLOW_SHIFT = 5.0  # where nothing is said
-GENERATION = picture_defaults(50, 3.5, 2048, FLOW_SHIFT, noise_on_cpu=True)
+GENERATION = image_defaults(50, 3.5, 2048, FLOW_SHIFT, noise_on_cpu=True)
 # of adaptive projected guidance, as released
 APG_SCALE, APG_MOMENTUM, APG_NORM = 10.0, -0.5, 10.0
 
 
 @dataclass(frozen=True)
-class HunyuanImage(ModelOfPictures):
+class HunyuanImage(ModelOfImages):
     """Description of HunyuanImage-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: HunyuanImageFiles
@@ -107,11 +107,11 @@ class HunyuanImage(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        prepared = self.settle_picture(request, FLOW_SHIFT)
+        prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
-        has_letters = bool(find_quoted(request.prompt))
+        has_characters = bool(find_quoted(request.prompt))
         projection = Projection(  # a picture with letters keeps the plain formula for longer
-            options.apg_start_step_ocr if has_letters else options.apg_start_step_general,
+            options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,
             APG_NORM,

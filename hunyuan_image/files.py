@@ -25,7 +25,7 @@ from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOption
 from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder
 from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from hunyuan_model.names import COMFYUI_TENSORS
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form
 from networks.names.layouts import swapped_tensors, tensor_patterns
@@ -157,7 +157,7 @@ class HunyuanImageFiles(TransformerFiles):
             text_encoder=options.text_encoder,
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             byt5=options.byt5,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
             text_on_cpu=options.text_encoder_cpu,
         )

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "HunyuanImage-2.1"
 TILE = 384  # pixels, as the released VAE
-LEAST_TILE = 128  # four latent pixels, of which tiles share one
+MIN_TILE = 128  # four latent pixels, of which tiles share one
 # the last steps, from 0, that are guided by the plain formula, as released
 APG_START_OCR, APG_START = 38, 5
 ATTENTION = ("flash", "torch", "sageattn", "xformers", "sdpa")  # values of --attn_mode in training
@@ -45,9 +45,9 @@ class HunyuanImageVaeOptions(Options):
 
     def __post_init__(self) -> None:
         size = self.file.vae_spatial_tile_sample_min_size
-        if size is not None and size < LEAST_TILE:
+        if size is not None and size < MIN_TILE:
             raise OptionError(
-                f"--vae_spatial_tile_sample_min_size {size}: give at least {LEAST_TILE}; {TILE} are usual"
+                f"--vae_spatial_tile_sample_min_size {size}: give at least {MIN_TILE}; {TILE} are usual"
             )
 
     @property

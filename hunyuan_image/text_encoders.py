@@ -134,8 +134,8 @@ class GlyphTextEncoder:
             glyphs = glyph_text(text) or ""
             tokens = len(glyphs.encode()) + 1 if glyphs else 0
             encoded = glyphs.encode()[: GLYPH_TOKENS - 1]
-            num_letters = len(encoded.decode(errors="ignore"))  # that fit
-            return TokenCount(glyphs, tokens, GLYPH_TOKENS, num_letters)
+            num_characters = len(encoded.decode(errors="ignore"))  # that fit
+            return TokenCount(glyphs, tokens, GLYPH_TOKENS, num_characters)
 
         return count
 
@@ -157,7 +157,7 @@ class GlyphTextEncoder:
             text = glyph_text(prompt.text)
             states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
             mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
-            has_letters = text is not None
+            has_characters = text is not None
             if text is not None:
                 (ids,), (mask,) = byte_rows([text], GLYPH_TOKENS)
                 length = int(mask.sum())
@@ -167,7 +167,7 @@ class GlyphTextEncoder:
             conditions: Conditions = {
                 "byt5_embed": states,
                 "byt5_mask": mask,
-                "ocr_mask": torch.tensor(has_letters),
+                "ocr_mask": torch.tensor(has_characters),
             }
             results.append(conditions)
         return results

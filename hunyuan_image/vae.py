@@ -27,7 +27,7 @@ from checkpoints.dialects import (
     translate_name,
 )
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from encoders.autoencoder import ATTENTION, DIFFUSERS, PictureVae, as_matrices
+from encoders.autoencoder import ATTENTION, DIFFUSERS, ImageVae, as_matrices
 from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
 from hunyuan_image.configs import LATENT, STRIDE
 from modules.devices import dtype_name
@@ -265,7 +265,7 @@ class NamesByLevel:
 logger = logging.getLogger(__name__)
 
 
-class HunyuanImageVae(PictureVae):
+class HunyuanImageVae(ImageVae):
     """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_vae`."""
 
     stride = STRIDE

@@ -114,8 +114,8 @@ class TokensWithTurnedText(HunyuanTokens):
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        of_picture = take_rows(self.rotary_of_picture, kept, num_left_out)
-        return replace(super().select(kept, num_left_out), rotary_of_picture=of_picture)
+        of_image = take_rows(self.rotary_of_picture, kept, num_left_out)
+        return replace(super().select(kept, num_left_out), rotary_of_picture=of_image)
 
     @property
     def video(self) -> int:

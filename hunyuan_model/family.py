@@ -33,7 +33,7 @@ from hunyuan_model.vae import (
     first_frame_condition,
     sample_moments,
 )
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels
 from modules.option_values import require
@@ -212,19 +212,19 @@ class HunyuanVideo(OneTransformer):
         request = requests.keep_usable_media(request, usable, f"{self.files.dit_path} does not take it")
         if self._starts_from_image:
             require(request.first_image, "--image_path", f"{self.files.dit_path} starts from an image")
-        usual = self.defaults
-        if usual.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
+        default = self.defaults
+        if default.embedded_guidance is None and request.embedded_guidance not in (None, EMBEDDED_GUIDANCE):
             scale = request.embedded_guidance
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s has no input for it",
                 scale,
                 self.files.dit_path,
             )
-        width, height, frames = requests.size_of(request, usual)
-        size = width, height, requests.whole_frames(frames, LATENT)
+        width, height, frames = requests.size_of(request, default)
+        size = width, height, requests.full_frames(frames, LATENT)
         requests.check_size((width, height, frames), LATENT)
         flow_shift = FLOW_SHIFT if request.flow_shift is None else request.flow_shift
-        return requests.settle(request, usual, size, flow_shift, usual_negative="")
+        return requests.settle(request, default, size, flow_shift, default_negative="")
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
         return self._starts_from_image
@@ -292,7 +292,7 @@ def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
-    dtype = choose_compute_dtype(options.dit_dtype, "--dit_dtype", None)
+    dtype = select_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
         # 16 is the option's default and checks nothing

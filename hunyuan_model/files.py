@@ -19,11 +19,11 @@ from encoders.language_models import LLAMA, read_language_model
 from hunyuan_model.checkpoints import FORMAT
 from hunyuan_model.checkpoints import identify as identify  # files.py has it in every family's folder
 from hunyuan_model.options import AS_TRAINED, HunyuanTextOptions, HunyuanVaeOptions, TextReadingOptions
-from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, choose_template
+from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, LlavaTextEncoder, select_template
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.speed_options import text_form
 
 
@@ -69,7 +69,7 @@ class HunyuanFiles(TransformerFiles):
             text_encoder2=options.text_encoder2,
             text_encoder1_tokenizer=options.text_encoder1_tokenizer,
             text_encoder2_tokenizer=options.text_encoder2_tokenizer,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             llm_form=text_form(options),
         )
 
@@ -80,7 +80,7 @@ class HunyuanFiles(TransformerFiles):
                 self.text_encoder1_path,
                 dtype,
                 self.text_encoder1_tokenizer,
-                choose_template(reading.custom_system_prompt),
+                select_template(reading.custom_system_prompt),
                 reading.hidden_state_skip_layer,
                 reading.apply_final_norm,
                 self.llm_form,

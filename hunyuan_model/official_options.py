@@ -11,7 +11,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import HEIGHT_WIDTH, option_words
-from modules.options import Options, Refusal, option, unsupported
+from modules.options import Options, Rejection, option, unsupported
 from modules.script_options import parse_options
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def _precision(default: str = "fp16") -> Any:
     return option("dtype that the network computes in", default=default, choices=PRECISIONS)
 
 
-def _only(value: str | int, reason: str = _FILES_SAY) -> Refusal:
+def _only(value: str | int, reason: str = _FILES_SAY) -> Rejection:
     return unsupported(reason, f"only {value}", type=type(value), default=value)
 
 

@@ -164,14 +164,14 @@ def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], di
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    usual_image = None
+    default_image = None
     example = sample.get("example")
     starts_from_image = (sample.get("cached_with") or {}).get("i2v", options.dit_in_channels == 32)
     if starts_from_image:
-        usual_image = (None if example is None else example.picture) or FillIn("IMAGE_FILE")
+        default_image = (None if example is None else example.picture) or FillIn("IMAGE_FILE")
     return {
         **model_options(options.dit, options.vae, options.text),
-        "--image_path": sample.get("image_path") or usual_image,
+        "--image_path": sample.get("image_path") or default_image,
         "--video_length": sample.get("frames"),
         "--embedded_cfg_scale": sample.get("embedded_guidance"),
     }

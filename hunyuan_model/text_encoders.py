@@ -83,7 +83,7 @@ VIDEO_TEMPLATE = PromptTemplate(
 )
 
 
-def choose_template(system: str | None) -> PromptTemplate:
+def select_template(system: str | None) -> PromptTemplate:
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 

@@ -34,7 +34,7 @@ FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
 PIXELS = 8  # height and width of one latent pixel, in pixels
 TILE = 256  # default edge of a tile in pixels
 TILE_FRAMES = 64
-LEAST_TILE = 32  # four latents: three quarters of a tile must be a whole number
+MIN_TILE = 32  # four latents: three quarters of a tile must be a whole number
 LOG_VARIANCE = (-30.0, 20.0)  # limits
 
 
@@ -189,8 +189,8 @@ def load_vae(
         raise OptionError(
             f"--vae_chunk_size {chunk_size}: give the number of frames to compute at a time, at least 1."
         )
-    if tile is not None and tile < LEAST_TILE:
-        raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: give at least {LEAST_TILE} pixels.")
+    if tile is not None and tile < MIN_TILE:
+        raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: give at least {MIN_TILE} pixels.")
     cuts = None
     if tiling or tile is not None:
         cuts = Tiling(TILE if tile is None else tile, tile_frames)

@@ -15,7 +15,7 @@ from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
 from modules.errors import CheckpointError
 
 LATENT_CHANNELS = 16
-MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
+MAX_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
 CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json next to the file
 
@@ -103,4 +103,4 @@ def _read_widths(
 def _read_groups(checkpoint: Checkpoint, narrowest: int) -> int:
     """Return the number of norm groups: config.json's, else 32, or fewer, of two channels each."""
     stated = stated_groups(checkpoint, CONFIG_CLASSES)
-    return stated if stated is not None else max(1, min(MOST_GROUPS, narrowest // 2))
+    return stated if stated is not None else max(1, min(MAX_GROUPS, narrowest // 2))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.rules import ModelRelease
 from qwen_image.configs import LATENT as QWEN_LATENT
@@ -66,7 +66,7 @@ class Krea2Config(Krea2StreamConfig):
 
 
 LATENT = QWEN_LATENT  # of the same VAE
-NOISE = NoiseSpec(tokens=count_picture_tokens)  # 1000 sigma + 1 in training, as the known trainer
+NOISE = NoiseSpec(tokens=count_image_tokens)  # 1000 sigma + 1 in training, as the known trainer
 DIT = DitSpec(
     block_lists=("blocks",),
     lora_lists=("txtfusion", "first", "last", "tmlp", "txtmlp", "tproj"),  # all layers, as the known trainer

@@ -20,7 +20,7 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_picture_tokens
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_image_tokens
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -49,13 +49,13 @@ from modules.options import NO_OPTIONS
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
-DEFAULTS = pictures.picture_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
+DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
 FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
 
 
 @dataclass(frozen=True)
-class Krea2(pictures.ModelOfPictures):
+class Krea2(pictures.ModelOfImages):
     """Description of Krea 2 for one run, built by the `family_for_...` functions below."""
 
     files: Krea2Files
@@ -143,7 +143,7 @@ class Krea2(pictures.ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return normalised means of pictures and their references, in the VAE's dtype."""
         vae = encoders.vae
-        return pictures.encode_pictures(
+        return pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
         )
 
@@ -199,7 +199,7 @@ class Krea2(pictures.ModelOfPictures):
 
         Raises OptionError if a size or a number cannot be used.
         """
-        prepared = self.settle_picture(request, 1.0)
+        prepared = self.resolve_image(request, 1.0)
         if prepared.request.control_images:
             if self.files.text_encoder is not None:
                 self.files.check_tower()
@@ -230,7 +230,7 @@ class Krea2(pictures.ModelOfPictures):
         if self.is_turbo and not levels:
             return math.exp(own.MU_OF_TURBO)
         few, many = levels.get("y1", own.MU_OF_FEW), levels.get("y2", own.MU_OF_MANY)
-        tokens = count_picture_tokens(LATENT.shape(1, height, width))
+        tokens = count_image_tokens(LATENT.shape(1, height, width))
         return size_shift(tokens, (FEW, few), (MANY, many))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

@@ -27,7 +27,7 @@ from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
 from modules.attention.attend import Lengths, SecondText, attend, make_lengths
 from modules.layers.modulation import add_gated, modulate, split_segments
-from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.norms import CenteredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from running.memories import Remembers, remember, remembering
@@ -65,8 +65,8 @@ class QueryKeyScales(nn.Module):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
-        self.qnorm = CentredNorm(config.head_width, config.eps)
-        self.knorm = CentredNorm(config.head_width, config.eps)
+        self.qnorm = CenteredNorm(config.head_width, config.eps)
+        self.knorm = CenteredNorm(config.head_width, config.eps)
 
 
 class GatedAttention(GroupedAttention):
@@ -162,8 +162,8 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
-        self.prenorm = CentredNorm(config.dim, config.eps)
-        self.postnorm = CentredNorm(config.dim, config.eps)
+        self.prenorm = CenteredNorm(config.dim, config.eps)
+        self.postnorm = CenteredNorm(config.dim, config.eps)
         self.attn = GatedAttention(config)
         self.mlp = SwiGlu(config)
 
@@ -233,8 +233,8 @@ class Krea2Block(StreamBlock):
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
-        picture = x[:, tokens.split : tokens.split + tokens.image]
-        return modulate(self.prenorm(picture), shift, scale, tokens.dtype)
+        image = x[:, tokens.split : tokens.split + tokens.image]
+        return modulate(self.prenorm(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -246,7 +246,7 @@ class LastLayer(nn.Module):
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
-        self.norm = CentredNorm(config.dim, config.eps)
+        self.norm = CenteredNorm(config.dim, config.eps)
         self.linear = nn.Linear(config.dim, config.channels * PATCH**2)
         self.modulation = Table(2, config.dim)
 
@@ -300,7 +300,7 @@ class Krea2Model(BlockNetwork):
         self.tproj = nn.Sequential(nn.Identity(), nn.Linear(dim, ROWS * dim))
         self.txtfusion = TextFusion(config)
         self.txtmlp = nn.Sequential(
-            CentredNorm(text_dim, config.eps),
+            CenteredNorm(text_dim, config.eps),
             nn.Linear(text_dim, dim),
             nn.Identity(),
             nn.Linear(dim, dim),
@@ -339,8 +339,8 @@ class Krea2Model(BlockNetwork):
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)
-        pictures = [self.embed_picture(latents).to(dtype) for latents in references]
-        x = torch.cat(pictures, dim=1)
+        images = [self.embed_picture(latents).to(dtype) for latents in references]
+        x = torch.cat(images, dim=1)
         grids = tuple(self.grid_of(latents) for latents in references)
         layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
         tokens = Krea2Tokens(
@@ -380,21 +380,21 @@ class Krea2Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         reference_grids = tuple(self.grid_of(latents) for latents in references)
         grid = self.grid_of(noisy)
-        pictures = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
-        picture = pictures[0] if not references else torch.cat(pictures, dim=1)
-        num_pictures = picture.shape[1]  # tokens of references and picture, R + L
-        num_references = num_pictures - math.prod(grid)
+        images = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
+        image = images[0] if not references else torch.cat(images, dim=1)
+        num_images = image.shape[1]  # tokens of references and picture, R + L
+        num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
         texts = []
         for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
-        x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
-        layout = Krea2Layout(grid, x.shape[1] - num_pictures, reference_grids)
+            texts.append(self._embed_prompt(arguments, num_images - num_isolated, dtype))
+        x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
+        layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
         rotary = self._rotary.get_table(layout, noisy.device)
         first, *seconds = texts
         tokens = Krea2Tokens(
             grid,
-            rotary=rotary[: num_pictures + first.states.shape[1]],
+            rotary=rotary[: num_images + first.states.shape[1]],
             lengths=first.lengths,
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
@@ -408,8 +408,8 @@ class Krea2Model(BlockNetwork):
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(num_pictures, count, second.lengths, tweaks.steer),
-                second_rotary=rotary[: num_pictures + count],
+                second=SecondText(num_images, count, second.lengths, tweaks.steer),
+                second_rotary=rotary[: num_images + count],
             )
         return Hidden(x, tokens)
 
@@ -466,8 +466,8 @@ class Krea2Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        picture = x[:, tokens.references : tokens.references + tokens.image]
-        patches = self.last(picture, tokens).float()
+        image = x[:, tokens.references : tokens.references + tokens.image]
+        patches = self.last(image, tokens).float()
         return rearrange(
             patches, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
         )
@@ -481,6 +481,6 @@ class Krea2Model(BlockNetwork):
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]
         grids.append(Grid((1, *layout.grid), first=0))
-        pictures = [exact_table(grid, widths, theta, device) for grid in grids]
+        images = [exact_table(grid, widths, theta, device) for grid in grids]
         text = exact_table(Grid((1, 1, 1), first=0), widths, theta, device)
-        return torch.cat([*pictures, text.expand(layout.texts, -1, -1, -1)])
+        return torch.cat([*images, text.expand(layout.texts, -1, -1, -1)])

@@ -29,8 +29,8 @@ NAME = "Krea 2"
 VARIANTS = RAW, TURBO = ("raw", "turbo")
 VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
 SIDE = 1024  # of pictures, where nothing is said
-MOST_SIDE = 16384
-MOST_MU = 20.0  # e^20: all steps at pure noise
+MAX_SIDE = 16384
+MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
 MU_OF_FEW, MU_OF_MANY, MU_OF_TURBO = 0.5, 1.15, 1.15
 _EDIT = "edits: control images of the dataset are references, which the text encoder sees too"
@@ -109,7 +109,7 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
             )
 
 
-class Krea2WholeTrainingOptions(Krea2TrainingOptions, title=NAME):
+class Krea2FullTrainingOptions(Krea2TrainingOptions, title=NAME):
     """Options of krea2_train.py besides the shared ones."""
 
     dit_variant: str | None = option(
@@ -127,10 +127,10 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
         "width in pixels, another spelling of the second number of --image_size",
         default=SIDE,
         least=16,
-        most=MOST_SIDE,
+        most=MAX_SIDE,
         facts=OF_REQUEST,
     )
-    height: int | None = option("height in pixels", default=SIDE, least=16, most=MOST_SIDE, facts=OF_REQUEST)
+    height: int | None = option("height in pixels", default=SIDE, least=16, most=MAX_SIDE, facts=OF_REQUEST)
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
         f"default: {MU_OF_TURBO} for Turbo, else by the size",
@@ -161,8 +161,8 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
 
 def check_mu(mu: float, option: str) -> None:
     """Raise OptionError unless mu is a number from -MOST_MU to MOST_MU."""
-    if not math.isfinite(mu) or abs(mu) > MOST_MU:
-        raise OptionError(f"{option} {mu:g}: give a number from -{MOST_MU:g} to {MOST_MU:g}; 1.15 is usual")
+    if not math.isfinite(mu) or abs(mu) > MAX_MU:
+        raise OptionError(f"{option} {mu:g}: give a number from -{MAX_MU:g} to {MAX_MU:g}; 1.15 is usual")
 
 
 def check_levels(levels: Collection[str], has_shift: bool) -> None:
@@ -174,7 +174,7 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
         )
 
 
-def settle_generation(
+def resolve_generation(
     options: Any, own_options: Krea2GenerationOptions
 ) -> tuple[Any, Krea2GenerationOptions]:
     """Put --width and --height into the size. Raises OptionError if --image_size says another one.

@@ -31,7 +31,7 @@ CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
 PROMPT_TIMES, MARKER = "prompt_adaln_single.linear.weight", "keyframes_abs_pos_embedding"
-USUAL_HEADS = 32  # of all releases; without gates no tensor tells
+DEFAULT_HEADS = 32  # of all releases; without gates no tensor tells
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
@@ -80,7 +80,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     gates = f"{BLOCK}.attn1.to_gate_logits.weight"
     is_gated = gates in names
     projects_text = "caption_projection.linear_1.weight" in names
-    stated_heads = settings.get("num_attention_heads", USUAL_HEADS)
+    stated_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
     num_heads = shapes.of(gates)[0] if is_gated else int(stated_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),

@@ -143,11 +143,11 @@ class Ltx2Release:
     crf: int  # H.264 quality at which it is shown a first image; 0: not compressed
 
 
-_LICENCE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
+_LICENSE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
 RELEASES = {
-    "2.0": Ltx2Release(ModelRelease(("Lightricks/LTX-2",), *_LICENCE), 40, 29, 33),
-    "2.3": Ltx2Release(ModelRelease(("Lightricks/LTX-2.3",), *_LICENCE), 30, 28, 33),
-    "2.5": Ltx2Release(ModelRelease(("Lightricks/LTX-2.5",), *_LICENCE), 30, 28, 18),
+    "2.0": Ltx2Release(ModelRelease(("Lightricks/LTX-2",), *_LICENSE), 40, 29, 33),
+    "2.3": Ltx2Release(ModelRelease(("Lightricks/LTX-2.3",), *_LICENSE), 30, 28, 33),
+    "2.5": Ltx2Release(ModelRelease(("Lightricks/LTX-2.5",), *_LICENSE), 30, 28, 18),
 }
 # as released
 NEGATIVE_PROMPT = (

@@ -36,10 +36,10 @@ from contract.requests import (
     check_frames,
     check_opens,
     check_size,
+    full_frames,
     keep_usable_media,
     settle,
     size_of,
-    whole_frames,
 )
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from ltx_2.blocks import LtxReferences
@@ -86,7 +86,7 @@ from modules.options import NO_OPTIONS, in_one_spelling
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
-GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.PICTURE_STREAM}
+GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.IMAGE_STREAM}
 
 
 @dataclass(frozen=True)
@@ -226,19 +226,19 @@ class Ltx2(Ltx2Media):
         cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
         """
         joint = tweaks.joint
-        picture, sound = split_sound(noisy, joint)
-        picture_times = sound_times = timesteps
+        image, sound = split_sound(noisy, joint)
+        image_times = sound_times = timesteps
         if timesteps.ndim == 2:
-            picture_times, sound_times = timesteps.unbind(1)
+            image_times, sound_times = timesteps.unbind(1)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
-            picture, denoised = split_denoised(picture, references, self.reference_strength)
+            image, denoised = split_denoised(image, references, self.reference_strength)
         has_sound = None if sound is None else cond.get(HAS_SOUND)
         arguments_of = partial(_name_texts, device=noisy.device)
         velocity, sound_velocity = dit(
-            picture if self.files.has_pictures else None,
-            picture_times,
+            image if self.files.has_pictures else None,
+            image_times,
             fps=self._list_rates(cond),
             sound=sound,
             sound_timesteps=sound_times,
@@ -248,9 +248,9 @@ class Ltx2(Ltx2Media):
             **arguments_of(cond),
         )
         if not self.files.has_pictures:
-            velocity = torch.zeros_like(picture)
+            velocity = torch.zeros_like(image)
         if denoised is not None:
-            velocity = denoised.pack_velocity(velocity, picture, sigma=picture_times / 1000)
+            velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
         if joint is None:
             return velocity
         return joint.join(velocity, sound_velocity)
@@ -286,15 +286,15 @@ class Ltx2(Ltx2Media):
     def prepare(self, request: Request) -> Prepared:
         self.files.check(("dit",))
         if not self.files.has_pictures:
-            self._refuse_pictures(request)
+            self._reject_images(request)
         usable = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
         self._check_media(request)
         latent = self.latent if self.stages is None else self.stages.whole(self.latent)
         width, height, frames = size_of(request, self.defaults)
-        frames = whole_frames(frames, latent)
+        frames = full_frames(frames, latent)
         check_size((width, height, frames), latent)
-        references = self._settle_references(request)
+        references = self._resolve_references(request)
         least = 2 * latent.pixel_step
         if min(width, height) < least and self.version == "2.0":
             raise OptionError(
@@ -308,7 +308,7 @@ class Ltx2(Ltx2Media):
             defaults,
             size=(width, height, frames),
             flow_shift=flow_shift,
-            usual_negative=NEGATIVE_PROMPT,
+            default_negative=NEGATIVE_PROMPT,
         )
         joint = self._make_joint(prepared)
         if self.drive_video is not None and joint is None:
@@ -318,7 +318,7 @@ class Ltx2(Ltx2Media):
         prepared = replace(
             prepared,
             joint=joint,
-            rules=self._settle_guidance(request),
+            rules=self._resolve_guidance(request),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
             own_metadata=self._make_output_metadata(references),
@@ -350,10 +350,10 @@ class Ltx2(Ltx2Media):
         _, channels, length, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
-        picture = (channels, 0 if is_alone else length, rows, columns)
-        return Joint(picture, sound.shape(prepared.frames, prepared.fps))
+        image = (channels, 0 if is_alone else length, rows, columns)
+        return Joint(image, sound.shape(prepared.frames, prepared.fps))
 
-    def _settle_guidance(self, request: Request) -> rules.GuidanceRules:
+    def _resolve_guidance(self, request: Request) -> rules.GuidanceRules:
         (num_blocks,) = self.block_counts()
         return guidance_rules(
             self.guidance,
@@ -394,21 +394,21 @@ class Ltx2(Ltx2Media):
                 latent=self.latent,
             )
 
-    def _refuse_pictures(self, request: Request) -> None:
-        pictures = {
+    def _reject_images(self, request: Request) -> None:
+        images = {
             "image_path": request.image_path,
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
             "video_path": request.source,
         }
-        for name, picture in pictures.items():
-            if picture:
+        for name, image in images.items():
+            if image:
                 raise OptionError(
                     f"--{name} with --ltx2_mode audio: sound alone has no pictures. Leave it out"
                 )
 
-    def _settle_references(self, request: Request) -> tuple[Path, ...]:
+    def _resolve_references(self, request: Request) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
@@ -518,9 +518,9 @@ class Ltx2(Ltx2Media):
             joint = stage.joint
             if joint is None:
                 return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
-            picture = noise.draw((1, *joint.picture))
+            image = noise.draw((1, *joint.picture))
             sound = noise.draw((1, *joint.sound))
-            return joint.join(picture, sound)
+            return joint.join(image, sound)
 
         def begin(stage: Prepared, number: int, start: Tensor) -> Section:
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
@@ -578,7 +578,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep or is_alone,
-        rules.PICTURE_STREAM if is_alone else GIVEN[options.ltx2_train_direction],
+        rules.IMAGE_STREAM if is_alone else GIVEN[options.ltx2_train_direction],
     )
     noise = replace(
         NOISE,
@@ -596,11 +596,11 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_sound=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=_settle_training_references(options) if takes_references else None,
+        references=_resolve_training_references(options) if takes_references else None,
     )
 
 
-def _settle_training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
+def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
     dropped = 1 - options.ic_lora_ref_probability
     edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
     return replace(make_rules(options.references), dropped=dropped, edits=edits)

@@ -41,14 +41,14 @@ from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder, prompt_key
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
 from ltx_2.video_vae_blocks import VideoVaeConfig
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form
 
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
-NO_PICTURES = {"vae": "sound alone"}  # what made latents of pictures that only hold a place
+NO_IMAGES = {"vae": "sound alone"}  # what made latents of pictures that only hold a place
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 # parts that LTX-2.5 has in files of their own
 APART = {
@@ -84,7 +84,7 @@ class Ltx2Files(TransformerFiles):
             gemma=options.gemma,
             tokenizer=options.tokenizer,
             connectors=options.ltx2_text_encoder_checkpoint,
-            text_dtype=choose_compute_dtype(
+            text_dtype=select_compute_dtype(
                 dtype or options.text_encoder_dtype, "--text_encoder_dtype", None
             ),
             text_form=text_form(options),
@@ -161,7 +161,7 @@ class Ltx2Files(TransformerFiles):
         return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
-        return super().vae_identity() if self.has_pictures else NO_PICTURES
+        return super().vae_identity() if self.has_pictures else NO_IMAGES
 
     def check_vae(self) -> None:
         if self.has_pictures:
@@ -182,7 +182,7 @@ class Ltx2Files(TransformerFiles):
             settings: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
         except OptionError:  # a training from caches needs no VAE
             settings = SOUND_SETTINGS
-            self._check_usual_sound()
+            self._check_default_sound()
         return SoundSpec(
             RATE,
             settings["in_channels"],
@@ -191,14 +191,14 @@ class Ltx2Files(TransformerFiles):
             is_alone=not self.has_pictures,
         )
 
-    def _check_usual_sound(self) -> None:
+    def _check_default_sound(self) -> None:
         """Raise OptionError if the transformer takes other sound than the releases' VAEs make."""
         stream = None if self.dit is None else self.dit_header().config.sound
-        usual = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
-        if stream is not None and stream.channels != usual:
+        default = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
+        if stream is not None and stream.channels != default:
             raise OptionError(
                 f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
-                f"releases have {usual}. Give the file of its sound's VAE"
+                f"releases have {default}. Give the file of its sound's VAE"
             )
 
     def sound_identity(self) -> dict[str, str]:
@@ -282,7 +282,7 @@ class Ltx2Files(TransformerFiles):
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
             )
         for cache in batch.made_by if self.has_pictures else ():
-            if cache.part == LATENTS_MADE and cache.encoder == NO_PICTURES:
+            if cache.part == LATENTS_MADE and cache.encoder == NO_IMAGES:
                 raise CacheError(
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
                     "or train, with the mode of the other"

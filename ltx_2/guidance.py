@@ -21,7 +21,7 @@ def guidance_rules(
     self-attention the release skips. is_alone: sound is made without video. Raises OptionError if
     --stg_blocks names a block that does not exist.
     """
-    perturbed_scale = _choose_weight(options.stg_scale, 1.0)
+    perturbed_scale = _select_weight(options.stg_scale, 1.0)
     text_scales = {VIDEO: options.video_cfg_scale, AUDIO: options.audio_cfg_scale}
     if text_scales[AUDIO] is None and scale is None:
         text_scales[AUDIO] = 7.0
@@ -34,14 +34,14 @@ def guidance_rules(
         return StreamGuidance(
             text=text_scales[stream],
             perturbed=perturbed_scale if options.stg_mode in (None, "both", stream) else 0.0,
-            modality=1.0 if is_alone else _choose_weight(modality_scales[stream], 3.0),
-            rescale=_choose_weight(options.rescaling(stream), 0.7),
+            modality=1.0 if is_alone else _select_weight(modality_scales[stream], 3.0),
+            rescale=_select_weight(options.rescaling(stream), 0.7),
         )
 
-    picture = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
+    image = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
     sound = guidance_of(AUDIO)
-    return GuidanceRules(streams=(picture, sound), perturbed_blocks=frozenset(skipped))
+    return GuidanceRules(streams=(image, sound), perturbed_blocks=frozenset(skipped))
 
 
-def _choose_weight(typed: float | None, default: float) -> float:
+def _select_weight(typed: float | None, default: float) -> float:
     return default if typed is None else typed

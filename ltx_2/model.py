@@ -28,7 +28,7 @@ from modules.layers.rope import GridTable, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import Hidden, run_blocks
 
-USUAL_FPS = 24.0
+DEFAULT_FPS = 24.0
 NO_REFERENCES = LtxReferences()
 Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
 
@@ -153,7 +153,7 @@ class LtxModel(nn.Module):
         noisy: Tensor | None,
         timesteps: Tensor,
         text: Tensor | None = None,
-        fps: Fps = USUAL_FPS,
+        fps: Fps = DEFAULT_FPS,
         sound: Tensor | None = None,
         sound_timesteps: Tensor | None = None,
         sound_text: Tensor | None = None,
@@ -199,7 +199,7 @@ class LtxModel(nn.Module):
         latents: dict[StreamNames, Tensor],
         timesteps: dict[StreamNames, Tensor],
         texts: dict[StreamNames, Tensor | None],
-        fps: Fps = USUAL_FPS,
+        fps: Fps = DEFAULT_FPS,
         has_sound: Tensor | None = None,
         tweaks: Tweaks = NO_TWEAKS,
         references: LtxReferences = NO_REFERENCES,

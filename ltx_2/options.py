@@ -51,7 +51,7 @@ _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # of the release
 # what is for pictures, or between both streams
-_OF_PICTURES = {
+_OF_IMAGES = {
     "video_loss_weight",
     "independent_audio_timestep",
     "first_frame_probability",
@@ -107,7 +107,7 @@ def _version() -> Any:
 def log_ignored(streams: Collection[str], *records: Options) -> None:
     """Warn of given options of records that have no effect on pictures alone, or on sound alone."""
     if VIDEO not in streams:
-        lacking, reason = _OF_PICTURES, "sound alone has no pictures"
+        lacking, reason = _OF_IMAGES, "sound alone has no pictures"
     elif AUDIO not in streams:
         lacking, reason = _OF_SOUND, "pictures alone have no sound"
     else:
@@ -157,7 +157,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
     def text_dtype(self) -> str | None:
         """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
         mixed = DTYPES.get(self.mixed_precision)
-        return _choose_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
+        return _select_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
     def __post_init__(self) -> None:
         _ = self.text_dtype
@@ -205,8 +205,8 @@ def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
     """Warn of options in `Ltx2SigmaOptions` without their sampler. sampler: its name."""
     if args.timestep_sampling == sampler:
         return
-    usual = option_values(Ltx2SigmaOptions.usual())
-    for name, value in usual.items():
+    default = option_values(Ltx2SigmaOptions.usual())
+    for name, value in default.items():
         if getattr(args, name) != value or name in args.typed_options:
             logger.warning("--%s is ignored because --timestep_sampling is not %s", name, sampler)
 
@@ -310,7 +310,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                 )
 
 
-class Ltx2WholeTrainingOptions(Ltx2TrainingOptions, title=NAME):
+class Ltx2FullTrainingOptions(Ltx2TrainingOptions, title=NAME):
     """Options of ltx2_train.py besides the shared ones, which have the dtypes of weights."""
 
     full_fp16 = None
@@ -391,7 +391,7 @@ _SAME = {
 _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", "xformers": "xformers"}
 
 
-def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
+def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
     """Move options that have other names in the official script into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
@@ -404,7 +404,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)
-        value = _choose_value(name, shared_value, other_value, other_name)
+        value = _select_value(name, shared_value, other_value, other_name)
         if value is not None:
             changes[name] = value
         if other_value is not None:
@@ -423,7 +423,7 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
     if own_options.output_name is not None:
         changes["name_start"] = own_options.output_name
     mixed = DTYPES.get(own_options.mixed_precision or "")
-    dtype = _choose_value("dit_dtype", own_options.dit_dtype, mixed)
+    dtype = _select_value("dit_dtype", own_options.dit_dtype, mixed)
     own_options = override_options(own_options, {"dit_dtype": dtype})
     return override_options(shared, changes), own_options
 
@@ -443,7 +443,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
     return kernels
 
 
-def _choose_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
+def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
     """Return the one value of two that is given; None if neither is. Raises OptionError if both are given and
     differ.
     """

@@ -139,7 +139,7 @@ class DenoisedReferences:
         sigma: B, the picture's noise level.
         """
         counts = [self.clean.shape[2], picture[0, 0].numel()]
-        reference_velocity, picture_velocity = velocity.split(counts, dim=2)
+        reference_velocity, image_velocity = velocity.split(counts, dim=2)
         reference_velocity = velocity_of_references(
             reference_velocity,
             noisy=self.noisy,
@@ -147,7 +147,7 @@ class DenoisedReferences:
             strength=self.strength,
             sigma=sigma,
         )
-        return pack(picture_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
+        return pack(image_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
 
 
 def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
@@ -162,8 +162,8 @@ def split_denoised(
 ) -> tuple[Tensor, DenoisedReferences]:
     """Return the noisy picture and the references that are denoised behind it. references: clean latents."""
     clean = join_tokens(references)
-    picture, noisy = unpack(packed, clean.shape[2])
-    return picture, DenoisedReferences(clean, noisy, strength)
+    image, noisy = unpack(packed, clean.shape[2])
+    return image, DenoisedReferences(clean, noisy, strength)
 
 
 def with_noisy_references(
@@ -191,10 +191,10 @@ def _denoise_with_references(
 ) -> Generator[Section, Tensor, Tensor]:
     """Yield a section with its references appended to its picture; return its latents without them."""
     joint = section.tweaks.joint or joint
-    picture, sound = split_sound(section.noise, joint)
-    frames = picture.shape[2]
-    references = join_tokens(references_of(section.positive)).to(picture.device)
-    packed = pack(picture, _blend_with_noise(references, strength, noise))
+    image, sound = split_sound(section.noise, joint)
+    frames = image.shape[2]
+    references = join_tokens(references_of(section.positive)).to(image.device)
+    packed = pack(image, _blend_with_noise(references, strength, noise))
     if joint is None or sound is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]
@@ -202,8 +202,8 @@ def _denoise_with_references(
     tweaks = replace(section.tweaks, joint=packed_joint)
     noise_of_both = packed_joint.join(packed, sound)
     latents = yield replace(section, noise=noise_of_both, tweaks=tweaks, shown=frames)
-    picture, sound = packed_joint.split(latents)
-    return joint.join(picture[:, :, :frames], sound)
+    image, sound = packed_joint.split(latents)
+    return joint.join(image[:, :, :frames], sound)
 
 
 def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
@@ -234,8 +234,8 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     images = [read_image(path)] if is_still(path) else islice(video_frames(path), length)
     frames = []
     for image in images:
-        colours = numpy.ascontiguousarray(image[..., :3])  # without an alpha channel
-        frames.append(resize_cover(colours, reduced))
+        colors = numpy.ascontiguousarray(image[..., :3])  # without an alpha channel
+        frames.append(resize_cover(colors, reduced))
     clip = torch.from_numpy(numpy.stack(frames)[None])  # 1 F h w 3
     return to_pixels(thin_out(clip, rules, latent.frame_step))
 

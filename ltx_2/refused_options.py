@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modules.options import Options, Refusal, not_needed, unsupported
+from modules.options import Options, Rejection, not_needed, unsupported
 
 R = TypeVar("R", bound=type[Options])
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path, "str": str}
@@ -329,7 +329,7 @@ GENERATION: Table = {
 def declare_all(record: R, table: Table) -> R:
     """Add the options of a table to a record and return it."""
     for reason, words in table.items():
-        make: Callable[..., Refusal] = not_needed if reason.endswith(".") else unsupported
+        make: Callable[..., Rejection] = not_needed if reason.endswith(".") else unsupported
         for word in words.split():
             names, settings = _read_word(word)
             name, *aliases = names

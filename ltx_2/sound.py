@@ -151,16 +151,16 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """
     checkpoint = own_part(checkpoint, "audio_vae.")
     sources = rename_sources(plain_sources(checkpoint), lambda name: STATISTICS.get(name, name))
-    refusal = other_kind(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
+    rejection = other_kind(checkpoint, "an audio VAE of LTX-2", option, f"{FILES} audio_vae")
     if "encoder.mid.block_1.conv1.conv.weight" not in sources or "latents_mean" not in sources:
-        raise refusal
-    shape = shapes_of(checkpoint, sources, refusal)
+        raise rejection
+    shape = shapes_of(checkpoint, sources, rejection)
     base_width, sides = shape("encoder.conv_in.conv.weight")[:2]
     num_levels = count(sources, r"encoder\.down\.\d+")
     latent_channels = shape("decoder.conv_in.conv.weight")[1]
     (numbers,) = shape("latents_mean", 1)  # of a latent frame
     if num_levels != LEVELS or numbers % latent_channels:
-        raise refusal
+        raise rejection
     multipliers = []
     for level in range(num_levels):
         width = shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0]
@@ -188,16 +188,16 @@ def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """
     checkpoint = own_part(checkpoint, "vocoder.")
     sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
-    refusal = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
-    shape = shapes_of(checkpoint, sources, refusal)
+    rejection = other_kind(checkpoint, "a vocoder of LTX-2", option, f"{FILES} vocoder")
+    shape = shapes_of(checkpoint, sources, rejection)
     if "upsamplers.0.weight" in sources:
-        settings = _read_generator(shape, sources, "", refusal)
+        settings = _read_generator(shape, sources, "", rejection)
         return LoadPlan({**settings, "final_act_fn": "tanh"}, checkpoint, sources)
     if "vocoder.upsamplers.0.weight" not in sources or "mel_stft.mel_basis" not in sources:
-        raise refusal
+        raise rejection
     window = shape("mel_stft.stft_fn.forward_basis", 3)[2]
-    settings = _read_generator(shape, sources, "vocoder.", refusal)
-    extension = _read_generator(shape, sources, "bwe_generator.", refusal)
+    settings = _read_generator(shape, sources, "vocoder.", rejection)
+    extension = _read_generator(shape, sources, "bwe_generator.", rejection)
     settings = {
         **settings,
         # as in the official code; diffusers' own settings leave the waveform unlimited here

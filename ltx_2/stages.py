@@ -233,10 +233,10 @@ def stage_sections(
     first, second = prepared.stages
     section = begin(first, 0, draw(first))
     latents = yield _of_stage(section, first, 0)
-    picture, sound = split_sound(latents, first.joint)
-    picture = enlarge(picture)
+    image, sound = split_sound(latents, first.joint)
+    image = enlarge(image)
     level = second.levels[0]
-    start = _blend(picture, _draw_picture_tokens(noise, picture), level)
+    start = _blend(image, _draw_image_tokens(noise, image), level)
     if second.joint is None or sound is None:
         section = begin(second, 1, start)
         return (yield _of_stage(section, second, 1))
@@ -244,8 +244,8 @@ def stage_sections(
     start = second.joint.join(start, sound_start)
     section = begin(second, 1, start)
     latents = yield _of_stage(section, second, 1)
-    picture, _ = second.joint.split(latents)
-    return second.joint.join(picture, sound)
+    image, _ = second.joint.split(latents)
+    return second.joint.join(image, sound)
 
 
 def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
@@ -253,7 +253,7 @@ def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
     return (1 - level) * clean + level * drawn.to(clean.device)
 
 
-def _draw_picture_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
+def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
     """Draw noise for latents B C F H W token by token, as the released pipelines do here."""
     _, channels, frames, rows, columns = picture.shape
     drawn = noise.draw((1, frames * rows * columns, channels))

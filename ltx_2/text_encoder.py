@@ -32,7 +32,7 @@ from encoders.language_models import (
     all_states,
     read_language_model,
 )
-from encoders.picture_prompts import ReadPictures
+from encoders.picture_prompts import ReadImages
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.model_options import STREAMS
@@ -238,7 +238,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         tokenizer: TextTokenizer,
         rows: Sequence[list[int]],
         dropped: int,
-        pictures: Sequence[ReadPictures] = (),
+        pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
         """Return the texts of the streams, each 1024 S, and the mask of ones that the known caches have."""
         connectors: Any = network.connectors

@@ -42,12 +42,12 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
     Raises CheckpointError for any other file.
     """
-    refusal = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
+    rejection = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
     names = checkpoint.tensors
     sources = plain_sources(checkpoint)
     if not is_upscaler(checkpoint):
-        raise refusal
-    shape = shapes_of(checkpoint, sources, refusal)
+        raise rejection
+    shape = shapes_of(checkpoint, sources, rejection)
     axes = len(names["initial_conv.weight"].shape)
     width, channels = shape("initial_conv.weight", axes)[:2]
     is_rational = "upsampler.conv.weight" in names
@@ -59,9 +59,9 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
     side = sides_by_block.get(block)
     if axes not in (4, 5) or remainder or width % GROUPS:
-        raise refusal
+        raise rejection
     if side is None or (side > 2 and not is_rational):
-        raise refusal
+        raise rejection
     scale = _scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
     settings = {
         "in_channels": channels,

@@ -47,26 +47,26 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     checkpoint = own_part(checkpoint, "vae.")
     names = checkpoint.tensors
     sources = plain_sources(checkpoint)
-    refusal = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
-    _refuse_other_decoders(checkpoint)
+    rejection = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
+    _reject_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:
         sources = rename_sources(sources, _translate_flat_names(names))
     elif "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" not in names:
-        raise refusal
+        raise rejection
     sources = rename_sources(sources, lambda name: STATISTICS.get(name, name))
-    shape = shapes_of(checkpoint, sources, refusal)
-    encoder = _read_half(shape, sources, "encoder", refusal)
-    decoder = _read_half(shape, sources, "decoder", refusal)
-    config = _with_facts(checkpoint, encoder, decoder)
-    colours = shape("encoder.conv_in.conv.weight", 5)[1]
-    if colours != 3 * config.patch**2:
-        raise refusal
-    if shape("decoder.conv_out.conv.weight", 5)[0] != colours or not _halves_fit(config):
-        raise refusal
+    shape = shapes_of(checkpoint, sources, rejection)
+    encoder = _read_half(shape, sources, "encoder", rejection)
+    decoder = _read_half(shape, sources, "decoder", rejection)
+    config = _with_info(checkpoint, encoder, decoder)
+    colors = shape("encoder.conv_in.conv.weight", 5)[1]
+    if colors != 3 * config.patch**2:
+        raise rejection
+    if shape("decoder.conv_out.conv.weight", 5)[0] != colors or not _halves_fit(config):
+        raise rejection
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
 
-def _refuse_other_decoders(checkpoint: Checkpoint) -> None:
+def _reject_other_decoders(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if the decoder is the diffusion decoder of LTX-2.5, or takes a time step."""
     names = checkpoint.tensors
     if any(name.startswith(_DIFFUSION) for name in names):
@@ -178,7 +178,7 @@ def _read_half(
     )
 
 
-def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
+def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
     """Add what is in no tensor. Raises CheckpointError if the file's settings cannot be used."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
@@ -230,7 +230,7 @@ def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first:
     """
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]
-        blocks = [dict(facts) for kind, facts in settings["decoder_blocks"] if kind.startswith("compress")]
+        blocks = [dict(info) for kind, info in settings["decoder_blocks"] if kind.startswith("compress")]
         return [block.get("residual", False) for block in blocks]
     shortcuts = settings.get("upsample_residual", num_resamplings * [is_first])
     return num_resamplings * [shortcuts] if isinstance(shortcuts, bool) else shortcuts

@@ -23,7 +23,7 @@ from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
 
-LEAST_TILE = 2  # latent pixels: a border is mirrored, and neighbours overlap
+MIN_TILE = 2  # latent pixels: a border is mirrored, and neighbours overlap
 
 
 class LtxVideoVae(nn.Module):
@@ -88,7 +88,7 @@ class LtxVideoVae(nn.Module):
 
     def _tiles(self, size: int) -> tuple[Tile, ...]:
         edge = size if self.tile is None else self.tile // self.config.stride[1]
-        return tiles(size, max(LEAST_TILE, edge))
+        return tiles(size, max(MIN_TILE, edge))
 
     def _means(self, pixels: Tensor) -> Iterator[Tensor]:
         """Yield the means of each latent frame, B Z 1 h w float32."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.rules import ModelRelease, NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 
@@ -59,7 +59,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     npz=NpzFormat("_lumina", "_lumina_te"),
 )
-NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_picture_tokens)
+NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, table_is_shifted=True, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
     lora_lists=("noise_refiner", "context_refiner", "final_layer"),  # as the known trainer

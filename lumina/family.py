@@ -24,7 +24,7 @@ from contract.rules import (
     ModelRelease,
 )
 from contract.steps import NO_TWEAKS, Tweaks
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import ModelOfImages, image_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
 from lumina.names import LORA
@@ -48,12 +48,12 @@ TEXT_KEYS = GemmaTextEncoder.keys
 TEXT_INPUTS = {"caption": "hidden_state", "caption_mask": "attention_mask"}  # of the network -> in caches
 FLOW_SHIFT = 6.0  # where nothing is said
 SOLVER = "euler-trained"  # Euler's steps, at the noise levels of the release
-DEFAULTS = picture_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
+DEFAULTS = image_defaults(36, 3.5, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 UNIT = 1000  # of timesteps; the model takes the share of data, 1 - timestep / UNIT
 
 
 @dataclass(frozen=True)
-class Lumina(ModelOfPictures):
+class Lumina(ModelOfImages):
     """Description of Lumina-Image-2.0 for one run, built by the `family_for_...` functions below."""
 
     files: LuminaFiles
@@ -103,7 +103,7 @@ class Lumina(ModelOfPictures):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        prepared = self.settle_picture(request, FLOW_SHIFT)
+        prepared = self.resolve_image(request, FLOW_SHIFT)
         texts = prepared.prompts[0]
         # the system prompt does not stand before these
         negative = Prompt(prepared.negative_prompt, is_negative=True)
@@ -121,11 +121,11 @@ class Lumina(ModelOfPictures):
         )
 
 
-def guidance_rules(extra: Mapping[str, str], usual_ratio: float, usual_limit: float) -> GuidanceRules:
+def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit: float) -> GuidanceRules:
     """Return a request's settings of guidance. Raises OptionError for impossible ones."""
     try:
-        ratio = float(extra.get("cfg_trunc_ratio", usual_ratio))
-        limit = float(extra.get("renorm_cfg", usual_limit))
+        ratio = float(extra.get("cfg_trunc_ratio", default_ratio))
+        limit = float(extra.get("renorm_cfg", default_limit))
     except ValueError as error:
         raise OptionError(f"--cfg_trunc_ratio or --renorm_cfg: {error}. Give numbers") from None
     check_trunc_ratio(ratio, "--cfg_trunc_ratio (--ctr in a prompt line)")

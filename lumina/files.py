@@ -20,7 +20,7 @@ from lumina.model import LuminaModel
 from lumina.names import LUMINA
 from lumina.options import MAX_TOKENS, LuminaTextOptions
 from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTextEncoder, read_gemma
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 
@@ -121,7 +121,7 @@ class LuminaFiles(AutoencoderFiles):
             self,
             gemma2=options.gemma2,
             gemma2_tokenizer=options.gemma2_tokenizer,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             max_tokens=options.gemma2_max_token_length or MAX_TOKENS,
             system_prompt=options.system_prompt.strip(),
         )

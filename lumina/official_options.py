@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
-from modules.minimal_options import MOST_SIDE, MinimalLoraOptions
+from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
 from modules.option_values import option_words
 from modules.options import Options, option
 from modules.script_options import parse_options
@@ -29,7 +29,7 @@ class LuminaModelOptions(MinimalLoraOptions, title="model"):
     use_sage_attn: bool = option("SageAttention")
 
 
-class LuminaPictureOptions(Options, title="what to make"):
+class LuminaImageOptions(Options, title="what to make"):
     """The picture that lumina_minimal_inference.py makes."""
 
     prompt: str = option("what the picture shows", default="A beautiful sunset over the mountains")
@@ -39,10 +39,10 @@ class LuminaPictureOptions(Options, title="what to make"):
     steps: int = option("number of denoising steps", default=36)
     guidance_scale: float = option("1 turns guidance off", default=3.5)
     image_width: int = option(
-        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MOST_SIDE
+        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MAX_SIDE
     )
     image_height: int = option(
-        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MOST_SIDE
+        "in pixels; cut to a multiple of 16", default=1024, least=SIZE_STEP, most=MAX_SIDE
     )
     system_prompt: str = option("instruction before every prompt", default="")
     add_system_prompt_to_negative_prompt: bool = option("before negative prompts too")
@@ -67,7 +67,7 @@ class LuminaMinimalOptions(Options):
     """Options of lumina_minimal_inference.py."""
 
     model: LuminaModelOptions
-    picture: LuminaPictureOptions
+    picture: LuminaImageOptions
 
 
 def read_minimal(description: str | None, argv: Sequence[str] | None) -> LuminaMinimalOptions:
@@ -91,31 +91,31 @@ TYPED = {
 
 
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
-    model, picture = options.model, options.picture
+    model, image = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,
         "--gemma2": model.gemma2_path,
         "--ae": model.ae_path,
-        "--negative_prompt": picture.negative_prompt,
-        "--save_path": picture.output_dir,
-        "--infer_steps": picture.steps,
-        "--guidance_scale": picture.guidance_scale,
-        "--flow_shift": picture.discrete_flow_shift,
+        "--negative_prompt": image.negative_prompt,
+        "--save_path": image.output_dir,
+        "--infer_steps": image.steps,
+        "--guidance_scale": image.guidance_scale,
+        "--flow_shift": image.discrete_flow_shift,
         "--dit_dtype": model.dtype,
         "--text_encoder_dtype": model.gemma2_dtype,
         "--vae_dtype": model.ae_dtype,
-        "--system_prompt": picture.system_prompt,
-        "--gemma2_max_token_length": picture.gemma2_max_token_length,
-        "--cfg_trunc_ratio": picture.cfg_trunc_ratio,
-        "--renorm_cfg": picture.renorm_cfg,
-        "--seed": picture.seed,
+        "--system_prompt": image.system_prompt,
+        "--gemma2_max_token_length": image.gemma2_max_token_length,
+        "--cfg_trunc_ratio": image.cfg_trunc_ratio,
+        "--renorm_cfg": image.renorm_cfg,
+        "--seed": image.seed,
         "--device": model.device,
-        "--prompt": None if picture.interactive else picture.prompt,
-        "--add_system_prompt_to_negative_prompt": picture.add_system_prompt_to_negative_prompt,
-        "--interactive": picture.interactive,
+        "--prompt": None if image.interactive else image.prompt,
+        "--add_system_prompt_to_negative_prompt": image.add_system_prompt_to_negative_prompt,
+        "--interactive": image.interactive,
         "--attn_mode=flash": model.use_flash_attn,
         "--attn_mode=sageattn": model.use_sage_attn,
-        "--image_size": picture.size,
+        "--image_size": image.size,
         **model.lora_options,
     }
     return option_words(values)

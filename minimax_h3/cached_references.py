@@ -15,21 +15,21 @@ from minimax_h3.options import FPS
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.reference_sound import read_reference_sound
 from minimax_h3.references import (
-    MOST_SECONDS,
+    MAX_SECONDS,
     ClipSource,
     H3Reference,
-    PictureSource,
+    ImageSource,
     check_references,
     check_video_length,
+    full_clip,
     reference_clip,
     reference_picture,
-    whole_clip,
 )
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.media.pixels import byte_clips
-from modules.media.samples import track_facts
+from modules.media.samples import track_info
 
 
 def reference_of(medium: ShownMedium) -> H3Reference:
@@ -39,7 +39,7 @@ def reference_of(medium: ShownMedium) -> H3Reference:
     """
     sound = medium.sound
     has_own_sound = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
-    if sound is None and has_own_sound and track_facts(medium.path) is not None:
+    if sound is None and has_own_sound and track_info(medium.path) is not None:
         sound = medium.path
     return H3Reference(medium.kind, medium.path, sound)
 
@@ -84,7 +84,7 @@ class ReferenceSizes:
     video: int
     step: int
 
-    def source_of(self, reference: H3Reference, frames: int) -> PictureSource | ClipSource | None:
+    def source_of(self, reference: H3Reference, frames: int) -> ImageSource | ClipSource | None:
         """Return the source of a reference's pixels; None for a reference that is sound alone.
 
         frames: of the clip that is made from it; 1: of a picture, for which reference clips keep their
@@ -94,7 +94,7 @@ class ReferenceSizes:
             return None
         if reference.kind == IMAGE:
             return reference_picture(reference.path, self.image, self.step)
-        most = frames if frames > 1 else round(MOST_SECONDS * FPS)
+        most = frames if frames > 1 else round(MAX_SECONDS * FPS)
         return reference_clip(reference.path, self.video, self.step, most)
 
 
@@ -118,13 +118,13 @@ def encode_references(
             raise MediaError(str(error)) from error
         sound = reference.path if reference.kind == AUDIO else reference.sound
         if sound is not None:
-            seconds = frames / FPS if frames > 1 else MOST_SECONDS
+            seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_sound(sound, seconds)
             tensors[reference_key(number, AUDIO)] = sound_vae.encode(samples)[0]
         if source is None:
             continue
         pixels = source.read()
-        clip = pixels.unsqueeze(0) if isinstance(source, PictureSource) else whole_clip(pixels)
+        clip = pixels.unsqueeze(0) if isinstance(source, ImageSource) else full_clip(pixels)
         latents = encode_condition(vae, byte_clips(clip.unsqueeze(0)))
         tensors[reference_key(number, reference.kind)] = latents[0]
     return tensors

@@ -24,7 +24,7 @@ from minimax_h3.cached_references import ReferenceSizes, reference_of
 from minimax_h3.configs import LATENT
 from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
 from minimax_h3.options import H3TextCachingOptions
-from minimax_h3.presentation import IMAGE, Shown, present_keyframes, show_clip, show_picture
+from minimax_h3.presentation import IMAGE, Shown, present_keyframes, show_clip, show_image
 from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.references import H3Sources
 from modules.devices import dtype_name
@@ -94,10 +94,10 @@ class H3CachingEncoder(H3TextEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        facts = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
-        facts["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
-        facts["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
-        named = {f"{self.name}_{fact}": value for fact, value in facts.items() if value is not None}
+        info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
+        info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
+        info["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
+        named = {f"{self.name}_{fact}": value for fact, value in info.items() if value is not None}
         return {**super().identity, **named}
 
     def set_task(self, task: str, teacher: str | None, states_dtype: torch.dtype | None) -> None:
@@ -168,17 +168,17 @@ class H3CachingEncoder(H3TextEncoder):
         if self.teacher == CLIP:
             shown = show_clip(clip[..., :3], has_sound=True)
             return replace(prompt, text=describe_copy(prompt.text), presented=(shown,))
-        pictures = tuple(show_picture(frame[..., :3]) for frame in prompt.frames)
-        pictures += self._show_references(prompt.media, len(clip))
-        if not pictures or any(picture.kind != IMAGE for picture in pictures):
+        images = tuple(show_image(frame[..., :3]) for frame in prompt.frames)
+        images += self._show_references(prompt.media, len(clip))
+        if not images or any(image.kind != IMAGE for image in images):
             raise MediaError(
                 "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
                 "else. Give the table control_directory, or name pictures in `references` of its rows."
             )
         text = prompt.further_text
         if text is None:
-            text = describe_subjects(prompt.text, len(pictures), is_still=len(clip) == 1)
-        return replace(prompt, text=text, presented=pictures)
+            text = describe_subjects(prompt.text, len(images), is_still=len(clip) == 1)
+        return replace(prompt, text=text, presented=images)
 
 
 def _list_keyframes(prompt: Prompt) -> list[Tensor]:

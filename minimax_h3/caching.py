@@ -29,7 +29,7 @@ from minimax_h3.conditions import (
 from minimax_h3.files import H3Files
 from minimax_h3.options import (
     FPS,
-    LEAST_FRAMES,
+    MIN_FRAMES,
     MOST_FRAMES,
     NAME,
     H3LatentCachingOptions,
@@ -126,9 +126,9 @@ class H3Caching:
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
         """Raise DatasetError or MediaError for a clip whose length the model was not trained for."""
-        if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+        if not self.any_length and not MIN_FRAMES <= frames <= MOST_FRAMES:
             raise error(
-                f"{name}: clips of {frames} frames: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} "
+                f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MOST_FRAMES} "
                 "frames, 5 to 15 seconds. Give --allow_experimental_duration to take other lengths"
             )
 
@@ -151,7 +151,7 @@ class H3Caching:
         if media.table.kind == "image":
             metadata["cache_format"] = ONE_FRAME_FORMAT
             metadata["one_frame"] = "1"
-            metadata[TARGET_INDEX] = str(self._choose_target_index(media))
+            metadata[TARGET_INDEX] = str(self._select_target_index(media))
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -191,13 +191,13 @@ class H3Caching:
             tensors |= encode_references(vae, sound_vae, shown, frames=num_frames, sizes=sizes)
         return tensors
 
-    def _choose_target_index(self, media: MediaBatch) -> int:
+    def _select_target_index(self, media: MediaBatch) -> int:
         """Return the position of a picture in time, in frames at 24 a second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
         """Return the position of a picture in time, and the latents and positions of its control images."""
-        tensors = {TARGET_INDEX: torch.tensor(self._choose_target_index(media))}
+        tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors
         for number, control in enumerate(media.control):

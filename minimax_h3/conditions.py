@@ -25,11 +25,11 @@ from contract.data import Conditions
 from contract.family import NoiseSource
 from encoders.tiles import sample_posterior
 from minimax_h3.configs import PATCH
-from minimax_h3.model import PICTURES_LIE, H3Condition
+from minimax_h3.model import IMAGES_LIE, H3Condition
 from minimax_h3.places import (
     UNITS_A_FRAME,
-    PictureGrid,
-    PicturePlace,
+    ImageGrid,
+    ImagePlace,
     SoundPlace,
     clip_span,
     last_frame_place,
@@ -65,11 +65,11 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     latents = sample_posterior(moments, [generator], LOG_VARIANCES)
     rounded = latents.to(torch.float16).float()  # as the model was trained
-    normalised = vae.normalise(rounded)
-    return normalised if normalised.is_meta else normalised.cpu()  # a rehearsal has no values
+    normalized = vae.normalise(rounded)
+    return normalized if normalized.is_meta else normalized.cpu()  # a rehearsal has no values
 
 
-def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = PICTURES_LIE) -> Tensor:
+def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LIE) -> Tensor:
     """Mix `clean` parts of the latents with noise, as the network expects its pictures and clips."""
     # 1 - share is rounded, as released
     share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
@@ -126,7 +126,7 @@ class H3Placement:
     start: float
 
 
-def place_conditions(conditions: Conditions, sample: int, num_text: int, target: PictureGrid) -> H3Placement:
+def place_conditions(conditions: Conditions, sample: int, num_text: int, target: ImageGrid) -> H3Placement:
     """Place the conditions of one sample of a batch on the clock, which starts behind the text.
 
     conditions: of a batch, pictures and clips noised already; other names are passed over. num_text: tokens
@@ -141,11 +141,11 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     for key in keys:
         latents = _of_sample(conditions, key, sample)
         if key == FIRST:
-            placed.append(_place_picture(latents, clock))
+            placed.append(_place_image(latents, clock))
         elif key == LAST:
-            placed.append(_place_picture(latents, last_frame_place(clock, target.frames)))
+            placed.append(_place_image(latents, last_frame_place(clock, target.frames)))
         elif key.startswith(CONTROL):
-            placed.append(_place_picture(latents, next(control_starts)))
+            placed.append(_place_image(latents, next(control_starts)))
         elif key.endswith(AUDIO):
             sound_latents = latents.shape[3]
             clip = key.removesuffix(AUDIO) + VIDEO
@@ -157,9 +157,9 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
             clock += sound_latents
             sound_latents = 0
         else:
-            placed.append(_place_picture(latents, clock))
-            is_picture = key.endswith(IMAGE)
-            clock += 1.0 if is_picture else max(float(sound_latents), clip_span(latents.shape[2]))
+            placed.append(_place_image(latents, clock))
+            is_image = key.endswith(IMAGE)
+            clock += 1.0 if is_image else max(float(sound_latents), clip_span(latents.shape[2]))
             sound_latents = 0
     index = conditions.get(TARGET_INDEX)
     if index is not None:
@@ -180,10 +180,10 @@ def _of_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
     return conditions[key][sample].unsqueeze(0)
 
 
-def grid_of(latents: Tensor) -> PictureGrid:
+def grid_of(latents: Tensor) -> ImageGrid:
     """Return the grid of the tokens of latents, B Z f h w."""
-    return PictureGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
+    return ImageGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
 
 
-def _place_picture(latents: Tensor, start: float) -> H3Condition:
-    return H3Condition(latents, PicturePlace(grid_of(latents), start))
+def _place_image(latents: Tensor, start: float) -> H3Condition:
+    return H3Condition(latents, ImagePlace(grid_of(latents), start))

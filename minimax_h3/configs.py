@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.few_steps import GUIDED, FewSteps, KeepingTarget
 from contract.rules import ModelRelease
 from minimax_h3.options import CLIP, LAST_FRAMES
@@ -59,14 +59,14 @@ FEW_STEPS = FewSteps(
     cost="clips need guidance, which a generation does not give",
     is_certain=True,
 )
-PICTURE_SHIFT = 12.0  # of the noise levels of pictures
+IMAGE_SHIFT = 12.0  # of the noise levels of pictures
 SOUND_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,
     output_sign=-1.0,
-    tokens=count_picture_tokens,
-    sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
-    base_shift=PICTURE_SHIFT,
+    tokens=count_image_tokens,
+    sound_shift=SOUND_SHIFT / IMAGE_SHIFT,
+    base_shift=IMAGE_SHIFT,
 )
 LATENT = LatentSpec(
     channels=24,

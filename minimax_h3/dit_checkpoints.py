@@ -104,7 +104,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     else:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     if checkpoint.metadata.get(LAYOUT_KEY) is None:  # no file that was trained here, which has any name
-        _refuse_other_model(checkpoint.path)
+        _reject_other_model(checkpoint.path)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(
         checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
@@ -117,7 +117,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     return DitHeader(config, dialect, names[mark].dtype)
 
 
-def _refuse_other_model(path: Path) -> None:
+def _reject_other_model(path: Path) -> None:
     """Raise CheckpointError for a model with the same tensors, which only the file's name tells."""
     what = kind_by_name(path, is_sharded(path))
     if what is not None:
@@ -137,8 +137,8 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
     noted = checkpoint.metadata.get(FREQUENCIES_KEY)
     if noted is not None:
         if not re.fullmatch(r"[0-9]{1,4}", noted):
-            path, problem = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
-            raise CheckpointError(f"{path}: {problem}. Copy the file again.", path)
+            path, error = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
+            raise CheckpointError(f"{path}: {error}. Copy the file again.", path)
         return int(noted)
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")

@@ -62,16 +62,16 @@ from minimax_h3.options import (
     FRAMES,
     FREQUENCIES_KEY,
     LAYOUT_KEY,
-    LEAST_FRAMES,
+    MIN_FRAMES,
     MOST_FRAMES,
     NAME,
     SIZE,
     STEPS,
+    H3FullTrainingOptions,
     H3GenerationOptions,
     H3LatentCachingOptions,
     H3TextCachingOptions,
     H3TrainingOptions,
-    H3WholeTrainingOptions,
     canvas,
     check_guidance,
     check_ratio,
@@ -83,13 +83,13 @@ from minimax_h3.references import (
     ClipSource,
     H3Media,
     H3Sources,
-    PictureSource,
+    ImageSource,
     check_video_length,
+    full_clip,
     keyframe_sources,
     read_media,
     reference_clip,
     reference_picture,
-    whole_clip,
 )
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.training_inputs import (
@@ -161,7 +161,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        if not isinstance(self.options, H3WholeTrainingOptions):
+        if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.named)
         frequencies = self.files.dit_header().config.frequencies
         return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
@@ -290,26 +290,26 @@ class MiniMaxH3(OneTransformer):
         """
         joint = tweaks.joint
         assert joint is not None, "there is always sound"
-        pictures, sounds = joint.split(noisy)
+        images, sounds = joint.split(noisy)
         if timesteps.ndim == 1:  # equal shifts: one level for both
             timesteps = timesteps.unsqueeze(1).expand(-1, 2)
         times = (1 - timesteps.double() / 1000).tolist()
         velocities = []
-        for sample, (picture_time, sound_time) in enumerate(times):
+        for sample, (image_time, sound_time) in enumerate(times):
             one = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
-            placement = self._place_conditions(cond, sample, pictures)
-            picture, sound = dit(
-                pictures[one],
+            placement = self._place_conditions(cond, sample, images)
+            image, sound = dit(
+                images[one],
                 sounds[one],
-                (picture_time, sound_time),
+                (image_time, sound_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
                 shown=is_shown if any(is_shown) else (),
                 start=placement.start,
                 conditions=placement.conditions,
                 tweaks=tweaks,
             )
-            velocities.append(-joint.join(picture, sound))
+            velocities.append(-joint.join(image, sound))
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
@@ -343,7 +343,7 @@ class MiniMaxH3(OneTransformer):
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
         media = read_media(request)
         self._check_media(request, media)
-        width, height, frames = self._settle_size(request, media)
+        width, height, frames = self._resolve_size(request, media)
         self._check_frames(frames)
         if media.one_frame is not None and frames != 1:
             raise OptionError(
@@ -369,10 +369,10 @@ class MiniMaxH3(OneTransformer):
             self.defaults,
             size=(width, height, frames),
             flow_shift=flow_shift,
-            usual_negative=None,
+            default_negative=None,
         )
-        _, *picture = self.latent.shape(frames, height, width)
-        channels, length, rows, columns = picture
+        _, *image = self.latent.shape(frames, height, width)
+        channels, length, rows, columns = image
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
             warn_of_edges(self.image_edge, self.video_edge, "there are no references")
@@ -394,16 +394,16 @@ class MiniMaxH3(OneTransformer):
             lower = max(lengths.fit(frames), lengths.first)
             nearest = {lower, lower + lengths.step}
             if not self.any_length:  # others are refused below
-                nearest = {min(max(count, LEAST_FRAMES), MOST_FRAMES) for count in nearest}
+                nearest = {min(max(count, MIN_FRAMES), MOST_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
                 f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
-        if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+        if not self.any_length and not MIN_FRAMES <= frames <= MOST_FRAMES:
             is_sample = isinstance(self.options, H3TrainingOptions)
             option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
-                f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 "
+                f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MOST_FRAMES} frames, 5 "
                 f"to 15 seconds. Give --{option} to make other lengths"
             )
 
@@ -425,20 +425,20 @@ class MiniMaxH3(OneTransformer):
             if reference.kind == VIDEO:
                 check_video_length(reference.path, self.any_length)
 
-    def _settle_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
+    def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
         """Return width, height and frames. Without a size they are those of the first keyframe."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:
-            picture_width, picture_height = image_size(media.keyframes[0])
-            check_ratio(str(media.keyframes[0]), picture_width, picture_height)
-            height, width = canvas(picture_width / picture_height, step=self.latent.pixel_step)
+            image_width, image_height = image_size(media.keyframes[0])
+            check_ratio(str(media.keyframes[0]), image_width, image_height)
+            height, width = canvas(image_width / image_height, step=self.latent.pixel_step)
         return width, height, frames
 
     def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
         """Return the sources of the pixels that are read from media. size: width and height of the clip."""
         step = self.latent.pixel_step
-        references: list[PictureSource | ClipSource | None] = []
+        references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
             if reference.kind == IMAGE:
                 references.append(reference_picture(reference.path, self.image_edge, step))
@@ -477,7 +477,7 @@ class MiniMaxH3(OneTransformer):
             if source is None:
                 continue
             frames = source.read()
-            frames = frames.unsqueeze(0) if reference.kind == IMAGE else whole_clip(frames)
+            frames = frames.unsqueeze(0) if reference.kind == IMAGE else full_clip(frames)
             conditions[reference_key(number, reference.kind)] = encode_condition(
                 encoders.vae, _make_clip(frames)
             )
@@ -516,11 +516,11 @@ class MiniMaxH3(OneTransformer):
         assert joint is not None, "there is always sound"
         conditions = dict(inputs.get(0, {}))
         conditions |= noise_conditions(conditions, noise)
-        picture = noise.draw((1, *joint.picture))
+        image = noise.draw((1, *joint.picture))
         channels, sides, length = joint.sound
         tokens = noise.draw((sides * length, channels))
         sound = tokens.mT.unflatten(1, (sides, length)).unsqueeze(0)
-        return (yield prompts[0].section(joint.join(picture, sound), conditions))
+        return (yield prompts[0].section(joint.join(image, sound), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)

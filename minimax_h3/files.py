@@ -31,9 +31,9 @@ from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.presentation import (
     BEGIN,
     END,
+    IMAGE_TAG,
     PAD,
     PADS,
-    PICTURE_TAG,
     TEXT_TAG,
     USE,
     PresentedPiece,
@@ -169,7 +169,7 @@ class H3TextEncoder(LanguageModelEncoder):
         for piece in pieces:
             if piece.tokens:
                 block = [begin, *[pad] * piece.tokens, end]
-                tag = PICTURE_TAG
+                tag = IMAGE_TAG
             else:
                 block = tokenizer.read(piece.text).ids
                 tag = TEXT_TAG

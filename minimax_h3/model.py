@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
 from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config, spec_of
-from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
+from minimax_h3.places import ImageGrid, ImagePlace, SoundPlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
 ROWS = 6  # that modulate a block: shift, scale and gate of attention and of feed-forward
-PICTURES_LIE = 0.999  # the time of a condition at least: nearly clean
+IMAGES_LIE = 0.999  # the time of a condition at least: nearly clean
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class H3Condition:
     """
 
     latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
-    place: PicturePlace | SoundPlace
+    place: ImagePlace | SoundPlace
     clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
     @property
@@ -56,11 +56,11 @@ class H3Condition:
     def kind(self) -> int:
         return SOUND if self.is_sound else PICTURE
 
-    def level(self, picture_time: float) -> float:
+    def level(self, image_time: float) -> float:
         """Return its time. picture_time: of the learned pictures."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
-        return max(picture_time, PICTURES_LIE if self.clean is None else self.clean)
+        return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TokenRun:
 class H3Tokens:
     """Inputs of the blocks besides x, B L C; built once per forward pass."""
 
-    grid: PictureGrid  # of the learned pictures, whose tokens come first
+    grid: ImageGrid  # of the learned pictures, whose tokens come first
     sound: int  # tokens of the learned sound, M, which follow
     rotary: Tensor  # of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them
@@ -236,10 +236,10 @@ class FinalLayer(nn.Module):
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
-        pictures, sound = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.sound]
-        normed_pictures = modulate(self.norm(pictures), shift[:, :1], scale[:, :1], tokens.dtype)
+        images, sound = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.sound]
+        normed_images = modulate(self.norm(images), shift[:, :1], scale[:, :1], tokens.dtype)
         normed_sound = modulate(self.norm(sound), shift[:, 1:], scale[:, 1:], tokens.dtype)
-        return run_float32(self.video_out, normed_pictures), run_float32(self.audio_out, normed_sound)
+        return run_float32(self.video_out, normed_images), run_float32(self.audio_out, normed_sound)
 
 
 class H3Model(nn.Module):
@@ -282,7 +282,7 @@ class H3Model(nn.Module):
         self.token_refiner = H3TokenRefiner(config)
         self.blocks = nn.ModuleList(H3Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
-        self._rotary = GridTable[tuple[tuple[PicturePlace | SoundPlace, ...], int]](self._make_table)
+        self._rotary = GridTable[tuple[tuple[ImagePlace | SoundPlace, ...], int]](self._make_table)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -334,9 +334,9 @@ class H3Model(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         num_text = text.shape[1]
         begin = float(num_text) if start is None else start
-        grid = PictureGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
+        grid = ImageGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
         learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
-        media = [H3Condition(noisy, PicturePlace(grid, begin)), learned_sound, *conditions]
+        media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_sound, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
         # by what decides a level, not by its value: compiled blocks are for one pattern of equal levels, and
         # both schedules begin at one level
@@ -368,7 +368,7 @@ class H3Model(nn.Module):
         """Return the tokens of pictures or of sound: B L C."""
         if medium.is_sound:
             return self._embed_sound(medium.latents)
-        return self._embed_pictures(medium.latents)
+        return self._embed_images(medium.latents)
 
     def _check_sizes(self, noisy: Tensor, sound: Tensor) -> None:
         config = self.config
@@ -380,7 +380,7 @@ class H3Model(nn.Module):
                 f"sound of {tuple(sound.shape[1:])}: {config.sound_channels} numbers, 2 channels"
             )
 
-    def _embed_pictures(self, latents: Tensor) -> Tensor:
+    def _embed_images(self, latents: Tensor) -> Tensor:
         """Return the tokens of pictures: B Z F H W -> B L C."""
         patches = rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return run_float32(self.video_patch_proj, patches)
@@ -412,7 +412,7 @@ class H3Model(nn.Module):
     def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Return the outputs of pictures, B Z F H W, and of sound, B Z' 2 A, in float32."""
         patches, sound = self.final_layer(x, tokens)
-        pictures = rearrange(
+        images = rearrange(
             patches,
             "b (f h w) (z ph pw) -> b z f (h ph) (w pw)",
             f=tokens.grid.frames,
@@ -420,10 +420,10 @@ class H3Model(nn.Module):
             ph=PATCH,
             pw=PATCH,
         )
-        return pictures, sound.mT.unflatten(2, (2, -1))
+        return images, sound.mT.unflatten(2, (2, -1))
 
     def _make_table(
-        self, layout: tuple[tuple[PicturePlace | SoundPlace, ...], int], /, *, device: torch.device
+        self, layout: tuple[tuple[ImagePlace | SoundPlace, ...], int], /, *, device: torch.device
     ) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 3K 2 float32: K frequencies on each axis."""
         media, num_text = layout
@@ -442,8 +442,8 @@ def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
     if not shown:
         return [TokenRun(num_text, 0, TEXT)]
     segments: list[TokenRun] = []
-    for is_picture in shown:
-        kind = PICTURE if is_picture else TEXT
+    for is_image in shown:
+        kind = PICTURE if is_image else TEXT
         if segments and segments[-1].kind == kind:
             segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
         else:

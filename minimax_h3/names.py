@@ -4,7 +4,7 @@ from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, RowsByHead, WeightPart, renamed_parts, stacked_parts
 
-LICENCE = (
+LICENSE = (
     "MiniMax H3 Community License: without an authorisation by MiniMax, which is free, it gives no rights in "
     "the USA, the EU, the UK and South Korea, also to what the model makes."
 )
@@ -16,7 +16,7 @@ ENTRY = FamilyEntry(
     record="H3",
     encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their sound")),
     texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
-    notice=LICENCE,
+    notice=LICENSE,
 )
 HEAD_WIDTH = 128  # of both released transformers
 # beginnings of blocks, diffusers' and the released

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from minimax_h3.reference_options import (
     IMAGE_EDGE,
     JSONL,
-    MOST_EDGE,
+    MAX_EDGE,
     REF,
     TASK,
     TOKEN,
@@ -55,13 +55,13 @@ logger = logging.getLogger(__name__)
 NAME = "MiniMax-H3"
 FPS = 24.0  # of all clips
 SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
-FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
+FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
-MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
+MAX_RATIO = 4  # of the sides of keyframes and references, and the other way round
 ADAPTIVE = "adaptive"  # of --ratio
-MOST_SHIFT = 1000.0
+MAX_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
 _FP4_FORM = "nvfp4 is a form of files, which are read without an option. Leave it out, and give such a file"
@@ -152,13 +152,13 @@ class H3TextCachingOptions(Options, title=NAME):
         "short side of reference pictures in pixels, as their latents are cached",
         default=IMAGE_EDGE,
         least=TOKEN,
-        most=MOST_EDGE,
+        most=MAX_EDGE,
     )
     reference_video_short_edge: int = option(
         "short side of reference clips in pixels, as their latents are cached",
         default=VIDEO_EDGE,
         least=TOKEN,
-        most=MOST_EDGE,
+        most=MAX_EDGE,
     )
     uncond_output: Path | None = option(
         "also write the states of --uncond_text to this file, for --h3_guidance_loss_uncond_cache; implies "
@@ -210,7 +210,7 @@ class H3LatentCachingOptions(Options, title=NAME):
     vae: H3VaeOptions
     cache_seed: int | None = option("seed of the samples of posteriors; default: 42", often=True)
     allow_experimental_duration: bool = option(
-        f"also cache clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        f"also cache clips of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained"
     )
     one_frame: bool = option(
@@ -219,10 +219,10 @@ class H3LatentCachingOptions(Options, title=NAME):
     )
 
     reference_image_short_edge: int = option(
-        "short side of reference pictures in pixels", default=IMAGE_EDGE, least=TOKEN, most=MOST_EDGE
+        "short side of reference pictures in pixels", default=IMAGE_EDGE, least=TOKEN, most=MAX_EDGE
     )
     reference_video_short_edge: int = option(
-        "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MOST_EDGE
+        "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MAX_EDGE
     )
 
     def __post_init__(self) -> None:
@@ -259,7 +259,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     targets: H3TargetOptions = option(facts=HABIT)
     refused: H3RefusedOptions = option(facts=FREE)
     h3_allow_experimental_sample_duration: bool = option(
-        f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        f"also make samples of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained",
         facts={**FREE, **OF_SAMPLES},
     )
@@ -273,7 +273,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
         return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
 
 
-class H3WholeTrainingOptions(H3TrainingOptions, title=NAME):
+class H3FullTrainingOptions(H3TrainingOptions, title=NAME):
     """Options of minimax_h3_train.py besides the shared ones; its files say how their rows are ordered."""
 
 
@@ -307,12 +307,12 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "time shift of the sound's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
         default=3.0,
         above=0,
-        most=MOST_SHIFT,
+        most=MAX_SHIFT,
         facts=of_request("h3_shift_audio"),
     )
     media: H3MediaOptions
     allow_experimental_duration: bool = option(
-        f"also make clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
+        f"also make clips of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
         "was not trained",
         facts=OF_REQUEST,
     )
@@ -394,7 +394,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
         )
 
 
-def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
+def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
     """Move --width, --height, --ratio, --duration and --dtype into the shared options with their meaning.
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
@@ -415,8 +415,8 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
         )
     request = replace(
         request,
-        video_size=_settle_size(request.video_size, own_options),
-        video_length=_settle_frames(request.video_length, own_options),
+        video_size=_resolve_size(request.video_size, own_options),
+        video_length=_resolve_frames(request.video_length, own_options),
     )
     dtype = own_options.dtype
     if dtype is not None:
@@ -428,7 +428,7 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     return replace(options, request=request), own_options
 
 
-def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
+def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
     """Return height and width; None if the first keyframe of each prompt line decides.
 
     Raises OptionError if two options state different ones.
@@ -453,10 +453,10 @@ def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -
     return own_size or given or SIZE
 
 
-def _settle_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
+def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
     """Return the number of frames. Raises OptionError if two options state different numbers."""
     if own_options.media.one_frame_inference is None:
-        return settle_length(frames, own_options.duration)
+        return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):
         raise OptionError(
             "--one_frame_inference makes a single picture: give --video_length 1, or no length at all"
@@ -464,7 +464,7 @@ def _settle_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
     return 1
 
 
-def settle_length(frames: int | None, seconds: float | None) -> int:
+def resolve_length(frames: int | None, seconds: float | None) -> int:
     """Return the number of frames. Raises OptionError if both are given."""
     if seconds is None:
         return FRAMES if frames is None else frames
@@ -476,10 +476,10 @@ def settle_length(frames: int | None, seconds: float | None) -> int:
 
 def check_ratio(what: str, width: int, height: int) -> None:
     """Raise OptionError for sides that the model was not trained with. what: a file, for the message."""
-    if max(width, height) > MOST_RATIO * min(width, height):
+    if max(width, height) > MAX_RATIO * min(width, height):
         raise OptionError(
-            f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MOST_RATIO} to "
-            f"{MOST_RATIO}:1. Give a cropped one"
+            f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MAX_RATIO} to "
+            f"{MAX_RATIO}:1. Give a cropped one"
         )
 
 

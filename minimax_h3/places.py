@@ -18,7 +18,7 @@ FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # again and again
 SIDE = 32.0  # of a square picture, in units of space
 
 
-class PictureGrid(NamedTuple):
+class ImageGrid(NamedTuple):
     """Latent frames, and rows and columns of their tokens."""
 
     frames: int
@@ -31,10 +31,10 @@ class PictureGrid(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PicturePlace:
+class ImagePlace:
     """Position of the tokens of a clip or a picture."""
 
-    grid: PictureGrid
+    grid: ImageGrid
     start: float  # on the clock of its first latent frame
 
 
@@ -46,7 +46,7 @@ class SoundPlace:
 
     latents: int
     start: float
-    grid: PictureGrid  # of the pictures whose left and right edges the channels borrow
+    grid: ImageGrid  # of the pictures whose left and right edges the channels borrow
 
 
 def spans(frames: int) -> Tensor:
@@ -68,7 +68,7 @@ def clip_span(frames: int) -> float:
     return float(sum(spans(frames).tolist()))
 
 
-def picture_places(place: PicturePlace) -> Tensor:
+def image_places(place: ImagePlace) -> Tensor:
     """Return time, height and width of each token: L 3 float64."""
     grid = place.grid
     lengths = spans(grid.frames)
@@ -96,7 +96,7 @@ def text_places(tokens: int) -> Tensor:
     return places
 
 
-def _measure_edges(grid: PictureGrid) -> tuple[Tensor, Tensor]:
+def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
     """Return the upper edges of rows and the left edges of columns: a square picture spans 0 to 32."""
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []
@@ -107,9 +107,9 @@ def _measure_edges(grid: PictureGrid) -> tuple[Tensor, Tensor]:
     return edges[0], edges[1]
 
 
-def all_places(media: Sequence[PicturePlace | SoundPlace], text: int) -> Tensor:
+def all_places(media: Sequence[ImagePlace | SoundPlace], text: int) -> Tensor:
     """Return the places of all tokens, those of media first, then those of the text: L 3 float64."""
     parts = []
     for place in media:
-        parts.append(picture_places(place) if isinstance(place, PicturePlace) else sound_places(place))
+        parts.append(image_places(place) if isinstance(place, ImagePlace) else sound_places(place))
     return torch.cat([*parts, text_places(text)])

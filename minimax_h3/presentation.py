@@ -19,17 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from encoders.picture_prompts import PictureUse, ReadPictures
+from encoders.picture_prompts import ImageUse, ReadImages
 from minimax_h3.options import FPS
-from minimax_h3.vision import Preprocessing, cut_clip, cut_picture
+from minimax_h3.vision import Preprocessing, cut_clip, cut_image
 from modules.errors import MediaError
 
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with pictures
-USE = PictureUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
-PICTURE_TAG, TEXT_TAG = 0, 1
+USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
+IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
 
 
@@ -51,7 +51,7 @@ class Shown:
 SHOWN_SOUND = Shown(AUDIO)
 
 
-def show_picture(pixels: Tensor) -> Shown:
+def show_image(pixels: Tensor) -> Shown:
     """Present a picture: H W 3 uint8."""
     return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
 
@@ -68,7 +68,7 @@ def _hash(pixels: Tensor) -> str:
 
 def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
     """Present keyframes, first and last: each H W 3 uint8, as large as the clip."""
-    return tuple(show_picture(picture) for picture in pictures)
+    return tuple(show_image(image) for image in pictures)
 
 
 class PresentedPiece(NamedTuple):
@@ -83,18 +83,18 @@ class Presentation:
     """Texts and vision blocks in front of a prompt."""
 
     pieces: tuple[PresentedPiece, ...]
-    pictures: ReadPictures  # of the vision blocks, in their order
+    pictures: ReadImages  # of the vision blocks, in their order
 
 
 def present(
-    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: PictureUse = USE
+    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImageUse = USE
 ) -> Presentation:
     """Return labels and vision blocks of media in their order. tower: the vision tower, loaded.
 
     Raises MediaError if a picture cannot be shown, or a clip has too few frames.
     """
     pieces: list[PresentedPiece] = []
-    cuts: list[ReadPictures] = []
+    cuts: list[ReadImages] = []
     counts = dict.fromkeys(LABELS, 0)
 
     def label(kind: str) -> PresentedPiece:
@@ -105,7 +105,7 @@ def present(
         if medium.kind == AUDIO or medium.has_sound:
             pieces.append(label(AUDIO))
         if medium.kind == IMAGE:
-            cut = cut_picture(tower, medium.pixels(), preprocessing.pictures, use)
+            cut = cut_image(tower, medium.pixels(), preprocessing.pictures, use)
             pieces += [label(IMAGE), PresentedPiece(tokens=cut.counts[0])]
             cuts.append(cut)
         elif medium.kind == VIDEO:
@@ -118,7 +118,7 @@ def present(
             cuts.append(cut)
     sides = tuple(side for cut in cuts for side in cut.sides)
     patches = torch.cat([cut.patches for cut in cuts]) if cuts else torch.zeros(0)
-    return Presentation(tuple(pieces), ReadPictures(patches, sides))
+    return Presentation(tuple(pieces), ReadImages(patches, sides))
 
 
 def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EDGE, VIDEO_EDGE = 2048, 768  # pixels of the short side of references, as released
 TOKEN = 32  # pixels along the side of a token
-MOST_EDGE = 8192
+MAX_EDGE = 8192
 KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra, as the names below
 REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
 BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
@@ -75,14 +75,14 @@ class H3MediaOptions(Options, title="keyframes and references"):
         "short side of reference pictures in pixels; less needs less memory and shows less",
         default=IMAGE_EDGE,
         least=TOKEN,
-        most=MOST_EDGE,
+        most=MAX_EDGE,
         facts=OF_REQUEST,
     )
     reference_video_short_edge: int = option(
         "short side of reference videos in pixels; they have at most 768 x 1344 pixels",
         default=VIDEO_EDGE,
         least=TOKEN,
-        most=MOST_EDGE,
+        most=MAX_EDGE,
         facts=OF_REQUEST,
     )
 
@@ -93,8 +93,8 @@ def warn_of_edges(image_edge: int, video_edge: int, why: str) -> None:
         "reference_image_short_edge": (image_edge, IMAGE_EDGE),
         "reference_video_short_edge": (video_edge, VIDEO_EDGE),
     }
-    for name, (edge, usual) in edges.items():
-        if edge != usual:
+    for name, (edge, default) in edges.items():
+        if edge != default:
             logger.warning("--%s %d is ignored because %s", name, edge, why)
 
 

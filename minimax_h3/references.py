@@ -43,7 +43,7 @@ from modules.media.reading import (
     video_frames,
     video_info,
 )
-from modules.media.samples import track_facts
+from modules.media.samples import track_info
 from modules.option_values import to_path
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
@@ -51,10 +51,10 @@ from modules.text_files import parse_json, read_text
 logger = logging.getLogger(__name__)
 
 KINDS = (IMAGE, VIDEO, AUDIO)
-MOST_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
+MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
 MOST = 12
-LEAST_SECONDS, MOST_SECONDS = 2.0, 15.0  # of reference videos
-LEAST_FRAMES = CLIP + LAST_FRAMES  # of a reference video, for the VAE
+MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # of reference videos
+MIN_FRAMES = CLIP + LAST_FRAMES  # of a reference video, for the VAE
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class H3Media:
 
 def read_media(request: Request) -> H3Media:
     """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
-    first, last = _choose_keyframes(request)
+    first, last = _select_keyframes(request)
     texts = _split_lines(request, CONDITION_IMAGES)
     controls = tuple(to_path("--condition_image", text) for text in texts)
     one_frame = request.extra.get(ONE_FRAME)
@@ -134,7 +134,7 @@ def _split_lines(request: Request, name: str) -> list[str]:
     return [line for line in request.extra.get(name, "").split("\n") if line]
 
 
-def _choose_keyframes(request: Request) -> tuple[Path | None, Path | None]:
+def _select_keyframes(request: Request) -> tuple[Path | None, Path | None]:
     """Return first and last frame. Raises OptionError if they are given twice."""
     frames = [to_path("--keyframe", text) for text in _split_lines(request, KEYFRAMES)]
     if not frames:
@@ -254,7 +254,7 @@ def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Refer
         sound_path = to_path(where, sound)
         _require_sound(where, sound_path)
         return H3Reference(VIDEO, path, sound_path)
-    has_sound = not path.is_dir() and track_facts(path) is not None
+    has_sound = not path.is_dir() and track_info(path) is not None
     return H3Reference(VIDEO, path, path if has_sound else None)
 
 
@@ -275,10 +275,10 @@ def _require_sound(where: str, path: Path) -> None:
     if not path.is_file():
         raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
     try:
-        facts = track_facts(path)
+        info = track_info(path)
     except MediaError as error:
         raise OptionError(f"{where}: {str(error).rstrip('.')}. Give a file with sound") from None
-    if facts is None:
+    if info is None:
         raise OptionError(f"{where}: {path} has no sound. Give a file with sound")
 
 
@@ -293,9 +293,9 @@ def check_references(references: Sequence[H3Reference]) -> None:
     }
     names = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "references with sound"}
     for kind, count in counts.items():
-        if count > MOST_OF[kind]:
+        if count > MAX_OF[kind]:
             raise OptionError(
-                f"{count} {names[kind]}: the model takes at most {MOST_OF[kind]}. Leave some out"
+                f"{count} {names[kind]}: the model takes at most {MAX_OF[kind]}. Leave some out"
             )
     if len(references) > MOST:
         raise OptionError(f"{len(references)} references: the model takes at most {MOST}. Leave some out")
@@ -313,10 +313,10 @@ def check_video_length(path: Path, any_length: bool) -> None:
     if seconds is None or any_length:
         return
     half_frame = 0.5 / fps
-    if not LEAST_SECONDS - half_frame <= seconds <= MOST_SECONDS + half_frame:
+    if not MIN_SECONDS - half_frame <= seconds <= MAX_SECONDS + half_frame:
         raise OptionError(
-            f"reference video {path} takes {seconds:.1f} s: the model was trained with {LEAST_SECONDS:g} to "
-            f"{MOST_SECONDS:g}. Cut it, or give --allow_experimental_duration"
+            f"reference video {path} takes {seconds:.1f} s: the model was trained with {MIN_SECONDS:g} to "
+            f"{MAX_SECONDS:g}. Cut it, or give --allow_experimental_duration"
         )
 
 
@@ -324,7 +324,7 @@ def check_video_length(path: Path, any_length: bool) -> None:
 
 
 @dataclass(frozen=True)
-class PictureSource:
+class ImageSource:
     """A keyframe or a reference picture, and the size that it gets."""
 
     path: Path
@@ -373,10 +373,10 @@ class ClipSource:
         return torch.from_numpy(np.stack(frames[: self.most]))
 
     def _resize(self, frame: Frame) -> Frame:
-        colours = frame[..., :3]
+        colors = frame[..., :3]
         if (frame.shape[1], frame.shape[0]) == self.size:
-            return colours
-        return resize_frame(np.ascontiguousarray(colours), self.size, "lanczos")
+            return colors
+        return resize_frame(np.ascontiguousarray(colors), self.size, "lanczos")
 
 
 def _find_slot(number: int, fps: float) -> int:
@@ -384,14 +384,14 @@ def _find_slot(number: int, fps: float) -> int:
     return math.floor(number * (FPS / fps) + 0.5)
 
 
-def keyframe_sources(paths: Sequence[Path], size: Size) -> list[PictureSource]:
+def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
     """Return keyframes at the size of the clip. The first is stretched to it, later ones are cropped to cover
     it.
     """
-    return [PictureSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
+    return [ImageSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
 
 
-def reference_picture(path: Path, short_edge: int, step: int) -> PictureSource:
+def reference_picture(path: Path, short_edge: int, step: int) -> ImageSource:
     """Return a reference picture resized to a short side of `edge` pixels. step: sides become multiples of
     it.
 
@@ -401,7 +401,7 @@ def reference_picture(path: Path, short_edge: int, step: int) -> PictureSource:
     check_ratio(f"reference {path}", width, height)
     scale = short_edge / min(width, height)
     sides = [max(step, round(side * scale / step) * step) for side in (width, height)]
-    return PictureSource(path, (sides[0], sides[1]))
+    return ImageSource(path, (sides[0], sides[1]))
 
 
 def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipSource:
@@ -415,7 +415,7 @@ def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipS
     return ClipSource(path, (width, height), frames)
 
 
-def whole_clip(frames: Tensor) -> Tensor:
+def full_clip(frames: Tensor) -> Tensor:
     """Return the frames of a reference video that the VAE takes, 17n + 5, at least 22: F H W 3.
 
     Raises MediaError if there are fewer.
@@ -423,7 +423,7 @@ def whole_clip(frames: Tensor) -> Tensor:
     count = max(1, (len(frames) - LAST_FRAMES) // CLIP) * CLIP + LAST_FRAMES
     if count > len(frames):
         raise MediaError(
-            f"a reference video of {len(frames)} frames at {FPS:g} a second is too short: {LEAST_FRAMES} are "
+            f"a reference video of {len(frames)} frames at {FPS:g} a second is too short: {MIN_FRAMES} are "
             "needed. Give a longer one"
         )
     return frames[:count]
@@ -433,8 +433,8 @@ def whole_clip(frames: Tensor) -> Tensor:
 class H3Sources:
     """Pixels of the media of a request, in their order."""
 
-    keyframes: tuple[PictureSource, ...] = ()
-    references: tuple[PictureSource | ClipSource | None, ...] = ()  # None: of sound
+    keyframes: tuple[ImageSource, ...] = ()
+    references: tuple[ImageSource | ClipSource | None, ...] = ()  # None: of sound
 
     def shown(self, references: Sequence[H3Reference]) -> tuple[Shown, ...]:
         """Return the media that the text encoder sees: keyframes first, then references."""
@@ -445,5 +445,5 @@ class H3Sources:
         return tuple(presented)
 
 
-def _show(kind: str, source: PictureSource | ClipSource, has_sound: bool = False) -> Shown:
+def _show(kind: str, source: ImageSource | ClipSource, has_sound: bool = False) -> Shown:
     return Shown(kind, has_sound, source=source, read=source.read)

@@ -112,10 +112,10 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     Raises CheckpointError for any other file.
     """
     sources = plain_sources(checkpoint)
-    refusal = other_kind(checkpoint, WHAT, option, FILES)
+    rejection = other_kind(checkpoint, WHAT, option, FILES)
     if "pre_block.attn.zero_k_bias" not in sources or "decoder.ups.0.0.weight_v" not in sources:
-        raise refusal
-    shape = shapes_of(checkpoint, sources, refusal)
+        raise rejection
+    shape = shapes_of(checkpoint, sources, rejection)
     latent_channels = shape("mean_proj.weight", 3)[0]
     num_stages, num_blocks = (count(sources, rf"decoder\.{name}\.\d+") for name in ("ups", "resblocks"))
     settings = {
@@ -134,11 +134,11 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     statistics = (settings.get("latents_mean", SOUND_MEAN), settings.get("latents_std", SOUND_STD))
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
-        raise refusal
-    return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrised))
+        raise rejection
+    return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrized))
 
 
-def _parametrised(name: str) -> str:
+def _parametrized(name: str) -> str:
     """Return the name of a tensor in a network whose norms are parametrisations."""
     path, _, end = name.rpartition(".")
     return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name

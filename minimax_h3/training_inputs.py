@@ -24,7 +24,7 @@ from minimax_h3.conditions import (
     reference_key,
 )
 from minimax_h3.configs import PATCH
-from minimax_h3.model import PICTURES_LIE
+from minimax_h3.model import IMAGES_LIE
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
@@ -47,7 +47,7 @@ def clean_shares(cond: Conditions) -> Clean:
     """Return the shares of clean signal in the conditions of a pass; if it states none, the released ones."""
     shares = cond.get(CLEAN)
     if not isinstance(shares, Tensor):
-        return Clean(PICTURES_LIE, 1.0)
+        return Clean(IMAGES_LIE, 1.0)
     # float32 has 0.999 as 0.99900001
     visual, sound = (round(share, 6) for share in shares.tolist())
     return Clean(visual, sound)
@@ -105,7 +105,7 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     """
     tensors = batch.tensors
     if batch.view == CLIP:
-        return {**_show_whole_clip(tensors, latents), **_read_places(tensors)}
+        return {**_show_full_clip(tensors, latents), **_read_places(tensors)}
     keys: list[str] = []
     if batch.view == FIRST_LAST or (not batch.view and task == "fl2va"):
         keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
@@ -157,7 +157,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
         )
 
 
-def _show_whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
+def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     """Return a clip, with its sound if it has some, as a reference for itself."""
     clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)

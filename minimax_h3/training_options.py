@@ -322,7 +322,7 @@ def translate(args: argparse.Namespace) -> None:
             typed.add(name)
     args.typed_names = names
     args.typed_options = frozenset(typed)
-    _choose_rank(args)
+    _select_rank(args)
     _check_view(args)
     warn_of_clean_shares(args)
 
@@ -346,7 +346,7 @@ def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> d
     }
 
 
-USUAL: dict[str, Any] = {
+DEFAULT: dict[str, Any] = {
     "teacher_weight": 0.5,
     "teacher_max_timestep": THOUSAND,
     "teacher_colour_weight": 1.0,
@@ -363,7 +363,7 @@ def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> N
     """Set a shared option. Raises OptionError if it is given already, with another value."""
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
-    untyped = () if name in args.typed_options else (USUAL.get(name), None, False)
+    untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
     if given not in (value, *untyped):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
     setattr(args, name, value)
@@ -443,7 +443,7 @@ def _read_bounds(args: argparse.Namespace) -> None:
             setattr(args, name, in_thousandths(f"--{name}", bound))
 
 
-def _choose_rank(args: argparse.Namespace) -> None:
+def _select_rank(args: argparse.Namespace) -> None:
     """Give a LoRA the rank and the alpha that are usual for the model, if neither is given."""
     if not hasattr(args, "network_module"):  # the transformer itself is trained
         return
@@ -456,12 +456,12 @@ def _choose_rank(args: argparse.Namespace) -> None:
 def warn_of_clean_shares(args: argparse.Namespace) -> None:
     """Warn of shares of noise in conditions that the clips of the task have not."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
-    has_pictures = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
-    has_conditions = {"h3_visual_cond_clean": has_pictures, "h3_audio_cond_clean": has_references}
+    has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
+    has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}
     has_conditions["h3_audio_cond_clean"] |= args.teacher is not None
     for name, is_used in has_conditions.items():
-        usual = getattr(H3LossOptions.usual(), name)
-        if not is_used and (getattr(args, name) != usual or name in args.typed_options):
+        default = getattr(H3LossOptions.usual(), name)
+        if not is_used and (getattr(args, name) != default or name in args.typed_options):
             task = args.task or "t2va"
             logger.warning("--%s is ignored because clips of --task %s have no such conditions", name, task)
 

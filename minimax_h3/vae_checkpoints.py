@@ -61,7 +61,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
-    facts = _read_stated_facts(checkpoint)
+    facts = _read_stated_info(checkpoint)
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
         sources = _separate_heads(stored, facts.head_width)
         shapes = stored_shapes
@@ -88,7 +88,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 
 @dataclass(frozen=True)
-class _StatedFacts:
+class _StatedInfo:
     """Facts that config.json states and tensors do not show; if it states none, the release's."""
 
     time_strides: tuple[int, ...] = ()
@@ -114,20 +114,20 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 }
 
 
-def _read_stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
+def _read_stated_info(checkpoint: Checkpoint) -> _StatedInfo:
     """Return the facts in config.json next to the file. Raises CheckpointError if it cannot be used."""
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
-    facts: dict[str, Any] = {}
+    info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
         if key not in settings:
             continue
         value = settings[key]
         numbers = value if isinstance(value, list) else [value]
-        is_list = isinstance(getattr(_StatedFacts, name), tuple)
+        is_list = isinstance(getattr(_StatedInfo, name), tuple)
         if is_list != isinstance(value, list) or not all(_is_number(number, kind) for number in numbers):
             raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, which is not possible.", path)
-        facts[name] = tuple(numbers) if is_list else value
-    return _StatedFacts(**facts)
+        info[name] = tuple(numbers) if is_list else value
+    return _StatedInfo(**info)
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -138,7 +138,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _read_config(
-    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _StatedFacts
+    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _StatedInfo
 ) -> H3VideoVaeConfig:
     """Return the dimensions. Raises CheckpointError if they do not go together."""
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
@@ -166,7 +166,7 @@ def _read_config(
     return config
 
 
-def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ...]:
+def _read_levels(shapes: DitShapes, facts: _StatedInfo) -> tuple[H3VaeLevel, ...]:
     """Return the levels of the encoder.
 
     Without config.json each resampling halves the sides. Those behind the first one also halve time, until
@@ -208,21 +208,21 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
     """Raise CheckpointError if parts do not fit each other. patch: rows of the decoder's last layer."""
     numbers = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:
-        fault = f"a decoder of width {config.dim} has no heads of {config.head_width}"
+        error = f"a decoder of width {config.dim} has no heads of {config.head_width}"
     elif channels != config.latent_channels:
-        fault = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
+        error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
     elif patch != numbers:
-        fault = f"its decoder makes patches of {patch} numbers, its encoder takes {numbers}"
+        error = f"its decoder makes patches of {patch} numbers, its encoder takes {numbers}"
     elif not len(config.mean) == len(config.std) == config.latent_channels:
-        fault = (
+        error = (
             f"{len(config.mean)} means and {len(config.std)} deviations for {config.latent_channels} latent "
             "channels: other VAEs than the release need latents_mean and latents_std in a config.json"
         )
     elif config.clip < 1 or config.dropped >= config.clip_latents or 0 in config.std:
-        fault = f"clips of {config.clip} frames without the last {config.dropped} latents are not possible"
+        error = f"clips of {config.clip} frames without the last {config.dropped} latents are not possible"
     else:
         return
     raise CheckpointError(
-        f"{checkpoint.path}: {fault}. Give {FILES} to --vae.",
+        f"{checkpoint.path}: {error}. Give {FILES} to --vae.",
         checkpoint.path,
     )

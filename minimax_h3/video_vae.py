@@ -114,12 +114,12 @@ class H3VideoVae(nn.Module):
         values = pixels.to(self.device, torch.float32)
         shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
-        normalised = (shares - mean) / std
+        normalized = (shares - mean) / std
 
         def encode(part: Tensor) -> Tensor:
             return self.quant_conv(self.encoder(part))
 
-        return self._in_tiles(encode, normalised, pixels_in=1, pixels_out=self.config.space_stride)
+        return self._in_tiles(encode, normalized, pixels_in=1, pixels_out=self.config.space_stride)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
@@ -128,7 +128,7 @@ class H3VideoVae(nn.Module):
         latents: B Z f h w, normalised, on any device. clamps: to -1..1.
         """
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
-        for chunk in self._decode_clips(self.denormalise(latents.to(self.device).float())):
+        for chunk in self._decode_clips(self.denormalize(latents.to(self.device).float())):
             pixels = (chunk * std + mean) * 2 - 1
             yield pixels.clamp_(-1, 1) if clamps else pixels
 
@@ -136,7 +136,7 @@ class H3VideoVae(nn.Module):
         """Return latents, B Z f h w, as the transformer has them."""
         return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
 
-    def denormalise(self, latents: Tensor) -> Tensor:
+    def denormalize(self, latents: Tensor) -> Tensor:
         return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
 
     def _of_channels(self, numbers: Sequence[float]) -> Tensor:
@@ -148,9 +148,9 @@ class H3VideoVae(nn.Module):
         if latents.shape[2] <= config.clip_latents - config.dropped:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
         else:
-            yield from self._decode_neighbours(latents)
+            yield from self._decode_neighbors(latents)
 
-    def _decode_neighbours(self, latents: Tensor) -> Iterator[Tensor]:
+    def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of several consecutive clips, blended where two clips have decoded the same
         frames.
         """

@@ -195,12 +195,12 @@ class DecoderAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: B L C, returned alike
         query, key, value = self.to_qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
-        query = rotate_first(_normalise_head(query), rotary)
-        key = rotate_first(_normalise_head(key), rotary)
+        query = rotate_first(_normalize_head(query), rotary)
+        key = rotate_first(_normalize_head(key), rotary)
         return self.to_out(attend(query, key, value).flatten(2))
 
 
-def _normalise_head(x: Tensor) -> Tensor:
+def _normalize_head(x: Tensor) -> Tensor:
     return functional.rms_norm(x.float(), x.shape[-1:], eps=DECODER_EPS).to(x.dtype)
 
 

@@ -16,16 +16,16 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoders.picture_prompts import MOST_RATIO, PictureUse, ReadPictures, read_pictures
+from encoders.picture_prompts import MAX_RATIO, ImageUse, ReadImages, read_images
 from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
-PICTURE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each of the two
-PARTS = {PICTURE_FILE: "image_processor", CLIP_FILE: "video_processor"}
+PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MOST_PIXELS = 1 << 40  # in a preprocessor file
-MOST_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
+MAX_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
     """
     looked_in = tuple(folders)
     return Preprocessing(
-        pictures=_read_limits(_read_settings(looked_in, PICTURE_FILE), RELEASED.pictures),
+        pictures=_read_limits(_read_settings(looked_in, IMAGE_FILE), RELEASED.pictures),
         clips=_read_limits(_read_settings(looked_in, CLIP_FILE), RELEASED.clips),
     )
 
@@ -89,20 +89,20 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
         raise _make_error(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
-    are_whole = type(fewest) is int and type(most) is int
-    if not are_whole or not 0 < fewest <= most <= MOST_PIXELS or fewest > MOST_ENLARGED:
+    are_full = type(fewest) is int and type(most) is int
+    if not are_full or not 0 < fewest <= most <= MOST_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {most} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MOST_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
-    colours = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
-    for name, numbers in colours.items():
-        if not _are_colours(numbers, above=0 if name == "image_std" else -math.inf):
+    colors = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
+    for name, numbers in colors.items():
+        if not _are_colors(numbers, above=0 if name == "image_std" else -math.inf):
             raise _make_error(file, f'"{name}" is {numbers!r}')
-    return replace(released, fewest=fewest, most=most, colours=colours, tokens_of_frame=tokens)
+    return replace(released, fewest=fewest, most=most, colours=colors, tokens_of_frame=tokens)
 
 
-def _are_colours(numbers: Any, above: float) -> bool:
+def _are_colors(numbers: Any, above: float) -> bool:
     is_row = isinstance(numbers, list) and len(numbers) == 3
     return is_row and all(type(value) in (int, float) and above < value < math.inf for value in numbers)
 
@@ -111,13 +111,13 @@ def _make_error(file: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
 
 
-def cut_picture(tower: nn.Module, picture: Tensor, limits: Limits, use: PictureUse) -> ReadPictures:
+def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
     """Cut a picture, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
     use = replace(use, fewest=limits.fewest, most=limits.most)
-    return read_pictures(tower, [picture], use, limits.colours)
+    return read_images(tower, [picture], use, limits.colours)
 
 
-def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
+def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
     """Cut the frames of a clip, F H W 3 uint8, into patches of pairs of frames; the last one may be repeated.
 
     Each pair becomes a picture of its own: its tokens follow its time in the prompt. Raises MediaError if
@@ -132,14 +132,14 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
-    colours = {**_read_tower_colours(tower), **limits.colours}
-    by_channel = [torch.tensor(colours[name], dtype=torch.float32) for name in COLOURS]
+    colors = {**_read_tower_colors(tower), **limits.colours}
+    by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOURS]
     mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
-    normalised = (pixels.float() - mean * 255) / (std * 255)
-    missing = -len(normalised) % at_once
-    normalised = torch.cat([normalised, normalised[-1:].expand(missing, -1, -1, -1)])
+    normalized = (pixels.float() - mean * 255) / (std * 255)
+    missing = -len(normalized) % at_once
+    normalized = torch.cat([normalized, normalized[-1:].expand(missing, -1, -1, -1)])
     patches = rearrange(
-        normalised,
+        normalized,
         "(t ft) c (h mh ph) (w mw pw) -> (t h w mh mw) (c ft ph pw)",
         ft=at_once,
         mh=merge,
@@ -147,14 +147,14 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
         ph=config.patch_size,
         pw=config.patch_size,
     )
-    num_pictures = len(normalised) // at_once
+    num_images = len(normalized) // at_once
     sides = (height // step, width // step)
-    return ReadPictures(patches, (sides,) * num_pictures)
+    return ReadImages(patches, (sides,) * num_images)
 
 
-def _read_tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
-    colours: Any = tower.colours
-    return colours
+def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:
+    colors: Any = tower.colours
+    return colors
 
 
 def resized_sides(
@@ -169,7 +169,7 @@ def resized_sides(
     if min(sides) < step:
         scale = max(step / height, step / width)
         height, width = int(height * scale), int(width * scale)
-    if max(height, width) > MOST_RATIO * min(height, width):
+    if max(height, width) > MAX_RATIO * min(height, width):
         raise MediaError(
             f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
         )

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from modules.errors import OutputError
-from modules.run_limits import refuse_writing
+from modules.run_limits import reject_writing
 from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
@@ -38,7 +38,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     runs are removed. size_bytes: size of the whole file, compared with the free space first. Raises
     OutputError if the folder cannot be written or the disk is full; an existing file then stays unchanged.
     """
-    refuse_writing(path)
+    reject_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
     """
-    refuse_writing(path)
+    reject_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         recover_folder(path)
@@ -96,7 +96,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written or one of their names is
     taken.
     """
-    refuse_writing(path)
+    reject_writing(path)
     with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -140,7 +140,7 @@ def make_folder(folder: Path, option: str) -> None:
 
     Raises OutputError, with `option` in the message, if nothing can be written there.
     """
-    refuse_writing(folder / "file")
+    reject_writing(folder / "file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -214,7 +214,7 @@ def remove_leftovers(
                 # a folder's time changes with every file put into it
                 changed = entry.stat(follow_symlinks=False).st_mtime
                 writer = _read_claim(entry) or temporary
-                if changed > now - _choose_least_age(writer, older_seconds):
+                if changed > now - _select_least_age(writer, older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -257,7 +257,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Append `text` as UTF-8; a kill may leave its last line unfinished. Raises OutputError if it fails."""
-    refuse_writing(real_path(path))  # a link of this name is followed
+    reject_writing(real_path(path))  # a link of this name is followed
     with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
         file.flush()
@@ -329,7 +329,7 @@ def _mark_of_writer() -> str:
     return f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
 
 
-def _choose_least_age(writer: re.Match[str], older_seconds: float) -> float:
+def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
     writer: the match of a mark. -inf if the process that wrote it has ended; `older_seconds` if it runs on

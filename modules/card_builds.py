@@ -20,7 +20,7 @@ NO_TORCH = "no build of PyTorch is made for it. docs/install.md lists the machin
 
 
 @dataclass(frozen=True)
-class BuildFacts:
+class BuildInfo:
     """How much a build takes with all other packages, measured or estimated from its files on Linux."""
 
     download_gb: float
@@ -29,11 +29,11 @@ class BuildFacts:
 
 # the names are those of the extras in pyproject.toml
 BUILDS = {
-    "cu130": BuildFacts(download_gb=3.3, disk_gb=9),
-    "cu126": BuildFacts(download_gb=3.3, disk_gb=9),
-    "rocm": BuildFacts(download_gb=5, disk_gb=18),
-    "cpu": BuildFacts(download_gb=0.6, disk_gb=3),
-    "mac": BuildFacts(download_gb=0.5, disk_gb=3),
+    "cu130": BuildInfo(download_gb=3.3, disk_gb=9),
+    "cu126": BuildInfo(download_gb=3.3, disk_gb=9),
+    "rocm": BuildInfo(download_gb=5, disk_gb=18),
+    "cpu": BuildInfo(download_gb=0.6, disk_gb=3),
+    "mac": BuildInfo(download_gb=0.5, disk_gb=3),
 }
 
 
@@ -45,12 +45,12 @@ class BuildChoice:
     reason: str
 
 
-def choose_build() -> BuildChoice:
+def select_build() -> BuildChoice:
     """Return the build for this machine. Raises InstallationError if none fits it."""
-    return choose_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
+    return select_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
 
 
-def choose_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Sequence[int]) -> BuildChoice:
+def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Sequence[int]) -> BuildChoice:
     """Return the build for a machine.
 
     system: `sys.platform`. machine: `platform.machine()`. nvidia: its cards. amd: the numbers of its cards on
@@ -61,13 +61,13 @@ def choose_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
             raise InstallationError(f"this is a Mac with an Intel processor: {NO_TORCH}")
         return BuildChoice("mac", "a Mac with an Apple chip")
     if nvidia:
-        return _choose_for_nvidia(nvidia)
+        return _select_for_nvidia(nvidia)
     if system == "linux" and AMD_CARDS.intersection(amd):
         return BuildChoice("rocm", "an AMD card; not tried")
     return BuildChoice("cpu", "no card was found that it can use, so that only small models are of use")
 
 
-def _choose_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
+def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
     """Return the build that has code for most of a machine's cards, and that their one driver runs."""
     first, driver = cards[0], cards[0].driver
     found = f"{first.name}, driver {driver}"
@@ -93,7 +93,7 @@ def read_amd_cards(nodes: Path) -> list[int]:
             words = path.read_text(encoding="ascii", errors="replace").split()
         except OSError:
             continue
-        facts = dict(zip(words[::2], words[1::2], strict=False))
-        number = facts.get("gfx_target_version", "0")
+        info = dict(zip(words[::2], words[1::2], strict=False))
+        number = info.get("gfx_target_version", "0")
         found.append(int(number) if number.isdecimal() else 0)
     return found

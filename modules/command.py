@@ -27,17 +27,17 @@ from modules.installation import check_requirements, command_words
 NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
-MOST_LINES = 3  # of a message; a hint below it is one of them
-MOST_OF_LINE = 2000  # characters of a line of a message
+MAX_LINES = 3  # of a message; a hint below it is one of them
+MAX_OF_LINE = 2000  # characters of a line of a message
 MOST_SAID = 2000  # characters of what another program of ours says
 LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
-MOST_OF_WORD = 240  # characters of a typed word in a message
+MAX_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
-MOST_DIGITS = 10  # of such a number
+MAX_DIGITS = 10  # of such a number
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 _REMEDY = "Unset it, or start several processes with accelerate launch or torchrun"
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
@@ -192,7 +192,7 @@ def command_line(
         wait_for_first_process()
         message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
         print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
-        has_room = str(error).count("\n") + 1 < MOST_LINES
+        has_room = str(error).count("\n") + 1 < MAX_LINES
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             both_say = "looks like" in str(error) and "looks like" in (hint or "")
@@ -236,7 +236,7 @@ def _check_launcher() -> None:
     """Raise OptionError if a launcher's variables are not numbers, or a rank is not below its count."""
     for name in LAUNCHED:
         value = os.environ.get(name, "0")
-        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MOST_DIGITS):
+        if not (value.isascii() and value.removeprefix("-").isdigit() and len(value) < MAX_DIGITS):
             raise OptionError(
                 f"the environment has {name}={one_line(value)}, which is no number. {_REMEDY}, which set it"
             )
@@ -265,7 +265,7 @@ def explain_compilation(error: Exception) -> str | None:
     first_line = lines[0] if lines else "no reason is given"
     what = reason or first_line
     return (
-        f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
+        f"compiling the blocks failed: {shorten(what, MAX_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
     )
 
@@ -305,9 +305,9 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     """
     for word in typed:
         for part in (word, word.partition("=")[2]):
-            if len(part) > MOST_OF_WORD or "\n" in part:
+            if len(part) > MAX_OF_WORD or "\n" in part:
                 text = text.replace(part, one_line(part))
-    return shorten_lines(escape_control_codes(text), MOST_OF_LINE)
+    return shorten_lines(escape_control_codes(text), MAX_OF_LINE)
 
 
 def message_of(errors: str) -> str:
@@ -321,17 +321,17 @@ def message_of(errors: str) -> str:
 
 
 def one_line(word: str) -> str:
-    return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
+    return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
 
-def did_you_mean(word: str, names: Iterable[str], least_similar: float = 0.6) -> str:
+def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
     """Return " Did you mean NAME?" with the most similar name, else a name with which `word` begins, else
     the only name that begins with `word` (both up to a _). Return "" if there is none.
 
     least_similar: of the most similar name; 1: equal.
     """
     names = list(names)
-    near = difflib.get_close_matches(word[:MOST_OF_WORD], names, 1, least_similar)
+    near = difflib.get_close_matches(word[:MAX_OF_WORD], names, 1, min_similar)
     if not near:
         beginnings = [name for name in names if name and word.startswith(f"{name}_")]
         near = sorted(beginnings, key=len)[-1:]
@@ -397,7 +397,7 @@ class _LineFormatter(logging.Formatter):
         draw: Callable[[bool, bool], str] | None = getattr(record, "draw", None)
         if draw is not None and self._boxes:
             return draw(self._colour, self._unicode)
-        line = shorten_lines(escape_control_codes(super().format(record)), MOST_OF_LINE)
+        line = shorten_lines(escape_control_codes(super().format(record)), MAX_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         line = fold(line, columns_of(sys.stderr) if self._boxes else None)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 NARROWEST, WIDEST = 40, 110  # columns of a box
 Row = tuple[str, str | None]
 SHOWN = 6  # names listed in a message
-MOST_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
+MAX_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
 
 
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
@@ -104,7 +104,7 @@ def show_traceback() -> None:
 
 def in_words(seconds: float) -> str:
     """Return a duration as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
-    total = round(min(max(0.0, seconds), MOST_SECONDS))
+    total = round(min(max(0.0, seconds), MAX_SECONDS))
     if total < 100:
         return f"{total} s"
     minutes = round(total / 60)

@@ -94,14 +94,14 @@ _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
-def take_answer(text: str, most_characters: int = MAX_ANSWER_CHARACTERS) -> str:
+def take_answer(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
     """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
     around it.
 
-    Text beyond `most_characters` is cut off.
+    Text beyond `max_characters` is cut off.
     """
     text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
-    text = " ".join(drop_control_codes(text).split())[:most_characters]
+    text = " ".join(drop_control_codes(text).split())[:max_characters]
     if len(text) > 1 and (text[0], text[-1]) in _QUOTES:
         text = text[1:-1].strip()
     return text

@@ -54,7 +54,7 @@ NO_MEMORY = (
 )
 
 
-def choose_device(name: str | None) -> torch.device:
+def select_device(name: str | None) -> torch.device:
     """Return the device of that name; without a name CUDA, else MPS, else the CPU.
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
@@ -189,7 +189,7 @@ def dtype_named(name: str, option: str) -> torch.dtype:
         raise OptionError(f"{option} {name}: unknown dtype. Use one of {names}.") from None
 
 
-def choose_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
+def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
     Raises OptionError if the name is unknown or an fp8 dtype.

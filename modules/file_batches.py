@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from modules.atomic_write import explain_errors, flush_folder, temporary_name
-from modules.run_limits import refuse_writing
+from modules.run_limits import reject_writing
 
-MOST_FLUSHES = 16  # at once
+MAX_FLUSHES = 16  # at once
 
 
 def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:
@@ -21,13 +21,13 @@ def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = l
     temporaries: dict[Path, Path] = {}
     try:
         for path, data in contents.items():
-            refuse_writing(path)
+            reject_writing(path)
             with explain_errors(path):
                 temporary = temporaries[path] = temporary_name(path)
                 temporary.write_bytes(data)
                 with contextlib.suppress(FileNotFoundError):
                     temporary.chmod(path.stat().st_mode & 0o777)
-        with ThreadPoolExecutor(MOST_FLUSHES) as threads:
+        with ThreadPoolExecutor(MAX_FLUSHES) as threads:
             for _ in threads.map(_flush_file, temporaries.items()):
                 pass
         for path, temporary in temporaries.items():

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from modules.options import find_refusal
+from modules.options import find_rejection
 
 SCREEN = 66  # lines; a help of at most so many is shown by -h too
-FEWEST = 5  # options that make a short help
+MIN = 5  # options that make a short help
 COLUMN = 28  # where texts begin in the short help
 LONGEST_CHOICES = 24  # characters next to an option; more stand in its text
 LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
@@ -42,20 +42,20 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     groups = sorted(parser._action_groups, key=_rank_group)
     for group in groups:
         formatter.start_section(group.title)  # shown if there is something in it
-        formatter.add_arguments([action for action in group._group_actions if not find_refusal(action)])
+        formatter.add_arguments([action for action in group._group_actions if not find_rejection(action)])
         formatter.end_section()
     refused: dict[str, list[str]] = {}  # reason -> flags
     unneeded: dict[str, list[str]] = {}
     for group in groups:
         for action in group._group_actions:
-            refusal = find_refusal(action)
-            if refusal is None:
+            rejection = find_rejection(action)
+            if rejection is None:
                 continue
             flags = "/".join(action.option_strings)
-            if refusal.reason:
-                refused.setdefault(refusal.reason, []).append(flags)
+            if rejection.reason:
+                refused.setdefault(rejection.reason, []).append(flags)
             else:
-                unneeded.setdefault(refusal.instead, []).append(flags)
+                unneeded.setdefault(rejection.instead, []).append(flags)
     sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
     for title, flags_by_reason in sections.items():
         if not flags_by_reason:
@@ -97,7 +97,7 @@ def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:
 def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
     kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
     is_switch = action.nargs == 0
-    refusal = find_refusal(action)
+    rejection = find_rejection(action)
     return DescribedOption(
         name=action.dest,
         flags=action.option_strings,
@@ -107,7 +107,7 @@ def _describe_option(action: argparse.Action, group: str) -> DescribedOption:
         is_list=action.nargs not in (None, 0, "?"),
         choices=[str(choice) for choice in action.choices or ()],
         default=str(action.default).lower() if is_switch else _describe_default(action),
-        refusal=None if refusal is None else (refusal.reason or refusal.instead),
+        refusal=None if rejection is None else (rejection.reason or rejection.instead),
         reach=getattr(action, "reach", ""),
     )
 
@@ -124,10 +124,10 @@ def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int
 
 def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen: much used options, then how many more there are; all if they are few."""
-    actions = [action for action in parser._actions if not find_refusal(action)]
+    actions = [action for action in parser._actions if not find_rejection(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
     full = parser.format_help()
-    if len(often) < FEWEST or full.count("\n") <= SCREEN:
+    if len(often) < MIN or full.count("\n") <= SCREEN:
         return full
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_format_usage(parser), [], [])
@@ -186,7 +186,7 @@ def _describe_default(action: argparse.Action) -> str:
         default = " ".join(map(str, default))
     if isinstance(default, float) and float(f"{default:g}") == default:
         default = f"{default:g}"
-    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or find_refusal(action):
+    if default in (None, "", argparse.SUPPRESS) or isinstance(default, bool) or find_rejection(action):
         return ""
     return str(default) if len(str(default)) <= LONGEST_DEFAULT else ""
 

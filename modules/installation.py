@@ -24,7 +24,7 @@ PREFIX = __name__.rpartition("modules.")[0]
 FRONT_SCRIPT = "reelsmith.py"  # of a checkout; the package has the command `reelsmith` in its place
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks")  # the rooms that have scripts too
 LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
-MOST_BEFORE = 16  # words of a command before the script: options of the launcher
+MAX_BEFORE = 16  # words of a command before the script: options of the launcher
 # name of our package for pip, and that of another program on the package index
 DISTRIBUTION = "reelsmith-trainer"
 NAMESAKE = "reelsmith"
@@ -134,7 +134,7 @@ def _locate_script(words: list[str]) -> list[str]:
     """Return a command with the path of its script as it can be typed; see `command_words`."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for place, word in enumerate(words[:MOST_BEFORE]):
+    for place, word in enumerate(words[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
             return [*words[:place], str(_find_typed_folder() / script), *words[place + 1 :]]
@@ -245,7 +245,7 @@ def describe_missing(error: ImportError) -> str:
     )
 
 
-def refuses_code() -> str | None:
+def rejects_code() -> str | None:
     """Return the reason why no code of the working folder may be run; None if the user types commands.
 
     For `run` and the queue the names come from a file that may be somebody else's.
@@ -257,7 +257,7 @@ def refuses_code() -> str | None:
     return None
 
 
-def refuse_starting(option: str, deed: str = "starts a program") -> None:
+def reject_starting(option: str, deed: str = "starts a program") -> None:
     """Raise OptionError if an option that starts another program was not typed, but read from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
@@ -272,7 +272,7 @@ def refuse_starting(option: str, deed: str = "starts a program") -> None:
     raise OptionError(f"--{option} {deed}, and no file may do that, only who types it. {remedy}")
 
 
-def refuse_in_queue(option: str) -> None:
+def reject_in_queue(option: str) -> None:
     """Raise OptionError if the command of this program is a job of the browser's queue.
 
     option: names a file that no page shows, and that can say where another library sends data.
@@ -284,7 +284,7 @@ def refuse_in_queue(option: str) -> None:
         )
 
 
-def refuse_standard_module(option: str, name: str, module: str) -> None:
+def reject_standard_module(option: str, name: str, module: str) -> None:
     """Raise OptionError if a module that an option names is of Python's standard library: such a module is
     never meant, and some have effects when imported (antigravity opens a browser).
 
@@ -299,16 +299,16 @@ def refuse_standard_module(option: str, name: str, module: str) -> None:
 
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too, if the
-    user has typed the name (`refuses_code`).
+    user has typed the name (`rejects_code`).
 
     example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
     cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
-    refuse_standard_module(option, name, name)
+    reject_standard_module(option, name, name)
     here = str(Path.cwd())
-    reason = refuses_code()
+    reason = rejects_code()
     if reason is None and here not in sys.path:
         sys.path.append(here)
     try:

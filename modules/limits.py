@@ -5,10 +5,10 @@ format. Limits of options and of keys stand in their declarations.
 """
 
 # numbers of a generation: what is larger is a slip of the finger; the models know 1000 timesteps
-MOST_SIDE = 16384  # pixels
+MAX_SIDE = 16384  # pixels
 MOST_FRAMES = 100_000
-MOST_STEPS = 10_000
-MOST_SCALE = 1000  # of guidance
+MAX_STEPS = 10_000
+MAX_SCALE = 1000  # of guidance
 
 # files of text
 MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
@@ -46,7 +46,7 @@ MAX_ONNX_SCALE = 1 << 8  # by which one enlarges by constants
 # pictures and videos
 MAX_PIXELS = 1 << 27  # above 100-megapixel cameras
 MAX_DECODED_BYTES = 3 << 29  # 1.5 GiB, of a picture while it is decoded: 12 for each of so many pixels
-MAX_PICTURE_BYTES = 9 << 27  # of a file: pixels of 64 bits as they are, and what is said of them
+MAX_IMAGE_BYTES = 9 << 27  # of a file: pixels of 64 bits as they are, and what is said of them
 MAX_FRAME_BYTES = 100_000_000  # of a decoded frame of a clip: 8K of 10 bits. Decoders hold up to 17 of them,
 MAX_LONE_FRAME_BYTES = (
     1 << 28

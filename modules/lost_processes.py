@@ -47,7 +47,7 @@ class Pace(NamedTuple):
     grace: float = 5.0  # for an error of this process, or one of torch, that tells more
 
 
-USUAL = Pace()
+DEFAULT = Pace()
 
 
 class LostProcessError(UserError):
@@ -57,7 +57,7 @@ class LostProcessError(UserError):
 class OtherProcesses:
     """The other processes of a run, watched until the block ends."""
 
-    def __init__(self, rank: int, count: int, pace: Pace = USUAL) -> None:
+    def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
         """Connect the processes; all of them must call it. Raises UserError if one cannot be reached."""
         self.advice: Callable[[], str] = lambda: AGAIN
         # called before a thread ends this process, with what is printed

@@ -21,16 +21,16 @@ def limited_memory(more_bytes: int | None) -> Iterator[None]:
         return
     import resource  # not on Windows
 
-    usual, most = resource.getrlimit(resource.RLIMIT_DATA)
+    default, most = resource.getrlimit(resource.RLIMIT_DATA)
     bound = held + more_bytes
-    for limit in (usual, most):
+    for limit in (default, most):
         if limit != resource.RLIM_INFINITY:
             bound = min(bound, limit)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (usual, most))
+        resource.setrlimit(resource.RLIMIT_DATA, (default, most))
 
 
 def _read_held() -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 from modules.errors import OptionError
 from modules.options import Options, not_needed, option
 
-MOST_SIDE = 16384  # pixels
+MAX_SIDE = 16384  # pixels
 
 
 class MinimalLoraOptions(Options):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import check_path, show_number
-from modules.output_files import refuse_replacing
+from modules.output_files import reject_replacing
 
-Facts = Mapping[str, Any]
+Info = Mapping[str, Any]
 # public names of options -> those of them that are given and not turned off
 ListGiven = Callable[[Collection[str]], list[str]]
 
@@ -31,10 +31,10 @@ LIMITS: Mapping[str, _Limit] = {
     "below": _Limit("below", operator.lt),
 }
 # facts that this file checks, and which a table has too
-CHECKED_FACTS = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "spares")
+CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "spares")
 
 
-def check_value(name: str, value: Any, facts: Facts) -> None:
+def check_value(name: str, value: Any, facts: Info) -> None:
     """Check a value by itself.
 
     Raises:
@@ -48,7 +48,7 @@ def check_value(name: str, value: Any, facts: Facts) -> None:
         raise OptionError(f"--{name} {value}: use {_join_alternatives(facts['one_of'])}{near}{hint}")
 
 
-def check_relations(name: str, facts: Facts, list_given: ListGiven) -> None:
+def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
     """Check a given option against the others.
 
     Raises:
@@ -64,7 +64,7 @@ def check_relations(name: str, facts: Facts, list_given: ListGiven) -> None:
         raise OptionError(f"--{name} needs {flags}: give {what}{hint}")
 
 
-def find_needed(facts: Facts, list_given: ListGiven) -> str:
+def find_needed(facts: Info, list_given: ListGiven) -> str:
     """Return the options of which an option needs one, if none is given; else nothing."""
     needed = facts.get("needs", ())
     if not needed or list_given(needed):
@@ -72,7 +72,7 @@ def find_needed(facts: Facts, list_given: ListGiven) -> str:
     return _join_alternatives([f"--{name}" for name in needed])
 
 
-def check_paths(flag: str, value: Any, facts: Facts, value_of: Callable[[str], Any]) -> None:
+def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], Any]) -> None:
     """Check the paths of an option with a `place`.
 
     Args:
@@ -87,7 +87,7 @@ def check_paths(flag: str, value: Any, facts: Facts, value_of: Callable[[str], A
     for path in list_paths(value):
         check_path(flag, path, facts["place"], facts.get("hint", ""))
         for name in facts.get("spares", ()):
-            refuse_replacing(flag, path, list_paths(value_of(name)))
+            reject_replacing(flag, path, list_paths(value_of(name)))
 
 
 def list_paths(value: Any) -> list[Path]:
@@ -95,17 +95,17 @@ def list_paths(value: Any) -> list[Path]:
     return [path for path in values if isinstance(path, Path)]
 
 
-def _find_hint(facts: Facts) -> str:
+def _find_hint(facts: Info) -> str:
     return f" ({facts['hint']})" if facts.get("hint", "") else ""
 
 
-def _find_relation_hint(facts: Facts) -> str:
+def _find_relation_hint(facts: Info) -> str:
     """Return the end of messages on options that go together; a hint is about the value if it has limits."""
     is_of_value = "one_of" in facts or any(fact in facts for fact in LIMITS)
     return "" if is_of_value else _find_hint(facts)
 
 
-def _check_limits(option: str, number: Any, facts: Facts, hint: str) -> None:
+def _check_limits(option: str, number: Any, facts: Info, hint: str) -> None:
     """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
     if not isinstance(number, (int, float)):
         return

@@ -32,8 +32,8 @@ UNIT = r"(?:GB|GiB|G)"
 MEMORY = rf"([0-9]{{1,6}}(?:\.[0-9]+)?) *{UNIT}?"  # the GiB of a card, as people write them
 HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options that take a size
 SEED_BITS = 32
-MOST_DIGITS = 100  # of a whole number
-MOST_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
+MAX_DIGITS = 100  # of a whole number
+MAX_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
 
 
 class FillIn(str):
@@ -186,9 +186,9 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     """
     pairs: dict[str, str] = {}
     for item in items:
-        if len(item) > MOST_OF_ARGUMENT:
+        if len(item) > MAX_OF_ARGUMENT:
             raise OptionError(
-                f"{option} {' '.join(item[:40].split())}...: {MOST_OF_ARGUMENT:,} characters are the most. "
+                f"{option} {' '.join(item[:40].split())}...: {MAX_OF_ARGUMENT:,} characters are the most. "
                 "Write less, or leave it out"
             )
         key, equals, value = item.partition("=")
@@ -278,7 +278,7 @@ def _walk(text: str) -> int:
     return len(text) + 314159 * ord(text[len(text) // 2]) - ord(text[len(text) // 4])
 
 
-def read_whole(text: str) -> int:
+def read_full(text: str) -> int:
     """Read a whole number. Raises ValueError."""
     if not re.fullmatch(r"[+-]?[0-9]+", text):
         raise ValueError(f"{text!r} is not a whole number")
@@ -286,7 +286,7 @@ def read_whole(text: str) -> int:
 
 
 def few_digits(text: str) -> int:
-    if len(text) > MOST_DIGITS:
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
     return int(text)
 

@@ -20,10 +20,10 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
-from modules.installation import refuse_in_queue, refuse_starting
+from modules.installation import reject_in_queue, reject_starting
 from modules.option_checks import LIMITS, check_paths, check_relations, check_value, find_needed, list_paths
 from modules.option_values import check_characters, check_numbers, convert_value
-from modules.run_limits import refuse_outside, refuse_sending
+from modules.run_limits import reject_outside, reject_sending
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class Declared(NamedTuple):
     settings: Mapping[str, Any]
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """An option of other programs that the parser knows and no record holds."""
 
     help: str
@@ -180,23 +180,23 @@ class Refusal(NamedTuple):
     settings: Mapping[str, Any]  # of `add_argument`
 
 
-def find_refusal(action: argparse.Action) -> Refusal | None:
+def find_rejection(action: argparse.Action) -> Rejection | None:
     return vars(action).get("refusal")
 
 
-def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
+def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
     reason: completes "--flag is refused: ...". It is a switch unless `settings` give its values.
     """
     settings = settings or {"action": "store_true"}
-    return Refusal(help=help, reason=reason, instead="", values=values, settings=settings)
+    return Rejection(help=help, reason=reason, instead="", values=values, settings=settings)
 
 
-def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
+def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
     """Return a record's attribute for an option that asks for nothing here; `instead` is a sentence."""
     settings = settings or {"action": "store_true"}
-    return Refusal(help=help, reason="", instead=instead, values=values, settings=settings)
+    return Rejection(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
 class KeyFile(NamedTuple):
@@ -242,7 +242,7 @@ class Options:
             object.__setattr__(self, field.name, value)
         checks = _list_checks(type(self))
         for field in checks.with_facts:
-            _check_facts(self, field)
+            _check_info(self, field)
         for field in checks.with_reach:
             _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
@@ -346,15 +346,15 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
         return True
 
 
-def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
+def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if the value of a field violates its facts."""
-    facts = field.metadata
+    info = field.metadata
     value = getattr(record, field.name)
-    if value is None or facts.get("declared") is None:
+    if value is None or info.get("declared") is None:
         return
-    check_value(option_name(field), value, facts)
+    check_value(option_name(field), value, info)
     if is_given(record, field):
-        check_relations(option_name(field), facts, partial(_list_given, record))
+        check_relations(option_name(field), info, partial(_list_given, record))
         _warn_of_ignored(record, field)
 
 
@@ -378,7 +378,7 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
     """Warn of options that are typed with their default values and have no effect, as another option is
     missing.
 
-    Other values are refused or reported by `_check_facts`. Default values change nothing, and commands of
+    Other values are refused or reported by `_check_info`. Default values change nothing, and commands of
     other programs contain them. typed: names of the typed arguments.
     """
     fields = _fields_by_name(type(record))
@@ -408,10 +408,10 @@ def list_idle(record: Any, written: Collection[str]) -> list[str]:
 
 
 def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    facts = field.metadata
-    relations = [facts[fact] for fact in ("needs", "only_with") if facts.get(fact)]
+    info = field.metadata
+    relations = [info[fact] for fact in ("needs", "only_with") if info.get(fact)]
     has_all = all(_list_given(record, names) for names in relations)
-    return has_all and all(acts(record) for acts in facts.get("acts_if", {}).values())
+    return has_all and all(acts(record) for acts in info.get("acts_if", {}).values())
 
 
 def _list_given(record: Any, names: Collection[str]) -> list[str]:
@@ -434,16 +434,16 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     name = option_name(field)
     if reach in ("writes", "appends"):
         for path in list_paths(value):
-            refuse_outside(name, path)
+            reject_outside(name, path)
     elif reach in ("sends", "configures") and is_given(record, field):
         if value not in field.metadata.get("stays", ()):
-            refuse_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
+            reject_sending(name, value, is_of_run=field.metadata.items() >= OF_RUN.items())
         if reach == "configures":
-            refuse_in_queue(name)
+            reject_in_queue(name)
     elif reach == "starts" and is_given(record, field):
-        refuse_starting(name)
+        reject_starting(name)
     elif reach == "connects" and is_given(record, field):
-        refuse_starting(name, "joins other programs, which may run code here")
+        reject_starting(name, "joins other programs, which may run code here")
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
@@ -526,17 +526,17 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
-def facts_of(cls: type) -> dict[str, dict[str, Any]]:
+def info_of(cls: type) -> dict[str, dict[str, Any]]:
     """Return the facts of every option of a record, nested records included, by the option's public name."""
     hints = hints_of(cls)
-    facts: dict[str, dict[str, Any]] = {}
+    info: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
         outer = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
         record = record_of(hints[field.name])
-        inner = {option_name(field): {}} if record is None else facts_of(record)
-        for name, facts_inside in inner.items():
-            facts[name] = {**outer, **facts_inside}
-    return facts
+        inner = {option_name(field): {}} if record is None else info_of(record)
+        for name, info_inside in inner.items():
+            info[name] = {**outer, **info_inside}
+    return info
 
 
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -544,17 +544,17 @@ def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
     values: by public names. The fact `same_as` of an option maps each synonym to the value that replaces it.
     """
-    facts = facts_of(cls)
+    info = info_of(cls)
     plain = dict(values)
     for name, value in values.items():
-        same_as = facts.get(name, {}).get("same_as", {})
+        same_as = info.get(name, {}).get("same_as", {})
         if isinstance(value, str):
             plain[name] = same_as.get(value, value)
     return plain
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
-    return tuple(name for name, facts in facts_of(cls).items() if facts.get(fact) == value)
+    return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 
 def list_given_with(record: Any, fact: Mapping[str, Any]) -> tuple[str, ...]:

@@ -44,14 +44,14 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     elif size > MOST_OF_OUTPUT_NAME:
         reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
     elif is_new:
-        reason = find_fault_on_windows(name)
+        reason = find_error_on_windows(name)
     if reason:
         raise OptionError(
             f"{option} {shorten(name, 60)!r}: {reason}. Give a name of letters and numbers, such as my_lora"
         )
 
 
-def find_fault_on_windows(name: str) -> str:
+def find_error_on_windows(name: str) -> str:
     """Return the reason why files and folders on Windows cannot have a name; empty if they can."""
     signs = [sign for sign in name if sign in WINDOWS_SIGNS]
     if signs:
@@ -96,7 +96,7 @@ def check_place(option: str, path: Path) -> None:
         raise OptionError(f"{option} {path}: {above} is a file, not a folder. Choose another folder")
 
 
-def refuse_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
+def reject_replacing(option: str, output: Path, inputs: Sequence[Path]) -> None:
     """Raise OptionError if the file to write is one of the files that are read, even by another path."""
     for path in inputs:
         is_same = real_path(output) == real_path(path)

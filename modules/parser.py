@@ -23,17 +23,17 @@ from modules.command import (
 )
 from modules.errors import OptionError
 from modules.installation import find_front_words, find_script
-from modules.option_checks import CHECKED_FACTS
+from modules.option_checks import CHECKED_INFO
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
     Declared,
     KeyFile,
     Options,
-    Refusal,
+    Rejection,
     default_of,
     find_reach,
-    find_refusal,
+    find_rejection,
     hints_of,
     option_name,
     record_of,
@@ -112,10 +112,10 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
-        self._refuse_open_line(words)
+        self._reject_open_line(words)
         words = self._respell(words)
-        self._refuse_unknown(words)
-        self._refuse_joined(words)
+        self._reject_unknown(words)
+        self._reject_joined(words)
         takers = [action for action in self._actions if getattr(action, "by_place", False)]
         words = self._give_flags(words, takers) if takers else words
         self._note_flags(words)
@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
         setattr(parsed, TYPED, typed)
         return parsed
 
-    def _refuse_open_line(self, words: Sequence[str]) -> None:
+    def _reject_open_line(self, words: Sequence[str]) -> None:
         """Refuse a command that ends in a line-continuation mark of another shell, such as ` or ^."""
         last_but_one, last = ["", "", *words][-2:]
         if last not in _LINE_ENDS:
@@ -173,7 +173,7 @@ class Parser(argparse.ArgumentParser):
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._all_typed.add(flag)
 
-    def _refuse_joined(self, words: Sequence[str]) -> None:
+    def _reject_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
         parts: list[str] = []
         for word in words:
@@ -279,7 +279,7 @@ class Parser(argparse.ArgumentParser):
                 return f": {action.help.replace('%%', '%')}"
         return ""
 
-    def _refuse_unknown(self, words: Sequence[str]) -> None:
+    def _reject_unknown(self, words: Sequence[str]) -> None:
         """Exit with a message on all words that look like options and are none of this script."""
         messages: dict[str, None] = {}  # each once, in order
         end = words.index("--") if "--" in words else None
@@ -419,9 +419,9 @@ def add_options(
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             _add_field(parser, place, cls, field=field, changes=changes)
-        for name, refusal in _list_refusals(cls):
+        for name, rejection in _list_rejections(cls):
             if name not in without:
-                _add_refusal(place, cls, name, refusal)
+                _add_rejection(place, cls, name, rejection)
 
 
 class _ScriptChanges(NamedTuple):
@@ -477,9 +477,9 @@ def _add_field(
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
     action.reach = find_reach(field.metadata)  # type: ignore[attr-defined]
     action.stays = field.metadata.get("stays", ())  # type: ignore[attr-defined]
-    action.facts = _list_checked_facts(cls, field, action.default)  # type: ignore[attr-defined]
+    action.facts = _list_checked_info(cls, field, action.default)  # type: ignore[attr-defined]
     if name in changes.refused:
-        action.refusal = Refusal(  # type: ignore[attr-defined]
+        action.refusal = Rejection(  # type: ignore[attr-defined]
             action.help or "",
             reason=changes.refused[name],
             instead="",
@@ -488,33 +488,33 @@ def _add_field(
         )
 
 
-def _list_checked_facts(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
+def _list_checked_info(cls: type[Options], field: Field[Any], default: Any) -> dict[str, Any]:
     """Return the facts by which the value of a field is checked.
 
     default: What the script has if the option is not typed. If the record has another default, it is the fact
     `usual`.
     """
-    facts = {name: field.metadata[name] for name in CHECKED_FACTS if name in field.metadata}
+    info = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]
     kinds = typing.get_args(hint) or (hint,)
-    if "place" in facts and str not in kinds:  # else they are texts
-        facts["are_paths"] = True
+    if "place" in info and str not in kinds:  # else they are texts
+        info["are_paths"] = True
     try:
         usual = default_of(cls, field)
     except TypeError:  # it must be given
-        return facts
+        return info
     usual = list(usual) if isinstance(usual, tuple) else usual
     usual = usual.as_posix() if isinstance(usual, Path) else usual
-    return facts if usual == default else {**facts, "usual": usual}
+    return info if usual == default else {**info, "usual": usual}
 
 
-def _list_refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
+def _list_rejections(cls: type[Options]) -> list[tuple[str, Rejection]]:
     """Return the attributes of a record and its bases that are options of other programs, by name."""
     attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
-    return [(name, refusal) for name, refusal in attributes if isinstance(refusal, Refusal)]
+    return [(name, rejection) for name, rejection in attributes if isinstance(rejection, Rejection)]
 
 
-def _add_refusal(group: _Group, cls: type[Options], name: str, refusal: Refusal) -> None:
+def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Rejection) -> None:
     """Declare an option of other programs, with a help that says why it is refused or not needed."""
     tail = "" if refusal.reason else f"not needed: {refusal.instead}"
     text = "; ".join(part for part in (refusal.help, tail) if part)
@@ -569,18 +569,18 @@ def _add_option(
     return action
 
 
-def refuse_unsupported(
+def reject_unsupported(
     parser: argparse.ArgumentParser, args: argparse.Namespace, tells_unneeded: bool = True
 ) -> None:
     """Raise OptionError if an option that is refused is used; with `tells_unneeded` log those that are not
     needed.
     """
     for action in parser._actions:
-        refusal = find_refusal(action)
+        rejection = find_rejection(action)
         value = getattr(args, action.dest, action.default)
-        if refusal is None or value in (action.default, *refusal.values):
+        if rejection is None or value in (action.default, *rejection.values):
             continue
-        if refusal.reason:
-            raise OptionError(f"{action.option_strings[0]} is refused: {refusal.reason}")
+        if rejection.reason:
+            raise OptionError(f"{action.option_strings[0]} is refused: {rejection.reason}")
         if tells_unneeded:
-            logger.info("%s is not needed: %s", action.option_strings[0], refusal.instead)
+            logger.info("%s is not needed: %s", action.option_strings[0], rejection.instead)

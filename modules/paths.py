@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-MOST_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
+MAX_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
 ALIKE = 0.6  # of two names without their suffix; 1: equal
-MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
+MAX_OF_NAME, MAX_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 # the first mark of a pair, and what may end it
 _PAIRS = (
@@ -73,9 +73,9 @@ def without_quotes(text: str) -> str:
 
 def check_length(path: Path) -> None:
     """Raise ValueError if no file can have so long a name."""
-    if len(os.fsencode(path)) > MOST_OF_NAME:  # else no part is longer
+    if len(os.fsencode(path)) > MAX_OF_NAME:  # else no part is longer
         longest = max(len(os.fsencode(part)) for part in path.parts)
-        if longest > MOST_OF_NAME or len(str(path)) > MOST_OF_PATH:
+        if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
             raise ValueError("no file has so long a name. Give the path of a file")
 
 
@@ -160,12 +160,12 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     missing = next((ancestor for ancestor in (path, *path.parents) if path_exists(ancestor.parent)), path)
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
-        for entry in itertools.islice(entries, MOST_NAMES):
+        for entry in itertools.islice(entries, MAX_NAMES):
             takes_files = not only_folders and path == missing
             if entry.is_dir() or takes_files:
                 names.append(entry.name)
-    stem = missing.stem[:MOST_OF_NAME]
-    for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 5):
+    stem = missing.stem[:MAX_OF_NAME]
+    for name in difflib.get_close_matches(missing.name[:MAX_OF_NAME], names, 5):
         if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # by their suffix alone
             continue
         similar = missing.with_name(name) / path.relative_to(missing)

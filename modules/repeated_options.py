@@ -15,8 +15,8 @@ from modules.errors import OptionError
 from modules.option_values import FillIn, convert_value
 from modules.options import (
     Options,
-    facts_of,
     hints_of,
+    info_of,
     is_given,
     option_name,
     override_options,
@@ -69,7 +69,7 @@ def accepted_options(
         inner = record_of(hint)
         if inner is not None:
             inner_flags = {
-                key: facts["flags"] for key, facts in settings.get("settings", {}).items() if "flags" in facts
+                key: info["flags"] for key, info in settings.get("settings", {}).items() if "flags" in info
             }
             accepted |= accepted_options(inner, {**inner_flags, **extra_flags})
             continue
@@ -117,9 +117,9 @@ def join_options(
         name = next(find_names(option, accepted, by_flag), None)
         if name is None:
             continue
-        usual, value = joined.get(name, (accepted[name].flags[-1], option.value))
+        default, value = joined.get(name, (accepted[name].flags[-1], option.value))
         value = option.value if isinstance(value, FillIn) else value
-        flag = option.typed if option.typed in accepted[name].flags else usual
+        flag = option.typed if option.typed in accepted[name].flags else default
         joined[name] = flag, value
     return dict(joined.values())
 
@@ -145,12 +145,12 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    facts = facts_of(type(options))
+    info = info_of(type(options))
     names = {name for name, _ in _list_given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, by_flag):
-            if name not in names and not names & {*facts[name].get("excludes", ())}:
+            if name not in names and not names & {*info[name].get("excludes", ())}:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
     for choice in (values, paths):

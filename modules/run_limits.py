@@ -112,22 +112,22 @@ def is_in_queue(path: Path) -> bool:
     return any(part.casefold().rstrip(" .") == QUEUE_FOLDER for part in path.parts)
 
 
-def refuse_outside(option: str, path: Path) -> None:
+def reject_outside(option: str, path: Path) -> None:
     """Raise OptionError if a run may not write below the path of an option."""
-    problem = describe_outside(path, option)
-    if problem is not None:
-        raise OptionError(f"--{option} {path}: {problem}")
+    error = describe_outside(path, option)
+    if error is not None:
+        raise OptionError(f"--{option} {path}: {error}")
 
 
-def refuse_writing(path: Path) -> None:
+def reject_writing(path: Path) -> None:
     """Raise OutputError if a run may not write this file or folder, as for a link that leads elsewhere."""
     # a link of this name is replaced or followed by the caller, a folder of the queue's name is not made
-    problem = describe_outside(path if is_in_queue(Path(path.name)) else path.parent)
-    if problem is not None:
-        raise OutputError(f"{path}: {problem}")
+    error = describe_outside(path if is_in_queue(Path(path.name)) else path.parent)
+    if error is not None:
+        raise OutputError(f"{path}: {error}")
 
 
-def refuse_sending(option: str, value: object, is_of_run: bool = False) -> None:
+def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
     """Raise OptionError if an option sends something from this machine and is not typed for the run.
 
     is_of_run: `run` has the option too.

@@ -7,7 +7,7 @@ from typing import Any
 from modules.command import name_as_typed
 from modules.installation import ONLY_OPTIONS
 from modules.options import Options, read_options
-from modules.parser import Parser, add_options, refuse_unsupported, typed_names
+from modules.parser import Parser, add_options, reject_unsupported, typed_names
 from modules.table_answers import CommandLine, take_answered
 
 
@@ -44,7 +44,7 @@ def parse_spelled(
 
     parser, arguments = read_command_line(argv, build_parser)
     with name_as_typed(typed_names(arguments)):
-        refuse_unsupported(parser, arguments)
+        reject_unsupported(parser, arguments)
         options = [read_options(record, arguments) for record in records]
     if os.environ.get(ONLY_OPTIONS):
         raise SystemExit(0)

@@ -15,7 +15,7 @@ from modules.option_values import FillIn, show_number
 from modules.options import HABIT, Options, option, option_name
 
 VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
-LEAST_TILE, MOST_TILE, TILE_STEP = 32, 16384, 16
+MIN_TILE, MAX_TILE, TILE_STEP = 32, 16384, 16
 AE_HELP = "FLUX's autoencoder (also --vae)"
 # settings of `VaeOptions` where FLUX's autoencoder is the VAE
 AE: Mapping[str, Any] = {"vae": {"flags": ("--ae",)}}
@@ -31,10 +31,10 @@ class VaeOptions(Options):
 
     def __post_init__(self) -> None:
         size = self.vae_spatial_tile_sample_min_size
-        if size is not None and (not LEAST_TILE <= size <= MOST_TILE or size % TILE_STEP):
+        if size is not None and (not MIN_TILE <= size <= MAX_TILE or size % TILE_STEP):
             raise OptionError(
                 f"--vae_spatial_tile_sample_min_size {show_number(size)}: give a multiple of {TILE_STEP}, at "
-                f"least {LEAST_TILE} and at most {MOST_TILE}"
+                f"least {MIN_TILE} and at most {MAX_TILE}"
             )
 
     @property
@@ -104,11 +104,11 @@ def take_ae(args: argparse.Namespace) -> None:
 
 
 def dit_dtype_option() -> Any:
-    """Return the field of a family's options that `modules.devices.choose_compute_dtype` reads."""
+    """Return the field of a family's options that `modules.devices.select_compute_dtype` reads."""
     return option("dtype that the transformer computes in; default: the file's", facts=HABIT, often=True)
 
 
-def refuse_for_whole(dit_dtype: str | None) -> None:
+def reject_for_full(dit_dtype: str | None) -> None:
     """Raise OptionError if --dit_dtype is given to the training of a whole transformer."""
     if dit_dtype is not None:
         raise OptionError(

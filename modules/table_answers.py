@@ -16,7 +16,7 @@ from modules.errors import UserError
 from modules.installation import PREFIX, ROOT, find_script
 from modules.option_tables import TABLES, find_table
 from modules.options import Options
-from modules.parser import Parser, refuse_unsupported, typed_names
+from modules.parser import Parser, reject_unsupported, typed_names
 from modules.script_words import console_words
 from modules.table_parser import build_parser, check_arguments
 from modules.text_files import real_path
@@ -76,7 +76,7 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
         arguments = parser.parse_args(words)
         try:
             with name_as_typed(typed_names(arguments)):
-                refuse_unsupported(parser, arguments, tells_unneeded=False)
+                reject_unsupported(parser, arguments, tells_unneeded=False)
                 check_arguments(parser, arguments)
         except UserError as error:
             _check_tables()

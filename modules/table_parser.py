@@ -15,7 +15,7 @@ from modules.installation import import_own
 from modules.option_checks import check_paths, check_relations, check_value
 from modules.option_tables import read_entry
 from modules.option_values import check_characters, convert_value
-from modules.options import TYPED, KeyFile, Refusal
+from modules.options import TYPED, KeyFile, Rejection
 from modules.parser import Parser, group_of
 from modules.run_limits import is_limited
 
@@ -111,23 +111,23 @@ def _build_action(row: Mapping[str, Any]) -> Any:
     name_of_kind = row.get("action", "store")
     kind = _ACTIONS[name_of_kind]
     usual = {**_DEFAULTS, **_OF_SWITCH.get(name_of_kind, {})}
-    facts = {name: row.get(name, default) for name, default in usual.items()}
+    info = {name: row.get(name, default) for name, default in usual.items()}
     if kind is argparse.BooleanOptionalAction:  # its help differs between versions of Python
         on_flags = [flag for flag in flags if not flag.startswith("--no-")]
-        built: argparse.Action = kind(on_flags, dest, default=facts["default"], help=facts["help"])
-        facts |= {"help": built.help, "nargs": built.nargs}
+        built: argparse.Action = kind(on_flags, dest, default=info["default"], help=info["help"])
+        info |= {"help": built.help, "nargs": built.nargs}
     action = kind.__new__(kind)
-    vars(action).update(facts, option_strings=flags, dest=dest)
+    vars(action).update(info, option_strings=flags, dest=dest)
     for name in ("choices", "known_as", "stays"):
-        if isinstance(facts[name], list):
-            setattr(action, name, tuple(facts[name]))
-    if isinstance(facts["metavar"], list):
-        action.metavar = tuple(facts["metavar"])
-    if isinstance(facts["type"], str):
-        action.type = _NUMBERS.get(facts["type"]) or _NamedType(facts["type"])
+        if isinstance(info[name], list):
+            setattr(action, name, tuple(info[name]))
+    if isinstance(info["metavar"], list):
+        action.metavar = tuple(info["metavar"])
+    if isinstance(info["type"], str):
+        action.type = _NUMBERS.get(info["type"]) or _NamedType(info["type"])
     if "refusal" in row:
-        refusal = {**row["refusal"], "values": tuple(row["refusal"].get("values", ()))}
-        action.refusal = Refusal(**{"help": "", "reason": "", "instead": "", "settings": {}, **refusal})  # type: ignore[attr-defined]
+        rejection = {**row["refusal"], "values": tuple(row["refusal"].get("values", ()))}
+        action.refusal = Rejection(**{"help": "", "reason": "", "instead": "", "settings": {}, **rejection})  # type: ignore[attr-defined]
         action.help = row.get("help") or _help_of(action.refusal)  # type: ignore[attr-defined]
     if "not_given" in row:
         action.not_given = row["not_given"]  # type: ignore[attr-defined]
@@ -160,25 +160,25 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
 
     checked = [action for action in parser._actions if action.dest in typed or not action.option_strings]
     for action in checked:
-        facts: Mapping[str, Any] = getattr(action, "facts", {})
+        info: Mapping[str, Any] = getattr(action, "facts", {})
         name = _find_public_name(action)
         value = getattr(arguments, action.dest, None)
-        if value is None or not facts:
+        if value is None or not info:
             continue
-        check_value(name, value, facts)
+        check_value(name, value, info)
         if not _is_given(action, name, arguments):
             continue
         if parser.changes_values:
-            check_relations(name, {**facts, "needs": ()}, list_typed)
+            check_relations(name, {**info, "needs": ()}, list_typed)
         else:
-            check_relations(name, facts, list_given)
+            check_relations(name, info, list_given)
     if is_limited():  # then what may be looked at is checked first
         return
     for action in checked:
-        facts = getattr(action, "facts", {})
-        if facts.get("are_paths"):
+        info = getattr(action, "facts", {})
+        if info.get("are_paths"):
             name = _find_public_name(action)
-            check_paths(f"--{name}" if action.option_strings else name, value_of(name), facts, value_of)
+            check_paths(f"--{name}" if action.option_strings else name, value_of(name), info, value_of)
 
 
 def _find_public_name(action: argparse.Action) -> str:
@@ -192,11 +192,11 @@ def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Nam
     value = getattr(arguments, name.replace("-", "_"), None)
     if action is None:  # the script does not have it, but its record may hold a value of the script
         return bool(value)
-    facts: Mapping[str, Any] = getattr(action, "facts", {})
-    usual = facts.get("usual", action.default)
-    if isinstance(value, str) and isinstance(usual, str) and facts.get("are_paths"):
-        value, usual = Path(value), Path(usual)
-    return bool(value != usual) and value not in facts.get("off", ())
+    info: Mapping[str, Any] = getattr(action, "facts", {})
+    default = info.get("usual", action.default)
+    if isinstance(value, str) and isinstance(default, str) and info.get("are_paths"):
+        value, default = Path(value), Path(default)
+    return bool(value != default) and value not in info.get("off", ())
 
 
 def _convert(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> Any:
@@ -214,7 +214,7 @@ def _name_after(flags: Sequence[str]) -> str:
     return flags[-1].removeprefix("--").replace("-", "_") if flags else ""
 
 
-def _help_of(refusal: Refusal) -> str:
+def _help_of(refusal: Rejection) -> str:
     """Return the help that an option of other programs has if it has no other."""
     return refusal.reason.replace("%", "%%") or f"not needed: {refusal.instead}"
 
@@ -257,7 +257,7 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
 
 def _describe_action(action: argparse.Action) -> dict[str, Any]:
     """Return the row of an option: its flags, its name, and what differs from `_DEFAULTS`."""
-    facts = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
+    info = {name: vars(action).get(name, default) for name, default in _DEFAULTS.items()}
     flags = list(action.option_strings)
     row: dict[str, Any] = {"flags": flags}
     if action.dest != _name_after(flags):
@@ -266,21 +266,21 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     if kind != "store":
         row["action"] = kind
     usual = {**_DEFAULTS, **_OF_SWITCH.get(kind, {})}
-    if facts["type"] is not None:
-        facts["type"] = _name_type(facts["type"])
+    if info["type"] is not None:
+        info["type"] = _name_type(info["type"])
     if isinstance(action, argparse.BooleanOptionalAction):
-        facts["help"] = (facts["help"] or "").removesuffix(_SHOWN_DEFAULT)
-        facts["nargs"] = None
-    for name, value in facts.items():
+        info["help"] = (info["help"] or "").removesuffix(_SHOWN_DEFAULT)
+        info["nargs"] = None
+    for name, value in info.items():
         plain = _make_plain(value)
         default = usual[name]
         if plain != (list(default) if isinstance(default, tuple) else default):
             row[name] = plain
-    refusal: Refusal | None = vars(action).get("refusal")
-    if refusal is not None:
-        said = {"reason": refusal.reason, "instead": refusal.instead, "values": list(refusal.values)}
+    rejection: Rejection | None = vars(action).get("refusal")
+    if rejection is not None:
+        said = {"reason": rejection.reason, "instead": rejection.instead, "values": list(rejection.values)}
         row["refusal"] = {name: value for name, value in said.items() if value}
-        if row.get("help") == _help_of(refusal):
+        if row.get("help") == _help_of(rejection):
             del row["help"]
     if "not_given" in vars(action):
         row["not_given"] = vars(action)["not_given"]

@@ -60,7 +60,7 @@ _FREQUENT = {
 }
 _SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others write Latin or signs
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
-LETTERS = 0.6  # least share of letters, blanks and punctuation
+CHARACTERS = 0.6  # least share of letters, blanks and punctuation
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SCORED = 5000  # characters of a file that are looked at
 _SURE = 0.75  # least score of a guess that is converted without being asked
@@ -131,9 +131,9 @@ def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
     # without a mark only ASCII is recognised, half of whose bytes are 0
     name = marked or ("utf-16-le" if zeros[1] > zeros[0] else "utf-16-be")
     text = _decode(content, name)
-    if text is None or "\0" in text or _measure_letters(text) < LETTERS:
+    if text is None or "\0" in text or _measure_characters(text) < CHARACTERS:
         return None
-    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > LETTERS * half else None
+    return EncodingGuess(name, text, is_sure=True) if marked or max(zeros) > CHARACTERS * half else None
 
 
 def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
@@ -168,9 +168,9 @@ def _decode(content: bytes, encoding: str) -> str | None:
         return None
 
 
-def _measure_letters(text: str) -> float:
-    usual = sum(char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text)
-    return usual / max(len(text), 1)
+def _measure_characters(text: str) -> float:
+    default = sum(char.isalnum() or char.isspace() or char in _PUNCTUATION or char < "\x7f" for char in text)
+    return default / max(len(text), 1)
 
 
 def _rate_text(text: str, encoding: str) -> float:
@@ -199,14 +199,14 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
         return -0.5
     if char >= "\u2e80":
         return _rate_sign(char, encoding) + 2 * bonus
-    neighbours = [neighbour for neighbour in (before, after) if neighbour.isalpha()]
+    neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
-    for letter in (char, *neighbours):
-        if script not in unicodedata.name(letter, ""):
+    for character in (char, *neighbors):
+        if script not in unicodedata.name(character, ""):
             return -1.0
     if char.isupper() and before.isalpha():  # inside a word
         return -1.0 if before.islower() else 0.0
-    if encoding == "cp1252" and any(letter > "\x7f" for letter in neighbours):
+    if encoding == "cp1252" and any(character > "\x7f" for character in neighbors):
         return -0.5  # two accents side by side
     if script != "LATIN" or is_frequent:
         return 0.3 + bonus + 0.2
@@ -218,13 +218,13 @@ def _rate_sign(char: str, encoding: str) -> float:
     lead = char.encode(encoding)[0]
     match encoding:
         case "gb18030":
-            is_usual = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
+            is_default = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
         case "big5":
-            is_usual = 0xA4 <= lead <= 0xC6
+            is_default = 0xA4 <= lead <= 0xC6
         case "cp932":
-            is_usual = 0x88 <= lead <= 0x97
+            is_default = 0x88 <= lead <= 0x97
         case "euc_jp":
-            is_usual = 0xB0 <= lead <= 0xCF
+            is_default = 0xB0 <= lead <= 0xCF
         case _:
-            is_usual = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
-    return 0.4 if is_usual else -1.0
+            is_default = 0xB0 <= lead <= 0xC8 and char.encode(encoding)[1] >= 0xA1
+    return 0.4 if is_default else -1.0

@@ -17,7 +17,7 @@ from modules.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_LINE_CHARACTERS, MAX
 _PIECE_BYTES = 1 << 20  # are read at once of a file that is larger than it said
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
-MOST_BITS = 1000  # of a whole number; floats go to 1024
+MAX_BITS = 1000  # of a whole number; floats go to 1024
 _LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{240}")  # in any form that such a number is written in
 _LONG_KEY = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{4 * MAX_DEPTH}}}"""
@@ -327,7 +327,7 @@ def check_numbers(content: Any) -> None:
             waiting += value.values()
         elif isinstance(value, list):
             waiting += value
-        elif isinstance(value, int) and value.bit_length() > MOST_BITS:
+        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise ValueError(f"it has a whole number of {value.bit_length():,} bits, and no setting has one")
 
 

@@ -34,7 +34,7 @@ def read_command(option: str, text: str) -> list[str]:
     program = words[0]
     name = Path(program).name.lower().removesuffix(".exe")
     if name not in SHELLS:
-        _refuse_shell(option, words)
+        _reject_shell(option, words)
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")
     script = words[1] if len(words) > 1 else "-"
@@ -73,7 +73,7 @@ def _split_for_windows(text: str) -> list[str]:
         free(words)
 
 
-def _refuse_shell(option: str, words: Sequence[str]) -> None:
+def _reject_shell(option: str, words: Sequence[str]) -> None:
     """Raise OptionError for words that only a shell would understand: no shell reads them."""
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
     for word in words:

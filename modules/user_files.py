@@ -28,13 +28,13 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
     except RuntimeError as error:
         raise OSError(str(error)) from None
     if system == "win32":
-        usual, name = home / "AppData" / "Local", "LOCALAPPDATA"
+        default, name = home / "AppData" / "Local", "LOCALAPPDATA"
     elif system == "darwin":
-        usual, name = home / "Library" / "Application Support", ""
+        default, name = home / "Library" / "Application Support", ""
     else:
-        usual, name = home / ".local" / "state", "XDG_STATE_HOME"
+        default, name = home / ".local" / "state", "XDG_STATE_HOME"
     chosen = environment.get(name, "")
-    return (Path(chosen) if os.path.isabs(chosen) else usual) / FOLDER  # noqa: PTH117  # "" too
+    return (Path(chosen) if os.path.isabs(chosen) else default) / FOLDER  # noqa: PTH117  # "" too
 
 
 def write_user_file(name: str, text: str) -> Path:

@@ -34,7 +34,7 @@ from modules.text_files import looks_like_object
 from moss_image import options as own
 from moss_image.configs import DIT, LATENT, NOISE, RELEASE
 from moss_image.files import KEY, TEXT_USE, MossImageFiles, find_sft
-from moss_image.layouts import find_layout_faults, fit_layout
+from moss_image.layouts import find_layout_errors, fit_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
 from moss_image.schedule import snap_levels
@@ -42,8 +42,8 @@ from moss_image.schedule import snap_levels
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "moss_image_cache_text_encoder_outputs.py", "moss_image_cache_latents.py"
-MOST_REFERENCES = 10
-DEFAULTS = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, extras=tuple(EXTRAS))
+MAX_REFERENCES = 10
+DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, extras=tuple(EXTRAS))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class NegativeSkipChoice:
 
 
 @dataclass(frozen=True)
-class MossImage(pictures.ModelOfPictures):
+class MossImage(pictures.ModelOfImages):
     """Description of MOSS-Image for one run, built by the `family_for_...` functions below."""
 
     files: MossImageFiles
@@ -93,15 +93,15 @@ class MossImage(pictures.ModelOfPictures):
 
     @property
     def references(self) -> ReferenceRules:
-        return ReferenceRules(most=MOST_REFERENCES, seen_by_text=True)
+        return ReferenceRules(most=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
 
     def names_places(self, caption: str) -> bool:
         return looks_like_object(caption)
 
-    def find_caption_faults(self, caption: str, size: Size) -> Sequence[str]:
-        return find_layout_faults(caption, size)
+    def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
+        return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
         return fit_layout(caption, size, fit)
@@ -146,15 +146,15 @@ class MossImage(pictures.ModelOfPictures):
 
         Raises OptionError if a size or a number cannot be used.
         """
-        prepared = self.settle_picture(request, SHIFT)
+        prepared = self.resolve_image(request, SHIFT)
         if prepared.request.control_images:
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
         if looks_like_object(request.prompt):
-            for fault in find_layout_faults(request.prompt, (prepared.width, prepared.height)):
-                logger.warning("the layout %s: %s", shorten(request.prompt, 40), fault)
-        skips = self._choose_skips(request)
+            for error in find_layout_errors(request.prompt, (prepared.width, prepared.height)):
+                logger.warning("the layout %s: %s", shorten(request.prompt, 40), error)
+        skips = self._select_skips(request)
         prepared = replace(prepared, rules=GuidanceRules(negative_skips=skips))
         schedule = own.check_schedule(request.extra.get("moss_schedule", self.schedule))
         if schedule == own.SIMPLE or prepared.solver != "euler":
@@ -170,19 +170,19 @@ class MossImage(pictures.ModelOfPictures):
             )
         return replace(prepared, steps=made, levels=levels)
 
-    def _choose_skips(self, request: Request) -> NegativeSkips:
+    def _select_skips(self, request: Request) -> NegativeSkips:
         """Return what the negative pass leaves out. Raises OptionError for a block that is not there."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
         missing = sorted(block for block in blocks if count is not None and block >= count)
-        is_usual = blocks == own.read_blocks(own.SKIPPED)
-        if missing and not is_usual:
+        is_default = blocks == own.read_blocks(own.SKIPPED)
+        if missing and not is_default:
             raise OptionError(
                 f"--negative_skip_blocks {','.join(map(str, missing))}: {self.files.dit_path} has the blocks "
                 f"0 to {(count or 1) - 1}"
             )
         start, end = self.skips.start, self.skips.end
-        is_asked = blocks and not (is_usual and (start, end) == (0, 1))
+        is_asked = blocks and not (is_default and (start, end) == (0, 1))
         option = f"--negative_skip_blocks {','.join(map(str, sorted(blocks)))}" if is_asked else ""
         return NegativeSkips(blocks - frozenset(missing), start, end, option)
 

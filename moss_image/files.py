@@ -19,7 +19,7 @@ from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN35
-from encoders.picture_prompts import PictureUse
+from encoders.picture_prompts import ImageUse
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.configs import AXES, MossImageConfig
@@ -54,7 +54,7 @@ TEXT_USE = LanguageUse(
     after=f"{_AFTER}<think>\n",
     strips=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=PictureUse(
+    pictures=ImageUse(
         "Picture {number}: <|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=shrink,

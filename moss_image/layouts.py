@@ -16,52 +16,52 @@ SPACE, FORMAT = "abs_centralized", "yxyx"  # of the boxes
 BOX_SIDES = 4
 
 
-def find_layout_faults(text: str, size: Size) -> list[str]:
+def find_layout_errors(text: str, size: Size) -> list[str]:
     """Return what is wrong with a layout for a picture of this size, width and height; [] if nothing is."""
     try:
         layout = read_object(text)
     except ValueError as error:
         return [str(error)]
-    faults = []
+    errors = []
     summary = layout.get("summary")
     if not isinstance(summary, dict) or not _is_text(summary.get("caption")):
-        faults.append("summary.caption is missing")
+        errors.append("summary.caption is missing")
     elif summary.get("canvas", CANVASES[0]) not in CANVASES:
-        faults.append(f"canvas {summary['canvas']!r}: one of {', '.join(CANVASES)}")
-    for name, usual in (("bbox_coord_space", SPACE), ("bbox_format", FORMAT)):
-        if layout.get(name, usual) != usual:
-            faults.append(f"{name} is {layout[name]!r}, the model was trained with {usual}")
+        errors.append(f"canvas {summary['canvas']!r}: one of {', '.join(CANVASES)}")
+    for name, default in (("bbox_coord_space", SPACE), ("bbox_format", FORMAT)):
+        if layout.get(name, default) != default:
+            errors.append(f"{name} is {layout[name]!r}, the model was trained with {default}")
     items = layout.get("items", [])
     if not isinstance(items, list):
-        return [*faults, "items is no list"]
+        return [*errors, "items is no list"]
     for number, item in enumerate(items, 1):
-        faults += [f"item {number}: {fault}" for fault in _find_item_faults(item, size)]
-    return faults
+        errors += [f"item {number}: {fault}" for fault in _find_item_errors(item, size)]
+    return errors
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _find_item_faults(item: Any, size: Size) -> list[str]:
+def _find_item_errors(item: Any, size: Size) -> list[str]:
     if not isinstance(item, dict):
         return ["it is no JSON object"]
-    faults = []
+    errors = []
     label = item.get("label")
     if label not in LABELS:
-        faults.append(f"label {label!r}: one of {', '.join(LABELS)}")
+        errors.append(f"label {label!r}: one of {', '.join(LABELS)}")
     if not _is_text(item.get("caption")):
-        faults.append("its caption is missing")
+        errors.append("its caption is missing")
     if label == "text" and not _is_text(item.get("text")):
-        faults.append("its text is missing")
-    return faults + _find_box_faults(item.get("bbox"), size)
+        errors.append("its text is missing")
+    return errors + _find_box_errors(item.get("bbox"), size)
 
 
 def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == BOX_SIDES and all(type(side) in (int, float) for side in box)
 
 
-def _find_box_faults(box: Any, size: Size) -> list[str]:
+def _find_box_errors(box: Any, size: Size) -> list[str]:
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box

@@ -153,8 +153,8 @@ class MossImageBlock(GroupedAttention):
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
-        picture = x[:, tokens.split : tokens.split + tokens.image]
-        return modulate(self.norm1(picture), shift, scale, tokens.dtype)
+        image = x[:, tokens.split : tokens.split + tokens.image]
+        return modulate(self.norm1(image), shift, scale, tokens.dtype)
 
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
@@ -264,8 +264,8 @@ class MossImageModel(BlockNetwork):
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(len(references[0]), device=device)
-        pictures = [self.embed_picture(latents).to(choose_stream(dtype)) for latents in references]
-        x = torch.cat(pictures, dim=1)
+        images = [self.embed_picture(latents).to(select_stream(dtype)) for latents in references]
+        x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
         clocks = RefinedText(x, counts).clocks
         layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
@@ -304,22 +304,22 @@ class MossImageModel(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        stream = choose_stream(dtype)
+        stream = select_stream(dtype)
         grids = tuple(map(self.grid_of, references))
         grid = self.grid_of(noisy)
-        pictures = [self.embed_picture(latents).to(stream) for latents in (*references, noisy)]
+        images = [self.embed_picture(latents).to(stream) for latents in (*references, noisy)]
         texts = []
         for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, stream))
-        x = torch.cat([*pictures, *(embedded.states for embedded in texts)], dim=1)
+        x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in grids)
-        num_pictures = num_references + math.prod(grid)
+        num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0
         first, *seconds = texts
         tokens = MossImageTokens(
             grid,
             rotary=self._find_rotary(grid, grids, first),
-            lengths=first.lengths(num_pictures - num_isolated),
+            lengths=first.lengths(num_images - num_isolated),
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,
@@ -329,10 +329,10 @@ class MossImageModel(BlockNetwork):
         )
         for second in seconds:  # at most one
             assert tweaks.steer is not None  # it comes with a second text
-            lengths = second.lengths(num_pictures - num_isolated)
+            lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second=SecondText(num_pictures, second.states.shape[1], lengths, tweaks.steer),
+                second=SecondText(num_images, second.states.shape[1], lengths, tweaks.steer),
                 second_rotary=self._make_table(
                     MossImageLayout(grid, grids, second.states.shape[1], second.clocks), device=x.device
                 ),
@@ -385,9 +385,9 @@ class MossImageModel(BlockNetwork):
     def unembed(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
         """Turn tokens B R+L+T C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        picture = x[:, tokens.references : tokens.references + tokens.image]
+        image = x[:, tokens.references : tokens.references + tokens.image]
         shift, scale = tokens.time[:, ROWS:, -1].chunk(END_ROWS, dim=1)  # each B 1 C
-        h = modulate(self.final_norm_video(picture), shift, scale, tokens.dtype)
+        h = modulate(self.final_norm_video(image), shift, scale, tokens.dtype)
         pixels = in_own_dtype(self.final_linear_video, h).float()
         return rearrange(pixels, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
@@ -427,7 +427,7 @@ class MossImageModel(BlockNetwork):
         return on_grid(pairs).unsqueeze(1)
 
 
-def choose_stream(dtype: torch.dtype) -> torch.dtype:
+def select_stream(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the residual stream: float32 with float16, whose range trained values exceed."""
     return torch.float32 if dtype == torch.float16 else dtype
 

@@ -140,9 +140,9 @@ class ForeignNetwork:
         # under the names that the network itself saves: other tools' files have many layouts
         state = self.module.state_dict()
         shapes = _read_shapes(path)
-        _refuse_other_sizes(path, state, shapes)
+        _reject_other_sizes(path, state, shapes)
         if not any(name.endswith(".alpha") for name in shapes):
-            _refuse_other_alphas(path, state)
+            _reject_other_alphas(path, state)
         if hasattr(self.module, "load_weights"):
             return self.module.load_weights(str(path))
         return self.module.load_state_dict(dict(read_lora(path).tensors), strict=False)
@@ -156,7 +156,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
         return {name: list(info.shape) for name, info in checkpoint.tensors.items()}
 
 
-def _refuse_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError if a file has other sizes than a network, or nothing of it.
 
     state: of the network. shapes: of the file's tensors.
@@ -176,7 +176,7 @@ def _refuse_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
     )
 
 
-def _refuse_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
+def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a file has alphas outside of its tensors, other than those of a network.
 
     Loading sets only tensors; the scale was computed at construction. state: tensors of the network.
@@ -302,12 +302,12 @@ def make_network(
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
     """Start a network from `--network_weights`."""
-    problems: list[str] = []
+    errors: list[str] = []
     if isinstance(network, OwnNetwork):
-        problems = network.load_weights(path, dict(dit.named_parameters()))
+        errors = network.load_weights(path, dict(dit.named_parameters()))
     else:
         network.load_weights(path)
-    fits = f"except for {count_of(len(problems), 'module')}, see above" if problems else "everything fits"
+    fits = f"except for {count_of(len(errors), 'module')}, see above" if errors else "everything fits"
     logger.info(f"{path}: loaded, {fits}")
 
 

@@ -30,7 +30,7 @@ from networks.kinds.factors import DOWN, UP
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
-from networks.module_names import choose_family
+from networks.module_names import select_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
 from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
@@ -123,7 +123,7 @@ class AddedPart:
         self._bias = None
 
     @property
-    def is_made_whole(self) -> bool:
+    def is_made_full(self) -> bool:
         return self._full is not None
 
     @property
@@ -413,7 +413,7 @@ def add_loras(
     by_name = places(dit)
     parts: list[dict[str, AddedPart]] = []
     for use in fit_depths(uses, by_name):
-        refuse_magnitudes(use.lora, option)
+        reject_magnitudes(use.lora, option)
         modules = fitting(use.lora, by_name, option)
         if is_compiled:
             left_out = [
@@ -476,7 +476,7 @@ def attach_parts(
     return layers
 
 
-def refuse_magnitudes(lora: LoraFile, option: str) -> None:
+def reject_magnitudes(lora: LoraFile, option: str) -> None:
     """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
     deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
@@ -515,7 +515,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, heights.get)))
     absent = [name for name in stored if name not in by_name]
     modules = [name.removeprefix(OURS) for name in by_name]
-    family = choose_family(modules)
+    family = select_family(modules)
     if len(absent) == len(stored) and not lora.may_lack(absent):
         raise _misfit(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
@@ -546,7 +546,7 @@ def _misfit(
 ) -> CheckpointError:
     """Return the error for a file of which a model has no module. absent: its modules."""
     if not lora.encoder:
-        loading.refuse_unknown(lora, option)
+        loading.reject_unknown(lora, option)
     lora_family = lora.family()
     advice = ""
     if lora_family is not None and lora_family is not family:

@@ -25,10 +25,10 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import OF_MAGNITUDES
 from networks.leftovers import text_side_of
-from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
-from networks.module_names import Relative, alias, choose_family, relatives
+from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
+from networks.module_names import Relative, alias, relatives, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
+from networks.parts import FusedPiece, default_rows, is_cut, join_rotations, part_rows
 from networks.rank_masks import rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
@@ -96,7 +96,7 @@ class Change:
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
-        fault = change._describe_fault(shape, expected)
+        fault = change._describe_error(shape, expected)
         if fault:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
         return change
@@ -114,7 +114,7 @@ class Change:
             raise CheckpointError(f"{misfit}: {reason}", path)
         if relative is None or not relative.is_part:
             return self
-        rows = usual_rows(relative.part, len(weight))
+        rows = default_rows(relative.part, len(weight))
         if rows is None:
             raise CheckpointError(
                 f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
@@ -123,7 +123,7 @@ class Change:
             )
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
-    def _describe_fault(self, shape: list[int], expected: list[int]) -> str:
+    def _describe_error(self, shape: list[int], expected: list[int]) -> str:
         """Return the reason why the change does not fit, as in "it has ..."; "" if it fits.
 
         shape: of the change. expected: shape of the rows of the parameter that it is for.
@@ -166,17 +166,17 @@ class Change:
         weight_height = len(weight)
         if relative.is_part:
             part_height = height
-            whole_height = weight_height
+            full_height = weight_height
             relation = "it is a part of the weight"
         else:
             part_height = weight_height
-            whole_height = height
+            full_height = height
             relation = "the weight is a part of it"
-        if is_cut(relative.part) and part_height >= whole_height:
+        if is_cut(relative.part) and part_height >= full_height:
             raise MismatchError(
                 f"{relative.name} has {height} rows, the weight {weight_height}, although {relation}"
             )
-        rows = part_rows(relative.part, part_height, whole_height)
+        rows = part_rows(relative.part, part_height, full_height)
         if isinstance(rows, slice) and relative.is_part:
             return replace(self, rows=rows)
         if rows is None or rows == slice(0, height):
@@ -265,7 +265,7 @@ class FoundChange(NamedTuple):
     relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
-def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
+def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
     """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
 
     Else the rows of each part have to be known, which a rotation of inputs does not show.
@@ -293,8 +293,8 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[Non
         return []
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
     sets_weight = any(change.sets_weight for change in changes)
-    is_whole = weight.ndim == 0 or step >= len(weight) or sets_weight
-    if is_whole or any(change.delta.rows(slice(0, 1)) is None for change in changes):
+    is_full = weight.ndim == 0 or step >= len(weight) or sets_weight
+    if is_full or any(change.delta.rows(slice(0, 1)) is None for change in changes):
         return [None]
     return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
@@ -377,7 +377,7 @@ class LoraPatch:
         # our names of the model's modules, by theirs; {} if no family has such modules
         self._renamed: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
-        family = choose_family(modules)
+        family = select_family(modules)
         if family is not None:
             self._renamed = {module: alias(module, family) for module in modules}
 
@@ -426,9 +426,9 @@ class LoraPatch:
     ) -> RandomRounding | None:
         """Return the random rounding of a parameter; None: it is rounded to the nearest.
 
-        dtype, sample: see `LoraRounding.choose_random`.
+        dtype, sample: see `LoraRounding.select_random`.
         """
-        if self._rounding is None or not self._rounding.choose_random(dtype, sample):
+        if self._rounding is None or not self._rounding.select_random(dtype, sample):
             return None
         assert dtype is not None
         module, leaf = module_of_tensor(name)
@@ -457,7 +457,7 @@ class LoraPatch:
         for key, change, _ in found:
             if change.delta.rotation is not None:
                 self._used[id(change.use)].add(key)
-        for key, change, relative in _as_whole(found):
+        for key, change, relative in _as_full(found):
             channels = change.delta.find_other_channels(weight) if name.endswith(FIRST_LAYERS) else None
             if channels is not None:
                 self._narrower[id(change.use)] = channels
@@ -487,8 +487,8 @@ class LoraPatch:
 
         Raises CheckpointError if no part of a LoRA has a weight.
         """
-        self.refuse_misfits()
-        family = choose_family(self._modules, LIKELY_MODEL)
+        self.reject_misfits()
+        family = select_family(self._modules, LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
             keys = self._keys(use)
@@ -521,7 +521,7 @@ class LoraPatch:
         if self._rounding is not None:
             self._rounding.report(len(self.unmerged))
 
-    def refuse_misfits(self) -> None:
+    def reject_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
         for use in self._uses:
             keys = self._keys(use)
@@ -531,8 +531,8 @@ class LoraPatch:
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
         """Return the error for a LoRA of which no part has a weight. keys: of its changes."""
         if not lora.encoder:
-            refuse_unknown(lora)
-        family = choose_family(self._modules, LIKELY_MODEL)
+            reject_unknown(lora)
+        family = select_family(self._modules, LIKELY_MODEL)
         if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
@@ -660,4 +660,4 @@ def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None
                 patch.add_to(name, deltas.hollow(info))
             else:  # it may be larger than its value
                 patch.touches(name)
-    patch.refuse_misfits()
+    patch.reject_misfits()

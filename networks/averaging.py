@@ -19,7 +19,7 @@ from modules.command import as_typed
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
-from modules.output_files import check_output_file, refuse_replacing
+from modules.output_files import check_output_file, reject_replacing
 from modules.paths import explain_missing, sort_by_numbers
 from networks.metadata import STALE, add_hashes, expert_of
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN, LORA_FORMAT
@@ -70,7 +70,7 @@ class AveragingOptions(Options):
         if len(files) < 2:
             raise OptionError(f"{files[0]} is a single file: give two or more of one run")
         require_files("path", files, folders="its files end in .safetensors")
-        refuse_replacing("--output_file", self.output_file, files)
+        reject_replacing("--output_file", self.output_file, files)
         check_output_file("--output_file", self.output_file)
 
     def files(self) -> list[Path]:
@@ -101,7 +101,7 @@ def average_files(options: AveragingOptions) -> None:
         opened = [stack.enter_context(open_checkpoint(path)) for path in options.files()]
         if not options.no_sort:
             _sort_by_step(opened)
-        files = _choose_files(opened)
+        files = _select_files(opened)
         weights = file_weights(len(files), options)
         for file, weight in zip(files, weights, strict=True):
             logger.info("%6.2f %%  %s", 100 * weight, file.path)
@@ -179,7 +179,7 @@ def exponent_of(sigma_rel: float) -> float:
     return low
 
 
-def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
+def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the files without copies, and without averages (EMA) if there are other files.
 
     Raises CheckpointError if fewer than two are left, if names or shapes differ, or if the files are for
@@ -197,9 +197,9 @@ def _choose_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
             "  Give the saved LoRAs or models of one run.",
             first.path,
         )
-    _refuse_several_experts(chosen)
+    _reject_several_experts(chosen)
     for file in chosen[1:]:
-        _refuse_other_network(file, first)
+        _reject_other_network(file, first)
     return chosen
 
 
@@ -220,7 +220,7 @@ def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     return chosen
 
 
-def _refuse_several_experts(files: Sequence[Checkpoint]) -> None:
+def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
     """Raise CheckpointError if the files are LoRAs of different experts."""
     experts: dict[Path, str] = {}
     for file in files:
@@ -234,7 +234,7 @@ def _refuse_several_experts(files: Sequence[Checkpoint]) -> None:
         )
 
 
-def _refuse_other_network(file: Checkpoint, first: Checkpoint) -> None:
+def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     """Raise CheckpointError if a file has other names or shapes than the first one."""
     names = sorted(first.tensors.keys() ^ file.tensors.keys())
     shapes: list[str] = []
@@ -267,7 +267,7 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
     def read(name: str) -> Tensor:
         last = files[-1].read(name)
         if name.rpartition(".")[2] == "alpha" or not last.is_floating_point():
-            _refuse_unequal(name, last, files)
+            _reject_unequal(name, last, files)
             return last
         total = torch.zeros(last.shape, dtype=torch.float64)
         for file, weight in zip(files, weights, strict=True):
@@ -279,7 +279,7 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
     return read
 
 
-def _refuse_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
+def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
     """Raise CheckpointError if a tensor differs between files. last: that of the last file."""
     for file in files[:-1]:
         if not torch.equal(file.read(name).double(), last.double()):

@@ -13,10 +13,10 @@ from checkpoints.opening import checkpoint_paths, open_checkpoint
 from checkpoints.writing import save_tensors
 from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.console import as_size, list_some, show_box
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
-from modules.output_files import refuse_replacing
+from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import module_names
 from networks.alphas import without_alphas
@@ -180,7 +180,7 @@ def convert(options: ConvertOptions) -> None:
     """
     baking = None
     if options.bake is not None or options.dit:
-        baking = Baking(options.bake, choose_device(options.device), options.dit or ())
+        baking = Baking(options.bake, select_device(options.device), options.dit or ())
     names = [family.name for family in module_names.FAMILIES]
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
@@ -245,7 +245,7 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
     rename = module_names.alias if options.reverse else module_names.to_alias
     if not options.reverse:
-        _refuse_for_comfyui(source, stored)
+        _reject_for_comfyui(source, stored)
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
@@ -276,7 +276,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     lora = read_lora(source, family=Z_IMAGE.name)
     _find_family(lora, Z_IMAGE.name)
     if not options.reverse:
-        _refuse_for_comfyui(source, lora.tensors)
+        _reject_for_comfyui(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     if options.reverse:
@@ -294,7 +294,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
                 "takes the place of each"
             )
         replaced = ungroup(unjoinable)
-        baking = Baking(options.lokr_rank, choose_device(None))
+        baking = Baking(options.lokr_rank, select_device(None))
         plain = bake(replace(lora, tensors=replaced), Z_IMAGE, baking)
         words = plain.words
         unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
@@ -309,7 +309,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     )
 
 
-def _refuse_for_comfyui(source: Path, names: Iterable[str]) -> None:
+def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError if ComfyUI reads no file of this kind. names: of its tensors."""
     kind = kind_of_files(names, [kind for kind in KINDS if kind.refusal_by_comfyui])
     if kind is not None:
@@ -337,7 +337,7 @@ def convert_file(
     Raises CheckpointError if the file is not a LoRA, if nothing of it can be written, or if its model is not
     `family` or ambiguous; OptionError if the output would replace the source.
     """
-    refuse_replacing("--output", output, checkpoint_paths(source))
+    reject_replacing("--output", output, checkpoint_paths(source))
     how = Conversion(target, family, baking)
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
     if not lora.parts:

@@ -15,7 +15,7 @@ from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
-from networks.module_names import choose_family
+from networks.module_names import select_family
 from networks.names.layouts import OURS, FamilyNames, GrownBlocks
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _find_grown(lora: LoraFile) -> GrownBlocks | None:
 def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
     """Return the number of blocks of a model. names: of its tensors, in any layout."""
     modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
-    family = choose_family(modules)
+    family = select_family(modules)
     starts = (
         [grown.blocks, *grown.also_called] if family is None or family.grown is not None else [grown.blocks]
     )

@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import ExtractOptions, WholeExtractWords
+from networks.tool_options import ExtractOptions, FullExtractWords
 
-main = plain_script(__doc__, "networks.extracting.extract_model", ExtractOptions, WholeExtractWords)
+main = plain_script(__doc__, "networks.extracting.extract_model", ExtractOptions, FullExtractWords)
 
 
 if __name__ == "__main__":

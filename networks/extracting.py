@@ -20,7 +20,7 @@ from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantising import in_values
 from checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.fused_rows import with_stacked_rows
@@ -28,7 +28,7 @@ from networks.key_formats import module_of_tensor
 from networks.kinds.factors import DOWN, UP
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
-from networks.module_names import alias, choose_family, family_named, has_module
+from networks.module_names import alias, family_named, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.text_loras import TensorPiece, is_whole, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
@@ -123,10 +123,10 @@ def extract_model(options: ExtractOptions) -> None:
     """Write the LoRA of a transformer of any family, as `_extract_blocks`, or of a whole checkpoint."""
     with open_checkpoint(options.model_org) as original:
         if is_whole(original.tensors):
-            return extract_whole(options)
+            return extract_full(options)
         matrices = BlockWeights("", ("",), "").of(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
-    family = choose_family(modules)
+    family = select_family(modules)
     weights: list[str] = []
     if family is not None:
         weights = [name for module, name in modules.items() if has_module(module, family)]
@@ -212,21 +212,21 @@ def _extract_blocks(
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with their weights as values; warn if one is quantised."""
     values = Pair(in_values(original), in_values(tuned))
-    quantised = []
+    quantized = []
     if values.original is not original:
-        quantised.append(original.path.name)
+        quantized.append(original.path.name)
     if values.tuned is not tuned:
-        quantised.append(tuned.path.name)
-    if quantised:
+        quantized.append(tuned.path.name)
+    if quantized:
         logger.warning(
             "%s: quantised. What rounding has changed is a difference of the models too, and will be in the "
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
-            " and ".join(quantised),
+            " and ".join(quantized),
         )
     return Pair(with_stacked_rows(values.original), with_stacked_rows(values.tuned))
 
 
-def extract_whole(options: ExtractOptions) -> None:
+def extract_full(options: ExtractOptions) -> None:
     """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
 
     A text encoder is left out if none of its values has changed by more than `min_diff`. Raises
@@ -334,7 +334,7 @@ def _factors_of_change(
 
     kept: counts the change, and what is left of it.
     """
-    device = choose_device(options.device)
+    device = select_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
     lora: dict[str, Tensor] = {}
     is_changed = False
@@ -461,7 +461,7 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
     modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
-    return SDXL if choose_family(modules) is SDXL else SD1
+    return SDXL if select_family(modules) is SDXL else SD1
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:

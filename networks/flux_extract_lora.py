@@ -12,10 +12,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import OF_WHOLE, BlockExtractWords, ExtractOptions
+from networks.tool_options import OF_FULL, BlockExtractWords, ExtractOptions
 
 main = plain_script(
-    __doc__, "networks.extracting.extract_flux", ExtractOptions, BlockExtractWords, without=OF_WHOLE
+    __doc__, "networks.extracting.extract_flux", ExtractOptions, BlockExtractWords, without=OF_FULL
 )
 
 

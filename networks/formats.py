@@ -174,7 +174,7 @@ def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu") for name, tensor in network.state_dict().items()}
 
 
-def choose_format(
+def select_format(
     options: NetworkOptions, family_name: str, module: str, texts: Mapping[str, str]
 ) -> LoraFormat | None:
     """Return the format of --lora_format, or the family's usual one; None for another package's network.
@@ -188,25 +188,25 @@ def choose_format(
     if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
     name = typed_name or (KNOWN if family is None else family.usual_format)
-    fault = find_fault(
+    error = find_fault(
         name,
         family,
         options=options,
         module=module,
         texts=texts,
     )
-    if fault is None:
+    if error is None:
         return LoraFormat(name, family)
     if typed_name is None:
-        logger.info(f"LoRA files get the names of the known tuners (--lora_format {KNOWN}): {fault}")
+        logger.info(f"LoRA files get the names of the known tuners (--lora_format {KNOWN}): {error}")
         return LoraFormat(KNOWN, family)
-    raise OptionError(f"--lora_format {typed_name}: {fault}")
+    raise OptionError(f"--lora_format {typed_name}: {error}")
 
 
 def find_fault(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return the reason why a format cannot hold a network, or None. Arguments: see `choose_format`."""
+    """Return the reason why a format cannot hold a network, or None. Arguments: see `select_format`."""
     if name == KNOWN:
         return None
     own_module = OWN_MODULES.get(module)
@@ -216,17 +216,17 @@ def find_fault(
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
     kind = own_module.kind
-    fault = kind.find_format_error(name, family, bool(texts))
-    if fault:
-        return fault
+    error = kind.find_format_error(name, family, bool(texts))
+    if error:
+        return error
     if family is None:
         return f"no names of this model's layers are known there. {_OTHERWISE}"
     if name == COMFYUI and family.not_in_comfyui:
         return f"{family.not_in_comfyui}. {_OTHERWISE} or diffusers"
     for variant in options.variants:
-        fault = variant.find_format_error(name, family, bool(texts))
-        if fault:
-            return fault
+        error = variant.find_format_error(name, family, bool(texts))
+        if error:
+            return error
     if name == COMFYUI:
         return None
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]

@@ -90,16 +90,16 @@ def to_native(
     missing. with_texts: also rename tensors of text encoders.
     """
     internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
-    usual = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
-    if any(MARKS.search(key) for key in usual.tensors):
-        usual = rewrite(usual.tensors)
+    default = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    if any(MARKS.search(key) for key in default.tensors):
+        default = rewrite(default.tensors)
 
-    places = _place_keys(usual.tensors)
+    places = _place_keys(default.tensors)
     dialects = sorted({place.dialect for place in places.in_dit.values()})
     named_by_dialect = [_FAMILY_OF_DIALECT[dialect] for dialect in dialects if dialect in _FAMILY_OF_DIALECT]
-    family_name = usual.family_name or next(iter(named_by_dialect), None)
+    family_name = default.family_name or next(iter(named_by_dialect), None)
     hint = family_hint or family_name
-    families = _families_of_places(places.in_dit, usual.tensors, hint)
+    families = _families_of_places(places.in_dit, default.tensors, hint)
     if len(families) > 1:
         families = _families_by_form(families, places)
         if len(families) == 1:
@@ -117,15 +117,17 @@ def to_native(
         if first_keys.setdefault(name, key) != key:
             repeated[key] = first_keys[name]
     return NativeTensors(
-        tensors=_rename(names, first_keys, usual.tensors),
+        tensors=_rename(names, first_keys, default.tensors),
         dialect=" + ".join(dialects),
         text_encoder=tuple(key for key in places.in_texts if key not in text_names),
-        texts=_rename(text_names, first_keys, usual.tensors),
+        texts=_rename(text_names, first_keys, default.tensors),
         unknown=(*places.unknown, *internal),
         repeated=repeated,
-        clash=_find_clash(repeated, usual.tensors),
+        clash=_find_clash(repeated, default.tensors),
         paths={modules[place.path]: place.path for place in places.in_dit.values()},
-        stacked={names[key].partition(".")[0]: count for key, count in usual.stacked.items() if key in names},
+        stacked={
+            names[key].partition(".")[0]: count for key, count in default.stacked.items() if key in names
+        },
         families=tuple(families),
         family_name=family_name,
         unknown_names="" if families else describe_unknown(p.full_path for p in places.in_dit.values()),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints.opening import open_checkpoint, refuse_quantised
+from checkpoints.opening import open_checkpoint, reject_quantized
 from contract.brought_words import BundledWords
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
@@ -179,7 +179,7 @@ def read_lora(
         kind = key_formats.other_kind(checkpoint.tensors)
         # whole models are recognised by names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
-            refuse_quantised(checkpoint)
+            reject_quantized(checkpoint)
             raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
@@ -256,7 +256,7 @@ def _read_part(
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
-    _refuse_faulty(path, modules, native.unknown)
+    _reject_faulty(path, modules, native.unknown)
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -312,8 +312,8 @@ def _recognise(
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
     if native.family is not None and native.family.refuses_strangers:
-        _refuse_strangers(path, stored, native.family)
-    _refuse_clash(path, native)
+        _reject_strangers(path, stored, native.family)
+    _reject_clash(path, native)
     native = replace(native, tensors=stack_rows(path, native.tensors, native.family, stored))
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
@@ -330,7 +330,7 @@ def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) ->
         ) from error
 
 
-def _refuse_clash(path: Path, native: NativeTensors) -> None:
+def _reject_clash(path: Path, native: NativeTensors) -> None:
     """Raise CheckpointError if a file changes one layer under two names."""
     clash = native.clash or _named_twice(native)
     if clash:
@@ -341,7 +341,7 @@ def _refuse_clash(path: Path, native: NativeTensors) -> None:
         raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
 
 
-def _refuse_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
+def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
     """Raise CheckpointError if underscored names in a file are those of no module. stored: all its names."""
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
@@ -373,7 +373,7 @@ def _part_in_words(
     return ", ".join(words)
 
 
-def _refuse_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
+def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
     """Raise CheckpointError for factors that define no change, or are of a kind that is to be read otherwise.
 
     unknown: keys that are not read.
@@ -448,7 +448,7 @@ def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
     )
 
 
-def refuse_unknown(lora: LoraFile, option: str = "") -> None:
+def reject_unknown(lora: LoraFile, option: str = "") -> None:
     """Raise CheckpointError if no known model has modules of a LoRA's names.
 
     Call if no module of it has found a place. option: the option with the file.

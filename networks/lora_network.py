@@ -18,7 +18,7 @@ from networks.kinds.factors import DOWN, UP, Factors
 from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
-from networks.module_names import choose_family, on_text_side, read_family
+from networks.module_names import on_text_side, read_family, select_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.rank_masks import rule_of
 
@@ -111,11 +111,11 @@ class OwnNetwork(nn.Module):
         # the network has only some modules: names known to the LoRA's family are taken to be of that family
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in here)
-        family = choose_family(names, None if lora_family is None else lora_family.name)
+        family = select_family(names, None if lora_family is None else lora_family.name)
         loading.warn_of_other_family(lora, family, modules)
 
         stored = _factors_for_network(lora, here)
-        _refuse_other_sizes(path, stored, here)
+        _reject_other_sizes(path, stored, here)
         fitting = {name: factors for name, factors in stored.items() if name in here}
         if not fitting:
             raise _misfit(lora, stored)
@@ -131,14 +131,13 @@ class OwnNetwork(nn.Module):
             modules=modules,
             family=family,
         )
-        problems = [f"{name} is not in this network" for name in absent if name not in unusable]
-        problems += [f"{name} is not in the file" for name in here if name not in stored]
-        if problems:
+        errors = [f"{name} is not in this network" for name in absent if name not in unusable]
+        errors += [f"{name} is not in the file" for name in here if name not in stored]
+        if errors:
             logger.warning(
-                f"{path}: {count_of(len(fitting), 'module')} loaded, "
-                f"{len(problems)} not: {list_some(problems)}"
+                f"{path}: {count_of(len(fitting), 'module')} loaded, {len(errors)} not: {list_some(errors)}"
             )
-        return problems
+        return errors
 
     @torch.no_grad()
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
@@ -177,7 +176,7 @@ class OwnNetwork(nn.Module):
         network_reg_lrs gives a module's rate.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        rates = self._choose_rates_of_text_encoders(text_rates)
+        rates = self._select_rates_of_text_encoders(text_rates)
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
         matches = self._find_matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
@@ -207,7 +206,7 @@ class OwnNetwork(nn.Module):
         order = _order_of_groups(groups)
         return [groups[label] for label in order], order
 
-    def _choose_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
+    def _select_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
         """Return the rate of each text encoder by the prefix of its modules; see `parameter_groups`."""
         prefixes = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
         rates: dict[str, float] = {}
@@ -271,7 +270,7 @@ def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
     """Return the error for a file of which the network has no module. stored: its modules."""
     from networks import leftovers, loading  # only for --network_weights
 
-    loading.refuse_unknown(lora, "--network_weights")
+    loading.reject_unknown(lora, "--network_weights")
     words = leftovers.text_side_of(stored)
     reason = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
     return CheckpointError(
@@ -301,7 +300,7 @@ def _warn_of_unusable(
     return unusable
 
 
-def _refuse_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
+def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
     """Raise CheckpointError if modules of a file have other factors or sizes in the network."""
     wrong = [name for name in stored if name in here and _shapes(stored[name]) != _shapes(here[name])]
     if not wrong:

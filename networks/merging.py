@@ -21,9 +21,9 @@ from contract.loading import TensorInfo
 from contract.rules import expert_of_file
 from modules.atomic_write import free_bytes
 from modules.console import as_size, in_words, list_some, show_box
-from modules.devices import choose_device, dtype_name
+from modules.devices import dtype_name, select_device
 from modules.errors import CheckpointError
-from modules.output_files import refuse_replacing
+from modules.output_files import reject_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
@@ -40,8 +40,8 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import NETWORKS
-from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
-from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
+from networks.text_loras import FullPatch, for_encoders, is_whole, uses_for
+from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
 
@@ -68,13 +68,13 @@ def merge_dit(options: MergeOptions) -> None:
         model=options.dit,
         uses=[use.for_expert(expert) for use in lora_uses(files, with_texts=True)],
         output=options.save_merged_model,
-        device=choose_device(options.device),
+        device=select_device(options.device),
         in_channels=in_channels,
         rounding=options.lora_rounding,
     )
 
 
-def merge_whole(options: WholeMergeOptions) -> None:
+def merge_whole(options: FullMergeOptions) -> None:
     """Merge LoRAs of Stable Diffusion into a single-file checkpoint, or into one LoRA if none is given.
 
     Raises CheckpointError if a file cannot be used or fits nothing.
@@ -88,7 +88,7 @@ def merge_whole(options: WholeMergeOptions) -> None:
         uses=uses,
         output=options.save_to,
         device=CPU,
-        dtype=_choose_dtype(options),
+        dtype=_select_dtype(options),
         option="--save_to",
         rounding=options.lora_rounding,
     )
@@ -120,31 +120,31 @@ def merge_flux(options: FluxMergeOptions) -> None:
             uses=parts[name],
             output=getattr(options, option),
             device=device,
-            dtype=_choose_dtype(options),
+            dtype=_select_dtype(options),
             option=f"--{option}",
             rounding=options.lora_rounding,
         )
 
 
-def _read_uses(options: FluxMergeOptions | WholeMergeOptions) -> list[LoraUse]:
+def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[LoraUse]:
     """Return the LoRAs with their strengths."""
     rows = zip(options.models or (), options.ratios or (), strict=True)
     return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
 
 
-def _choose_dtype(options: FluxMergeOptions | WholeMergeOptions) -> torch.dtype | None:
+def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
     """Return the dtype to write; None: that of the base file."""
     return None if options.save_precision is None else DTYPES[options.save_precision]
 
 
 def _write_sum(
-    options: FluxMergeOptions | WholeMergeOptions,
+    options: FluxMergeOptions | FullMergeOptions,
     output: Path,
     uses: Sequence[LoraUse],
     device: torch.device,
 ) -> None:
     """Write the sum of LoRAs as one LoRA."""
-    dtype = _choose_dtype(options) or DTYPES[options.precision]
+    dtype = _select_dtype(options) or DTYPES[options.precision]
     tensors = _add_up(uses, options.concat, dtype, device)
     loras = [use.lora for use in uses]
     family = _find_family_of_sum(loras, tensors, options)
@@ -195,13 +195,13 @@ def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
 
 
 def _find_family_of_sum(
-    loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | WholeMergeOptions
+    loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | FullMergeOptions
 ) -> FamilyNames | None:
     """Return the family of a sum of LoRAs; None if there are only parts of text encoders.
 
     Raises CheckpointError if several are possible and nothing says which one.
     """
-    if isinstance(options, WholeMergeOptions) and options.family is not None:
+    if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
     by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
     hint = None if by_metadata is None else by_metadata.name
@@ -251,15 +251,15 @@ def merge_into_file(
     replace an input, OutputError if it cannot be written.
     """
     start = time.monotonic()
-    refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
+    reject_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as opened:
         checkpoint = with_stacked_rows(in_values(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        quantised = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written = _written_tensors(checkpoint, quantised, dtype)
+        quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
+        written = _written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # memory of its own
@@ -275,14 +275,14 @@ def merge_into_file(
             ("LoRAs", _in_lines(uses)),
             ("result", str(output)),
         ]
-        if quantised:
-            change = f"{len(quantised)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
+        if quantized:
+            change = f"{len(quantized)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
         free = as_size(free_bytes(real_path(output).parent))
         rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
         show_box("Merging", rows)
         if not uses:
-            state = "has the values" if quantised else "becomes a copy"
+            state = "has the values" if quantized else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
         stream_tensors(
             output,
@@ -301,12 +301,12 @@ def merge_into_file(
 
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
-) -> LoraPatch | WholePatch:
+) -> LoraPatch | FullPatch:
     """Return the patch that adds the LoRAs to the weights of a file: of one network, or of a whole
     checkpoint.
     """
     if is_whole(checkpoint.tensors):
-        return WholePatch(uses, checkpoint.tensors, model, rounding)
+        return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
@@ -327,13 +327,13 @@ def _written_tensors(
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if info.dtype in _WIDE:  # whole numbers stay as they are
-            usual_dtype = torch.bfloat16 if name in quantised else info.dtype
-            info = replace(info, dtype=dtype or usual_dtype)
+            default_dtype = torch.bfloat16 if name in quantised else info.dtype
+            info = replace(info, dtype=dtype or default_dtype)
         written[name] = info
     return written
 
 
-def _check_fits(patch: LoraPatch | WholePatch, checkpoint: Checkpoint) -> None:
+def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
     """Check that all LoRAs fit the model before anything is written. Raises as `merge_into_file`."""
     for name, info in checkpoint.tensors.items():
         patch.add_to(name, hollow(info))
@@ -368,7 +368,7 @@ def _add_up(
     the first file with the module. Raises CheckpointError for anything but plain LoRAs, for other sizes and
     for LoRAs of several models.
     """
-    _refuse_other_families([use.lora for use in uses])
+    _reject_other_families([use.lora for use in uses])
     for use in uses:
         rule = rule_of(use.lora.metadata)
         if rule is not None:
@@ -384,7 +384,7 @@ def _add_up(
     return merged
 
 
-def _refuse_other_families(loras: Sequence[LoraFile]) -> None:
+def _reject_other_families(loras: Sequence[LoraFile]) -> None:
     """Raise CheckpointError if LoRAs are for several models, by their metadata."""
     first: LoraFile | None = None
     first_family: FamilyNames | None = None

@@ -21,7 +21,7 @@ def family_named(name: str) -> FamilyNames:
     return next(family for family in FAMILIES if family.name == name)
 
 
-def choose_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
+def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
     """Return the family of a model whose modules have these underscored names; None if no list holds any.
 
     Ties go to the family named `hint`, then to one where these names are modules, not only aliases, then to
@@ -298,7 +298,7 @@ def count_parts(path: str) -> set[int]:
     prefixes.
     """
     name = path.replace(".", "_")
-    names = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == "_")]
+    names = [name, *(name[place + 1 :] for place, character in enumerate(name) if character == "_")]
     counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}
     return {count for count in counts if count > 1}
 

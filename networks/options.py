@@ -10,7 +10,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, kind_of_module
 from networks.kinds.contract import NetworkKind, named
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.use_options import MOST_MULTIPLIER
+from networks.use_options import MAX_MULTIPLIER
 
 DEFAULT_RANK = 4
 _MODULES = [
@@ -37,8 +37,8 @@ class FrozenModelOptions(Options, title="frozen model"):
     training_adapter_multiplier: float = option(
         "strength of --training_adapter",
         default=1.0,
-        least=-MOST_MULTIPLIER,
-        most=MOST_MULTIPLIER,
+        least=-MAX_MULTIPLIER,
+        most=MAX_MULTIPLIER,
         needs="training_adapter",
         hint="1 is usual",
         facts=FREE,

@@ -38,7 +38,7 @@ class LoraSize(NamedTuple):
     alpha: float
 
 
-def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
+def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
     """Return the modules of a DiT that its spec, rules and patterns choose, by our names.
 
     Raises OptionError if no module is left, or for blocks that the DiT does not have.
@@ -105,7 +105,7 @@ def _choose(
             _, rank = settings.reg_ranks[places[-1]]
             size = LoraSize(int(rank), settings.alpha)
         is_optional = any(part in f".{path}" for part in optional)
-        if is_optional and _choose_rank_of_kind(path, settings) is not None:
+        if is_optional and _select_rank_of_kind(path, settings) is not None:
             is_optional = False
         if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
             size = None
@@ -164,8 +164,8 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | N
         of_block = settings.blocks.size_of(path, is_convolution)
         if of_block is not None:
             rank, alpha = of_block
-            usual_alpha = settings.conv_alpha if is_convolution else settings.alpha
-            return LoraSize(rank, usual_alpha if alpha is None else alpha)
+            default_alpha = settings.conv_alpha if is_convolution else settings.alpha
+            return LoraSize(rank, default_alpha if alpha is None else alpha)
     if is_convolution:
         return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
     return _size_by_rules(path, settings)
@@ -183,11 +183,11 @@ def _size_by_rules(path: str, settings: LoraSettings) -> LoraSize | None:
         match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    rank_of_kind = _choose_rank_of_kind(path, settings)
+    rank_of_kind = _select_rank_of_kind(path, settings)
     return LoraSize(settings.rank if rank_of_kind is None else rank_of_kind, settings.alpha)
 
 
-def _choose_rank_of_kind(path: str, settings: LoraSettings) -> int | None:
+def _select_rank_of_kind(path: str, settings: LoraSettings) -> int | None:
     """Return the rank that an argument for this kind of module gives; None if there is none."""
     if settings.rules is None:
         return None
@@ -228,7 +228,7 @@ def build_network(
         in_texts = {}
     targets: dict[str, Target] = {}
     if dit is not None:
-        targets = choose_modules(dit, settings)
+        targets = select_modules(dit, settings)
     # ranks by type and numbers of blocks are for the DiT alone
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
     for start, candidates in in_texts.items():

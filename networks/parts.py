@@ -40,23 +40,23 @@ class PlacedFactors(NamedTuple):
     factors: Factors
 
 
-def part_rows(part: WeightPart, height: int, whole_height: int) -> slice | Tensor | None:
+def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
     """Return the rows of a part in a fused weight; None if they do not fit.
 
     height, whole_height: numbers of rows.
     """
     if part.index is None or part.index == SWAPPED:
-        if height != whole_height:
+        if height != full_height:
             return None
         if part.index is None:
-            return slice(0, whole_height)
-        return torch.arange(whole_height).roll(whole_height // 2)
+            return slice(0, full_height)
+        return torch.arange(full_height).roll(full_height // 2)
     from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
-    start = part.index * height if from_end is None else whole_height - from_end * height
-    return slice(start, start + height) if 0 <= start <= whole_height - height else None
+    start = part.index * height if from_end is None else full_height - from_end * height
+    return slice(start, start + height) if 0 <= start <= full_height - height else None
 
 
-def usual_rows(part: WeightPart, whole_height: int) -> slice | None:
+def default_rows(part: WeightPart, full_height: int) -> slice | None:
     """Return the rows of a part in a fused weight of which the parts have the heights of published models;
     None if they do not fit.
 
@@ -64,10 +64,10 @@ def usual_rows(part: WeightPart, whole_height: int) -> slice | None:
     swapped: the rotation is the same for all rows.
     """
     if not is_cut(part):
-        return slice(0, whole_height)
+        return slice(0, full_height)
     siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
-    unit, rest = divmod(whole_height, sum(sibling.usual_height for sibling in siblings))
-    rows = part_rows(part, unit * part.usual_height, whole_height)
+    unit, rest = divmod(full_height, sum(sibling.usual_height for sibling in siblings))
+    rows = part_rows(part, unit * part.usual_height, full_height)
     return rows if not rest and isinstance(rows, slice) else None
 
 
@@ -128,16 +128,16 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
     delta = read_delta(factors)
     if delta.rotation is not None:  # the input of all parts
         return {OURS + relative.name: factors for relative in present}
-    whole_height = _height_to_cut(delta)
-    if whole_height is None:
+    full_height = _height_to_cut(delta)
+    if full_height is None:
         return "its change is no matrix"
-    places = _places_of_parts(present, whole_height)
+    places = _places_of_parts(present, full_height)
     fits = len(places) == len(present)
     if len(present) == len(heights):  # all parts
-        fits = fits and sum(present.values()) == whole_height
+        fits = fits and sum(present.values()) == full_height
     if not fits:
         shown = " + ".join(map(str, present.values()))
-        return f"its {whole_height} rows are not those of its parts, which have {shown}"
+        return f"its {full_height} rows are not those of its parts, which have {shown}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
     pieces: dict[str, Factors] = {}
@@ -183,11 +183,11 @@ def _height_to_cut(delta: Delta) -> int | None:
     return len(delta.factors[UP]) if UP in delta.factors else None
 
 
-def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
+def _places_of_parts(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
     """Return the rows of each part in the whole weight, without parts whose rows do not fit."""
     places: dict[Relative, slice | Tensor] = {}
     for relative, height in heights.items():
-        rows = part_rows(relative.part, height, whole_height)
+        rows = part_rows(relative.part, height, full_height)
         if rows is not None:
             places[relative] = rows
     return places
@@ -223,7 +223,7 @@ def fuse(
     fused: dict[str, Factors] = {}
     pieces_by_name: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
-        module = _find_whole(name, height, family)
+        module = _find_full(name, height, family)
         if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
@@ -241,7 +241,7 @@ def fuse(
     return deltas.ungroup(fused)
 
 
-def _find_whole(
+def _find_full(
     name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> Relative | None:
     """Return the module of our layout that a module is part of, and that the model has."""
@@ -325,9 +325,9 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
-    fault = _find_fault_of_magnitudes([piece.factors for piece in pieces], height)
-    if fault:
-        return fault
+    error = _find_error_of_magnitudes([piece.factors for piece in pieces], height)
+    if error:
+        return error
     return _join_low_rank(_in_order(pieces, slices), height)
 
 
@@ -358,7 +358,7 @@ def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[Pla
     return sorted(placed, key=lambda part: part.rows.start)
 
 
-def _find_fault_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
+def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
     """Return the reason why the magnitudes of parts cannot be joined; "" if there is none."""
     if not any(MAGNITUDES in factors for factors in parts):
         return ""
@@ -443,7 +443,7 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
             return layer
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
-    return _whole_difference(placed, height)
+    return _full_difference(placed, height)
 
 
 def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
@@ -453,7 +453,7 @@ def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
     return starts == [0, *stops[:-1]] and stops[-1] == height
 
 
-def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
+def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
     """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
 
     placed: in the order of the rows.
@@ -513,7 +513,7 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     return layer
 
 
-def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
 
     Factors whose blocks of rows lie between the parts are cut (LoKr), others become whole differences, in the
@@ -525,11 +525,11 @@ def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     settled: dict[str, Factors] = {}
     for name, factors in modules.items():
-        settled[name] = factors if ROWS not in factors else _settle_part(name, factors)
+        settled[name] = factors if ROWS not in factors else _resolve_part(name, factors)
     return deltas.ungroup(settled)
 
 
-def _settle_part(name: str, factors: Factors) -> Factors:
+def _resolve_part(name: str, factors: Factors) -> Factors:
     """Return the factors of a part of a joined layer without `ROWS`."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:

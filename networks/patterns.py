@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-MOST_NEAR = 3
-MOST_WORDS = 5  # of a part of a name that is shown
+MAX_NEAR = 3
+MAX_WORDS = 5  # of a part of a name that is shown
 MOST_LETTERS = 200  # of a pattern that is compared with names
 
 
@@ -52,14 +52,14 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\d+", "N", text).strip("_")
     kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     parts = dict.fromkeys(part for kind in kinds for part in _parts(kind.split("_")))
-    near = difflib.get_close_matches(text[:MOST_LETTERS], list(parts), MOST_NEAR, cutoff=0.5)
-    examples = near or list(kinds)[:MOST_NEAR]
+    near = difflib.get_close_matches(text[:MOST_LETTERS], list(parts), MAX_NEAR, cutoff=0.5)
+    examples = near or list(kinds)[:MAX_NEAR]
     return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(examples)} (N: a number)"
 
 
 def _parts(words: list[str]) -> Iterator[str]:
     """Yield the runs of words that begin with a word, not a number."""
     for start, word in enumerate(words):
-        for end in range(start + 1, min(start + MOST_WORDS, len(words)) + 1):
+        for end in range(start + 1, min(start + MAX_WORDS, len(words)) + 1):
             if word != "N":
                 yield "_".join(words[start:end])

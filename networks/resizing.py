@@ -35,7 +35,7 @@ from networks.merging import DTYPES, decompose_product
 from networks.metadata import LAYOUT_KEY, STALE, add_hashes, layout_hash
 from networks.names.layouts import FOLDED
 from networks.rank_masks import rule_of
-from networks.tensor_names import in_usual_spelling
+from networks.tensor_names import in_default_spelling
 from networks.tool_options import PRECISIONS
 
 logger = getLogger(__name__)
@@ -147,7 +147,7 @@ def resize_file(options: ResizeOptions) -> None:
     source = options.model
     with open_checkpoint(source) as checkpoint:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        _refuse_other_kinds(source, shapes, checkpoint.metadata)
+        _reject_other_kinds(source, shapes, checkpoint.metadata)
         modules = find_factors(shapes)
         if not modules:
             raise CheckpointError(
@@ -157,7 +157,7 @@ def resize_file(options: ResizeOptions) -> None:
             )
         is_written_here = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
         if not is_written_here and any(names.alpha is None for names in modules):
-            _refuse_other_alphas(source, checkpoint.metadata)
+            _reject_other_alphas(source, checkpoint.metadata)
         tensors = {name: checkpoint.read(name) for name in shapes}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     metadata.pop(FOLDED, None)  # it names strengths by rank, of factors that are multiplied by them already
@@ -180,11 +180,11 @@ def resize_file(options: ResizeOptions) -> None:
     _show_result(options, resized)
 
 
-def _refuse_other_kinds(
+def _reject_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
     """Raise CheckpointError if a file has tensors of another kind than LoRA, or its ranks act at times."""
-    names = [in_usual_spelling(name) for name in shapes]
+    names = [in_default_spelling(name) for name in shapes]
     lines = "\n".join(names)  # also of forms that are not read here
     for kind in KINDS:
         if kind is LORA or not kind.parts:
@@ -208,7 +208,7 @@ def _refuse_other_kinds(
         )
 
 
-def _refuse_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
+def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
     """Raise CheckpointError if the strength of modules without alpha is said in the header or by PEFT."""
     places = sorted(metadata.keys() - without_alphas(metadata).keys())
     if "ss_network_alpha" in metadata:
@@ -297,7 +297,7 @@ def _resize_module(
     most = options.new_rank
     if product.kernel and options.new_conv_rank is not None:
         most = options.new_conv_rank
-    rank = choose_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
+    rank = select_rank(sizes, min(most, old_rank), options.dynamic_method, options.dynamic_param)
     kept = sizes[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
@@ -318,7 +318,7 @@ def _resize_module(
     )
 
 
-def choose_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
+def select_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
     """Return the rank of a module, 1 to `most`, from its singular values, the largest first.
 
     method, param: of --dynamic_method. A module that learned nothing has rank 1.

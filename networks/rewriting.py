@@ -65,22 +65,22 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     The change of the weights stays the same: numbered factors become one LoRA whose up factor is
     block-diagonal, with as many times the rank and alpha.
     """
-    usual: dict[str, Tensor] = {}
+    default: dict[str, Tensor] = {}
     family_name = ""
     for key, tensor in _take_apart(tensors).items():
         match = _XLABS.fullmatch(key)
         names = [] if match is None else _in_flux(match)
         if match is None or not names:
-            usual[key] = tensor
+            default[key] = tensor
             continue
         family_name = "flux"
         if len(names) == 1:
-            usual[names[0]] = tensor
+            default[names[0]] = tensor
             continue
         parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
         for name, part in zip(names, parts, strict=True):
-            usual[name] = part.clone()  # copies: files cannot hold tensors that share memory
-    return _put_together(usual)._replace(family_name=family_name)
+            default[name] = part.clone()  # copies: files cannot hold tensors that share memory
+    return _put_together(default)._replace(family_name=family_name)
 
 
 def _in_flux(match: re.Match[str]) -> list[str]:
@@ -153,11 +153,11 @@ def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     size = read_delta(factors).size()
     if size is None:
         return ()
-    whole_height, width = size
-    if not _fit_rows(factors, whole_height):
+    full_height, width = size
+    if not _fit_rows(factors, full_height):
         return ()
     leading = () if layer == "kv" else (width,)
-    rows, remainder = divmod(whole_height - sum(leading), 2)
+    rows, remainder = divmod(full_height - sum(leading), 2)
     if remainder or rows <= 0 or width % rows:
         return ()
     return (*leading, rows, rows)
@@ -173,7 +173,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
 
 def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
     """Join numbered factors, each set of a module to one LoRA."""
-    usual = dict(tensors)
+    default = dict(tensors)
     stacked: dict[str, int] = {}
     single = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
     alpha_of_all = single[0] if single else None
@@ -184,12 +184,12 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
             continue
         for part_keys in keys.values():
             for key in part_keys.values():
-                del usual[key]
-        usual.pop(f"{module}.alpha", None)
+                del default[key]
+        default.pop(f"{module}.alpha", None)
         for part, tensor in _build_diagonal(pieces).items():
-            usual[f"{module}.{part}"] = tensor
+            default[f"{module}.{part}"] = tensor
         stacked[f"{module}.{DOWN}"] = len(pieces)
-    return Rewritten(usual, stacked)
+    return Rewritten(default, stacked)
 
 
 def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:

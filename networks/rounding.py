@@ -32,7 +32,7 @@ _NAMED_FILES = 3
 SMALL_WEIGHT = 1 << 17  # elements up to which the best of some draws is taken
 _DRAWS = 4
 METADATA_KEY = "ss_lora_rounding"  # of merged models that have weights rounded at random
-MOST_METADATA = 300  # characters
+MAX_METADATA = 300  # characters
 
 
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
@@ -195,7 +195,7 @@ class LoraRounding:
     def needs_samples(self) -> bool:
         return self._rule != STOCHASTIC
 
-    def choose_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
+    def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
         """Return whether a weight is to be rounded at random, and remember it for `words`.
 
         dtype: of `narrow_dtype`. sample: of a weight in 16 bits, if `needs_samples`.
@@ -251,7 +251,7 @@ class LoraRounding:
     @property
     def metadata(self) -> dict[str, str]:
         """Return the metadata on rounding for a merged file; {} if all weights are rounded to the nearest."""
-        return {METADATA_KEY: self.words()[:MOST_METADATA]} if self._num_random else {}
+        return {METADATA_KEY: self.words()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
         """Log what `words` says, once. num_unmerged: weights in 8 or 4 bits that LoRAs are added beside."""

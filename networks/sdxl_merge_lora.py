@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from networks.tool_options import WholeMergeOptions
+from networks.tool_options import FullMergeOptions
 
-main = plain_script(__doc__, "networks.merging.merge_whole", WholeMergeOptions)
+main = plain_script(__doc__, "networks.merging.merge_whole", FullMergeOptions)
 
 
 if __name__ == "__main__":

@@ -165,12 +165,12 @@ def split_end(key: str) -> tuple[str, str]:
     if match is not None:
         part = f"{FACTORS[match['factor']]}{match['leaf'] or '.weight'}"
         return (key[: match.start()], part) if part in PARTS else (key, "")
-    key = in_usual_spelling(key)
+    key = in_default_spelling(key)
     ending = next((ending for ending in _BY_LENGTH if key.endswith(ending)), "")
     return key.removesuffix(ending), _ENDINGS.get(ending, "")
 
 
-def in_usual_spelling(key: str) -> str:
+def in_default_spelling(key: str) -> str:
     """Return a tensor's name in a file with our name of its part, if a kind of network has others."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key)

@@ -182,7 +182,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
     return []
 
 
-class WholePatch:
+class FullPatch:
     """Add LoRAs to the weights of a whole checkpoint, with the methods of `LoraPatch`, which does so for one
     network.
     """

@@ -28,7 +28,7 @@ OF_LORAS = "it is for merging LoRAs into one"
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
 NO_SHUFFLE = not_needed("the merged LoRA is exact, in whatever order its ranks are.")
 MIN_DIFF = 0.01
-OF_WHOLE = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
+OF_FULL = ("conv_dim", "min_diff")  # of `ExtractOptions`: what a DiT has no use for
 
 
 class MergeOptions(Options):
@@ -59,7 +59,7 @@ class MergeOptions(Options):
 
 
 class ExtractOptions(Options):
-    """Options to extract a LoRA; without `OF_WHOLE` those of a transformer's own scripts."""
+    """Options to extract a LoRA; without `OF_FULL` those of a transformer's own scripts."""
 
     model_org: Path = option(
         "the model before fine-tuning: a file, or of a transformer a folder", place="there", required=True
@@ -89,7 +89,7 @@ class BlockExtractWords(Options):
     mem_eff_safe_open = not_needed(BY_TENSOR)
 
 
-class WholeExtractWords(Options):
+class FullExtractWords(Options):
     """Further options of `networks/extract_lora_from_models.py`."""
 
     v2 = not_needed("the files say what they are.")
@@ -157,7 +157,7 @@ class FluxMergeOptions(Options):
         return {name: path for name, path in models.items() if path is not None}
 
 
-class WholeMergeOptions(Options):
+class FullMergeOptions(Options):
     """Options of `networks/sdxl_merge_lora.py`."""
 
     save_precision: str | None = option(

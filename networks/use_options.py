@@ -15,7 +15,7 @@ from networks.kinds.composing import list_kinds
 
 logger = logging.getLogger(__name__)
 
-MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
+MAX_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
 # how the sum of a weight and its LoRAs becomes a number of 16 bits
 AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
@@ -131,6 +131,6 @@ def multipliers_for(
     for value in multipliers:
         if not math.isfinite(value):
             raise OptionError(f"{option} {value}: give a finite number")
-        if abs(value) > MOST_MULTIPLIER:
-            raise OptionError(f"{option} {value:g}: give at most {MOST_MULTIPLIER}; 0 to 2 are usual")
+        if abs(value) > MAX_MULTIPLIER:
+            raise OptionError(f"{option} {value:g}: give at most {MAX_MULTIPLIER}; 0 to 2 are usual")
     return (*multipliers[: len(files)], *(1.0 for _ in files[len(multipliers) :]))

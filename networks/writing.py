@@ -19,7 +19,7 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
-from networks.parts import cut_blocks, fuse, settle_rows
+from networks.parts import cut_blocks, fuse, resolve_rows
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
 logger = getLogger(__name__)
@@ -284,9 +284,9 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
     """Return rows and columns of a change that can be cut into parts; None for other factors."""
     if DOWN in factors and factors[UP].ndim == 2:
         return len(factors[UP]), factors[DOWN].shape[1]
-    whole = factors.get("diff", factors.get(SET))
-    if whole is not None and factors.keys() <= {"diff", SET, "diff_b", "alpha"} and whole.ndim == 2:
-        return len(whole), whole.shape[1]
+    full = factors.get("diff", factors.get(SET))
+    if full is not None and factors.keys() <= {"diff", SET, "diff_b", "alpha"} and full.ndim == 2:
+        return len(full), full.shape[1]
     return None
 
 
@@ -343,9 +343,9 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
     apart = {
         name: factors for name, factors in modules.items() if is_stacked(name.removeprefix(OURS), family)
     }
-    whole = {name: factors for name, factors in modules.items() if name not in apart}
+    full = {name: factors for name, factors in modules.items() if name not in apart}
     written = write_modules(
-        whole,
+        full,
         IN_COMFYUI,
         lambda name, factors: alone(stacked_path(name, family), factors),
         in_comfyui,
@@ -360,9 +360,9 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
     Raises CheckpointError if a part of a joined layer has no form of its own.
     """
     if family is not None and family.joined:
-        return settle_rows(take_apart(tensors, family))
+        return resolve_rows(take_apart(tensors, family))
     is_joined = family is None or family.parts
-    return settle_rows(fuse(tensors, family=family) if is_joined else tensors)
+    return resolve_rows(fuse(tensors, family=family) if is_joined else tensors)
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.file_locks import only_one
 from modules.installation import DISTRIBUTION
-from modules.output_files import find_fault_on_windows, fold_name
+from modules.output_files import find_error_on_windows, fold_name
 from modules.text_files import parse_json, parse_toml, read_text
 from modules.zip_files import BoundedFile
 
@@ -49,11 +49,11 @@ LOCK = "update.lock"
 GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
 # of the user or of this machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
-MOST_FILES, MOST_BYTES = 50_000, 2 << 30
-MOST_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
-MOST_OF_NAME = 1000  # bytes of a file's path
-MOST_OF_NOTE = 1 << 26  # bytes of a note about an update
-MOST_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
+MAX_FILES, MOST_BYTES = 50_000, 2 << 30
+MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
+MAX_OF_NAME = 1000  # bytes of a file's path
+MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
+MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
 MOST_TOLD = 20  # lines about files of the user's
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
@@ -127,8 +127,8 @@ def go_back(root: Path) -> None:
                 _undo_zip(root)
             return
         note = _read_commits(root)
-        _refuse_changes(root)
-        _refuse_own_commits(root, note)
+        _reject_changes(root)
+        _reject_own_commits(root, note)
         _move_clone(root, CloneMove(_git(root, "rev-parse", "HEAD"), note.before, is_back=True))
     _say(f"This folder is at {note.before[:9]} again, as before the update. update goes forward.")
 
@@ -156,9 +156,9 @@ def note_version(root: Path) -> None:
         names = [(place / name).as_posix() for name in files]
         for name in names:
             path = root / name
-            if path.is_file() and path.stat().st_size <= MOST_OF_FILE and not _find_fault(name):
+            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_fault(name):
                 digests[name] = _digest(path)
-        if len(digests) > MOST_FILES:
+        if len(digests) > MAX_FILES:
             break
     _write_digests(root, digests)
 
@@ -203,7 +203,7 @@ def _keep_program(root: Path) -> None:
 
 
 def _update_clone(root: Path) -> None:
-    _refuse_changes(root)
+    _reject_changes(root)
     before = _git(root, "rev-parse", "HEAD")
     _git(root, "fetch", "--quiet")
     after = _git(root, "rev-parse", "@{upstream}")
@@ -289,7 +289,7 @@ def _read_commits(root: Path) -> UpdateNote:
     return UpdateNote(before=words[0], after=words[1] if words[1:] else None)
 
 
-def _refuse_own_commits(root: Path, note: UpdateNote) -> None:
+def _reject_own_commits(root: Path, note: UpdateNote) -> None:
     """Raise UserError if the branch has commits that it alone holds, or is not the one of the update."""
     if _git(root, "rev-parse", "HEAD") == note.after:
         return
@@ -320,7 +320,7 @@ def _list_changes(root: Path) -> list[str]:
     return [line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()]
 
 
-def _refuse_changes(root: Path) -> None:
+def _reject_changes(root: Path) -> None:
     changed = _list_changes(root)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -405,7 +405,7 @@ def _put(root: Path, source: Path, name: str) -> None:
 
 def _find_name_beside(root: Path, name: str) -> str:
     """Return a name that no file has for the user's own version of a file."""
-    names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MOST_FILES))]
+    names = [f"{name}.yours", *(f"{name}.yours{count}" for count in range(2, MAX_FILES))]
     return next(free for free in names if not os.path.lexists(root / free))
 
 
@@ -449,7 +449,7 @@ def _unpack(file: Path, folder: Path) -> list[str]:
                 raise ValueError("it has two files of one name")
             top = _find_top(file, archive, members)
             ours = {name.removeprefix(top): entry for name, entry in members.items() if name.startswith(top)}
-            _refuse_names(file, ours.values(), list(ours))
+            _reject_names(file, ours.values(), list(ours))
             for name, entry in ours.items():
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -472,7 +472,7 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
     top = min(tops, key=len, default="")
     try:
         with archive.open(f"{top}{PROJECT}") as file:
-            text = file.read(MOST_OF_PROJECT).decode("utf-8")
+            text = file.read(MAX_OF_PROJECT).decode("utf-8")
         project = parse_toml(text).get("project")
     except (KeyError, ValueError):
         project = None
@@ -481,10 +481,10 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
     return top
 
 
-def _refuse_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
+def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
     """Raise UserError for a zip file that is too large, or that names places which are not of a version."""
     entries = list(entries)
-    if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > MOST_BYTES:
+    if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MOST_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
     known: set[str] = set()
     folders: set[str] = set()
@@ -517,11 +517,11 @@ def _find_fault(name: str) -> str:
         return "it leads out of the folder"
     if escape_control_codes(name) != name or len(name.splitlines()) != 1 or "\t" in name:
         return "control codes"
-    if len(name.encode("utf-8", "surrogatepass")) > MOST_OF_NAME:
-        return f"more than {MOST_OF_NAME} bytes"
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_OF_NAME:
+        return f"more than {MAX_OF_NAME} bytes"
     if fold_name(parts[0]) in KEPT or ".git" in map(fold_name, parts) or SHORT_NAME.search(parts[0]):
         return "a folder of yours"
-    return next(filter(None, map(find_fault_on_windows, parts)), "")
+    return next(filter(None, map(find_error_on_windows, parts)), "")
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
@@ -558,7 +558,7 @@ def _read_files(root: Path) -> list[str]:
     if not note.is_file():
         return []
     try:
-        names = read_text(note, MOST_OF_NOTE).split("\n")
+        names = read_text(note, MAX_OF_NOTE).split("\n")
     except (OSError, ValueError):
         raise UserError(
             f"{note}, a note of the last update, cannot be read. Delete it, and run the update again: files "
@@ -570,7 +570,7 @@ def _read_files(root: Path) -> list[str]:
 def _read_digests(root: Path) -> dict[str, str]:
     """Return the digests of the files of the version that is here, by folded name; none if not known."""
     note = root / NOTES / DIGESTS
-    lines = read_text(note, MOST_OF_NOTE).split("\n") if note.is_file() else []
+    lines = read_text(note, MAX_OF_NOTE).split("\n") if note.is_file() else []
     return {fold_name(name): digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
@@ -589,7 +589,7 @@ def _digest(path: Path) -> str:
 
 def _keep_for_return(root: Path, change: FileChange) -> None:
     """Copy the files that an update replaces. Nothing has changed before all of them are there."""
-    whole, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
+    full, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     part.mkdir()
     for name in change.replaced:
         (part / name).parent.mkdir(parents=True, exist_ok=True)
@@ -600,9 +600,9 @@ def _keep_for_return(root: Path, change: FileChange) -> None:
     (part / UNFINISHED).touch()
     plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}  # older code
     (part / PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    if whole.exists():
-        os.replace(whole, old)
-    os.replace(part, whole)
+    if full.exists():
+        os.replace(full, old)
+    os.replace(part, full)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -617,7 +617,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
     change = _read_change(kept / PLAN)
     own = _list_own_work(root, kept, change)
     if not is_repair:
-        _refuse_own_work(own)
+        _reject_own_work(own)
     try:
         beside = {name: _find_name_beside(root, name) for name in own if (root / name).is_file()}
         for name, name_beside in beside.items():
@@ -648,7 +648,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
 def _read_change(path: Path) -> FileChange:
     """Return what the last update changed. Raises UserError if its note is damaged."""
     try:
-        change = FileChange(**parse_json(read_text(path, MOST_OF_NOTE)))
+        change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
         if any(map(_find_fault, names)):
             raise ValueError("a name of no version")
@@ -673,7 +673,7 @@ def _list_own_work(root: Path, kept: Path, change: FileChange) -> list[str]:
     return own
 
 
-def _refuse_own_work(own: Sequence[str]) -> None:
+def _reject_own_work(own: Sequence[str]) -> None:
     if own:
         more = f" and {len(own) - 3} more" if len(own) > 3 else ""
         raise UserError(

@@ -52,9 +52,9 @@ class Concept:
 
     def caption(self, thing: drawing.Thing) -> str:
         """Return the plain wording, with the word in place of the shape or of the colour."""
-        colour = thing.colour if self.rgb is None else self.word
+        color = thing.colour if self.rgb is None else self.word
         shape = thing.shape if self.form is None else self.word
-        return f"a {colour} {shape} moving {thing.direction}"
+        return f"a {color} {shape} moving {thing.direction}"
 
     def make(self, random: np.random.Generator) -> tuple[drawing.Scene, str]:
         """Draw a scene that shows the concept; return it with its caption."""

@@ -46,8 +46,8 @@ class Asked:
 
     @property
     def prompt(self) -> str:
-        colour, shape = (self.words.get(name, name) for name in (self.colour, self.shape))
-        return f"a {colour} {shape} moving {self.direction}"
+        color, shape = (self.words.get(name, name) for name in (self.colour, self.shape))
+        return f"a {color} {shape} moving {self.direction}"
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accura
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]
     )
-    steady = np.mean([verdict.keeps_colour and verdict.colour == each.colour for each, verdict in pairs])
-    shape, colour, direction = rows.mean(0).tolist()
-    return Accuracy(len(pairs), shape, colour, direction, float(rows.all(1).mean()), float(steady))
+    steady = np.mean([verdict.keeps_color and verdict.colour == each.colour for each, verdict in pairs])
+    shape, color, direction = rows.mean(0).tolist()
+    return Accuracy(len(pairs), shape, color, direction, float(rows.all(1).mean()), float(steady))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     seen = slide(args.folder.resolve(), args.steps)
     lines = ["| strength | redness | shape kept | direction kept | ground moved |", "|---|---|---|---|---|"]
-    for row in summarise(seen):
+    for row in summarize(seen):
         counts = f"{row.shapes} of {len(PROMPTS)} | {row.directions} of {len(PROMPTS)}"
         lines.append(f"| {row.strength} | {row.redness:.2f} | {counts} | {row.ground:.3f} |")
     lines.append(
@@ -159,12 +159,14 @@ def read_clip(clip: drawing.Clip) -> Seen:
     return Seen(redness, verdict.shape, verdict.direction, tuple((ground / 255).tolist()))
 
 
-def summarise(seen: Mapping[int, Sequence[Seen]]) -> list[Row]:
+def summarize(seen: Mapping[int, Sequence[Seen]]) -> list[Row]:
     """Return the effect of each strength from -1 to 1, one row each."""
     rows = []
     for strength in STRENGTHS:
         clips = seen[strength]
-        moved = [np.subtract(clip.ground, usual.ground) for clip, usual in zip(clips, seen[0], strict=True)]
+        moved = [
+            np.subtract(clip.ground, default.ground) for clip, default in zip(clips, seen[0], strict=True)
+        ]
         pairs = list(zip(clips, PROMPTS, strict=True))
         rows.append(
             Row(
@@ -181,7 +183,7 @@ def summarise(seen: Mapping[int, Sequence[Seen]]) -> list[Row]:
 def count_monotone(seen: Mapping[int, Sequence[Seen]]) -> int:
     """Return the number of prompts for which redness rises from strength to strength."""
     triples = zip(*(seen[strength] for strength in STRENGTHS), strict=True)
-    return sum(low.redness < usual.redness < high.redness for low, usual, high in triples)
+    return sum(low.redness < default.redness < high.redness for low, default, high in triples)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ CONFIG = T5Config(
     vocabulary=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=2, num_layers=2, num_buckets=32
 )
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")  # padding is 0 and end is 1, as in umT5
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&"
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&"
 STEPS, BATCH, RATE = 1500, 64, 2e-3
 INVENTED = 0.2  # share of captions in which one word is replaced by an invented one
 ABSENT = -100  # class of what a caption does not mention: no loss
@@ -147,7 +147,7 @@ def make_tokenizer(seed: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=CONFIG.vocabulary,
         special_tokens=list(SPECIAL),
-        initial_alphabet=["▁", *LETTERS],
+        initial_alphabet=["▁", *CHARACTERS],
         show_progress=False,
     )
     tokenizer.train_from_iterator([*texts, *WORDINGS], trainer)

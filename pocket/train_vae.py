@@ -156,10 +156,10 @@ class ClipSource:
 
     def _clip(self, random: np.random.Generator, frames: int, side: int) -> NDArray[np.uint8]:
         if self._real and random.uniform() < REAL:
-            whole = self._real[random.integers(len(self._real))]
-            first = random.integers(len(whole) - frames + 1)
-            top, left = (random.integers(size - side + 1) for size in whole.shape[1:3])
-            piece = whole[first : first + frames, top : top + side, left : left + side]
+            full = self._real[random.integers(len(self._real))]
+            first = random.integers(len(full) - frames + 1)
+            top, left = (random.integers(size - side + 1) for size in full.shape[1:3])
+            piece = full[first : first + frames, top : top + side, left : left + side]
             return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
         scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
         middle = scene.things[0].centre(start + frames // 2)  # so that the piece shows part of the thing
@@ -180,7 +180,7 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
         return scene
     things = []
     for each in scene.things:
-        colour = tuple(random.integers(0, 256, 3).tolist())
+        color = tuple(random.integers(0, 256, 3).tolist())
         form = drawing.pick(random, drawing.FORMS)
         things.append(
             drawing.Thing(
@@ -189,7 +189,7 @@ def any_scene(random: np.random.Generator) -> drawing.Scene:
                 each.direction,
                 each.speed,
                 each.width,
-                colour,
+                color,
                 each.pixels,
                 each.start,
                 each.velocity,

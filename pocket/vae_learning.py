@@ -110,13 +110,13 @@ def _layer(layer: nn.Module, x: Tensor) -> Tensor:
 def _causal(conv: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
     assert isinstance(conv, WanCausalConv)
     if isinstance(norm, RmsNorm):
-        x = F.silu(_normalise(norm, x))
+        x = F.silu(_normalize(norm, x))
     if x.shape[2] == 1:
         return F.conv2d(x.squeeze(2), conv.weight[:, :, -1], conv.bias, padding=1).unsqueeze(2)
     return F.conv3d(F.pad(x, (0, 0, 0, 0, 2, 0)), conv.weight, conv.bias, padding=(0, 1, 1))
 
 
-def _normalise(norm: RmsNorm, x: Tensor) -> Tensor:
+def _normalize(norm: RmsNorm, x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
     return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * norm.gamma.to(x.dtype)
 
@@ -125,7 +125,7 @@ def _attend(layer: WanFrameAttention, x: Tensor) -> Tensor:
     batch, _, _, height, _ = x.shape
     frames = x.transpose(1, 2).flatten(0, 1)  # B*F C H W
     q, k, v = (
-        layer.to_qkv(_normalise(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        layer.to_qkv(_normalize(layer.norm, frames)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
     )
     seen = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)  # B*F C H*W
     return x + layer.proj(seen.unflatten(2, (height, -1))).unflatten(0, (batch, -1)).transpose(1, 2)

@@ -15,7 +15,7 @@ from post.chain_options import Chain
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIX = ".png"
+IMAGE_SUFFIX = ".png"
 # including those of phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
 CAPTIONS = (".txt", ".caption")  # besides the pictures and clips of datasets
@@ -140,20 +140,20 @@ def _is_still(path: Path) -> bool:
 def name_output(chain: Chain, source: Path) -> Path:
     """Return the path of a file's result. Raises OptionError if it cannot be written to --output."""
     run = chain.run
-    suffix = PICTURE_SUFFIX if is_picture(source) else run.format.suffix
-    usual = f"{source.stem}_{chain.added}{suffix}"
+    suffix = IMAGE_SUFFIX if is_picture(source) else run.format.suffix
+    default = f"{source.stem}_{chain.added}{suffix}"
     output = run.output_path
     if output is None:
-        return source.with_name(usual)
+        return source.with_name(default)
     has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
     if output.is_dir() or run.means_folder:
-        return output / usual
+        return output / default
     if run.input.is_dir():
         if has_ending or output.exists():
             raise OptionError(
                 f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
             )
-        return output / usual
+        return output / default
     return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
 
 

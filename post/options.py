@@ -101,7 +101,7 @@ class UpscalerOptions(Options, title="upscaling"):
 
 
 WITH_RAFT, WITH_FLOWFORMER = "gimmvfi_r", "gimmvfi_f"
-MOST_FACTOR = 16
+MAX_FACTOR = 16
 SMALLEST_PART = 8  # the denominators of --ds_factor go up to this
 ROUNDED = 0.004  # 0.33 and 0.67 mean a third and two
 ALIGNMENT = 32  # the networks need sides that are multiples of this
@@ -115,10 +115,10 @@ class InterpolationOptions(Options, title="interpolation"):
     )
     mode: str = option("gimmvfi_r (RAFT) or gimmvfi_f (FlowFormer: better, slower)", default=WITH_FLOWFORMER)
     factor: int = option(
-        f"how many times as many pictures a second: usually 2 to 8, at most {MOST_FACTOR}",
+        f"how many times as many pictures a second: usually 2 to 8, at most {MAX_FACTOR}",
         default=2,
         least=1,
-        most=MOST_FACTOR,
+        most=MAX_FACTOR,
         hint="1 leaves the pictures as they are",
     )
     ds_factor: float = option(
@@ -160,7 +160,7 @@ class InterpolationOptions(Options, title="interpolation"):
 
 
 METHODS = ("blur", "fill")
-MOST_HELD = 300  # pictures that are kept in memory for the sake of those before them
+MAX_HELD = 300  # pictures that are kept in memory for the sake of those before them
 _BLUR = "blur"
 
 
@@ -213,10 +213,10 @@ class BlurOptions(Options, title="what is blurred"):
         "blurred where it has moved through. This many frames wait in memory",
         default=15,
         least=0,
-        most=MOST_HELD,
+        most=MAX_HELD,
     )
     lookback: int = option(
-        "frames that are blurred before something is first found", default=10, least=0, most=MOST_HELD
+        "frames that are blurred before something is first found", default=10, least=0, most=MAX_HELD
     )
     detection_size: int = option(
         "pictures are looked at in a copy with at most this short side (YuNet: long side; YOLO: if its file "
@@ -235,7 +235,7 @@ class BlurOptions(Options, title="what is blurred"):
 
 
 GFPGAN, CODEFORMER = "gfpgan", "codeformer"
-USUAL_WEIGHT = 0.5
+DEFAULT_WEIGHT = 0.5
 # names of the known command line -> names of files, without suffix
 RETINAFACES = {
     "retinaface_resnet50": "detection_Resnet50_Final",
@@ -258,7 +258,7 @@ class FacefixOptions(Options, title="faces"):
     mode: str = option("which network --model is", default=GFPGAN, choices=(GFPGAN, CODEFORMER))
     weight: float = option(
         "fidelity of CodeFormer: 0 is the most beautiful face, 1 the most alike",
-        default=USUAL_WEIGHT,
+        default=DEFAULT_WEIGHT,
         least=0,
         most=1,
     )
@@ -287,7 +287,7 @@ class FacefixOptions(Options, title="faces"):
     )
 
     def __post_init__(self) -> None:
-        if self.mode == GFPGAN and self.weight != USUAL_WEIGHT:
+        if self.mode == GFPGAN and self.weight != DEFAULT_WEIGHT:
             raise OptionError(
                 f"--weight {self.weight:g} is for --mode codeformer: GFPGAN has no such setting. "
                 "Use --strength to show less of its faces."

@@ -12,7 +12,7 @@ from pathlib import Path
 from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
 from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
-from modules.devices import Failures, choose_device, freeze_libraries
+from modules.devices import Failures, freeze_libraries, select_device
 from modules.errors import MediaError, OutputError
 from modules.media.encoding import Picture, in_eight_bits, settle_codec
 from modules.media.options import FormatOptions
@@ -22,7 +22,7 @@ from modules.media.reading import (
     read_image,
     read_tags,
     split_alpha,
-    without_pictures,
+    without_images,
 )
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_png, write_shown
@@ -41,7 +41,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
     """Run the tools of a command line. Raises UserError; wrong file names fail before networks load."""
     freeze_libraries()
     jobs = plan_jobs(chain, ask)
-    device = choose_device(chain.run.device)
+    device = select_device(chain.run.device)
     check_tools(chain.tools, chain.labels, device)
     if not jobs:
         return
@@ -67,7 +67,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     for job in jobs:
         with failures.note_errors(str(job.source)):
             if job.is_picture:
-                run_picture(stages, job, done, chain.hides)
+                run_image(stages, job, done, chain.hides)
             else:
                 run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
         gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
@@ -105,9 +105,9 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
         else:
             with (
                 Bar(total, path.name, FRAMES) as bar,
-                read_ahead(shown_frames(path, limit=most)) as pictures,
+                read_ahead(shown_frames(path, limit=most)) as images,
             ):
-                for _ in keep_pngs(pictures, temporary):
+                for _ in keep_pngs(images, temporary):
                     written += 1
                     bar.update()
     seconds = time.monotonic() - started
@@ -124,7 +124,7 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
 SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures reads it
 
 
-def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
+def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
     """Run all stages on a picture, and write a PNG. done: descriptions of the tools, for its metadata.
 
     Tools process the colours of a transparent picture. Its transparency is resized with it and kept. hides:
@@ -135,20 +135,20 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)
-    pictures = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
-    assert len(pictures) == 1, f"{len(pictures)} pictures of one"
+    images = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    assert len(images) == 1, f"{len(images)} pictures of one"
     texts = read_tags(job.source)
-    texts = without_pictures(job.source, texts) if hides else texts
-    result = in_eight_bits(pictures[0].pixels)
+    texts = without_images(job.source, texts) if hides else texts
+    result = in_eight_bits(images[0].pixels)
     result = result if is_opaque else join_alpha(result, alpha)
     write_png(job.output, result, {**texts, **number_done(texts, done)})
     logger.info("%s", job.output)
 
 
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
-    for index, picture in enumerate(pictures):
-        write_png(folder / f"{index:06d}.png", in_eight_bits(picture.pixels))
-        yield picture
+    for index, image in enumerate(pictures):
+        write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
+        yield image
 
 
 def run_video(
@@ -195,9 +195,9 @@ def run_video(
         read_ahead(shown_frames(job.source, form.is_deep)) as pictures,
         write_behind(write) as put,
     ):
-        for picture in lead_through(stages, pictures, clips):
-            put(picture)
-            del picture  # written and forgotten while the next one is made
+        for image in lead_through(stages, pictures, clips):
+            put(image)
+            del image  # written and forgotten while the next one is made
             frames += 1
             bar.update()
         if not frames:

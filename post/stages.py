@@ -170,9 +170,9 @@ class PostTools:
         rate = Fraction(fps).limit_denominator(1001)
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))
-        pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
-        processed = lead_through(self._stages, pictures, clips)
-        made = (join_alpha(in_eight_bits(picture.pixels), alpha) for picture in processed)
+        images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
+        processed = lead_through(self._stages, images, clips)
+        made = (join_alpha(in_eight_bits(image.pixels), alpha) for image in processed)
         return made, float(clips[-1].rate or fps)
 
 

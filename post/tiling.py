@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.compile_options import Compilation
-from modules.devices import choose_compute_dtype, free_memory, half_where_fast, is_out_of_memory
+from modules.devices import free_memory, half_where_fast, is_out_of_memory, select_compute_dtype
 from modules.errors import CheckpointError, MemoryPlanError
 from post.options import ToolNetworkOptions
 from running.compile import check_compilation, compile_each
@@ -138,7 +138,7 @@ def room_on(device: torch.device) -> int | None:
     return None if room is None else round(SHARE * room)
 
 
-def least_tile(step: int, overlap: int) -> int:
+def min_tile(step: int, overlap: int) -> int:
     return round_up(max(LEAST, 2 * overlap), step)
 
 
@@ -183,7 +183,7 @@ class Fitting:
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = min(self.tile or longest, longest)
-        least = least_tile(self.step, self.overlap)
+        least = min_tile(self.step, self.overlap)
         if batch > 1:
             self.batch = batch // 2
             logger.info("Memory is full: from now on %d at once.", self.batch)
@@ -206,7 +206,7 @@ def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) 
 
     float16 becomes float32 on a CPU. Raises OptionError for an unknown dtype and for fp8.
     """
-    return half_where_fast(device, choose_compute_dtype(options.dtype, "--dtype", torch.float32), what)
+    return half_where_fast(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 
 
 class Guarded:
@@ -251,17 +251,17 @@ class Guarded:
         return result
 
 
-USUAL = Compilation()
+DEFAULT = Compilation()
 
 
 def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
     """Raise OptionError if --dtype or --compile is not possible; call before anything is loaded."""
-    choose_compute_dtype(options.dtype, "--dtype", torch.float32)
-    check_compilation(USUAL if options.compile else None, device)
+    select_compute_dtype(options.dtype, "--dtype", torch.float32)
+    check_compilation(DEFAULT if options.compile else None, device)
 
 
 def compile_parts(
-    options: ToolNetworkOptions, parts: Iterable[nn.Module], choice: Compilation = USUAL
+    options: ToolNetworkOptions, parts: Iterable[nn.Module], choice: Compilation = DEFAULT
 ) -> None:
     """Compile the `forward` of parts of a network in place, if --compile is given.
 

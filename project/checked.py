@@ -18,7 +18,7 @@ from project.media import WRITTEN
 
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
-MOST_FILES = 100_000  # with more, the checks are made again
+MAX_FILES = 100_000  # with more, the checks are made again
 MOST_BYTES = 1000  # of the remembered file
 
 
@@ -59,14 +59,14 @@ def _mark(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence
         texts = [read_text(folder / name) for name in WRITTEN]
         if _reads_elsewhere(parse_toml(texts[0])):
             return None
-        facts = [*texts, VERSION, *(" ".join(words) for words in commands)]
-        facts += sorted(_describe_file(Path(path)) for path in _walk(folder))
-        facts += [_describe_file(folder / path) for path in model_files]
+        info = [*texts, VERSION, *(" ".join(words) for words in commands)]
+        info += sorted(_describe_file(Path(path)) for path in _walk(folder))
+        info += [_describe_file(folder / path) for path in model_files]
     except (OSError, ValueError):
         return None
-    if len(facts) > MOST_FILES:
+    if len(info) > MAX_FILES:
         return None
-    return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256("\n".join(info).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _reads_elsewhere(value: object) -> bool:

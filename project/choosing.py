@@ -26,16 +26,16 @@ from downloads.naming import (
     page_of_control,
     plain_name,
     read_family,
-    refuse_made_from,
+    reject_made_from,
 )
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.options import facts_of, read_options
+from modules.options import info_of, read_options
 from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
-from project.fitting import describe_fit, find_smaller, needs_picture, transformer_bytes, transformers_of
+from project.fitting import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
 from project.options import check_trigger, find_models
@@ -90,7 +90,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         pairs_sounds = sound is not None and sound.is_inside
     return ModelFacts(
         references=references,
-        needs_reference=needs_picture(model) and references > 0,
+        needs_reference=needs_image(model) and references > 0,
         hears=hears,
         pairs_sounds=pairs_sounds,
         learns_clips=model.data["frames"] > 1,
@@ -99,18 +99,18 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_has_latents(family, "has_alpha"),
         learns_layers=_has_latents(family, "has_layers"),
-        dtypes=_choose_dtype_options(model),
+        dtypes=_select_dtype_options(model),
         few_steps=_few_steps(family, model, dits),
         contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
 
 
-def _choose_dtype_options(model: ModelSet) -> dict[str, list[str]]:
+def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
     """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
-        kind: [name for name in DTYPE_OPTIONS if name in facts_of(entry.options_record(kind))]
+        kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
         for kind in ("LatentCaching", "TextCaching", "Training")
     }
 
@@ -156,8 +156,8 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     parser = training_parser(None)
     shared = _names_of(parser)  # how it is trained, which says nothing of its files
     add_options(parser, record)
-    of_pictures = {"pretrained_model_name_or_path", "vae"}
-    add_options(parser, ImageModelOptions, without=of_pictures & _names_of(parser))
+    of_images = {"pretrained_model_name_or_path", "vae"}
+    add_options(parser, ImageModelOptions, without=of_images & _names_of(parser))
     names = _names_of(parser)
     words = _select_options(shlex.split(model.commands["train"]), names - shared, files)
     for name, path in files.items():
@@ -270,7 +270,7 @@ def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> s
 def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | None:
     """Return another task of a model's family whose transformer is of a kind; None if there is none."""
     for candidate in find_models():
-        if candidate.family != model.family or candidate.task == model.task or needs_picture(candidate):
+        if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
             continue
         if _is_of_few_steps(family, _released_names(candidate)[0]) == kind.has_few_steps:
             return candidate.task
@@ -292,7 +292,7 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     return " and ".join(kinds)
 
 
-def choose_model(options: NewOptions, memory: float) -> ModelChoice:
+def select_model(options: NewOptions, memory: float) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
     memory: GiB of the card. Raises OptionError if the model is unknown, or nobody can be asked.
@@ -303,14 +303,14 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
     else:
         named = read_family(options.family, models)
         if not options.model_files:
-            refuse_made_from(named, options.family, models)
+            reject_made_from(named, options.family, models)
     tasks = _list_tasks_left(named, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
     if asks_for_task:
         model = _ask_for_task(options, tasks, memory)
     elif len(tasks) > 1:
-        model = _choose_task(options.task, tasks)
+        model = _select_task(options.task, tasks)
         not_taken = ", ".join(candidate.task for candidate in tasks if candidate is not model)
         remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
     else:
@@ -372,7 +372,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
     return of_family
 
 
-def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
+def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     """Return the task to take if nobody can be asked. Raises OptionError if several are as good.
 
     text: what was given as --task, which fits all of `tasks`; None: nothing.
@@ -382,7 +382,7 @@ def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     to_train = []
     for model in tasks:
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
-        if not needs_picture(model) and ask_family(model, paths).few_steps is None:
+        if not needs_image(model) and ask_family(model, paths).few_steps is None:
             to_train.append(model)
     if len(to_train) != 1:
         names = ", ".join(f"{model.task} ({model.about})" for model in tasks)

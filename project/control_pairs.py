@@ -37,13 +37,13 @@ def describe_control_pairs(
         missing.append(path.name)
     if len(missing) == len(pictures):
         return None
-    faults = ""
+    errors = ""
     if missing:
-        faults += f". Without a control picture: {list_some(missing)}"
+        errors += f". Without a control picture: {list_some(missing)}"
     if controls.alone:
-        faults += f". Without a picture: {list_some([path.name for path in controls.alone])}"
+        errors += f". Without a picture: {list_some([path.name for path in controls.alone])}"
     return (
         f"{place}: left out, as {kind.title} learns no control pictures. {len(pictures) - len(missing)} of "
-        f"{len(pictures)} pictures have one there{faults}. --train {control_kind.name} trains "
+        f"{len(pictures)} pictures have one there{errors}. --train {control_kind.name} trains "
         f"{control_kind.title} on such pairs (docs/control.md)"
     )

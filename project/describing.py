@@ -19,7 +19,7 @@ from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
-from modules.media.lengths import USUAL_LENGTHS, ClipLengths
+from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
@@ -38,12 +38,12 @@ from project.options import RUN_FILE
 from project.tags import TagLists, as_words
 from training.config_options import OTHERS_TABLE, toml_value
 
-USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
-MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
+MAX_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
 OTHER = "a dog runs on a beach"  # a sample that shows whether the LoRA changes other subjects
 OTHER_EDIT = "make it a pencil drawing"
 # a word of captions -> a situation that no such caption has
@@ -56,8 +56,8 @@ SITUATIONS = {
     "boat": "on a boat",
 }
 ENOUGH = 10  # files, of which a tenth is held back for validation
-MOST_READ = 240  # frames; the last of them is the end image of a sample
-MOST_OF_SUBJECT = 80  # characters of a caption in a prompt
+MAX_READ = 240  # frames; the last of them is the end image of a sample
+MAX_OF_SUBJECT = 80  # characters of a caption in a prompt
 SOUND_FRAMES = 121  # length of a sample of sound alone: five seconds
 
 
@@ -130,17 +130,17 @@ class Choice:
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
-def choose_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
+def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
     """Return width and height: those of the file in the middle by area, or less to keep the usual area."""
-    usual_width, usual_height = model.data["resolution"]
+    default_width, default_height = model.data["resolution"]
     middle = _find_middle_by_area(model, media)
     if middle is None:
-        return usual_width, usual_height
-    return _shrink_to_area(middle.size, usual_width * usual_height)
+        return default_width, default_height
+    return _shrink_to_area(middle.size, default_width * default_height)
 
 
 def explain_size(model: ModelSet, media: list[Media]) -> str:
-    """Return the reason for the size that `choose_size` chooses; "" for sounds, which have none."""
+    """Return the reason for the size that `select_size` chooses; "" for sounds, which have none."""
     middle = _find_middle_by_area(model, media)
     if middle is None:
         return ""
@@ -148,10 +148,10 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     span = ""
     if len(sizes) > 1:
         span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
-    usual = model.data["resolution"]
+    default = model.data["resolution"]
     reduced = ""
-    if _area(middle.size) > _area(usual):
-        reduced = f", reduced to the area of {as_shape(usual)} that the model's page has"
+    if _area(middle.size) > _area(default):
+        reduced = f", reduced to the area of {as_shape(default)} that the model's page has"
     return (
         f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every "
         "file keeps its own shape, at this area (resolution in dataset.toml)"
@@ -175,8 +175,8 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
     # the shape of a panorama is that of no other file
-    usual = [item for item in learned if not is_narrow(item)] or learned
-    ranked = sorted(usual, key=lambda item: _area(item.size))
+    default = [item for item in learned if not is_narrow(item)] or learned
+    ranked = sorted(default, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
 
 
@@ -188,17 +188,17 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
     return width, height
 
 
-def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
+def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return the number of frames to take of each clip: the usual one, or one that 3 of 4 clips reach."""
-    usual = model.data["frames"]
+    default = model.data["frames"]
     lengths = lengths_of(model)
-    timed = [item for item in media if item.seconds is not None and usual > 1]
+    timed = [item for item in media if item.seconds is not None and default > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
     if not counts or counts[-1] < shortest_clip(model):
         return 1
-    most = usual
-    if memory >= LARGE and lengths == USUAL_LENGTHS:
-        most = 2 * usual - 1
+    most = default
+    if memory >= LARGE and lengths == DEFAULT_LENGTHS:
+        most = 2 * default - 1
     reached = min(most, counts[len(counts) // 4])
     return max(lengths.fit(reached), shortest_clip(model))
 
@@ -258,7 +258,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
     shuffled tags.
     """
     shortest = min(choice.size)
-    smallest = min(USUAL_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
+    smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
     largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
     of_dataset = {name: side for name, side in sides.items() if name not in choice.data}
@@ -362,7 +362,7 @@ def describe_samples(choice: Choice) -> str:
     subject = _plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
         subject = _plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
-    prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
+    prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
     references = _list_reference_options(choice)
     if not choice.kind.learns_word:
         prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
@@ -395,18 +395,18 @@ def _describe_control_samples(choice: Choice, released_values: str) -> str:
 
 def _describe_layer_samples(choice: Choice, released_values: str) -> str:
     """Return prompt lines for the first, a middle and the last picture, with their numbers of layers."""
-    pictures = [item for item in choice.media if item.path in choice.content.layers]
+    images = [item for item in choice.media if item.path in choice.content.layers]
     lines = ""
-    for seed, place in enumerate(dict.fromkeys((0, len(pictures) // 2, len(pictures) - 1)), start=1):
-        item = pictures[place]
+    for seed, place in enumerate(dict.fromkeys((0, len(images) // 2, len(images) - 1)), start=1):
+        item = images[place]
         width, height = _shrink_to_area(item.size, _area(choice.size))
         prompt = _plain(item.caption or choice.trigger or "") or OTHER
-        picture = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"
-        lines += f"{prompt} --w {width} --h {height} {released_values} {picture} --d {seed}\n"
+        image = f"--ci {choice.inside(item.path)} --f {len(choice.content.layers[item.path])}"
+        lines += f"{prompt} --w {width} --h {height} {released_values} {image} --d {seed}\n"
     return lines
 
 
-def _choose_situations(captions: Sequence[str]) -> list[str]:
+def _select_situations(captions: Sequence[str]) -> list[str]:
     """Return two situations that no caption has, or the first two if fewer than two are left."""
     lower = [caption.lower() for caption in captions]
     new = [text for word, text in SITUATIONS.items() if not any(word in caption for caption in lower)]
@@ -421,7 +421,7 @@ def _sample_size(choice: Choice) -> str:
         return f"--f {SOUND_FRAMES}"
     width, height = choice.size
     if choice.frames > 1:
-        width, height = _shrink_to_area(choice.size, MOST_SAMPLED)
+        width, height = _shrink_to_area(choice.size, MAX_SAMPLED)
     frames = f" --f {choice.frames}" if choice.model.data["frames"] > 1 else ""
     return f"--w {width} --h {height}{frames}"
 
@@ -433,7 +433,7 @@ def _find_subject(captions: Sequence[str]) -> str:
     subject = " ".join(common)
     if all(word.lower() in {"a", "an", "the"} for word in common):
         subject = min((text for text in captions if text), key=len, default="")
-    return re.split(r"[,.;:]", subject)[0][:MOST_OF_SUBJECT].strip() or "a person"
+    return re.split(r"[,.;:]", subject)[0][:MAX_OF_SUBJECT].strip() or "a person"
 
 
 def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
@@ -442,7 +442,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
     length = 0
     for tag in map(as_words, tags.shared):
         length += len(tag)
-        if length <= MOST_OF_SUBJECT:
+        if length <= MAX_OF_SUBJECT:
             words.append(tag)
     return ", ".join(words)
 
@@ -458,15 +458,15 @@ def _released_values(model: ModelSet) -> str:
 
     All other values are the family's defaults, which samples and generation share.
     """
-    letters = {"--negative_prompt": "n"}
+    characters = {"--negative_prompt": "n"}
     shared = {**COUNTS, **VALUES}
     for name in ("steps", "guidance_scale", "embedded_guidance", "flow_shift"):
-        option, letter, _ = shared[name]
-        letters[option] = letter
+        option, character, _ = shared[name]
+        characters[option] = character
     options = []
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
-        if option in letters:
-            options.append(f"--{letters[option]} {value}")
+        if option in characters:
+            options.append(f"--{characters[option]} {value}")
     return " ".join(options)
 
 
@@ -505,7 +505,7 @@ def _write_frames(choice: Choice) -> str:
         return f"--i {choice.inside(start)}"
     end = folder / "end.png"
     if writes:
-        (last,) = deque(itertools.islice(video_frames(clip), MOST_READ), maxlen=1)
+        (last,) = deque(itertools.islice(video_frames(clip), MAX_READ), maxlen=1)
         write_png(end, last)
     return f"--i {choice.inside(start)} --ei {choice.inside(end)}"
 
@@ -651,7 +651,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
     }
     if len(choice.media) >= ENOUGH and choice.holds_back:
         values["validation_split"] = 0.1
-    folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]
+    folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"

@@ -12,9 +12,9 @@ from typing import Any
 from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.control_pairs import check_pairs
 from dataset.listing import find_sources
-from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
+from dataset.sources.media_source import LISTED, Fault, MediaSource, list_errors
 from downloads.catalogue import ModelSet
-from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes
+from downloads.listing import describe_licenses, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import free_bytes, write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OptionError, OutputError
@@ -30,13 +30,13 @@ from project.choosing import (
     ask_family,
     check_model_files,
     check_word,
-    choose_model,
     describe_makes,
+    select_model,
 )
-from project.fitting import describe_fit, find_memory, needs_picture
+from project.fitting import describe_fit, find_memory, needs_image
 from project.foreign.checking import check_run
 from project.foreign.counting import count_steps_of_epoch, find_pixel_step
-from project.foreign.lengths import choose_length
+from project.foreign.lengths import select_length
 from project.foreign.naming import explain_model
 from project.foreign.places import find_table_keys, leave_sizes
 from project.foreign.project import ForeignProject
@@ -90,10 +90,10 @@ def write_project(options: NewOptions) -> None:
         asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
         options = fill_in(foreign, options)
     try:
-        model_choice = choose_model(options, memory)
+        model_choice = select_model(options, memory)
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
-    kind = _choose_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
+    kind = _select_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
@@ -111,19 +111,19 @@ def write_project(options: NewOptions) -> None:
         remember_folder(options.folder, options.models)
 
     oddities: list[str] = []
-    problems = find_problems(choice, described[WRITTEN[0]], oddities)
-    lines = describe_licences(choice.model) if excludes_many(choice.model) else []
+    errors = find_problems(choice, described[WRITTEN[0]], oddities)
+    lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
     if foreign is not None:
         lines += foreign.lines(options.folder)
     lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
-    lines += [*oddities, *problems]
+    lines += [*oddities, *errors]
     if options.dry_run:
         lines += _describe_changes(texts)
     else:
         lines.append(f"written: {', '.join(map(str, paths))}")
-        lines.append(_describe_next(choice, bool(problems)))
+        lines.append(_describe_next(choice, bool(errors)))
     print_lines(lines)
 
 
@@ -172,9 +172,9 @@ def _gather_choice(
     if inside:
         model = without_files(model, inside)
     files = name_files(options, model)
-    facts = ask_family(model, files)
+    info = ask_family(model, files)
     check_model_files(model, {name: files[name] for name in typed})
-    content = _collect_content(options, model, facts, kind)
+    content = _collect_content(options, model, info, kind)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     data: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
@@ -182,7 +182,7 @@ def _gather_choice(
     if foreign is not None:
         script = ask_script(kind.find_words(model)[0])
         forms = Forms(
-            step=find_pixel_step(facts.family),
+            step=find_pixel_step(info.family),
             takes_subsets="shuffle_caption" in script.known,
             has_subsets=bool(content.regularising) or tags is not None,
             regularizes=bool(content.regularising),
@@ -195,11 +195,11 @@ def _gather_choice(
         options=options,
         model=model,
         kind=kind,
-        facts=facts,
+        facts=info,
         content=content,
         memory=memory,
-        size=data.get("resolution") or describing.choose_size(model, content.media),
-        frames=describing.choose_frames(model, content.media, memory),
+        size=data.get("resolution") or describing.select_size(model, content.media),
+        frames=describing.select_frames(model, content.media, memory),
         files=files,
         held=inside,
         kept=[*typed, *inside],
@@ -216,7 +216,7 @@ def _gather_choice(
         leave_sizes(foreign)
     in_epoch = count_steps_of_epoch(choice)
     return dataclasses.replace(
-        choice, options=choose_length(foreign, choice.options, in_epoch, len(content.media))
+        choice, options=select_length(foreign, choice.options, in_epoch, len(content.media))
     )
 
 
@@ -231,7 +231,7 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
     return dataclasses.replace(choice, training=foreign.training)
 
 
-def _choose_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
+def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
     chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
@@ -266,7 +266,7 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
     """Return the content of the folder, with hints about models that would suit it better."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
-    edit_tasks = [entry.task for entry in of_family if needs_picture(entry)]
+    edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
     sound_families = dict.fromkeys(entry.family for entry in models if "sound_alone" in entry.data)
     silent_tasks: list[str] = []
     if facts.hears:
@@ -285,9 +285,9 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
 
 def _write_content(content: FolderContent) -> None:
     """Write the first frames of clips, and captions that lists have. Caption files that exist stay."""
-    for picture, clip in content.first_frames.items():
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        write_png(picture, first_frame(clip))
+    for image, clip in content.first_frames.items():
+        image.parent.mkdir(parents=True, exist_ok=True)
+        write_png(image, first_frame(clip))
     for path, text in content.new_captions.items():
         if not path.exists() or path.with_suffix(".png") in content.first_frames:
             write_text(path, f"{text}\n")
@@ -312,13 +312,13 @@ def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -
         config = with_lengths(config, describing.lengths_of(choice.model))
         config = with_references(config, family.references, family.can.references)
         for table in config.datasets:
-            faults: list[Fault] = []
+            errors: list[Fault] = []
             sources: list[MediaSource] = []
             try:
-                sources = find_sources(table, faults=faults)
+                sources = find_sources(table, faults=errors)
             except DatasetError as error:
-                faults.append(Fault("tables cannot be used", str(error)))
-            problems += [fault for fault in faults if fault.ends_run]
+                errors.append(Fault("tables cannot be used", str(error)))
+            problems += [fault for fault in errors if fault.ends_run]
             for source in sources:
                 if source.caption is None and source.path.name in damaged:
                     problems.append(Fault(DAMAGED, str(source.path)))
@@ -328,10 +328,10 @@ def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -
             except DatasetError as error:
                 problems.append(Fault("tables cannot be used", str(error)))
     written = str(choice.options.folder / WRITTEN[0])
-    return [line.replace(str(copy), written) for line in list_faults(problems, LISTED)]
+    return [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
 
 
-def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
+def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
     """Return the line about the command that trains, and what has to be done before it."""
     command = ["run", as_operand(choice.options.folder)]
     downloads = ""
@@ -340,7 +340,7 @@ def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
         downloads = "downloads the model, "
     does = f"{own_command(*command)} {downloads}checks, caches and trains"
     first = []
-    if has_problems:
+    if has_errors:
         first.append("correct what is listed above")
     if _find_bare(choice):
         first.append("give captions or a trigger word as above")
@@ -349,7 +349,7 @@ def _describe_next(choice: describing.Choice, has_problems: bool) -> str:
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
     """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
-    lines = [_summarise(choice), *choice.content.lines, *remarks]
+    lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
     if reason and "resolution" not in choice.data:
         lines.append(f"{choice.size[0]}x{choice.size[1]}: {reason}")
@@ -376,7 +376,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             f"{few_steps.lost}, in [training] of {RUN_FILE}"
         )
         if not choice.kind.has_targets:
-            told += f". {few_steps.instead_of_whole}"
+            told += f". {few_steps.instead_of_full}"
         elif few_steps.is_certain:  # a family of distilled models alone has nothing else to train
             told += f". Take {comments}"
         else:
@@ -387,7 +387,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     return lines + _describe_lengths(choice)
 
 
-def _summarise(choice: describing.Choice) -> str:
+def _summarize(choice: describing.Choice) -> str:
     """Return the first line: the media by kind, the model, their size and the card."""
     size = ""
     if not choice.is_of_sound:
@@ -443,9 +443,9 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
             least = describing.shortest_clip(model)
             learned = f"which learns nothing of less than {least} frames (at {model.data['fps']} a second)"
         lines.append(f"{names}: too short for a clip of this model, {learned}")
-    pictures = [item.path for item in choice.media if item.kind == "image"]
-    if pictures and model.data.get("from_image"):
-        lines.append(f"{name_some(pictures)}: pictures, of which this model learns nothing")
+    images = [item.path for item in choice.media if item.kind == "image"]
+    if images and model.data.get("from_image"):
+        lines.append(f"{name_some(images)}: pictures, of which this model learns nothing")
     return lines
 
 
@@ -539,10 +539,10 @@ def _describe_again(choice: describing.Choice, **more: str) -> str:
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}
-    usual = option_values(NewOptions(folder=choice.options.folder))
+    default = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed
     for name, value in values.items():
-        if value == usual[name]:
+        if value == default[name]:
             continue
         for item in value if isinstance(value, tuple) else (value,):
             words.append(f"--{name}")

@@ -16,7 +16,7 @@ INT8, NF4 = "--convrot_int8", "--nf4_base"
 FP8 = {"--fp8_base", "--fp8_scaled"}
 
 
-def needs_picture(model: ModelSet) -> bool:
+def needs_image(model: ModelSet) -> bool:
     """Return whether the model's command to generate edits a picture."""
     return "--control_image_path" in model.commands["generate"].split()
 
@@ -71,7 +71,7 @@ def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> 
         and transformer_bytes(other) <= transformer_bytes(model) / 2
         and other.data.get("from_image", False) == model.data.get("from_image", False)
         and other.data["frames"] == model.data["frames"]
-        and needs_picture(other) == needs_picture(model)
+        and needs_image(other) == needs_image(model)
     ]
 
 

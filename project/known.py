@@ -33,21 +33,21 @@ def remember_folder(folder: Path, models: Path | None = None) -> None:
     models: folder that its download fills, of a description. Without a place to keep it, the folder is asked
     about again.
     """
-    facts = {"models": None if models is None else str(real_path(models))}
-    remember_facts(KIND, folder, facts)
+    info = {"models": None if models is None else str(real_path(models))}
+    remember_info(KIND, folder, info)
 
 
 def recall_folder(folder: Path) -> KnownFolder | None:
     """Return the remembered facts of a folder; None if another folder is in its place, or none are known."""
     try:
-        facts = recall_facts(KIND, folder)
-        models = facts["models"]
+        info = recall_info(KIND, folder)
+        models = info["models"]
         return KnownFolder(None if models is None else Path(models))
     except (OSError, ValueError, TypeError, LookupError):
         return None
 
 
-def remember_facts(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
+def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the user's file about a folder, as far as there is a place for it. kind: as of `user_file_of`."""
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
@@ -55,7 +55,7 @@ def remember_facts(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
     logger.debug("%s is not remembered", folder)
 
 
-def recall_facts(kind: str, folder: Path) -> Mapping[str, Any]:
+def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
     """Return the facts in the user's file about a folder; empty if another folder has taken its place.
 
     Raises OSError, ValueError, TypeError or LookupError for a folder or a file that cannot be read.
@@ -63,9 +63,9 @@ def recall_facts(kind: str, folder: Path) -> Mapping[str, Any]:
     text = read_user_file(user_file_of(kind, folder))
     if text is None:
         return {}
-    facts: Mapping[str, Any] = parse_json(text)
-    is_same = all(facts[name] == value for name, value in identify_folder(folder).items())
-    return facts if is_same else {}
+    info: Mapping[str, Any] = parse_json(text)
+    is_same = all(info[name] == value for name, value in identify_folder(folder).items())
+    return info if is_same else {}
 
 
 def user_file_of(kind: str, folder: Path) -> str:

@@ -23,7 +23,7 @@ from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, label_o
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
-from modules.media.samples import track_facts
+from modules.media.samples import track_info
 from modules.media.streams import source_info
 from modules.paths import path_from
 from modules.text_files import parse_toml, read_text, real_path
@@ -43,7 +43,7 @@ FIRST_FRAMES = "first_frames"  # folder of pictures that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
 CONTROL_FOLDER = "conditioning"
 DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
-REGULARISATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
+REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
 # folders of what pictures are made from, also as control_images
 REFERENCES = re.compile(
     r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
@@ -54,8 +54,8 @@ SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
 FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
-MOST_FOLDERS = 1000  # that are looked into for media that are left out
-MOST_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
+MAX_FOLDERS = 1000  # that are looked into for media that are left out
+MAX_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
 SOUND_HELP = (
     "audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"
 )
@@ -204,12 +204,12 @@ def _describe_control_pairs(
     """
     if control_kind is None:
         return {}
-    pictures = [item.path for item in media if item.kind == "image"]
+    images = [item.path for item in media if item.kind == "image"]
     absolute = folder.absolute()
     of_all = [*places.sources, *(source for source in _sources_in(absolute.parent) if source != absolute)]
-    owned = dict.fromkeys(of_all, pictures)
+    owned = dict.fromkeys(of_all, images)
     for place in places.learned[1:]:
-        of_place = [path for path in pictures if path.parent == place]
+        of_place = [path for path in images if path.parent == place]
         owned |= dict.fromkeys(_sources_in(place), of_place)
     lines = {
         place: describe_control_pairs(place, paths, kind, control_kind) for place, paths in owned.items()
@@ -269,7 +269,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         if name is not None:
             content.names[place] = name
     for place in candidates:
-        reason = _why_regularisation(place, folder, content.names)
+        reason = _why_regularization(place, folder, content.names)
         if reason is None:
             places.learned.append(place)
         else:
@@ -285,7 +285,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
     outer: dict[Path, str] = {}
     real_folder = real_path(folder)
     for place in _folders(real_folder.parent):
-        if place == real_folder or not REGULARISATION.fullmatch(place.name):
+        if place == real_folder or not REGULARIZATION.fullmatch(place.name):
             continue
         reason = f"{place.name} is the name of a folder of regularisation pictures"
         for inner in _folders(place):
@@ -303,8 +303,8 @@ def _describe_regularising(
 
     reason: why it is one. kind: what is trained.
     """
-    pictures = _files_in(place, image_suffixes())
-    if not pictures:
+    images = _files_in(place, image_suffixes())
+    if not images:
         return []
     rename = "If they are to be learned as others, rename the folder"
     if kind.sees_controls or kind.learns_word:
@@ -315,14 +315,14 @@ def _describe_regularising(
             f"takes them (docs/image_datasets.md). {rename}"
         ]
     named = content.names.get(place)
-    bare = [path for path in pictures if not caption_path(path, content.captions).exists()]
+    bare = [path for path in images if not caption_path(path, content.captions).exists()]
     if bare and named is None:
         return [
             f"{place}: left out: {name_some(bare)}: regularisation pictures without a caption, in a folder "
             "whose name has no class. Call it 1_man, with the word for the class, or give captions"
         ]
     content.regularising.append(place)
-    count = count_of(len(pictures), "regularisation picture")
+    count = count_of(len(images), "regularisation picture")
     caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
     return [f"{place}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
@@ -340,15 +340,15 @@ def _has_captioned_media(folder: Path) -> bool:
 def _name_of(folder: Path) -> FolderName | None:
     """Return the repeats and words in a folder's name (`10_ohwx man`, as image trainers); None if none."""
     name = read_folder_name(real_path(folder).name)
-    return name if name is not None and name.repeats < MOST_REPEATS and name.words.strip() else None
+    return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
 
-def _why_regularisation(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
+def _why_regularization(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
     """Return the reason to take a folder's pictures for regularisation; None if there is none."""
     if place == folder:
         return None
     for path in (place, place.parent):
-        if path != folder and REGULARISATION.fullmatch(path.name):
+        if path != folder and REGULARIZATION.fullmatch(path.name):
             return f"{path.name} is the name of a folder of regularisation pictures"
     name = names.get(place)
     if name is None:
@@ -440,7 +440,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     lines = []
     waiting = list(folders)
     visited = 0
-    while waiting and visited < MOST_FOLDERS:
+    while waiting and visited < MAX_FOLDERS:
         place = waiting.pop(0)
         visited += 1
         if place.is_symlink() or place.name.lower() in OWN_FOLDERS | MASK_FOLDERS:
@@ -564,9 +564,9 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
     if alone:
         example = f"{alone[0].stem}_1.png"
         content.lines.append(f"{name_some(alone)}: left out, without layers, such as {example}")
-    of_pictures = {path: of_path for path, of_path in layers.items() if of_path}
-    content.layers |= of_pictures
-    return list(of_pictures)
+    of_images = {path: of_path for path, of_path in layers.items() if of_path}
+    content.layers |= of_images
+    return list(of_images)
 
 
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
@@ -635,7 +635,7 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFac
     remarks: list[str] = []
     for path in sounds:
         try:
-            if track_facts(path) is None:
+            if track_info(path) is None:
                 raise MediaError(f"{path} has no sound")
             caption = _find_caption(path, content, remarks)
             content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
@@ -680,14 +680,14 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
     """Put the first frame of each clip in its place, as a picture that `new` writes. name: of the model."""
-    pictures: list[Media] = []
+    images: list[Media] = []
     for clip in content.media:
         if clip.is_clip:
-            picture = _take_first_frame(folder, content, clip)
-            if picture is not None:
-                pictures.append(picture)
-    content.media = [item for item in content.media if not item.is_clip] + pictures
-    if pictures:
+            image = _take_first_frame(folder, content, clip)
+            if image is not None:
+                images.append(image)
+    content.media = [item for item in content.media if not item.is_clip] + images
+    if images:
         names = name_some(list(content.first_frames.values()))
         content.lines.append(
             f"{names}: {name} learns pictures alone. The first frame of each clip is written as a picture "
@@ -757,15 +757,15 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
     places = _sort_folders(folder, FolderContent())
     parent = folder.absolute().parent
     for place in places.learned:
-        pictures = [path.stem for path in _files_in(place, image_suffixes())]
+        images = [path.stem for path in _files_in(place, image_suffixes())]
         for source in _list_sources(place, folder, places):
             if not CONTROLS.fullmatch(source.name):
                 continue
-            missing = _without_reference(source, pictures)
+            missing = _without_reference(source, images)
             is_outside = place == folder and source.parent == parent
             if is_outside and (missing or has_word or _list_other_media(folder, source)):
                 continue
-            if len(missing) < len(pictures):
+            if len(missing) < len(images):
                 return True
     return False
 
@@ -786,9 +786,9 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
     """Find the folder of control pictures for each folder of pictures: the first that has one of any."""
     for place in places.learned:
-        pictures = [item.path.stem for item in content.media if item.path.parent == place]
+        images = [item.path.stem for item in content.media if item.path.parent == place]
         for source in _list_sources(place, folder, places):
-            if len(_without_reference(source, pictures)) < len(pictures):
+            if len(_without_reference(source, images)) < len(images):
                 content.controls[place] = source
                 break
     for source in places.sources:
@@ -807,17 +807,17 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
     """Take the first folder that has a reference of any picture of a folder."""
     media = [item for item in content.media if item.path.parent == place]
-    pictures = [item.path.stem for item in media if item.kind == "image"]
-    if not pictures:
+    images = [item.path.stem for item in media if item.kind == "image"]
+    if not images:
         return
     for source in sources:
-        without = _without_reference(source, pictures)
-        if len(without) == len(pictures):
+        without = _without_reference(source, images)
+        if len(without) == len(images):
             continue
         content.references[place] = source
         content.lines += _describe_unread(place, source, content.media)
         if without:
-            text = f"{len(without)} of {len(pictures)} pictures have no reference in {source}"
+            text = f"{len(without)} of {len(images)} pictures have no reference in {source}"
             content.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
         return
 
@@ -915,8 +915,8 @@ def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
     if len(content.media) < FEW_MEDIA:
         files = count_of(len(content.media), "file")
         lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
-    pictures = [item.path for item in visible if item.kind == "image"]
-    originals = [path for path in pictures if path not in content.first_frames]
+    images = [item.path for item in visible if item.kind == "image"]
+    originals = [path for path in images if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
         learned = "which is learned" if facts.learns_alpha else "which is learned as white"
@@ -1025,7 +1025,7 @@ def _has_sound(medium: Media) -> bool:
 
 def _is_silent(path: Path) -> bool:
     try:
-        return is_animation(path) or track_facts(path) is None
+        return is_animation(path) or track_info(path) is None
     except MediaError:
         return True
 

@@ -7,11 +7,11 @@ from modules.option_values import gibibytes
 from modules.options import Options, option, unsupported
 from modules.output_files import check_output_name
 from project.options import (
+    FULL_MODEL,
     KIND_NAMES,
     MODEL_FILES,
     MODELS,
     TRAINING_TABLE,
-    WHOLE_MODEL,
     check_trigger,
     list_model_files,
 )
@@ -84,4 +84,4 @@ class NewOptions(Options):
     @property
     def trains(self) -> str | None:
         """Return the name of the kind of run that is typed."""
-        return WHOLE_MODEL if self.whole_model else self.train
+        return FULL_MODEL if self.whole_model else self.train

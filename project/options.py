@@ -10,15 +10,15 @@ from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
-from modules.options import KeyFile, facts_of
+from modules.options import KeyFile, info_of
 from modules.text_files import bad_character, real_path
 
 RUN_FILE = "run.toml"
 ON_END = "--on_end"
-WHOLE_MODEL = "whole"
-KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", WHOLE_MODEL)  # of `project.kinds.composing.KINDS`
+FULL_MODEL = "whole"
+KIND_NAMES = ("lora", "lllite", "controlnet", "embedding", FULL_MODEL)  # of `project.kinds.composing.KINDS`
 MODELS = Path("models")  # of the working folder
-MOST_OF_WORD = 200  # characters of a trigger word
+MAX_OF_WORD = 200  # characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with
 CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CAPTION_MODEL_SIZE = "4.4 GB"
@@ -48,7 +48,7 @@ def make_caption_words(commands: Iterable[Sequence[str]]) -> list[str]:
 def _training_keys() -> Collection[str]:
     from training.options import TrainingOptions  # only mistakes need them
 
-    return facts_of(TrainingOptions)
+    return info_of(TrainingOptions)
 
 
 TRAINING_TABLE = KeyFile(
@@ -105,7 +105,7 @@ def check_trigger(word: str) -> None:
         reason = "a tab"
     if reason is not None:
         raise OptionError(f"--trigger_word {word!r} holds {reason}. Give a word of letters, such as mrsfluff")
-    if not word.strip() or len(word) > MOST_OF_WORD:
+    if not word.strip() or len(word) > MAX_OF_WORD:
         raise OptionError(
-            f"--trigger_word has {len(word.strip())} characters: give 1 to {MOST_OF_WORD}, such as mrsfluff"
+            f"--trigger_word has {len(word.strip())} characters: give 1 to {MAX_OF_WORD}, such as mrsfluff"
         )

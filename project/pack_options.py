@@ -7,14 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from modules.control_codes import escape_control_codes
 from modules.options import Options, option
-from modules.output_files import check_place, find_fault_on_windows
+from modules.output_files import check_place, find_error_on_windows
 from project.options import MODELS
 
 MANIFEST = "reelsmith.json"  # in a packed file: what it is, and when its files were changed
 VERSION = 1
 # first part of a model's path in a packed run.toml; `unpack` puts its own folder of models there
 MODELS_PART = "models"
-MOST_OF_NAME = 1000  # bytes
+MAX_OF_NAME = 1000  # bytes
 
 
 class PackOptions(Options):
@@ -44,7 +44,7 @@ class UnpackOptions(Options):
     models: Path = option("folder of models on this machine, which `run --download` fills", default=MODELS)
 
 
-def find_fault_of_name(name: str, on_windows: bool) -> str:
+def find_error_of_name(name: str, on_windows: bool) -> str:
     """Return the reason why a packed file may not have a name; empty if it may.
 
     A name is the path in the folder, with /. on_windows: refuse also what only Windows cannot have.
@@ -60,8 +60,8 @@ def find_fault_of_name(name: str, on_windows: bool) -> str:
         size = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         return "it is no UTF-8"
-    if size > MOST_OF_NAME:
-        return f"it has {size} bytes, and {MOST_OF_NAME} are the most"
+    if size > MAX_OF_NAME:
+        return f"it has {size} bytes, and {MAX_OF_NAME} are the most"
     if on_windows:
-        return next(filter(None, map(find_fault_on_windows, parts)), "")
+        return next(filter(None, map(find_error_on_windows, parts)), "")
     return ""

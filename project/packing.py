@@ -22,12 +22,12 @@ from modules.console import as_size, count_of, list_some
 from modules.errors import OptionError, OutputError
 from modules.installation import PREFIX
 from modules.limits import MAX_METADATA_BYTES
-from modules.options import facts_of
+from modules.options import info_of
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text, real_path
 from project.media import CHECK_PAGE
 from project.options import RUN_FILE, as_operand, own_command
-from project.pack_options import MANIFEST, MODELS_PART, VERSION, PackOptions, find_fault_of_name
+from project.pack_options import MANIFEST, MODELS_PART, VERSION, PackOptions, find_error_of_name
 from project.relocating import (
     MachinePaths,
     RelocatedText,
@@ -200,7 +200,7 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
                 hidden.append(str(path))
                 continue
             member = PackMember(path.relative_to(described.folder).as_posix(), path)
-            reason = find_fault_of_name(member.name, on_windows=False)
+            reason = find_error_of_name(member.name, on_windows=False)
             if reason or member.name == MANIFEST:
                 reason = reason or "`pack` uses that name itself"
                 raise OptionError(f"{path!r} cannot be packed: {reason}. Rename it")
@@ -230,7 +230,7 @@ def _relocate_texts(
 
     Raises OptionError for texts that name other places of this machine.
     """
-    secret = {name for name, facts in facts_of(TrainingOptions).items() if facts.get("secret")}
+    secret = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
     dropped: list[str] = []
     outside: list[str] = []

@@ -11,7 +11,7 @@ from modules.options import (
     STARTS,
     KeyFile,
     Options,
-    facts_of,
+    info_of,
     option,
     option_values,
     options_with,
@@ -25,7 +25,7 @@ from training.features.composing import options_of_run
 def _options_of_new() -> Collection[str]:
     from project.new_options import NewOptions  # only mistakes need them
 
-    return facts_of(NewOptions)
+    return info_of(NewOptions)
 
 
 OF_NEW = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")

@@ -27,7 +27,7 @@ from modules.option_values import option_words
 from modules.options import in_one_spelling
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
-from modules.run_limits import describe_outside, limit_run, refuse_outside
+from modules.run_limits import describe_outside, limit_run, reject_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.checked import remember_checked, was_checked
 from project.choosing import script_family
@@ -206,7 +206,7 @@ def check_project(project: Project) -> None:
         print_lines([f"{project.missing[0]} is missing{size}: its options are checked when it is there."])
     else:
         _check_training(project)
-    has_faults = False
+    has_errors = False
     left_out: list[str] = []
     for words in project.commands:
         if "--check" not in words:
@@ -216,11 +216,11 @@ def check_project(project: Project) -> None:
             outcome = _check_media(words, project.folder, project.validation)
             if outcome.fault_kinds:
                 _explain(words, project.folder, outcome.fault_kinds)
-            has_faults |= bool(outcome.fault_kinds)
+            has_errors |= bool(outcome.fault_kinds)
             left_out += outcome.left_out
         else:
-            has_faults |= bool(run_command(words, project.folder))
-    if has_faults:
+            has_errors |= bool(run_command(words, project.folder))
+    if has_errors:
         raise SystemExit(1)
     if not left_out and not project.missing:
         remember_checked(project.folder, project.commands, project.files)
@@ -282,11 +282,11 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
         ) from None
     option = f"{path}: output_name"
     check_output_name(option, project.name, is_new=False)
-    refuse_outside("output_dir", project.output)
+    reject_outside("output_dir", project.output)
     has_begun = history_path(project.output, project.name).exists()
     check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
-        refuse_outside("logging_dir", project.logs)
+        reject_outside("logging_dir", project.logs)
     for words_of_command in (project.download, *project.commands):
         _require_script(words_of_command)
     typed_words = option_words({f"--{name}": value for name, value in typed.items()})
@@ -470,7 +470,7 @@ def _check_training(project: Project) -> None:
 
 def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
     """Check media with the script that caches latents. validation: share and seed of the training."""
-    faults: list[Fault] = []
+    errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
         # with torch: loaded when a run checks
@@ -489,14 +489,14 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
         findings = replace(findings, counters=TOKENS_ELSEWHERE)
         print_check(findings, family, config, page=options.page, workers=workers)
         for table in findings.tables:
-            faults.extend(table.faults)
+            errors.extend(table.faults)
 
     with contextlib.chdir(folder):
         cache_family_latents(script_family(words), None, list(words[2:]), check)
-    ending = [fault.kind for fault in faults if fault.kind != UNREADABLE and fault.ends_run]
+    ending = [error.kind for error in errors if error.kind != UNREADABLE and error.ends_run]
     if ending:
         return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])
-    return MediaCheck(fault_kinds=[], left_out=[fault.text for fault in faults])
+    return MediaCheck(fault_kinds=[], left_out=[error.text for error in errors])
 
 
 def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
@@ -567,11 +567,11 @@ def run_command(words: Sequence[str], folder: Path, progress: Path | None = None
             process.terminate()
 
         # set after the start: a program inherits ignored signals
-        usual_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        usual_end = signal.signal(signal.SIGTERM, end)
+        default_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        default_end = signal.signal(signal.SIGTERM, end)
         try:
             code = process.wait()
         finally:
-            signal.signal(signal.SIGINT, usual_interrupt)
-            signal.signal(signal.SIGTERM, usual_end)
+            signal.signal(signal.SIGINT, default_interrupt)
+            signal.signal(signal.SIGTERM, default_end)
     return INTERRUPTED if interrupts else abs(code)

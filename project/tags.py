@@ -12,7 +12,7 @@ from dataset.subset_options import KEPT
 
 SHARE = 0.8  # of the captions are lists of tags in a folder of tags
 LEAST = 3  # tags in a list
-MOST_WORDS = 4  # of a tag
+MAX_WORDS = 4  # of a tag
 SENTENCE = re.compile(r"[.!?](\s|$)")
 # as in red_hair; score_7 and o_o stay
 UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")
@@ -90,7 +90,7 @@ def _read_list(text: str, separator: str) -> tuple[str, ...]:
         return ()
     if separator == " " and not _are_joined(tags):
         return ()
-    if separator == "," and max(len(tag.split()) for tag in tags) > MOST_WORDS:
+    if separator == "," and max(len(tag.split()) for tag in tags) > MAX_WORDS:
         return ()
     return tuple(tags)
 

@@ -27,12 +27,12 @@ from modules.paths import expand_path, path_exists
 from modules.text_files import parse_json, parse_toml, read_text, real_path, require_regular_file
 from modules.zip_files import BoundedFile
 from project.options import RUN_FILE, as_operand, download_options, own_command
-from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_fault_of_name
+from project.pack_options import MANIFEST, MODELS_PART, VERSION, UnpackOptions, find_error_of_name
 from project.relocating import change_texts
 from training.config_options import OTHERS_TABLE
 
 PIECE_BYTES = 1 << 20
-MOST_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
+MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # of the time of a file: the year 2116
 
@@ -81,7 +81,7 @@ def _read_manifest(archive: zipfile.ZipFile) -> dict[str, Any]:
         raise ValueError(f"it has the version {manifest['version']!r}, this Reelsmith knows {VERSION}")
     archive.getinfo(RUN_FILE)
     name, modified = manifest["name"], manifest["modified"]
-    reason = find_fault_of_name(name, os.name == "nt")
+    reason = find_error_of_name(name, os.name == "nt")
     if reason or "/" in name:
         raise ValueError(f"its name is {name!r}: {reason or 'it leads out of the folder'}")
     if not isinstance(modified, dict):
@@ -94,7 +94,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 
     Raises ValueError or TypeError for a file that `pack` would not write; OSError if it is too large.
     """
-    if archive.getinfo(RUN_FILE).file_size > MOST_OF_RUN_FILE:
+    if archive.getinfo(RUN_FILE).file_size > MAX_OF_RUN_FILE:
         raise ValueError(f"{RUN_FILE} is too long")
     with archive.open(RUN_FILE) as file:
         text = _place_models(_read_member(file).decode("utf-8-sig"), models)
@@ -116,7 +116,7 @@ def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
     for entry in entries:
         name = entry.orig_filename
         mode = entry.external_attr >> 16
-        reason = find_fault_of_name(name, os.name == "nt")
+        reason = find_error_of_name(name, os.name == "nt")
         if not reason and entry.is_dir():
             reason = "it is a folder"
         if not reason and mode and not stat.S_ISREG(mode):
@@ -166,7 +166,7 @@ def _write(
                     target.write(piece)
                     bar.update(len(piece))
         run_file = temporary / RUN_FILE
-        text = _place_models(read_text(run_file, MOST_OF_RUN_FILE), real_path(options.models))
+        text = _place_models(read_text(run_file, MAX_OF_RUN_FILE), real_path(options.models))
         run_file.write_text(text, encoding="utf-8", newline="\n")
         for entry in members:
             nanoseconds = modified.get(entry.filename)
@@ -197,7 +197,7 @@ def _place_models(text: str, models: Path) -> str:
 
     def place(_: str, value: str) -> str:
         first, slash, inside = value.partition("/")
-        if first != MODELS_PART or find_fault_of_name(value, on_windows=False):
+        if first != MODELS_PART or find_error_of_name(value, on_windows=False):
             return value
         return f"{models.as_posix()}{slash}{inside}"
 

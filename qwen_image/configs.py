@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.rules import ModelRelease
 from qwen_image.options import EDIT, EDIT_2509, EDIT_2511
 from wan.spec import PREVIEW_BIAS, PREVIEW_FACTORS
@@ -51,7 +51,7 @@ LATENT = LatentSpec(
 )
 # of Qwen-Image-Layered, whose VAE has alpha
 LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
-NOISE = NoiseSpec(tokens=count_picture_tokens)
+NOISE = NoiseSpec(tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
     fp8_exclude=("_mod.",),  # in 8 bits pictures are visibly worse

@@ -27,9 +27,9 @@ from contract.rules import (
 )
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.pictures import (
-    ModelOfPictures,
-    encode_pictures,
-    picture_defaults,
+    ModelOfImages,
+    encode_images,
+    image_defaults,
     references_in,
     references_of,
 )
@@ -52,20 +52,20 @@ from qwen_image.options import (
     QwenImageTextCachingOptions,
     QwenImageTrainingOptions,
 )
-from qwen_image.references import AS_TRAINED, add_pictures, fill_size, find_area, read_anchor, read_reference
+from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, read_anchor, read_reference
 
 logger = logging.getLogger(__name__)
 
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
-DEFAULTS = picture_defaults(25, 4.0, 1328)
+DEFAULTS = image_defaults(25, 4.0, 1328)
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
 
 
 @dataclass(frozen=True)
-class QwenImage(ModelOfPictures):
+class QwenImage(ModelOfImages):
     """Description of Qwen-Image for one run, built by the `family_for_...` functions below."""
 
     files: QwenImageFiles
@@ -128,7 +128,7 @@ class QwenImage(ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return each picture's entry: normalised means of it and its references, in the VAE's dtype."""
         vae = encoders.vae
-        return encode_pictures(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
+        return encode_images(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
 
@@ -166,12 +166,12 @@ class QwenImage(ModelOfPictures):
         if LAYER_COUNT in request.extra:
             text = "--%s %s (--f in a prompt line) is ignored because %s makes no layers"
             logger.warning(text, LAYER_COUNT, request.extra[LAYER_COUNT], self.called)
-        prepared = self.settle_picture(fill_size(request), 1.0, NEGATIVE)
-        prepared = add_pictures(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
+        prepared = self.resolve_image(fill_size(request), 1.0, NEGATIVE)
+        prepared = add_images(replace(prepared, rules=GuidanceRules(token_side=PATCH)), self.edit)
         if request.flow_shift is not None:
             return prepared
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
-        tokens = family.count_picture_tokens(LATENT.shape(1, prepared.height, prepared.width))
+        tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:

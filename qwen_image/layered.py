@@ -23,20 +23,20 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from contract.family import DitSpec, NoiseSource, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSource, NoiseSpec, count_image_tokens
 from contract.inputs import LATENTS
 from contract.requests import (
     NO_MEDIA,
     Prepared,
     Request,
     check_size,
+    full_patches,
     keep_usable_media,
     settle,
-    whole_patches,
 )
 from contract.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
-from encoders.pictures import ModelOfPictures, picture_defaults, references_in
+from encoders.pictures import ModelOfImages, image_defaults, references_in
 from modules.errors import CacheError, OptionError
 from modules.media.buckets import Size
 from modules.media.pixels import from_bytes
@@ -46,7 +46,7 @@ from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles
 from qwen_image.names import LORA
-from qwen_image.options import LAYER_COUNT, LAYERED, MOST_LAYERS, QwenImageReferenceOptions
+from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageReferenceOptions
 from qwen_image.references import official_size, read_reference, taken_size
 
 VERSION = VERSIONS[LAYERED]
@@ -54,10 +54,10 @@ SIDE = 640  # a picture is made as large as the square of this side. Source: the
 LAYERS = 4  # of a picture, if nothing is said. Source: likewise
 NEGATIVE = " "  # if nothing is said, as released
 FEW_TOKENS = 256  # of a picture whose noise levels are not shifted. Source: the released pipeline
-DEFAULTS = picture_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
+DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
-class TakenPicture(NamedTuple):
+class TakenImage(NamedTuple):
     """The size in which the model sees the picture to take apart, as `taken_size` has it."""
 
     area: int | None
@@ -65,7 +65,7 @@ class TakenPicture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class QwenImageLayered(ModelOfPictures):
+class QwenImageLayered(ModelOfImages):
     """Description of Qwen-Image-Layered for one run, built by the `family_for_...` functions of `family`."""
 
     files: QwenImageFiles
@@ -156,7 +156,7 @@ class QwenImageLayered(ModelOfPictures):
         Raises OptionError unless there is exactly one picture, and for a number of layers that cannot be.
         """
         self.files.check()
-        request = self._keep_picture(request)
+        request = self._keep_image(request)
         (path,) = request.control_images
         own = image_size(path)
         area = None
@@ -164,19 +164,19 @@ class QwenImageLayered(ModelOfPictures):
             area = SIDE**2  # the picture and its layers are of this size, as released
             width, height = official_size(own, area)
             request = replace(request, width=width, height=height)
-        width, height = whole_patches(request.width or SIDE, request.height or SIDE, self.latent)
+        width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
         size = width, height, self._count_layers(request) + self.latent.has_whole
         check_size(size, self.latent)
-        taken = TakenPicture(area, (width, height) if self.edit.resize_control_to_image_size else None)
+        taken = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
         source = taken_size(own, taken.area, taken.target)
-        tokens = count_picture_tokens(self.latent.shape(1, source[1], source[0]))
+        tokens = count_image_tokens(self.latent.shape(1, source[1], source[0]))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
-        prepared = settle(request, self.defaults, size=size, flow_shift=shift, usual_negative=NEGATIVE)
+        prepared = settle(request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE)
         rules = GuidanceRules(token_side=PATCH) if self.keeps_norms else AS_PLAIN
         end = f"_{path.stem}" if self.edit.append_original_name else ""
         return replace(prepared, rules=rules, name_end=end, family_record=taken)
 
-    def _keep_picture(self, request: Request) -> Request:
+    def _keep_image(self, request: Request) -> Request:
         takes = {**NO_MEDIA, "control_images": True}
         request = keep_usable_media(request, takes, f"{self.called} does not take it")
         if len(request.control_images) != 1:
@@ -190,16 +190,16 @@ class QwenImageLayered(ModelOfPictures):
         """Return the number of layers: of a training's sample, of a prompt line, or of the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
-        if not 1 <= count <= MOST_LAYERS:
+        if not 1 <= count <= MAX_LAYERS:
             raise OptionError(
-                f"--{LAYER_COUNT} {count} (--f in a prompt line): give 1 to {MOST_LAYERS} layers"
+                f"--{LAYER_COUNT} {count} (--f in a prompt line): give 1 to {MAX_LAYERS} layers"
             )
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the picture to take apart, 1 C 1 h w: the mean."""
         (path,) = prepared.request.control_images
-        taken: TakenPicture = prepared.family_record
+        taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
         return {0: {CONTROL: encoders.vae.encode(_to_pixels(frame[None, None]))}}
 

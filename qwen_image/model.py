@@ -205,23 +205,23 @@ class QwenImageModel(BlockNetwork):
         not with that of the picture. References come behind the picture, a second text behind the first one.
         Raises ValueError if sizes do not fit.
         """
-        pictures = (noisy, *references)
-        for latents in pictures:
+        images = (noisy, *references)
+        for latents in images:
             if latents.shape[1] != self.config.channels:
                 raise ValueError(f"{latents.shape[1]} input channels, the model takes {self.config.channels}")
             check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        embedded = [in_own_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in pictures]
-        grids = self._place_pictures(noisy, references)
+        embedded = [in_own_dtype(self.img_in, cut_patches(latents)).to(dtype) for latents in images]
+        grids = self._place_images(noisy, references)
         num_target = embedded[0].shape[1]
-        num_pictures = sum(tokens.shape[1] for tokens in embedded)
-        has_clean = clean_references and len(pictures) > 1
+        num_images = sum(tokens.shape[1] for tokens in embedded)
+        has_clean = clean_references and len(images) > 1
         vector = self.time_text_embed(timesteps)
         if has_clean:
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
         texts = []
         for prompt in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
-            longest, _, lengths = count_real(prompt["text_mask"], num_pictures, noisy.device)
+            longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
@@ -236,11 +236,11 @@ class QwenImageModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_picture=rotary[:num_pictures],
-            rotary_of_clean=rotary[num_target if has_clean else num_pictures : num_pictures],
+            rotary_of_picture=rotary[:num_images],
+            rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
         )
 
-    def _place_pictures(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
         """Return index, rows and columns of each picture's tokens: the ones to make, then references.
 
         The picture that is taken apart into layers is in front of them, at -1.
@@ -275,10 +275,10 @@ class QwenImageModel(BlockNetwork):
 
         tables = []
         for index, rows, columns in layout.pictures:
-            picture = axis(index, 1, number_width)
+            image = axis(index, 1, number_width)
             along_rows = axis(rows // 2 - rows, rows, row_width)
             along_columns = axis(columns // 2 - columns, columns, column_width)
-            tables.append(on_grid([picture, along_rows, along_columns]))
+            tables.append(on_grid([image, along_rows, along_columns]))
         start = max(side // 2 for _, *sides in layout.pictures for side in sides)
         if self.config.has_layers:
             start = max(start, *(index + 1 for index, _, _ in layout.pictures))

@@ -26,9 +26,9 @@ ORIGINAL, EDIT, EDIT_2509, EDIT_2511, LAYERED = VERSIONS = (
     "original", "edit", "edit-2509", "edit-2511", "layered",
 )  # fmt: skip
 LAYER_COUNT = "output_layers"  # a key of `Request.extra`
-MOST_LAYERS = 64
+MAX_LAYERS = 64
 MASK = "mask_path"  # a key of `Request.extra`
-MOST_KERNEL = 255  # latent pixels
+MAX_KERNEL = 255  # latent pixels
 
 
 class QwenImageVersionOptions(Options):
@@ -149,14 +149,14 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         "blur differences over this many latent pixels, an odd number; 1: not at all",
         default=3,
         least=1,
-        most=MOST_KERNEL,
+        most=MAX_KERNEL,
         only_with="rcm_threshold",
     )
     rcm_dilate_size: int = option(
         "enlarge the changed area by this many latent pixels",
         default=0,
         least=0,
-        most=MOST_KERNEL,
+        most=MAX_KERNEL,
         only_with="rcm_threshold",
     )
     rcm_debug_save: bool = option(
@@ -182,7 +182,7 @@ class QwenImageLayerOptions(Options, title="layers"):
         "number of layers that --model_version layered takes the picture apart into, from back to front",
         default=4,
         least=1,
-        most=MOST_LAYERS,
+        most=MAX_LAYERS,
         facts=of_request(LAYER_COUNT),
     )
     remove_first_image_from_target: bool = option(

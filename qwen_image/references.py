@@ -86,7 +86,7 @@ def fill_size(request: Request) -> Request:
     return replace(request, width=width, height=height)
 
 
-def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
+def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Return the request with its pictures in all prompts, and in the names of its files if asked for.
 
     Raises OptionError if the result cannot be held to the first picture, or the mask cannot be read.
@@ -125,9 +125,9 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
         )
 
 
-def check_mask(path: Path, has_picture: bool) -> None:
+def check_mask(path: Path, has_image: bool) -> None:
     """Raise OptionError if a mask has nothing to keep, or cannot be read."""
-    if not has_picture:
+    if not has_image:
         raise OptionError(
             f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
             "(--ci in a prompt line)"
@@ -167,7 +167,7 @@ def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
     read.
     """
     frame = resize_frame(read_image(path), size, "lanczos")
-    grey = torch.from_numpy(frame.copy()).float().mean(-1)
-    is_white = (grey >= 127.5).float()[None, None]
+    gray = torch.from_numpy(frame.copy()).float().mean(-1)
+    is_white = (gray >= 127.5).float()[None, None]
     sides = size[1] // latent_step, size[0] // latent_step
     return functional.interpolate(is_white, sides)[:, :, None]

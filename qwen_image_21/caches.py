@@ -32,11 +32,11 @@ def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
     hashed is `{W}x{H}:` and the bytes of the RGBA picture.
     """
     digests = []
-    for picture in pictures:
-        height, width, channels = picture.shape
+    for image in pictures:
+        height, width, channels = image.shape
         if channels == 3:
-            picture = torch.cat([picture, torch.full_like(picture[..., :1], 255)], dim=-1)
-        content = f"{width}x{height}:".encode() + picture.contiguous().numpy().tobytes()
+            image = torch.cat([image, torch.full_like(image[..., :1], 255)], dim=-1)
+        content = f"{width}x{height}:".encode() + image.contiguous().numpy().tobytes()
         digests.append(list(hashlib.sha256(content).digest()))
     return torch.tensor(digests, dtype=torch.uint8).view(-1, HASH_BYTES)
 

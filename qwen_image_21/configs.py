@@ -39,7 +39,7 @@ class QwenImage21Config:
         return self.dim // self.num_heads
 
 
-def usual_axes(head_width: int) -> tuple[int, int, int]:
+def default_axes(head_width: int) -> tuple[int, int, int]:
     """Return the channels of a head for time, rows and columns if no config.json states them.
 
     An eighth encodes the time. Each number is even: 16, 56 and 56 of the release's 128.

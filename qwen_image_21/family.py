@@ -42,13 +42,13 @@ from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, 
 from qwen_image_21.files import KEY, MOST, TEXT_USE, QwenImage21Files, find_turbo
 from qwen_image_21.names import LORA
 from qwen_image_21.options import NAME, SIDE, STEPS
-from qwen_image_21.references import add_pictures, read_anchor, read_reference
+from qwen_image_21.references import add_images, read_anchor, read_reference
 
 logger = logging.getLogger(__name__)
 
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
-DEFAULTS = pictures.picture_defaults(STEPS, 1.0, SIDE)
+DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
@@ -56,7 +56,7 @@ REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_
 
 
 @dataclass(frozen=True)
-class QwenImage21(pictures.ModelOfPictures):
+class QwenImage21(pictures.ModelOfImages):
     """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
 
     files: QwenImage21Files
@@ -106,7 +106,7 @@ class QwenImage21(pictures.ModelOfPictures):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return normalised means of pictures and their references, in the VAE's dtype, and their hashes."""
         vae = encoders.vae
-        entries = pictures.encode_pictures(
+        entries = pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
         )
         return add_hashes(entries, media)
@@ -157,10 +157,10 @@ class QwenImage21(pictures.ModelOfPictures):
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
         self._check_guidance(request)
-        prepared = self.settle_picture(fill_size(request), 1.0)
+        prepared = self.resolve_image(fill_size(request), 1.0)
         if prepared.request.control_images and self.files.text_encoder is not None:
             self.files.check_tower()
-        prepared = add_pictures(prepared, self.edit)
+        prepared = add_images(prepared, self.edit)
         tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
         shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
         turbo = find_turbo(self.files.dit)

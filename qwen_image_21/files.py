@@ -22,13 +22,13 @@ from contract.loading import TensorSource
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from encoders.language_models import QWEN3_VL
-from encoders.picture_prompts import PictureUse
+from encoders.picture_prompts import ImageUse
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
 from qwen_image.files import QWEN_USE, TOKENIZER
 from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_pictures
-from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, usual_axes
+from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
 from qwen_image_21.options import BLANK, NAME
@@ -62,7 +62,7 @@ TEXT_USE = LanguageUse(
     pre_norm=True,
     keeps_after=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
-    pictures=PictureUse(
+    pictures=ImageUse(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=lay_on_white,
@@ -89,7 +89,7 @@ QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the fi
 CUTS = joined_tensors(QWEN_IMAGE_21)
 # of Turbo, before the shift, if no model_index.json states them. Source: the release's model_index.json
 TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
-MOST_LEVELS = 1000
+MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
@@ -194,7 +194,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
 
 def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:
     """Return the channels of a head for each axis of positions. Raises CheckpointError for unfit ones."""
-    axes = settings.get("axes_dims_rope", usual_axes(width))
+    axes = settings.get("axes_dims_rope", default_axes(width))
     is_list = isinstance(axes, list | tuple) and len(axes) == 3
     if not is_list or not all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes):
         axes = ()
@@ -265,12 +265,12 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
     if levels is None:
         return None
-    is_list = isinstance(levels, list) and 0 < len(levels) <= MOST_LEVELS
+    is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
     if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
         levels = [0, 0]
     if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
         raise CheckpointError(
-            f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MOST_LEVELS}. "
+            f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
             "Copy the file of the release again.",
             index,
         )

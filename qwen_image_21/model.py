@@ -30,7 +30,7 @@ from modules.attention.attend import SecondText, attend, attend_causally
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import (
-    CentredRMSNorm,
+    CenteredRMSNorm,
     Float32LayerNorm,
     RMSNorm,
     activation_dtype,
@@ -123,10 +123,8 @@ class QwenImage21Tokens:
         """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; none of
         the prefix is left out.
         """
-        picture = self.picture - num_left_out
-        return replace(
-            self, picture=picture, split=picture, rotary=take_rows(self.rotary, kept, num_left_out)
-        )
+        image = self.picture - num_left_out
+        return replace(self, picture=image, split=image, rotary=take_rows(self.rotary, kept, num_left_out))
 
 
 class QwenImage21Attention(nn.Module):
@@ -290,7 +288,7 @@ class QwenImage21TextLayers(nn.Module):
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
-        self.text_norm = CentredRMSNorm(config.text_dim, config.eps)
+        self.text_norm = CenteredRMSNorm(config.text_dim, config.eps)
         self.in_layer = nn.Linear(config.text_dim, config.dim, bias=False)
         self.out_layer = nn.Linear(config.dim, config.dim, bias=False)
 
@@ -418,7 +416,7 @@ class QwenImage21Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = self.grid_of(noisy)
         x = self.embed_picture(noisy).to(dtype)
-        num_picture = x.shape[1]
+        num_image = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time
         prompts = tweaks.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
@@ -436,8 +434,8 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_remembered)
         tokens = QwenImage21Tokens(
             grid=grid,
-            picture=num_picture,
-            split=num_picture,
+            picture=num_image,
+            split=num_image,
             segments=list_segments(prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
             rows=self.modulation_rows(times),
@@ -449,7 +447,7 @@ class QwenImage21Model(BlockNetwork):
             _, second = embedded  # it comes with a second text
             tokens = replace(
                 tokens,
-                second=SecondText(num_picture, second.x.shape[1], None, tweaks.steer),
+                second=SecondText(num_image, second.x.shape[1], None, tweaks.steer),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
@@ -469,14 +467,14 @@ class QwenImage21Model(BlockNetwork):
             self.grid_of(latents)
         longest = max(prefix.texts for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
-        pictures = [self.embed_picture(latents).to(dtype) for latents in references]
+        images = [self.embed_picture(latents).to(dtype) for latents in references]
         samples = []
         for number, prefix in enumerate(prefixes):
             words = texts[number, : prefix.texts]
             pieces = []
             start = 0
-            for slot, picture in zip(prefix.slots, pictures, strict=True):
-                pieces += [words[start:slot], picture[number]]
+            for slot, image in zip(prefix.slots, images, strict=True):
+                pieces += [words[start:slot], image[number]]
                 start = slot
             pieces.append(words[start:])
             samples.append(torch.cat(pieces))

@@ -119,7 +119,7 @@ def read_negative(text: str) -> str:
     return BLANK if text.strip() in NO_TEXT else text
 
 
-def settle_generation(
+def resolve_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
     """Return the options with an empty --negative_prompt replaced by the text that it means."""

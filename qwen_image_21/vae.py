@@ -23,7 +23,7 @@ from checkpoints.encoders import stated_settings
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.loading import TensorSource
-from encoders.autoencoder import PictureVae
+from encoders.autoencoder import ImageVae
 from modules.devices import dtype_name, numbers_on
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, repeat_pixels
@@ -85,23 +85,23 @@ class QwenImage21VaeConfig:
     deviation: tuple[float, ...]
 
 
-class PictureConv(nn.Conv2d):
+class ImageConv(nn.Conv2d):
     """A convolution of clips of one frame: B C 1 H W."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
-class PictureResidual(nn.Module):
+class ImageResidual(nn.Module):
     """Norm, SiLU and convolution, twice, with a shortcut."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.norm1 = RmsNorm(width_in)
-        self.conv1 = PictureConv(width_in, width_out, 3, padding=1)
+        self.conv1 = ImageConv(width_in, width_out, 3, padding=1)
         self.norm2 = RmsNorm(width_out)
-        self.conv2 = PictureConv(width_out, width_out, 3, padding=1)
-        self.conv_shortcut = PictureConv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+        self.conv2 = ImageConv(width_out, width_out, 3, padding=1)
+        self.conv_shortcut = ImageConv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -109,12 +109,12 @@ class PictureResidual(nn.Module):
         return h.add_(self.conv_shortcut(x))
 
 
-class PictureMiddle(nn.Module):
+class ImageMiddle(nn.Module):
     """Two residual blocks with an attention among all pixels between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList([PictureResidual(width, width), PictureResidual(width, width)])
+        self.resnets = nn.ModuleList([ImageResidual(width, width), ImageResidual(width, width)])
         self.attentions = nn.ModuleList([WanFrameAttention(width)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class PictureMiddle(nn.Module):
         return h
 
 
-class PictureResample(nn.Module):
+class ImageResample(nn.Module):
     """Halve or double height and width. A single frame passes the released layers over time unchanged."""
 
     def __init__(self, width: int, is_down: bool) -> None:
@@ -134,10 +134,10 @@ class PictureResample(nn.Module):
         self.is_down = is_down
 
     def forward(self, x: Tensor) -> Tensor:
-        picture = x.squeeze(2)
+        image = x.squeeze(2)
         # one row more below and one column more at the right, as trained
-        picture = F.pad(picture, (0, 1, 0, 1)) if self.is_down else repeat_pixels(picture, 2)
-        h: Tensor = self.resample["1"](picture)
+        image = F.pad(image, (0, 1, 0, 1)) if self.is_down else repeat_pixels(image, 2)
+        h: Tensor = self.resample["1"](image)
         return h.unsqueeze(2)
 
 
@@ -147,7 +147,7 @@ class DownLevel(nn.Module):
     def __init__(self, level: VaeLevel) -> None:
         super().__init__()
         self.resnets = _blocks(level)
-        self.downsampler = PictureResample(level.width_out, is_down=True) if _resamples(level) else None
+        self.downsampler = ImageResample(level.width_out, is_down=True) if _resamples(level) else None
         self.factors = level.factors
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class UpLevel(nn.Module):
     def __init__(self, level: VaeLevel) -> None:
         super().__init__()
         self.resnets = _blocks(level)
-        self.upsampler = PictureResample(level.width_out, is_down=False) if _resamples(level) else None
+        self.upsampler = ImageResample(level.width_out, is_down=False) if _resamples(level) else None
         self.factors = level.factors
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,25 +179,25 @@ class UpLevel(nn.Module):
 
 def _blocks(level: VaeLevel) -> nn.ModuleList:
     widths = [level.width_in] + [level.width_out] * level.blocks
-    return nn.ModuleList(PictureResidual(widths[index], widths[index + 1]) for index in range(level.blocks))
+    return nn.ModuleList(ImageResidual(widths[index], widths[index + 1]) for index in range(level.blocks))
 
 
 def _resamples(level: VaeLevel) -> bool:
     return level.factors != (1, 1, 1)
 
 
-class PictureEncoder(nn.Module):
+class ImageEncoder(nn.Module):
     """Encode pixels, B 4 1 H W, as moments before the last convolution, B 2Z 1 h w."""
 
     def __init__(self, config: QwenImage21VaeConfig) -> None:
         super().__init__()
         levels = config.encoder
         width = levels[-1].width_out
-        self.conv_in = PictureConv(PIXEL_CHANNELS, levels[0].width_in, 3, padding=1)
+        self.conv_in = ImageConv(PIXEL_CHANNELS, levels[0].width_in, 3, padding=1)
         self.down_blocks = nn.ModuleList(DownLevel(level) for level in levels)
-        self.mid_block = PictureMiddle(width)
+        self.mid_block = ImageMiddle(width)
         self.norm_out = RmsNorm(width)
-        self.conv_out = PictureConv(width, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = ImageConv(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -208,17 +208,17 @@ class PictureEncoder(nn.Module):
         return moments
 
 
-class PictureDecoder(nn.Module):
+class ImageDecoder(nn.Module):
     """Decode latents after the first convolution, B Z 1 h w, to pixels, B 4 1 H W."""
 
     def __init__(self, config: QwenImage21VaeConfig) -> None:
         super().__init__()
         levels = config.decoder
-        self.conv_in = PictureConv(config.latent_channels, levels[0].width_in, 3, padding=1)
-        self.mid_block = PictureMiddle(levels[0].width_in)
+        self.conv_in = ImageConv(config.latent_channels, levels[0].width_in, 3, padding=1)
+        self.mid_block = ImageMiddle(levels[0].width_in)
         self.up_blocks = nn.ModuleList(UpLevel(level) for level in levels)
         self.norm_out = RmsNorm(levels[-1].width_out)
-        self.conv_out = PictureConv(levels[-1].width_out, PIXEL_CHANNELS, 3, padding=1)
+        self.conv_out = ImageConv(levels[-1].width_out, PIXEL_CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(x))
@@ -228,7 +228,7 @@ class PictureDecoder(nn.Module):
         return pixels
 
 
-class QwenImage21Vae(PictureVae):
+class QwenImage21Vae(ImageVae):
     """Encoder and decoder. Latents B Z 1 h w are in model space. Load one with `load_vae`.
 
     Pictures of a batch are computed one after the other, so that memory does not grow with their number and
@@ -240,10 +240,10 @@ class QwenImage21Vae(PictureVae):
     def __init__(self, config: QwenImage21VaeConfig, tile: int | None = None) -> None:
         super().__init__(tile)
         channels = config.latent_channels
-        self.encoder = PictureEncoder(config)
-        self.quant_conv = PictureConv(2 * channels, 2 * channels, 1)
-        self.post_quant_conv = PictureConv(channels, channels, 1)
-        self.decoder = PictureDecoder(config)
+        self.encoder = ImageEncoder(config)
+        self.quant_conv = ImageConv(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = ImageConv(channels, channels, 1)
+        self.decoder = ImageDecoder(config)
         self.config = config
 
     @property
@@ -264,15 +264,15 @@ class QwenImage21Vae(PictureVae):
         """
         if generators is not None:
             raise ValueError("the latents are means of the posterior: nothing is drawn")
-        return torch.cat([self.moments(add_alpha(picture)) for picture in pixels.split(1)])
+        return torch.cat([self.moments(add_alpha(image)) for image in pixels.split(1)])
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Return pixels B 4 1 H W, as `PictureVae.decode_unclamped`. latents: B Z 1 h w, normalised."""
-        pictures = []
-        for picture in latents.split(1):
-            pictures.append(super().decode_unclamped(picture))
-        return torch.cat(pictures)
+        """Return pixels B 4 1 H W, as `ImageVae.decode_unclamped`. latents: B Z 1 h w, normalised."""
+        images = []
+        for image in latents.split(1):
+            images.append(super().decode_unclamped(image))
+        return torch.cat(images)
 
     def _moments(self, pixels: Tensor) -> Tensor:
         """Return normalised means, B Z h w float32. pixels: B 4 H W."""
@@ -366,20 +366,20 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
     wrongly.
     """
     scale = math.prod(level.factors[1] for level in levels)
-    fault = None
+    error = None
     if scale != STRIDE:
-        fault = f"its {half} scales height and width by {scale}, not by {STRIDE}"
+        error = f"its {half} scales height and width by {scale}, not by {STRIDE}"
     for before, after in pairwise(levels):
         if before.width_out != after.width_in:
-            fault = f"a level of its {half} has {before.width_out} channels, the next {after.width_in}"
+            error = f"a level of its {half} has {before.width_out} channels, the next {after.width_in}"
     for level in levels:
         has_shortcut = is_down or _resamples(level)
         if has_shortcut and not fits_shortcut(level.width_in, level.width_out, level.factors, is_down):
             widths = f"{level.width_in} to {level.width_out} channels"
-            fault = f"a level of its {half} from {widths} can have no shortcut"
-    if fault is not None:
+            error = f"a level of its {half} from {widths} can have no shortcut"
+    if error is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: {fault}. It holds another model than {WHAT}, or tensors are missing. "
+            f"{checkpoint.path}: {error}. It holds another model than {WHAT}, or tensors are missing. "
             f"Give {FILES}.",
             checkpoint.path,
         )
@@ -427,7 +427,7 @@ def read_vae_config(path: Path) -> QwenImage21VaeConfig:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> QwenImage21Vae:
-    """Load the VAE. path: its file or folder. tile: as for `PictureVae`.
+    """Load the VAE. path: its file or folder. tile: as for `ImageVae`.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

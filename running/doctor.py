@@ -81,21 +81,21 @@ def _examine_torch() -> Iterator[Finding]:
         import torch
 
         from modules.attention.attend import BACKENDS
-        from modules.devices import choose_device
+        from modules.devices import select_device
         from running.compile import missing_for_inductor
     except Exception as error:  # a build for another system raises OSError, a damaged one anything
         verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it again: {INDEX}"
         yield Finding("torch", verdict, is_fit=False)
         return
-    device = choose_device(None)
+    device = select_device(None)
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     yield Finding("torch", f"{torch.__version__}, {built}")
     if device.type == "cuda":
         for number in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(number)
-            half = "bf16" if facts.major >= 8 else "fp16 (it computes bf16 slowly)"
-            size = f"{facts.total_memory / _GB:.0f} GB, capability {facts.major}.{facts.minor}"
-            yield Finding(f"GPU {number}", f"{facts.name}, {size}: {half}")
+            info = torch.cuda.get_device_properties(number)
+            half = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"
+            size = f"{info.total_memory / _GB:.0f} GB, capability {info.major}.{info.minor}"
+            yield Finding(f"GPU {number}", f"{info.name}, {size}: {half}")
     else:
         yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
     missing = missing_for_inductor(device)

@@ -93,7 +93,7 @@ class SwapOptions(Options):
             return f"--blocks_to_swap {self.blocks_to_swap}"
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
 
-    def refuse_trained(self, steps_in_backward: bool) -> None:
+    def reject_trained(self, steps_in_backward: bool) -> None:
         """Raise OptionError if the swapped weights themselves cannot learn.
 
         steps_in_backward: each is stepped during the backward pass (--fused_backward_pass).

@@ -246,7 +246,7 @@ def polynomial(coefficients: tuple[float, ...], x: float) -> float:
 # Letters: B batch, L tokens, C width
 
 
-MOST_POWER = 4  # of a fitted polynomial, as the published ones
+MAX_POWER = 4  # of a fitted polynomial, as the published ones
 POINTS_EACH = 3  # measured for each coefficient
 FEWEST_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
 
@@ -320,7 +320,7 @@ class Changes:
         Powers up to 4; fewer if there would be less than three points for each coefficient.
         """
         points = self.points
-        power = min(MOST_POWER, len(points) // POINTS_EACH - 1)
+        power = min(MAX_POWER, len(points) // POINTS_EACH - 1)
         if power < 1:
             return []
         inputs, outputs = zip(*points, strict=True)

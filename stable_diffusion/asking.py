@@ -11,7 +11,7 @@ from modules.devices import Failures
 from modules.errors import OptionError
 from modules.media.reading import image_size
 from modules.options import option_values, override_options
-from stable_diffusion.contract import SDXL, AskedPicture, ModelKind, PictureSettings
+from stable_diffusion.contract import SDXL, AskedImage, ImageSettings, ModelKind
 from stable_diffusion.lines import (
     LINE_OPTIONS,
     MULTIPLIERS,
@@ -26,7 +26,7 @@ from stable_diffusion.lines import (
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
 from stable_diffusion.sampling_options import (
-    USUAL_STRENGTH,
+    DEFAULT_STRENGTH,
     DeepShrinkOptions,
     GradualLatentOptions,
     SamplingOptions,
@@ -97,18 +97,18 @@ class Asking:
     num_pictures: int = 0
     num_lines: int = 0
 
-    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedPicture]:
+    def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedImage]:
         """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
         for line in lines:
-            pictures: list[AskedPicture] = []
+            images: list[AskedImage] = []
             self.num_lines += 1
             with failures.note_errors(line.label):
-                pictures = [
-                    self._make_picture(line, text, seed, number)
+                images = [
+                    self._make_image(line, text, seed, number)
                     for number, (seed, text) in enumerate(self._expand_texts(line), self.num_pictures)
                 ]
-                self.num_pictures += len(pictures)
-            yield from pictures
+                self.num_pictures += len(images)
+            yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seeds of a line's pictures, and the line with its `{...}` variants expanded."""
@@ -131,7 +131,7 @@ class Asking:
         chosen = [next(seeds) for _ in range(count)]
         return [(seed, expand(line.text, Random(seed))[0]) for seed in chosen]
 
-    def _make_picture(self, line: Line, text: str, seed: int, number: int) -> AskedPicture:
+    def _make_image(self, line: Line, text: str, seed: int, number: int) -> AskedImage:
         values: dict[str, Any] = {"prompt": text, "negative_prompt": line.negative_prompt}
         if not line.is_plain:
             values = read_line(text, line.label)
@@ -145,7 +145,7 @@ class Asking:
             logger.warning(
                 "--c is only noted in the file: without --clip_guidance_scale CLIP does not read it"
             )
-        return AskedPicture(
+        return AskedImage(
             label=line.label,
             prompt=values["prompt"],
             negative_prompt=values.get("negative_prompt") or "",
@@ -154,7 +154,7 @@ class Asking:
             raw_prompt=line.text,
             image=image,
             mask=mask,
-            guides=self.inputs.choose_guides(number),
+            guides=self.inputs.select_guides(number),
             clip_prompt=values.get("clip_prompt"),
             file_name=values.get("file_name"),
         )
@@ -183,7 +183,7 @@ def check_line(options: GenImgOptions, line: Line) -> None:
         if parts > 1:
             is_folded = networks.network_pre_calc and networks.num_adjustable > 0
             check_regions(parts, networks.num_adjustable, is_folded)
-    _choose_strengths(with_line(options, values), values)
+    _select_strengths(with_line(options, values), values)
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
@@ -192,7 +192,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
     return override_options(options, {name: value for name, value in values.items() if name in names})
 
 
-def _choose_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
+def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Return the strengths of --am in a line; None: those of the command line."""
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
@@ -206,16 +206,16 @@ def _choose_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 
 def settle(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
-) -> PictureSettings:
+) -> ImageSettings:
     """Return the settings of a picture of one part.
 
     values: options of its line, from `read_line`; they override `options`. image: the input picture; its size
     is the default. Warns of values without effect. Raises OptionError if a value cannot be used.
     """
     options = with_line(options, values)
-    multipliers = _choose_strengths(options, values)
+    multipliers = _select_strengths(options, values)
     sampling = options.sampling
-    width, height = _settle_size(sampling, kind, image)
+    width, height = _resolve_size(sampling, kind, image)
     shrink = options.deep_shrink
     gradual = options.gradual_latent
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
@@ -235,13 +235,13 @@ def settle(
         _warn_of_unused(values, "dsd1", shrink)
     if gradual.gradual_latent_timesteps is None:
         _warn_of_unused(values, "glt", gradual)
-    return PictureSettings(
+    return ImageSettings(
         width=width,
         height=height,
         steps=sampling.steps,
         scale=sampling.scale,
         negative_scale=sampling.negative_scale,
-        strength=USUAL_STRENGTH if sampling.strength is None else sampling.strength,
+        strength=DEFAULT_STRENGTH if sampling.strength is None else sampling.strength,
         sizes=sampling.sizes,
         multipliers=multipliers,
         deep_shrink=None if shrink.ds_depth_1 is None else shrink,
@@ -249,7 +249,7 @@ def settle(
     )
 
 
-def _settle_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
+def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
     """Return width and height: as given, else those of the input picture, else those of the model."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
@@ -282,35 +282,37 @@ def _warn_of_unused(
 
     name: letters of a line's option. The options that need it begin with the same two letters.
     """
-    usual = option_values(type(typed)())
+    default = option_values(type(typed)())
     unused = [
-        f"--{key}" for key, value in option_values(typed).items() if key not in values and value != usual[key]
+        f"--{key}"
+        for key, value in option_values(typed).items()
+        if key not in values and value != default[key]
     ]
     unused += [
-        f"--{letters}"
-        for letters, option in LINE_OPTIONS.items()
-        if letters != name and letters[:2] == name[:2] and option.key in values
+        f"--{characters}"
+        for characters, option in LINE_OPTIONS.items()
+        if characters != name and characters[:2] == name[:2] and option.key in values
     ]
     if unused:
         logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
-def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:
+def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedImage]]:
     """Group consecutive pictures with equal settings and the same kinds of inputs.
 
     size: the most pictures in a group.
     """
-    batch: list[AskedPicture] = []
-    for picture in pictures:
-        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(picture)):
+    batch: list[AskedImage] = []
+    for image in pictures:
+        if batch and (len(batch) >= size or _group_key(batch[0]) != _group_key(image)):
             yield batch
             batch = []
-        batch.append(picture)
+        batch.append(image)
     if batch:
         yield batch
 
 
-def _group_key(picture: AskedPicture) -> tuple[Any, ...]:
+def _group_key(picture: AskedImage) -> tuple[Any, ...]:
     return (
         picture.settings,
         picture.image is None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from checkpoints.dialects import count
 from modules.errors import OptionError
 from networks.predictions import compare_predictions
-from stable_diffusion.contract import AskedPicture, Idea
+from stable_diffusion.contract import AskedImage, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
@@ -24,7 +24,7 @@ from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
 from stable_diffusion.samplers import check_sampling
 from stable_diffusion.small_start import DeepShrinks
-from stable_diffusion.text import PictureVectors, Texts, check_texts, check_vision
+from stable_diffusion.text import ImageVectors, Texts, check_texts, check_vision
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class LayerTexts:
     paths: Sequence[str]  # of the transformers around them, in the order of the context; (): all share it
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Set the U-Net up for a batch; it is put back at the end. Enter it before `Regions`."""
         with ExitStack() as stack:
             for place, path in enumerate(self.paths):
@@ -134,7 +134,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
     )
     vision = None
     if strength is not None:
-        vision = PictureVectors(model, options.model.tokenizer_cache_dir, strength)
+        vision = ImageVectors(model, options.model.tokenizer_cache_dir, strength)
     return Maker(
         model=model,
         texts=texts,

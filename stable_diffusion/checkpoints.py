@@ -132,8 +132,8 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "down_block_types": tuple(_choose_block_type(of_level, "Down") for of_level in depths.down),
-        "up_block_types": tuple(_choose_block_type(of_level, "Up") for of_level in depths.up),
+        "down_block_types": tuple(_select_block_type(of_level, "Down") for of_level in depths.down),
+        "up_block_types": tuple(_select_block_type(of_level, "Up") for of_level in depths.up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
@@ -186,7 +186,7 @@ def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Excep
     }
 
 
-def _choose_block_type(depths: Sequence[int], way: str) -> str:
+def _select_block_type(depths: Sequence[int], way: str) -> str:
     return f"CrossAttn{way}Block2D" if any(depths) else f"{way}Block2D"
 
 

@@ -1,6 +1,6 @@
 """The records that the parts of Stable Diffusion hand to each other.
 
-A batch goes this way: prompts -> `AskedPicture`s with equal `PictureSettings` -> `TextState`s and a start ->
+A batch goes this way: prompts -> `AskedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
 the denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
 """
 # Letters: B pictures, R rows of one call of the U-Net, L tokens, C width, h w latent size
@@ -102,7 +102,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class PictureSettings:
+class ImageSettings:
     """Settings that all pictures of a batch share. Hashable, so that prompts are grouped by it."""
 
     width: int  # pixels, multiples of 8
@@ -119,14 +119,14 @@ class PictureSettings:
 
 
 @dataclass(frozen=True)
-class AskedPicture:
+class AskedImage:
     """One picture that is asked for: variants are chosen, numbers settled, files found."""
 
     label: str  # in messages: "line 3"
     prompt: str  # with weights, BREAK and AND; without variants
     negative_prompt: str
     seed: int
-    settings: PictureSettings
+    settings: ImageSettings
     raw_prompt: str  # as it was typed
     image: Path | None = None  # image to image
     mask: Path | None = None  # white is made anew

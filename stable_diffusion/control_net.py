@@ -23,7 +23,7 @@ from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.media.edges import draw_edges
 from modules.media.reading import Frame, read_image, resize_frame
-from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
+from stable_diffusion.contract import SDXL, AskedImage, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net_files import OPTION, load_control_net
 from stable_diffusion.network_options import ControlOptions, ControlUse
 from stable_diffusion.starting import STRIDE
@@ -53,12 +53,12 @@ class ControlNets:
         self._model = model
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Yield the hook that adds residuals for pictures of this size; None if they have no guides.
 
         Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
         """
-        if not any(picture.guides for picture in pictures):
+        if not any(image.guides for image in pictures):
             yield None
             return
         guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
@@ -157,19 +157,19 @@ class BatchGuides:
         self,
         uses: Sequence[ControlUse],
         option: str,
-        pictures: Sequence[AskedPicture],
+        pictures: Sequence[AskedImage],
         width: int,
         height: int,
     ) -> None:
-        """uses: one for each model, in the order of `AskedPicture.guides`. option: it names the models.
+        """uses: one for each model, in the order of `AskedImage.guides`. option: it names the models.
 
         Raises OptionError unless a picture has one guide for each model or one for all, MediaError if a guide
         cannot be read.
         """
-        for picture in pictures:
-            if len(picture.guides) not in {1, len(uses)}:
+        for image in pictures:
+            if len(image.guides) not in {1, len(uses)}:
                 raise OptionError(
-                    f"{picture.label}: {len(picture.guides)} guide images, but {option} has {len(uses)}. "
+                    f"{image.label}: {len(image.guides)} guide images, but {option} has {len(uses)}. "
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
         self._uses = uses
@@ -182,8 +182,8 @@ class BatchGuides:
         guides = []
         for number, use in enumerate(self._uses):
             images = []
-            for picture in self._pictures:
-                path = picture.guides[number if len(picture.guides) > 1 else 0]
+            for image in self._pictures:
+                path = image.guides[number if len(image.guides) > 1 else 0]
                 frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
                 images.append(rearrange(frame.float() / 255, "h w c -> c h w"))
             guides.append(torch.stack(images))

@@ -100,7 +100,7 @@ def load_control_net(
     return network.eval()
 
 
-def _refuse_similar(bare: Checkpoint) -> None:
+def _reject_similar(bare: Checkpoint) -> None:
     """Raise CheckpointError for a file of another kind that guides a U-Net."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
@@ -115,7 +115,7 @@ def _read_control_net(
 ) -> LoadPlan[dict[str, Any]]:
     """Plan how to load an open file. path: as the user gave it."""
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be next to it
-    _refuse_similar(bare)
+    _reject_similar(bare)
     translate = name_translator(bare.tensors)
     sources = {}
     for name, source in plain_sources(bare).items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints.model_files import require_file
 from checkpoints.writing import save_tensors
-from contract.made_networks import MadeNetwork, UsualRate
+from contract.made_networks import DefaultRate, MadeNetwork
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SDXL, ModelKind
 from stable_diffusion.control_net_files import OWN_PARTS, load_control_net
@@ -150,7 +150,7 @@ def describe_control_net(
         make=partial(make_control_net, path, own_rate, checkpoints, files.kind),
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
-        usual_rate=UsualRate(5e-7, "1e-5", 5e-4),
+        usual_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=partial(_write, files),
         start_option=WEIGHTS.removeprefix("--"),
     )

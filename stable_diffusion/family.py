@@ -38,9 +38,9 @@ from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
-from encoders.pictures import ModelOfPictures, picture_defaults
+from encoders.pictures import ModelOfImages, image_defaults
 from modules.console import quiet
-from modules.devices import choose_compute_dtype, dtype_of
+from modules.devices import dtype_of, select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
@@ -64,18 +64,18 @@ from stable_diffusion.towers import (
     make_encoders,
 )
 from stable_diffusion.training_files import (
+    FULL_BY,
     GENERATED_BY,
     TRAINED_BY,
-    WHOLE_BY,
     TrainingFiles,
     number_blocks,
     unet_parts,
     unet_spec,
 )
 from stable_diffusion.training_options import (
+    DEFAULT_SAMPLER,
     GUIDANCE_SCALE,
     STEPS,
-    USUAL_SAMPLER,
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
     TextCachingOptions,
@@ -92,13 +92,13 @@ LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
 # least squares fits of latents in model space to colours (R, G, B), which all known tools use
-_COLOURS_OF_SD = (
+_COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
     (0.3250, 0.4974, 0.2350),
     (-0.2829, 0.1762, 0.2721),
     (-0.2120, -0.2616, -0.7177),
 )
-_COLOURS_OF_XL = (
+_COLORS_OF_XL = (
     (0.3651, 0.4232, 0.4341),
     (-0.2533, -0.0042, 0.1068),
     (0.1076, 0.1111, -0.0362),
@@ -141,7 +141,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         pixel_step=_STEPS[kind],
         frame_step=1,
         scale=kind.latent_scale,
-        preview_factors=_COLOURS_OF_XL if kind is SDXL else _COLOURS_OF_SD,
+        preview_factors=_COLORS_OF_XL if kind is SDXL else _COLORS_OF_SD,
         preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
         npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
         tells_sizes=kind is SDXL,
@@ -149,14 +149,14 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 
 
 @dataclass(frozen=True)
-class StableDiffusion(ModelOfPictures):
+class StableDiffusion(ModelOfImages):
     """Description of a checkpoint of Stable Diffusion for one training, its caches, or one generation."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
     chunks: int = 1  # of 75 tokens that are read of a caption
     clip_skip: int | None = None
-    sampler: str = USUAL_SAMPLER  # of a training's samples
+    sampler: str = DEFAULT_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
     tells_cut: bool = False  # warn of prompts that are not read to their end
     learning_texts: LearningTexts | None = None  # of a training of all weights
@@ -197,7 +197,7 @@ class StableDiffusion(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        return picture_defaults(
+        return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
             self.kind.size,
@@ -459,7 +459,7 @@ class StableDiffusion(ModelOfPictures):
         Raises OptionError for steps that the sampler cannot make, CheckpointError or DownloadError if texts
         of several chunks need a tokenizer that is missing.
         """
-        prepared = self.settle_picture(request, flow_shift=1.0)
+        prepared = self.resolve_image(request, flow_shift=1.0)
         if request.source is None:
             named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
             check_sampler_steps(named, prepared.solver, prepared.steps)
@@ -554,7 +554,7 @@ def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachi
 def family_for_text_caching(
     kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
 ) -> StableDiffusion:
-    dtype = choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
+    dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
     return StableDiffusion(files, chunks=options.chunks, clip_skip=clip_skip)
@@ -575,7 +575,7 @@ def family_for_training(
         says_v2=says_v2,
         says_v=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
-        scripts=WHOLE_BY if options.is_whole else TRAINED_BY,
+        scripts=FULL_BY if options.is_whole else TRAINED_BY,
     )
     predicts_v = files.predicts_v
     check_prediction(options, predicts_v)

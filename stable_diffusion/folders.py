@@ -91,16 +91,16 @@ def read_folder_marks(folder: Path) -> Marks:
 
 def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
     """Raise CheckpointError for other noise than that of Stable Diffusion: no other is made here."""
-    for name, usual in _NOISE.items():
-        stated = schedule.get(name, usual)
-        is_same = stated == usual
-        if isinstance(usual, float) and isinstance(stated, (int, float)) and not isinstance(stated, bool):
-            is_same = abs(stated - usual) < SAME_BETA  # never for NaN
+    for name, default in _NOISE.items():
+        stated = schedule.get(name, default)
+        is_same = stated == default
+        if isinstance(default, float) and isinstance(stated, (int, float)) and not isinstance(stated, bool):
+            is_same = abs(stated - default) < SAME_BETA  # never for NaN
         if not is_same:
             raise CheckpointError(
                 f"{file}: {name} is {shorten(str(stated), MAX_SHOWN)}; Stable Diffusion was trained with "
-                f"{'none' if usual is None else usual}, and no other noise is made here. Give another model, "
-                "or the settings that it was trained with.",
+                f"{'none' if default is None else default}, and no other noise is made here. Give another "
+                "model, or the settings that it was trained with.",
                 file,
             )
 

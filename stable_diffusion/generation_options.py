@@ -9,18 +9,18 @@ from typing import Any
 
 from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.options import NO_PIXELS, Options, not_needed, option, unsupported
 from running.options import SWAPPING
 from running.ways.composing import list_block_options
-from stable_diffusion.sampling_options import SAMPLERS, USUAL_STRENGTH
+from stable_diffusion.sampling_options import DEFAULT_STRENGTH, SAMPLERS
 from stable_diffusion.training_options import (
     CKPT,
     CKPT_HELP,
+    DEFAULT_SAMPLER,
     GUIDANCE_SCALE,
     STEPS,
     TOKENIZERS_HELP,
-    USUAL_SAMPLER,
     VAE_HELP,
 )
 
@@ -70,14 +70,14 @@ def script_defaults(side: int, side_step: int) -> ScriptDefaults:
     side: usual width and height of its pictures, in pixels. side_step: they are multiples of it.
     """
     return ScriptDefaults(
-        fps=PICTURE_FPS,
+        fps=IMAGE_FPS,
         guidance_scale=GUIDANCE_SCALE,
         infer_steps=STEPS,
-        sample_solver=USUAL_SAMPLER,
+        sample_solver=DEFAULT_SAMPLER,
         solvers={name: name for name in SAMPLERS},
         solver_help="how steps are made, as gen_img.py --sampler; k_NAME is the same as NAME",
         media=frozenset(),
-        source=SourceDefaults(share="strength", denoise=USUAL_STRENGTH, takes_video=False),
+        source=SourceDefaults(share="strength", denoise=DEFAULT_STRENGTH, takes_video=False),
         size=(side, side),
         side_step=side_step,
         pictures=True,

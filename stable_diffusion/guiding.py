@@ -26,7 +26,7 @@ from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import AskedPicture, Model
+from stable_diffusion.contract import AskedImage, Model
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.regions import split_parts
 from stable_diffusion.samplers import UnetPasses
@@ -116,13 +116,13 @@ CLIP = ClipUse(
 )
 _PROJECTION = "text_projection.weight"  # P C
 # of data in a sample, as a square root: below it, with --zero_terminal_snr, a sample is noise alone
-LEAST_SHARE = 0.01
+MIN_SHARE = 0.01
 
 Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, scaled
 
 
 @dataclass(frozen=True, eq=False)
-class WholeClip:
+class FullClip:
     """Both towers of a CLIP."""
 
     text: ClipText
@@ -142,10 +142,10 @@ class Guides:
 
     options: GuideOptions
     model: Model
-    clip: WholeClip | None
+    clip: FullClip | None
     vgg: Vgg16 | None
 
-    def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedPicture) -> Guidance:
+    def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedImage) -> Guidance:
         """Wrap guidance so that the networks steer one picture. passes: run the U-Net for the prediction.
 
         Raises MediaError if the guide picture cannot be read.
@@ -165,7 +165,7 @@ class Guides:
             velocity = guidance(step, predict, section)
             index = sampler.first + step.index
             share = float(sampler.schedule.alphas[index])
-            if share < LEAST_SHARE:
+            if share < MIN_SHARE:
                 return velocity
             # samples of some samplers are x / share
             scale = float(sampler.model_input(index, torch.ones(1)))
@@ -189,7 +189,7 @@ class Guides:
 
         return steered
 
-    def _measure(self, picture: AskedPicture) -> Measure:
+    def _measure(self, picture: AskedImage) -> Measure:
         """Return the sum of all measures by which the networks steer a picture."""
         options = self.options
         clip = self.clip
@@ -204,7 +204,7 @@ class Guides:
             measures.append(_measure_features(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
-    def _read_clip_tokens(self, picture: AskedPicture) -> list[int]:
+    def _read_clip_tokens(self, picture: AskedImage) -> list[int]:
         """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
         text = picture.clip_prompt
         if text is None:
@@ -221,7 +221,7 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _measure_vector(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
+def _measure_vector(clip: FullClip, vector: Tensor, scale: float) -> Measure:
     """Return a measure of pixels: half the squared angle between their CLIP vector and `vector`, 1 P."""
     target = normalize(vector.float(), dim=-1)
     weight = clip.vision.visual_projection.weight
@@ -235,14 +235,14 @@ def _measure_vector(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
 
 def _measure_features(vgg: Vgg16, path: Path, scale: float) -> Measure:
     """Return a measure of pixels: the mean squared difference between their features and a picture's."""
-    picture = read_picture(path)
+    image = read_picture(path)
     features: dict[torch.Size, Tensor] = {}  # of the picture, by size, as the pictures of Gradual Latent grow
 
     def measure(pixels: Tensor) -> Tensor:
         size = pixels.shape[-2:]
         if size not in features:
             with torch.no_grad():
-                guide = to_pixels(picture, size[1], size[0]) / 2 + 0.5
+                guide = to_pixels(image, size[1], size[0]) / 2 + 0.5
                 features[size] = vgg(guide.to(pixels.device)).float()
         return scale * mse_loss(vgg(pixels).float(), features[size])
 
@@ -293,7 +293,7 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
     return Guides(options, model, clip, vgg)
 
 
-def _load_clip(path: Path, model: Model) -> WholeClip:
+def _load_clip(path: Path, model: Model) -> FullClip:
     """Load both towers of a CLIP. Raises CheckpointError if it has too few tokens for the model."""
     device = model.device
     dtype = model.dtype
@@ -308,4 +308,4 @@ def _load_clip(path: Path, model: Model) -> WholeClip:
             f"{CLIP.release}.",
             path,
         )
-    return WholeClip(text, projection, vision)
+    return FullClip(text, projection, vision)

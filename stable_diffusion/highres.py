@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError, UserError
 from modules.installation import import_user_module
-from stable_diffusion.contract import AskedPicture, Made, Model, PictureSettings, SecondStart
+from stable_diffusion.contract import AskedImage, ImageSettings, Made, Model, SecondStart
 from stable_diffusion.making import Maker
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
@@ -70,8 +70,8 @@ class UpscalingModule:
                 return SecondStart(latents=result.float())
             what = f"latents of {_in_words(result.shape)}, or not finite"
         else:
-            if _are_pictures(result, count):
-                return SecondStart(images=[fit(picture.convert("RGB"), width, height) for picture in result])
+            if _are_images(result, count):
+                return SecondStart(images=[fit(image.convert("RGB"), width, height) for image in result])
             what = type(result).__name__
         raise OptionError(
             f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
@@ -83,11 +83,11 @@ def _in_words(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _are_pictures(result: Any, count: int) -> bool:
+def _are_images(result: Any, count: int) -> bool:
     """Return whether a module returned a list of this many pictures."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
-    return all(isinstance(picture, Image) for picture in result)
+    return all(isinstance(image, Image) for image in result)
 
 
 def load_upscaler(name: str, args: str | None) -> UpscalingModule:
@@ -136,7 +136,7 @@ class SavedStage:
     """One stage's result that is to be saved."""
 
     # with the seeds that were asked for, and with the settings of this stage
-    pictures: Sequence[AskedPicture]
+    pictures: Sequence[AskedImage]
     result: Made
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
@@ -157,8 +157,8 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
     return options, upscaler
 
 
-def make_pictures(
-    maker: Maker, highres: Highres | None, pictures: Sequence[AskedPicture]
+def make_images(
+    maker: Maker, highres: Highres | None, pictures: Sequence[AskedImage]
 ) -> Iterator[SavedStage]:
     """Make a batch: yield the pictures to save of each stage as soon as they are made.
 
@@ -171,7 +171,7 @@ def make_pictures(
     options, upscaler = highres
     settings = pictures[0].settings
     small = _make_first_settings(options, settings)
-    first = [replace(picture, settings=small) for picture in pictures]
+    first = [replace(image, settings=small) for image in pictures]
     takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not takes_latents
     result = maker.make(first, None, wants_images)
@@ -181,17 +181,15 @@ def make_pictures(
     del result
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
-    second = [replace(picture, settings=settings) for picture in pictures]
+    second = [replace(image, settings=settings) for image in pictures]
     if options.highres_fix_disable_control_net:
-        second = [replace(picture, guides=()) for picture in second]
+        second = [replace(image, guides=()) for image in second]
     # another seed: the noise must not be that of the first stage, which made the picture
-    reseeded = [
-        replace(picture, seed=picture.seed + 1 if picture.seed < 2**64 - 1 else 0) for picture in second
-    ]
+    reseeded = [replace(image, seed=image.seed + 1 if image.seed < 2**64 - 1 else 0) for image in second]
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
-def _make_first_settings(options: HighresOptions, settings: PictureSettings) -> PictureSettings:
+def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> ImageSettings:
     """Return the settings of the first stage. settings: those of the final picture."""
     scale = options.highres_fix_scale
     assert scale is not None
@@ -208,7 +206,7 @@ def _make_first_settings(options: HighresOptions, settings: PictureSettings) -> 
     )
 
 
-def enlarge(maker: Maker, highres: Highres, result: Made, settings: PictureSettings) -> SecondStart:
+def enlarge(maker: Maker, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
     """Enlarge the first stage's result to the size of the second stage.
 
     settings: those of the final picture. Raises OptionError if --highres_fix_upscaler fails.

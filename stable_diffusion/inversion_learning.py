@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
-from contract.made_networks import MadeNetwork, UsualRate
+from contract.made_networks import DefaultRate, MadeNetwork
 from contract.new_words import WordToLearn
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
 MODULE = "textual inversion"  # there is no network module: files say so
-USUAL_RATE = UsualRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
+DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
 LOUD = 3.0  # a vector of so many times the usual norm drowns the other words of a prompt
 
 _OF_OBJECTS = """
@@ -96,16 +96,16 @@ class LearntRows(nn.Module):
         """Log the norm of each row next to the mean norm of the table's rows; warn of rows that are loud."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
-            usual = self.usual_norms[name]
+            default = self.usual_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
-            if max(norms) > LOUD * usual:
+            if max(norms) > LOUD * default:
                 logger.warning(
                     "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
                     "drowns the others of a prompt: lower %s, or take an earlier file.",
                     name,
                     self.word.text,
                     text,
-                    usual,
+                    default,
                     self.word.flags.rate,
                 )
             else:
@@ -114,7 +114,7 @@ class LearntRows(nn.Module):
                     name,
                     self.word.text,
                     text,
-                    usual,
+                    default,
                 )
 
 
@@ -169,7 +169,7 @@ class Inversion:
             make=self.make,
             check=self.check,
             generate=generate,
-            usual_rate=USUAL_RATE,
+            usual_rate=DEFAULT_RATE,
             write=write_rows,
             report=report_rows,
             start_option="weights",

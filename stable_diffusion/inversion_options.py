@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from contract.new_words import MOST_VECTORS, WordFlags, WordToLearn, find_fault
+from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_fault
 from modules.errors import OptionError
 from modules.options import FREE, IDENTITY, Options, option
 
@@ -28,7 +28,7 @@ class InversionOptions(Options, title="textual inversion"):
         "vectors of the word; each takes one of the 75 places of a caption",
         default=1,
         least=1,
-        most=MOST_VECTORS,
+        most=MAX_VECTORS,
         hint="1 to 8 are usual",
         often=True,
         facts=IDENTITY,

@@ -20,24 +20,24 @@ from generation import prompt_lines
 from generation.line_options import key_of
 from modules.control_codes import replace_control_codes, shorten
 from modules.errors import OptionError, UserError
-from modules.installation import import_user_module, refuses_code
+from modules.installation import import_user_module, rejects_code
 from modules.limits import MAX_VARIANTS
 from modules.media.reading import folder_images, image_size, read_tags
-from modules.option_values import read_whole
+from modules.option_values import read_full
 from modules.options import option_values
-from modules.paths import MOST_OF_NAME
-from stable_diffusion.options import GenImgOptions, PictureInputOptions
+from modules.paths import MAX_OF_NAME
+from stable_diffusion.options import GenImgOptions, ImageInputOptions
 from stable_diffusion.sampling_options import read_unsharp
 
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
 # bytes of a name, which "_0_1234.png" and, while it is written, the mark of a temporary file come after
-LONGEST_NAME = MOST_OF_NAME - 35
+LONGEST_NAME = MAX_OF_NAME - 35
 
 
 def _read_seeds(text: str) -> tuple[int, ...]:
-    seeds = tuple(read_whole(part.strip()) for part in text.split(","))
+    seeds = tuple(read_full(part.strip()) for part in text.split(","))
     if not all(-(2**63) <= seed < 2**SEED_BITS for seed in seeds):
         raise ValueError("a seed has at most 64 bits")
     return seeds
@@ -63,9 +63,9 @@ def _read_unsharp(text: str) -> str | None:
 
 LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "n": prompt_lines.LineOption("negative_prompt", str, prompt_lines.NO_TEXT),
-    "w": prompt_lines.LineOption("W", read_whole),
-    "h": prompt_lines.LineOption("H", read_whole),
-    "s": prompt_lines.LineOption("steps", read_whole),
+    "w": prompt_lines.LineOption("W", read_full),
+    "h": prompt_lines.LineOption("H", read_full),
+    "s": prompt_lines.LineOption("steps", read_full),
     "d": prompt_lines.LineOption(SEEDS, _read_seeds),
     "l": prompt_lines.LineOption("scale", prompt_lines.read_number),
     "nl": prompt_lines.LineOption("negative_scale", _or_none(prompt_lines.read_number)),
@@ -73,21 +73,21 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "am": prompt_lines.LineOption(MULTIPLIERS, _read_numbers),
     "c": prompt_lines.LineOption("clip_prompt", str, prompt_lines.NO_TEXT),
     "f": prompt_lines.LineOption("file_name", str, prompt_lines.NO_TEXT),
-    "ow": prompt_lines.LineOption("original_width", read_whole),
-    "oh": prompt_lines.LineOption("original_height", read_whole),
-    "nw": prompt_lines.LineOption("original_width_negative", read_whole),
-    "nh": prompt_lines.LineOption("original_height_negative", read_whole),
-    "ct": prompt_lines.LineOption("crop_top", read_whole),
-    "cl": prompt_lines.LineOption("crop_left", read_whole),
-    "dsd1": prompt_lines.LineOption("ds_depth_1", _or_none(read_whole)),
-    "dst1": prompt_lines.LineOption("ds_timesteps_1", read_whole),
-    "dsd2": prompt_lines.LineOption("ds_depth_2", _or_none(read_whole)),
-    "dst2": prompt_lines.LineOption("ds_timesteps_2", read_whole),
+    "ow": prompt_lines.LineOption("original_width", read_full),
+    "oh": prompt_lines.LineOption("original_height", read_full),
+    "nw": prompt_lines.LineOption("original_width_negative", read_full),
+    "nh": prompt_lines.LineOption("original_height_negative", read_full),
+    "ct": prompt_lines.LineOption("crop_top", read_full),
+    "cl": prompt_lines.LineOption("crop_left", read_full),
+    "dsd1": prompt_lines.LineOption("ds_depth_1", _or_none(read_full)),
+    "dst1": prompt_lines.LineOption("ds_timesteps_1", read_full),
+    "dsd2": prompt_lines.LineOption("ds_depth_2", _or_none(read_full)),
+    "dst2": prompt_lines.LineOption("ds_timesteps_2", read_full),
     "dsr": prompt_lines.LineOption("ds_ratio", prompt_lines.read_number),
-    "glt": prompt_lines.LineOption("gradual_latent_timesteps", _or_none(read_whole)),
+    "glt": prompt_lines.LineOption("gradual_latent_timesteps", _or_none(read_full)),
     "glr": prompt_lines.LineOption("gradual_latent_ratio", prompt_lines.read_number),
     "gls": prompt_lines.LineOption("gradual_latent_ratio_step", prompt_lines.read_number),
-    "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", read_whole),
+    "gle": prompt_lines.LineOption("gradual_latent_every_n_steps", read_full),
     "glsn": prompt_lines.LineOption("gradual_latent_s_noise", prompt_lines.read_number),
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }
@@ -243,7 +243,7 @@ class Inputs:
     def mask(self, number: int) -> Path | None:
         return _in_turn(self.masks, number)
 
-    def choose_guides(self, number: int) -> tuple[Path, ...]:
+    def select_guides(self, number: int) -> tuple[Path, ...]:
         """Return the guides of the `number`th picture: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
@@ -251,7 +251,7 @@ class Inputs:
         return self.guides[first : first + self.guides_at_once]
 
 
-def find_inputs(options: PictureInputOptions, control_nets: int) -> Inputs:
+def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
     control_nets: guides for each picture, at least one. Raises OptionError if a file is missing, or the
@@ -276,8 +276,8 @@ def _list_pictures(path: Path | None) -> tuple[Path, ...]:
     if path is None:
         return ()
     paths = folder_images(path) if path.is_dir() else [path]
-    for picture in paths:
-        image_size(picture)
+    for image in paths:
+        image_size(image)
     return tuple(paths)
 
 
@@ -337,7 +337,7 @@ def import_prompter(name: str) -> ModuleType:
     cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
-        reason = refuses_code()
+        reason = rejects_code()
         if reason is not None:
             raise OptionError(f"--from_module {name}: {reason}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
@@ -365,7 +365,7 @@ def module_lines(
     pipe: Any,
     networks: Any,
     random: Random,
-    count_pictures: Callable[[], int],
+    count_images: Callable[[], int],
 ) -> Callable[[int | None], Iterator[Line]]:
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
@@ -393,7 +393,7 @@ def module_lines(
         number = 0
         for index in count():
             try:
-                prompts = prompter(args, pipe, random, round_seed, index, count_pictures())
+                prompts = prompter(args, pipe, random, round_seed, index, count_images())
             except Exception as error:  # likewise
                 raise failed("the prompter", error) from error
             if prompts is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
-from contract.made_networks import MadeNetwork, UsualRate, describe_start
+from contract.made_networks import DefaultRate, MadeNetwork, describe_start
 from modules.errors import OptionError, UserError
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.control_net_options import say_generation
@@ -138,7 +138,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
         generate=partial(say_generation, options, "--control_net_lllite_models"),
-        usual_rate=UsualRate(2e-5, "2e-4", 5e-3),
+        usual_rate=DefaultRate(2e-5, "2e-4", 5e-3),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )
 

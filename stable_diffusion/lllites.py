@@ -13,7 +13,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
-from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall
+from stable_diffusion.contract import SDXL, AskedImage, Idea, Model, ModelKind, UnetCall
 from stable_diffusion.control_net import BatchGuides, is_active
 from stable_diffusion.lllite_modules import (
     PREFIX,
@@ -51,12 +51,12 @@ class Lllites:
             self._layers.append(layers)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Attach the modules while a batch of this size is made; yield the hook, or None if it has no guides.
 
         Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
         """
-        if not any(picture.guides for picture in pictures):
+        if not any(image.guides for image in pictures):
             yield None
             return
         guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)

@@ -56,7 +56,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 
     Raises CheckpointError, before anything is loaded, if a file is damaged or of another kind.
     """
-    dtype = _choose_dtype(options)
+    dtype = _select_dtype(options)
     vae_dtype = torch.float32 if options.no_half_vae else dtype
     tokenizers = find_tokenizers(
         options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
@@ -287,7 +287,7 @@ def _keep(network: Any, _: Any) -> Any:
     return network
 
 
-def _choose_dtype(options: ModelOptions) -> torch.dtype:
+def _select_dtype(options: ModelOptions) -> torch.dtype:
     if options.fp16:
         return torch.float16
     return torch.bfloat16 if options.bf16 else torch.float32
@@ -298,7 +298,7 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     if not options.xformers and not options.diffusers_xformers:
         return
     try:
-        check_backend(AttentionChoice("xformers"), device, lambda: _choose_dtype(options), training=True)
+        check_backend(AttentionChoice("xformers"), device, lambda: _select_dtype(options), training=True)
     except OptionError as error:
         # the message names --xformers: show the flag that the user typed
         flag = "--xformers" if options.xformers else "--diffusers_xformers"

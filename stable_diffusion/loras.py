@@ -145,7 +145,7 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
         for name, source in plan.sources.items():
             tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
             patch.add_to(published(name), source.make(tensors))
-        patch.refuse_misfits()
+        patch.reject_misfits()
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
@@ -222,7 +222,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
     """Log how many modules a LoRA changes, and how many of them are computed again at each step."""
-    anew = sum(part.is_made_whole for part in parts)
+    anew = sum(part.is_made_full for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")

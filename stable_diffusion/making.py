@@ -23,14 +23,14 @@ from stable_diffusion.loras import ChosenLoras
 from stable_diffusion.regions import Regions, join_parts, split_parts
 from stable_diffusion.sampling_options import SamplingOptions
 from stable_diffusion.small_start import begin_small, check_batch
-from stable_diffusion.text import PictureVectors, Texts
+from stable_diffusion.text import ImageVectors, Texts
 
 
 class MakesIdeas(Protocol):
     """A maker of an `Idea` for each batch; it may set up modules for as long as the batch is made."""
 
     def for_batch(
-        self, pictures: Sequence[contract.AskedPicture], width: int, height: int
+        self, pictures: Sequence[contract.AskedImage], width: int, height: int
     ) -> AbstractContextManager[contract.Idea | None]: ...
 
 
@@ -53,7 +53,7 @@ class Maker:
     networks: ChosenLoras | None = None
     ideas: Sequence[MakesIdeas] = ()  # in the order in which they see a call of the U-Net
     regions: Regions | None = None  # of prompts with several parts
-    vision: PictureVectors | None = None
+    vision: ImageVectors | None = None
     guides: Guides | None = None
 
     @cached_property
@@ -70,7 +70,7 @@ class Maker:
     @torch.no_grad()
     def make(
         self,
-        pictures: Sequence[contract.AskedPicture],
+        pictures: Sequence[contract.AskedImage],
         start: contract.SecondStart | None = None,
         wants_images: bool = True,
     ) -> contract.Made:
@@ -79,13 +79,13 @@ class Maker:
         pictures: all have equal settings. They are made in groups of equal text length and kinds of inputs,
         or one at a time if CLIP or VGG16 steers them. start: replaces the input images. Raises UserError.
         """
-        for picture in pictures:
-            starting.check_start(self.model, picture, start)
+        for image in pictures:
+            starting.check_start(self.model, image, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
-            picture = pictures[index]
+            image = pictures[index]
             place = 0 if self.guides is None else index
-            return self._count_chunks(picture), picture.image is not None, picture.mask is not None, place
+            return self._count_chunks(image), image.image is not None, image.mask is not None, place
 
         latents: dict[int, Tensor] = {}
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
@@ -96,12 +96,12 @@ class Maker:
         joined = torch.stack([latents[place] for place in range(len(pictures))])
         if not wants_images:
             return contract.Made(joined, None)
-        labels = [picture.label for picture in pictures]
+        labels = [image.label for image in pictures]
         images = starting.decode_latents(self.model, joined, labels, self.vae_batch_size)
         return contract.Made(joined, images)
 
     def _make_group(
-        self, pictures: Sequence[contract.AskedPicture], start: contract.SecondStart | None
+        self, pictures: Sequence[contract.AskedImage], start: contract.SecondStart | None
     ) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
         settings = pictures[0].settings
@@ -113,7 +113,7 @@ class Maker:
             self._scheduler,
             settings.steps,
             # all on the CPU: their numbers are the same on every device
-            [torch.Generator().manual_seed(picture.seed) for picture in pictures],
+            [torch.Generator().manual_seed(image.seed) for image in pictures],
             samplers.count_left_out(settings.steps, starting.find_strength(pictures[0], start)),
         )
         section_texts = self._encode(pictures)
@@ -123,7 +123,7 @@ class Maker:
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
-        self._choose_loras(settings)
+        self._select_loras(settings)
         with ExitStack() as stack:
             makers = self.ideas if self.regions is None else (*self.ideas, self.regions)
             ideas = [
@@ -143,7 +143,7 @@ class Maker:
         passes: samplers.UnetPasses,
         beginning: starting.Beginning,
         texts: _Texts,
-        picture: contract.AskedPicture,
+        picture: contract.AskedImage,
     ) -> Tensor:
         """Return the denoised latents. picture: any of the group, as all have the same settings."""
         sampler = beginning.sampler
@@ -177,7 +177,7 @@ class Maker:
             )
         return latents.squeeze(2)
 
-    def _make_section(self, latents: Tensor, texts: _Texts, settings: contract.PictureSettings) -> Section:
+    def _make_section(self, latents: Tensor, texts: _Texts, settings: contract.ImageSettings) -> Section:
         """Return latents and texts as a section for the denoising loop."""
         device = self.model.device
         positive_sizes = negative_sizes = None
@@ -195,20 +195,20 @@ class Maker:
 
     # Texts
 
-    def _count_chunks(self, picture: contract.AskedPicture) -> int:
+    def _count_chunks(self, picture: contract.AskedImage) -> int:
         return max(map(self.texts.chunks, [*self._split_parts(picture), *self._list_avoided(picture)]))
 
-    def _split_parts(self, picture: contract.AskedPicture) -> list[str]:
+    def _split_parts(self, picture: contract.AskedImage) -> list[str]:
         return split_parts(picture.prompt) if picture.settings.parts > 1 else [picture.prompt]
 
-    def _list_avoided(self, picture: contract.AskedPicture) -> list[str]:
+    def _list_avoided(self, picture: contract.AskedImage) -> list[str]:
         """Return the negative text, with three passes also the empty one; [] without guidance."""
         settings = picture.settings
         if not samplers.is_guided(settings.scale, settings.negative_scale):
             return []
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
-    def _encode(self, pictures: Sequence[contract.AskedPicture]) -> _Texts:
+    def _encode(self, pictures: Sequence[contract.AskedImage]) -> _Texts:
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
         avoided = [self._list_avoided(picture) for picture in pictures]
@@ -216,7 +216,7 @@ class Maker:
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
-        def join(picture: contract.AskedPicture, texts: Sequence[str]) -> contract.TextState:
+        def join(picture: contract.AskedImage, texts: Sequence[str]) -> contract.TextState:
             """Join the states of a picture's texts, one for each of its parts, to those of one text."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             if len(parts) == 1:
@@ -238,7 +238,7 @@ class Maker:
 
     def _encode_parts(
         self,
-        picture: contract.AskedPicture,
+        picture: contract.AskedImage,
         prompts: Sequence[Sequence[str]],
         avoided: Sequence[Sequence[str]],
         is_regional: bool,
@@ -252,7 +252,7 @@ class Maker:
         states: dict[tuple[str, int | None], contract.TextState] = {}
         for number in range(settings.parts):
             part = number if is_regional else None
-            self._choose_loras(settings, part)
+            self._select_loras(settings, part)
             for parts, avoided_texts in zip(prompts, avoided, strict=True):
                 for text in (parts[number], *avoided_texts):
                     if (text, part) not in states:
@@ -260,12 +260,12 @@ class Maker:
                         states[text, part] = self.texts.encode(text, chunks, networks)
         return states
 
-    def _choose_loras(self, settings: contract.PictureSettings, part: int | None = None) -> None:
+    def _select_loras(self, settings: contract.ImageSettings, part: int | None = None) -> None:
         if self.networks is not None:
             self.networks.choose(settings.multipliers, part)
 
 
-def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
+def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
     """Return SDXL's size conditions, 1 6: original height and width, crop top and left, height and width.
 
     Original sizes default to the picture's size, those of negative texts to the prompt's.
@@ -282,9 +282,9 @@ def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
 
 
-def _list_vision_paths(pictures: Sequence[contract.AskedPicture]) -> list[Path]:
+def _list_vision_paths(pictures: Sequence[contract.AskedImage]) -> list[Path]:
     """Return the image that CLIP sees for each picture. Raises OptionError if one has none."""
-    paths = [picture.image for picture in pictures if picture.image is not None]
+    paths = [image.image for image in pictures if image.image is not None]
     if len(paths) < len(pictures):
         raise OptionError(
             f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"

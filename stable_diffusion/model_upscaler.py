@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import OptionError
 from modules.media.encoding import Picture
 from modules.options import read_options
@@ -53,8 +53,8 @@ class ModelUpscaler:
         if stage is None:
             stage = self._stages.setdefault(vae.device, make_upscaler(self.options, vae.device))
         clip = Clip(self.options.network.model, *imgs[0].size, None, len(imgs), is_deep=False)
-        pictures = (Picture(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
-        return [Image.fromarray(picture.pixels) for picture in stage.run(pictures, clip)]
+        images = (Picture(np.asarray(image), Fraction(0), Fraction(1)) for image in imgs)
+        return [Image.fromarray(picture.pixels) for picture in stage.run(images, clip)]
 
 
 def create_upscaler(**args: str) -> ModelUpscaler:
@@ -74,7 +74,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
         raise OptionError(f"{ARGS} model={args['model']}: no such file.{near} Give a SwinIR or ESRGAN file")
     kind, config = check_file(options.network.model)
     options = replace(options, mode=kind.mode, scale=config.factor)
-    choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     return ModelUpscaler(options)
 
 

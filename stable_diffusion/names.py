@@ -96,8 +96,8 @@ def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
             pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in RESIDUAL]
     for level, (smaller, larger, down, up) in enumerate(unet_samplers(layers)):
         pairs.append((smaller, down))
-        usual_first = larger[::-1] if level in plain else larger
-        pairs += [(path, up) for path in usual_first]
+        default_first = larger[::-1] if level in plain else larger
+        pairs += [(path, up) for path in default_first]
     return tuple(pairs)
 
 

@@ -200,7 +200,7 @@ class GuideOptions(Options, title="guidance by other networks"):
         return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
 
     @property
-    def picture_option(self) -> str | None:
+    def image_option(self) -> str | None:
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 

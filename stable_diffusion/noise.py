@@ -17,7 +17,7 @@ from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
 
-MOST_SNR = 1000.0  # a larger one counts as this: that of the first timestep would dwarf all others
+MAX_SNR = 1000.0  # a larger one counts as this: that of the first timestep would dwarf all others
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -
     if not weights.has_any:
         return ()
     snr = shares.double() / (1 - shares.double())
-    capped = snr.clamp(max=MOST_SNR)
+    capped = snr.clamp(max=MAX_SNR)
     factors = torch.ones_like(snr)
     if weights.min_snr_gamma:
         factors *= snr.clamp(max=weights.min_snr_gamma) / (snr + 1 if predicts_v else snr)

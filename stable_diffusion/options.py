@@ -60,11 +60,11 @@ class ModelOptions(Options, title="model"):
     opt_channels_last: bool = option("keep channels last in memory, faster on some GPUs", title=_SPEED)
 
 
-_PICTURES = "input pictures"
-_PICTURE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
+_IMAGES = "input pictures"
+_IMAGE: Mapping[str, Any] = {"place": "there", "hint": "a picture or a folder of pictures"}
 
 
-class PictureInputOptions(Options, title="prompts"):
+class ImageInputOptions(Options, title="prompts"):
     """Where prompts, input pictures and seeds come from."""
 
     prompt: str | None = option(
@@ -112,23 +112,23 @@ class PictureInputOptions(Options, title="prompts"):
     image_path: Path | None = option(
         "image to image: a picture, or a folder whose pictures are used in turn. Without a prompt, those in "
         "the metadata of the pictures are used",
-        title=_PICTURES,
-        **_PICTURE,
+        title=_IMAGES,
+        **_IMAGE,
         often=True,
     )
     mask_path: Path | None = option(
         "a picture, or a folder of them. With --image_path, inpainting: white is repainted. For prompts "
         "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
-        **_PICTURE,
+        **_IMAGE,
         flags=("--mask_path", "--mask_image"),
-        title=_PICTURES,
+        title=_IMAGES,
         often=True,
     )
     guide_image_path: tuple[Path, ...] | None = option(
         "pictures, or folders of them, for ControlNets or ControlNet-LLLites: one for each of them, then one "
         "for each for the next picture, and so on. For guidance by CLIP or VGG16: one for each picture",
-        **_PICTURE,
-        title=_PICTURES,
+        **_IMAGE,
+        title=_IMAGES,
         often=True,
     )
 
@@ -144,7 +144,7 @@ class PictureInputOptions(Options, title="prompts"):
             check_path("--from_module", Path(self.from_module), "file", "a Python file, or a module's name")
 
 
-class PictureOutputOptions(Options, title="output"):
+class ImageOutputOptions(Options, title="output"):
     """Where pictures are written, and under which names."""
 
     outdir: Path = option(
@@ -193,9 +193,9 @@ class GenImgOptions(Options, title="run"):
     """All options of gen_img.py."""
 
     model: ModelOptions
-    prompts: PictureInputOptions
+    prompts: ImageInputOptions
     sampling: sampling_options.SamplingOptions
-    output: PictureOutputOptions
+    output: ImageOutputOptions
     text: TextOptions
     networks: AddedNetworkOptions
     control: ControlOptions
@@ -224,16 +224,16 @@ class GenImgOptions(Options, title="run"):
             self.control,
             self.prompts.guide_image_path,
             shrinks=self.deep_shrink.ds_depth_1 is not None,
-            compared_by=self.guides.picture_option,
+            compared_by=self.guides.image_option,
         )
         if self.text.XTI_embeddings and self.control.uses:
             raise OptionError(
                 f"--XTI_embeddings and {self.control.flag} do not work together: a ControlNet takes one "
                 "text for all of its layers. Leave one of them out"
             )
-        if self.guides.picture_option is not None and self.highres.highres_fix_disable_control_net:
+        if self.guides.image_option is not None and self.highres.highres_fix_disable_control_net:
             raise OptionError(
-                f"--highres_fix_disable_control_net with {self.guides.picture_option}: there are no "
+                f"--highres_fix_disable_control_net with {self.guides.image_option}: there are no "
                 "ControlNets to leave out. Leave it out"
             )
         if self.highres.highres_fix_scale is not None:

@@ -22,7 +22,7 @@ from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from networks.added import AddedPart
-from stable_diffusion.contract import AskedPicture, Idea, TextState, UnetCall
+from stable_diffusion.contract import AskedImage, Idea, TextState, UnetCall
 
 _CHANNELS = 3
 _DARK = 1e-4  # below it, no part has a pixel: they share it
@@ -124,7 +124,7 @@ class Regions:
         self._unet = unet
         self._color_codes = color_codes
 
-    def read(self, picture: AskedPicture, width: int, height: int) -> Tensor:
+    def read(self, picture: AskedImage, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
 
         Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
@@ -137,7 +137,7 @@ class Regions:
         return read_regions(picture.mask, parts, width=width, height=height, color_codes=self._color_codes)
 
     @contextlib.contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Put the regions of a batch into the U-Net until the batch is made; yield None if there is one part.
 
         The context of every row of a call has all parts, one after the other: R P*L C.
@@ -145,12 +145,12 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        regions = [self.read(picture, width, height) for picture in pictures]
+        regions = [self.read(image, width, height) for image in pictures]
         rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
         batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:
             batch.enter(self._unet, changes)
-            if any(picture.mask is not None for picture in pictures):
+            if any(image.mask is not None for image in pictures):
                 for index, layers in enumerate(self._layers):
                     for name, layer in layers.items():
                         changes.callback(setattr, layer, "region", None)

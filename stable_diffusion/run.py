@@ -23,14 +23,14 @@ from modules.atomic_write import claim_name, make_folder, make_storable
 from modules.command import each_warning_once
 from modules.console import count_of
 from modules.control_codes import replace_control_codes
-from modules.devices import Failures, choose_device, free_memory, freeze_libraries
+from modules.devices import Failures, free_memory, freeze_libraries, select_device
 from modules.errors import MemoryPlanError, OutputError
 from modules.media.writing import write_png
 from modules.text_files import real_path
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import SDXL, AskedPicture, ModelKind
-from stable_diffusion.highres import FIRST, Highres, make_pictures, prepare_highres
+from stable_diffusion.contract import SDXL, AskedImage, ModelKind
+from stable_diffusion.highres import FIRST, Highres, make_images, prepare_highres
 from stable_diffusion.lines import (
     LINE_OPTIONS,
     LONGEST_NAME,
@@ -41,7 +41,7 @@ from stable_diffusion.lines import (
     module_lines,
 )
 from stable_diffusion.making import Maker
-from stable_diffusion.options import GenImgOptions, PictureOutputOptions
+from stable_diffusion.options import GenImgOptions, ImageOutputOptions
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PictureFiles:
+class ImageFiles:
     """Writes the pictures of a run."""
 
-    options: PictureOutputOptions
+    options: ImageOutputOptions
     kind: ModelKind
     sampler: str  # as it was asked for
     now: Callable[[], datetime] = datetime.now
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
 
-    def save(self, picture: AskedPicture, image: Image, digit: str, number: int) -> Path:
+    def save(self, picture: AskedImage, image: Image, digit: str, number: int) -> Path:
         """Write a picture under a free name, completely or not at all. Returns its path.
 
         digit: stands for the stage in the name; empty if there is one stage. number: index of the picture in
@@ -95,7 +95,7 @@ class PictureFiles:
             write_png(path, np.asarray(image.convert("RGB")), storable)
         return path
 
-    def _yield_names(self, picture: AskedPicture, digit: str, number: int) -> Iterator[str]:
+    def _yield_names(self, picture: AskedImage, digit: str, number: int) -> Iterator[str]:
         """Yield names without suffix, the best first."""
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
@@ -145,7 +145,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
     return shutil.which("xdg-open") if has_screen else None
 
 
-def show_picture(program: str, path: Path) -> None:
+def show_image(program: str, path: Path) -> None:
     """Open a picture. Does not wait for the viewer, and ignores its errors."""
     subprocess.Popen(
         [program, str(real_path(path))],
@@ -167,7 +167,7 @@ class Run:
     maker: Maker
     highres: Highres | None
     asking: Asking
-    files: PictureFiles
+    files: ImageFiles
 
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
         """Make the pictures of lines, batch by batch, and write them. Returns the paths.
@@ -175,8 +175,8 @@ class Run:
         Failures are noted. Raises OutputError if pictures cannot be written.
         """
         paths = []
-        pictures = self.asking.pictures(lines, failures)
-        for batch in batches(pictures, self.options.prompts.batch_size):
+        images = self.asking.pictures(lines, failures)
+        for batch in batches(images, self.options.prompts.batch_size):
             if len(batch) > 1:
                 try:
                     paths += self._make(batch)
@@ -186,15 +186,15 @@ class Run:
                 except Exception as error:
                     what = count_of(len(batch), "picture")
                     logger.warning("A batch of %s failed and is made one by one: %s", what, error)
-            for picture in batch:
-                with failures.note_errors(picture.label, fatal=OutputError):
-                    paths += self._make([picture])
+            for image in batch:
+                with failures.note_errors(image.label, fatal=OutputError):
+                    paths += self._make([image])
         return paths
 
-    def _make(self, batch: Sequence[AskedPicture]) -> list[Path]:
+    def _make(self, batch: Sequence[AskedImage]) -> list[Path]:
         paths = []
         try:
-            for stage in make_pictures(self.maker, self.highres, batch):
+            for stage in make_images(self.maker, self.highres, batch):
                 assert stage.result.images is not None
                 pairs = zip(stage.pictures, stage.result.images, strict=True)
                 for number, (picture, image) in enumerate(pairs):
@@ -217,7 +217,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     Raises UserError; with several prompts only after the pictures of all usable ones are made.
     """
     freeze_libraries()
-    device = choose_device(options.device)
+    device = select_device(options.device)
     make_folder(options.output.outdir, "--outdir")
     inputs = find_inputs(options.prompts, len(options.control.uses))
     highres = prepare_highres(options.highres)
@@ -227,7 +227,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         maker = load(options, device)
         kind = maker.model.kind
         asking = Asking(options, kind, inputs, make_seeds(options, lines))
-        files = PictureFiles(options.output, kind, options.sampling.sampler)
+        files = ImageFiles(options.output, kind, options.sampling.sampler)
         return Run(options, maker, highres=highres, asking=asking, files=files)
 
     if options.prompts.interactive:
@@ -260,7 +260,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
         pipe=run.maker.model,
         networks=run.maker.networks,
         random=asking.seeds.random,
-        count_pictures=lambda: asking.num_pictures,
+        count_images=lambda: asking.num_pictures,
     )
 
     def prompted() -> Iterator[Line]:
@@ -317,7 +317,7 @@ def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Ite
 
 def converse(run: Run) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
-    ask = line_reader((letter, option.key) for letter, option in LINE_OPTIONS.items())
+    ask = line_reader((character, option.key) for character, option in LINE_OPTIONS.items())
     viewer = None if run.options.prompts.no_preview else viewer_command()
     while True:
         try:
@@ -327,7 +327,7 @@ def converse(run: Run) -> None:
             paths = run.make_all([Line("the prompt", line.strip())], Failures())
             if viewer is not None:
                 for path in paths:
-                    show_picture(viewer, path)
+                    show_image(viewer, path)
         except EOFError:
             sys.stdout.write("\n")
             return

@@ -123,7 +123,7 @@ def _make_zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
-LEAST_SHARE = 2**-24  # of the data at the last timestep, squared
+MIN_SHARE = 2**-24  # of the data at the last timestep, squared
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
@@ -250,7 +250,7 @@ class SeenSolver:
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
         """Predict the clean latents. noisy, output: input and output of the U-Net at a noise level."""
-        share = max(1 - sigma**2, LEAST_SHARE) ** 0.5  # of the data
+        share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # of the data
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:

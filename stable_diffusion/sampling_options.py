@@ -12,10 +12,10 @@ SAMPLERS = (
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 TRAINED_STEPS = 1000  # timesteps that all models know
-MOST_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
+MAX_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels; no memory holds more
-USUAL_STRENGTH = 0.8  # of image to image
+DEFAULT_STRENGTH = 0.8  # of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
 STRENGTH_HINT = "0 keeps the picture, 1 replaces it"
 _SIZE_HINT = "a multiple of 8 pixels"
@@ -91,7 +91,7 @@ class SamplingOptions(Options, title="sampling"):
         hint=_SIZE_HINT,
         often=True,
     )
-    steps: int = option("number of steps", default=50, least=1, most=MOST_STEPS, hint=STEPS_HINT, often=True)
+    steps: int = option("number of steps", default=50, least=1, most=MAX_STEPS, hint=STEPS_HINT, often=True)
     sampler: str = option(
         "how steps are made; k_NAME is the same as NAME", default="ddim", choices=SAMPLERS, often=True
     )
@@ -100,7 +100,7 @@ class SamplingOptions(Options, title="sampling"):
         "how strongly the negative prompt is avoided, apart from --scale; takes a third pass"
     )
     strength: float | None = option(
-        f"image to image: share of the steps that are made, 0 to 1; usually {USUAL_STRENGTH}",
+        f"image to image: share of the steps that are made, 0 to 1; usually {DEFAULT_STRENGTH}",
         least=0,
         most=1,
         hint=STRENGTH_HINT,
@@ -124,8 +124,8 @@ class SamplingOptions(Options, title="sampling"):
 
 def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
     """Raise OptionError if a sampler cannot make so many steps, or so few from noise."""
-    if steps > MOST_STEPS:
-        raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MOST_STEPS} at most; 20 to 50 are usual")
+    if steps > MAX_STEPS:
+        raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MAX_STEPS} at most; 20 to 50 are usual")
     if sampler == "pndm" and steps < PNDM_STEPS:
         raise OptionError(
             f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at "
@@ -151,7 +151,7 @@ class HighresOptions(Options, title="highres fix: two stages"):
         "steps of the first stage",
         default=28,
         least=1,
-        most=MOST_STEPS,
+        most=MAX_STEPS,
         only_with="highres_fix_scale",
         hint=STEPS_HINT,
     )

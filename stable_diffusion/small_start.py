@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, pad
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, Idea, UnetCall
+from stable_diffusion.contract import AskedImage, Idea, UnetCall
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, Unsharp
 from stable_diffusion.starting import STRIDE, is_masked
@@ -35,7 +35,7 @@ class DeepShrinks:
     unet: Any
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Set the U-Net up for a batch; it is put back at the end. None: the batch wants no Deep Shrink.
 
         Raises OptionError if the U-Net is not that deep.
@@ -276,7 +276,7 @@ def begin_small(
     return resize_latents(latents, first), replace(sampler, around=growing)
 
 
-def check_batch(pictures: Sequence[AskedPicture], sampler: str) -> None:
+def check_batch(pictures: Sequence[AskedImage], sampler: str) -> None:
     """Raise OptionError if a batch with Gradual Latent cannot be made."""
     if sampler not in SAMPLERS:
         raise OptionError(

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_mask
-from stable_diffusion.contract import AskedPicture, Model, PictureSettings, SecondStart
+from stable_diffusion.contract import AskedImage, ImageSettings, Model, SecondStart
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
@@ -30,7 +30,7 @@ from stable_diffusion.sampling_options import StartNoiseOptions
 # picture depends neither on its batch nor on these options if they are left out.
 LEVELS = 6  # of pyramid noise at most, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
-LEAST_STEP, MOST_STEP = 2.0, 4.0
+MIN_STEP, MAX_STEP = 2.0, 4.0
 
 
 def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
@@ -59,7 +59,7 @@ def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> T
     level_height = float(height)
     level_width = float(width)
     for level in range(1, LEVELS + 1):
-        step = _draw_between((LEAST_STEP, MOST_STEP), generator)
+        step = _draw_between((MIN_STEP, MAX_STEP), generator)
         level_height = max(level_height / step, 1.0)
         level_width = max(level_width / step, 1.0)
         coarse = _draw((channels, int(level_height), int(level_width)), noise, generator)
@@ -89,8 +89,8 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     """Return a mask resized to that size, 1 1 H W: 1 (repaint) for values of at least half grey, else 0, as
     in diffusers.
     """
-    grey = fit(mask.convert("RGB"), width, height).convert("L")
-    values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
+    gray = fit(mask.convert("RGB"), width, height).convert("L")
+    values = torch.from_numpy(np.asarray(gray, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
 
 
@@ -128,16 +128,16 @@ class Beginning:
     inpainting: Tensor | None = None  # see `UnetPasses`
 
 
-def is_masked(picture: AskedPicture) -> bool:
+def is_masked(picture: AskedImage) -> bool:
     """Return whether a picture is inpainted: a mask of a prompt with several parts shows their regions."""
     return picture.mask is not None and picture.settings.parts == 1
 
 
-def find_strength(picture: AskedPicture, start: SecondStart | None) -> float | None:
+def find_strength(picture: AskedImage, start: SecondStart | None) -> float | None:
     return None if picture.image is None and start is None else picture.settings.strength
 
 
-def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) -> None:
+def check_start(model: Model, picture: AskedImage, start: SecondStart | None) -> None:
     """Raise OptionError if a mask is given without a picture, or an inpainting checkpoint gets no mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
@@ -153,7 +153,7 @@ def check_start(model: Model, picture: AskedPicture, start: SecondStart | None) 
 
 def begin(
     model: Model,
-    pictures: Sequence[AskedPicture],
+    pictures: Sequence[AskedImage],
     start: SecondStart | None,
     sampler: SchedulerSolver,
     noise_options: StartNoiseOptions,
@@ -208,7 +208,7 @@ def begin(
     return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)))
 
 
-def _start_pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor | None:
+def _start_pixels(pictures: Sequence[AskedImage], start: SecondStart | None) -> Tensor | None:
     """Return the images that the pictures start from, B 3 H W; None if they start from latents or noise."""
     images = None if start is None else start.images
     if start is None:
@@ -219,10 +219,10 @@ def _start_pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -
     return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
 
 
-def _read_masks(pictures: Sequence[AskedPicture]) -> Tensor:
+def _read_masks(pictures: Sequence[AskedImage]) -> Tensor:
     """Return the masks of pictures, B 1 H W: 1 is repainted."""
     settings = pictures[0].settings
-    masks = [Image.fromarray(read_mask(picture.mask)) for picture in pictures if picture.mask is not None]
+    masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
 
 
@@ -232,7 +232,7 @@ logger = logging.getLogger(__name__)
 STRIDE = 8  # pixels of one latent
 
 
-def latent_size(settings: PictureSettings) -> tuple[int, int]:
+def latent_size(settings: ImageSettings) -> tuple[int, int]:
     return settings.height // STRIDE, settings.width // STRIDE
 
 
@@ -261,8 +261,8 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
     Pictures are encoded one by one, so that none depends on its batch.
     """
     samples = []
-    for picture, generator in zip(pixels, generators, strict=True):
-        posterior = model.vae.encode(picture[None].to(model.device, model.vae_dtype)).latent_dist
+    for image, generator in zip(pixels, generators, strict=True):
+        posterior = model.vae.encode(image[None].to(model.device, model.vae_dtype)).latent_dist
         mean = posterior.mean.float()
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         samples.append((mean + posterior.std.float() * noise) * model.kind.latent_scale)
@@ -278,8 +278,8 @@ def decode_latents(
     size = vae_batch(vae_batch_size, len(latents))
     for group in latents.split(size):
         pixels = model.vae.decode((group / model.kind.latent_scale).to(model.vae_dtype)).sample.float()
-        for picture in pixels:
-            images.append(to_image(picture, labels[len(images)]))
+        for image in pixels:
+            images.append(to_image(image, labels[len(images)]))
     return images
 
 

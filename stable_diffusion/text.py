@@ -65,7 +65,7 @@ class Texts:
         self._kind = kind
         self._mode = options.emb_normalize_mode
         self._most = options.max_embeddings_multiples or 1
-        self._layers = [_choose_layer(tower, kind, options.clip_skip) for tower in self._towers]
+        self._layers = [_select_layer(tower, kind, options.clip_skip) for tower in self._towers]
         self._chunks_of = lru_cache(4 * REMEMBERED)(self._cut_all)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
@@ -228,17 +228,17 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
         )
 
 
-def _choose_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
+def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     """Return the layer to take states from, counted from the last layer of the loaded network.
 
     --clip_skip counts in the loaded network, as in the known script; its default counts in the released one.
     So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
     check_layer(clip_skip, tower.network.num_layers, kind)
-    return usual_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
+    return default_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
 
 
-def usual_layer(kind: ModelKind, missing_layers: int) -> int:
+def default_layer(kind: ModelKind, missing_layers: int) -> int:
     """Return the layer whose states are used, counted from the end of the loaded network.
 
     missing_layers: last ones that are not loaded.
@@ -264,7 +264,7 @@ _NAMES = (  # of the file; the folder may hold other models, and the same one fo
 _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
-class PictureVectors:
+class ImageVectors:
     """Vectors of pictures in place of pooled states. The image tower is on the device only while it works."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:

@@ -266,7 +266,7 @@ def _join(numbers: Sequence[int]) -> str:
 
 def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -> LearnedWord:
     """Return a word of this name, with the content of its file."""
-    tensors, token = _choose_tensors(path, option, content)
+    tensors, token = _select_tensors(path, option, content)
     vectors = _to_rows(path, option, tensors)
     if len({len(rows) for rows in vectors}) > 1:
         raise _not_one(path, option, "it has unequal numbers of vectors for the text encoders")
@@ -318,7 +318,7 @@ def _to_rows(path: Path, option: str, tensors: Mapping[str, Tensor]) -> tuple[Te
     return tuple(torch.atleast_2d(tensor.float()) for tensor in tensors.values())
 
 
-def _choose_tensors(
+def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
     """Return the vectors for each text encoder, in order, and the word that the file names, or None."""

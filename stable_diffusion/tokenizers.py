@@ -151,7 +151,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
-USUAL = {"(": 1.1, "[": 1 / 1.1}  # of (x) and [x]
+DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # of (x) and [x]
 MOST = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
@@ -223,7 +223,7 @@ def _split_at_marks(text: str) -> list[_Event]:
         if mark["chunk"]:
             events.append(None)
         elif sign in ("(", "["):
-            bracket = _Bracket(kind, USUAL[kind])
+            bracket = _Bracket(kind, DEFAULT[kind])
             opened[kind].append(bracket)
             events.append(bracket)
         elif mark["escaped"] or not opened[kind]:

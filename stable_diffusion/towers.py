@@ -36,8 +36,8 @@ from stable_diffusion.new_words import GrowingEmbedding, NewWord
 from stable_diffusion.options import TextOptions
 from stable_diffusion.text import (
     check_layer,
+    default_layer,
     join_chunks,
-    usual_layer,
     warn_of_unread,
     weigh_states,
     weights_of,
@@ -140,7 +140,7 @@ class TowerEncoder:
         """Return the number of layers up to the one whose states are used."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
-            return plan.network.config.num_layers + 1 - self._choose_layer(plan)
+            return plan.network.config.num_layers + 1 - self._select_layer(plan)
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -148,7 +148,7 @@ class TowerEncoder:
         with self.files.opened() as release:
             plan = release.texts[self._number]
             checkpoint = fingerprint(plan.network.checkpoint.path)
-            layer = self._choose_layer(plan)
+            layer = self._select_layer(plan)
             are_open_clip = [text.is_open_clip for text in release.texts]
         cache_dir = self.files.tokenizer_cache_dir
         sources = tokenizers.find_tokenizer_files(cache_dir, self.files.path, are_open_clip)
@@ -192,7 +192,7 @@ class TowerEncoder:
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
         with self.files.opened() as release:
             plan = release.texts[self._number]
-            layer = self._choose_layer(plan)
+            layer = self._select_layer(plan)
             words = self.files.tokenizers[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
             vocabulary = plan.network.config.vocabulary
@@ -218,11 +218,11 @@ class TowerEncoder:
             return self._word.list_ids(vocabulary)
         return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
 
-    def _choose_layer(self, plan: TextPlan) -> int:
+    def _select_layer(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
         kind = self.files.kind
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
-        return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
+        return self._clip_skip or default_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
     def count_chunks(self, text: str) -> int:
         """Return the number of chunks to read for a prompt with marks; at least 1.

@@ -43,7 +43,7 @@ TRAINED_BY = {
     SD2: "train_network.py trains",
     SDXL: "sdxl_train_network.py trains",
 }
-WHOLE_BY = {
+FULL_BY = {
     SD1: "train_db.py and fine_tune.py train",
     SD2: "train_db.py and fine_tune.py train",
     SDXL: "sdxl_train.py trains",

@@ -18,7 +18,7 @@ TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
-USUAL_SAMPLER = "ddim"  # of known trainers
+DEFAULT_SAMPLER = "ddim"  # of known trainers
 STEPS, GUIDANCE_SCALE = 30, 7.5  # of pictures, as known trainers have their samples
 CHUNK = 75  # tokens that a text encoder reads at once
 
@@ -111,7 +111,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     )
     sample_sampler: str = option(
         "how samples are made, as gen_img.py --sampler",
-        default=USUAL_SAMPLER,
+        default=DEFAULT_SAMPLER,
         choices=SAMPLERS,
         facts={**FREE, **OF_SAMPLES},
     )

@@ -291,8 +291,8 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
         "unk_token": CLIP_END,
         "pad_token": "!" if is_open_clip else CLIP_END,
     }
-    usual = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
-    return {"tokenizer_config.json": {**usual, **tokens}, "special_tokens_map.json": tokens}
+    default = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    return {"tokenizer_config.json": {**default, **tokens}, "special_tokens_map.json": tokens}
 
 
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ def text_rate(help: str, acts_if: Mapping[str, Callable[[Any], bool]] | None = N
     )
 
 
-class OfWholeCheckpoint:
+class OfFullCheckpoint:
     """What the options of every script that trains a whole checkpoint say of it."""
 
     full_bf16: bool

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_SECONDS = 600
+MAX_SECONDS = 600
 QUIET = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -68,7 +68,7 @@ def run_in_processes(
     command = [str(ROOT / script), *map(str, arguments)]
     with start_processes([command] * count, folder, environment) as started:
         for process in started:
-            process.wait(timeout=MOST_SECONDS)
+            process.wait(timeout=MAX_SECONDS)
         done = [process.done() for process in started]
     codes = [one.returncode for one in done]
     assert codes == [code] * count, "\n".join(f"{one.returncode}\n{one.stderr[-3000:]}" for one in done)
@@ -101,7 +101,7 @@ def start_processes(
 def _run_warm(command: list[str], folder: Path | None) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as said:
         process = WarmProcess(command, folder, QUIET, Path(said) / "out", Path(said) / "err")
-        process.wait(timeout=MOST_SECONDS)
+        process.wait(timeout=MAX_SECONDS)
         return process.done()
 
 
@@ -121,7 +121,7 @@ def run_program(
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=MOST_SECONDS,
+        timeout=MAX_SECONDS,
     )
     return _checked(done, check)
 

@@ -17,7 +17,7 @@ their_frequencies.make_exact()
 
 objects_kept = pytest.StashKey[int]()  # that were left out of collections since the last one of all objects
 FEW_OBJECTS = 2_000  # that a collection inside a test may see of earlier tests: a millisecond
-MOST_KEPT = 150_000  # objects, about 80 MB of small models
+MAX_KEPT = 150_000  # objects, about 80 MB of small models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +71,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         is_last = nextitem is None or nextitem.path != item.path
         if is_last and not chromium.is_used_by(getattr(nextitem, "module", None)):
             chromium.end_browser()
-        if is_last and stash.get(objects_kept, 0) > MOST_KEPT:
+        if is_last and stash.get(objects_kept, 0) > MAX_KEPT:
             gc.unfreeze()
             gc.collect()
             gc.freeze()

@@ -155,15 +155,15 @@ def find_faults(tree: Path, name: str) -> list[str]:
     scripts = {*tree.glob("*train*.py"), *tree.glob("*lora*.py"), *tree.glob("*_generate_*.py")}
     scripts |= {*tree.glob("*cache_*.py")} if folder == "dataset/forms" else set()
     commands += [[sys.executable, path.name, "--help"] for path in sorted(scripts)]
-    faults = []
+    errors = []
     for command in commands:
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, encoding="utf-8")
         if done.returncode:
-            faults.append(f"{command[1:3]}: {done.stderr[-1000:]}")
+            errors.append(f"{command[1:3]}: {done.stderr[-1000:]}")
         if command[1] == "wan_train_network.py":  # others refuse options of the same names
             known = set(deleted).intersection(re.findall(r"(?m)^  (--\w+)", done.stdout))
-            faults += [f"{command[1]} still has {option}" for option in sorted(known)]
-    return faults
+            errors += [f"{command[1]} still has {option}" for option in sorted(known)]
+    return errors
 
 
 def train_in(tree: Path, folder: Path) -> str:
@@ -188,10 +188,10 @@ def check_deletion(name: str, folder: Path) -> list[str]:
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)
-    faults = find_faults(tree, name)
-    if not faults and train_in(tree, folder / "without") != train_here():
-        faults.append("a plain folder gives other caches, or another LoRA")
-    return faults
+    errors = find_faults(tree, name)
+    if not errors and train_in(tree, folder / "without") != train_here():
+        errors.append("a plain folder gives other caches, or another LoRA")
+    return errors
 
 
 if __name__ == "__main__":

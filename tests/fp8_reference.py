@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from checkpoints.stored.fp8 import is_fp8
 
 
-def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:
+def quantized_layers(module: nn.Module) -> dict[str, nn.Linear]:
     """Return the quantised layers of a network by name."""
     return {
         name: layer

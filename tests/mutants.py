@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.toml"
-MOST_MISSED = 4  # by the tests beside the code
+MAX_MISSED = 4  # by the tests beside the code
 FAILED, BROKEN = 1, 2  # pytest: a test failed; a file of tests could not be read
 FIRST_SECOND = 1_000_000_000  # of the times of files that are changed
 
@@ -82,7 +82,7 @@ def main() -> None:
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
         for number, mutant in enumerate(chosen):
             begin, path = time.monotonic(), root / mutant.file
-            whole = path.read_bytes()
+            full = path.read_bytes()
             write_at(path, mutant.changed(root), FIRST_SECOND + 2 * number)
             answers = [notices(root, mutant.tests)]
             if not answers[0] and not args.beside:
@@ -92,10 +92,10 @@ def main() -> None:
                 said += f"{where}: {'caught' if noticed else 'MISSED'}  "
                 missed[where] += [] if noticed else [mutant.name]
             print(f"{mutant.name:60} {said}{time.monotonic() - begin:.0f} s", flush=True)
-            write_at(path, whole, FIRST_SECOND + 2 * number + 1)
+            write_at(path, full, FIRST_SECOND + 2 * number + 1)
     for where, names in missed.items():
         print(f"{len(chosen)} mutants, missed {where}: {len(names)} {names}")
-    raise SystemExit(bool(missed["by default"]) or len(missed["beside"]) > MOST_MISSED)
+    raise SystemExit(bool(missed["by default"]) or len(missed["beside"]) > MAX_MISSED)
 
 
 if __name__ == "__main__":

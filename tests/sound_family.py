@@ -81,10 +81,10 @@ class SoundWan(Wan):
 
     def encode_sound(self, networks: Speaker, samples: Tensor, frames: int, fps: float) -> Tensor:
         channels, rows, width = sound_shape(frames, fps)
-        whole = torch.zeros(len(samples), channels, rows * width, device=samples.device)
-        count = min(whole.shape[2], samples.shape[2])
-        whole[:, :, :count] = samples[:, :, :count] * networks.scale
-        return whole.unflatten(2, (rows, width))
+        full = torch.zeros(len(samples), channels, rows * width, device=samples.device)
+        count = min(full.shape[2], samples.shape[2])
+        full[:, :, :count] = samples[:, :, :count] * networks.scale
+        return full.unflatten(2, (rows, width))
 
     def decode_sound(self, networks: Speaker, latents: Tensor) -> Sound:
         self.diary.append("decode sound")
@@ -98,8 +98,8 @@ class SoundWan(Wan):
         prepared = super().prepare(request)
         if self.sound is None or prepared.frames == 1:
             return replace(prepared, rules=self.rules)
-        _, *picture = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        joint = Joint(tuple(picture), self.sound.shape(prepared.frames, prepared.fps))
+        _, *image = self.latent.shape(prepared.frames, prepared.height, prepared.width)
+        joint = Joint(tuple(image), self.sound.shape(prepared.frames, prepared.fps))
         return replace(prepared, joint=joint, rules=self.rules, levels=self.levels)
 
     def sections(
@@ -113,9 +113,9 @@ class SoundWan(Wan):
         section, joint = next(found), prepared.joint
         if joint is None:
             return (yield section)
-        whole = joint.join(section.noise, noise.draw((1, *joint.sound)))
+        full = joint.join(section.noise, noise.draw((1, *joint.sound)))
         given = None if self.given_sound is None else self.given_sound[None]
-        return (yield replace(section, noise=whole, given_sound=given))
+        return (yield replace(section, noise=full, given_sound=given))
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -125,13 +125,13 @@ class SoundWan(Wan):
         plain = replace(tweaks, joint=None, skip_self_attention=frozenset(), isolated=False)
         if joint is None:
             return super().predict(dit, noisy, timesteps, cond, plain)
-        picture, sound = joint.split(noisy)
-        of_picture, of_sound = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
-        velocity = super().predict(dit, picture, of_picture, cond, plain)
+        image, sound = joint.split(noisy)
+        of_image, of_sound = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
+        velocity = super().predict(dit, image, of_image, cond, plain)
         velocity = velocity * (1 - 0.2 * len(tweaks.skip_self_attention))
         loudness = torch.stack([text.mean() for text in cond["t5"]]).to(noisy).view(-1, 1, 1, 1)
         if not tweaks.isolated:
-            loudness = loudness + picture.mean(dim=(1, 2, 3, 4)).view(-1, 1, 1, 1) / 10
+            loudness = loudness + image.mean(dim=(1, 2, 3, 4)).view(-1, 1, 1, 1) / 10
             velocity = velocity + sound.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1)
         loudness = 0.5 + loudness / 10 - 0.1 * len(tweaks.skip_self_attention)
         clean = tone(joint.sound).to(noisy) * loudness
@@ -162,8 +162,8 @@ def generate_with_sound(argv: Sequence[object] | None = None, **changes: Any) ->
 def tiny_sound_family(words: Sequence[str], **changes: Any) -> SoundWan:
     """Return the family for generation. words: of the models. changes: as of `with_sound`."""
     made: list[SoundWan] = []
-    usual = ("--save_path", "unused", "--prompt", "x")
-    main([*words, *usual], make=lambda family, _: made.append(with_sound(family, **changes)))
+    default = ("--save_path", "unused", "--prompt", "x")
+    main([*words, *default], make=lambda family, _: made.append(with_sound(family, **changes)))
     return made[0]
 
 

@@ -58,10 +58,10 @@ def write_media(
         streams = [target.add_stream(one.codec, rate=one.rate, layout=one.layout) for one in tracks]
         packets = []
         for number in range(frames):
-            grey = np.full((SIDE, SIDE, 3), 4 * number % 256, np.uint8)
-            picture = av.VideoFrame.from_ndarray(grey)
-            picture.pts, picture.time_base = number + round(first * rate), 1 / rate
-            packets += video.encode(picture)
+            gray = np.full((SIDE, SIDE, 3), 4 * number % 256, np.uint8)
+            image = av.VideoFrame.from_ndarray(gray)
+            image.pts, image.time_base = number + round(first * rate), 1 / rate
+            packets += video.encode(image)
         packets += video.encode(None) if frames else []
         for one, stream in zip(tracks, streams, strict=True):
             packets += _encoded(one, stream)

@@ -34,7 +34,7 @@ from tests.tiny.families import TinyFamily, write_deep
 from tests.tiny.runs import make_project
 
 Words = tuple[str, ...]
-Facts = Mapping[str, Any]
+Info = Mapping[str, Any]
 PROJECT, CLEAN = "project", "clean"  # folders of a swept family: where it runs, and what it begins with
 # what says when something was made, or how long it took
 _TIMES = re.compile(r"\d{8}-\d{6}|\d{4}-\d\d-\d\d[ T_-]\d\d[:_-]?\d\d[:_-]?\d\d|\d{14}")
@@ -254,7 +254,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, str(value)
 
 
-ACTS, METADATA, SAYS, REFUSES = "acts", "metadata", "says", "refuses"
+ACTS, METADATA, SAYS, REJECTS = "acts", "metadata", "says", "refuses"
 FAILS, SILENT = "fails without its name", "silent"
 
 
@@ -267,7 +267,7 @@ def judge(swept: Swept, variation: "Variation") -> tuple[str, str]:
     telling = [line for line in lines if any(re.search(rf"{flag}(?![\w-])", line) for flag in flags)]
     if changed.code != 0:
         named = telling or [line for line in lines for word in variation.names if word in line]
-        return (REFUSES, named[-1]) if named else (FAILS, changed.said[-1500:])
+        return (REJECTS, named[-1]) if named else (FAILS, changed.said[-1500:])
     names = {*plain.files, *changed.files} - unstable
     differ = sorted(one for one in names if plain.files.get(one) != changed.files.get(one))
     differ = [one for one in differ if not _repeats(one, variation)]
@@ -317,7 +317,7 @@ class Setting:
     family: str = ""  # the name of the tiny family that it is tried with; "": the first that has it
 
 
-def vary(words: Words, action: argparse.Action, facts: Facts, setting: Setting) -> Variation:
+def vary(words: Words, action: argparse.Action, facts: Info, setting: Setting) -> Variation:
     """The command of a script with and without another value of an option. words: the command."""
     plain = (*words, *setting.also)
     flags = tuple(flag for flag in action.option_strings if flag.startswith("--")) or (action.dest,)
@@ -341,7 +341,7 @@ def vary(words: Words, action: argparse.Action, facts: Facts, setting: Setting) 
 JUNK, MISSING_FOLDER, NEW = "junk.bin", "empty", "made here"
 
 
-def other_value(action: argparse.Action, facts: Facts, given: Words | None) -> Words:
+def other_value(action: argparse.Action, facts: Info, given: Words | None) -> Words:
     """Words of a value that is not the default of an option, nor the one in a command."""
     if action.nargs == 0:
         return ()
@@ -375,7 +375,7 @@ def _padded(old: Words, count: int) -> list[str | None]:
     return [old[index] if index < len(old) else None for index in range(count)]
 
 
-def _other_number(text: str | None, kind: type, facts: Facts) -> str:
+def _other_number(text: str | None, kind: type, facts: Info) -> str:
     """A number near another one, within the limits of an option."""
     least, most = facts.get("least", facts.get("above")), facts.get("most", facts.get("below"))
     try:
@@ -412,21 +412,21 @@ def _load_records() -> list[type[Options]]:
     return sorted(records, key=lambda one: (one.__module__, one.__name__))
 
 
-_FACTS: dict[str, list[tuple[str, Facts]]] = {}
+_INFO: dict[str, list[tuple[str, Info]]] = {}
 
 
-def facts_of_option(action: argparse.Action) -> Facts:
+def info_of_option(action: argparse.Action) -> Info:
     """The facts of the record that declares an option, found by its name and help."""
-    if not _FACTS:
+    if not _INFO:
         for record in _load_records():
             for one in dataclasses.fields(record):
                 declared = one.metadata.get("declared")
                 if declared is not None and declared.help:
-                    facts = {**one.metadata, "kind": _kind(hints_of(record)[one.name]), "record": record}
-                    _FACTS.setdefault(option_name(one).replace("-", "_"), []).append((declared.help, facts))
-    entries = _FACTS.get(action.dest, [])
-    same = [facts for text, facts in entries if text.split("{")[0][:40] == (action.help or "")[:40]]
-    found = same or [facts for _, facts in entries]
+                    info = {**one.metadata, "kind": _kind(hints_of(record)[one.name]), "record": record}
+                    _INFO.setdefault(option_name(one).replace("-", "_"), []).append((declared.help, info))
+    entries = _INFO.get(action.dest, [])
+    same = [info for text, info in entries if text.split("{")[0][:40] == (action.help or "")[:40]]
+    found = same or [info for _, info in entries]
     return found[0] if found else {"kind": action.type}
 
 

@@ -46,7 +46,7 @@ from flux_2.model import Flux2Model
 from krea2.configs import Krea2StreamConfig
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from running.offload.swap_plan import most_blocks
+from running.offload.swap_plan import max_blocks
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from tests.tiny.dits import DITS
@@ -652,7 +652,7 @@ def test_sizes_without_sense_are_one_message(
 @pytest.mark.parametrize(("size", "most"), [("klein-4b", 13), ("klein-9b", 18), ("dev", 30)])
 def test_as_many_blocks_of_flux_2_are_swapped_as_the_known_tuner_allows(size: str, most: int) -> None:
     blocks = (FLUX_2[size]["double_blocks"], FLUX_2[size]["single_blocks"])
-    assert most_blocks(blocks, Flux2Model.spec.swap_counts) == most
+    assert max_blocks(blocks, Flux2Model.spec.swap_counts) == most
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers"])

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_formulas import NormalisedGuidance
+from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.data import Conditions
 from contract.requests import Request
@@ -169,7 +169,7 @@ TEXTS = (
     *("states", "states_mask", "ids", "weights"),
 )
 POOLED = {"clip_l", "pooled"}
-NAG = NormalisedGuidance(5.0, 2.5, 0.5)
+NAG = NormalizedGuidance(5.0, 2.5, 0.5)
 
 
 def toward(first: Tensor, second: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def test_every_block_of_a_page_is_read_by_what_reads_it_for_a_user(
     wrong = []
     for block in blocks_of(page):
         if not is_exempt(block):
-            problem = read_block(block, tmp_path)
-            wrong += [f"{block.place}: {problem}"] if problem else []
+            error = read_block(block, tmp_path)
+            wrong += [f"{block.place}: {error}"] if error else []
 
     assert not wrong, "\n".join(wrong)
     assert [record.getMessage() for record in caplog.records] == []

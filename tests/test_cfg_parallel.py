@@ -13,7 +13,7 @@ import torch
 from tests.commands import ROOT, run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_context_parallel import Wide
-from tests.test_shard_base import BOTH, OTHERS, SIZE, TEACACHE, USUAL, Shared, generate, with_slow
+from tests.test_shard_base import BOTH, DEFAULT, OTHERS, SIZE, TEACACHE, Shared, generate, with_slow
 from tests.tiny.wan import write_tiny_wan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
@@ -42,7 +42,7 @@ WAYS = {  # processes, how they share, what they make
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    return Shared(USUAL, tmp_path_factory.mktemp("passes on two cards"), trains=False)
+    return Shared(DEFAULT, tmp_path_factory.mktemp("passes on two cards"), trains=False)
 
 
 @pytest.mark.slow_cases("parts, third pass", "third pass")
@@ -106,7 +106,7 @@ def test_each_process_has_both_experts(project: Shared) -> None:
 @pytest.mark.parametrize("more", [(), ("--shard_base",), TEACACHE], ids=["whole", "parts", "teacache"])
 def test_processes_share_passes_and_tokens(tmp_path: Path, more: tuple[str, ...]) -> None:
     """Of four processes each pass has two, which share its tokens."""
-    project = Wide(USUAL, tmp_path)
+    project = Wide(DEFAULT, tmp_path)
     words = (*PROMPT, *(word for word in more if word != "--shard_base"))
     (expected,) = generate(project, "alone", 1, *words)
 

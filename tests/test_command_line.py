@@ -12,7 +12,7 @@ import pytest
 
 from modules import parser as parsing
 from modules.errors import OptionError
-from modules.parser import refuse_unsupported
+from modules.parser import reject_unsupported
 from tests.test_imports import SCRIPTS, TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,8 +188,8 @@ def test_what_is_not_supported_is_refused_by_name_and_with_a_reason(
             continue
         used = argparse.Namespace(**{**defaults, action.dest: "something"})
         with pytest.raises(OptionError, match=rf"^{action.option_strings[0]} is refused: (--)?\w+"):
-            refuse_unsupported(parser, used)
-    refuse_unsupported(parser, argparse.Namespace(**defaults))
+            reject_unsupported(parser, used)
+    reject_unsupported(parser, argparse.Namespace(**defaults))
 
 
 def test_the_help_says_each_reason_once_with_its_options_below(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,10 +249,10 @@ def test_help_shows_defaults_and_colours_on_a_terminal_only(
     plain = capsys.readouterr().out
     monkeypatch.setattr(parsing, "wants_colour", lambda _: True)
     parser.print_help()
-    coloured = capsys.readouterr().out
+    colored = capsys.readouterr().out
 
     assert "(default: h264)" in " ".join(plain.split())
     assert "None)" not in plain
     assert "\x1b" not in plain
-    assert "\x1b[36m--codec\x1b[0m" in coloured
-    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+    assert "\x1b[36m--codec\x1b[0m" in colored
+    assert re.sub(r"\x1b\[\d+m", "", colored) == plain

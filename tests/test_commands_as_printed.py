@@ -19,7 +19,7 @@ from tests.faults.messages import succeed_here
 from tests.run_pages import read_run_page
 from tests.tiny.families import CLIP, FAMILIES, OUTPUT, TWO_LISTS, Command, TinyFamily, family_called
 from tests.tiny.families import _wan as wan_of  # a variant that no other test drives
-from tests.tiny.project import write_image, write_picture_dataset, write_pictures
+from tests.tiny.project import write_image, write_image_dataset, write_images
 from tests.tiny.wan import write_tiny_wan
 
 NEXT = re.compile(r"Next, [^\n]*?(?: \(fill in ([^\n:]*):[^\n]*\))?:\n  (python [^\n]*)")
@@ -52,8 +52,8 @@ class PrintedCase:
 
 def one_frame_of_wan(folder: Path) -> None:
     write_tiny_wan(folder / "model", "i2v")
-    write_pictures(folder / "clips", folder / "control")
-    write_picture_dataset(folder, batch_size=1)
+    write_images(folder / "clips", folder / "control")
+    write_image_dataset(folder, batch_size=1)
 
 
 def vace_with_all(folder: Path) -> None:

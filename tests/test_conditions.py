@@ -12,14 +12,14 @@ from tests import account
 from tests.commands import ROOT
 
 FILES = sorted(path for path in (ROOT / "tests").rglob("*.py") if path.parent.name != "golden")
-LEAST_SECONDS = 60  # that a test waits for another process, thread or page, before it fails
+MIN_SECONDS = 60  # that a test waits for another process, thread or page, before it fails
 CLOCKS = {"monotonic", "perf_counter", "time"}  # of the wall; `process_time` counts work
 PARTS_OF_A_PLACE = {"name", "stem", "parts"}
 WAITS = {"wait", "join", "acquire", "communicate"}
 OF_PAGES = {"wait_for", "wait_for_selector", "wait_for_url", "click", "fill", "press"}  # in milliseconds
 
 
-def list_faults(path: Path) -> Iterator[str]:
+def list_errors(path: Path) -> Iterator[str]:
     """Yield what in a file of tests depends on the place or on the load, each with its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -43,7 +43,7 @@ def counts_the_wall(node: ast.AST) -> str:
     limit = node.test.comparators[-1]
     if not isinstance(node.test.ops[-1], ast.Lt | ast.LtE) or "PATIENCE" in ast.unparse(limit):
         return ""
-    is_short = not isinstance(limit, ast.Constant) or limit.value < LEAST_SECONDS
+    is_short = not isinstance(limit, ast.Constant) or limit.value < MIN_SECONDS
     taken = node.test.left
     is_difference = isinstance(taken, ast.BinOp) and isinstance(taken.op, ast.Sub)
     if not is_difference or not is_short or not set(_calls(taken)) & CLOCKS:
@@ -61,7 +61,7 @@ def hurries(node: ast.AST) -> str:
     for limit in limits:
         if isinstance(limit, ast.Constant) and isinstance(limit.value, int | float):
             seconds = limit.value / (1000 if node.func.attr in OF_PAGES else 1)
-            if limit.value >= 1 and seconds < LEAST_SECONDS and not isinstance(limit.value, bool):
+            if limit.value >= 1 and seconds < MIN_SECONDS and not isinstance(limit.value, bool):
                 return f"waits {seconds} s: use tests.waiting.PATIENCE"
     return ""
 
@@ -75,7 +75,7 @@ def _calls(node: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("room", sorted({path.relative_to(ROOT / "tests").parts[0] for path in FILES}))
 def test_no_test_reads_the_name_of_the_clone_or_hurries(room: str) -> None:
     files = [path for path in FILES if path.relative_to(ROOT / "tests").parts[0] == room]
-    assert [fault for path in files for fault in list_faults(path)] == []
+    assert [error for path in files for error in list_errors(path)] == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_no_test_reads_the_name_of_the_clone_or_hurries(room: str) -> None:
 )
 def test_such_a_line_is_found(tmp_path: Path, line: str) -> None:
     (tmp_path / "test_a.py").write_text(line, encoding="utf-8")
-    assert len([*list_faults(tmp_path / "test_a.py")]) == 1
+    assert len([*list_errors(tmp_path / "test_a.py")]) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_such_a_line_is_found(tmp_path: Path, line: str) -> None:
 )
 def test_such_a_line_is_none(tmp_path: Path, line: str) -> None:
     (tmp_path / "test_a.py").write_text(line, encoding="utf-8")
-    assert [*list_faults(tmp_path / "test_a.py")] == []
+    assert [*list_errors(tmp_path / "test_a.py")] == []
 
 
 # ---- the account

@@ -17,11 +17,11 @@ from running.offload.sharding import TOKEN_PART
 from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_shard_base import (
+    DEFAULT,
     GENERATIONS,
     OTHERS,
     RUN,
     SIZE,
-    USUAL,
     Shared,
     frames_in,
     generate,
@@ -90,7 +90,7 @@ def error_of_latents(found: list[Tensor], expected: list[Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Wide:
-    project = Wide(USUAL, tmp_path_factory.mktemp("tokens of two cards"))
+    project = Wide(DEFAULT, tmp_path_factory.mktemp("tokens of two cards"))
     project.cut_oddly()
     return project
 
@@ -198,7 +198,7 @@ def test_a_generation_with_texts_among_the_tokens_is_that_of_one_process(joint: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [USUAL, *OTHERS])
+@pytest.mark.parametrize("name", [DEFAULT, *OTHERS])
 def test_every_family_trains_and_generates_with_shared_tokens(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -213,7 +213,7 @@ def test_every_family_trains_and_generates_with_shared_tokens(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["z_image", USUAL, JOINT, "qwen_image", "framepack"])
+@pytest.mark.parametrize("name", ["z_image", DEFAULT, JOINT, "qwen_image", "framepack"])
 def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -244,7 +244,7 @@ def test_four_processes_share_batches_tokens_and_blocks(
     way: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     words, peers = FOUR[way]
-    project = Wide(USUAL, tmp_path_factory.mktemp("four cards"), heads=4)
+    project = Wide(DEFAULT, tmp_path_factory.mktemp("four cards"), heads=4)
     project.cut_oddly()
     accumulation = 4 // peers
     expected = project.shared("alone", 1, "--gradient_accumulation_steps", accumulation)
@@ -258,13 +258,13 @@ def test_four_processes_share_batches_tokens_and_blocks(
 
 @pytest.mark.slow
 def test_a_run_is_resumed_by_another_number_of_processes(project: Wide) -> None:
-    usual = ("--save_state", "--overwrite", "--validation_split", "0.25")
-    expected = project.shared("whole", 1, *usual, "--max_train_steps", 3)
+    default = ("--save_state", "--overwrite", "--validation_split", "0.25")
+    expected = project.shared("whole", 1, *default, "--max_train_steps", 3)
     resume = ("--resume", "changing/x-state")
 
-    project.shared("changing", 2, *usual, "--max_train_steps", 1)
-    project.shared("changing", 1, *usual, *resume, "--max_train_steps", 2)
-    found = project.shared("changing", 2, *usual, *resume, "--max_train_steps", 3)
+    project.shared("changing", 2, *default, "--max_train_steps", 1)
+    project.shared("changing", 1, *default, *resume, "--max_train_steps", 2)
+    found = project.shared("changing", 2, *default, *resume, "--max_train_steps", 3)
 
     assert error_of(found, expected) < 1e-6
 

@@ -260,20 +260,20 @@ def test_a_model_that_a_file_is_not_for_is_refused(
 def test_joined_factors_stand_in_the_order_of_the_rows(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors, changes = dict[str, Tensor](), dict[str, Tensor]()
-    for letter in "kvq":  # as files sorted otherwise have them
+    for character in "kvq":  # as files sorted otherwise have them
         down, up = torch.randn(1, 6, generator=generator), torch.randn(6, 1, generator=generator)
-        changes[letter] = up @ down
-        name = f"diffusion_model.layers.0.attention.to_{letter}"
+        changes[character] = up @ down
+        name = f"diffusion_model.layers.0.attention.to_{character}"
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "z_image"})
 
     convert_z_image_lora_to_comfy.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")])
 
-    whole = load_file(tmp_path / "y.safetensors")
-    (up,) = (one for name, one in whole.items() if name.endswith("lora_up.weight"))
-    (down,) = (one for name, one in whole.items() if name.endswith("lora_down.weight"))
+    full = load_file(tmp_path / "y.safetensors")
+    (up,) = (one for name, one in full.items() if name.endswith("lora_up.weight"))
+    (down,) = (one for name, one in full.items() if name.endswith("lora_down.weight"))
     assert [row.nonzero().flatten().tolist() for row in up[::6]] == [[0], [1], [2]]
-    torch.testing.assert_close(up @ down, torch.cat([changes[letter] for letter in "qkv"]))
+    torch.testing.assert_close(up @ down, torch.cat([changes[character] for character in "qkv"]))
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,14 @@ from tests.run_pages import wait_for_run_pages
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
-from tests.tiny.picture_project import SIDE, lay_out_flux, lay_out_pictures, lay_out_sdxl
+from tests.tiny.picture_project import SIDE, lay_out_flux, lay_out_images, lay_out_sdxl
 from tests.tiny.project import (
     lay_out_models,
     write_clips,
     write_image,
+    write_image_dataset,
+    write_images,
     write_lora,
-    write_picture_dataset,
-    write_pictures,
 )
 from tests.tiny.published import (
     lay_out_material,
@@ -57,7 +57,7 @@ RAY = "tools/cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
 # how scripts begin
-OF_PICTURES = (
+OF_IMAGES = (
     "anima",
     "fibo_2",
     "flux",
@@ -71,7 +71,7 @@ OF_PICTURES = (
     "qwen_image_21",
     "zimage",
 )
-WHOLE_MODELS = (*OF_PICTURES, "hv", "ltx2", "wan")
+FULL_MODELS = (*OF_IMAGES, "hv", "ltx2", "wan")
 EXEMPT = tomllib.loads((ROOT / "tests" / "data" / "page_blocks.toml").read_text(encoding="utf-8"))
 NOT_HERE = tuple(row["command"] for row in EXEMPT["not_run"])
 # appended to a script's words, so that the last value of an option wins
@@ -100,7 +100,7 @@ SMALLER = {
     "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
     "fpack_train.py": f"{TRAINING} --latent_window_size 1",
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
-    **{f"{name}_train.py": TRAINING for name in WHOLE_MODELS},
+    **{f"{name}_train.py": TRAINING for name in FULL_MODELS},
     **dict.fromkeys(("sdxl_train.py", "train_db.py", "fine_tune.py"), TRAINING),
     **dict.fromkeys(
         (
@@ -112,8 +112,8 @@ SMALLER = {
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
-    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_PICTURES)},
-    **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
+    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_IMAGES)},
+    **{f"{name}_generate_image.py": PICTURE for name in OF_IMAGES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
 }
 # left out: a CPU takes long in float16
@@ -197,7 +197,7 @@ def lay_out_control(models: Path) -> None:
 
 
 # pages about one model, most about one of pictures, and the models that they use
-PICTURE_MODELS = {
+IMAGE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
@@ -275,8 +275,8 @@ def _anchor(heading: str) -> str:
 
 WITH_COMMANDS = [page for page in PAGES if commands_of(page)]
 ABOUT_DATA = [page for page in WITH_COMMANDS if page.stem.startswith("dataset")]
-ABOUT_PICTURES = [page for page in WITH_COMMANDS if page.stem in PICTURE_MODELS]
-OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_PICTURES]]
+ABOUT_IMAGES = [page for page in WITH_COMMANDS if page.stem in IMAGE_MODELS]
+OTHERS = [page for page in WITH_COMMANDS if page not in [*ABOUT_DATA, *ABOUT_IMAGES]]
 PASSES_ON = {"tools/compare.py"}  # to the script that generates, what it does not know itself
 # each kind of command is on one of these
 DAILY = {"first_lora", "new_and_run", "training", "recipes", "fp8", "install", "z_image"}
@@ -324,16 +324,16 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
     if page.stem == "README":
         lay_out_flux(tmp_path / "models")
         lay_out_sdxl(tmp_path / "models")
-        lay_out_pictures(tmp_path)
+        lay_out_images(tmp_path)
     if page.stem == "new_and_run":
-        write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
-        write_pictures(tmp_path / "edges", tmp_path / "edges" / "conditioning", count=2)
+        write_images(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
+        write_images(tmp_path / "edges", tmp_path / "edges" / "conditioning", count=2)
         for name in ("photos", "fluffy"):
-            write_captioned_picture(tmp_path / name)
+            write_captioned_image(tmp_path / name)
         (tmp_path / "config.yaml").write_text(AI_TOOLKIT, encoding="utf-8")
     if page.stem == "recipes":
         for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
-            write_captioned_picture(tmp_path / name)
+            write_captioned_image(tmp_path / name)
     if page.stem == "post":
         lay_out_tools(tmp_path)
     if page.stem == "vace":
@@ -354,9 +354,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
-        is_about_pictures = "flux_" in command or "sdxl_generate" in command  # their own pages run them too
+        is_about_images = "flux_" in command or "sdxl_generate" in command  # their own pages run them too
         # those of the first page are all programs of their own, as a reader starts them
-        run_in(tmp_path, command, makes_caches, apart=page.stem == "README" and not is_about_pictures)
+        run_in(tmp_path, command, makes_caches, apart=page.stem == "README" and not is_about_images)
         if "pocket.concepts" in command:
             thin_out(tmp_path / "trial")
 
@@ -375,7 +375,7 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
     if any("tools/tag.py" in command for command in commands):
         pytest.importorskip("onnxruntime")
         write_tagger(tmp_path / "models" / "wd_tagger", first_pixel_weights(red=(0, 0, 1)))
-        write_captioned_picture(tmp_path / "pictures")
+        write_captioned_image(tmp_path / "pictures")
     if any("tools/mask.py" in command for command in commands):
         write_clipseg(tmp_path / "models" / "clipseg")
     with serve(tmp_path / "clips") as site, run_server(lambda *_: "a caption") as describer:
@@ -385,10 +385,10 @@ def test_commands_of_the_page_about_data_run(page: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.long
-@of_each(ABOUT_PICTURES)
+@of_each(ABOUT_IMAGES)
 def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> None:
-    PICTURE_MODELS[page.stem](tmp_path / "models")
-    lay_out_pictures(tmp_path)
+    IMAGE_MODELS[page.stem](tmp_path / "models")
+    lay_out_images(tmp_path)
     lay_out_named(tmp_path, [ROOT / "docs" / "image_datasets.md", page], SMALL)
     (tmp_path / "samples.txt").write_text("a cat --w 64 --h 64 --d 1 --s 1\n", encoding="utf-8")
 
@@ -481,8 +481,8 @@ def lay_out_datasets(folder: Path, in_sections: bool) -> None:
         text = text.replace(old, new)
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
     if in_sections:
-        write_pictures(folder / "pictures", folder / "control", count=2)
-        write_picture_dataset(folder, folder / "one_frame.toml", pictures="pictures", cache="cache_one_frame")
+        write_images(folder / "pictures", folder / "control", count=2)
+        write_image_dataset(folder, folder / "one_frame.toml", pictures="pictures", cache="cache_one_frame")
     for name, lines in SAMPLES.items():
         (folder / name).write_text(lines, encoding="utf-8")
 
@@ -503,15 +503,15 @@ def lay_out_named(folder: Path, pages: Sequence[Path], instead: Mapping[str, str
 def lay_out_targets(folder: Path) -> None:
     """What the page about targets brings for Wan2.1: clips and pictures of two kinds."""
     write_clips(folder / "dances", count=1)
-    write_captioned_picture(folder / "portraits")
+    write_captioned_image(folder / "portraits")
 
 
 def run_for_z_image(commands: Sequence[str], folder: Path, page: Path) -> None:
     """Run the commands of a page for Z-Image with its own data set; first a LoRA of its base."""
     picture_project.lay_out_z_image(folder / "models")
-    lay_out_pictures(folder)
+    lay_out_images(folder)
     for name in ("better", "worse"):
-        write_captioned_picture(folder / name)
+        write_captioned_image(folder / name)
     z_image = ROOT / "docs" / "z_image.md"
     lay_out_named(folder, [z_image, page], SMALL)
     before = [one for one in commands_of(z_image) if "_cache_" in one or "my_z_lora" in one]
@@ -522,7 +522,7 @@ def run_for_z_image(commands: Sequence[str], folder: Path, page: Path) -> None:
 def run_for_flux_2(commands: Sequence[str], folder: Path) -> None:
     """Run the commands of a page for FLUX.2 with the data set and the caches of its own page."""
     picture_project.lay_out_flux_2(folder / "models")
-    lay_out_pictures(folder)
+    lay_out_images(folder)
     flux_2 = ROOT / "docs" / "flux_2.md"
     lay_out_named(folder, [ROOT / "docs" / "image_datasets.md", flux_2], SMALL)
     caching = [command for command in commands_of(flux_2) if "_cache_" in command]
@@ -530,7 +530,7 @@ def run_for_flux_2(commands: Sequence[str], folder: Path) -> None:
         run_in(folder, command, makes_caches=True, apart=False)
 
 
-def write_captioned_picture(folder: Path) -> None:
+def write_captioned_image(folder: Path) -> None:
     """Write a picture with its caption."""
     folder.mkdir(parents=True)
     write_image(folder / "a.png", SIDE, SIDE)

@@ -30,7 +30,7 @@ from tests.browser.serving import Answer, Served, serve_runs
 from tests.browser.test_render_worker import start_fake
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import KINDS as FOLDERS
-from tests.project.test_kinds_of_folders import usual_kind, write_photos
+from tests.project.test_kinds_of_folders import default_kind, write_photos
 from tests.tiny.new_models import MODELS, write_new_model
 from training.config_options import OTHERS_TABLE
 
@@ -54,7 +54,7 @@ def write_folder(folder: Path, name: str, kind: RunKind) -> None:
     elif name == "ltx_2 av":
         FOLDERS["heard"](folder)
     else:
-        FOLDERS[usual_kind(name)](folder)
+        FOLDERS[default_kind(name)](folder)
 
 
 def train(folder: Path) -> None:

@@ -27,7 +27,7 @@ from tests.sweeping import (
     LATENTS,
     METADATA,
     PICTURES,
-    REFUSES,
+    REJECTS,
     SAYS,
     SILENT,
     TEXTS,
@@ -35,7 +35,7 @@ from tests.sweeping import (
     WHOLE,
     Setting,
     Swept,
-    facts_of_option,
+    info_of_option,
     judge,
     options_of,
     vary,
@@ -133,13 +133,13 @@ def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
         if action.dest not in chosen:
             continue
         setting = setting_of(script, kind, action.dest)
-        verdict, shown = judge(swept, vary(swept.words, action, facts_of_option(action), setting))
+        verdict, shown = judge(swept, vary(swept.words, action, info_of_option(action), setting))
         entry = next(
             (key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), ""
         )
         if verdict in LISTED and entry not in KNOWN[LISTED[verdict]]:
             wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
-        elif entry and verdict in {ACTS, SAYS, REFUSES}:
+        elif entry and verdict in {ACTS, SAYS, REJECTS}:
             wrong.append(
                 f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is no entry of acts.toml"
             )

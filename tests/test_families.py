@@ -223,8 +223,8 @@ def test_compiled_training_goes_on_from_its_state(trained: tuple[TinyFamily, Pat
     succeed_here(*train, "whole", "--max_train_steps", "4", folder=folder)
 
     assert_equal(folder / "compiled/resumed.safetensors", folder / "compiled/whole.safetensors")
-    whole = load_file(folder / "compiled/whole.safetensors")
-    assert any(tensor.any() for name, tensor in whole.items() if name.endswith(UP))
+    full = load_file(folder / "compiled/whole.safetensors")
+    assert any(tensor.any() for name, tensor in full.items() if name.endswith(UP))
 
 
 @pytest.mark.slow
@@ -260,21 +260,21 @@ def test_a_comparison_makes_what_the_generation_script_makes(trained: tuple[Tiny
     assert list((folder / "compared").glob("compare_*.html"))
 
 
-OF_PICTURES = (
+OF_IMAGES = (
     *("flux", "chroma", "lumina", "hunyuan_image"),
     *("flux_2", "flux_3", "qwen_image_21 edit", "moss_image edit", "fibo_2 edit", "kontext", "krea2 edit"),
     "anima",
 )
-WHOLE_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_PICTURES)
-CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *WHOLE_SLOW)
-WHOLE_CASES = [
-    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in WHOLE_SLOW else ())
+FULL_SLOW = ("wan i2v-14B-FC", "framepack one frame", "qwen_image edit-2511", *OF_IMAGES)
+CHOSEN = ("wan t2v-1.3B", "hunyuan_video", "framepack", "qwen_image", "krea2", *FULL_SLOW)
+FULL_CASES = [
+    pytest.param(each, id=each.name, marks=pytest.mark.slow if each.name in FULL_SLOW else ())
     for each in FAMILIES
     if each.name in CHOSEN
 ]
 
 
-@pytest.fixture(scope="module", params=WHOLE_CASES)
+@pytest.fixture(scope="module", params=FULL_CASES)
 def project(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TinyFamily, Path]:

@@ -93,8 +93,8 @@ def load_weights(project: TinyProject) -> dict[str, Tensor]:
     if not (project.folder / LTX_2).exists():
         return load_file(project.folder / "model/dit.safetensors")
     start = "model.diffusion_model."
-    whole = load_file(project.folder / LTX_2)
-    return {name.removeprefix(start): tensor for name, tensor in whole.items() if name.startswith(start)}
+    full = load_file(project.folder / LTX_2)
+    return {name.removeprefix(start): tensor for name, tensor in full.items() if name.startswith(start)}
 
 
 def with_dit(project: TinyProject, path: Path) -> TinyProject:
@@ -140,12 +140,12 @@ def test_training_with_fp8_weights_learns_nearly_the_same(project: TinyProject, 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_resumed_run_with_fp8_weights_ends_with_equal_bytes(project: TinyProject, precision: str) -> None:
     how = ["--fp8_base", "--fp8_scaled", "--mixed_precision", precision, "--gradient_checkpointing"]
-    whole = project.train(f"whole {precision}", *how, "--save_state", "--save_every_n_steps", "2")
+    full = project.train(f"whole {precision}", *how, "--save_state", "--save_every_n_steps", "2")
 
     resume = ["--resume", f"whole {precision}/x-step00000002-state"]
     resumed = project.train(f"resumed {precision}", *how, *resume)
 
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in full.items())
 
 
 @pytest.mark.parametrize("how", GENERATED, ids=" ".join)

@@ -65,9 +65,9 @@ def test_in_8_bits_with_swapped_blocks_samples_are_those_of_the_plain_model_too(
 def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject) -> None:
     words = (*EXACT, *ADAPTER, "--teacher", "base")
     resume = ("--resume", "whole/x-step00000002-state")
-    whole = project.train("whole", *words, "--save_state", "--save_every_n_steps", "2")
+    full = project.train("whole", *words, "--save_state", "--save_every_n_steps", "2")
 
-    assert same(project.train("resumed", *words, *resume), whole)
+    assert same(project.train("resumed", *words, *resume), full)
 
     twice = (*RUN, *words, *resume, "--output_dir", "twice", "--training_adapter_multiplier", "2")
     said = run_here(*project.family.train, *twice, folder=project.folder)

@@ -110,9 +110,9 @@ def test_small_bases_and_plans_take_them(tmp_path: Path, kind: str) -> None:
     project.run(*project.family.train, *RUN, "--output_dir", "planned", *words, "--plan")
     lora = ["--lora_weight", "small/x.safetensors"]
     small = together(project, "small clip", *lora, "--convrot_int8")
-    whole = together(project, "whole clip", *lora)
+    full = together(project, "whole clip", *lora)
     plain = together(project, "plain clip")
-    assert difference(small, whole) < 0.5 * difference(whole, plain)
+    assert difference(small, full) < 0.5 * difference(full, plain)
     project.run(*project.family.generate, *SIZE, "--prompt", "a cat", "--save_path", "x", *lora, "--plan")
     both = ["--base_weights", "small/x.safetensors", "--sample_lora", "small/x.safetensors", *samples]
     assert project.train("again", *words, *both)

@@ -248,14 +248,14 @@ def test_neither_card_nor_host_holds_more_than_it_has_to(project: Path, name: st
         f"{saver.words}{more}".replace("M/", f"{size}/").split()
         for size, more in (("small", ""), ("large", f" {saver.only}"))
     ]
-    whole = (large / "dit.safetensors").stat().st_size
+    full = (large / "dit.safetensors").stat().st_size
     vae = (large / "vae.safetensors").stat().st_size if saver.vae else 0
     beside = vae + (ROWS * wan_encoders.TEXT_DIM * 4 if saver.embedding else 0)
 
     (told,) = run_watched(project, commands, 1, "", environment=CARD_PROCESS)
 
-    assert told["card"] < saver.card * whole + vae + saver.activations
-    assert told["most"] < saver.host * whole + beside + saver.activations + SLACK
+    assert told["card"] < saver.card * full + vae + saver.activations
+    assert told["most"] < saver.host * full + beside + saver.activations + SLACK
     assert told["left"] == 0
 
 

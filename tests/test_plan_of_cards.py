@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.commands import ROOT, run_script
-from tests.test_shard_base import RUN, SIZE, USUAL, Shared
+from tests.test_shard_base import DEFAULT, RUN, SIZE, Shared
 from tests.tiny.wan_dit import tiny_state, write_dit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a command has slashes")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a command has s
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    made = Shared(USUAL, tmp_path_factory.mktemp("planned"))
+    made = Shared(DEFAULT, tmp_path_factory.mktemp("planned"))
     write_dit(made.folder / "model", tiny_state("t2v", dim=256, num_layers=4), name="dit")  # of two heads
     with contextlib.chdir(made.folder):
         yield made

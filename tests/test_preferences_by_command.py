@@ -29,19 +29,19 @@ KINDS = [
 
 def add_pairs(project: TinyProject) -> None:
     """Give each clip or picture a worse one, and the table its folder."""
-    worse = project.folder / "worse"
-    worse.mkdir()
+    rejected = project.folder / "worse"
+    rejected.mkdir()
     random = numpy.random.default_rng(7)
     for path in sorted((project.folder / "clips").iterdir()):
         if path.suffix == ".png":
             pixels = random.integers(0, 256, (48, 48, 3), dtype=numpy.uint8)
-            Image.fromarray(pixels).save(worse / path.name)
+            Image.fromarray(pixels).save(rejected / path.name)
         elif path.suffix == ".mp4":
             frames = random.integers(0, 256, (9, 48, 48, 3), dtype=numpy.uint8)
-            write_video(worse / path.name, list(frames), 16)
+            write_video(rejected / path.name, list(frames), 16)
     config = project.folder / "dataset.toml"
     text = config.read_text(encoding="utf-8").rstrip()
-    config.write_text(f'{text}\nworse_directory = "{worse.as_posix()}"\n', encoding="utf-8")
+    config.write_text(f'{text}\nworse_directory = "{rejected.as_posix()}"\n', encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -86,13 +86,13 @@ def latents_of(project: TinyProject, start: str) -> list[tuple[Path, str]]:
 @pytest.mark.slow_cases("z_image")
 def test_pairs_are_learned_and_resumed_with_equal_bytes(project: TinyProject) -> None:
     project.run(*project.family.cache_latents)
-    whole = project.train("whole", *EXACT, "--save_state", "--save_every_n_steps", "2")
+    full = project.train("whole", *EXACT, "--save_state", "--save_every_n_steps", "2")
 
-    assert not same(whole, load_file(project.folder / "plain" / "x.safetensors"))
+    assert not same(full, load_file(project.folder / "plain" / "x.safetensors"))
     resume = ("--resume", "whole/x-step00000002-state")
-    assert same(project.train("resumed", *EXACT, *resume), whole)
+    assert same(project.train("resumed", *EXACT, *resume), full)
     small = project.train("small", *EXACT, *SMALL)
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
     metadata = metadata_of(project.folder / "whole" / "x.safetensors")
     assert metadata["ss_preference"] == "2000.0"
@@ -119,8 +119,8 @@ def test_pairs_of_a_list_are_those_of_folders(project: TinyProject) -> None:
             continue
         key = "image_path" if path.suffix == ".png" else "video_path"
         caption = path.with_suffix(".txt").read_text(encoding="utf-8")
-        worse = (folder / "worse" / path.name).as_posix()
-        rows.append({key: path.as_posix(), "caption": caption, "worse_path": worse})
+        rejected = (folder / "worse" / path.name).as_posix()
+        rows.append({key: path.as_posix(), "caption": caption, "worse_path": rejected})
     text = (folder / "dataset.toml").read_text(encoding="utf-8")
     table = re.sub(r"(?m)^(?:image|video)_directory.*$", 'jsonl_file = "pairs.jsonl"', text)
     kind = "image" if "image_path" in rows[0] else "video"
@@ -155,10 +155,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def test_a_pair_of_two_sizes_and_a_missing_one_are_told(project: TinyProject) -> None:
-    worse = project.folder / "worse"
+    rejected = project.folder / "worse"
     kept = project.folder / "kept"
-    shutil.copytree(worse, kept)
-    path = min(worse.iterdir())
+    shutil.copytree(rejected, kept)
+    path = min(rejected.iterdir())
     try:
         if path.suffix == ".png":
             Image.new("RGB", (40, 48)).save(path)
@@ -170,5 +170,5 @@ def test_a_pair_of_two_sizes_and_a_missing_one_are_told(project: TinyProject) ->
         said = run_here(*project.family.cache_latents, folder=project.folder)
         assert "has no worse one for it" in "".join(map(str, said))
     finally:
-        shutil.rmtree(worse)
-        kept.rename(worse)
+        shutil.rmtree(rejected)
+        kept.rename(rejected)

@@ -53,7 +53,7 @@ def lay_out(folder: Path, words: list[str]) -> None:
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.partition(" --")[0])
 def test_what_a_guide_prints_is_taken_or_refused_with_a_reason(line: str, tmp_path: Path) -> None:
-    command, _, refusal = line.partition(" => ")
+    command, _, rejection = line.partition(" => ")
     words = shlex.split(command)
     start = next(place for place, word in enumerate(words) if word.endswith(".py"))
     lay_out(tmp_path, words[start + 1 :])
@@ -64,7 +64,7 @@ def test_what_a_guide_prints_is_taken_or_refused_with_a_reason(line: str, tmp_pa
         except WasReadError:
             code, said = 0, "read"
 
-    if refusal:
-        assert_one_message(code, said, refusal)
+    if rejection:
+        assert_one_message(code, said, rejection)
     else:
         assert said == "read", said

@@ -29,7 +29,7 @@ from tests.test_every_kind_of_run import CELLS
 TABLE = tomllib.loads((ROOT / "tests" / "seams.toml").read_text(encoding="utf-8"))
 PARTS: dict[str, dict[str, list[str]]] = TABLE["parts"]
 SEAMS: list[dict[str, Any]] = TABLE["seam"]
-LEAST_WORDS = 6  # of a reason
+MIN_WORDS = 6  # of a reason
 
 Seam = tuple[str, str, str]  # what is handed on, the part that makes it, the part that takes it
 
@@ -115,7 +115,7 @@ def test_a_row_is_needed_and_has_a_test_or_a_reason(row: dict[str, Any]) -> None
     assert {taker for *_, taker in seams} == {*row["to"]}
     assert {thing for thing, *_ in seams} == {*row["of"]}
     assert bool(row.get("tests")) != bool(row.get("reason"))
-    assert "tests" in row or len(row["reason"].split()) >= LEAST_WORDS
+    assert "tests" in row or len(row["reason"].split()) >= MIN_WORDS
 
 
 @pytest.mark.parametrize("name", sorted(set(list_named_tests())))

@@ -27,9 +27,9 @@ from tests.training.toy import same
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
-USUAL = "wan t2v-1.3B"
+DEFAULT = "wan t2v-1.3B"
 UNET_ONLY = "--network_train_unet_only"
-OTHERS = [family.name for family in FAMILIES if family.name != USUAL]
+OTHERS = [family.name for family in FAMILIES if family.name != DEFAULT]
 RUN = (
     *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--no_page"),
     *("--learning_rate", "1e-2", "--max_train_steps", "3"),
@@ -42,7 +42,7 @@ class Shared:
     def __init__(self, name: str, folder: Path, trains: bool = True, caches_texts: bool = True) -> None:
         self.family: TinyFamily = next(one for one in FAMILIES if one.name == name)
         self.folder = folder
-        if name == USUAL:
+        if name == DEFAULT:
             write_deep(self.family, folder)
             write_dit(folder / "model", tiny_state("t2v", num_layers=4, seed=1), name="dit_high")
             write_dataset(folder, frames="5")
@@ -64,8 +64,8 @@ class Shared:
 
     def run(self, processes: int, output: str, *words: object, is_whole: bool = False) -> None:
         """Train a LoRA, or the transformer."""
-        usual = self.train_whole if is_whole else self.family.train
-        command = (*usual, *RUN, "--output_dir", output, *words)
+        default = self.train_whole if is_whole else self.family.train
+        command = (*default, *RUN, "--output_dir", output, *words)
         if processes == 1:
             succeed_here(*command, folder=self.folder)
         else:
@@ -93,7 +93,7 @@ def frames_in(folder: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    return Shared(USUAL, tmp_path_factory.mktemp("two cards"))
+    return Shared(DEFAULT, tmp_path_factory.mktemp("two cards"))
 
 
 WAYS = {
@@ -132,10 +132,10 @@ def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_mode
         *("--validate_every_n_steps", "1", "--logging_dir", "logs", "--gradient_checkpointing"),
         *("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "2", "--sample_at_first"),
     )
-    whole = project.train("odd whole", 2, *words, "--logging_dir", "odd whole/logs")
+    full = project.train("odd whole", 2, *words, "--logging_dir", "odd whole/logs")
     logs = "--logging_dir", "odd shared/logs"
 
-    assert same(project.train("odd shared", 2, "--shard_base", *words, *logs), whole)
+    assert same(project.train("odd shared", 2, "--shard_base", *words, *logs), full)
 
     ours, theirs = (project.folder / f"odd {name}" for name in ("shared", "whole"))
     assert len(frames_in(ours / "sample")) == 4  # each once
@@ -171,11 +171,11 @@ def test_a_whole_transformer_that_is_split_is_that_of_one_process(
 @pytest.mark.slow
 def test_a_run_is_resumed_by_another_number_of_processes(project: Shared) -> None:
     def train(output: str, *shares: str) -> dict[str, Tensor]:
-        usual = ("--validation_split", "0.25", "--save_state", "--overwrite")
+        default = ("--validation_split", "0.25", "--save_state", "--overwrite")
         resume = ("--resume", f"{output}/x-state")
-        project.train(output, 2, *usual, *shares, "--max_train_steps", 1)
-        project.train(output, 1, *usual, *resume, "--gradient_accumulation_steps", 2)
-        return project.train(output, 2, *usual, *shares, *resume, "--max_train_steps", 5)
+        project.train(output, 2, *default, *shares, "--max_train_steps", 1)
+        project.train(output, 1, *default, *resume, "--gradient_accumulation_steps", 2)
+        return project.train(output, 2, *default, *shares, *resume, "--max_train_steps", 5)
 
     assert same(train("resumed shared", "--shard_base"), train("resumed whole"))
 
@@ -261,10 +261,10 @@ def test_a_lora_is_added_to_a_text_encoder_that_is_split(pictures: Shared) -> No
     words = ("--prompt", "a cat", "--lora_weight", "both/x.safetensors")
     (plain,) = generate(pictures, "without", 1, *words[:2])
 
-    (whole,), (shared,) = (generate(pictures, f"with {count}", count, *words) for count in (1, 2))
+    (full,), (shared,) = (generate(pictures, f"with {count}", count, *words) for count in (1, 2))
 
-    assert torch.equal(whole, shared)
-    assert not torch.equal(whole, plain)
+    assert torch.equal(full, shared)
+    assert not torch.equal(full, plain)
 
 
 @pytest.mark.slow
@@ -279,8 +279,8 @@ def test_every_family_trains_and_generates_with_shared_blocks(
 
     lora = project.train("whole", count, *step)
     assert same(project.train("shared", count, "--shard_base", *step), lora)
-    whole, shared = (generate(project, f"made {number}", number, *prompt) for number in (1, count))
-    assert torch.equal(whole[0], shared[0])
+    full, shared = (generate(project, f"made {number}", number, *prompt) for number in (1, count))
+    assert torch.equal(full[0], shared[0])
 
 
 def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path) -> None:
@@ -308,18 +308,18 @@ def test_two_transformers_train_as_whole_ones(project: Shared, way: str) -> None
         project.run(2, output, *words, *more)
 
     for file in files:
-        whole, shared = (load_file(project.folder / f"{way} {name}" / file) for name in ("whole", "shared"))
-        assert same(shared, whole)
+        full, shared = (load_file(project.folder / f"{way} {name}" / file) for name in ("whole", "shared"))
+        assert same(shared, full)
 
 
 @pytest.mark.slow
 def test_two_transformers_generate_as_in_one_process(project: Shared) -> None:
-    whole, shared = (
+    full, shared = (
         generate(project, f"experts {count}", count, "--prompt", "a cat", "--flow_shift", "1", *BOTH)
         for count in (1, 2)
     )
 
-    assert torch.equal(whole[0], shared[0])
+    assert torch.equal(full[0], shared[0])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import ROOT, run_program
 from tests.faults.messages import succeed_here
 from tests.test_imports import HEAVY, SCRIPTS, SLOW, TOOLS
-from tests.tiny.picture_project import lay_out_flux, lay_out_pictures
+from tests.tiny.picture_project import lay_out_flux, lay_out_images
 from tests.tiny.project import lay_out_models, write_clips, write_dataset
 
 FOLDERS = (".", "benchmarks", "blissful_tuner", "docs", "networks", "package/reelsmith", "pocket", "tools")
@@ -140,7 +140,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lay_out_flux(folder / "models")
     write_clips(folder / "clips", count=2)
     write_dataset(folder)
-    lay_out_pictures(folder)
+    lay_out_images(folder)
     for command in (LATENTS, TEXTS):
         succeed_here(*command.split(), folder=folder)
     return folder

@@ -106,11 +106,11 @@ def test_every_network_learns_on_small_forms_and_savers_of_memory_change_nothing
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_resumed_run_ends_with_equal_bytes(project: TinyProject, form: str) -> None:
     how = [*FORMS[form][0], "--mixed_precision", "bf16", "--gradient_checkpointing", "--blocks_to_swap", "1"]
-    whole = project.train(f"whole {form}", *how, "--save_state", "--save_every_n_steps", "2")
+    full = project.train(f"whole {form}", *how, "--save_state", "--save_every_n_steps", "2")
 
     resumed = project.train(f"resumed {form}", *how, "--resume", f"whole {form}/x-step00000002-state")
 
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in full.items())
     said = project.run(
         *project.family.train,
         *("--output_name", "x", "--seed", "1", "--max_data_loader_n_workers", "0", "--max_train_steps", "3"),
@@ -133,13 +133,13 @@ def test_generation_makes_nearly_the_same(
 
 
 def test_two_forms_and_files_in_fp8_are_refused_by_name(project: TinyProject, tmp_path: Path) -> None:
-    usual = ("--output_dir", "o", "--output_name", "x", "--max_train_steps", "1")
+    default = ("--output_dir", "o", "--output_name", "x", "--max_train_steps", "1")
     for options in (["--convrot_int8", "--nf4_base"], ["--nf4_base", "--fp8_base"]):
-        found = run_here(*project.family.train, *usual, *options, folder=project.folder)
+        found = run_here(*project.family.train, *default, *options, folder=project.folder)
         assert_one_message(*found, options[0], options[1])
     save_file(as_fp8(load_weights(project), "fp8_scaled"), tmp_path / "dit.safetensors")
     released = with_dit(project, tmp_path / "dit.safetensors")
-    found = run_here(*released.family.train, *usual, "--convrot_int8", folder=project.folder)
+    found = run_here(*released.family.train, *default, "--convrot_int8", folder=project.folder)
     assert_one_message(*found, "--convrot_int8: ", "already in fp8")
 
 

@@ -26,7 +26,7 @@ LATER = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("hunyuan_video", "framepack", "ltx_2", "ltx_2 with sound")
 ]
-OF_PICTURES = (
+OF_IMAGES = (
     "lumina",
     "hunyuan_image",
     "flux",
@@ -37,9 +37,9 @@ OF_PICTURES = (
     "krea2",
     "krea2 edit",
 )
-OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
-OF_PICTURES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit")
-PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
+OF_IMAGES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
+OF_IMAGES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit")
+PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_IMAGES]
 
 
 @pytest.fixture(scope="module", params=["wan t2v-1.3B", *LATER, *PICTURES])
@@ -50,8 +50,8 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def swap_most(project: TinyProject) -> tuple[str, ...]:
     """Swap as many blocks as the family can."""
-    usual = "4" if project.family.name in TWO_LISTS else "3"
-    most = {"flux_3": "5", "z_image": "2", "anima": "2"}.get(project.family.name, usual)
+    default = "4" if project.family.name in TWO_LISTS else "3"
+    most = {"flux_3": "5", "z_image": "2", "anima": "2"}.get(project.family.name, default)
     return "--blocks_to_swap", most, "--img_in_txt_in_offloading"
 
 
@@ -121,8 +121,8 @@ def test_a_whole_transformer_is_trained_to_the_same_bits(
     models = project.family.train[1 : project.family.train.index("--network_module")]
 
     def train(name: str, *words: object) -> dict[str, Tensor]:
-        usual = (*RUN, *FUSED, *more, "--output_dir", tmp_path / name)
-        project.run(project.family.train_whole, *models, *usual, *words)
+        default = (*RUN, *FUSED, *more, "--output_dir", tmp_path / name)
+        project.run(project.family.train_whole, *models, *default, *words)
         return load_file(tmp_path / name / "x.safetensors")
 
     expected = train("plain")

@@ -55,13 +55,13 @@ def test_the_missing_empty_prompt_is_cached_by_the_printed_command(project: Tiny
 def test_targets_change_the_lora_and_a_resumed_run_ends_with_equal_bytes(project: TinyProject) -> None:
     project.run(*project.family.cache_texts, "--empty_prompt")
     plain = project.train("plain", *EXACT)
-    whole = project.train("whole", *EXACT, *TARGETS, "--save_state", "--save_every_n_steps", "2")
+    full = project.train("whole", *EXACT, *TARGETS, "--save_state", "--save_every_n_steps", "2")
 
-    assert not same(whole, plain)
+    assert not same(full, plain)
     resume = ("--resume", "whole/x-step00000002-state")
-    assert same(project.train("resumed", *EXACT, *TARGETS, *resume), whole)
+    assert same(project.train("resumed", *EXACT, *TARGETS, *resume), full)
     small = project.train("small", *EXACT, *TARGETS, *SMALL)
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
     assert metadata_of(project.folder / "whole" / "x.safetensors")["ss_guided_target"] == "3.0"
 
@@ -148,10 +148,10 @@ def test_a_slider_learns_from_its_captions(project: TinyProject) -> None:
     (project.folder / "slider.toml").write_text(SLIDER, encoding="utf-8")
     encoders = project.family.cache_texts[1:]
     words = ("--slider", "slider.toml", *_text_options(project, encoders))
-    whole = project.train("slider", *EXACT, *words)
+    full = project.train("slider", *EXACT, *words)
     small = project.train("small slider", *EXACT, *words, *SMALL)
 
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
     metadata = metadata_of(project.folder / "slider" / "x.safetensors")
     assert metadata["ss_slider"] == "slider.toml"

@@ -34,14 +34,14 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_a_resumed_or_smaller_run_leaves_out_the_same_tokens(project: TinyProject) -> None:
     plain = project.train("plain", *EXACT)
-    whole = project.train("whole", *EXACT, *TREAD, "--save_state", "--save_every_n_steps", "2")
+    full = project.train("whole", *EXACT, *TREAD, "--save_state", "--save_every_n_steps", "2")
 
-    assert not same(whole, plain)
+    assert not same(full, plain)
     resume = ("--resume", "whole/x-step00000002-state")
-    assert same(project.train("resumed", *EXACT, *TREAD, *resume), whole)
-    assert same(project.train("checkpointed", *EXACT, *TREAD, "--gradient_checkpointing"), whole)
+    assert same(project.train("resumed", *EXACT, *TREAD, *resume), full)
+    assert same(project.train("checkpointed", *EXACT, *TREAD, "--gradient_checkpointing"), full)
     small = project.train("small", *EXACT, *TREAD, *SMALL)
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
     metadata = metadata_of(project.folder / "whole" / "x.safetensors")
     assert metadata["ss_tread"] == "0.5"
@@ -90,9 +90,9 @@ def test_a_plan_counts_the_tokens_that_take_part(
 @pytest.mark.parametrize("dynamic", ["auto", "false"])
 def test_compiled_blocks_see_both_lengths(project: TinyProject, dynamic: str) -> None:
     compiled = ("--compile", "--compile_backend", "aot_eager", "--compile_dynamic", dynamic)
-    whole = project.train("uncompiled", *EXACT, *TREAD)
+    full = project.train("uncompiled", *EXACT, *TREAD)
     for name, tensor in project.train("compiled", *EXACT, *TREAD, *compiled).items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(tensor, full[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -108,10 +108,10 @@ def test_micro_batches_experts_and_a_whole_model_see_fewer_tokens(tmp_path: Path
         project.run(*project.family.train, *RUN, "--output_dir", output, *words, *more)
         return [load_file(path) for path in sorted((tmp_path / output).glob("x-*_noise.safetensors"))]
 
-    whole = train("whole", *state)
-    assert len(whole) == 2
+    full = train("whole", *state)
+    assert len(full) == 2
     resumed = train("resumed", "--resume", "whole/x-step00000002-state")
-    assert all(map(same, whole, resumed))
+    assert all(map(same, full, resumed))
 
     models = project.family.train[1 : project.family.train.index("--network_module")]
     command = (project.family.train_whole, *models, *RUN)

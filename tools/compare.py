@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.lora = _expand(args.lora, "--lora")
     args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
-    _refuse_generation_options(parser, generation_words)
+    _reject_generation_options(parser, generation_words)
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
@@ -64,7 +64,7 @@ def _lora_words(options: CompareOptions) -> list[str]:
     return words
 
 
-def _refuse_generation_options(parser: Parser, words: Sequence[str]) -> None:
+def _reject_generation_options(parser: Parser, words: Sequence[str]) -> None:
     """End with a message if an option of generation is given that a comparison sets itself."""
     names = {word.partition("=")[0] for word in words}
     for option in ("--lora", "--lora_high_noise"):

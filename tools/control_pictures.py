@@ -14,9 +14,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
-from data_tools.controls.run import ControlPictureOptions, make_control_pictures
+from data_tools.controls.run import ControlImageOptions, make_control_images
 
-main = plain_script(__doc__, make_control_pictures, ControlPictureOptions)
+main = plain_script(__doc__, make_control_images, ControlImageOptions)
 
 
 if __name__ == "__main__":

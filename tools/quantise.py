@@ -11,10 +11,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from checkpoints.quantising import QuantiseOptions, quantise_file
+from checkpoints.quantising import QuantizeOptions, quantize_file
 from contract.families import plain_script
 
-main = plain_script(__doc__, quantise_file, QuantiseOptions)
+main = plain_script(__doc__, quantize_file, QuantizeOptions)
 
 
 if __name__ == "__main__":

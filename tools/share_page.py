@@ -13,7 +13,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 import modules.interpreter  # noqa: F401
 from contract.families import plain_script
 from modules.options import Options, option
-from modules.output_files import check_place, refuse_replacing
+from modules.output_files import check_place, reject_replacing
 
 
 class ShareOptions(Options):
@@ -29,7 +29,7 @@ class ShareOptions(Options):
 
     def __post_init__(self) -> None:
         check_place("--output", self.copy)
-        refuse_replacing("--output", self.copy, [self.page])
+        reject_replacing("--output", self.copy, [self.page])
 
     @property
     def copy(self) -> Path:

@@ -236,8 +236,8 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
     captions are missing, MediaError if the header of a picture cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
-    whole = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
-    folders = TableFolders(whole)
+    full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
+    folders = TableFolders(full)
     for plan in plans:
         is_live = plan.latents is Where.LIVE
         if not (is_live or needs_captions):
@@ -267,17 +267,17 @@ def _warn_of_live(
 
     encoders: of captions; nothing, if these are cached.
     """
-    pictures: list[MediaSource] = []
+    images: list[MediaSource] = []
     lists: list[DatasetTable] = []
     for table in config.datasets:
         live = tables.get(table.index)
         if live is not None and live.sizes is not None:
-            pictures += live.sources.values()
+            images += live.sources.values()
             lists += [table] if table.directory is None else []
     if lists:
-        warn_unused(DatasetConfig(config.path, tuple(lists)), pictures)
+        warn_unused(DatasetConfig(config.path, tuple(lists)), images)
     latent, fps = family.latent, family.defaults.fps
-    warn_of_remarks(find_media_remarks(pictures, latent, fps, family.can.rate), LISTED)
+    warn_of_remarks(find_media_remarks(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
     sources = [source for live in tables.values() for source in live.sources.values()]
@@ -314,15 +314,15 @@ UNET_ONLY = "--network_train_unet_only"
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded, which also encode the empty prompt if a target asks for it.
 
-    None: all texts come from caches. Raises OptionError as `_choose_live_texts`.
+    None: all texts come from caches. Raises OptionError as `_select_live_texts`.
     """
-    texts = _choose_live_texts(family, options, config)
+    texts = _select_live_texts(family, options, config)
     if texts is None:
         return None
     return replace(texts, adds_empty=EMPTY_PROMPT in options.joined.needs)
 
 
-def _choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
 
     None: all texts come from caches. Raises OptionError if caches are asked for texts that change, or
@@ -336,20 +336,20 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
     if options.whole_dit is not None:
-        whole_texts = _choose_whole_texts(family, caches_texts)
-        if whole_texts is not None:
-            return whole_texts
+        full_texts = _select_full_texts(family, caches_texts)
+        if full_texts is not None:
+            return full_texts
     if LIVE_TEXTS in options.joined.needs:
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
-        learning = _choose_learning_encoders(family, options, able)
+        learning = _select_learning_encoders(family, options, able)
         return LiveTexts(encoders, learning, [encoder.lora_prefix for encoder in able], taught=able)
     if varying is not None or _may_learn(options):
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
         able = [encoder for encoder in encoders if can_learn(encoder)]
         prefixes = [encoder.lora_prefix for encoder in able]
-        learning = _choose_learning_encoders(family, options, able)
+        learning = _select_learning_encoders(family, options, able)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
@@ -365,7 +365,7 @@ def _choose_live_texts(family: Family, options: TrainingOptions, config: Dataset
     return LiveTexts(_encoders(family, "there are no text caches"))
 
 
-def _choose_whole_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
+def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
     """Return the text encoders if all weights of some of them learn; None if none learns.
 
     Raises OptionError if their outputs are to be cached.
@@ -428,7 +428,7 @@ def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
         raise OptionError(f"{error}\n  Text encoders are needed because {why}.") from None
 
 
-def _choose_learning_encoders(
+def _select_learning_encoders(
     family: Family, options: TrainingOptions, able: Sequence[LearningEncoder]
 ) -> list[LearningEncoder]:
     """Return the encoders that get a network, of those that can learn.
@@ -522,9 +522,9 @@ class LiveMedia:
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
         by_place = {}
-        for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
+        for place, image, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
-            if picture.mask is not None:
-                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(picture.mask), self._family.latent.stride)
+            if image.mask is not None:
+                tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(image.mask), self._family.latent.stride)
             by_place[place] = tensors
         return by_place

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
-from contract.made_networks import MadeNetwork, UsualRate, made_network_of
+from contract.made_networks import DefaultRate, MadeNetwork, made_network_of
 from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -20,7 +20,7 @@ from modules.console import quiet
 from modules.devices import DTYPES, dtype_name
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import check_network
-from networks.formats import LoraFormat, choose_format
+from networks.formats import LoraFormat, select_format
 from networks.kinds.composing import RANKED_NETWORKS, ROTATING, kind_of_files
 from networks.kinds.contract import named
 from networks.lora_settings import REG_RATES, read_rates
@@ -37,13 +37,13 @@ from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
-from training.run_options import MOST_STEPS
+from training.run_options import MAX_STEPS
 from training.unused_options import list_without_effect
 
 if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
 
-USUAL_RATES = {"a LoRA": UsualRate(2e-5, "1e-4", 5e-3), "a whole model": UsualRate(5e-8, "1e-5", 4e-5)}
+DEFAULT_RATES = {"a LoRA": DefaultRate(2e-5, "1e-4", 5e-3), "a whole model": DefaultRate(5e-8, "1e-5", 4e-5)}
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
     """Raise UserError for a run that is impossible. others: models besides the trained one."""
     sampling = others.sampling
     family.check_given_files()
-    refuse_quantised_bases(family, options)
+    reject_quantized_bases(family, options)
     for check_files in options.joined.on.check_files:
         check_files(family, others)
     if sampling is not None:
@@ -71,7 +71,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
-        choose_lora_format(family, options)
+        select_lora_format(family, options)
     check_networks(family, options)
     check_rates(options.optimizer, _list_rates(options))
     _check_samples(sampling or family, options)
@@ -80,7 +80,7 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
 
 
-def refuse_quantised_bases(family: Family, options: TrainingOptions) -> None:
+def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
     """Raise CheckpointError if all weights are to be trained of a transformer whose file has 8 or 4 bits."""
     for path in () if options.whole_dit is None else family.dit_files:
         with open_checkpoint(path) as checkpoint:
@@ -112,7 +112,7 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
             "lr": options.optimizer.learning_rate,
         }
         optimizer, _ = make_optimizer(options.optimizer, [stand_in])
-        make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
+        make_lr_schedule(options.lr_schedule, optimizer, total_steps or MAX_STEPS)
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
@@ -129,14 +129,14 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             read_requests(family, samples.sample_prompts)
         if not samples.sample_lora:
             return
-        from networks.added import refuse_magnitudes  # only with LoRA files
+        from networks.added import reject_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
         from networks.loading import read_use
 
         for expert, file in zip_longest(family.experts, family.dit_files):
             uses = [read_use(path, expert.name, strength) for path, strength in samples.loras()]
             for use in uses:
-                refuse_magnitudes(use.lora, "--sample_lora")
+                reject_magnitudes(use.lora, "--sample_lora")
             if uses and file is not None:
                 check_loras_fit(file, uses, family.file_beside(file))
 
@@ -223,9 +223,9 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 uses.append(LoraUse(continued))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                from networks.added import refuse_magnitudes  # only with an adapter
+                from networks.added import reject_magnitudes  # only with an adapter
 
-                refuse_magnitudes(adapter.lora, TRAINING_ADAPTER)
+                reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)
             if uses and file is not None:
                 from networks.apply import check_loras_fit  # only with LoRA files
@@ -254,10 +254,10 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
     )
 
 
-def choose_lora_format(
+def select_lora_format(
     family: Family, options: TrainingOptions, texts: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
-    """Return the format of saved LoRAs, as `choose_format`; None if there is no network of ours.
+    """Return the format of saved LoRAs, as `select_format`; None if there is no network of ours.
 
     texts: text encoders that learn, as far as they are known.
     """
@@ -265,7 +265,7 @@ def choose_lora_format(
         return None
     module = options.network.network_module or family.lora_module
     names = {encoder.lora_prefix: encoder.name for encoder in texts}
-    return choose_format(options.network, family.name, module, names)
+    return select_format(options.network, family.name, module, names)
 
 
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
@@ -275,7 +275,7 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
         precision = options.saving.save_precision
         return family.checkpoint_bytes(None if precision is None else DTYPES[precision])
     if network is None:
-        return sum(_smallest_whole_bytes(family, options, file) for file in family.dit_files)
+        return sum(_smallest_full_bytes(family, options, file) for file in family.dit_files)
     files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
     is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
     if not is_ranked or network.arguments() or network.dim_from_weights:  # not in every module
@@ -283,7 +283,7 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
     return sum(smallest_lora_bytes(file, network.rank) for file in files)
 
 
-def _smallest_whole_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
+def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
     """Return a lower bound for the bytes of a trained transformer, and of its state if one is saved with it.
 
     file: that is trained. Counted are the weights of blocks, whose names most files have as the network.
@@ -336,16 +336,16 @@ def judge_rate(options: TrainingOptions, made: MadeNetwork | None = None) -> str
     """
     optimizer = options.optimizer
     parts = options.parts
-    is_whole = options.network is None
+    is_full = options.network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    what = "a whole model" if is_whole else "a LoRA"
-    usual = USUAL_RATES[what]
+    what = "a whole model" if is_full else "a LoRA"
+    default = DEFAULT_RATES[what]
     if made is not None:
-        what, usual = made.called, made.usual_rate
+        what, default = made.called, made.usual_rate
     finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
-    is_comparable = "adam" in name or (is_whole and name == "adafactor")
-    if not is_comparable or finds_rate or usual.low <= rate <= usual.high:
+    is_comparable = "adam" in name or (is_full and name == "adafactor")
+    if not is_comparable or finds_rate or default.low <= rate <= default.high:
         return text
-    return f"{text}, which is {'LOW' if rate < usual.low else 'HIGH'} for {what}: {usual.usual} is usual"
+    return f"{text}, which is {'LOW' if rate < default.low else 'HIGH'} for {what}: {default.usual} is usual"

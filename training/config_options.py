@@ -21,7 +21,7 @@ from modules.options import (
 )
 from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
-from modules.run_limits import is_limited, refuse_outside
+from modules.run_limits import is_limited, reject_outside
 from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
 
     Raises OptionError if the file is there already or cannot be written.
     """
-    refuse_outside("output_config", path)
+    reject_outside("output_config", path)
     if path.exists():
         raise OptionError(f"--output_config: {path} exists already. Remove it, or name another file")
     lines = [f"{key} = {toml_value(value)}" for key, value in values.items()]

@@ -55,8 +55,8 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
             )
         except (UserError, OSError, MemoryError) as error:
             fault = str(error)
-    faults = [fault] if everyone == 1 else gather_object([fault])
-    fault = next(filter(None, faults), "")
+    errors = [fault] if everyone == 1 else gather_object([fault])
+    fault = next(filter(None, errors), "")
     if before.process != 0:
         return sampler if fault else edited
     if fault:

@@ -140,13 +140,13 @@ def note_experts(
     times: options of timesteps of the tables, see `list_times`. samples_with_others: whether samples are made
     with those that are not trained too.
     """
-    experts, usual = family.experts, family.defaults.experts
+    experts, default = family.experts, family.defaults.experts
     _warn_of_few_steps(family, options)
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
-    if len(usual) == 1:
+    if len(default) == 1:
         return
     trained = expert_trained(family, times)
     for expert in experts:
@@ -154,7 +154,7 @@ def note_experts(
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
         option = family.can.sample_apart
         logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
-    boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
+    boundary = max(expert.lowest for expert in experts) or default[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].lowest > 0:
@@ -175,7 +175,7 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
         if rule.is_certain:
             fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
         if options.whole_dit is not None:  # which has no frozen model to learn towards
-            logger.warning("%s %s: %s. %s.", fact, rule.lost, rule.cost, rule.instead_of_whole)
+            logger.warning("%s %s: %s. %s.", fact, rule.lost, rule.cost, rule.instead_of_full)
             return
         logger.warning(
             "%s %s: with the trained network %s. %s. If you train this one, docs/targets.md tells how it "
@@ -246,13 +246,13 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
 
     If it is not said which one the transformer is, the range of timesteps decides. times: see `note_experts`.
     """
-    experts, usual = family.experts, family.defaults.experts
-    if len(experts) > 1 or len(usual) == 1:
+    experts, default = family.experts, family.defaults.experts
+    if len(experts) > 1 or len(default) == 1:
         return None
     if experts != ONE_EXPERT:
         return experts[0]
     lowest, highest = levels_reached(times, family.noise)
-    fitting = [expert for expert in usual if expert.lowest <= lowest and highest <= expert.highest]
+    fitting = [expert for expert in default if expert.lowest <= lowest and highest <= expert.highest]
     return fitting[0] if fitting else None
 
 
@@ -266,10 +266,10 @@ def placement_of(
 
     A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """
-    whole_dit = options.whole_dit
+    full_dit = options.whole_dit
     storage_dtype: torch.dtype | None = None
-    if whole_dit is not None:
-        storage_dtype = torch.bfloat16 if whole_dit.full_bf16 else torch.float32
+    if full_dit is not None:
+        storage_dtype = torch.bfloat16 if full_dit.full_bf16 else torch.float32
     return Placement(
         device,
         storage_dtype=storage_dtype,
@@ -315,9 +315,9 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     Raises OptionError if the quantisation, the attention or the precision is not available.
     """
     stored = options.speed.fp8.quantisation
-    quantisation = None if stored is None else prepare(stored, device)
+    quantization = None if stored is None else prepare(stored, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)
-    placement = placement_of(options, device, quantisation)
+    placement = placement_of(options, device, quantization)
     check_backend(
         placement.attention,
         placement.device,
@@ -326,7 +326,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     )
     if autocast is not None:
         check_dtype(family, options, family.compute_dtype(placement))
-    return quantisation
+    return quantization
 
 
 def check_dtype(family: Family, options: TrainingOptions, dtype: torch.dtype) -> None:

@@ -200,7 +200,7 @@ class NextSteps:
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
-        output = file.with_name(f"{self.names.whole_stem(file)}_lora.safetensors")
+        output = file.with_name(f"{self.names.full_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
         words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
         note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."

@@ -45,7 +45,7 @@ def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str,
         "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        **_make_picture_counts(tables, items),
+        **_make_image_counts(tables, items),
         **_common_settings(tables),
         "tag_frequency": _as_json(tags),
         "datasets": _as_json(_describe_datasets(tables, items, tags)),
@@ -132,7 +132,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 
 
 @dataclass(frozen=True)
-class _PictureCounts:
+class _ImageCounts:
     """Numbers of the pictures of some tables; with repeats, except for `of_table`."""
 
     of_table: Mapping[int, int]  # by the table's index
@@ -141,7 +141,7 @@ class _PictureCounts:
     bucket_info: dict[str, Any]
 
 
-def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
+def _count_images(items: Iterable[TrainingItem]) -> _ImageCounts:
     of_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # by whether they are regularisation pictures
@@ -155,8 +155,8 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
         totals[table.is_reg] += table.num_repeats
         parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
         if parsed is not None:
-            picture_width, picture_height = parsed.size
-            difference = width / height - picture_width / picture_height
+            image_width, image_height = parsed.size
+            difference = width / height - image_width / image_height
             differences.append(abs(difference))
     rows: dict[str, dict[str, Any]] = {}
     for number, size in enumerate(sorted(buckets)):
@@ -164,17 +164,17 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
     info: dict[str, Any] = {"buckets": rows}
     if differences:
         info["mean_img_ar_error"] = sum(differences) / len(differences)
-    return _PictureCounts(of_table, totals[False], totals[True], info)
+    return _ImageCounts(of_table, totals[False], totals[True], info)
 
 
-def _make_picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
+def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
     """Return the entries on the numbers of pictures: in total, by folder, by size."""
-    counted = _count_pictures(items)
+    counted = _count_images(items)
     folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
     for table in tables:
         of_kind = folders[table.is_reg]
-        facts = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
-        of_kind[_free_name(table.source.name, of_kind)] = facts
+        info = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
+        of_kind[_free_name(table.source.name, of_kind)] = info
     return {
         "num_train_images": counted.num_learned,
         "num_reg_images": counted.num_regularisation,
@@ -243,12 +243,11 @@ def _describe_datasets(
     for item in items:
         items_of.setdefault(item.table.batch_group, []).append(item)
     return [
-        _describe_dataset(subsets, _count_pictures(items_of[group]), tags)
-        for group, subsets in groups.items()
+        _describe_dataset(subsets, _count_images(items_of[group]), tags) for group, subsets in groups.items()
     ]
 
 
-def _describe_dataset(tables: Sequence[DatasetTable], counted: _PictureCounts, tags: Tags) -> dict[str, Any]:
+def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tags: Tags) -> dict[str, Any]:
     """Return the entry of one dataset. tables: its subsets."""
     described = [table.describe() for table in tables]
     first = _settings_of(tables[0])

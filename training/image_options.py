@@ -77,7 +77,7 @@ class ImageTrainerDefaults:
     foreign: tuple[type[Options], ...] | None = None
     # further settings of shared options, by name, as `add_options` takes them
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # what a script that trains all weights has in place of the options for LoRAs; None: `OF_WHOLE_MODELS`
+    # what a script that trains all weights has in place of the options for LoRAs; None: `OF_FULL_MODELS`
     whole: tuple[type[Options], ...] | None = None
 
 
@@ -160,7 +160,7 @@ def image_training_parser(
 
     doc: the script's docstring. learner: see `training_parser`.
     """
-    usual = {
+    default = {
         "timestep_sampling": defaults.timestep_sampling,
         "model_prediction_type": defaults.model_prediction_type,
         "discrete_flow_shift": defaults.discrete_flow_shift,
@@ -169,11 +169,11 @@ def image_training_parser(
     }
     choices = {"timestep_sampling": defaults.samplers, "weighting_scheme": (*WEIGHTINGS, UNIFORM)}
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
-    script: dict[str, Any] = {"defaults": usual, "refused": defaults.refused}
+    script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
     of_learner: tuple[type[Options], ...] = OF_LORAS
     if learner is not TrainedNetworkOptions:
-        of_learner = OF_WHOLE_MODELS if defaults.whole is None else defaults.whole
+        of_learner = OF_FULL_MODELS if defaults.whole is None else defaults.whole
     add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = FOREIGN if defaults.foreign is None else defaults.foreign
@@ -204,8 +204,8 @@ def _translate(args: argparse.Namespace) -> None:
     args.typed_names = names
     args.fp8_base = args.fp8_base or args.fp8_scaled
     if args.caption_extention is not None:
-        usual = SubsetOptions.usual().caption_extension
-        if args.caption_extension not in (usual, args.caption_extention):
+        default = SubsetOptions.usual().caption_extension
+        if args.caption_extension not in (default, args.caption_extention):
             raise OptionError(
                 f"--caption_extention {args.caption_extention} is --caption_extension, which is "
                 f"{args.caption_extension}: give one of them"
@@ -379,7 +379,7 @@ class OfManyWeights(Options, title="many weights"):
     use_safetensors = not_needed("only safetensors files are written.")
 
 
-class OfWholeModels(OfManyWeights, title="full fine-tuning"):
+class OfFullModels(OfManyWeights, title="full fine-tuning"):
     """Options of image trainers for whole models, and those for LoRAs that have no part in it."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
@@ -389,7 +389,7 @@ class OfWholeModels(OfManyWeights, title="full fine-tuning"):
 
 
 OF_LORAS = (PartsOptions, OfLoraFiles)
-OF_WHOLE_MODELS = (OfWholeModels,)
+OF_FULL_MODELS = (OfFullModels,)
 FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
@@ -437,7 +437,7 @@ def read_as_known(args: argparse.Namespace) -> None:
         args.max_timestep = lowest + 1
 
 
-class OfWholeCheckpoints(Options, title="full fine-tuning"):
+class OfFullCheckpoints(Options, title="full fine-tuning"):
     """Options of trainers of whole checkpoints, whose text encoders may learn, and those for LoRAs."""
 
     fused_optimizer_groups: int | None = option(
@@ -478,7 +478,7 @@ def _read_groups(args: argparse.Namespace) -> None:
     read_as_known(args)
 
 
-def _read_whole_checkpoint(args: argparse.Namespace) -> None:
+def _read_full_checkpoint(args: argparse.Namespace) -> None:
     """Read the options of a whole checkpoint. Raises OptionError if a single file is to be cut."""
     if args.max_shard_size is not None and args.save_model_as not in FOLDERS:
         raise OptionError(
@@ -504,8 +504,8 @@ NOISE_TRAINER = ImageTrainerDefaults(
 # of those of which a training writes the whole checkpoint
 CHECKPOINT_TRAINER = replace(
     NOISE_TRAINER,
-    whole=(OfWholeCheckpoints,),
-    translate=_read_whole_checkpoint,
+    whole=(OfFullCheckpoints,),
+    translate=_read_full_checkpoint,
     settings={
         "save_model_as": {
             "help": "form of the trained checkpoint: safetensors, one file with the released names, or "
@@ -536,11 +536,11 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
 
     called: the network. settings: of `ImageTrainerDefaults`; `refused` are further options.
     """
-    refused = {**_refused_by_noise, **_refuse_loras(called), **settings.pop("refused", {})}
+    refused = {**_refused_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
 
 
-def _refuse_loras(called: str) -> dict[str, str]:
+def _reject_loras(called: str) -> dict[str, str]:
     """Return why options of LoRAs are refused, by name. called: the network that is trained."""
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_BESIDE.items()}
     reasons["masked_loss"] = (
@@ -585,7 +585,7 @@ def beside_transformer(
         defaults.translate(args)
         args.network_train_unet_only = True
 
-    reasons = {**defaults.refused, **_refuse_loras(called), **refused}
+    reasons = {**defaults.refused, **_reject_loras(called), **refused}
     return replace(defaults, refused=reasons, translate=translate)
 
 

@@ -31,7 +31,7 @@ from running.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.data.table_times import times_by_group
-from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, WORSE_ONES
+from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import LearnerBeside
 from training.loss import LossRule
 from training.made_networks import make_trained_network, written_by
@@ -280,7 +280,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         reads_dropped=DROPPED_CAPTIONS in joined.needs and CAPTION in family.fuller,
         reads_empty=EMPTY_PROMPT in joined.needs,
         table_times=times_by_group(options.timesteps, plan.config.datasets),
-        reads_worse=WORSE_ONES in joined.needs,
+        reads_worse=REJECTED_ONES in joined.needs,
     )
 
 
@@ -469,7 +469,7 @@ class Learners:
         """
         options, device = self.plan.options, self.plan.accelerator.device
         if options.network is None:
-            self.parts.append(self._train_whole(dit))
+            self.parts.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
         texts = self.plan.texts
@@ -516,7 +516,7 @@ class Learners:
         """Return what else the file of a LoRA holds when it is saved."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
-    def _train_whole(self, dit: nn.Module) -> Trainable:
+    def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
         assert options.whole_dit is not None  # one of the two is given
         if self.plan.splits_model:
@@ -525,10 +525,10 @@ class Learners:
             rates = part_rates_of(self.plan.family)
             parts = options.whole_dit.name_parts
             form = SavedForm(options.whole_dit.shard_bytes)
-            whole = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
+            full = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
-            whole = train_whole(self.plan.family, options, dit, self.plan.texts)
-        return arrange_weights(whole, options.optimizer, self.plan.family.dit)
+            full = train_whole(self.plan.family, options, dit, self.plan.texts)
+        return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
         """Return the tensors of the state to resume that belong to the network of an expert."""
@@ -558,12 +558,12 @@ def _make_stepping(
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return the way in which weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    whole_dit, split = options.whole_dit, trainable.split
+    full_dit, split = options.whole_dit, trainable.split
     kind = type(optimizer)
-    is_in_bf16 = whole_dit is not None and whole_dit.full_bf16
+    is_in_bf16 = full_dit is not None and full_dit.full_bf16
     gathers = bool(split) and not stepping.steps_numbers(kind)
     alone: stepping.ParameterSteps | None = None
-    offloads = whole_dit is not None and whole_dit.offloads_states
+    offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
         if stepping.steps_alone(kind):
             alone = stepping.ParameterSteps(

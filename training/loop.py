@@ -454,19 +454,19 @@ def _after_epoch(run: TrainingRun) -> None:
     """
     progress = run.progress
     epoch = progress.epoch + 1
-    is_whole = progress.position >= run.steps.num_batches
+    is_full = progress.position >= run.steps.num_batches
     _note(run, run.readings.flush())
     mean_loss = sum(progress.losses) / max(len(progress.losses), 1)
     run.logs.values({"loss/epoch": mean_loss}, progress.step)
     samples = _is_due(run.options.samples.sample_every_n_epochs, epoch)
     if samples and progress.sampled_step != progress.step:
         progress.sample_pending = f"e{epoch:06d}"
-    if is_whole:
+    if is_full:
         progress.epoch = epoch
         progress.position = 0
     is_last = progress.step >= run.steps.total_steps
     # the last epoch is saved as the final file
-    saves = is_whole and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
+    saves = is_full and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
     if saves and run.saver is not None:
         run.reporter.note_pause(SAVING)
         with run.logs.clock.pause(SAVING):

@@ -66,9 +66,9 @@ class NoisyBatch:
     def joint(self) -> Joint:
         """Return the shapes of picture and sound, whose latents the network gets as one tensor."""
         assert self.sound is not None
-        _, *picture = self.noise.shape
+        _, *image = self.noise.shape
         _, *sound = self.sound.noise.shape
-        return Joint(tuple(picture), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
+        return Joint(tuple(image), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -82,8 +82,10 @@ class NoisyBatch:
         tensors = moved_conditions(self.batch.tensors)
         undropped = moved_conditions(self.batch.undropped)
         empty_text = moved_conditions(self.batch.empty_text)
-        worse = None if self.batch.worse is None else move(self.batch.worse)
-        batch = replace(self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, worse=worse)
+        rejected = None if self.batch.worse is None else move(self.batch.worse)
+        batch = replace(
+            self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, worse=rejected
+        )
         return replace(
             self,
             batch=batch,
@@ -192,21 +194,21 @@ def sample_errors(
     weights = place_weights(noisy_batch.batch, errors)
     if weights is not None:
         errors = errors * weights
-    picture_errors = _mean_of_learned(errors, noisy_batch)
+    image_errors = _mean_of_learned(errors, noisy_batch)
     if sound is None:
-        return (picture_errors,)
+        return (image_errors,)
     sound_errors = element_errors(
         options, spec, sound_differences, sigmas=sound.sigmas, timesteps=sound.timesteps
     )
-    return picture_errors, sound_errors.flatten(1).mean(1)
+    return image_errors, sound_errors.flatten(1).mean(1)
 
 
 def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
     """Return the weight of each place, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
-    picture_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
+    image_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
     weights: Tensor | None = None
-    if isinstance(picture_mask, Tensor):  # averaged over the area of each latent
-        resized = interpolate(picture_mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
+    if isinstance(image_mask, Tensor):  # averaged over the area of each latent
+        resized = interpolate(image_mask.float().unsqueeze(1), size=errors.shape[-2:], mode="area")
         weights = resized.unsqueeze(2)
     if isinstance(clip_mask, Tensor):
         clip_weights = clip_mask.float().unsqueeze(1)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from checkpoints.file_hashes import short_hash, whole_hash
+from checkpoints.file_hashes import full_hash, short_hash
 from contract.family import Family
 from contract.made_networks import made_network_of
 from dataset.table import DatasetTable
@@ -59,7 +59,7 @@ def _hash_files(family: Family) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for name, path in family.hashed_files.items():
         hashes[f"ss_{name}_hash"] = short_hash(path)
-        hashes[f"ss_new_{name}_hash"] = whole_hash(path)
+        hashes[f"ss_new_{name}_hash"] = full_hash(path)
     return hashes
 
 
@@ -72,8 +72,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     distinguish; `ss_*` that its known trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
     """
     network, family = plan.options.network, plan.family
-    facts = family.metadata
-    values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
+    info = family.metadata
+    values: dict[str, Any] = {"ss_base_model_version": info.get("base_model_version", family.name)}
     made = made_network_of(family)
     if made is not None:
         values |= {"ss_network_module": plan.network_module, **made.values}
@@ -85,18 +85,18 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
     values |= plan.joined.info.for_loading
-    values |= {key: value for key, value in facts.items() if key.startswith(("reference_", "modelspec."))}
+    values |= {key: value for key, value in info.items() if key.startswith(("reference_", "modelspec."))}
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
         values |= _list_optional_values(plan)
-        further = [name for name in facts if name.startswith("sd_model_name_")]
-        values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        further = [name for name in info if name.startswith("sd_model_name_")]
+        values |= {f"ss_{name}": info.get(name) for name in ("sd_model_name", *further, "vae_name")}
         values |= _hash_files(family)
-        values |= {name: text for name, text in facts.items() if name.startswith("ss_")}
-        if "trained_for" in facts:
-            values[TRAINED_FOR] = facts["trained_for"]
+        values |= {name: text for name, text in info.items() if name.startswith("ss_")}
+        if "trained_for" in info:
+            values[TRAINED_FOR] = info["trained_for"]
     return {key: str(value) for key, value in values.items()}
 
 
@@ -151,8 +151,8 @@ def file_metadata(
     architecture = texts.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
         architecture = f"{architecture}/{ending}"
-    usual = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
-    resolution = family_metadata.get("resolution", usual)
+    default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
+    resolution = family_metadata.get("resolution", default)
     if texts.resolution is not None:  # one number is for a square
         width, *height = re.findall(r"\d+", texts.resolution)
         resolution = f"{width}x{height[0] if height else width}"

@@ -29,7 +29,7 @@ CUT_LOGIT = "cut_logit_normal"  # likewise, of a single model, whose rule is `No
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
-MOST_LOGIT = 16  # a sigmoid of it is 1 to seven digits
+MAX_LOGIT = 16  # a sigmoid of it is 1 to seven digits
 
 
 _OF_LOGIT = {
@@ -80,8 +80,8 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     logit_mean: float = option(
         "mean of logit_normal, logsnr, qinglong_flux",
         default=0.0,
-        least=-MOST_LOGIT,
-        most=MOST_LOGIT,
+        least=-MAX_LOGIT,
+        most=MAX_LOGIT,
         hint="0 is usual",
         acts_if=_OF_LOGIT,
     )
@@ -89,15 +89,15 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "width of logit_normal, logsnr, qinglong_flux",
         default=1.0,
         least=0,
-        most=MOST_LOGIT,
+        most=MAX_LOGIT,
         hint="1 is usual",
         acts_if=_OF_LOGIT,
     )
     mode_scale: float = option(
         "scale of the weighting scheme mode",
         default=1.29,
-        least=-MOST_LOGIT,
-        most=MOST_LOGIT,
+        least=-MAX_LOGIT,
+        most=MAX_LOGIT,
         hint="1.29 is usual",
         acts_if={
             "only --weighting_scheme mode uses it": lambda options: options.drawn_by == ("sigma", "mode"),

@@ -26,7 +26,7 @@ from modules.options import (
     option_values,
     read_options,
 )
-from modules.parser import Parser, add_options, refuse_unsupported, typed_names
+from modules.parser import Parser, add_options, reject_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.script_options import read_command_line
 from modules.table_answers import CommandLine
@@ -39,7 +39,7 @@ from training.config_options import (
     check_imports,
     read_config_file,
 )
-from training.features.composing import join_run, options_at, refused_for_whole
+from training.features.composing import join_run, options_at, refused_for_full
 from training.features.contract import (
     AT_ENDING,
     AT_LOGS,
@@ -58,7 +58,7 @@ R = TypeVar("R", bound=Options)
 T = TypeVar("T")
 
 # near the width of the largest models, where a LoRA is larger than the weights that it changes
-MOST_RANK = 4096
+MAX_RANK = 4096
 
 if TYPE_CHECKING:  # records of what the list of features has
     OptionsAtNetwork = Options
@@ -125,11 +125,11 @@ class TrainingOptions(Options):
 
     def __post_init__(self) -> None:
         if self.whole_dit is not None:
-            self._check_whole_dit(self.whole_dit)
+            self._check_full_dit(self.whole_dit)
         rank = None if self.network is None else self.network.network_dim
         module = None if self.network is None else self.network.network_module
-        if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MOST_RANK:
-            raise OptionError(f"--network_dim {rank}: {MOST_RANK} is the most. Usual ranks are 4 to 128.")
+        if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MAX_RANK:
+            raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
         if self.joined.show is not None:  # raises OptionError for what features do not go with
@@ -170,8 +170,8 @@ class TrainingOptions(Options):
 
     @property
     def only_shows(self) -> bool:
-        shows_pictures = self.subset is not None and self.subset.debug_dataset
-        is_shown = self.joined.show is not None or shows_pictures
+        shows_images = self.subset is not None and self.subset.debug_dataset
+        is_shown = self.joined.show is not None or shows_images
         return is_shown or self.loop.check or self.speed.plan.is_planning
 
     @property
@@ -203,15 +203,15 @@ class TrainingOptions(Options):
     def weighted_by(self) -> str:
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
-    def _check_whole_dit(self, options: learning_options.WholeDitOptions) -> None:
+    def _check_full_dit(self, options: learning_options.WholeDitOptions) -> None:
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        for refuse_whole in self.speed.joined.on.whole:
-            refuse_whole(precision)
+        for reject_full in self.speed.joined.on.whole:
+            reject_full(precision)
         stored = self.speed.fp8.quantisation
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
@@ -224,7 +224,7 @@ class TrainingOptions(Options):
                 "--offload_optimizer_device with --mixed_precision fp16: weights are stepped one by one, and "
                 "whether fp16's scaled gradients overflowed concerns all of them. Use bf16 or no"
             )
-        self.speed.swap.refuse_trained(options.fused_backward_pass)
+        self.speed.swap.reject_trained(options.fused_backward_pass)
 
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps
@@ -373,12 +373,12 @@ def training_parser(
     parser.changes_values = True  # by --config_file, a launcher, and other names of options
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.WholeDitOptions:
-        add_options(parser, OptionsAtNetwork, refused=refused_for_whole())
+        add_options(parser, OptionsAtNetwork, refused=refused_for_full())
     add_options(parser, TrainingOptions, **settings)
     return parser
 
 
-def _refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
+def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
     """Raise OptionError for a value that sends something from this machine, if the command is a job of the
     queue: the page shows its line, and not the file that the line names.
 
@@ -414,15 +414,15 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     parser, typed = command
     # the file that --output_config writes is not there yet
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
-    usual = {"mixed_precision": "no", "dynamo_backend": "NO"}
-    prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in usual.items()}
+    default = {"mixed_precision": "no", "dynamo_backend": "NO"}
+    prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in default.items()}
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     untyped = {
         name: value for name, value in (prefilled | from_file).items() if name not in typed.typed_options
     }
     args = argparse.Namespace(**{**vars(typed), **untyped})
     args.options_of_file = frozenset(from_file) - args.typed_options
-    refuse_unsupported(parser, args)
+    reject_unsupported(parser, args)
     if is_limited():  # `run`: also the words of its commands are from a file
         check_imports(parser, vars(args), "run.toml")
     elif config_file is not None:
@@ -431,7 +431,7 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
         }
         of_file = {name: from_file[name] for name in unchanged & from_file.keys()}
         check_imports(parser, of_file, str(config_file))
-        _refuse_unseen_sending(parser, of_file, str(config_file))
+        _reject_unseen_sending(parser, of_file, str(config_file))
     has_steps = "max_train_steps" in typed.typed_options | from_file.keys()
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

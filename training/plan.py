@@ -30,15 +30,15 @@ from running.ways.composing import count_groups, warn_if_alone
 from training.checks import (
     check_before_loading,
     check_schedule,
-    choose_lora_format,
     list_unused_options,
+    select_lora_format,
 )
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
 from training.features.composing import begin_run
-from training.features.contract import EMPTY_PROMPT, KEPT, WORSE_ONES
+from training.features.contract import EMPTY_PROMPT, KEPT, REJECTED_ONES
 from training.features.hooks import JoinedRun
 from training.made_networks import check_data, list_caption_readers
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
@@ -96,8 +96,8 @@ class TrainingPlan:
         """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
         has_parts = self.options.by_expert.lora_per_expert
         parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
-        whole_dit = self.options.whole_dit
-        ending = "" if whole_dit is not None and whole_dit.saves_folders else SAFETENSORS
+        full_dit = self.options.whole_dit
+        ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
         return Names(*self.options.saving.place, parts, ending, tuple(self.joined.files_beside))
 
     @property
@@ -107,10 +107,10 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
-        return splits_whole_model(self.options)
+        return splits_full_model(self.options)
 
 
-def splits_whole_model(options: TrainingOptions) -> bool:
+def splits_full_model(options: TrainingOptions) -> bool:
     """Return whether the model itself learns, and each process has a part of it."""
     return options.whole_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
 
@@ -127,7 +127,7 @@ def make_plan(
     is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
-    quantisation = check_computing(family, options, device)
+    quantization = check_computing(family, options, device)
     check_before_loading(family, options, others)  # before minutes of encoding
     joined = begin_run(options, family, config.datasets)
     _check_tables(options, config)
@@ -135,7 +135,7 @@ def make_plan(
     texts = _find_texts(family, options, config)
     for check_texts in joined.on.texts:
         check_texts(texts)
-    lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
+    lora_format = select_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
         family,
         options,
@@ -183,7 +183,7 @@ def make_plan(
         joined=joined,
         others=others,
         accelerator=accelerator,
-        quantisation=quantisation,
+        quantisation=quantization,
         saved=saved,
         progress=progress,
         saving=saving,
@@ -206,8 +206,8 @@ def _check_items(joined: JoinedRun, family: Family, training: Sequence[TrainingI
         from training.word_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
-    if WORSE_ONES not in joined.needs:
-        _note_worse(training)
+    if REJECTED_ONES not in joined.needs:
+        _note_rejected(training)
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
@@ -280,7 +280,7 @@ def join_processes(
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
     if options.whole_dit is not None and options.whole_dit.offloads_states:
         check_offload(options.optimizer.optimizer_type)
-    if splits_whole_model(options):
+    if splits_full_model(options):
         check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
@@ -448,7 +448,7 @@ def _warn_of_missing(
         )
 
 
-def _note_worse(items: Sequence[TrainingItem]) -> None:
+def _note_rejected(items: Sequence[TrainingItem]) -> None:
     """Log the tables with worse ones, in a run that does not use them."""
     tables = {item.table.index: item.table for item in items}.values()
     names = [table.name for table in tables if table.worse_directory is not None]

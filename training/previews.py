@@ -19,11 +19,11 @@ from dataset.options import DebugOptions
 from dataset.sources.media_source import Fault
 from dataset.table import DatasetTable
 from modules.console import count_of
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
 from running.planning.device_memory import room_on
 from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import judge_rate, refuse_quantised_bases
+from training.checks import judge_rate, reject_quantized_bases
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
@@ -177,7 +177,7 @@ def describe_run(options: TrainingOptions, num_validation: int, made: MadeNetwor
 def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
-    refuse_quantised_bases(family, options)
+    reject_quantized_bases(family, options)
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
     for check_texts in options.joined.on.texts:
@@ -188,7 +188,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.are_made:
         sample_files = others.sampling.dit_files
-    device = choose_device(None)
+    device = select_device(None)
     sampled = len({*sample_files} - {*family.dit_files})
     cards, size = options.speed.plan.cards
     room = room_on(device, size)

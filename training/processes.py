@@ -18,14 +18,14 @@ from modules.command import RANK
 from modules.devices import acts_on_cuda, allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.lost_processes import meet_anew
-from running.ways.composing import refuse_other_splits
+from running.ways.composing import reject_other_splits
 from training.run_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
 # minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
 # share of a data set to be encoded, takes some process longer
-USUAL_TIMEOUT = 24 * 60
+DEFAULT_TIMEOUT = 24 * 60
 
 
 def make_accelerator(options: AcceleratorOptions) -> Accelerator:
@@ -33,12 +33,12 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
 
     Raises OptionError if the device does not support this precision.
     """
-    refuse_other_splits()  # before accelerate looks for the packages that split a model
+    reject_other_splits()  # before accelerate looks for the packages that split a model
     _check_environment()
     has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if has_processes:
         meet_anew()
-    patience = timedelta(minutes=USUAL_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
+    patience = timedelta(minutes=DEFAULT_TIMEOUT if options.ddp_timeout is None else options.ddp_timeout)
     try:
         accelerator = Accelerator(
             # if launched as several processes without a GPU, accelerate would let each of them train alone

@@ -223,12 +223,12 @@ def check_resumable(
         return {}
     habits = settings.habits
     # a state of before there were models with several transformers is of a model with one
-    usual = {
+    default = {
         TRANSFORMERS: "one from 0",
         PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
         TRAINING_ADAPTER: None,
     }
-    before = _resolve({**usual, **saved.identity}, settings.record)
+    before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
     # likewise of before there were targets and features
     unsaid: dict[str, Any] = {}
@@ -246,7 +246,7 @@ def check_resumable(
         )
     may_change = options.saving.resume_changed
     differences = _differences(before, identity)
-    _refuse_differences(saved, differences, may_change)
+    _reject_differences(saved, differences, may_change)
     changed = _differences(habits_before, habits)
     if may_change:
         differences |= changed | _differences(saved.settings, listed_settings(options, saving))
@@ -256,7 +256,7 @@ def check_resumable(
     return {}
 
 
-def _refuse_differences(
+def _reject_differences(
     saved: states.SavedState, differences: Mapping[str, tuple[str, str]], may_change: bool
 ) -> None:
     """Raise OptionError for settings that a resumed run must have as the saved run.

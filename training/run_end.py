@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 PATIENCE = 60.0  # seconds that the command is waited for
-MOST_OF_ERROR = 1000  # characters
+MAX_OF_ERROR = 1000  # characters
 # what a launcher of several processes sets: a training that the command starts is not one of them
 OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
@@ -79,7 +79,7 @@ def _list_variables(facts: RunFacts, code: int, error: BaseException | None) -> 
     if state == FAILED and error is not None:
         text = f"exit code {code}" if isinstance(error, SystemExit) else str(error) or type(error).__name__
         first_line = (facts.error or text).strip().partition("\n")[0]
-        message = shorten(escape_control_codes(first_line), MOST_OF_ERROR)
+        message = shorten(escape_control_codes(first_line), MAX_OF_ERROR)
     return {
         "REELSMITH_STATE": state,
         "REELSMITH_EXIT_CODE": str(code),

@@ -15,7 +15,7 @@ from networks.multipliers import files_with_multipliers
 logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 50  # between validations, if no option says how often
-MOST_STEPS = 100_000_000  # a year at three steps a second
+MAX_STEPS = 100_000_000  # a year at three steps a second
 TOO_LARGE_A_SEED = 2**64
 
 
@@ -44,11 +44,11 @@ class LoopOptions(Options, title="training run"):
         "optimizer steps in total; a resumed run continues the count",
         default=1600,
         least=1,
-        most=MOST_STEPS,
+        most=MAX_STEPS,
         often=True,
     )
     max_train_epochs: int | None = option(
-        "passes over the data; replaces --max_train_steps", least=1, most=MOST_STEPS, often=True
+        "passes over the data; replaces --max_train_steps", least=1, most=MAX_STEPS, often=True
     )
     max_data_loader_n_workers: int = option(
         "readers of cache files, at most the number of CPUs; 0: none",

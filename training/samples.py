@@ -435,7 +435,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
 
     Sizes are rounded down to sizes of the family. Raises OptionError for numbers that no model takes.
     """
-    usual = family.defaults
+    default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
 
     def path(key: str) -> Path | None:
@@ -449,13 +449,13 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         controls = [controls]
     scale = number("cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    takes_reference_size = usual.sized_by_references and bool(controls)
+    takes_reference_size = default.sized_by_references and bool(controls)
     sides: list[int | None] = []
-    for key, usual_side in (("width", usual.width), ("height", usual.height)):
-        missing = None if takes_reference_size else usual_side
+    for key, default_side in (("width", default.width), ("height", default.height)):
+        missing = None if takes_reference_size else default_side
         sides.append(int(values[key]) if key in values else missing)
     width, height = sides
-    frames = int(values.get("frame_count", usual.frames))
+    frames = int(values.get("frame_count", default.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
         seed=int(values.get("seed", 0)),
@@ -466,8 +466,8 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         guidance_scale=scale,
         expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
         embedded_guidance=number("guidance_scale"),
-        flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
-        solver=_choose_solver(values, usual.solvers),
+        flow_shift=None if default.flow_shift is None else number("discrete_flow_shift"),
+        solver=_select_solver(values, default.solvers),
         fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
@@ -483,7 +483,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         },
     )
     check_values(request)
-    return _with_whole_size(request, (width, height, frames), family.latent)
+    return _with_full_size(request, (width, height, frames), family.latent)
 
 
 def _as_text(value: Any) -> str:
@@ -491,7 +491,7 @@ def _as_text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _with_whole_size(
+def _with_full_size(
     request: Request, size: tuple[int | None, int | None, int], latent: LatentSpec
 ) -> Request:
     """Return a request for the next lower size that the model makes; warn if it differs.
@@ -500,24 +500,24 @@ def _with_whole_size(
     """
     width, height, frames = size
     side = latent.pixel_step
-    whole_width = None if width is None else fit_side(width, side)
-    whole_height = None if height is None else fit_side(height, side)
-    whole_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
+    full_width = None if width is None else fit_side(width, side)
+    full_height = None if height is None else fit_side(height, side)
+    full_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
     if latent.has_layers:
-        whole_frames = frames  # the number of layers
+        full_frames = frames  # the number of layers
     changes = []
-    if (whole_width, whole_height) != (width, height):
-        pixels = f"{width} x {height} pixels (--w, --h) are changed to {whole_width} x {whole_height}"
+    if (full_width, full_height) != (width, height):
+        pixels = f"{width} x {height} pixels (--w, --h) are changed to {full_width} x {full_height}"
         changes.append(f"{pixels}: sides are multiples of {side}")
-    if whole_frames != frames:
+    if full_frames != frames:
         why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {latent.lengths} frames"
-        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {whole_frames}: {why}")
+        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {full_frames}: {why}")
     if changes:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))
-    return replace(request, width=whole_width, height=whole_height, frames=whole_frames)
+    return replace(request, width=full_width, height=full_height, frames=full_frames)
 
 
-def _choose_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
+def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
     """Return the solver of a prompt; None, with a warning, for samplers of other models.
 
     own: those of the model, in place of those of every model.

@@ -239,8 +239,8 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     trainable, device = model.trainable, model.plan.accelerator.device
-    whole_dit = model.plan.options.whole_dit
-    offloads = whole_dit is not None and whole_dit.offloads_states
+    full_dit = model.plan.options.whole_dit
+    offloads = full_dit is not None and full_dit.offloads_states
     if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state  # only with split tensors
 

@@ -13,7 +13,7 @@ from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
 from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
 from modules.options import Options, option_values
-from modules.speed_options import refuse_for_whole
+from modules.speed_options import reject_for_full
 from training.features.composing import options_by_expert
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.noise_options import SAMPLERS
@@ -74,7 +74,7 @@ def training_script(
             )
         with name_as_typed(options.typed_names):
             if whole_dit:
-                refuse_for_whole(option_values(family_options).get("dit_dtype"))
+                reject_for_full(option_values(family_options).get("dit_dtype"))
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
                 _warn_of_unused(options, family_options)

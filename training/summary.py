@@ -112,16 +112,16 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, made: MadeNetwork | None) -> str:
     """Return the learning rate, and those of the parts if they differ. made: as in `judge_rate`."""
-    usual = options.optimizer.learning_rate
+    default = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
-        names.setdefault(group.get("lr", usual), []).append(name)
+        names.setdefault(group.get("lr", default), []).append(name)
     judged = judge_rate(options, made)
-    is_replaced = options.network is None and bool(names) and usual not in names
-    if len(names) < 2 and not is_replaced and (usual != 0 or usual in names):
+    is_replaced = options.network is None and bool(names) and default not in names
+    if len(names) < 2 and not is_replaced and (default != 0 or default in names):
         return judged
     parts = "\n".join(f"{rate:g}: {_shorten_list(of_rate)}" for rate, of_rate in names.items())
-    return parts if usual == 0 or is_replaced else f"{judged}\n{parts}"
+    return parts if default == 0 or is_replaced else f"{judged}\n{parts}"
 
 
 def _shorten_list(names: Sequence[str]) -> str:
@@ -187,12 +187,12 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     """Return the trained network with its rank, or the trained parts of the model, in words. sizes: of a
     file.
     """
-    network, whole_dit = plan.options.network, plan.options.whole_dit
+    network, full_dit = plan.options.network, plan.options.whole_dit
     made = made_network_of(plan.family)
     if made is not None:
         return made.words
     if network is None:
-        parts = whole_dit.name_parts if whole_dit is not None else ()
+        parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
     word = network.kind.size_word
     if sizes is None:
@@ -358,8 +358,8 @@ def count_pauses(
     validation_pauses = 0
     if validates:
         by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
-        usual = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
-        validation_pauses = of_steps(by_step or usual) + of_epochs(by_epoch, epochs)
+        default = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
+        validation_pauses = of_steps(by_step or default) + of_epochs(by_epoch, epochs)
     save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
     # one more pause to save: the finished model
     return {SAMPLES: sample_pauses, VALIDATION: validation_pauses, SAVING: save_pauses + 1}

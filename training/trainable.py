@@ -242,7 +242,7 @@ def train_dit(
     if not by_rate and not name_parts:
         raise OptionError("all parts have the learning rate 0, so that nothing would be learned: give one")
     if not by_rate:
-        refuse_no_match(dit, name_parts)
+        reject_no_match(dit, name_parts)
 
     groups = [{"params": learning, "lr": rate} for rate, learning in by_rate.items()]
     names = {rate: part.strip(".") for part, rate in part_rates.items()} | {learning_rate: "dit"}
@@ -261,7 +261,7 @@ def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
     return not name_parts or any(part in name for part in name_parts)
 
 
-def refuse_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
+def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
     """Raise OptionError: no weight of the DiT has one of these parts in its name."""
     some = next(iter(dit.state_dict()))
     raise OptionError(
@@ -280,7 +280,7 @@ def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -
     """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: unchanged."""
     if dtype is None:
         return dtypes
-    return {name: dtype if usual.is_floating_point else usual for name, usual in dtypes.items()}
+    return {name: dtype if default.is_floating_point else default for name, default in dtypes.items()}
 
 
 def open_unused(dit: nn.Module) -> OpenedTensors | None:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from contract.family import Family, sound_of
-from contract.rules import PICTURE_STREAM, SOUND_STREAM
+from contract.rules import IMAGE_STREAM, SOUND_STREAM
 from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
@@ -239,7 +239,7 @@ class TrainingRun:
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
         is_split = sound_of(self.family) is not None and not self.joined.joins_streams
-        return (PICTURE_STREAM, SOUND_STREAM) if is_split else ()
+        return (IMAGE_STREAM, SOUND_STREAM) if is_split else ()
 
     @functools.cached_property
     def row_numbers(self) -> tuple[str, ...]:

@@ -75,13 +75,13 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
     for field in fields(record):
         name = option_name(field)
         value = getattr(record, field.name)
-        facts = field.metadata
+        info = field.metadata
         if is_dataclass(value):
             yield from _list_idle(value, reasons, typed)
             continue
         is_written = is_given(record, field) or argument_of(field) in typed
-        if is_written and (name in reasons or "acts_if" in facts):
-            idle_because = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
+        if is_written and (name in reasons or "acts_if" in info):
+            idle_because = [why for why, acts in info.get("acts_if", {}).items() if not acts(record)]
             if name in reasons:
                 idle_because = [reasons[name]]
             if idle_because:

@@ -13,7 +13,7 @@ from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoi
 from modules.errors import OptionError
 from training.data.live import LiveTexts
 from training.options import TrainingOptions
-from training.trainable import Trainable, Write, learns_by_name, refuse_no_match, train_dit
+from training.trainable import Trainable, Write, learns_by_name, reject_no_match, train_dit
 
 
 def train_whole(
@@ -82,12 +82,12 @@ def _train_checkpoint(
     groups = _Groups()
     networks: dict[str, nn.Module] = {}
     for name, parameter in dit.named_parameters():
-        group, rate = _choose_rate(name, parts, family.dit, learning_rate)
+        group, rate = _select_rate(name, parts, family.dit, learning_rate)
         groups.add(group, rate if learns_by_name(name, name_parts) else 0.0, parameter)
     if groups.params:
         networks[DIT] = dit
     elif name_parts:
-        refuse_no_match(dit, name_parts)
+        reject_no_match(dit, name_parts)
     for encoder in () if texts is None else texts.learning:
         own_rate = parts.texts[encoder.name]
         text_rate = learning_rate if own_rate is None else own_rate
@@ -110,7 +110,7 @@ def _train_checkpoint(
     )
 
 
-def _choose_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
+def _select_rate(name: str, parts: LearningParts, spec: DitSpec, usual: float) -> tuple[str, float]:
     """Return the group and the learning rate of one of the transformer's weights."""
     if not parts.blocks:
         return DIT, usual

@@ -146,7 +146,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
     path = checkpoint.path
     has_image = "blocks.0.cross_attn.k_img.weight" in shapes
-    _refuse_variants(path, shapes, has_image)
+    _reject_variants(path, shapes, has_image)
     in_dim = shapes["patch_embedding.weight"][1]
     if in_dim not in INPUT_CHANNELS[has_image].values():
         raise CheckpointError(
@@ -158,7 +158,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
     return DitHeader(_read_config(path, shapes), dialect, names[block_weight].dtype)
 
 
-def _refuse_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
+def _reject_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
     """Raise CheckpointError for variants that share Wan's names but need other inputs."""
     for start, variant, remedy in OTHER_VARIANTS:
         if any(name.startswith(start) for name in names):
@@ -192,7 +192,7 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
 
 
 # axes of the weights that `_read_config` reads; GGUF files may lack leading sides of 1
-_LEAST_AXES = {
+_MIN_AXES = {
     "patch_embedding.weight": 5,
     "blocks.0.ffn.0.weight": 2,
     "time_embedding.0.weight": 2,
@@ -220,7 +220,7 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
             f"{path} is an incomplete Wan transformer without {', '.join(missing)}. Download it again.",
             path,
         )
-    for name, axes in _LEAST_AXES.items():
+    for name, axes in _MIN_AXES.items():
         shape = shapes.get(name)
         if shape is not None and (len(shape) < axes or 0 in shape):
             sizes = " x ".join(map(str, shape)) or "a single number"
@@ -270,12 +270,12 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if the file's config.json puts VACE's blocks next to other blocks than usual."""
-    usual = list(range(0, layers, layers // vace_layers))
+    default = list(range(0, layers, layers // vace_layers))
     file, settings = read_config_json(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
-    if is_its and settings.get("vace_layers", usual) != usual:
+    if is_its and settings.get("vace_layers", default) != default:
         raise CheckpointError(
-            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {usual} here, "
+            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {default} here, "
             f"as in every release. Give such a model, or correct the file.",
             path,
         )

@@ -59,7 +59,7 @@ from wan.inputs import (
 from wan.names import LORA
 from wan.options import (
     MASK,
-    MOST_REFERENCES,
+    MAX_REFERENCES,
     ONE_FRAME,
     SCALE,
     WanGenerationOptions,
@@ -73,7 +73,7 @@ from wan.vae import normalise
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
-VACE_REFERENCES = ReferenceRules(MOST_REFERENCES, clips=True, on_white=True, control_masks=True)
+VACE_REFERENCES = ReferenceRules(MAX_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
-        refusals = {None: None, VACE: NO_VACE_MOMENTS}
-        return MomentsRules(refusals.get(self.image_kind, NO_MOMENTS))
+        rejections = {None: None, VACE: NO_VACE_MOMENTS}
+        return MomentsRules(rejections.get(self.image_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
         """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
@@ -360,12 +360,12 @@ class Wan(OneTransformer):
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        is_picture = ONE_FRAME in request.extra
+        is_image = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single picture
         front = len(request.control_images)
         frames += front
-        if not is_picture and appends_end(self.files.task, request):
+        if not is_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
@@ -379,7 +379,7 @@ class Wan(OneTransformer):
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
         latents = yield section
-        if is_picture:
+        if is_image:
             return latents[:, :, prepared.family_record.slot].unsqueeze(2)
         return latents[:, :, front:]
 

@@ -18,7 +18,7 @@ from contract.families import HIGH_NOISE, LOW_NOISE
 from contract.family import TextEncoder
 from contract.rules import expert_of_file
 from encoders.files import TransformerFiles
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import text_form
@@ -28,7 +28,7 @@ from wan.checkpoints import identify as identify  # files.py has it in every fam
 from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask
 from wan.names import WAN
 from wan.options import (
-    MOST_TIMESTEP,
+    MAX_TIMESTEP,
     ONE_FRAME,
     WanGenerationOptions,
     WanLatentCachingOptions,
@@ -223,7 +223,7 @@ def _read_boundary(index: Path) -> float | None:
             "--dit_high_noise.",
             index,
         )
-    return float(ratio) * MOST_TIMESTEP
+    return float(ratio) * MAX_TIMESTEP
 
 
 def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
@@ -301,7 +301,7 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
         clip = None
     files = WanFiles(
         options.dit,
-        choose_compute_dtype(options.dit_dtype, "--dit_dtype", None),
+        select_compute_dtype(options.dit_dtype, "--dit_dtype", None),
         t5=text.t5,
         t5_tokenizer=text.t5_tokenizer,
         clip=clip,
@@ -357,7 +357,7 @@ def find_boundary(
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:
-        boundary *= MOST_TIMESTEP
+        boundary *= MAX_TIMESTEP
     return boundary or of_release or task.boundary
 
 
@@ -368,7 +368,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     that do not apply to those latents.
     """
     files = WanFiles(clip=options.clip, vae_cache_cpu=options.vae_cache_cpu).add_vae(options.vae)
-    image_kind = _choose_image_kind(options)
+    image_kind = _select_image_kind(options)
     release = None
     if files.vae is not None:
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
@@ -388,7 +388,7 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
     return replace(files, task=TASKS["ti2v-5B"]), None
 
 
-def _choose_image_kind(options: WanLatentCachingOptions) -> str | None:
+def _select_image_kind(options: WanLatentCachingOptions) -> str | None:
     """Return the kind of condition that the switches ask for."""
     if options.flf2v:
         return "flf2v"

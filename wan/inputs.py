@@ -21,10 +21,10 @@ from contract.requests import (
     Request,
     check_frames,
     check_size,
+    full_frames,
     keep_usable_media,
     settle,
     size_of,
-    whole_frames,
 )
 from contract.rules import Expert
 from modules.errors import OptionError
@@ -263,14 +263,14 @@ def prepare_request(
         width, height = size_like_image(image_size(request.first_image), width * height)
     elif task.keeps_image and request.image_path is not None:
         width, height = nearest_size(image_size(request.image_path), width * height, latent.pixel_step)
-    size = width, height, whole_frames(frames, latent)
+    size = width, height, full_frames(frames, latent)
     if task.keeps_image and request.image_path is not None and size[2] == 1:
         raise OptionError(
             f"--image_path {request.image_path}: it becomes the first frame, and the video has only one. "
             "Give a --video_length of 5 or more, or leave the image out"
         )
     check_size((width, height, frames), latent)
-    usual_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
+    default_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
     # the release has no empty one
     request = replace(request, negative_prompt=request.negative_prompt or None)
     return settle(
@@ -278,6 +278,6 @@ def prepare_request(
         usual,
         size=size,
         flow_shift=flow_shift,
-        usual_negative=usual_negative,
+        default_negative=default_negative,
         experts=experts,
     )

@@ -51,8 +51,8 @@ from wan.options import ONE_FRAME, check_one_frame
 
 logger = logging.getLogger(__name__)
 
-MOST_FEATURES = 2  # images whose features the released models take: the first and the last frame
-USUAL_TARGET, USUAL_CONTROL = 1, 0
+MAX_FEATURES = 2  # images whose features the released models take: the first and the last frame
+DEFAULT_TARGET, DEFAULT_CONTROL = 1, 0
 CACHE_AGAIN = "wan_cache_latents.py --one_frame and --clip, of Wan2.2 --i2v"
 
 
@@ -74,8 +74,8 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
 
     Raises ValueError if the picture has the place of a control image.
     """
-    controls = controls or (USUAL_CONTROL,)
-    target = USUAL_TARGET if target is None else target
+    controls = controls or (DEFAULT_CONTROL,)
+    target = DEFAULT_TARGET if target is None else target
     if target in controls:
         raise ValueError(
             f"the picture and a control image are both at {target}. Give the picture another place"
@@ -111,7 +111,7 @@ def prepare(
         usual,
         size=(width, height, 1),
         flow_shift=flow_shift,
-        usual_negative=negative,
+        default_negative=negative,
         experts=experts,
     )
     return replace(prepared, family_record=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
@@ -125,7 +125,7 @@ def _read_order(request: Request, where: str) -> FrameOrder:
         logger.warning(
             "%s: no_post, no_2x and no_4x are ignored because only FramePack has such frames", where
         )
-    if len(settings.control_indices or (USUAL_CONTROL,)) != len(images):
+    if len(settings.control_indices or (DEFAULT_CONTROL,)) != len(images):
         raise OptionError(
             f"{where}: {len(images)} control images. Give as many places, as in control_index=0+2 for two"
         )
@@ -156,7 +156,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
         )
     for path in request.control_images:
         check_opens("control_image_path", path, is_image=True)
-    if task.kind == "flf2v" and len(_list_feature_images(request)) != MOST_FEATURES:
+    if task.kind == "flf2v" and len(_list_feature_images(request)) != MAX_FEATURES:
         raise OptionError(
             f"{where}: --task {task.name} sees two images. Give --image_path and --end_image_path, or two "
             "control images and neither of these"
@@ -167,7 +167,7 @@ def _take_images(task: WanTask, request: Request, where: str) -> Request:
 def _list_feature_images(request: Request) -> list[Path]:
     """Return the images for the image encoder: start and end image, else the first control images."""
     named = [path for path in (request.image_path, request.end_image_path) if path is not None]
-    return named or [*request.control_images[:MOST_FEATURES]]
+    return named or [*request.control_images[:MAX_FEATURES]]
 
 
 def encode_request(
@@ -182,13 +182,13 @@ def encode_request(
     assert isinstance(order, FrameOrder)
     vae = encoders.vae
     pixels = [image_pixels(path, prepared.width, prepared.height) for path in request.control_images]
-    grey = vae.encode(torch.zeros_like(pixels[0])).cpu()
+    gray = vae.encode(torch.zeros_like(pixels[0])).cpu()
     controls = [vae.encode(image).cpu() for image in pixels]
     conditions = dict[str, Tensor | list[Tensor]]()
     if task.has_features:
         conditions["clip"] = encode_features(encoders, _list_feature_images(request))
     conditions[PLACES] = torch.tensor([order.places])
-    conditions["condition_latents"] = _make_condition(order, controls, grey)
+    conditions["condition_latents"] = _make_condition(order, controls, gray)
     return conditions
 
 
@@ -208,10 +208,10 @@ def check_table(table: MediaTable, has_features: bool) -> None:
             f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "
             "control_directory, or control_path in every line of a list."
         )
-    if has_features and len(table.clean_indices) > MOST_FEATURES:
+    if has_features and len(table.clean_indices) > MAX_FEATURES:
         raise DatasetError(
             f"{table.name}: fp_1f_clean_indices asks for {len(table.clean_indices)} control images; with "
-            f"features of images (--clip) Wan2.1 takes {MOST_FEATURES} at most."
+            f"features of images (--clip) Wan2.1 takes {MAX_FEATURES} at most."
         )
     if not table.has_post:
         logger.info("%s: fp_1f_no_post is ignored because only FramePack has that frame", table.name)
@@ -230,10 +230,10 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     picture = to_pixels(media.frames.to(vae.device))
     control_latents = [vae.encode(image) for image in controls]
     latents = [*control_latents, vae.encode(picture)]
-    grey = vae.encode(torch.zeros_like(controls[0]))
+    gray = vae.encode(torch.zeros_like(controls[0]))
     tensors = {
         "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
-        "latents_image": _make_condition(order, control_latents, grey).to(store),
+        "latents_image": _make_condition(order, control_latents, gray).to(store),
     }
     if encoders.image_encoder is not None:
         features = [encoders.image_encoder.encode(image[:, :, 0]) for image in controls]

@@ -30,7 +30,7 @@ NOT_BUILT = {
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
     "animate-14B": "a character that follows a video is not built yet; i2v-A14B-FC follows a video of poses",
 }
-MOST_TIMESTEP = 1000
+MAX_TIMESTEP = 1000
 
 
 def check_one_frame(task: WanTask) -> None:
@@ -64,7 +64,7 @@ class WanExpertOptions(Options):
     timestep_boundary: float | None = option(
         "from which noise level on --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
         above=0,
-        below=MOST_TIMESTEP,
+        below=MAX_TIMESTEP,
         hint="a share of noise, such as 0.875, or a timestep, such as 875",
         facts=FREE,
     )
@@ -233,8 +233,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
 
 
 MASK, SCALE = "src_mask", "vace_scale"  # options, and their names in Request.extra
-MOST_HINT_SCALE = 100
-MOST_REFERENCES = 8  # each is a latent frame more; the release was trained with few
+MAX_HINT_SCALE = 100
+MAX_REFERENCES = 8  # each is a latent frame more; the release was trained with few
 
 
 class WanGenerationOptions(WanModelOptions, title="Wan"):
@@ -269,8 +269,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "how strongly these act: one number, or one for each layer of VACE; 0 is text to video",
         default=(1.0,),
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
-        least=-MOST_HINT_SCALE,
-        most=MOST_HINT_SCALE,
+        least=-MAX_HINT_SCALE,
+        most=MAX_HINT_SCALE,
         facts=of_request(SCALE),
         title="VACE",
         nargs="+",

@@ -21,7 +21,7 @@ from contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, video_pixels
 from modules.option_values import to_path
-from wan.options import MASK, MOST_HINT_SCALE, MOST_REFERENCES, SCALE
+from wan.options import MASK, MAX_HINT_SCALE, MAX_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae
 
@@ -91,14 +91,14 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
             f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
             "Give --src_video"
         )
-    if len(references) > MOST_REFERENCES:
-        raise OptionError(f"{len(references)} reference pictures: give at most {MOST_REFERENCES}")
+    if len(references) > MAX_REFERENCES:
+        raise OptionError(f"{len(references)} reference pictures: give at most {MAX_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} with reference pictures, which come before "
             "the clip: leave one of them out, or give the video to --src_video"
         )
-    _check_pictures(mask, references)
+    _check_images(mask, references)
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
         unused_scale = "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: "
@@ -110,7 +110,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
     return replace(request, control_images=references), settings
 
 
-def _check_pictures(mask: Path | None, references: Sequence[Path]) -> None:
+def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
     """Raise OptionError if the mask or a reference cannot be opened, or a reference is too small."""
     if mask is not None:
         check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
@@ -135,11 +135,11 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
     words = text.replace(",", " ").split()
     try:
         scales = tuple(map(float, words))
-        if not all(abs(scale) <= MOST_HINT_SCALE for scale in scales):  # nan too
+        if not all(abs(scale) <= MAX_HINT_SCALE for scale in scales):  # nan too
             raise ValueError
     except ValueError:
         raise OptionError(
-            f"--vace_scale {' '.join(words)}: give a number of at most {MOST_HINT_SCALE}, or one a layer"
+            f"--vace_scale {' '.join(words)}: give a number of at most {MAX_HINT_SCALE}, or one a layer"
         ) from None
     if len(scales) not in (1, layers):
         raise OptionError(
@@ -171,8 +171,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     if settings.mask is not None:
         mask = read_mask(settings.mask, width, height, frames)
     halves = encode_halves(vae, pixels, mask).cpu()
-    pictures = [first_frame(path) for path in request.control_images]
-    references = [vae.encode(on_white(picture, width, height)).cpu() for picture in pictures]
+    images = [first_frame(path) for path in request.control_images]
+    references = [vae.encode(on_white(image, width, height)).cpu() for image in images]
     control = join_control(halves, fold_mask(mask), references)
     return {"vace_control": control, "vace_scales": torch.tensor([settings.scales])}
 

@@ -86,10 +86,10 @@ def read_vae(
     latent_channels = shape("conv2.weight")[0]
     encoder = _read_layers(shape, sources, "encoder.downsamples")
     decoder = _read_layers(shape, sources, "decoder.upsamples")
-    colours = shape("encoder.conv1.weight")[1]
-    patch = isqrt(colours // 3)
-    config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colours // patch**2)
-    _check_dimensions(config, colours, checkpoint.path)
+    colors = shape("encoder.conv1.weight")[1]
+    patch = isqrt(colors // 3)
+    config = WanVaeConfig(latent_channels, encoder, decoder, patch=patch, colors=colors // patch**2)
+    _check_dimensions(config, colors, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
 
 

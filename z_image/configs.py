@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, NoiseSpec, count_image_tokens
 from contract.rules import ModelRelease
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
@@ -46,7 +46,7 @@ LATENT = LatentSpec(
     preview_bias=PREVIEW_BIAS,
     flat_in_caches=True,
 )
-NOISE = NoiseSpec(output_sign=-1.0, tokens=count_picture_tokens)
+NOISE = NoiseSpec(output_sign=-1.0, tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("layers",),
     fp8_exclude=("norm", "adaLN_modulation"),

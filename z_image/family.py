@@ -28,7 +28,7 @@ from encoders.autoencoder import SCALE, SHIFT
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
-from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
+from encoders.pictures import AutoencoderFiles, ModelOfImages, image_defaults
 from lumina.family import guidance_rules
 from lumina.options import EXTRAS
 from modules.attention.attend import BACKENDS
@@ -66,7 +66,7 @@ Z_IMAGE_USE = LanguageUse(
 FLOW_SHIFT = 3.0  # where nothing is said
 SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
 # of a transformer whose name says no release: those of the known tuner
-DEFAULTS = picture_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
+DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
 BASE = replace(DEFAULTS, steps=28, guidance_scale=4.0)
@@ -91,7 +91,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
 
 @dataclass(frozen=True)
-class ZImage(ModelOfPictures):
+class ZImage(ModelOfImages):
     """Description of Z-Image for one run, built by the `family_for_...` functions below."""
 
     files: ZImageFiles
@@ -144,7 +144,7 @@ class ZImage(ModelOfPictures):
         scaled = []
         for entries in super().encode_media(encoders, media):
             latents = [entry.tensors["latents"] / SCALE + SHIFT for entry in entries]
-            scaled.append([CacheEntry({"latents": picture}) for picture in latents])
+            scaled.append([CacheEntry({"latents": image}) for image in latents])
         return scaled
 
     # the network
@@ -187,7 +187,7 @@ class ZImage(ModelOfPictures):
 
     def prepare(self, request: Request) -> Prepared:
         """Settle a request. A guidance scale of 0 or below means no guidance."""
-        prepared = self.settle_picture(request, FLOW_SHIFT)
+        prepared = self.resolve_image(request, FLOW_SHIFT)
         lowest = min(prepared.guidance_scale)
         if lowest < 0:
             logger.warning(

@@ -171,12 +171,12 @@ def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
 
 
 def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
-    """Add the device's `product` for --fp8_fast. Raises as `choose_product`."""
+    """Add the device's `product` for --fp8_fast. Raises as `select_product`."""
     if not quantisation.fp8_matmul:
         return quantisation
-    from checkpoints.stored.fp8_products import choose_product  # of no use without the units
+    from checkpoints.stored.fp8_products import select_product  # of no use without the units
 
-    return replace(quantisation, product=choose_product(device))
+    return replace(quantisation, product=select_product(device))
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPE = torch.float8_e4m3fn
 STEP = 16  # K and N must be multiples of it: cuBLASLt needs rows aligned to 16 bytes
-FEWEST_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
-LEAST_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
+MIN_ROWS = 16  # rows of a hardware tile: fp8 is no faster for fewer tokens
+MIN_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0, consumer Blackwell 12.0
 # Up to so many tokens, sums are scaled after they are rounded, which then costs next to nothing: on Hopper
 # cuBLAS has no kernel with row-wise scales for few tokens and many features (from 9216 to 3072 features up
 # to 256 tokens: pytorch/ao#4582)
@@ -85,7 +85,7 @@ def tensor_scaled_product(
     (Windows).
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
-    second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
+    second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantize_rows`.
     """
     no_scale = torch.ones(1, device=a.device)
     sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
@@ -115,10 +115,10 @@ def supports_fp8(device: torch.device) -> bool:
     """Return whether torch can use fp8 units: NVIDIA's from 8.9 on; AMD's have another format."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
-def choose_product(
+def select_product(
     device: torch.device,
     supported: Callable[[torch.device], bool] = supports_fp8,
     products: Sequence[Product] = (row_scaled_product, tensor_scaled_product),
@@ -176,7 +176,7 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
         weight.dtype == WEIGHT_DTYPE
         and rows % STEP == 0
         and columns % STEP == 0
-        and x.numel() >= FEWEST_ROWS * columns
+        and x.numel() >= MIN_ROWS * columns
         and (is_by_tensor or is_by_row)
     )
 
@@ -210,14 +210,14 @@ class _FrozenLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.product, ctx.dtype = product, x.dtype
-        quantised, row_scales = quantise_rows(x.reshape(-1, x.shape[-1]))
+        quantized, row_scales = quantize_rows(x.reshape(-1, x.shape[-1]))
         out = product(
-            quantised,
+            quantized,
             weight.t(),
             row_scales,
             _expand_scale(weight, scale),
             bias,
-            _choose_product_dtype(dtype),
+            _select_product_dtype(dtype),
             FAST_SUMS,
         )
         return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
@@ -228,19 +228,19 @@ class _FrozenLinear(torch.autograd.Function):
             return None, None, None, None, None, None
         (gradient,) = gradients
         weight, scale = ctx.saved_tensors
-        quantised, row_scales = quantise_rows(
+        quantized, row_scales = quantize_rows(
             gradient.reshape(-1, gradient.shape[-1]), _expand_scale(weight, scale)
         )
         # N K, column-major as the fp8 units need it; freed when this call ends
         columns = weight.t().contiguous().t()
         ones = torch.ones(1, weight.shape[1], device=weight.device)
         out = ctx.product(
-            quantised, columns, row_scales, ones, None, _choose_product_dtype(gradient.dtype), EXACT_SUMS
+            quantized, columns, row_scales, ones, None, _select_product_dtype(gradient.dtype), EXACT_SUMS
         )
         return out.to(ctx.dtype).view(*gradient.shape[:-1], weight.shape[1]), None, None, None, None, None
 
 
-def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
     """Quantise x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
 
     x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or
@@ -249,15 +249,15 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> 
     """
     parts = _split_rows(x, piece)
     if len(parts) == 1:
-        return _quantise(x, fold)
+        return _quantize(x, fold)
     out = torch.empty(x.shape, dtype=WEIGHT_DTYPE, device=x.device)
     scales = torch.empty(x.shape[0], 1, device=x.device)
     for part in parts:
-        out[part], scales[part] = _quantise(x[part], fold)
+        out[part], scales[part] = _quantize(x[part], fold)
     return out, scales
 
 
-def _quantise(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, fold: Tensor | None) -> tuple[Tensor, Tensor]:
     if fold is not None:
         x = x * fold  # float32, as the scales are
     largest = x.abs().amax(dim=1, keepdim=True).float()
@@ -274,6 +274,6 @@ def _expand_scale(weight: Tensor, scale: Tensor | None) -> Tensor:
     return scale.float().reshape(1, -1).expand(1, weight.shape[0]).contiguous()
 
 
-def _choose_product_dtype(dtype: torch.dtype) -> torch.dtype:
+def _select_product_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a product: 16 bits hold more digits than an fp8 product has."""
     return dtype if dtype == torch.float16 else torch.bfloat16

@@ -26,7 +26,7 @@ from modules.speed_options import Quantisation
 
 GROUPS = (256, 64, 16)  # columns that are rotated together: the first that divides a layer's width
 LARGEST = 127
-LEAST_SCALE = 1e-30  # so that zeros are not divided by zero
+MIN_SCALE = 1e-30  # so that zeros are not divided by zero
 FEW_TOKENS = 16
 PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
@@ -214,7 +214,7 @@ _hadamard_once = lru_cache(maxsize=16)(_make_hadamard)  # it would be eight laun
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round float32 rows to int8, half to even: codes, and the scale of each row, M 1 float32."""
-    scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(LEAST_SCALE)
+    scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(MIN_SCALE)
     return (x / scales).round().clamp(-128, 127).to(torch.int8), scales
 
 

@@ -36,7 +36,7 @@ PROMPTS = {
 _TOKENS = re.compile(
     r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:pad|unk|bos|eos|end_of_turn|end_of_utterance|end_of_text)>"
 )
-_MOST_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four bytes
+_MAX_CHARACTERS = MAX_CAPTION_BYTES // 4  # in UTF-8 a character has up to four bytes
 
 
 class NoCaptionError(Exception):
@@ -48,7 +48,7 @@ class NoCaptionError(Exception):
         self.server_failed = server_failed
 
 
-def choose_frames(num_frames: int, most: int) -> tuple[int, ...]:
+def select_frames(num_frames: int, most: int) -> tuple[int, ...]:
     """Return the indices of the frames to show: the middle one of each of `most` equal parts, or all.
 
     Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
@@ -69,7 +69,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
 
     if is_image:
         return (shrink(read_image(path)),)
-    return tuple(pick_frames(path, lambda length: choose_frames(length, num_frames), shrink))
+    return tuple(pick_frames(path, lambda length: select_frames(length, num_frames), shrink))
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
@@ -119,7 +119,7 @@ def caption_in(answer: str, was_cut: bool) -> str:
 
     was_cut: the answer was ended by --max_new_tokens. Raises NoCaptionError if it is empty.
     """
-    caption = take_answer(_TOKENS.sub(" ", answer), _MOST_CHARACTERS)
+    caption = take_answer(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
     if not caption:
         why = ", and --max_new_tokens ended it: raise that" if was_cut else ""
         raise NoCaptionError(f"the model's answer holds no text{why}")

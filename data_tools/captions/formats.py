@@ -73,9 +73,9 @@ class ObjectAsker:
             caption = read_object(answer[start : end + 1])
         except ValueError as error:
             raise NoCaptionError(f"{error}: {shorten(answer[start:], SHOWN)!r}") from None
-        faults = self.format.find_faults(caption)
-        if faults:
-            raise NoCaptionError("; ".join(faults))
+        errors = self.format.find_faults(caption)
+        if errors:
+            raise NoCaptionError("; ".join(errors))
         self.unsaid.update(self.format.list_unsaid(caption))
         return write_object(reword_object(caption, self.wording, self.format.main))
 
@@ -139,7 +139,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     around = dataclasses.replace(wording, replace=(), replace_regex=())
     if not around.changes_something:
         return reworded
-    whole = write_object(reworded)
-    if add_trigger(whole, wording.trigger_word.strip()) == whole:  # some text of the object has it
+    full = write_object(reworded)
+    if add_trigger(full, wording.trigger_word.strip()) == full:  # some text of the object has it
         around = dataclasses.replace(around, trigger_word="")
     return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), around)}

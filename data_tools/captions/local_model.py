@@ -31,7 +31,7 @@ from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionPlace
 from modules.chat_templates import TemplateError, render_chat
 from modules.control_codes import shorten
-from modules.devices import choose_compute_dtype, choose_device
+from modules.devices import select_compute_dtype, select_device
 from modules.errors import (
     CheckpointError,
     InstallationError,
@@ -200,8 +200,8 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 
     Raises CheckpointError if the folder holds an unusable model, DownloadError as `find_model_folder`.
     """
-    device = choose_device(options.device)
-    dtype = choose_compute_dtype(options.dtype, "--dtype", None)
+    device = select_device(options.device)
+    dtype = select_compute_dtype(options.dtype, "--dtype", None)
     assert options.model is not None
     folder = find_model_folder("--model", options.model, FETCHED)
     if not (folder / "config.json").is_file():
@@ -216,7 +216,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
-        _refuse_quantized(folder, config)
+        _reject_quantized(folder, config)
         network = build_without_memory(transformers.AutoModelForImageTextToText.from_config, config)
         require_shown(folder, "--model", network, shapes, is_exact=False)
         with catch_panics():
@@ -300,7 +300,7 @@ def _without_videos(folder: Path, model_type: str) -> Any:
         return None
 
 
-def _refuse_quantized(folder: Path, config: Any) -> None:
+def _reject_quantized(folder: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise _unusable(
             folder,

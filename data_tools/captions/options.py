@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from contract.families import caption_formats
-from dataset.config_keys import MOST_WORDS
+from dataset.config_keys import MAX_WORDS
 from dataset.options import DATASET_FILE
 from modules.errors import OptionError
 from modules.options import SENDS, Options, option
@@ -131,8 +131,8 @@ class WordingOptions(Options, title="the text that is written"):
     def __post_init__(self) -> None:
         for name in ("trigger_word", "caption_prefix", "caption_suffix"):
             text = getattr(self, name)
-            if len(text) > MOST_WORDS or len(text.splitlines()) > 1:
-                raise OptionError(f"--{name}: give one line of at most {MOST_WORDS} characters")
+            if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
+                raise OptionError(f"--{name}: give one line of at most {MAX_WORDS} characters")
         for name in ("replace", "replace_regex"):
             for old, new in getattr(self, name):
                 character = bad_character(old + new)

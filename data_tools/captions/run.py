@@ -92,8 +92,8 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     if options.edit_only:
         edit_captions(config, options.wording, options.dry_run, format)
         return
-    usual_tokens = TOKENS if format is None else TOKENS_OF_OBJECTS
-    ask = replace(options.ask, max_new_tokens=options.ask.max_new_tokens or usual_tokens)
+    default_tokens = TOKENS if format is None else TOKENS_OF_OBJECTS
+    ask = replace(options.ask, max_new_tokens=options.ask.max_new_tokens or default_tokens)
     maker = CaptionMaker(
         name=str(options.model.model),
         pass_id=_pass_of(options),
@@ -105,7 +105,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         finish=lambda place, answer: reword(answer, options.wording),
     )
     if format is not None:
-        _refuse_edits(config, options)
+        _reject_edits(config, options)
         asker = ObjectAsker(format, options.wording, ask.prompt, tells_plain=options.convert_plain)
         maker = replace(
             maker,
@@ -121,7 +121,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         write_captions(config, maker, options.dry_run)
 
 
-def _refuse_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
+def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Raise OptionError if a table teaches edits, whose captions say what is changed."""
     for table in config.datasets:
         if table.control_directory:
@@ -132,9 +132,9 @@ def _refuse_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _pass_of(options: CaptioningOptions) -> str:
-    facts = [options.caption_format, options.overwrite_all]
+    info = [options.caption_format, options.overwrite_all]
     made_by = [options.model.model, options.api.api_base, options.api.api_model]
-    values = json.dumps([*facts, *made_by, asdict(options.ask), asdict(options.wording)])
+    values = json.dumps([*info, *made_by, asdict(options.ask), asdict(options.wording)])
     return hashlib.sha256(values.encode("utf-8")).hexdigest()
 
 
@@ -282,13 +282,13 @@ def _make_captions(
 
     failures: list[Failure] = []
     num_changed = 0
-    refusals = _Refusals()
+    rejections = _Rejections()
     answers = answerer(list(jobs), maker.look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
         for place, answer in answers:
             error = None if isinstance(answer, str) else answer
             if isinstance(answer, str):
-                refusals.clear()
+                rejections.clear()
                 caption = maker.finish(place, answer)
                 if not caption:
                     error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
@@ -300,12 +300,12 @@ def _make_captions(
             elif error is not None:  # it ends the answerer: SystemExit too
                 raise error
             if isinstance(error, NoCaptionError):
-                refusals.add(error)
+                rejections.add(error)
             bar.update()
     return failures, num_changed
 
 
-class _Refusals:
+class _Rejections:
     """Count readable sources that get no caption; end the run if nearly all of them get none."""
 
     def __init__(self) -> None:

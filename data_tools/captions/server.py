@@ -88,7 +88,7 @@ class ApiServer:
         self._address = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self._is_local = parts.hostname in LOCAL_HOSTS
         key = environment.get(KEY, "").strip()
-        if not all("!" <= letter <= "~" for letter in key):
+        if not all("!" <= character <= "~" for character in key):
             raise OptionError(
                 f"{KEY} holds a blank, a line break or a letter that no key has. Set it to the key alone."
             )

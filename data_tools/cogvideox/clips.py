@@ -31,7 +31,7 @@ from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_a
 from dataset.config import DatasetTable
 from dataset.forms.cogvideox_keys import CogVideoXKeys
 from dataset.forms.cogvideox_lists import EMBEDS, IMAGE_MOMENTS, MOMENTS, missing_clips, read_rows
-from dataset.sources.media_source import Fault, raise_faults
+from dataset.sources.media_source import Fault, raise_errors
 from modules.atomic_write import atomic_path, write_text
 from modules.bars import Bar
 from modules.errors import DatasetError, MediaError
@@ -45,7 +45,7 @@ from modules.text_files import parse_json, read_text
 T = TypeVar("T")
 Clip = NDArray[np.uint8]  # F H W 3
 
-MOST_WAITING = 1 << 29  # bytes of frames that wait for a full batch
+MAX_WAITING = 1 << 29  # bytes of frames that wait for a full batch
 IMAGES, VIDEOS, PROMPTS = "images", "videos", "prompts"
 FOLDERS = (IMAGES, IMAGE_MOMENTS, VIDEOS, MOMENTS, PROMPTS, EMBEDS)
 SUFFIXES = {IMAGES: ".png", VIDEOS: ".mp4", PROMPTS: ".txt"}  # suffixes; all others are .pt
@@ -82,10 +82,10 @@ class PreparedItem:
     def facts(self) -> Path:
         return self.file(VIDEOS).with_suffix(".txt")
 
-    def read_facts(self) -> dict[str, Any]:
+    def read_info(self) -> dict[str, Any]:
         """Return num_frames, height and width. Raises OSError, ValueError, KeyError or TypeError."""
-        facts = parse_json(read_text(self.facts))
-        return {key: int(facts[key]) for key in ("num_frames", "height", "width")}
+        info = parse_json(read_text(self.facts))
+        return {key: int(info[key]) for key in ("num_frames", "height", "width")}
 
     def has_media(self, latents: bool, image_latents: bool) -> bool:
         """Return whether the files of the clip exist and are newer than the clip."""
@@ -95,7 +95,7 @@ class PreparedItem:
         if image_latents:
             kinds.append(IMAGE_MOMENTS)
         try:
-            self.read_facts()
+            self.read_info()
         except (OSError, ValueError, KeyError, TypeError):
             return False
         is_newer = self.source.is_dir() or self.source.stat().st_mtime_ns <= self.facts.stat().st_mtime_ns
@@ -133,9 +133,9 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
         ),
         caption_column=source.caption_column,
     )
-    faults: list[Fault] = []
-    rows = list(read_rows(table, name, faults))
-    raise_faults([*faults, *missing_clips(name, rows)])
+    errors: list[Fault] = []
+    rows = list(read_rows(table, name, errors))
+    raise_errors([*errors, *missing_clips(name, rows)])
     if not rows:
         raise DatasetError(f"{name} has no clips")
     num_rows: Counter[Path] = Counter()  # of each clip, so far
@@ -154,16 +154,16 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the texts of the lists by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: finished items with their `read_facts`. Missing files are null in data.jsonl.
+    items: finished items with their `read_info`. Missing files are null in data.jsonl.
     """
     lines = []
-    for item, facts in items:
+    for item, info in items:
         files = {key: item.file(kind) for key, kind in KEYS.items()}
         places = {
             key: path.relative_to(item.folder).as_posix() if path.exists() else None
             for key, path in files.items()
         }
-        record = {"prompt": item.caption, **places, "metadata": dict(facts)}
+        record = {"prompt": item.caption, **places, "metadata": dict(info)}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return {
         "prompts.txt": "".join(f"{item.caption}\n" for item, _ in items),
@@ -280,9 +280,9 @@ def prepare_clips(
         batches = fill_batches(
             clips(),
             group_of=lambda pair: pair[1].shape,
-            most_of=lambda _: settings.batch_size,
+            max_of=lambda _: settings.batch_size,
             bytes_of=lambda pair: pair[1].nbytes,
-            most_bytes=MOST_WAITING,
+            most_bytes=MAX_WAITING,
         )
         for batch in batches:
             encoded = _encode_batch([clip for _, clip in batch], encode, device, settings)
@@ -346,7 +346,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     size: Size | None = None  # of the first frame's bucket: images of a folder may differ
 
     def choose(available: int) -> range:
-        count = choose_frames(available, options.frame_buckets, options.max_num_frames)
+        count = select_frames(available, options.frame_buckets, options.max_num_frames)
         if count is None:
             raise MediaError(
                 f"{path} has {available} frames, the smallest of --frame_buckets is "
@@ -359,13 +359,13 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
         nonlocal size
         if size is None:
             sides = (frame.shape[1], frame.shape[0])
-            size = choose_size(sides, options.height_buckets, options.width_buckets)
+            size = select_size(sides, options.height_buckets, options.width_buckets)
         return shape_frame(frame, size, options, draws)
 
     return np.stack(pick_frames(path, choose, shape, threads, exact=False))
 
 
-def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | None:
+def select_frames(available: int, buckets: Sequence[int], most: int) -> int | None:
     """Return the bucket nearest to min(available, most), the first of equally near ones.
 
     Only buckets of at most `available` frames are taken; None if there is none.
@@ -374,7 +374,7 @@ def choose_frames(available: int, buckets: Sequence[int], most: int) -> int | No
     return min(fitting, key=lambda bucket: abs(bucket - min(available, most)), default=None)
 
 
-def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
+def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Size:
     """Return the (width, height) with the smallest |Δh| + |Δw|; the first of equally near ones."""
     width, height = size
     nearest_width = min(widths, key=lambda bucket: abs(bucket - width))
@@ -387,6 +387,6 @@ def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:
-        is_centred = options.video_reshape_mode == "center"
-        frame = resize_cover(frame, size, place=None if is_centred else draws.place)
+        is_centered = options.video_reshape_mode == "center"
+        frame = resize_cover(frame, size, place=None if is_centered else draws.place)
     return np.ascontiguousarray(frame[:, ::-1]) if draws.is_flipped else frame

@@ -10,7 +10,7 @@ SIDES = (256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536)  # of th
 FRAMES = 49  # of the form, for preparing
 MAX_TOKENS = 226  # of CogVideoX's text encoder
 DTYPES = ("fp32", "fp16", "bf16")
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 LONGEST_SIDE = 16_384  # pixels
 MOST_FRAMES = 100_000
 
@@ -122,12 +122,12 @@ class WorkerOptions(Options):
     """Numbers of threads for each kind of work."""
 
     num_decode_threads: int = option(
-        "threads that decode one clip; 0: FFmpeg's choice", default=0, least=0, most=MOST_THREADS
+        "threads that decode one clip; 0: FFmpeg's choice", default=0, least=0, most=MAX_THREADS
     )
     dataloader_num_workers: int = option(
-        "clips to read at a time, ahead of the encoder (0 and 1: one)", default=0, least=0, most=MOST_THREADS
+        "clips to read at a time, ahead of the encoder (0 and 1: one)", default=0, least=0, most=MAX_THREADS
     )
-    num_artifact_workers: int = option("threads that write files", default=4, least=1, most=MOST_THREADS)
+    num_artifact_workers: int = option("threads that write files", default=4, least=1, most=MAX_THREADS)
 
 
 class PrepareOptions(Options, title="output and threads"):

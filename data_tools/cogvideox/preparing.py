@@ -114,7 +114,7 @@ def _find_work(
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
     """Write the lists that name the finished items."""
-    for name, text in clips.list_texts([(item, item.read_facts()) for item in items]).items():
+    for name, text in clips.list_texts([(item, item.read_info()) for item in items]).items():
         write_text(folder / name, text)
     logger.info("%s in the lists of %s", count_of(len(items), "item"), folder)
 

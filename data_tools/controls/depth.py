@@ -13,14 +13,14 @@ from torch.nn.functional import interpolate
 
 from checkpoints.model_folders import build_without_memory, check_settings, require_shown
 from modules.control_codes import shorten
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError, MemoryPlanError
 from modules.media.reading import Frame
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # kinds of models that give distances; the others give the inverse, up to a factor and an offset
 OF_DISTANCES = frozenset({"depth_pro", "glpn", "prompt_depth_anything", "zoedepth"})
-LEAST_DISTANCE = 1e-3  # metres, so that the inverse is finite
+MIN_DISTANCE = 1e-3  # metres, so that the inverse is finite
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class DepthModel:
                 "A picture does not fit into the memory of the device with this model. Give --device cpu"
             ) from None
         if _gives_distances(self.network.config):
-            depth = 1 / depth.clamp(min=LEAST_DISTANCE)
+            depth = 1 / depth.clamp(min=MIN_DISTANCE)
         depth = interpolate(depth[:, None], size=image.shape[:2], mode="bicubic", align_corners=False)[0, 0]
         low, high = depth.min(), depth.max()
-        grey = (depth - low) / (high - low).clamp(min=torch.finfo(depth.dtype).tiny)
-        pixels = (grey * 255).round().to("cpu", torch.uint8).numpy()
+        gray = (depth - low) / (high - low).clamp(min=torch.finfo(depth.dtype).tiny)
+        pixels = (gray * 255).round().to("cpu", torch.uint8).numpy()
         return np.repeat(pixels[..., None], 3, axis=2)
 
 
@@ -63,7 +63,7 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
 
     Raises CheckpointError if the folder holds no such model.
     """
-    chosen = choose_device(device)
+    chosen = select_device(device)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"--depth {folder}: there is no config.json in this folder. Give the folder of a model as "

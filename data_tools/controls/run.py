@@ -25,7 +25,7 @@ MADE = "control_picture"  # name of the text in a written PNG; its value says ho
 FOLDER_NAME = "conditioning"  # of the control pictures, in the folder of the pictures
 
 
-class ControlPictureOptions(Options, title="what to make"):
+class ControlImageOptions(Options, title="what to make"):
     """Pictures, the kind of their control pictures, and the folder of these."""
 
     folder: Path = option("folder of pictures", positional=True, place="folder")
@@ -81,7 +81,7 @@ class Plan:
     foreign: list[Path] = field(default_factory=list)  # of other programs
 
 
-def make_control_pictures(options: ControlPictureOptions) -> None:
+def make_control_images(options: ControlImageOptions) -> None:
     """Write a control picture for each picture of a folder that has none.
 
     Each is complete or not there, so the same command continues after a stop. Raises UserError if nothing can
@@ -91,17 +91,17 @@ def make_control_pictures(options: ControlPictureOptions) -> None:
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
     if output == folder:
         raise OptionError(f"{options.folder}: control pictures need a folder of their own. Give --output")
-    pictures = _find_pictures(folder)
-    if not pictures:
+    images = _find_images(folder)
+    if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
-    _refuse_equal_stems(pictures)
+    _reject_equal_stems(images)
     way = _describe_way(options)
-    plan = _plan(pictures, output, way, options.overwrite)
+    plan = _plan(images, output, way, options.overwrite)
     _warn_of_kept(plan)
     failures: list[Failure] = []
     if plan.jobs:
         make_folder(output, "--output")
-        draw = _choose_drawing(options)
+        draw = _select_drawing(options)
         for picture, target in track(plan.jobs, "Control pictures", len(plan.jobs), unit="picture"):
             try:
                 image = read_image(picture)
@@ -120,7 +120,7 @@ def make_control_pictures(options: ControlPictureOptions) -> None:
         raise failure_error(failures, count_of(len(plan.jobs), "picture"))
 
 
-def _find_pictures(folder: Path) -> list[Path]:
+def _find_images(folder: Path) -> list[Path]:
     """Return the pictures of a folder, sorted, without hidden ones, masks and condition images."""
     return [
         path
@@ -132,7 +132,7 @@ def _find_pictures(folder: Path) -> list[Path]:
     ]
 
 
-def _refuse_equal_stems(pictures: Sequence[Path]) -> None:
+def _reject_equal_stems(pictures: Sequence[Path]) -> None:
     """Raise DatasetError if two pictures would have the same control picture."""
     by_stem: dict[str, Path] = {}
     for path in pictures:
@@ -143,14 +143,14 @@ def _refuse_equal_stems(pictures: Sequence[Path]) -> None:
             )
 
 
-def _describe_way(options: ControlPictureOptions) -> str:
+def _describe_way(options: ControlImageOptions) -> str:
     """Return how control pictures are made, as it is written into them."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
     return "canny {} {}".format(*options.thresholds)
 
 
-def _choose_drawing(options: ControlPictureOptions) -> Callable[[Frame], Frame]:
+def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
     """Return the function from a picture to its control picture, both H W 3."""
     if options.depth is not None:
         from data_tools.controls.depth import load_depth_model  # imports torch, which edges do not need
@@ -164,17 +164,17 @@ def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> 
     """Return what to do. overwrite: make again what this program has made."""
     existing: dict[str, Path] = {}
     if output.is_dir():
-        existing = {path.stem.casefold(): path for path in _find_pictures(output)}
+        existing = {path.stem.casefold(): path for path in _find_images(output)}
     plan = Plan()
-    for picture in pictures:
-        target = existing.get(picture.stem.casefold())
+    for image in pictures:
+        target = existing.get(image.stem.casefold())
         made_by = None if target is None else _read_way(target)
         if target is None:
-            plan.jobs.append((picture, output / f"{picture.stem}.png"))
+            plan.jobs.append((image, output / f"{image.stem}.png"))
         elif made_by is None:
             plan.foreign.append(target)
         elif overwrite:
-            plan.jobs.append((picture, target))
+            plan.jobs.append((image, target))
         elif made_by == way:
             plan.done.append(target)
         else:

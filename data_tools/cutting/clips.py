@@ -24,7 +24,7 @@ BLACK_PART = 0.5  # of the pictures of a clip
 
 
 @dataclass(frozen=True, slots=True)
-class PictureMeasures:
+class ImageMeasures:
     """Measures of one picture."""
 
     number: int
@@ -43,14 +43,14 @@ class VideoLook:
     height: int
     starts: "array[float]" = field(default_factory=lambda: array("d"))  # start of each picture, in seconds
     end: float = 0.0
-    samples: list[PictureMeasures] = field(default_factory=list)
+    samples: list[ImageMeasures] = field(default_factory=list)
     changes: list[SceneChange] = field(default_factory=list)
 
     def time(self, number: int) -> float:
         """Return the start of a frame in seconds; beyond the last frame, the end of the video."""
         return self.starts[number] if number < len(self.starts) else self.end
 
-    def samples_between(self, begin: int, end: int) -> list[PictureMeasures]:
+    def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
         first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
         last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]
@@ -74,14 +74,14 @@ def look_at(
     return look
 
 
-def _measure(number: int, pixels: Pixels, black_threshold: float) -> PictureMeasures:
+def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasures:
     frame = in_eight_bits(pixels)
     height, width = frame.shape[:2]
     factor = min(1.0, CELLS / min(height, width))
     size = max(1, round(width * factor)), max(1, round(height * factor))
     small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     cells = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
-    return PictureMeasures(
+    return ImageMeasures(
         number,
         brightness=brightness(frame),
         sharpness=float(np.float32(sharpness(frame))),  # as it was kept when thresholds were chosen

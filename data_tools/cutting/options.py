@@ -32,11 +32,11 @@ class SceneOptions(Options, title="scenes"):
     )
 
     def __post_init__(self) -> None:
-        usual, most = THRESHOLDS[self.detector]
+        default, most = THRESHOLDS[self.detector]
         if not 0 < self.threshold <= most:
             raise OptionError(
                 f"--scene_threshold {self.threshold:g}: --detector {self.detector} takes numbers "
-                f"above 0 and up to {most:g}; {usual:g} is usual, a lower one finds more"
+                f"above 0 and up to {most:g}; {default:g} is usual, a lower one finds more"
             )
 
     @property

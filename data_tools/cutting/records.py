@@ -188,10 +188,10 @@ class ClipList:
                     listed_paths.add(path)
             for record, is_new in self._unlisted:
                 for clip in record.clips:
-                    facts = _line_of(self._output, record, clip)
-                    is_listed = facts["video_path"] in listed_paths
+                    info = _line_of(self._output, record, clip)
+                    is_listed = info["video_path"] in listed_paths
                     if not is_listed and (is_new or (self._output / clip.name).exists()):
-                        lines.append(json.dumps(facts, ensure_ascii=False))
+                        lines.append(json.dumps(info, ensure_ascii=False))
             content = "".join(f"{line}\n" for line in lines)
             write_bytes(self._path, content.encode("utf-8"))
             for record, _ in self._unlisted:

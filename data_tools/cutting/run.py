@@ -254,11 +254,11 @@ class Workshop:
         stems = {path.stem for path in existing}
         captioned = self.clip_list.captioned
         with_caption = [path for path in existing if str(path) in captioned]
-        neighbours = [path for path in self.output.iterdir() if path.stem in stems and path not in sizes]
+        neighbors = [path for path in self.output.iterdir() if path.stem in stems and path not in sizes]
         changed = [path for path in existing if sizes[path] and path.stat().st_size != sizes[path]]
         touched = {
             f"with a caption in {self.options.list_path.name}": with_caption,
-            "with other files of their names next to them": sorted(neighbours),
+            "with other files of their names next to them": sorted(neighbors),
             "that were changed": changed,
         }
         for words, paths in touched.items():

@@ -12,9 +12,9 @@ MODEL_FOLDER = Path("models/clipseg")  # that tools/download.py fills
 BACKGROUND_FILE = Path("models/background/u2net.onnx")  # likewise
 FACE_FILE = Path("models/facefix/face_detection_yunet_2023mar.onnx")  # likewise
 WATERMARK = ("a watermark", "a logo", "text")
-MOST_WORDS = 300  # characters of what to find
+MAX_WORDS = 300  # characters of what to find
 NETWORK_SMOOTH = 5  # usual --smooth_pixels of networks that guess, rather than know, where the edge is
-IS_COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
+IS_COLOR = re.compile(r"#?([0-9a-fA-F]{6})")
 FINDERS = ("what", "watermark", "background", "faces", "colour")
 
 
@@ -81,9 +81,9 @@ class FinderOptions(Options, title="what to find"):
             character = bad_character(words)
             if character is not None:
                 raise OptionError(f"--what holds {character}: set the terminal to UTF-8")
-            if len(words) > MOST_WORDS or len(words.splitlines()) > 1:
-                raise OptionError(f"--what: give one line of at most {MOST_WORDS} characters")
-        if self.colour is not None and not IS_COLOUR.fullmatch(self.colour):
+            if len(words) > MAX_WORDS or len(words.splitlines()) > 1:
+                raise OptionError(f"--what: give one line of at most {MAX_WORDS} characters")
+        if self.colour is not None and not IS_COLOR.fullmatch(self.colour):
             raise OptionError(
                 f"--colour {self.colour}: give six hexadecimal digits, such as 00ff00 for green"
             )

@@ -42,7 +42,7 @@ from modules.media.reading import (
 from modules.media.writing import write_png
 from modules.text_files import real_path
 
-Grey = NDArray[np.uint8]  # H W, white is learned
+Gray = NDArray[np.uint8]  # H W, white is learned
 Kind = Literal["image", "video"]
 MADE, ACCEPTED = "mask", "mask_accepted"  # names of texts in a mask
 
@@ -156,26 +156,26 @@ def mask_line(folder: PurePath) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_frames(mask: Path) -> Iterator[Grey]:
+def read_frames(mask: Path) -> Iterator[Gray]:
     """Yield the frames of a mask, each H W: one of a picture, all of a clip or folder. Raises MediaError."""
     if mask.is_dir():
-        yield from (as_grey(read_mask(image)) for image in folder_images(mask))
+        yield from (as_gray(read_mask(image)) for image in folder_images(mask))
     elif is_still(mask):
-        yield as_grey(read_mask(mask))
+        yield as_gray(read_mask(mask))
     else:
-        yield from (as_grey(frame) for frame in video_frames(mask))
+        yield from (as_gray(frame) for frame in video_frames(mask))
 
 
-def read_frame(mask: Path, number: int) -> Grey:
+def read_frame(mask: Path, number: int) -> Gray:
     """Return one frame of a mask, H W; of a shorter mask the last. Raises MediaError."""
     if mask.is_dir():
         images = folder_images(mask)
-        return as_grey(read_mask(images[min(number, len(images) - 1)]))
+        return as_gray(read_mask(images[min(number, len(images) - 1)]))
     frames = itertools.islice(read_frames(mask), number + 1)
     return deque(frames, maxlen=1)[0]  # a clip without frames is a MediaError
 
 
-def as_grey(pixels: NDArray[np.uint8]) -> Grey:
+def as_gray(pixels: NDArray[np.uint8]) -> Gray:
     """Return a picture, H W 3 or H W, in grey, H W, as the dataset does with masks."""
     if pixels.ndim == 2:
         return pixels
@@ -186,7 +186,7 @@ class _AllBlackError(Exception):
     """No frame of a new mask has anything that is learned."""
 
 
-def write_mask(place: MaskPlace, frames: Iterable[Grey], moves: bool, texts: Mapping[str, str]) -> bool:
+def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
     """Write a mask in place of the one that is there, which is kept; return whether it was written.
 
     frames: H W each; without `moves` one. If all of them are black, nothing changes, for such a mask teaches
@@ -200,11 +200,11 @@ def write_mask(place: MaskPlace, frames: Iterable[Grey], moves: bool, texts: Map
                 _write_frames(temporary, frames, texts)
                 keep_before(place)
         else:
-            (grey,) = frames
-            if not grey.any():
+            (gray,) = frames
+            if not gray.any():
                 return False
             keep_before(place)
-            write_png(target, grey, texts)
+            write_png(target, gray, texts)
     except _AllBlackError:
         return False
     if place.mask is not None and place.mask != target:
@@ -212,12 +212,12 @@ def write_mask(place: MaskPlace, frames: Iterable[Grey], moves: bool, texts: Map
     return True
 
 
-def _write_frames(folder: Path, frames: Iterable[Grey], texts: Mapping[str, str]) -> None:
+def _write_frames(folder: Path, frames: Iterable[Gray], texts: Mapping[str, str]) -> None:
     """Write frames, H W each, into a folder. Raises _AllBlackError if all of them are black."""
     has_white = False
-    for number, grey in enumerate(frames):
-        has_white = has_white or bool(grey.any())
-        write_png(folder / f"{number:06}.png", grey, texts if number == 0 else None)
+    for number, gray in enumerate(frames):
+        has_white = has_white or bool(gray.any())
+        write_png(folder / f"{number:06}.png", gray, texts if number == 0 else None)
     if not has_white:
         raise _AllBlackError
 
@@ -265,7 +265,7 @@ def accept_mask(place: MaskPlace) -> None:
         return
     first = folder_images(mask)[0] if mask.is_dir() else mask
     keep_before(place)
-    write_png(first, as_grey(read_mask(first)), {**place.texts(), ACCEPTED: "yes"})
+    write_png(first, as_gray(read_mask(first)), {**place.texts(), ACCEPTED: "yes"})
 
 
 def invert_mask(place: MaskPlace) -> None:
@@ -274,7 +274,7 @@ def invert_mask(place: MaskPlace) -> None:
     Raises DatasetError if there is no mask or nothing would be learned, MediaError and OutputError.
     """
     mask = _require_mask(place)
-    inverted = (255 - grey for grey in read_frames(mask))
+    inverted = (255 - gray for gray in read_frames(mask))
     if not write_mask(place, inverted, moves=not is_still(mask), texts={}):
         raise DatasetError(f"{mask} is all white: inverted, nothing of {place.medium.name} would be learned")
 
@@ -296,20 +296,20 @@ def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None
     None: for the whole picture or clip. Raises DatasetError if it has another shape than its picture or clip,
     if the clip has no mask with such a frame, or if nothing would be learned; MediaError and OutputError.
     """
-    grey = as_grey(pixels)
-    mask_size, size = (grey.shape[1], grey.shape[0]), frame_size(place.medium)
+    gray = as_gray(pixels)
+    mask_size, size = (gray.shape[1], gray.shape[0]), frame_size(place.medium)
     if not is_of_shape(mask_size, size):
         raise DatasetError(
             f"The mask has {mask_size[0]}x{mask_size[1]} pixels, {place.medium.name} {size[0]}x{size[1]}: "
             "they need the same shape"
         )
     if number is None:
-        frames: Iterable[Grey] = [grey]
+        frames: Iterable[Gray] = [gray]
     else:
         mask = _require_mask(place)
         if is_still(mask) or not 0 <= number < count_frames(mask):
             raise DatasetError(f"{mask} has no frame {number}, so that it cannot be replaced")
-        frames = (grey if index == number else old for index, old in enumerate(read_frames(mask)))
+        frames = (gray if index == number else old for index, old in enumerate(read_frames(mask)))
     if not write_mask(place, frames, moves=number is not None, texts={}):
         raise DatasetError(f"The mask of {place.medium.name} is all black: nothing would be learned")
 

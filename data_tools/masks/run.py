@@ -13,7 +13,7 @@ from data_tools.masks.options import FOLDER_NAME, NETWORK_SMOOTH, FinderOptions,
 from data_tools.masks.places import (
     ACCEPTED,
     MADE,
-    Grey,
+    Gray,
     MaskPlace,
     find_mask_places,
     mask_line,
@@ -75,7 +75,7 @@ def make_masks(options: MaskOptions) -> None:
     if not places:
         hint = "" if options.recursive else ". --recursive also takes the folders below it"
         raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
-    _refuse_unclear(places)
+    _reject_unclear(places)
     kind = _kind_of_model(options.finder)
     shape = _read_shape(options, kind)
     way = _describe_way(options, kind, shape)
@@ -108,7 +108,7 @@ def make_masks(options: MaskOptions) -> None:
 
 
 def _make_mask(
-    place: MaskPlace, frames: Iterator[Grey], texts: Mapping[str, str], outcome: MaskOutcome
+    place: MaskPlace, frames: Iterator[Gray], texts: Mapping[str, str], outcome: MaskOutcome
 ) -> None:
     """Write a mask, and note what came of it. Raises OutputError."""
     try:
@@ -133,7 +133,7 @@ def _masks_of(folder: Path, options: MaskOptions) -> Path:
     return masks
 
 
-def _refuse_unclear(places: Sequence[MaskPlace]) -> None:
+def _reject_unclear(places: Sequence[MaskPlace]) -> None:
     """Raise DatasetError if two files would have the same mask, or one has several."""
     by_target: dict[tuple[Path, str], MaskPlace] = {}
     for place in places:
@@ -160,11 +160,11 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
     """Return the shape of the masks, with the usual numbers of a kind of finder."""
     shape = options.shape
     is_exact = kind in ("faces", "colour")
-    usual_smooth = 0 if is_exact else NETWORK_SMOOTH
-    usual_threshold = 0.5 if kind == "sam3" else 0.3
+    default_smooth = 0 if is_exact else NETWORK_SMOOTH
+    default_threshold = 0.5 if kind == "sam3" else 0.3
     return MaskShape(
-        threshold=usual_threshold if shape.threshold is None else shape.threshold,
-        smooth_pixels=usual_smooth if shape.smooth_pixels is None else shape.smooth_pixels,
+        threshold=default_threshold if shape.threshold is None else shape.threshold,
+        smooth_pixels=default_smooth if shape.smooth_pixels is None else shape.smooth_pixels,
         expand_pixels=shape.expand_pixels,
         feather_pixels=shape.feather_pixels,
         inverts=options.inverts,
@@ -231,7 +231,7 @@ def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
     return {MADE: made, ACCEPTED: "yes"} if is_of_person else {MADE: made}
 
 
-def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Grey]:
+def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
     """Yield the mask of a picture, or of each frame of a clip, H W.
 
     Raises MediaError for a file that cannot be read, _NothingFoundError at the end if nothing was found.
@@ -258,7 +258,7 @@ def _find_in(frames: Iterable[Frame], finder: Finder, sizes: "deque[tuple[int, i
         yield finder.find(frame)
 
 
-def _repeat_last(frames: Iterable[Grey]) -> Iterator[Grey]:
+def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
     """Yield the frames, and the last one without end."""
     frame = None
     for frame in frames:
@@ -280,7 +280,7 @@ def _load_finder(options: FinderOptions) -> Finder:
     if options.faces is not None:
         return seen.load_face_finder(options.faces, options.least_score, options.device)
     assert options.colour is not None  # the options have checked it
-    return seen.make_colour_finder(options.colour, options.colour_distance)
+    return seen.make_color_finder(options.colour, options.colour_distance)
 
 
 def _tell_kept(plan: MaskPlan) -> None:

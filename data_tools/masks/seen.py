@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_tools.masks.options import IS_COLOUR
+from data_tools.masks.options import IS_COLOR
 from data_tools.masks.shaping import Values
 from modules.control_codes import shorten
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from post.faces.boxes import Detector
@@ -144,12 +144,12 @@ class FaceFinder:
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
     """Load a detector of faces. Raises CheckpointError if the file is none."""
     _require_file("--faces", path)
-    chosen = choose_device(device)
+    chosen = select_device(device)
     return FaceFinder(load_detector(path, chosen, option="--faces"), least_score)
 
 
 @dataclass(frozen=True)
-class ColourFinder:
+class ColorFinder:
     """A colour, of 0..1, and how far others may lie from it."""
 
     colour: tuple[float, float, float]
@@ -161,9 +161,9 @@ class ColourFinder:
         return (np.sqrt((difference**2).sum(axis=2)) <= self.distance).astype(np.float32)
 
 
-def make_colour_finder(text: str, distance: float) -> ColourFinder:
+def make_color_finder(text: str, distance: float) -> ColorFinder:
     """Return the finder of a colour. text: six hexadecimal digits, as the options have checked."""
-    digits = IS_COLOUR.fullmatch(text)
+    digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])
-    return ColourFinder((red / 255, green / 255, blue / 255), distance)
+    return ColorFinder((red / 255, green / 255, blue / 255), distance)

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.masks.places import Grey
+from data_tools.masks.places import Gray
 from modules.errors import MediaError
 
 Values = NDArray[np.float32]  # h w, 0..1
@@ -48,7 +48,7 @@ class MaskShape:
         distance = cv2.distanceTransform(1 - found, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         return np.clip(1 - distance / (self.feather_pixels + 1), 0, 1).astype(np.float32)
 
-    def finish(self, found: Values, old: Grey | None, mode: str, alpha: float) -> Grey:
+    def finish(self, found: Values, old: Gray | None, mode: str, alpha: float) -> Gray:
         """Return the mask, H W, of what `find` returned and the older mask, resized; None: there is none."""
         new = 1 - found if self.inverts else found
         height, width = new.shape
@@ -56,7 +56,7 @@ class MaskShape:
         if old is not None and mode not in ("fill", "replace"):
             resized = old if old.shape == new.shape else cv2.resize(old, (width, height))
             before = np.asarray(resized, np.float32) / np.float32(255)
-        return to_grey(combine(new, before, mode, alpha))
+        return to_gray(combine(new, before, mode, alpha))
 
 
 def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
@@ -75,7 +75,7 @@ def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
     return ((old + scaled) / np.float32(1 + alpha)).astype(np.float32)
 
 
-def to_grey(mask: Values) -> Grey:
+def to_gray(mask: Values) -> Gray:
     """Return a mask of 0..1 as 0..255."""
     return np.rint(mask * 255).astype(np.uint8)
 

@@ -20,13 +20,13 @@ from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
 from modules.command import as_typed
 from modules.control_codes import shorten
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-MOST_SIDE = 1024  # pixels; SAM 3 looks at 1008
+MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
 _CLASSES = {
     CLIPSEG: ("CLIPSegForImageSegmentation", "CLIPSegProcessor"),
@@ -112,10 +112,10 @@ def load_word_finder(
 
     Raises CheckpointError if the folder holds no such model.
     """
-    chosen = choose_device(device)
+    chosen = select_device(device)
     kind = read_kind(folder)
     network_name, processor_name = _CLASSES[kind]
-    shapes = check_settings(folder, "--model", MOST_SIDE)
+    shapes = check_settings(folder, "--model", MAX_SIDE)
     import transformers  # takes seconds; only with words
 
     transformers.utils.logging.disable_progress_bar()

@@ -34,7 +34,7 @@ from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.cache.form import list_shard_faults, other_form
+from dataset.cache.form import list_shard_errors, other_form
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
 from dataset.caching.given import use_moments
@@ -46,7 +46,7 @@ from dataset.config import DatasetConfig
 from dataset.forms.composing import form_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.colours import find_reordered
-from dataset.sources.companions import refuse_companions
+from dataset.sources.companions import reject_companions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.folders import log_lone_controls
 from dataset.sources.frames import find_wrong_rates, media_table
@@ -54,7 +54,7 @@ from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
 from dataset.sources.remarks import find_media_remarks
-from dataset.sources.sound import list_unheard
+from dataset.sources.sound import list_silent
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
@@ -67,7 +67,7 @@ NO_ITEM = "tables have no item to train on"
 EDITS_NOTHING = "model that takes reference pictures gets none"
 TOKENS_ELSEWHERE = Counters((), ("Tokens are counted by --check --html of the text caching script.",))
 WRONG_OBJECTS = "faults in captions as JSON objects"
-RECOGNISED = "Files recognised:"
+RECOGNIZED = "Files recognised:"
 UNREADABLE = "cannot be read"
 
 
@@ -179,7 +179,7 @@ def check_caching(
             _check_text_caches(findings, family, identified.texts, stores)
         if scope.texts or (findings.sources and identified.media):
             kind = "shards or folders are incomplete; caching repairs them"
-            findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
+            findings.remarks += [Fault(kind, line) for line in list_shard_errors(table)]
         check_captions(findings, counters, are_cached=scope.texts)
         _check_objects(findings, family)
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
@@ -195,7 +195,7 @@ def check_caching(
     hold_back(tables, *validation)
     balance(tables)
     return CheckResult(
-        head=(RECOGNISED, *indent([*identified.lines, *counters.missing])),
+        head=(RECOGNIZED, *indent([*identified.lines, *counters.missing])),
         tables=tuple(tables),
         tail=(_describe_training(tables),) if scope.media else (),
         counters=counters,
@@ -280,7 +280,7 @@ def _check_objects(findings: TableFindings, family: Caches) -> None:
         for caption in filter(family.names_places, captions):
             with contextlib.suppress(MediaError, OSError):  # the check of media reports it
                 place = source.caption_path or source.path
-                for line in family.find_caption_faults(caption, image_size(source.path)):
+                for line in family.find_caption_errors(caption, image_size(source.path)):
                     findings.faults.append(Fault(WRONG_OBJECTS, f"{place}: {line}", source.stem))
 
 
@@ -309,7 +309,7 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     has_references = any(source.references for source in sources)
     shown = tuple(source.shown for source in sources) if table.shows_media else ()
     family.check_table(media_table(table, has_control, has_references, shown))
-    refuse_companions(table, sources)
+    reject_companions(table, sources)
     findings.sources = use_moments(family, sources)
 
 
@@ -454,7 +454,7 @@ def check_training(
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
-    head = (RECOGNISED, *indent([*files, *counters.missing]))
+    head = (RECOGNIZED, *indent([*files, *counters.missing]))
     tables = []
     folders = TableFolders(config)
     for table in config.datasets:
@@ -570,7 +570,7 @@ def _compare_sources(
         return
     listed = find_table(config, findings.table, folders)
     if not listed.sources:
-        findings.caches += [f"its sources are not checked: {fault.text}" for fault in listed.faults[:1]]
+        findings.caches += [f"its sources are not checked: {error.text}" for error in listed.faults[:1]]
         return
     findings.sources = listed.sources
     findings.remarks += find_reordered(findings.sources)
@@ -585,5 +585,5 @@ def _compare_sources(
     if hears and is_heard(findings.table):
         silent = {item.source_stem for item in items if not item.has_sound}
         kind = "have sound that is not cached: only their pictures are learned until latents are cached again"
-        unheard = list_unheard(findings.sources, silent)
+        unheard = list_silent(findings.sources, silent)
         findings.remarks += [Fault(kind, str(path), path.stem) for path in unheard]

@@ -42,12 +42,12 @@ def list_files(
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
-        faults = findings.texts_by_stem("faults", with_kind=True)
+        errors = findings.texts_by_stem("faults", with_kind=True)
         remarks = findings.texts_by_stem("remarks", with_kind=True)
         looks = findings.looks or [Look()] * len(findings.sources)
         for source, look in zip(findings.sources, looks, strict=True):
             findings_of_file = {
-                "faults": faults.get(source.stem, []),
+                "faults": errors.get(source.stem, []),
                 "remarks": remarks.get(source.stem, []),
                 "caches": states.get(source.stem, {}),
             }

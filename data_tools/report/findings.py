@@ -19,7 +19,7 @@ from dataset.listing import find_encodings, find_sources, missing_captions
 from dataset.options import GUESS
 from dataset.sources.captions import SHOWN, guess_captions, read_caption_file
 from dataset.sources.left_out import TableFolders
-from dataset.sources.media_source import Fault, MediaSource, list_faults
+from dataset.sources.media_source import Fault, MediaSource, list_errors
 from dataset.sources.remarks import find_caption_remarks, find_cut_captions
 from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
@@ -68,12 +68,12 @@ class TableFindings:
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
         """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: add kinds."""
         texts: dict[str | None, list[str]] = {}
-        faults: list[Fault] = getattr(self, name)
-        for fault in faults:
-            text = fault.text
-            if with_kind and not fault.kind.startswith("give no"):
-                text = f"{fault.kind}: {text}"
-            texts.setdefault(fault.stem, []).append(text)
+        errors: list[Fault] = getattr(self, name)
+        for error in errors:
+            text = error.text
+            if with_kind and not error.kind.startswith("give no"):
+                text = f"{error.kind}: {text}"
+            texts.setdefault(error.stem, []).append(text)
         return texts
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
@@ -106,8 +106,8 @@ class TableFindings:
             batches = f"{count_of(row.batches, 'batch')} of {size}{remainder}"
             items = f"{count_of(row.items, 'item')} x {times}"
             lines.append(f"{self._bucket_in_words(row.bucket)}: {items}, {batches}")
-        faults = list_faults([*self.faults, *self.remarks], LISTED)
-        return [self.title, *indent([*lines, *self.caches, *faults])]
+        errors = list_errors([*self.faults, *self.remarks], LISTED)
+        return [self.title, *indent([*lines, *self.caches, *errors])]
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
         frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
@@ -163,10 +163,10 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        faults = [fault for findings in self.tables for fault in findings.faults]
-        if os.environ.get(RUN_GOES_ON) and not any(fault.ends_run for fault in faults):
-            return SOURCES_LEFT_OUT if faults else 0
-        return 1 if faults else 0
+        errors = [error for findings in self.tables for error in findings.faults]
+        if os.environ.get(RUN_GOES_ON) and not any(error.ends_run for error in errors):
+            return SOURCES_LEFT_OUT if errors else 0
+        return 1 if errors else 0
 
     @property
     def lines(self) -> list[str]:
@@ -202,14 +202,14 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 def balance(tables: Sequence[TableFindings]) -> None:
     """Set `times` for the regularisation images of each dataset. tables: all of a configuration."""
     learned = Counter[int]()
-    regularisation = Counter[int]()
+    regularization = Counter[int]()
     for findings in tables:
-        counts = regularisation if findings.table.is_reg else learned
+        counts = regularization if findings.table.is_reg else learned
         counts[findings.table.batch_group] += findings.num_items * findings.table.num_repeats
     for findings in tables:
         group = findings.table.batch_group
-        if findings.table.is_reg and regularisation[group]:
-            findings.times = learned[group] / regularisation[group]
+        if findings.table.is_reg and regularization[group]:
+            findings.times = learned[group] / regularization[group]
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:

@@ -19,7 +19,7 @@ from dataset.sources.decoding import decode_source, fit_of, plan_source, source_
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
-from dataset.sources.moments import measure_source, whole_span
+from dataset.sources.moments import full_span, measure_source
 from dataset.sources.references import fit_reference
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
@@ -47,7 +47,7 @@ GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
 SHADE = 0.3  # brightness of the part that is cut off
 SMALL = 150  # longer side in a group of copies
-COLOUR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colours
+COLOR_SIDE = 4  # side of the small pictures that tell copies from pictures of equal shapes in other colours
 DIGITS = 4  # of measures
 
 
@@ -124,15 +124,15 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     def reduce(frame: Frame) -> Frame:
         nonlocal size
         if size is None:
-            size = _choose_measured_size(frame)
+            size = _select_measured_size(frame)
         if (frame.shape[1], frame.shape[0]) == size:
             return frame
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
     sample = EvenFrames(reduce)
-    facts = _look_over(source, fps, latent, sample.add)
+    info = _look_over(source, fps, latent, sample.add)
     has_companions = bool(source.control) or source.mask_from is not None
-    if has_companions and "problem" not in facts:
+    if has_companions and "problem" not in info:
         try:
             decode_source(
                 source,
@@ -143,17 +143,17 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
                 has_alpha=latent.has_alpha,
             )
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
-            facts["problem"] = str(error)
-            facts["lengths"] = ()
-            facts["none"] = None
-    if "problem" not in facts and sample.frames:
-        frames = choose_evenly(sample.frames, MOST_FRAMES)
-        facts["measures"] = measure_frames(frames, source.table.kind == "video")
-    del facts["spans"]
-    return Look(**facts, sound=_listen(source))
+            info["problem"] = str(error)
+            info["lengths"] = ()
+            info["none"] = None
+    if "problem" not in info and sample.frames:
+        frames = select_evenly(sample.frames, MOST_FRAMES)
+        info["measures"] = measure_frames(frames, source.table.kind == "video")
+    del info["spans"]
+    return Look(**info, sound=_listen(source))
 
 
-def _choose_measured_size(frame: Frame) -> tuple[int, int]:
+def _select_measured_size(frame: Frame) -> tuple[int, int]:
     """Return the (width, height) at which a frame is measured."""
     height, width = frame.shape[:2]
     factor = min(1.0, SHARP_SIDE / max(height, width))
@@ -173,16 +173,16 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
         return _scale(frame, height, sizes.width, method)
 
     sample = EvenFrames(reduce)
-    facts = _look_over(source, fps, latent, sample.add)
+    info = _look_over(source, fps, latent, sample.add)
     if sample.frames:
         name = escape_control_codes(source.path.name)
-        strip = _join_frames(sample.frames, facts.get("fit"), sizes.width)
+        strip = _join_frames(sample.frames, info.get("fit"), sizes.width)
         middle = sample.frames[len(sample.frames) // 2]
-        facts["strip"] = embed_picture(strip, name, sizes.width, quality=sizes.quality)
-        facts["small"] = embed_picture(middle, name, SMALL, quality=70)
-    if hears and facts["used"]:
-        _add_sound(source, fps, facts)
-    return Look(**facts)
+        info["strip"] = embed_picture(strip, name, sizes.width, quality=sizes.quality)
+        info["small"] = embed_picture(middle, name, SMALL, quality=70)
+    if hears and info["used"]:
+        _add_sound(source, fps, info)
+    return Look(**info)
 
 
 def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
@@ -207,7 +207,7 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
     most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
     parts: list[Frame] = []
-    for frame in choose_evenly(frames, most):
+    for frame in select_evenly(frames, most):
         if parts:
             parts.append(gap)
         parts.append(frame if fit is None else draw_crop(frame, fit))
@@ -244,24 +244,24 @@ def _look_over(
     source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]
 ) -> dict[str, Any]:
     """Pass each used frame of a source to `take`, at its own size; return fields for `Look`."""
-    facts: dict[str, Any] = {"used": 0, "spans": ()}
+    info: dict[str, Any] = {"used": 0, "spans": ()}
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
-            _read_tensors(source, latent, facts)
+            _read_tensors(source, latent, info)
         else:
             with fetch(source) as here:
-                _read_frames(here, fps, latent, take=take, facts=facts)
-            _choose_spans(source.table, latent, facts)
-        facts["lengths"] = _count_lengths(facts["spans"])
+                _read_frames(here, fps, latent, take=take, facts=info)
+            _select_spans(source.table, latent, info)
+        info["lengths"] = _count_lengths(info["spans"])
     except (MediaError, DatasetError, OSError) as error:
-        facts["problem"] = str(error)
-    return facts
+        info["problem"] = str(error)
+    return info
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
     """Add the facts in the header of latents that were computed before."""
     tensors = measure_source(source, latent)
-    span = whole_span(tensors, latent.lengths)
+    span = full_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)
     facts["spans"] = (span,)
     facts["size"] = tensors.size
@@ -271,7 +271,7 @@ def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]
     facts["bytes"] = _size_bytes(source)
 
 
-def _choose_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
+def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
     """Add the spans of the items of a source, or why it has none."""
     spans: Sequence[Span] = ((0, 1),)
     reason = None
@@ -336,7 +336,7 @@ class EvenFrames:
         self._count += 1
 
 
-def choose_evenly(items: Sequence[T], most: int) -> list[T]:
+def select_evenly(items: Sequence[T], most: int) -> list[T]:
     """Return at most `most` items, at least one, evenly spaced from the first to the last."""
     count = max(1, min(most, len(items)))
     indices = np.linspace(0, len(items) - 1, count).round().astype(int)
@@ -367,7 +367,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     for frame_is_flat, frame_sharpness in zip(flat, sharpnesses, strict=True):
         num_blurred += not frame_is_flat and frame_sharpness < BLURRED
     brightnesses = [brightness(frame) for frame in frames]
-    small_colours = [_small_colours(frame) for frame in hashed_frames(frames)]
+    small_colors = [_small_colors(frame) for frame in hashed_frames(frames)]
     can_move = is_clip and len(frames) > 1 and not are_black
     return Measures(
         brightness=round(float(np.mean(brightnesses)), DIGITS),
@@ -378,12 +378,12 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
         is_blurred=2 * num_blurred > len(frames),
         is_flat=all(flat),
         hashes=clip_hash(frames),
-        colours=b"".join(small_colours),
+        colours=b"".join(small_colors),
     )
 
 
-def _small_colours(frame: Frame) -> bytes:
-    small = cv2.resize(frame, (COLOUR_SIDE, COLOUR_SIDE), interpolation=cv2.INTER_AREA)
+def _small_colors(frame: Frame) -> bytes:
+    small = cv2.resize(frame, (COLOR_SIDE, COLOR_SIDE), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8).tobytes()
 
 

@@ -19,11 +19,11 @@ from modules.control_codes import shorten
 from modules.media.buckets import Fit, Size
 
 CANNOT_BE_READ = "cannot be read"
-MOST_BINS = 16
+MAX_BINS = 16
 DIGITS, PERCENT_DIGITS = 6, 2
-MOST_WORDS = 60  # of the most frequent ones
-MOST_DUPLICATES = 200  # texts that are listed
-MOST_PATHS = 20  # of a text
+MAX_WORDS = 60  # of the most frequent ones
+MAX_DUPLICATES = 200  # texts that are listed
+MAX_PATHS = 20  # of a text
 SHOWN_TEXT = 300  # characters of a text that occurs more than once
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 
@@ -131,10 +131,10 @@ def _list_texts(
     tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]
 ) -> list[Numbers]:
     return [
-        {"kind": fault.kind, "text": fault.text, "table": findings.table.index + 1}
+        {"kind": error.kind, "text": error.text, "table": findings.table.index + 1}
         for findings in tables
-        for fault in getattr(findings, name)
-        if is_listed(fault)
+        for error in getattr(findings, name)
+        if is_listed(error)
     ]
 
 
@@ -254,10 +254,10 @@ def _count_sound(looks: Sequence[Look]) -> Numbers:
 
 
 def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
-    return {name: summarise(values), "histogram": count_bins(values)}
+    return {name: summarize(values), "histogram": count_bins(values)}
 
 
-def summarise(values: Sequence[float]) -> Numbers | None:
+def summarize(values: Sequence[float]) -> Numbers | None:
     """Return count, min, median, mean, max and total of numbers; None if there are none."""
     if not len(values):
         return None
@@ -284,10 +284,10 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     numbers = np.asarray(values, np.float64)
     low = float(numbers.min())
     high = float(numbers.max())
-    usual = float(np.quantile(numbers, 0.98))
-    end = high if high <= 2 * usual - low else usual
-    are_whole = bool((numbers == np.floor(numbers)).all())
-    width = _choose_bin_width((end - low) / MOST_BINS, are_whole)
+    default = float(np.quantile(numbers, 0.98))
+    end = high if high <= 2 * default - low else default
+    are_full = bool((numbers == np.floor(numbers)).all())
+    width = _select_bin_width((end - low) / MAX_BINS, are_full)
     edges = _place_edges(width, low, end, high)
     # a little is added, so that rounding moves no value into an earlier bin
     raised = np.minimum(numbers + 1e-9 * width, edges[-1])
@@ -309,14 +309,14 @@ def _place_edges(width: float, low: float, end: float, high: float) -> list[floa
     return edges
 
 
-def _choose_bin_width(least: float, are_whole: bool) -> float:
+def _select_bin_width(least: float, are_full: bool) -> float:
     """Return 1, 2 or 5 times a power of ten, at least `least`; for whole numbers at least 1."""
     if least <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(least))
     factor = next(factor for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     width = factor * power
-    return max(1.0, width) if are_whole else width
+    return max(1.0, width) if are_full else width
 
 
 def _plain(value: float) -> float | int:
@@ -336,8 +336,8 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
         "total": len(captions.num_words) + num_without["empty"],
         **num_without,
         "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
-        "words": summarise(captions.num_words),
-        "characters": summarise(captions.num_characters),
+        "words": summarize(captions.num_words),
+        "characters": summarize(captions.num_characters),
         "words_histogram": count_bins(captions.num_words),
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
@@ -398,7 +398,7 @@ class _CaptionCounts:
         by_frequency = sorted(telling, key=lambda item: (-self.holders[item[0]], -item[1], item[0]))
         return [
             {"word": word, "count": count, "captions": self.holders[word]}
-            for word, count in by_frequency[:MOST_WORDS]
+            for word, count in by_frequency[:MAX_WORDS]
         ]
 
 
@@ -406,6 +406,6 @@ def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
     """Return the texts that several files have, the most frequent first. repeated: their paths by text."""
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [
-        {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MOST_PATHS]}
-        for text, paths in by_frequency[:MOST_DUPLICATES]
+        {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}
+        for text, paths in by_frequency[:MAX_DUPLICATES]
     ]

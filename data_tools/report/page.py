@@ -10,7 +10,7 @@ from typing import Any
 from contract.data import LatentSpec
 from contract.rules import TokenCount
 from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
-from data_tools.report.looks import Look, ShownReference, StripSize, choose_evenly, show, show_references
+from data_tools.report.looks import Look, ShownReference, StripSize, select_evenly, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions
 from dataset.caching.prefetch import Failure, read_ahead
@@ -28,10 +28,10 @@ TEMPLATE = Path(__file__).resolve().parent / "report.html"
 CHECK_STRIP = StripSize(clip_height=104, picture_height=240, width=1180, quality=80)
 REPORT_STRIP = StripSize(clip_height=120, picture_height=260, width=660, quality=78)
 MOST_CHARACTERS = 20_000  # of a caption
-MOST_LOST = 1000  # of what no encoder reads
-MOST_SPANS = 120  # of one length in the drawing of a clip
-MOST_BUCKETS = 60  # sizes of a table
-MOST_OUTLINES = 40  # different sizes that are drawn in a bucket
+MAX_LOST = 1000  # of what no encoder reads
+MAX_SPANS = 120  # of one length in the drawing of a clip
+MAX_BUCKETS = 60  # sizes of a table
+MAX_OUTLINES = 40  # different sizes that are drawn in a bucket
 MARGIN = 3  # percent of the drawing
 # lines of a list, rows of sizes and rates, groups of near copies, files in one
 MOST = {"most_lines": 200, "most_rows": 7, "most_groups": 60, "most_in_group": 12}
@@ -187,15 +187,15 @@ def _make_cards(
 ) -> list[Card]:
     """Read at most `most` files again and return their cards, in the order of their tables."""
     places = []
-    for findings, indices in zip(tables, choose_sources(tables, most), strict=True):
-        faults = findings.texts_by_stem("faults")
+    for findings, indices in zip(tables, select_sources(tables, most), strict=True):
+        errors = findings.texts_by_stem("faults")
         remarks = findings.texts_by_stem("remarks")
         for index in indices:
             stem = findings.sources[index].stem
             place = _CardPlace(
                 findings,
                 index,
-                faults=faults.get(stem, []),
+                faults=errors.get(stem, []),
                 remarks=remarks.get(stem, []),
             )
             places.append(place)
@@ -219,10 +219,10 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
     # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
-    faults = [text for text in place.faults if text not in paths]
+    errors = [text for text in place.faults if text not in paths]
     remarks = [text for text in place.remarks if text not in paths]
-    if look.problem is not None and not faults:
-        faults = [look.problem]
+    if look.problem is not None and not errors:
+        errors = [look.problem]
     looks = place.findings.looks
     measures = looks[place.index].measures if looks else None
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
@@ -231,7 +231,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     for caption, counts_of_caption in zip(captions, counts, strict=True):
         texts += caption_segments(caption, counts_of_caption)
     is_marked = {
-        "faulty": bool(faults),
+        "faulty": bool(errors),
         "told": bool(remarks),
         "black": measures is not None and measures.is_black,
         "static": measures is not None and measures.is_static,
@@ -243,7 +243,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         place=f"file-{place.findings.table.index + 1}-{place.index}",
         source=source,
         look=replace(look, measures=measures),
-        faults=faults,
+        faults=errors,
         remarks=remarks,
         counts=counts[0] if counts else [],
         texts=texts,
@@ -253,7 +253,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     )
 
 
-def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
+def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]]:
     """Choose at most `most` sources: first with faults, then with remarks, then the rest, each evenly spaced.
 
     Returns for each table the indices of its sources in this order.
@@ -262,10 +262,10 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
     remarked: list[tuple[int, int]] = []
     plain: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
-        stems_with_faults = {fault.stem for fault in findings.faults}
+        stems_with_errors = {error.stem for error in findings.faults}
         stems_with_remarks = {remark.stem for remark in findings.remarks}
         for index, source in enumerate(findings.sources):
-            if source.stem in stems_with_faults:
+            if source.stem in stems_with_errors:
                 faulty.append((table_index, index))
             elif source.stem in stems_with_remarks:
                 remarked.append((table_index, index))
@@ -276,7 +276,7 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
         count = min(most, len(places))
         most -= count
         if count:
-            for table_index, index in choose_evenly(places, count):
+            for table_index, index in select_evenly(places, count):
                 chosen[table_index].append(index)
     return chosen
 
@@ -298,7 +298,7 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
     for start, end in zip(places, places[1:], strict=False):
         unread = tuple(name for name, count in readers if count.num_read <= start)
         is_lost = len(unread) == len(readers)
-        shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
+        shown = _shorten(text[start:end], MAX_LOST if is_lost else MOST_CHARACTERS)
         segments.append((shown, unread, is_lost))
     return segments
 
@@ -313,7 +313,7 @@ def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
     for start, length in look.spans:
         place = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
         by_length.setdefault(length, []).append(place)
-    return [(length, places[:MOST_SPANS], len(places)) for length, places in sorted(by_length.items())]
+    return [(length, places[:MAX_SPANS], len(places)) for length, places in sorted(by_length.items())]
 
 
 def _describe(table: DatasetTable) -> str:
@@ -350,7 +350,7 @@ def _draw_table(table: Numbers, findings: TableFindings) -> tuple[list[Numbers],
     for bucket in table["buckets"]:
         by_size.setdefault((bucket["width"], bucket["height"]), []).append(bucket)
     num_items = {size: sum(bucket["items"] for bucket in buckets) for size, buckets in by_size.items()}
-    largest = set(sorted(by_size, key=lambda size: -num_items[size])[:MOST_BUCKETS])
+    largest = set(sorted(by_size, key=lambda size: -num_items[size])[:MAX_BUCKETS])
     fits_of = count_fits(findings)
     drawings = []
     for size, buckets in by_size.items():
@@ -363,7 +363,7 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     """Draw the most frequent outlines of sources around a bucket of `size`."""
     # edges of the whole source relative to the bucket's corner
     outlines = [
-        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MOST_OUTLINES)
+        (-fit.crop[0], -fit.crop[1], *fit.resized, count) for fit, count in fits.most_common(MAX_OUTLINES)
     ]
     left = min(x for x, *_ in outlines)
     top = min(y for _, y, *_ in outlines)

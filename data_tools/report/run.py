@@ -24,10 +24,10 @@ from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
 from dataset.forms.composing import form_of
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours, find_reordered
+from dataset.sources.colours import find_colors, find_reordered
 from dataset.sources.decoding import check_resolution
 from dataset.sources.left_out import TableFolders
-from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
+from dataset.sources.media_source import Fault, MediaSource, Remote, list_errors
 from modules.atomic_write import write_text
 from modules.bars import Bar
 from modules.control_codes import escape_control_codes
@@ -46,7 +46,7 @@ LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 8): (128, (8, 32, 32)),
 }
 LATENT_H3 = LatentSpec(24, (4, 16, 16), pixel_step=32, frame_step=4, clip=17, tail=5)  # by --frame_step 17
-USUAL = (16, (4, 8, 8))
+DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
@@ -55,20 +55,20 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
-    latent = _choose_latents(options)
+    latent = _select_latents(options)
     config = with_lengths(config, latent.lengths)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     if options.no_download:
-        _refuse_downloads(config)
+        _reject_downloads(config)
     folders = TableFolders(config)
     tables = [
         _measure_table(config, table, folders=folders, options=options, latent=latent, workers=workers)
         for table in config.datasets
     ]
-    faults = [fault for findings in tables for fault in findings.faults]
+    errors = [error for findings in tables for error in findings.faults]
     if not any(findings.sources for findings in tables):
-        lines = (fault.text for fault in faults)
+        lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
     balance(tables)
     copies = _find_copies(tables, "image") + _find_copies(tables, "video")
@@ -82,8 +82,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     )
     if options.files:
         numbers["files"] = list_files(tables, options.fps, latent, workers)
-    if faults:
-        text = "\n  ".join(list_faults(faults, NAMED))
+    if errors:
+        text = "\n  ".join(list_errors(errors, NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
         write_report_page(
@@ -99,7 +99,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         _write_json(options.json, numbers, prints=options.prints)
 
 
-def _refuse_downloads(config: DatasetConfig) -> None:
+def _reject_downloads(config: DatasetConfig) -> None:
     """Raise DatasetError if the sources of a table can be listed only after a download."""
     for table in config.datasets:
         for address in form_of(table).list_addresses(table):
@@ -107,11 +107,11 @@ def _refuse_downloads(config: DatasetConfig) -> None:
             raise DatasetError(text)
 
 
-def _choose_latents(options: ReportOptions) -> LatentSpec:
+def _select_latents(options: ReportOptions) -> LatentSpec:
     """Return the latents of a model with these steps."""
     if options.frame_step == LATENT_H3.clip:
         return replace(LATENT_H3, pixel_step=options.pixel_step)
-    channels, stride = LATENTS.get((options.pixel_step, options.frame_step), USUAL)
+    channels, stride = LATENTS.get((options.pixel_step, options.frame_step), DEFAULT)
     return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
 
 
@@ -128,7 +128,7 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return remarks that headers and listings tell. fps: of the model."""
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
-    for remark in find_colours(sources):
+    for remark in find_colors(sources):
         # a card shows only the text
         remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
     return remarks
@@ -258,9 +258,9 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
 # Hashes compare shapes; colours tell more for pictures with few shapes. Copies differ in brightness,
 # contrast, and little else: of twenty photographs (JPEG 20, a quarter of the size, 30 brighter or darker,
 # times 0.7, gamma 0.8) by at most 0.2 of the range, a factor of 0.65, and 0.06 in the worst cell of 4 x 4.
-SAME_COLOURS, MOST_SHIFT, LEAST_GAIN = 0.06, 0.25, 0.6
+SAME_COLORS, MAX_SHIFT, MIN_GAIN = 0.06, 0.25, 0.6
 SAME_FLAT = 0.02  # of one colour, all counts
-LEAST_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
+MIN_DEVIATION = 0.03  # of the cells, below which rounding decides the factor
 BITS = 64  # that a hash takes
 PRODUCTS = 1 << 23  # of hashes at once: 32 MiB
 
@@ -268,7 +268,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class _Colours:
+class _Colors:
     """Colours of N files: to compare those whose hashes match."""
 
     pictures: NDArray[np.uint8]  # N K C: small pictures of K frames
@@ -299,13 +299,13 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Return a label for each of N measures; those of a chain of matches have the same."""
-    colours = _read_colours(measures)
+    colors = _read_colors(measures)
     labels = np.arange(len(measures))
     for index, near in _find_near(measures):
         near = near[labels[near] != labels[index]]
         if not len(near):
             continue
-        is_match = _have_same_colours(colours, index, near)
+        is_match = _have_same_colors(colors, index, near)
         for match in near[is_match]:
             labels[labels == labels[match]] = labels[index]
     return labels
@@ -323,11 +323,11 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
             yield index, near[near > index]
 
 
-def _read_colours(measures: Sequence[Measures]) -> _Colours:
+def _read_colors(measures: Sequence[Measures]) -> _Colors:
     num_frames = len(measures[0].hashes)
-    pictures = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
+    images = np.frombuffer(b"".join(measured.colours for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
-    return _Colours(pictures.reshape(len(measures), num_frames, -1), is_flat)
+    return _Colors(images.reshape(len(measures), num_frames, -1), is_flat)
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
@@ -339,7 +339,7 @@ def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
     return bits.astype(np.float32) * 2 - 1
 
 
-def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[np.bool_]:
+def _have_same_colors(colours: _Colors, index: int, near: Indices) -> NDArray[np.bool_]:
     """Return whether the colours of each of `near` equal those of `index` up to brightness and contrast."""
     first = colours.pictures[[index]].astype(np.float32) / np.float32(255)  # 1 K C
     second = colours.pictures[near].astype(np.float32) / np.float32(255)  # N K C
@@ -350,7 +350,7 @@ def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[
     return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))
 
 
-class _Centred(NamedTuple):
+class _Centered(NamedTuple):
     """Small pictures of N files, without their mean brightness."""
 
     pictures: NDArray[np.float32]  # N K C
@@ -358,10 +358,10 @@ class _Centred(NamedTuple):
     power: NDArray[np.float32]  # N
 
 
-def _centre(pictures: NDArray[np.float32]) -> _Centred:
+def _centre(pictures: NDArray[np.float32]) -> _Centered:
     mean = pictures.mean(axis=(1, 2))
-    centred = pictures - mean[:, None, None]
-    return _Centred(centred, mean, power=np.square(centred).mean(axis=(1, 2)))
+    centered = pictures - mean[:, None, None]
+    return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))
 
 
 def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -377,7 +377,7 @@ def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) 
     weak = np.where(second_is_stronger, first.pictures, second.pictures)
     misfit = np.abs(weak - gain[:, None, None] * strong)
     worst_misfit = misfit.mean(axis=1).max(axis=1)  # over frames, then cells
-    has_same_shapes = worst_misfit <= SAME_COLOURS
-    has_near_brightness = np.abs(first.mean - second.mean) <= MOST_SHIFT
-    has_near_contrast = (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
+    has_same_shapes = worst_misfit <= SAME_COLORS
+    has_near_brightness = np.abs(first.mean - second.mean) <= MAX_SHIFT
+    has_near_contrast = (gain >= MIN_GAIN) | (power < MIN_DEVIATION**2)
     return has_same_shapes & has_near_brightness & has_near_contrast

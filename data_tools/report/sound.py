@@ -21,7 +21,7 @@ from modules.bars import Bar
 from modules.console import count_words
 from modules.errors import MediaError
 from modules.media.reading import video_info
-from modules.media.samples import TrackFacts, track_facts
+from modules.media.samples import TrackInfo, track_info
 
 FITS = 0.1  # seconds that sound may begin later or end earlier: codecs pad, and round to their frames
 WAVE_RATE = 8000  # samples per second for the drawing
@@ -33,7 +33,7 @@ WAVE_HEIGHT = 40
 class Heard:
     """Facts in the headers of a clip and of its sound."""
 
-    track: TrackFacts | None = None
+    track: TrackInfo | None = None
     silent: str | None = None  # why the clip has no sound
     remark: str | None = None  # how the sound does not fit the clip
 
@@ -51,7 +51,7 @@ def listen(source: MediaSource) -> Heard:
     try:
         with fetch(source) as here:
             path = find_sound(here)
-            track = track_facts(path)
+            track = track_info(path)
             if track is None:
                 raise NoSound(f"{path}: it has no track of sound")
             is_video = here.tensors is None and not here.path.is_dir() and not here.table.is_of_sound
@@ -65,7 +65,7 @@ def listen(source: MediaSource) -> Heard:
     return Heard(track, remark=f"its sound: {', '.join(misfits)}" if misfits else None)
 
 
-def _list_misfits(track: TrackFacts, seconds: float | None) -> list[str]:
+def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
     """Return the misfits of a track of sound with its clip. seconds: of the clip; None: unknown."""
     misfits = []
     if track.start > FITS:
@@ -105,17 +105,17 @@ def check_sound(
         return sound, num_valid
 
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
-    faults: list[Fault] = []
+    errors: list[Fault] = []
     remarks: list[Fault] = []
-    tracks: list[TrackFacts] = []
+    tracks: list[TrackInfo] = []
     total_valid = 0
     total_missing = 0
     # sound that a table must have is a fault where it is missing
-    silences = faults if table.audio == REQUIRED or work.spec.is_alone else remarks
+    silences = errors if table.audio == REQUIRED or work.spec.is_alone else remarks
     for plan, result in zip(plans, map_ahead(plans, check_clip, workers, bar), strict=True):
         stem = plan.source.stem
         if isinstance(result, Failure):
-            faults.append(Fault("have sound that cannot be read", str(result), stem))
+            errors.append(Fault("have sound that cannot be read", str(result), stem))
             continue
         sound, num_valid = result
         if sound.track is not None:
@@ -134,10 +134,10 @@ def check_sound(
         f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {total_valid} files are valid, {needs}",
     ]
-    return SoundFindings(lines, faults, remarks)
+    return SoundFindings(lines, errors, remarks)
 
 
-def _describe_tracks(tracks: Sequence[TrackFacts]) -> str:
+def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
     """Return ": 3 with 2 channels at 48000 Hz, ..." of the forms of tracks; "" if there are none."""
     words = [
         f"{count} with {channels} channel{'s' if channels > 1 else ''} at {rate} Hz"
@@ -146,7 +146,7 @@ def _describe_tracks(tracks: Sequence[TrackFacts]) -> str:
     return f": {', '.join(words)}" if words else ""
 
 
-def count_tracks(tracks: Iterable[TrackFacts]) -> list[tuple[int, int, int]]:
+def count_tracks(tracks: Iterable[TrackInfo]) -> list[tuple[int, int, int]]:
     """Return (rate, channels, how many have both), the most frequent first."""
     counts = Counter((track.rate, track.channels) for track in tracks)
     by_frequency = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from contract.family import Described
-from data_tools.report.looks import choose_evenly
+from data_tools.report.looks import select_evenly
 from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
 from dataset.config import DatasetConfig
@@ -42,7 +42,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     latent = family.latent
     fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
-    way = _choose_way(debug, folder)
+    way = _select_way(debug, folder)
     failures: list[Failure] = []
     dropped: list[Failure] = []
 
@@ -108,7 +108,7 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
     logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
 
 
-def _choose_way(debug: DebugOptions, folder: Path) -> str:
+def _select_way(debug: DebugOptions, folder: Path) -> str:
     """Return the way to show items, and log the place."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
@@ -133,17 +133,17 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
 def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
     """Show frames F H W 3 of an item; return the user's answer. file: path without suffix."""
     if way == "console":
-        picture = sheet(frames, CONSOLE_FRAMES)
-        sys.stdout.write(coloured_text(picture, debug.console_width, debug.console_back))
+        image = sheet(frames, CONSOLE_FRAMES)
+        sys.stdout.write(colored_text(image, debug.console_width, debug.console_back))
         sys.stdout.flush()
     elif way == "video" and len(frames) > 1:
         write_video(file.with_name(f"{file.name}.mp4"), frames, fps)
     elif way == WINDOW:
-        picture = sheet(frames)
-        scale = min(1.0, WINDOW_WIDTH / picture.shape[1])
+        image = sheet(frames)
+        scale = min(1.0, WINDOW_WIDTH / image.shape[1])
         if scale < 1:
-            picture = np.asarray(cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-        cv2.imshow("dataset", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            image = np.asarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+        cv2.imshow("dataset", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         return {ord("d"): NEXT_DATASET, ord("q"): QUIT}.get(cv2.waitKey(0) & 0xFF, NEXT)
     else:
         write_png(file.with_name(f"{file.name}.png"), sheet(frames))
@@ -179,10 +179,10 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
-    return np.concatenate(choose_evenly(list(frames), most), axis=1)
+    return np.concatenate(select_evenly(list(frames), most), axis=1)
 
 
-def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
+def colored_text(picture: Frame, columns: int, background: str | None) -> str:
     """Return a picture as lines for a terminal with 24-bit colours.
 
     Without a background, a character shows two pixels, one above the other; with one, it is a character of

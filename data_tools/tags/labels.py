@@ -20,7 +20,7 @@ _BY_NUMBER = {
     "9": RATING,
 }
 CATEGORIES = frozenset({*_BY_NUMBER.values(), "model", QUALITY})
-_MOST_TAGS = 1_000_000
+_MAX_TAGS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _read_table(text: str) -> tuple[Label, ...]:
 def _read_mapping(text: str) -> tuple[Label, ...]:
     """Read {index: {"tag": ..., "category": ...}}. Raises ValueError."""
     content = parse_json(text, no_repeats=True)
-    if not isinstance(content, dict) or len(content) > _MOST_TAGS:
+    if not isinstance(content, dict) or len(content) > _MAX_TAGS:
         raise ValueError("it has to be an object of numbers and tags")
     labels = []
     for index in range(len(content)):

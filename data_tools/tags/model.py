@@ -26,10 +26,10 @@ from post.faces.onnx_header import check_operators
 
 MODEL = "model.onnx"
 Numbers = NDArray[np.float32]
-_MOST_SIDE = 4096
+_MAX_SIDE = 4096
 ENDLESS = frozenset({"Loop", "Scan"})  # operators that repeat others; no tagger has them
 MEMORY_BYTES = 2 << 30  # beside the weights, which the runtime may hold three times while it arranges them
-PICTURE_BYTES = 1 << 26  # for each picture of a batch
+IMAGE_BYTES = 1 << 26  # for each picture of a batch
 _TYPED = ["python", "tools/download.py", "--family", "tools", "--task", "wd_tagger", "--to"]
 
 
@@ -88,11 +88,11 @@ class Tagger:
         size = self.fixed_batch or self.batch_size
         parts = []
         for start in range(0, len(frames), size):
-            pictures = [self.as_input(frame) for frame in frames[start : start + size]]
-            count = len(pictures)
+            images = [self.as_input(frame) for frame in frames[start : start + size]]
+            count = len(images)
             if self.fixed_batch is not None:
-                pictures += [pictures[-1]] * (size - count)
-            parts.append(self._run(np.stack(pictures))[:count])
+                images += [images[-1]] * (size - count)
+            parts.append(self._run(np.stack(images))[:count])
         return np.concatenate(parts)
 
     def fit(self, frame: Frame) -> Frame:
@@ -172,7 +172,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames:
     providers = [name for name in ("CUDAExecutionProvider",) if name in onnxruntime.get_available_providers()]
     memory_bytes = None  # on a card the driver takes what it needs
     if not providers:
-        memory_bytes = MEMORY_BYTES + 3 * path.stat().st_size + batch_size * PICTURE_BYTES
+        memory_bytes = MEMORY_BYTES + 3 * path.stat().st_size + batch_size * IMAGE_BYTES
     try:
         with limited_memory(memory_bytes):
             session = onnxruntime.InferenceSession(str(path), settings, [*providers, "CPUExecutionProvider"])
@@ -183,7 +183,7 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames:
     is_channels_first = len(shape) == 4 and shape[1] == 3
     sides = shape[2:] if is_channels_first else shape[1:3]
     is_square = len(shape) == 4 and 3 in (shape[1], shape[3]) and sides[0] == sides[1]
-    if not is_square or not isinstance(sides[0], int) or not 1 <= sides[0] <= _MOST_SIDE:
+    if not is_square or not isinstance(sides[0], int) or not 1 <= sides[0] <= _MAX_SIDE:
         raise CheckpointError(
             f"{path} takes {shape}, and not square pictures of one size: it is no tagger that goes with "
             f"selected_tags.csv or {MAPPING}",

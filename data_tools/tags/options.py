@@ -8,7 +8,7 @@ from modules.options import Options, not_needed, option, unsupported
 from modules.text_files import bad_character
 
 MODEL_FOLDER = Path("models/wd_tagger")  # that tools/download.py fills
-MOST_WORDS = 10_000  # characters of a list of tags
+MAX_WORDS = 10_000  # characters of a list of tags
 
 
 class TaggerOptions(Options, title="the tagger"):
@@ -114,5 +114,5 @@ def _check_words(name: str, text: str) -> None:
     character = bad_character(text)
     if character is not None:
         raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")
-    if len(text) > MOST_WORDS or len(text.splitlines()) > 1:
-        raise OptionError(f"--{name}: give one line of at most {MOST_WORDS} characters")
+    if len(text) > MAX_WORDS or len(text.splitlines()) > 1:
+        raise OptionError(f"--{name}: give one line of at most {MAX_WORDS} characters")

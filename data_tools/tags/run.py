@@ -94,10 +94,10 @@ def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answere
 def _pass_of(options: TaggingOptions) -> str:
     """Return a text that is equal for runs that write the same tags."""
     records = (options.tagger, options.thresholds, options.words)
-    facts = [dataclasses.asdict(record) for record in records]
-    facts.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
-    facts[0].pop("batch_size")
-    return hashlib.sha256(json.dumps(facts, default=str).encode("utf-8")).hexdigest()
+    info = [dataclasses.asdict(record) for record in records]
+    info.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
+    info[0].pop("batch_size")
+    return hashlib.sha256(json.dumps(info, default=str).encode("utf-8")).hexdigest()
 
 
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:

@@ -105,7 +105,7 @@ def text_faults(
         changed = difference({**defaults, **recorded_settings}, now)
         if changed is not None:
             yield f"{changed} in {table.name}"
-    yield from _find_seen_reference_faults(item, records)
+    yield from _find_seen_reference_errors(item, records)
     if table.directory is None:
         return
     for record in records.values():
@@ -139,7 +139,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
 
-def _find_seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
+def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
     """Yield a line if a text encoder saw fewer reference pictures than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
@@ -147,8 +147,8 @@ def _find_seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRe
     num_references = min(_references_now(item) or 0, rules.most)
     num_seen = min((len(record.references) for record in records.values()), default=num_references)
     if num_seen < num_references:
-        pictures = count_of(num_references, "reference picture")
-        yield f"its caption was encoded with {num_seen} of its {pictures}"
+        images = count_of(num_references, "reference picture")
+        yield f"its caption was encoded with {num_seen} of its {images}"
 
 
 def latent_faults(
@@ -167,24 +167,24 @@ def latent_faults(
     shape = list(tensors["latents"].shape)
     if shape[0] != latent.channels:
         yield other_space(shape[0], latent)
-    yield from _mask_faults(item, tensors, record, is_shared)
+    yield from _mask_errors(item, tensors, record, is_shared)
     if table.augmentation.flip and "latents" + FLIPPED not in tensors:
         yield "it has no mirrored latents, which flip_aug needs"
     if table.references is not None or table.clip_references is not None:
-        yield from _reference_faults(item, tensors)
+        yield from _reference_errors(item, tensors)
     if record is not None:
         bucket = bucket_of(table, tuple(record.options["size"]), latent.pixel_step, item.latent_path)
         made_for = record.options["bucket"]
         if tuple(made_for) != bucket:
             yield f"made for {as_shape(made_for)} pixels, {table.name} asks for {as_shape(bucket)}"
-        yield from _key_faults(table, tensors, record.options, latent)
+        yield from _key_errors(table, tensors, record.options, latent)
         if record.parts != item.parts:
             yield f"{record.parts} files of its clip belong together, {item.parts} are there"
-        yield from _source_faults(item, source_folders(table, record), record, checks)
-    yield from _find_shape_faults(item, tensors, latent)
+        yield from _source_errors(item, source_folders(table, record), record, checks)
+    yield from _find_shape_errors(item, tensors, latent)
 
 
-def _mask_faults(
+def _mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
     """Yield a line if the mask of the loss is not from where the table has it."""
@@ -213,7 +213,7 @@ def _mask_faults(
     yield f"the mask of its loss is from {made_from or 'nowhere'}, {table.name} has {expected}"
 
 
-def _find_shape_faults(
+def _find_shape_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], latent: data.LatentSpec
 ) -> Iterator[str]:
     """Yield a line if latents, or the mask of their loss, have another shape than the table asks for."""
@@ -228,22 +228,22 @@ def _find_shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
-    yield from _find_companion_faults(tensors, shape, expected)
+    yield from _find_companion_errors(tensors, shape, expected)
 
 
-def _find_companion_faults(
+def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
     """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
-    worse = tensors.get(data.WORSE_LATENTS)
-    if worse is not None and list(worse.shape) != shape:
-        yield f"the latents of its worse one are {as_shape(worse.shape)}, its own are {as_shape(shape)}"
+    rejected = tensors.get(data.REJECTED_LATENTS)
+    if rejected is not None and list(rejected.shape) != shape:
+        yield f"the latents of its worse one are {as_shape(rejected.shape)}, its own are {as_shape(shape)}"
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"
 
 
-def _key_faults(
+def _key_errors(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
     """Yield the changed keys of sections, references and their factors. options: recorded ones."""
@@ -258,10 +258,10 @@ def _key_faults(
         if changed is not None:
             yield f"{changed} in {table.name}"
     if table.clip_references is not None and CLIP_REFERENCES in options:
-        yield from _find_factor_faults(options[CLIP_REFERENCES], table.clip_references.factors)
+        yield from _find_factor_errors(options[CLIP_REFERENCES], table.clip_references.factors)
 
 
-def _find_factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
+def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
     """Yield a fault if the factors of a clip's references have changed. recorded: count, then factors."""
     _, *factors = recorded
     if factors != [*factors_now]:
@@ -300,10 +300,10 @@ def sound_faults(
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
-    yield from _source_faults(item, [table.directory, table.audio_directory], record, checks)
+    yield from _source_errors(item, [table.directory, table.audio_directory], record, checks)
 
 
-def _source_faults(
+def _source_errors(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
     """Yield the differences between an item's sources and its record. folders: of each file in the record."""
@@ -317,7 +317,7 @@ def _source_faults(
             yield f"{file} has changed since it was encoded"
 
 
-def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield the reasons why latents of reference pictures are not what a table asks for.
 
     Deleted picture files are not a fault; pictures that a list no longer names are one.

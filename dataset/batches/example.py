@@ -14,7 +14,7 @@ from modules.console import quiet
 from modules.errors import UserError
 
 MOST_LISTED = 50_000  # files of a folder, captions among them
-MOST_OF_PROMPT = 1000  # characters
+MAX_OF_PROMPT = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
         if table.directory is not None and not any(companions):
             if table.kind == "video":
                 return example
-            picture = _recorded_picture(item, stores)
-            if picture is not None and picture.is_file():
-                return replace(example, picture=picture)
+            image = _recorded_image(item, stores)
+            if image is not None and image.is_file():
+                return replace(example, picture=image)
         if _is_large(table.directory):
             return example
         from dataset.listing import find_sources  # only for lists and companions
@@ -61,7 +61,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     return example
 
 
-def _recorded_picture(item: TrainingItem, stores: Stores) -> Path | None:
+def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     """Return the image in a table's folder that an item's latents were made from, by their record."""
     if item.kind.sizes is not None or item.table.directory is None:
         return None
@@ -93,4 +93,4 @@ def _read_caption(item: TrainingItem, stores: Stores) -> str:
             caption = captions[0] if captions else entry.metadata.get("caption1", "")
         else:
             caption = item.kind.caption(item.source_stem, 0)
-    return " ".join(caption.split())[:MOST_OF_PROMPT]
+    return " ".join(caption.split())[:MAX_OF_PROMPT]

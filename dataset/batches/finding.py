@@ -128,7 +128,7 @@ def _add_table(
             listing.left_out[table.index] = index.left_out
             return
     if is_own and may_be_mixed(table, names):
-        _add_form_faults(listing, table, kind.tag)
+        _add_form_errors(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
     stems = None  # of the sources that are listed; None: any
     if kind.sources or store.is_shared:
@@ -162,8 +162,8 @@ def _add_table(
             else:
                 continue
             if latent.has_layers:
-                num_pictures = _count_pictures(kind, store, file)
-                file = file._replace(bucket=(*file.bucket, num_pictures))
+                num_images = _count_images(kind, store, file)
+                file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, kind, file, num_captions)
             listing.items.append(item if sounds is None else sounds.add_to(item, store))
     if is_empty:
@@ -183,7 +183,7 @@ def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: i
     )
 
 
-def _count_pictures(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
+def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
     """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
     if kind.sizes is not None:
         return kind.sources[file.stem].num_pictures
@@ -207,10 +207,10 @@ def _take_listed(
     return taken
 
 
-def _add_form_faults(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    from dataset.cache.form import list_shard_faults, other_form  # few folders are mixed
+def _add_form_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
+    from dataset.cache.form import list_shard_errors, other_form  # few folders are mixed
 
-    for line in (*other_form(table, tag), *list_shard_faults(table)):
+    for line in (*other_form(table, tag), *list_shard_errors(table)):
         listing.unsound.append((table, line))
 
 
@@ -397,20 +397,20 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     finished.
     """
     if listing.unsound or listing.unfinished_text:
-        _refuse_unfinished(listing, commands)
-    faults = [_explain_empty(table) for table in listing.empty_tables]
+        _reject_unfinished(listing, commands)
+    errors = [_explain_empty(table) for table in listing.empty_tables]
     if listing.missing_sound:
-        faults += _sound_faults(listing)
+        errors += _sound_errors(listing)
     if listing.empty_tables or not listing.items:
-        faults += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
-    if not faults and not listing.items:
+        errors += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
+    if not errors and not listing.items:
         folders = {path.parent for path in listing.missing_text}
-        faults = [f"no text cache in {folder}" for folder in sorted(folders)]
+        errors = [f"no text cache in {folder}" for folder in sorted(folders)]
     if listing.silent is not None:
-        faults.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
+        errors.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
     for path in listing.missing_empty:
-        faults.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
-    if faults:
+        errors.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
+    if errors:
         text_command = commands.text
         if listing.missing_empty:
             text_command += " --empty_prompt"
@@ -419,7 +419,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
             needed.append(commands.latents)
         if listing.empty_tables or listing.missing_text or listing.missing_empty:
             needed.append(text_command)
-        raise CacheError("\n  ".join([*faults, "Make the caches first:", *needed]))
+        raise CacheError("\n  ".join([*errors, "Make the caches first:", *needed]))
     if listing.missing_text or listing.unlisted:
         _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
@@ -428,7 +428,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     return listing.items
 
 
-def _refuse_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
+def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
     """Raise CacheError if caches may be missing, or if text caching has not finished."""
     if listing.unsound:
         lines = [line for _, line in listing.unsound]
@@ -448,16 +448,16 @@ def _explain_empty(table: DatasetTable) -> str:
     """Explain why a table may have no latent cache."""
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
     of_any_model = next(filter(_LATENTS_OF_ANY.search, names), None)
-    problem = f"{table.name}: no latent cache in {table.cache_directory}"
+    error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         where = "" if folder.is_absolute() else f" from here ({Path.cwd()})"
-        problem = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
+        error = f"{table.name}: {folder}: no such folder{where}.{explain_missing(folder)}"
     if of_any_model is not None:
-        problem += (
+        error += (
             f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"
         )
-    return problem
+    return error
 
 
 def _explain_others(folder: Path, name: str) -> str:
@@ -468,17 +468,17 @@ def _explain_others(folder: Path, name: str) -> str:
     )
 
 
-def _sound_faults(listing: FoundItems) -> list[str]:
+def _sound_errors(listing: FoundItems) -> list[str]:
     """Return a line for each folder with clips whose sound is missing."""
-    faults = []
+    errors = []
     counts = Counter(path.parent for path in listing.missing_sound)
     for folder, count in counts.items():
         example = next(path.name for path in listing.missing_sound if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
-        faults.append(
+        errors.append(
             f"{listing.needs_sound}, but {lacking} in {folder}, such as {example}. Take silent ones out"
         )
-    return faults
+    return errors
 
 
 def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:

@@ -34,7 +34,7 @@ class BatchOrder:
 
     Each epoch is shuffled again: first the items within each bucket, then the batches. A bucket is a table,
     or a group of tables, and a size; its items occur `num_repeats` times, regularisation images as often as
-    `repeat_regularisation` says; the last batch of a bucket may be smaller.
+    `repeat_regularization` says; the last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
@@ -108,7 +108,7 @@ class BatchOrder:
         return epoch * in_epoch + self._group_starts[index]
 
 
-def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:
+def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
     """Return the repeats in an epoch of each regularisation image, which sum to at least `learned`.
 
     repeats: of the images' tables, in order. Images are taken with their repeats until there are enough; the
@@ -183,17 +183,17 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return the number of times that each item is trained in an epoch."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
-        regularisation: list[int] = []  # places of the images
+        regularization: list[int] = []  # places of the images
         learned = 0
         for place, item in enumerate(items):
             if item.table.batch_group != group:
                 continue
             if item.table.is_reg:
-                regularisation.append(place)
+                regularization.append(place)
             else:
                 learned += counts[place]
-        repeats = repeat_regularisation([counts[place] for place in regularisation], learned)
-        for place, count in zip(regularisation, repeats, strict=True):
+        repeats = repeat_regularization([counts[place] for place in regularization], learned)
+        for place, count in zip(regularization, repeats, strict=True):
             counts[place] = count
     return counts
 
@@ -298,7 +298,7 @@ def changed_caption(
     """Return the text that a sample is trained with now, if it is not dropped.
 
     caption: of a source of the table (`MediaSource.caption`). step: from 0. total_steps: of the run, for a
-    warm-up that is a share of it. `choose_captions` says which captions are dropped.
+    warm-up that is a share of it. `select_captions` says which captions are dropped.
     """
     if not changes.is_raw:  # the source has it as it is trained
         return caption
@@ -356,7 +356,7 @@ class RunPlace:
     total_steps: int
 
 
-def choose_captions(
+def select_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
     """Return the number of the caption that each item uses, from 0, or EMPTY.
@@ -390,7 +390,7 @@ def change_captions(
 ) -> tuple[str, ...]:
     """Return the texts that samples are trained with, as the tables change them each time.
 
-    texts: of the sources. chosen: see `choose_captions`; a caption that is EMPTY stays so.
+    texts: of the sources. chosen: see `select_captions`; a caption that is EMPTY stays so.
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):
@@ -410,7 +410,7 @@ def change_captions(
     return tuple(changed)
 
 
-def choose_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
+def select_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
     """Return whether each item is trained mirrored: every other time, if its table says so."""
     return tuple(
         item.table.augmentation.flip

@@ -74,9 +74,9 @@ def read_batch(
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
         media.append(reader.read_media(item, place, side))
     texts = reader.read_texts(items, numbers)
-    _check_worse(media, commands, reads_worse)
+    _check_rejected(media, commands, reads_worse)
     tensors = _join_media_and_texts(media, texts, latent, commands)
-    worse = tensors.pop(data.WORSE_LATENTS, None)
+    rejected = tensors.pop(data.REJECTED_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
     if undropped and tuple(undropped) != tuple(numbers):
         full_texts = reader.read_texts(items, undropped)
@@ -96,7 +96,7 @@ def read_batch(
         undropped=_stack(full_texts, commands.text),
         network_multiplier=items[0].table.network_multiplier,
         empty_text=_stack(empty_texts, commands.text),
-        worse=worse,
+        worse=rejected,
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
@@ -132,16 +132,16 @@ def _take_inner_sound(
     tensors[data.HAS_SOUND] = is_heard.flatten() != 0
 
 
-def _check_worse(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
+def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
     """Leave out the latents of worse ones if they are not read. Raises CacheError if an item has none."""
     for part in media:
         if not reads_worse:
-            part.tensors.pop(data.WORSE_LATENTS, None)
-        elif data.WORSE_LATENTS not in part.tensors:
-            raise CacheError(explain_no_worse(part.path, commands))
+            part.tensors.pop(data.REJECTED_LATENTS, None)
+        elif data.REJECTED_LATENTS not in part.tensors:
+            raise CacheError(explain_no_rejected(part.path, commands))
 
 
-def explain_no_worse(path: Path, commands: CachingCommands) -> str:
+def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
     return (
         f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
         f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
@@ -269,16 +269,16 @@ class _Reader:
                 verify_tensors(entry, record.crc32)
             is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
             if not is_checked and not _is_compared(item, entry, path.name):
-                faults = text_faults(
+                errors = text_faults(
                     item,
                     number=number,
                     records=records,
                     is_shared=store.is_shared,
                     checks=self.checks,
                 )
-                fault = next(faults, None)
-                if fault is not None:
-                    raise CacheError(f"{entry.path}: {fault}")
+                error = next(errors, None)
+                if error is not None:
+                    raise CacheError(f"{entry.path}: {error}")
         self.checks.add(item.table.index, path.name)
         if not caption:  # a cache of another program does not say its caption
             recorded = next((record.caption for record in records.values()), None)
@@ -311,7 +311,7 @@ class _Reader:
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
             if not _is_compared(item, entry, path.name):
-                faults = find_faults(
+                errors = find_faults(
                     item,
                     tensors=tensors,
                     record=record,
@@ -319,9 +319,9 @@ class _Reader:
                     checks=self.checks,
                     is_shared=store.is_shared,
                 )
-                fault = next(faults, None)
-                if fault is not None:
-                    raise CacheError(f"{path}: {fault}")
+                error = next(errors, None)
+                if error is not None:
+                    raise CacheError(f"{path}: {error}")
             if record is not None:
                 verify_tensors(entry, record.crc32)
         made_by: tuple[data.MadeBy, ...] = ()
@@ -441,7 +441,7 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     if not names:
         return
     references = [tensors[name] for name in names]
-    for name in {"latents", data.WORSE_LATENTS} & tensors.keys():
+    for name in {"latents", data.REJECTED_LATENTS} & tensors.keys():
         tensors[name] = torch.cat([*references, tensors[name]], dim=2)  # type: ignore[list-item]
     mask = tensors.get(data.LOSS_MASK)
     if isinstance(mask, Tensor):

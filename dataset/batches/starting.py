@@ -26,7 +26,7 @@ from dataset.listing import find_sources
 from dataset.sources.clock import kept_one_clock
 from dataset.sources.colours import shown_otherwise
 from dataset.sources.media_source import MediaSource
-from dataset.sources.sound import list_unheard
+from dataset.sources.sound import list_silent
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
 
@@ -37,8 +37,8 @@ OLDER = (
     "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
 READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
-MOST_LOOKED_AT = 100  # clips of which a frame is decoded
-MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
+MAX_LOOKED_AT = 100  # clips of which a frame is decoded
+MAX_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
 MOST_LISTED = 50_000  # files of a folder, captions among them
 NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # encoders of a model whose training does not know them
 
@@ -110,10 +110,10 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
     """Yield random items with the numbers of their captions, at most MOST_READ; further captions last."""
-    sample = random.Random(0).sample(cached, min(len(cached), MOST_READ))
+    sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
     further = ((item, number) for item in sample for number in range(1, item.captions))
-    return itertools.islice(itertools.chain(first, further), MOST_READ)
+    return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
 def _count_batch_bytes(batch: Batch) -> int:
@@ -179,7 +179,7 @@ def _compare_reading(
     items: each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
     MOST_LOOKED_AT clips are looked at; missing files are skipped.
     """
-    marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MOST_LOOKED_AT]}
+    marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():
         for source in _sources_of(table):
             if source.origins or (table.index, source.stem) not in marks:
@@ -235,8 +235,8 @@ def compare_sources(
             gone = sorted(cached - sources.keys())
             if hears and table.kind == "video" and table.audio != IGNORE:
                 silent = {item.source_stem for item in items if not item.has_sound}
-                unheard = [*map(str, list_unheard(sources.values(), silent))]
-        for names, problem, consequence in (
+                unheard = [*map(str, list_silent(sources.values(), silent))]
+        for names, error, consequence in (
             (new, "no latents", "not cached, too short or unreadable: left out"),
             (gone, "caches but no file any more", "trained on until the caches are made again"),
             (unheard, "sound that is not cached", "only their pictures are learned"),
@@ -246,7 +246,7 @@ def compare_sources(
                     "%s: %s with %s, such as %s: %s. Cache again: %s",
                     table.name,
                     count_of(len(names), table.kind if table.kind == "image" else "clip"),
-                    problem,
+                    error,
                     names[0],
                     consequence,
                     commands.latents,

@@ -103,18 +103,18 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
     options = command.get(key)
     if not isinstance(folder, str) or not isinstance(options, dict):
         return
-    for name, facts in options.items():
-        if name not in accepted or not isinstance(facts, dict):
+    for name, info in options.items():
+        if name not in accepted or not isinstance(info, dict):
             continue
         option = accepted[name]
-        value = facts.get("value")
+        value = info.get("value")
         if not _is_valid(value, option):
             continue
         if is_path_option(option):
             value = _find_path(str(value), Path(folder))
             if value is None:
                 continue
-        flag = facts.get("flag")
+        flag = info.get("flag")
         typed = flag if flag in option.flags else option.flags[-1]
         yield RepeatedOption(name, option.flags, typed, value)
 

@@ -13,7 +13,7 @@ from dataset import cache_files
 from dataset.cache.catalog import Catalog
 from dataset.cache.form import single_files
 from dataset.cache.index import NAME as INDEX
-from dataset.cache.shards import ShardStore, merge_shards, shard_faults
+from dataset.cache.shards import ShardStore, merge_shards, shard_errors
 from dataset.cache.store import SingleFiles
 from dataset.config import DatasetConfig
 from dataset.forms.composing import SHARED_CACHES
@@ -74,10 +74,10 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     """
     names = list(single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
-    faults: list[str] = []
-    counts = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=faults)
-    if faults:
-        raise CacheError("\n  ".join(faults))
+    errors: list[str] = []
+    counts = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=errors)
+    if errors:
+        raise CacheError("\n  ".join(errors))
     if not dry_run:
         shards.close()
         merge_shards(folder, with_tars=True)
@@ -101,7 +101,7 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if folder.is_dir():
             remove_leftovers(folder, cache_files.is_cache_name, older_seconds=0)
     names = sorted(filter(cache_files.is_safe_name, shards.names()))
-    damaged = [] if dry_run else shard_faults(folder)
+    damaged = [] if dry_run else shard_errors(folder)
     counts = _copy(
         names,
         shards,

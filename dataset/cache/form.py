@@ -14,18 +14,18 @@ def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
     """Raise DatasetError, with the command that converts, if caches of a family are in the other form than
     the `cache_format` of their table. tables: those that `may_be_mixed`. tag: the family's cache_tag.
     """
-    faults = [line for table in tables for line in other_form(table, tag)]
-    if faults:
-        raise DatasetError("\n".join(faults))
+    errors = [line for table in tables for line in other_form(table, tag)]
+    if errors:
+        raise DatasetError("\n".join(errors))
 
 
-def list_shard_faults(table: DatasetTable) -> list[str]:
+def list_shard_errors(table: DatasetTable) -> list[str]:
     """Return the faults of a table's shards, if it has any."""
     if table.cache_format != "shards":
         return []
-    from dataset.cache.shards import shard_faults  # only with shards
+    from dataset.cache.shards import shard_errors  # only with shards
 
-    return shard_faults(table.cache_directory)
+    return shard_errors(table.cache_directory)
 
 
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ from modules.text_files import parse_json, read_text
 NAME = "index.jsonl"
 VERSION = 1
 LATENTS, TEXTS = "latents", "texts"
-MOST_FILES = 50_000  # of a folder or a table: the names of more are read faster than so many lines
+MAX_FILES = 50_000  # of a folder or a table: the names of more are read faster than so many lines
 # of an index that somebody else changed
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 # keys of a table that say how its items are learned: its caches are the same; empty prompts are looked up
@@ -67,7 +67,7 @@ def is_indexed(table: DatasetTable, sound: SoundSpec | None) -> bool:
 def mark_table(table: DatasetTable) -> str | None:
     """Return a mark that differs once settings of a table, or names in the folders that it reads, do.
 
-    It is None if a folder cannot be listed or has more than `MOST_FILES` entries.
+    It is None if a folder cannot be listed or has more than `MAX_FILES` entries.
     """
     lines: list[str] = []
     try:
@@ -102,7 +102,7 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
         return [repr(stamp_of(path))]
     with os.scandir(path) as entries:
         names = [entry.name for entry in entries if not only_files or entry.is_file()]
-    if len(names) > MOST_FILES:
+    if len(names) > MAX_FILES:
         raise ValueError(f"{len(names)} entries")
     return sorted(name for name in names if not _is_of_caching(name))
 

@@ -14,7 +14,7 @@ _COMMENT = re.compile(
     rb"(?=\0|\d+ path=|$)",
     re.DOTALL,
 )
-_MOST_COMMENT = 1 << 16
+_MAX_COMMENT = 1 << 16
 
 # name, offset of its bytes, generation, length (None: it was removed), CRC-32 of its bytes
 OldRow = tuple[bytes, int, int, int | None, int]
@@ -40,7 +40,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
             if not start <= end <= size:
                 raise tarfile.HeaderError("a wrong size")
             is_comment = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE)
-            if is_comment and header.size <= _MOST_COMMENT:
+            if is_comment and header.size <= _MAX_COMMENT:
                 comment = _read_comment(file.read(header.size))
                 if comment is not None and comment["kind"] == b"removed":
                     generation = int(comment["generation"])

@@ -31,9 +31,9 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    REJECTED,
     SOUND_FILE,
-    WORSE,
-    ClipFacts,
+    ClipInfo,
     FileIdentity,
     Origin,
     Remote,
@@ -50,7 +50,7 @@ CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
 # the parts of a record's text (`record_metadata`) that differ between items of a table
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MOST_CHECKED = 1 << 16  # items that are remembered as unchanged: a few megabytes
+MAX_CHECKED = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
 # in the options of a record: the frames of control clips and masks were chosen by the clip's clock
@@ -64,7 +64,7 @@ class LatentRecord:
     encoder: Mapping[str, str]  # Family.media_identity
     options: Mapping[str, Any]  # other options that latents depend on: span, sizes, frame rate; JSON values
     files: tuple[FileIdentity, ...]  # the source, then its control media
-    clip: ClipFacts | None  # None for images
+    clip: ClipInfo | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
     as_shown: int = AS_SHOWN
@@ -111,7 +111,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
     record = None
     with _content(entry, "latents") as data:
         if data is not None:
-            clip = None if data["clip"] is None else _clip_facts(data["clip"])
+            clip = None if data["clip"] is None else _clip_info(data["clip"])
             record = LatentRecord(
                 encoder=dict(data["encoder"]),
                 options=dict(data["options"]),
@@ -124,13 +124,13 @@ def latent_record(entry: Entry) -> LatentRecord | None:
     return record
 
 
-def _clip_facts(content: Any) -> ClipFacts:
+def _clip_info(content: Any) -> ClipInfo:
     """Return the facts in a record. Raises ValueError, and errors of wrong types, if they are damaged."""
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
         raise ValueError(f"a clip of {kept_frames!r} frames")
     changes = tuple(map(str, content.get("size_changes", ())))
-    return ClipFacts(tuple(content["size"]), kept_frames, content["complete"], changes)
+    return ClipInfo(tuple(content["size"]), kept_frames, content["complete"], changes)
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
@@ -164,7 +164,7 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
                 file=None if file is None else FileIdentity(**file),
                 crc32=dict(content.get("crc32", {})),
                 settings=dict(content.get("settings", {})),
-                references=tuple(FileIdentity(**picture) for picture in content.get("references", ())),
+                references=tuple(FileIdentity(**image) for image in content.get("references", ())),
                 as_shown=int(content.get("as_shown", 0)),
             )
     return records
@@ -179,7 +179,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.control_mask_directory)
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
-    if WORSE in record.options:
+    if REJECTED in record.options:
         companions.append(table.worse_directory)
     if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
@@ -249,9 +249,9 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     if origin is not None and not isinstance(origin, Remote):
         # a third faster than a Path, a million times
         return origin.size_bytes, os.stat(origin.container).st_mtime_ns  # noqa: PTH116
-    facts = os.stat(path)  # noqa: PTH116
-    if not stat.S_ISDIR(facts.st_mode):
-        return facts.st_size, facts.st_mtime_ns
+    info = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISDIR(info.st_mode):
+        return info.st_size, info.st_mtime_ns
     images = [file.stat() for file in folder_images(path)]
     size_bytes = sum(image.st_size for image in images)
     return size_bytes, max((image.st_mtime_ns for image in images), default=0)
@@ -334,7 +334,7 @@ class CacheChecks:
     """
 
     started_ns: int = field(default_factory=time.time_ns)
-    most_checked: int = MOST_CHECKED
+    most_checked: int = MAX_CHECKED
     # table and key of items whose sources are as they were
     checked: set[tuple[int, str]] = field(default_factory=set)
 

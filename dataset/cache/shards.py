@@ -42,9 +42,9 @@ T = TypeVar("T")
 SHARD_BYTES = 1 << 30  # a writer begins another shard when it has as many
 # or after so long: on other machines, and on a volume without locks, only finished ones are seen
 SHARD_SECONDS = 300.0
-MOST_OPEN = 64  # shards at once
+MAX_OPEN = 64  # shards at once
 SMALL = 0.5  # of SHARD_BYTES: smaller ones are merged
-MOST_HOLES = 0.25  # of the bytes of a shard: what more is reclaimed
+MAX_HOLES = 0.25  # of the bytes of a shard: what more is reclaimed
 LOCK = ".cache-index.lock"  # is there while shards are merged
 
 
@@ -187,7 +187,7 @@ class ShardStore:
             if self._writer is not None and shard == self._writer.path.name:
                 return self._writer.rows
             if shard not in self._opened:
-                if len(self._opened) >= MOST_OPEN:
+                if len(self._opened) >= MAX_OPEN:
                     self._opened.pop(next(iter(self._opened)))
                 self._opened[shard] = open_shard(self.folder / shard)
             return self._opened[shard]
@@ -220,7 +220,7 @@ def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) ->
 # ------------------------------------------------------------------------------------------------------------
 
 
-def shard_faults(folder: Path) -> list[str]:
+def shard_errors(folder: Path) -> list[str]:
     return Catalog(folder).faults
 
 
@@ -242,7 +242,7 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         sizes = catalog.entry_bytes()
         small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
         untidy = catalog.damaged | {
-            name for name, size in catalog.bytes.items() if sizes[name] < size * (1 - MOST_HOLES)
+            name for name, size in catalog.bytes.items() if sizes[name] < size * (1 - MAX_HOLES)
         }
         untidy |= {name for name in catalog.shards if with_tars and name.endswith(".tar")}
         if len(small) > 1 or untidy:

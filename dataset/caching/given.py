@@ -19,7 +19,7 @@ from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
 from dataset.sources import moments as moments_files
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
-from dataset.sources.media_source import Fault, MediaSource, raise_faults
+from dataset.sources.media_source import Fault, MediaSource, raise_errors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
@@ -27,7 +27,7 @@ from modules.text_files import parse_json, read_text
 logger = logging.getLogger(__name__)
 
 
-def refuse_moments(family: Caches, table: DatasetTable) -> None:
+def reject_moments(family: Caches, table: DatasetTable) -> None:
     """Raise DatasetError for a table with load_tensors if the family cannot use moments."""
     if family.moments.refusal is not None:
         raise DatasetError(f"{table.name}: load_tensors cannot be used: {family.moments.refusal}.")
@@ -42,7 +42,7 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     with_tensors = [source for source in sources if source.tensors is not None]
     if not with_tensors:
         return list(sources)
-    refuse_moments(family, with_tensors[0].table)
+    reject_moments(family, with_tensors[0].table)
     first_of_folder: dict[Path, MediaSource] = {}
     for source in reversed(with_tensors):
         assert source.tensors is not None
@@ -63,12 +63,12 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
 def _require_image_moments(sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if moments of first frames are missing."""
     kind = "moments of first frames are missing, which this model's image-to-video caches hold"
-    faults = []
+    errors = []
     for source in sources:
         image = None if source.tensors is None else source.tensors.image
         if image is not None and not image.exists():
-            faults.append(Fault(kind, str(image), source.stem))
-    raise_faults(faults)
+            errors.append(Fault(kind, str(image), source.stem))
+    raise_errors(errors)
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
@@ -84,7 +84,7 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
         size=clip.size,
         bucket=clip.size,
         frames=NO_FRAMES,
-        spans=(moments_files.whole_span(clip, latent.lengths),),
+        spans=(moments_files.full_span(clip, latent.lengths),),
         moments=moments,
         clip=clip,
     )
@@ -159,25 +159,25 @@ def take_embeds(
 ) -> list[CaptionFile]:
     """Submit the outputs that this encoder computed earlier; return the texts without such outputs."""
     to_encode = []
-    problems: list[str] = []
+    errors: list[str] = []
     for file in files:
         conditions = None
         try:
             conditions = read_embeds(file, encoder, identity)
         except _UnfitEmbeds as problem:
-            problems.append(f"{file.embeds}: {problem}")
+            errors.append(f"{file.embeds}: {problem}")
         if conditions is None:
             to_encode.append(file)
         else:
             submit(file, conditions)
-    if len(to_encode) < len(files) or problems:
+    if len(to_encode) < len(files) or errors:
         logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(to_encode))
-    if problems:
+    if errors:
         logger.warning(
             "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
-            len(problems),
+            len(errors),
             encoder.name,
-            problems[0],
+            errors[0],
         )
     return to_encode
 

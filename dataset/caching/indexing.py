@@ -11,7 +11,7 @@ from dataset import cache_files
 from dataset.cache.index import (
     DAMAGES,
     LATENTS,
-    MOST_FILES,
+    MAX_FILES,
     NAME,
     VERSION,
     IndexPart,
@@ -61,7 +61,7 @@ def write_index(
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
     latent_files, text_files = names_of(store.names(), tag)
-    if mark is None or len(latent_files) + len(text_files) > MOST_FILES or not store.folder.is_dir():
+    if mark is None or len(latent_files) + len(text_files) > MAX_FILES or not store.folder.is_dir():
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}

@@ -102,7 +102,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
     return fill_batches(
         items,
         group_of=lambda item: item.group,
-        most_of=lambda item: size or item.source.table.batch_size,
+        max_of=lambda item: size or item.source.table.batch_size,
         bytes_of=lambda item: item.size_bytes,
         most_bytes=PARTIAL_BYTES,
     )
@@ -154,18 +154,18 @@ def encode(
         return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
-    all_worse = [item.worse for item in items if item.worse is not None]
-    worse = _stack_batch(all_worse) if all_worse else None
+    all_rejected = [item.worse for item in items if item.worse is not None]
+    rejected = _stack_batch(all_rejected) if all_rejected else None
     encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
-    if worse is not None:
-        encoded = _join_worse(encoded, family.encode_media(encoders, _with_frames(media, worse)))
+    if rejected is not None:
+        encoded = _join_rejected(encoded, family.encode_media(encoders, _with_frames(media, rejected)))
     if not items[0].source.table.augmentation.flip:
         return encoded
     mirror = _mirror(media)
     mirrored: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, mirror)
-    if worse is not None:
-        mirrored_worse = _with_frames(mirror, worse.flip(3))
-        mirrored = _join_worse(mirrored, family.encode_media(encoders, mirrored_worse))
+    if rejected is not None:
+        mirrored_rejected = _with_frames(mirror, rejected.flip(3))
+        mirrored = _join_rejected(mirrored, family.encode_media(encoders, mirrored_rejected))
     with_both_sides = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
         pairs = zip(entries, mirrored_entries, strict=True)
@@ -181,19 +181,19 @@ def _with_frames(media: data.MediaBatch, worse: Tensor) -> data.MediaBatch:
     return dataclasses.replace(media, frames=worse, alpha=None)
 
 
-def _join_worse(
-    encoded: Sequence[Sequence[data.CacheEntry]], encoded_worse: Sequence[Sequence[data.CacheEntry]]
+def _join_rejected(
+    encoded: Sequence[Sequence[data.CacheEntry]], encoded_rejected: Sequence[Sequence[data.CacheEntry]]
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item with the latents of its worse one."""
     joined = []
-    for entries, worse_entries in zip(encoded, encoded_worse, strict=True):
-        pairs = zip(entries, worse_entries, strict=True)
-        joined.append([_add_worse(entry, worse_entry) for entry, worse_entry in pairs])
+    for entries, rejected_entries in zip(encoded, encoded_rejected, strict=True):
+        pairs = zip(entries, rejected_entries, strict=True)
+        joined.append([_add_rejected(entry, rejected_entry) for entry, rejected_entry in pairs])
     return joined
 
 
-def _add_worse(entry: data.CacheEntry, worse: data.CacheEntry) -> data.CacheEntry:
-    tensors = {**entry.tensors, data.WORSE_LATENTS: worse.tensors["latents"]}
+def _add_rejected(entry: data.CacheEntry, worse: data.CacheEntry) -> data.CacheEntry:
+    tensors = {**entry.tensors, data.REJECTED_LATENTS: worse.tensors["latents"]}
     return dataclasses.replace(entry, tensors=tensors)
 
 

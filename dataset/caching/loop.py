@@ -28,7 +28,7 @@ from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, as_typed
 from modules.console import Row, in_words
-from modules.devices import choose_device, freeze_libraries, leave_cudnn_out, peak_in_words
+from modules.devices import freeze_libraries, leave_cudnn_out, peak_in_words, select_device
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import missing_words
@@ -93,7 +93,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
     """
     rank, count, local_rank = map(_first_number, (RANK, COUNT, LOCAL_RANK))
     if count is None or count <= 1:
-        yield Share(0, 1, choose_device(device))
+        yield Share(0, 1, select_device(device))
         return
     if rank is None:
         raise OptionError(
@@ -110,7 +110,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         if device is None and torch.cuda.is_available():
             device = f"cuda:{(local_rank or 0) % torch.cuda.device_count()}"
-        yield Share(rank, count, choose_device(device), group)
+        yield Share(rank, count, select_device(device), group)
     finally:
         if started_here:
             dist.destroy_process_group()
@@ -211,7 +211,7 @@ def run_caching(
 
         raise SystemExit(check_script(family, config, options, kind == TEXTS))
     if options.disable_cudnn_backend:
-        leave_cudnn_out(choose_device(options.device))
+        leave_cudnn_out(select_device(options.device))
     start = time.monotonic()
     # before sources are listed: what is added meanwhile is none of the index
     marks = {table.index: mark_table(table) for table in config.datasets}
@@ -223,7 +223,7 @@ def run_caching(
         following.remember()
         if options.shard.num_shards is None:
             _write_indexes(kind, family, config, report, marks)
-    memory = peak_in_words(choose_device(options.device))
+    memory = peak_in_words(select_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - start)), ("peak memory", memory)]
     if options.shard.num_shards is None:
         conclude(report, costs, [(f"Next, {then}{following.advice}", following.line)])

@@ -21,7 +21,7 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, RayOptions
 from modules.command import as_typed
 from modules.console import show_box
-from modules.devices import choose_device, leave_cudnn_out
+from modules.devices import leave_cudnn_out, select_device
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT
 from modules.text_files import real_path
@@ -87,10 +87,10 @@ class CachingActor:
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
-            leave_cudnn_out(choose_device(options.device))
+            leave_cudnn_out(select_device(options.device))
         kind = MediaWork if self._is_latents else TextWork
         # Ray shows an actor its own GPUs only
-        self._work = kind(family, config, options, choose_device(options.device))
+        self._work = kind(family, config, options, select_device(options.device))
         self._tables = config.datasets
 
 
@@ -101,7 +101,7 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     DatasetError if the cluster cannot be reached, a shard could not be done or a source not be used.
     """
     words = options.command[1:]
-    main(words, _refuse_looks)  # a wrong option is found before anything starts
+    main(words, _reject_looks)  # a wrong option is found before anything starts
     try:
         import ray
         import ray.data
@@ -118,8 +118,8 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
-        usual_actors = max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1
-        actors = options.num_actors or usual_actors
+        default_actors = max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1
+        actors = options.num_actors or default_actors
         for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
             if needed > available.get(name, 0):  # Ray would wait for them forever
                 raise DatasetError(
@@ -183,9 +183,9 @@ def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return failures
 
 
-def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any) -> None:
+def _reject_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any) -> None:
     """Raise OptionError if the command only looks at the dataset, or caches a single shard."""
-    options.shard.refuse_beside(as_typed(["python", "tools/cache_on_ray.py"]))
+    options.shard.reject_beside(as_typed(["python", "tools/cache_on_ray.py"]))
     debug = arguments[0] if arguments else None
     if options.check or getattr(debug, "debug_mode", None) is not None:
         raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")

@@ -17,7 +17,7 @@ from contract.data import (
     INNER_SOUND,
     IS_HEARD,
     LOSS_MASK,
-    WORSE_LATENTS,
+    REJECTED_LATENTS,
     LatentSpec,
     MediaTable,
     SoundSpec,
@@ -36,10 +36,10 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    REJECTED,
     SHOWN,
     SOUND_FILE,
-    WORSE,
-    ClipFacts,
+    ClipInfo,
     FileIdentity,
     MediaSource,
     Origin,
@@ -102,7 +102,7 @@ class Recipe:
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
         if source.worse is not None:
-            options[WORSE] = True
+            options[REJECTED] = True
         if self.keeps_sound and table.kind == "video":
             options[SOUND_FILE] = source.sound is not None
             if table.audio == IGNORE:
@@ -163,7 +163,7 @@ class SourcePlan:
     short: str | None = None  # for which target_frames the clip is too short, if it gives other items
     outdated: str | None = None  # why an existing file is made again
     is_other: bool = False  # one was made by another encoder, with other options, or by another program
-    size_changes: tuple[str, ...] = ()  # of `ClipFacts`
+    size_changes: tuple[str, ...] = ()  # of `ClipInfo`
     silent: str | None = None  # why it is cached with silence
 
 
@@ -297,10 +297,10 @@ class Planning:
             return unknown if size is None else self.compare(size, [(0, self.source.num_pictures)])
         clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
-            from dataset.sources.moments import measure_source, whole_span  # few tables have any
+            from dataset.sources.moments import full_span, measure_source  # few tables have any
 
             clip = clip or measure_source(self.source, latent)
-            return self.compare(clip.size, [whole_span(clip, latent.lengths)])
+            return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
@@ -316,10 +316,10 @@ class Planning:
                     return plan
         return unknown
 
-    def _read_recorded_clip(self) -> ClipFacts | None:
+    def _read_recorded_clip(self) -> ClipInfo | None:
         """Return the facts that earlier runs found by decoding the source; None if it has changed since."""
         options = self.recipe.options(self.source)
-        recorded: list[ClipFacts] = []
+        recorded: list[ClipInfo] = []
         for file in self.existing:
             record = self._record_of(file)
             if record is None or record.clip is None:
@@ -332,7 +332,7 @@ class Planning:
                 recorded.append(record.clip)
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
-    def _compare_clip(self, clip: ClipFacts) -> SourcePlan:
+    def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
         """Return the plan of a clip from its known facts."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
@@ -467,7 +467,7 @@ class Planning:
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
-        if self.source.worse is not None and WORSE_LATENTS not in header.keys:
+        if self.source.worse is not None and REJECTED_LATENTS not in header.keys:
             raise OtherKind(f"{path}: it has no latents of its worse one")
         if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
             raise OtherKind(f"{path}: it does not say how many frames make a second")

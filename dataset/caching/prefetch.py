@@ -83,7 +83,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
     """List all sources. captions: read them."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
-    failures = [Failure(table.source, fault.text, table.index, fault.stem or "") for table, fault in skipped]
+    failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
     broken = {table.index for table, _ in skipped}
     complete = [table for table in config.datasets if table.index not in broken]
     return SourceListing(sources, CacheReport(failures=tuple(failures)), complete)
@@ -260,16 +260,16 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
 def fill_batches(
     items: Iterable[T],
     group_of: Callable[[T], object],
-    most_of: Callable[[T], int],
+    max_of: Callable[[T], int],
     bytes_of: Callable[[T], int],
     most_bytes: int,
 ) -> Iterator[list[T]]:
-    """Yield items of one group together, as soon as there are `most_of` them. If all waiting items take more
+    """Yield items of one group together, as soon as there are `max_of` them. If all waiting items take more
     than `most_bytes`, yield the largest group; at the end, yield the rest.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
-        group, most = group_of(item), most_of(item)
+        group, most = group_of(item), max_of(item)
         waiting.setdefault(group, []).append(item)
         del item  # frees its frames before waiting for the next source
         if len(waiting[group]) >= most:

@@ -118,16 +118,16 @@ def _files_of_table(
     empty: list[CaptionFile] = []
     of_table = table.changed(TEXTS)
     for source in sources:
-        pictures: tuple[tuple[Path, Origin | None], ...] = ()
+        images: tuple[tuple[Path, Origin | None], ...] = ()
         shown_source = None
         if source.control and table.texts_see_references:
             shown_source = source
-            pictures = source.parts[1 : 1 + len(source.control)]
+            images = source.parts[1 : 1 + len(source.control)]
         captions = (source.caption, *source.more_captions)
         settings = of_table if shown_source is None else {**of_table, **_list_seen_settings(source)}
         if sight != BLIND:
             shown_source = source
-            pictures = (*pictures, *_list_seen_files(source, sight))
+            images = (*images, *_list_seen_files(source, sight))
             media = source.shown if sight.media else None
             seen = table.sight_settings(sight.clip, media, further_text=source.further_text)
             settings = {**settings, **seen}
@@ -149,7 +149,7 @@ def _files_of_table(
                 pass_over=1 if number else 0,
                 embeds=embeds,
                 source=shown_source,
-                references=pictures,
+                references=images,
                 sight=sight,
             )
             if number:
@@ -166,7 +166,7 @@ def _files_of_table(
                 settings={} if shown_source is None else _list_seen_settings(source),
                 pass_over=2,
                 source=shown_source,
-                references=pictures,
+                references=images,
             )
             empty.append(file)
     if table.caches_empty_prompt and not table.texts_see_references:
@@ -240,9 +240,9 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
     recorded = record.references
     if len(recorded) != len(file.references):
         return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
-    for (path, origin), picture in zip(file.references, recorded, strict=True):
+    for (path, origin), image in zip(file.references, recorded, strict=True):
         try:
-            if not is_unchanged(picture, path, origin):
+            if not is_unchanged(image, path, origin):
                 return f"{path} changed since"
         except OSError as error:  # encoding it says what is wrong
             return str(error)

@@ -57,7 +57,7 @@ from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
 from dataset.sources.remarks import NAMED, find_caption_remarks, warn_cut_captions, warn_of_remarks
-from dataset.subsets import refuse_changing
+from dataset.subsets import reject_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.errors import CacheError, MediaError
@@ -100,7 +100,7 @@ class TextWork:
             self._parts |= {name for name in existing if name.endswith(PART)}
         for table in config.datasets:
             if table.group is not None:
-                refuse_changing(table, table.changes.varying_keys, "texts")
+                reject_changing(table, table.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
         self.not_listed, self.whole_tables = listing.report, listing.complete_tables
@@ -359,7 +359,7 @@ class TextWork:
         )
         marks: Mapping[str, str] = {}  # entries of the file's header that the encoder asks for
         if can_mark(encoder):
-            marks = encoder.cache_metadata(record.caption, [picture.sha256 for picture in references])
+            marks = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
         write(partial(self._write, file, named, encoder.name, record, marks=marks))
 
     def _write(

@@ -31,7 +31,7 @@ from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource
 from dataset.sources.remarks import find_media_remarks, warn_of_remarks
-from dataset.subsets import refuse_changing
+from dataset.subsets import reject_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
@@ -48,7 +48,7 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all faults that make tables unusable for a family."""
-    problems = []
+    errors = []
     spec = sound_of(family)
     learns_sound_alone = spec is not None and spec.is_alone
     with_control = {source.table.index for source in sources if source.control}
@@ -74,9 +74,9 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
         except DatasetError as error:
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
-            problems.append(f"{error}{hint}")
-    if problems:
-        raise DatasetError("\n".join(problems))
+            errors.append(f"{error}{hint}")
+    if errors:
+        raise DatasetError("\n".join(errors))
 
 
 def _check_table(
@@ -90,18 +90,18 @@ def _check_table(
     control clips.
     """
     if table.group is not None:
-        refuse_changing(table, table.augmentation.varying_keys, "latents")
+        reject_changing(table, table.augmentation.varying_keys, "latents")
     # first: given latents ignore the keys that a family's own check would have changed
     if table.gives_latents:
-        from dataset.caching.given import refuse_moments  # few tables have any
+        from dataset.caching.given import reject_moments  # few tables have any
 
-        refuse_moments(family, table)
+        reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
     family.check_table(media_table(table, has_control, bool(companions), shown))
     if companions:
-        from dataset.sources.companions import refuse_companions  # few tables have any
+        from dataset.sources.companions import reject_companions  # few tables have any
 
-        refuse_companions(table, companions)
+        reject_companions(table, companions)
 
 
 def _check_sound(table: DatasetTable, learns_sound_alone: bool) -> None:
@@ -209,12 +209,12 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         sources = [plan.source for plan in to_do]
         recipe = self._recipe
-        faults: list[Fault] = []  # of sources whose rate, order or colours may be wrong
+        errors: list[Fault] = []  # of sources whose rate, order or colours may be wrong
         # source_fps decides, as a file's header may be wrong
         if any(table.stated_fps is not None for table in self._config.datasets):
-            faults += find_wrong_rates(sources)
-        faults += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
-        warn_of_remarks(faults, LISTED)
+            errors += find_wrong_rates(sources)
+        errors += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        warn_of_remarks(errors, LISTED)
         if who is not None:
             self._show(to_do, len(pieces), who)
         of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
@@ -333,11 +333,11 @@ class MediaWork:
             parts=len(entries),
             crc32={},
         )
-        facts = {"width": str(name.size[0]), "height": str(name.size[1])}
+        info = {"width": str(name.size[0]), "height": str(name.size[1])}
         if name.span is not None:
-            facts["frame_count"] = str(name.span[1])
+            info["frame_count"] = str(name.span[1])
         if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
-            facts[FPS] = repr(item.rate)
+            info[FPS] = repr(item.rate)
         stamps = {}
         if self._family.latent.stated:
             stamps["media_fingerprints"] = _join_fingerprints(item.files, self._recipe.parts_of(item.source))
@@ -354,7 +354,7 @@ class MediaWork:
                     file=file,
                     named=tensors,
                     record=record,
-                    facts={**facts, **entry.metadata, **stamps},
+                    facts={**info, **entry.metadata, **stamps},
                 )
             )
             files.append(file)

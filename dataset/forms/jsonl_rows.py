@@ -64,7 +64,7 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
             if line.rstrip().endswith("},"):
                 fault = f"there is a comma after the object. Remove it{hint}"
         if is_first and not isinstance(record, dict):
-            _refuse_other_form(path, line)
+            _reject_other_form(path, line)
         is_first = False
         if fault is None and not isinstance(record, dict):
             fault = f"it is not an object of columns and values{hint}"
@@ -79,7 +79,7 @@ TO_LINES = (
 )
 
 
-def _refuse_other_form(path: Path, line: str) -> None:
+def _reject_other_form(path: Path, line: str) -> None:
     """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
 
     line: not empty, and no object.

@@ -42,33 +42,33 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
             '"a cat"}}'
         )
     listed: dict[Path, dict[str, Path]] = {}
-    pictures: list[Path] = []
+    images: list[Path] = []
     texts: list[str | None] = []
     for key, entry in content.items():
         try:
-            picture = _find_picture(key, table.image_folder, listed)
+            image = _find_image(key, table.image_folder, listed)
             text = _caption(entry, table)
         except (ValueError, OSError) as error:
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
             continue
-        pictures.append(picture)
+        images.append(image)
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
         logger.info(
             "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
-    stems = unique_stems([picture.stem for picture in pictures], [str(picture) for picture in pictures])
+    stems = unique_stems([image.stem for image in images], [str(image) for image in images])
     sources = []
-    for picture, text, stem in zip(pictures, texts, stems, strict=True):
+    for image, text, stem in zip(images, texts, stems, strict=True):
         caption = None if text is None else captions_in(text, table)[0]
         source = MediaSource(
-            path=picture, stem=stem, caption=caption, caption_path=None, control=(), table=table
+            path=image, stem=stem, caption=caption, caption_path=None, control=(), table=table
         )
         sources.append(source)
     return sources
 
 
-def _find_picture(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
+def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
     """Return the picture of a key of a metadata file. Raises ValueError if there is none.
 
     listed: by folder, its pictures by name without suffix; a folder that is missing there is added.

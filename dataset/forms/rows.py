@@ -83,7 +83,7 @@ class RowReader:
         mask = self._part("mask_path", values.get("mask_path"), where)
         layers = self._read_layers(values, where) if self.table.multiple_target else []
         control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
-        worse = self._part("worse_path", values.get("worse_path"), where)
+        rejected = self._part("worse_path", values.get("worse_path"), where)
         source = make_source(
             self.table,
             where=where,
@@ -94,7 +94,7 @@ class RowReader:
             mask=mask,
             references=references,
             control_mask=control_mask,
-            worse=worse,
+            worse=rejected,
             layers=layers,
         )
         sound_path = values.get("audio_path") if self.table.kind == "video" else None
@@ -122,8 +122,8 @@ class RowReader:
         if not isinstance(text, str) or not text.strip():
             hint = self._explain_list(values) if self.is_list else ""
             is_missing = self.is_list or text is None or text == ""
-            problem = "is missing" if is_missing else "is not a path"
-            raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
+            error = "is missing" if is_missing else "is not a path"
+            raise DatasetError(f"{where}: {self.path_column} {error}{hint}")
         check_text(text, f"{where}: {self.path_column}")
         path, remote = self._locate(text, where)
         if remote is None:
@@ -217,16 +217,16 @@ class RowReader:
         if not is_address(text):
             return locate(text, self.base, where), None
         protocol = protocol_of(text)
-        problem = self._find_address_problem(text, protocol)
-        if problem is not None:
-            raise RefusedAddress(problem, f"{where}: {hide_secrets(text)}")
+        error = self._find_address_error(text, protocol)
+        if error is not None:
+            raise RefusedAddress(error, f"{where}: {hide_secrets(text)}")
         if protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
         download = download_folder(self.table) / media_source.local_name(text)
         return download, media_source.Remote(text)
 
-    def _find_address_problem(self, address: str, protocol: str) -> str | None:
+    def _find_address_error(self, address: str, protocol: str) -> str | None:
         """Return the reason why an address is not followed; None if it is."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
@@ -234,9 +234,9 @@ class RowReader:
             return "chains of addresses (::) are not followed"
         if protocol == "file":
             return None
-        from dataset.sources.downloads import protocol_problem  # few tables have addresses
+        from dataset.sources.downloads import protocol_error  # few tables have addresses
 
-        return protocol_problem(protocol)
+        return protocol_error(protocol)
 
     def _read_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         """Return the caption, followed with multi_caption by the texts of the list `captions`."""

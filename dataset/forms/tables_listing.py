@@ -31,7 +31,7 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     """
     path = require_file(table)
     columns = column_names(path)
-    media, caption_column = _choose_columns(table, path_column, columns)
+    media, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
     cells = {}  # by column: finds its files, if it holds files
@@ -53,7 +53,7 @@ class _ReadColumns(NamedTuple):
     caption: str | None  # None: it has none
 
 
-def _choose_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
+def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
     """Return the columns that are read. path_column: as the dataset file has it.
 
     Raises DatasetError if the column of the media, or a column that a key names, is missing.
@@ -63,12 +63,12 @@ def _choose_columns(table: DatasetTable, path_column: str | None, columns: Seque
         "control_column": table.control_column,
         "caption_column": table.caption_column,
     }
-    usual_media = (f"{table.kind}_path", *PATH_COLUMNS)
-    media = path_column or next((name for name in usual_media if name in columns), None)
+    default_media = (f"{table.kind}_path", *PATH_COLUMNS)
+    media = path_column or next((name for name in default_media if name in columns), None)
     if media is None and table.kind not in columns:
-        usual = ", ".join((*usual_media, table.kind))
+        default = ", ".join((*default_media, table.kind))
         raise DatasetError(
-            f"{table.name}: none of the columns {usual} is there. Name the one with the paths: "
+            f"{table.name}: none of the columns {default} is there. Name the one with the paths: "
             f"path_column = ... It has {_shown(columns)}."
         )
     for key, name in named.items():
@@ -92,7 +92,7 @@ def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
     """
     path = table.source
     columns = column_names(path)
-    media, caption = _choose_columns(table, path_column, columns)
+    media, caption = _select_columns(table, path_column, columns)
     read = names_read(table, media, caption or "") - {media}
     control = [name for name in columns if is_control(table, name)]
     unread = [name for name in columns if name not in read and not is_companion(name)]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 FOLDER = "tar_index"  # in the cache directory
-LEAST_SAMPLES = 1000  # fewer are read from their tar each time
+MIN_SAMPLES = 1000  # fewer are read from their tar each time
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
 BLOCK = tarfile.BLOCKSIZE
@@ -97,8 +97,8 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     """
     require_regular_file(tar)
     stat = tar.stat()
-    facts = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
-    made_for = json.dumps(facts, ensure_ascii=False)
+    info = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
+    made_for = json.dumps(info, ensure_ascii=False)
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
@@ -109,7 +109,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     with tar.open("rb", buffering=0) as file:
         index = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
-    if len(index.samples) >= LEAST_SAMPLES and index.damage is None and not index.faults:
+    if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, made_for)
     return index
 
@@ -130,7 +130,7 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    _refuse_compressed(file, tar)
+    _reject_compressed(file, tar)
     index = TarIndex()
     groups: dict[str, _Group] = {}  # by key
     last_key = ""  # of the last member read: a damage may have cut its group
@@ -173,7 +173,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
 _Group = dict[str, Member | str]  # name after the first dot -> place, or text
 
 
-def _refuse_compressed(file: BinaryIO, tar: Path) -> None:
+def _reject_compressed(file: BinaryIO, tar: Path) -> None:
     start = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():

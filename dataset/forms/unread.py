@@ -84,10 +84,10 @@ def find_unread(table: DatasetTable) -> list[Fault]:
                 text = OF_TABLE
             if text is not None:
                 unread[name] = text
-    return _as_faults(path, unread)
+    return _as_errors(path, unread)
 
 
-def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
+def _as_errors(path: Path, unread: Mapping[str, str]) -> list[Fault]:
     """Return the faults of a file. unread: text by column."""
     kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
     lines = [f"{name!r}{text}" for name, text in unread.items()]

@@ -25,7 +25,7 @@ def caption_path(media: Path, extension: str) -> Path:
 
 SHOWN = 60  # characters of a caption in a message
 ANSI = "cp1252"  # what Windows' editor calls ANSI in Western Europe and America
-ANSI_OF_CENTRE = "cp1250"  # and in Central Europe
+ANSI_OF_CENTER = "cp1250"  # and in Central Europe
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # and what it calls Unicode
 NOT_UTF8 = "have a caption that is not UTF-8"
 
@@ -90,7 +90,7 @@ def guess_of_editor(content: bytes) -> "EncodingGuess | None":
     guess = guess_encoding(content)
     if guess is None or guess.encoding == ANSI or content.startswith(UTF_16):
         return guess
-    if guess.encoding == ANSI_OF_CENTRE:  # many letters are the same in both
+    if guess.encoding == ANSI_OF_CENTER:  # many letters are the same in both
         western = content.decode(ANSI, "replace")
         if guess.text == western or not (guess.is_sure or "\ufffd" in western):
             return EncodingGuess(ANSI, western, is_sure=False)
@@ -144,9 +144,9 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
     A JSON object of a model's format has the words around its main text.
     """
     if looks_like_object(caption) and (trigger or prefix or suffix):
-        whole = _complete_object(caption, trigger, prefix, suffix)
-        if whole is not None:
-            return whole
+        full = _complete_object(caption, trigger, prefix, suffix)
+        if full is not None:
+            return full
     caption = add_trigger(caption, trigger)
     if not (prefix or suffix):
         return caption

@@ -236,7 +236,7 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     elsewhere.
     """
     clips = [source for source in sources if has_companions(source) and not source.origins]
-    faults = []
+    errors = []
     step = -(-len(clips) // LOOKED_AT) or 1
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
@@ -246,5 +246,5 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
                     companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
                     clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
                     text = f"{path}: {companion}; its clip {clip}"
-                    faults.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
-    return faults
+                    errors.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
+    return errors

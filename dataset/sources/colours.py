@@ -7,9 +7,9 @@ from pathlib import Path
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
-from modules.media.colours import AS_SHOWN, Colours
+from modules.media.colours import AS_SHOWN, Colors
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.reading import image_suffixes, is_laid_otherwise, media_colours, reordered_images
+from modules.media.reading import image_suffixes, is_laid_otherwise, media_colors, reordered_images
 
 REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
@@ -80,13 +80,13 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
                 return f"{path.name} was read without the mirroring that it states, now with it"
             if as_shown > 1:
                 continue
-            ignored = _formerly_ignored(media_colours(path), keeps, had_profiles=as_shown > 0)
+            ignored = _formerly_ignored(media_colors(path), keeps, had_profiles=as_shown > 0)
             if ignored is not None:
                 return f"{path.name} was read without {ignored}, now with it"
     return None
 
 
-def _formerly_ignored(colours: Colours, keeps_transparent: bool, had_profiles: bool) -> str | None:
+def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
     """Name the part of a file's colours that an earlier version ignored; None if there is none.
 
     keeps_transparent: the colours of transparent pixels are used. had_profiles: the version read profiles.
@@ -102,13 +102,13 @@ def _formerly_ignored(colours: Colours, keeps_transparent: bool, had_profiles: b
     return None
 
 
-def find_colours(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
+def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Return one remark for each file whose pixel values alone do not tell its colours.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
     """
     remarks: dict[tuple[Path, str], Fault] = {}
-    read: dict[Path, Colours] = {}
+    read: dict[Path, Colors] = {}
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
@@ -116,23 +116,23 @@ def find_colours(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> l
             if len(read) == LOOKED_AT and path not in read:
                 return list(remarks.values())
             try:
-                colours = read.get(path) or media_colours(path)
+                colors = read.get(path) or media_colors(path)
             except (MediaError, OSError):
                 continue
-            read[path] = colours
+            read[path] = colors
             source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
             keeps = control_keeps if number else source_keeps
-            kinds = _describe(colours, keeps)
+            kinds = _describe(colors, keeps)
             # GIF and WebP files in a folder of pictures are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
-            if colours.is_animated and source.table.kind == "image" and not is_named:
+            if colors.is_animated and source.table.kind == "image" and not is_named:
                 kinds[MOVING] = ""
             for kind, text in kinds.items():
                 remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
     return list(remarks.values())
 
 
-def _describe(colours: Colours, keeps_transparency: bool) -> dict[str, str]:
+def _describe(colours: Colors, keeps_transparency: bool) -> dict[str, str]:
     """Return remarks on the colours of a file: its kind, and a text behind the path."""
     remarks = {}
     if colours.is_transparent and not keeps_transparency:

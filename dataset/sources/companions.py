@@ -126,7 +126,7 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
     return stem, int(number)
 
 
-def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
+def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError for references, and masks of controls, that the model does not take.
 
     sources: those of the table that have some.

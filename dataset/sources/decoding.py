@@ -26,15 +26,15 @@ from dataset.sources.frames import (
     resample_indices,
     spans,
 )
-from dataset.sources.media_source import ClipFacts, FileIdentity, MediaSource
+from dataset.sources.media_source import ClipInfo, FileIdentity, MediaSource
 from dataset.sources.references import fit_reference, read_reference
 from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.errors import MediaError
-from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
+from modules.media.augmenting import change_colors, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
 from modules.media.decoding import is_animation
-from modules.media.lengths import USUAL_LENGTHS, ClipLengths
+from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.reading import (
     Frame,
     FrameSizes,
@@ -53,7 +53,7 @@ NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
 LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
 DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
-SMALL_PICTURE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
+SMALL_IMAGE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
 
 
 class ByteBudget:
@@ -104,7 +104,7 @@ class DecodedMedia:
     worse: Clip | None = None  # of the worse one, like `frames`
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
     # what the records of its caches say
-    clip: ClipFacts | None = None
+    clip: ClipInfo | None = None
     files: tuple[FileIdentity, ...] = ()
     rate: float | None = None  # frames per second, for models that take the rate
     sound: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
@@ -113,8 +113,8 @@ class DecodedMedia:
     @property
     def arrays(self) -> tuple[Any, ...]:
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
-        worse = [] if self.worse is None else [self.worse]
-        return (self.frames, *self.control, *masks, *self.references, *worse, *self.moments)
+        rejected = [] if self.worse is None else [self.worse]
+        return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
 
     @property
     def group(self) -> tuple[object, ...]:
@@ -163,7 +163,7 @@ def decode_source(
     source: MediaSource,
     fps: float,
     step: int = 16,
-    lengths: ClipLengths = USUAL_LENGTHS,
+    lengths: ClipLengths = DEFAULT_LENGTHS,
     numbers: random.Random | None = None,
     keeps_alpha: bool = False,
     has_alpha: bool = False,
@@ -230,9 +230,9 @@ def _decode_clip(
         companions = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
         size_changes += companions.pop("size_changes")
     if found_spans and here.worse is not None:
-        from dataset.sources.pairs import read_worse_clip  # few clips have any
+        from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
-        companions["worse"] = read_worse_clip(here, size, bucket, count=count, fps=fps, clock=clock)
+        companions["worse"] = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     # decoding stops early where there are enough: then there may be more
     complete = enough is None or count < enough
     return DecodedMedia(
@@ -244,7 +244,7 @@ def _decode_clip(
         reason=reason,
         control=tuple(control),
         mask=mask,
-        clip=ClipFacts(size, count, complete, size_changes=tuple(size_changes)),
+        clip=ClipInfo(size, count, complete, size_changes=tuple(size_changes)),
         **companions,
     )
 
@@ -287,7 +287,7 @@ def planned_bytes(source: MediaSource) -> int:
         with contextlib.suppress(MediaError, OSError):
             width, height = image_size(path)
             total += width * height * DECODED_COPIES
-    return total if total > SMALL_PICTURE else 0
+    return total if total > SMALL_IMAGE else 0
 
 
 def _decode_image(
@@ -303,15 +303,15 @@ def _decode_image(
         fit = _draw_crop(source, size, fit, numbers)
         is_mirrored = table.augmentation.flip and numbers.random() < 0.5
         if table.augmentation.color:
-            image = change_colours(image, numbers)
+            image = change_colors(image, numbers)
 
     def place(picture: Frame) -> Frame:
-        picture_size = (picture.shape[1], picture.shape[0])
+        image_size = (picture.shape[1], picture.shape[0])
         if table.buckets is None:
-            picture_fit = fit_cover(picture_size, fit.bucket)
+            image_fit = fit_cover(image_size, fit.bucket)
         else:
-            picture_fit = fit_like(fit, picture_size, size)
-        placed = fit_frame(picture, picture_fit)
+            image_fit = fit_like(fit, image_size, size)
+        placed = fit_frame(picture, image_fit)
         return mirror(placed) if is_mirrored else placed
 
     control = _read_controls(
@@ -344,7 +344,7 @@ def _decode_image(
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
     if source.worse is not None:
-        companions["worse"] = _read_worse(source, size, place=place, has_alpha=has_alpha)
+        companions["worse"] = _read_rejected(source, size, place=place, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -383,14 +383,14 @@ def _read_controls(
     return references
 
 
-def _read_worse(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
+def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
     """Read the worse picture of a pair, 1 H W C. size: of the better one, before it is placed."""
     from dataset.sources.pairs import require_equal_size  # few pictures have any
 
     assert source.worse is not None
-    worse = read_image(source.worse, has_alpha and not source.table.alpha_mask)
-    require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
-    placed = place(worse)
+    rejected = read_image(source.worse, has_alpha and not source.table.alpha_mask)
+    require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
+    placed = place(rejected)
     return (add_alpha(placed) if has_alpha else placed)[None]
 
 
@@ -415,15 +415,15 @@ def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool
     """Read a control image, 1 H W 3 or 4: alpha is kept apart from the colours, because Pillow would darken
     the colours by it, and generation does not.
     """
-    colours, alpha = split_alpha(read_image(path, keeps_alpha))
-    channels = [place(colours)]
+    colors, alpha = split_alpha(read_image(path, keeps_alpha))
+    channels = [place(colors)]
     if alpha is not None:
         channels.append(place(alpha)[..., None])
     return np.concatenate(channels, axis=2)[None]
 
 
 def plan_source(
-    source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = USUAL_LENGTHS
+    source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = DEFAULT_LENGTHS
 ) -> DecodedMedia:
     """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
 
@@ -515,9 +515,9 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
             # no other reference to the array exists yet
             room = count + max(GROWTH, count // 4)
             clip.resize((room, height, width, 3), refcheck=False)
-        colours, alpha = (frame, None) if frame.shape[2] == 3 else split_alpha(frame)
+        colors, alpha = (frame, None) if frame.shape[2] == 3 else split_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
-        clip[count] = resize_cover(colours, bucket)
+        clip[count] = resize_cover(colors, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
     return clip, _stack_alphas(alphas)

@@ -33,7 +33,7 @@ HTTP = frozenset({"http", "https"})
 
 
 @lru_cache(maxsize=256)
-def protocol_problem(protocol: str) -> str | None:
+def protocol_error(protocol: str) -> str | None:
     """Return the reason why addresses of a protocol cannot be read, with the remedy; None if they can."""
     if protocol in HTTP:
         return None
@@ -67,7 +67,7 @@ def download(
     if target.is_file():
         return
     protocol, shown = protocol_of(address), hide_secrets(address)
-    problem = protocol_problem(protocol)
+    problem = protocol_error(protocol)
     if problem is not None:
         raise MediaError(f"{shown}: {problem}")
     ask = functools.partial(ask_http if protocol in HTTP else _ask_filesystem, address)
@@ -176,7 +176,7 @@ def find_remote(pattern: str) -> list[str]:
     Raises MediaError if they cannot be listed.
     """
     shown, protocol = hide_secrets(pattern), protocol_of(pattern)
-    problem = protocol_problem(protocol)
+    problem = protocol_error(protocol)
     if problem is not None:
         raise MediaError(f"{shown}: {problem}")
     import fsspec

@@ -27,7 +27,7 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
 from modules.media.decoding import is_animation
-from modules.media.lengths import USUAL_LENGTHS, ClipLengths
+from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.opening import open_video
 from modules.media.reading import Frame, MaskLook, read_mask
 
@@ -37,7 +37,7 @@ TOLERANCE = 0.02  # of a rate: 29.97 is 30
 LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 
 
-def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = USUAL_LENGTHS) -> tuple[Span, ...]:
+def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
     lengths: of the family, to which "full" rounds down. Spans are sorted by target, then by start, without
@@ -96,15 +96,15 @@ def media_table(
     shown: tuple[tuple[ShownMedium, ...], ...] = (),
 ) -> MediaTable:
     """Return the facts about a table that families check."""
-    is_whole = table.frame_extraction == "full"
-    has_targets = table.kind == "video" and not is_whole
+    is_full = table.frame_extraction == "full"
+    has_targets = table.kind == "video" and not is_full
     return MediaTable(
         name=table.name,
         kind=table.kind,
         has_control=has_control,
         has_references=has_references,
         target_frames=table.target_frames if has_targets else (),
-        max_frames=table.max_frames if table.kind == "video" and is_whole else None,
+        max_frames=table.max_frames if table.kind == "video" and is_full else None,
         window=table.fp_latent_window_size,
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,
@@ -204,17 +204,17 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
     step = -(-len(clips) // LOOKED_AT) or 1
     kind = 'clips have another rate than source_fps says; write source_fps = "auto"'
-    faults = []
+    errors = []
     for source in clips[::step]:
         try:
             rate = None if source.tensors is not None else file_rate(source.path)
         except (MediaError, OSError):
             continue
-        fault = compare_rates(rate, source.table.source_fps, 1.0)
-        if fault is not None:
-            text = f"{source.path}: {rate or 0:.4g} frames a second; {fault}"
-            faults.append(Fault(kind, text, source.stem))
-    return faults
+        error = compare_rates(rate, source.table.source_fps, 1.0)
+        if error is not None:
+            text = f"{source.path}: {rate or 0:.4g} frames a second; {error}"
+            errors.append(Fault(kind, text, source.stem))
+    return errors
 
 
 FAR = 2.0  # times by which a clip is faster or slower than a model sees others
@@ -232,7 +232,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
         has_rate = table.kind == "video" and not table.is_of_sound and source.tensors is None
         if has_rate and table.source_fps is None and not source.origins:
             clips.append(source)
-    faults = []
+    errors = []
     step = -(-len(clips) // LOOKED_AT) or 1
     for source in clips[::step]:
         try:
@@ -241,8 +241,8 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
             continue
         if rate and not 1 / FAR <= rate / fps <= FAR:
             text = f"{source.path}: {rate:.4g} frames a second, the model takes {fps:g}; "
-            faults.append(Fault(FAR_RATES, f"{text}{compare_rates(rate, None, fps)}", source.stem))
-    return faults
+            errors.append(Fault(FAR_RATES, f"{text}{compare_rates(rate, None, fps)}", source.stem))
+    return errors
 
 
 FAR_RATES = 'clips have a rate far from that of the model; source_fps = "auto" plays them at their speed'
@@ -255,7 +255,7 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 
     place: resizes and crops it like its picture.
     """
-    mask = _grey(path, read_mask(path), place, size)
+    mask = _gray(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
@@ -270,7 +270,7 @@ def read_moving(
     opacities: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
         on_white, opacity = look.add(frame)
-        masks.append(_grey(path, on_white, place, size))
+        masks.append(_gray(path, on_white, place, size))
         opacities.append(place(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
     masks = opacities if look.is_drawn else masks
     masks += [masks[-1]] * (num_frames - len(masks))
@@ -294,7 +294,7 @@ def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Te
     return torch.cat(parts).half()
 
 
-def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
+def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
     if not is_of_shape((width, height), size):
         raise MediaError(
@@ -326,10 +326,10 @@ def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | N
     sizes = _sizes_of_buckets(table, step)
     try:
         if rule is None:
-            return buckets.choose_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
+            return buckets.select_bucket(size, sizes, area, step, no_upscale=table.bucket_no_upscale)
         if table.bucket_no_upscale:
             return buckets.fit_without_enlarging(size, area, rule.step).bucket
-        return buckets.choose_image_bucket(size, sizes)
+        return buckets.select_image_bucket(size, sizes)
     except ValueError as error:
         raise MediaError(f"{path or 'an image'} is too small: {error}") from None
 

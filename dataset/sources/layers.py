@@ -18,20 +18,20 @@ def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
 
     has_layers: Whether the latents of the model have them. who: The model, for messages.
     """
-    problems = []
+    errors = []
     for table in config.datasets:
         if table.multiple_target and not has_layers:
-            problems.append(
+            errors.append(
                 f"{table.name}: multiple_target = true: {who} learns no layers. Leave it out, or train "
                 "Qwen-Image with --model_version layered"
             )
         elif has_layers and not table.multiple_target:
-            problems.append(
+            errors.append(
                 f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
-    if problems:
-        raise DatasetError("\n".join(problems))
+    if errors:
+        raise DatasetError("\n".join(errors))
 
 
 def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
@@ -58,16 +58,16 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
         else:  # a layer of a layer: it is a picture by itself, which then lacks layers
             by_stem.setdefault(layer.stem, [])
     wholes = [path for path in paths if path.stem in by_stem]
-    return {whole: tuple(sorted(by_stem[whole.stem], key=_number_of)) for whole in wholes}
+    return {full: tuple(sorted(by_stem[full.stem], key=_number_of)) for full in wholes}
 
 
 def _number_of(layer: Path) -> int:
     return int(layer.stem.rpartition("_")[2])
 
 
-def find_layer_faults(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
+def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
     """Return a fault for each picture without layers, and for two layers of one number."""
-    faults = []
+    errors = []
     kind = f"problems with the layers of {table.name}"
     for source in sources:
         numbers = [layer.stem for layer in source.layers]
@@ -76,13 +76,13 @@ def find_layer_faults(table: DatasetTable, sources: Iterable[MediaSource]) -> li
             text = f"{source.path}: it has no layers, such as {example}"
             if table.directory and source.stem.rpartition("_")[2].isdecimal():
                 text += ". It is no layer itself: it has a caption, or there is no picture without its number"
-            faults.append(Fault(kind, text, source.stem))
+            errors.append(Fault(kind, text, source.stem))
         elif table.directory and len(set(numbers)) < len(numbers):
             doubled = next(stem for stem in numbers if numbers.count(stem) > 1)
-            faults.append(
+            errors.append(
                 Fault(kind, f"{source.path}: two files are called {doubled}. Keep one", source.stem)
             )
-    return faults
+    return errors
 
 
 def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]) -> list[Frame]:

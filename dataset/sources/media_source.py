@@ -22,7 +22,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
-CLIP_REFERENCES, CONTROL_MASK, WORSE, LAYERS = "references", "control_mask", "worse", "layers"
+CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
 # likewise: that sound is from a file of its own; what is shown, in order
 SOUND_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference pictures and gets none
@@ -152,7 +152,7 @@ class FileIdentity:
 
 
 @dataclass(frozen=True)
-class ClipFacts:
+class ClipInfo:
     """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
 
     # width, height of the original; of given latents that of the clip that moments stand for
@@ -291,20 +291,20 @@ class Fault:
     ends_run: bool = True  # False: what it concerns is skipped, and counted at the end
 
 
-def raise_faults(faults: Sequence[Fault]) -> None:
+def raise_errors(faults: Sequence[Fault]) -> None:
     """Raise DatasetError with all faults by kind, if there are any that end a run."""
-    faults = [fault for fault in faults if fault.ends_run]
+    faults = [error for error in faults if error.ends_run]
     if len(faults) == 1 and faults[0].text.endswith("."):
         raise DatasetError(faults[0].text)
     if faults:
-        raise DatasetError("\n".join(list_faults(faults, LISTED)))
+        raise DatasetError("\n".join(list_errors(faults, LISTED)))
 
 
-def list_faults(faults: Iterable[Fault], most: int) -> list[str]:
+def list_errors(faults: Iterable[Fault], most: int) -> list[str]:
     """Return lines: each kind with its count, then its first `most` faults."""
     by_kind: dict[str, list[str]] = {}
-    for fault in faults:
-        by_kind.setdefault(fault.kind, []).append(fault.text)
+    for error in faults:
+        by_kind.setdefault(error.kind, []).append(error.text)
     lines = []
     for kind, texts in by_kind.items():
         lines += [f"{count_words(len(texts), kind)}:", *(f"  {text}" for text in texts[:most])]

@@ -15,7 +15,7 @@ from torch import Tensor
 from checkpoints.containers import load_pickled
 from contract.data import LatentSpec
 from dataset.sources.frames import Span
-from dataset.sources.media_source import ClipFacts, MediaSource
+from dataset.sources.media_source import ClipInfo, MediaSource
 from modules.atomic_write import write_text
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.media.lengths import ClipLengths
@@ -26,7 +26,7 @@ PREPARED = "reelsmith_prepared.json"
 VERSION = 1
 
 
-def whole_span(clip: ClipFacts, lengths: ClipLengths) -> Span:
+def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
     """Return the span of the only item in moments: all frames that fit a length of the family."""
     return (0, lengths.fit(clip.kept_frames))
 
@@ -78,7 +78,7 @@ def explain_channels(channels: int, latent: LatentSpec) -> str:
     )
 
 
-def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
+def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     """Return the facts of the clip that moments 2C F h w were made from.
 
     If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
@@ -94,10 +94,10 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
             f"{latent.pixel_step}"
         )
     num_frames = count * step if count % 2 == 0 else (count - 1) * step + 1
-    return ClipFacts((width, height), num_frames)
+    return ClipInfo((width, height), num_frames)
 
 
-def measure_source(source: MediaSource, latent: LatentSpec) -> ClipFacts:
+def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
     """Return the clip of a source with tensors, from the header of its file. Raises as `read_moments`."""
     assert source.tensors is not None
     path = source.tensors.moments

@@ -20,7 +20,9 @@ from modules.option_values import as_shape
 Clip = NDArray[np.uint8]  # F H W C
 
 
-def add_worse(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+def add_rejected(
+    table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]
+) -> list[MediaSource]:
     """Add to a folder's sources the files of the same name in the table's worse_directory.
 
     `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files of one
@@ -30,7 +32,7 @@ def add_worse(table: DatasetTable, sources: Sequence[MediaSource], faults: list[
     assert folder is not None
     kind = f"problems with worse_directory of {table.name}"
     try:
-        by_stem = _worse_by_stem(table, folder)
+        by_stem = _rejected_by_stem(table, folder)
     except DatasetError as error:
         faults.append(Fault(kind, str(error)))
         return list(sources)
@@ -48,7 +50,7 @@ def add_worse(table: DatasetTable, sources: Sequence[MediaSource], faults: list[
     return paired
 
 
-def _worse_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
+def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
     for entry in list_entries(folder, "worse_directory"):
@@ -61,16 +63,16 @@ def _worse_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
     return by_stem
 
 
-def require_equal_size(source: MediaSource, size: Size, worse_size: Size) -> None:
+def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:
     """Raise MediaError if the worse one of a source has another width or height in pixels."""
-    if size != worse_size:
+    if size != rejected_size:
         raise MediaError(
             f"{source.path} has {as_shape(size)} pixels, its worse one, {source.worse}, has "
-            f"{as_shape(worse_size)}: both of a pair need one size. Make both alike"
+            f"{as_shape(rejected_size)}: both of a pair need one size. Make both alike"
         )
 
 
-def read_worse_clip(
+def read_rejected_clip(
     here: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
 ) -> Clip:
     """Read the worse clip of a fetched clip, at the times of its frames: as many, F H W 3.

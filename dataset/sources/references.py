@@ -16,7 +16,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
-from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover, fit_within
+from modules.media.buckets import Fit, Size, bucket_sizes, fit_cover, fit_within, select_bucket
 from modules.media.reading import Frame, add_alpha, fit_frame, image_size, read_image
 
 logger = logging.getLogger(__name__)
@@ -113,14 +113,14 @@ def read_reference(
     keeps its size or shape too. Raises MediaError if it cannot be used.
     """
     try:
-        picture = read_image(path, has_alpha)
-        fit = fit_reference(source.table, (picture.shape[1], picture.shape[0]), path, bucket)
+        image = read_image(path, has_alpha)
+        fit = fit_reference(source.table, (image.shape[1], image.shape[0]), path, bucket)
     except MediaError as error:
         raise explain_reference(source, error) from error
     if fit is None:
-        placed = place(picture)
+        placed = place(image)
     else:
-        placed = fit_frame(picture, fit)
+        placed = fit_frame(image, fit)
         placed = mirror(placed) if is_mirrored else placed
     return (add_alpha(placed) if has_alpha else placed)[None]
 
@@ -183,5 +183,5 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
         sizes = _bucket_sizes(*resolution, step)
     except ValueError as error:
         raise DatasetError(f"{table.name}: control_resolution: {error}. Enlarge it.") from None
-    chosen = choose_bucket(size, sizes, resolution[0] * resolution[1], step, no_upscale=False)
+    chosen = select_bucket(size, sizes, resolution[0] * resolution[1], step, no_upscale=False)
     return fit_cover(size, chosen)

@@ -11,9 +11,9 @@ from contract.family import TextEncoder
 from contract.rules import CountTokens
 from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, lines_of
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colours, find_reordered
+from dataset.sources.colours import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
-from dataset.sources.media_source import Fault, MediaSource, list_faults
+from dataset.sources.media_source import Fault, MediaSource, list_errors
 from dataset.sources.references import find_equal_references
 from dataset.sources.wildcards import fill_wildcards, has_choice
 from modules.control_codes import escape_control_codes
@@ -59,7 +59,7 @@ def find_media_remarks(
         from dataset.sources.companions import find_moving_references  # few tables have any
 
         remarks += find_moving_references(sources)
-    return remarks + find_colours(sources, latent.keeps_alpha)
+    return remarks + find_colors(sources, latent.keeps_alpha)
 
 
 # --- captions
@@ -163,4 +163,4 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 def warn_of_remarks(remarks: Sequence[Fault], most: int) -> None:
     """Log remarks as one warning. most: how many of each kind are named."""
     if remarks:
-        logger.warning("%s", escape_control_codes("\n".join(list_faults(remarks, most))))
+        logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, most))))

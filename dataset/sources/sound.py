@@ -19,9 +19,9 @@ from modules.errors import MediaError
 from modules.limits import MAX_FRAMES
 from modules.media.decoding import is_animation
 from modules.media.reading import Frame
-from modules.media.samples import read_track, track_facts
+from modules.media.samples import read_track, track_info
 
-MOST_OPENED = 200  # clips, of each table: headers of some milliseconds each
+MAX_OPENED = 200  # clips, of each table: headers of some milliseconds each
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 
@@ -92,14 +92,14 @@ def count_frames(path: Path, fps: float) -> int:
     Raises MediaError if there is no sound, if it is shorter than a frame, or if the file does not state its
     length.
     """
-    facts = track_facts(path)
-    if facts is None or facts.end is None:
-        why = "it has no track of sound" if facts is None else "it is empty, or does not say how long it is"
+    info = track_info(path)
+    if info is None or info.end is None:
+        why = "it has no track of sound" if info is None else "it is empty, or does not say how long it is"
         raise MediaError(f"{path}: {why}. Convert it to WAV or FLAC, or take it out")
-    count = int(facts.end * Fraction(fps))
+    count = int(info.end * Fraction(fps))
     if not 0 < count <= MAX_FRAMES:
-        fault = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
-        raise MediaError(f"{path}: its sound is {fault}. Take it out")
+        error = "days long, says its header" if count > 0 else f"shorter than a frame, {1 / fps:.2g} s"
+        raise MediaError(f"{path}: its sound is {error}. Take it out")
     return count
 
 
@@ -109,7 +109,7 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
     return ((black, number, number / fps) for number in range(count_frames(path, fps)))
 
 
-def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
+def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have sound although none is cached.
 
     silent: stems of clips without cached sound. At most MOST_OPENED files are opened, none is downloaded, and
@@ -117,12 +117,12 @@ def list_unheard(sources: Iterable[MediaSource], silent: Collection[str]) -> lis
     """
     local = (source for source in sources if source.stem in silent and not any(source.origins))
     unheard = []
-    for source in itertools.islice(local, MOST_OPENED):
+    for source in itertools.islice(local, MAX_OPENED):
         with contextlib.suppress(MediaError, OSError):
             if not source.path.exists():
                 continue
             _, origin = source.sound or (None, None)
-            if origin is None and track_facts(find_sound(source)) is not None:
+            if origin is None and track_info(find_sound(source)) is not None:
                 unheard.append(source.path)
     return unheard
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
 _BRACES = re.compile(r"(\{++|\}++)")
-_MOST_NESTED = 100  # choices in one another; a limit on time, which grows with its square
+_MAX_NESTED = 100  # choices in one another; a limit on time, which grows with its square
 _BAR = "\0"  # stands for a bar that is literal; no caption holds this character
 
 
@@ -35,7 +35,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     groups = [_OpenChoice(0)]  # the first is the text outside of all braces
     lone_braces = 0
     for piece in _BRACES.split(text):
-        if piece.startswith("{") and len(groups) > _MOST_NESTED:
+        if piece.startswith("{") and len(groups) > _MAX_NESTED:
             lone_braces += 1
             groups[-1].pieces.append(piece)
         elif piece.startswith("{"):

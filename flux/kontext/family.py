@@ -10,16 +10,16 @@ from torch import Tensor
 
 from checkpoints.dits import DitHeader
 from contract import data
-from contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
+from contract.family import DitSpec, Family, NoiseSpec, count_image_tokens
 from contract.requests import Prepared
 from contract.rules import ModelRelease, ReferenceRules
 from encoders.clip_l import CLIP_L
-from encoders.pictures import GUIDANCE, picture_defaults, references_of
+from encoders.pictures import GUIDANCE, image_defaults, references_of
 from encoders.t5 import USE
 from flux.configs import DEV, FLUX_DEV, PATCH, FluxConfig
 from flux.family import Flux
 from flux.files import NAMES, FluxFiles
-from flux.kontext.options import GUIDANCE as USUAL_GUIDANCE
+from flux.kontext.options import GUIDANCE as DEFAULT_GUIDANCE
 from flux.kontext.options import (
     NAME,
     KontextGenerationOptions,
@@ -29,9 +29,9 @@ from flux.kontext.options import (
     KontextTrainingOptions,
 )
 from flux.spec import FLUX_DIT, LATENT
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import OptionError
-from modules.media.buckets import Size, choose_image_bucket
+from modules.media.buckets import Size, select_image_bucket
 from modules.media.pixels import byte_clips
 from modules.speed_options import text_form
 
@@ -60,9 +60,9 @@ KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-
 # a LoRA leaves out modulations unless they are asked for, as the known tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
 # --discrete_flow_shift is for --timestep_sampling shift
-KONTEXT_NOISE = NoiseSpec(tokens=count_picture_tokens)
+KONTEXT_NOISE = NoiseSpec(tokens=count_image_tokens)
 KONTEXT_LATENT = replace(LATENT, npz=None, flat_in_caches=True)
-GENERATION = picture_defaults(25, 1.0, 256, embedded_guidance=USUAL_GUIDANCE)
+GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class KontextFiles(FluxFiles):
             t5xxl_tokenizer=options.text_encoder1_tokenizer,
             clip_l=options.text_encoder2,
             clip_l_tokenizer=options.text_encoder2_tokenizer,
-            text_dtype=choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
+            text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             t5_form=text_form(options),
         )
 
@@ -183,7 +183,7 @@ class Kontext(Flux):
         frame = read_image(path)
         height, width = frame.shape[:2]
         if self.resizes_references:
-            size = choose_image_bucket((width, height), TRAINED_SIZES)
+            size = select_image_bucket((width, height), TRAINED_SIZES)
             frame = resize_frame(frame, size, "none" if size == (width, height) else "lanczos")
         else:
             step = self.references.step

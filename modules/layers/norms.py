@@ -102,15 +102,15 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-class CentredRMSNorm(RMSNorm):
-    """`RMSNorm` whose files hold how far the weight is from 1. Computes as `CentredNorm`."""
+class CenteredRMSNorm(RMSNorm):
+    """`RMSNorm` whose files hold how far the weight is from 1. Computes as `CenteredNorm`."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return centred_norm(x, self.weight, self.eps)
+        return centered_norm(x, self.weight, self.eps)
 
 
 class ScaleNorm(nn.Module):
@@ -125,7 +125,7 @@ class ScaleNorm(nn.Module):
         return rms_norm(x, self.scale, self.eps)
 
 
-class CentredNorm(ScaleNorm):
+class CenteredNorm(ScaleNorm):
     """`ScaleNorm` whose files hold how far the scale is from 1. Computes in float32: 16 bits would cut it."""
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -133,10 +133,10 @@ class CentredNorm(ScaleNorm):
         nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return centred_norm(x, self.scale, self.eps)
+        return centered_norm(x, self.scale, self.eps)
 
 
-def centred_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x. scale: C."""
     return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 

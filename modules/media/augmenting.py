@@ -13,8 +13,8 @@ import numpy as np
 from modules.media.buckets import Fit, Size, how_to_resize
 from modules.media.reading import Frame
 
-COLOUR_RATE = 1 / 3  # of pictures whose colours change, as image trainers do it
-MOST_HUE = 8  # of 180 steps of a colour wheel, either way
+COLOR_RATE = 1 / 3  # of pictures whose colours change, as image trainers do it
+MAX_HUE = 8  # of 180 steps of a colour wheel, either way
 GAMMAS = (0.95, 1.05)
 
 _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
@@ -30,12 +30,12 @@ class Face:
     height: int
 
 
-def change_colours(frame: Frame, numbers: random.Random) -> Frame:
+def change_colors(frame: Frame, numbers: random.Random) -> Frame:
     """Return the picture; with probability COLOUR_RATE, with its hue turned or its gamma changed a little."""
-    if numbers.random() >= COLOUR_RATE:
+    if numbers.random() >= COLOR_RATE:
         return frame
     if numbers.random() < 0.5:
-        turn = numbers.uniform(-MOST_HUE, MOST_HUE)
+        turn = numbers.uniform(-MAX_HUE, MAX_HUE)
         hsv = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + turn) % 180
         changed = np.minimum(np.rint(hsv), 255).astype(np.uint8)

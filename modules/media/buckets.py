@@ -39,7 +39,7 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
-def choose_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
+def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
     """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
     no_upscale: a picture with at most `area` pixels keeps its own size, rounded down to multiples of `step`.
@@ -104,7 +104,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
     return tuple(sorted(sizes))
 
 
-def choose_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
+def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
     if size in sizes:
         return size
     aspect = size[0] / size[1]

@@ -30,7 +30,7 @@ AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 # Pillow's modes that count as grey when a profile is chosen. Browsers let profiles of RGB count for grey
 # pictures too
-_GREY = frozenset({"1", "L", "LA", "La"})
+_GRAY = frozenset({"1", "L", "LA", "La"})
 _LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
 _SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
 _NEAR = 0.05  # how far the product of gAMA and _SCREEN may be from 1
@@ -58,7 +58,7 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 
 
 @dataclass(frozen=True)
-class Colours:
+class Colors:
     """Facts that a picture or a clip states about its colours."""
 
     is_transparent: bool  # somewhere
@@ -80,12 +80,12 @@ class _Profile:
 
 def upright(file: Image.Image) -> Image.Image:
     """Turn an opened picture as its EXIF orientation says, and return it."""
-    _note_facts(file)
+    _note_info(file)
     ImageOps.exif_transpose(file, in_place=True)  # without a copy of its pixels
     return file
 
 
-def _note_facts(file: Image.Image) -> None:
+def _note_info(file: Image.Image) -> None:
     """Add to `info` the facts that Pillow ignores or misreads, before it reads the pixels."""
     tile = getattr(file, "tile", None)
     key = file.info.get("transparency")
@@ -112,17 +112,17 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
     keeps_alpha = alpha and _may_be_transparent(image)
     pixels = np.empty((image.height, image.width, 4 if keeps_alpha else 3), np.uint8)
     for rows, band in split_bands(image):
-        colours = _convert_to_srgb(path, band)
+        colors = _convert_to_srgb(path, band)
         opacity = _read_opacity(band)
         if opacity is None:
-            pixels[rows] = colours
+            pixels[rows] = colors
         elif keeps_alpha:
-            pixels[rows, :, :3] = colours
+            pixels[rows, :, :3] = colors
             pixels[rows, :, 3] = opacity
         elif int(opacity.min()) == 255:
-            pixels[rows] = colours
+            pixels[rows] = colors
         else:
-            pixels[rows] = _blend_rows(np.dstack([colours, opacity]))
+            pixels[rows] = _blend_rows(np.dstack([colors, opacity]))
     return pixels
 
 
@@ -146,8 +146,8 @@ def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
     transform = code_transform(frame)
     if transform is None:
         return pixels
-    colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
-    return np.dstack([np.asarray(ImageCms.applyTransform(colours, transform)), pixels[..., 3:]])
+    colors = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
+    return np.dstack([np.asarray(ImageCms.applyTransform(colors, transform)), pixels[..., 3:]])
 
 
 def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
@@ -162,18 +162,18 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
     return None if content is None else _transform(_Profile(content, "RGB", Path()))[0]
 
 
-def look_at(path: Path, file: Image.Image) -> Colours:
+def look_at(path: Path, file: Image.Image) -> Colors:
     """Return the facts about an opened picture's colours. Pixels are read only if it may be transparent."""
-    _note_facts(file)
+    _note_info(file)
     profile = _find_profile(path, file)
-    transform, fault = (None, None) if profile is None else _transform(profile)
+    transform, error = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _make_curve(file.info) is not None)
     transfer = file.info.get(_CICP, (0, 0))[1]
     is_transparent = _may_be_transparent(file) and any(map(_has_clear_pixels, _list_bands(file)))
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
     is_animated = file.format in _ANIMATED_FORMATS and bool(getattr(file, "is_animated", False))
-    return Colours(
-        is_transparent, is_converted, fault, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
+    return Colors(
+        is_transparent, is_converted, error, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
     )
 
 
@@ -222,18 +222,18 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colours of a picture as sRGB, H W 3, also below transparent pixels."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
         info = image.info
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        image = Image.fromarray(~grey if _INVERTED in info else grey)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        image = Image.fromarray(~gray if _INVERTED in info else gray)
         image.info = info
     profile = _find_profile(path, image)
     transform = None if profile is None else _transform(profile)[0]
     if profile is not None and transform is not None:
         return np.array(ImageCms.applyTransform(_in_mode(image, profile.mode), transform))
-    colours = _in_mode(image, "RGB")
+    colors = _in_mode(image, "RGB")
     curve = _make_curve(image.info) if profile is None else None
     if curve is not None:
-        colours = colours.point(curve * 3)
-    return np.array(colours)
+        colors = colors.point(curve * 3)
+    return np.array(colors)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -258,7 +258,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
         return None if content is None else _Profile(content, "RGB", path)
     content = image.info.get("icc_profile")
     if content:
-        return _Profile(content, _choose_mode(image.mode, content), path)
+        return _Profile(content, _select_mode(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
@@ -267,10 +267,10 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     return None if content is None else _Profile(content, "RGB", path)
 
 
-def _choose_mode(mode: str, profile: bytes) -> str:
+def _select_mode(mode: str, profile: bytes) -> str:
     """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
-    is_grey = mode in _GREY or mode.startswith("I;16")
-    if is_grey and profile[16:20] != b"RGB ":
+    is_gray = mode in _GRAY or mode.startswith("I;16")
+    if is_gray and profile[16:20] != b"RGB ":
         return "L"
     return "CMYK" if mode == "CMYK" else "RGB"
 
@@ -382,9 +382,9 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
     else:
         curve = b"para" + bytes(8) + _encode_fixed([1 / (gamma or 1)])
     tags = {b"wtpt": _encode_xyz(_D50)}
-    for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
-        tags[letter + b"XYZ"] = _encode_xyz(colorant)
-        tags[letter + b"TRC"] = curve
+    for character, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
+        tags[character + b"XYZ"] = _encode_xyz(colorant)
+        tags[character + b"TRC"] = curve
     return _with_header(tags)
 
 

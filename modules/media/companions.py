@@ -17,7 +17,7 @@ from typing import Any
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS, keep_proportions, needs_own_tags
 from modules.media.opening import av, is_cover, open_container
-from modules.media.reading import without_pictures
+from modules.media.reading import without_images
 from modules.media.sound import add_aac, add_text, is_text, open_delayed
 
 logger = getLogger(__name__)
@@ -155,7 +155,7 @@ class Companions:
         """
         name = _name(stream)
         if stream.type == "video":
-            self._add_pictures(target, stream, name)
+            self._add_images(target, stream, name)
         elif stream.type == "attachment":
             self._add_attachment(target, stream, name)
         elif stream.type == "data" and (
@@ -179,7 +179,7 @@ class Companions:
         else:
             self._leave_out(name)
 
-    def _add_pictures(self, target: Any, stream: Any, name: str) -> None:
+    def _add_images(self, target: Any, stream: Any, name: str) -> None:
         """Add a stream of pictures that is not the main one, if it is a cover."""
         codec = stream.codec_context.name if stream.codec_context is not None else ""
         if not is_cover(stream):
@@ -188,9 +188,9 @@ class Companions:
             self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
         elif self._suffix == ".mkv" and codec in _COVERS:
             with open_container(self._path) as again:
-                picture = _read_first_packet(again, stream.index)
-            if picture is not None:
-                target.add_attachment(*_COVERS[codec], bytes(picture))
+                image = _read_first_packet(again, stream.index)
+            if image is not None:
+                target.add_attachment(*_COVERS[codec], bytes(image))
         elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
             self._add_copy(target, stream, name)
         else:
@@ -267,7 +267,7 @@ class Companions:
         # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
         if ";" in cleaned.get("timecode", "") and round(self._rate) % 30:
             del cleaned["timecode"]
-        return cleaned if self._covers else without_pictures(self._path, cleaned)
+        return cleaned if self._covers else without_images(self._path, cleaned)
 
     def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"

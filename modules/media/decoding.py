@@ -15,11 +15,11 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
 from modules.media.colours import blend_on_white, shown_pixels
-from modules.media.opening import av, choose_thread_type, open_image, open_video, reading, refuse_cut
+from modules.media.opening import av, open_image, open_video, reading, reject_cut, select_thread_type
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-MOST_RATIO = 4  # of the sides of a pixel: files with more are damaged
+MAX_RATIO = 4  # of the sides of a pixel: files with more are damaged
 NEARLY_SQUARE = 0.005  # a ratio that differs from 1 by less is a rounding error
 _DISPLAY_MATRIX = "DISPLAYMATRIX"  # PyAV's name of it among the side data of a frame
 TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
@@ -86,7 +86,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
     length that it states, or has no frame.
     """
-    stream.thread_type = choose_thread_type(stream.codec_context)
+    stream.thread_type = select_thread_type(stream.codec_context)
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
     orientation = AS_STORED
     if hides_alpha(stream):
@@ -95,7 +95,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
             orientation = read_orientation(first)
-    usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
+    default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
     end_seconds = 0.0  # from which the last frame is shown
     for packet in container.demux(stream):
@@ -108,7 +108,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         frames = packet.decode() if decoder is None else decoder.decode(content)
         for frame in frames:
             num_frames += 1
-            start = end_seconds + usual_seconds
+            start = end_seconds + default_seconds
             if frame.pts is not None:
                 start = float(frame.pts * (frame.time_base or stream.time_base))
             end_seconds = max(end_seconds, start)
@@ -116,12 +116,12 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
                 orientation = read_orientation(frame)
             yield TimedFrame(frame, start, orientation)
     if not num_frames:
-        refuse_cut(path)
+        reject_cut(path)
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
     # length as a tag
     seconds = stated_end(container, stream)
-    frame_seconds = usual_seconds or 0.1
+    frame_seconds = default_seconds or 0.1
     if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
         return
     # the last frame may be shown for long: only missing bytes prove that the file is cut
@@ -237,7 +237,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
     """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
     first = next(container.decode(stream), None)
     if first is None:
-        refuse_cut(path)
+        reject_cut(path)
         raise _no_frames(path)
     return (first, first.height, first.width) if is_sideways(first) else (first, first.width, first.height)
 
@@ -249,7 +249,7 @@ def is_sideways(frame: Any) -> bool:
 def square_width(frame: Any, stream: Any) -> int:
     """Return the width with square pixels of a stream's frame or codec as stored; the height stays."""
     ratio = stream.sample_aspect_ratio
-    if not ratio or not 1 / MOST_RATIO <= ratio <= MOST_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
+    if not ratio or not 1 / MAX_RATIO <= ratio <= MAX_RATIO or abs(ratio - 1) < NEARLY_SQUARE:
         return int(frame.width)
     return round(frame.width * ratio)
 
@@ -293,7 +293,7 @@ def time_origin(container: Any) -> Fraction:
 # disposal of frames. Every failure is a MediaError with the file and the reason.
 ANIMATION_SUFFIXES = frozenset({".gif", ".webp"})
 SHORTEST = 0.011  # seconds; browsers show frames that state less for USUAL, and so do their makers expect
-USUAL = 0.1
+DEFAULT = 0.1
 _CUT = "is damaged or cut short: it ends before its last frame does"
 
 
@@ -347,7 +347,7 @@ def _read_durations(path: Path, most: int | None = None) -> list[float]:
         durations: list[float] = []
         try:
             for seconds in read_durations(file):
-                durations.append(seconds if seconds >= SHORTEST else USUAL)
+                durations.append(seconds if seconds >= SHORTEST else DEFAULT)
                 if len(durations) == most:
                     break
         except EOFError:
@@ -357,7 +357,7 @@ def _read_durations(path: Path, most: int | None = None) -> list[float]:
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
     """Yield the seconds of each frame of a GIF from behind its first 6 bytes. Raises EOFError at a cut."""
-    _skip_colours(file, _take(file, 7)[4])
+    _skip_colors(file, _take(file, 7)[4])
     hundredths = 0
     while (kind := _take(file, 1)) != b";":
         if kind == b"!":
@@ -369,7 +369,7 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
             if size:
                 _skip_blocks(file)
         elif kind == b",":
-            _skip_colours(file, _take(file, 9)[8])
+            _skip_colors(file, _take(file, 9)[8])
             _take(file, 1)  # size of the codes
             _skip_blocks(file)
             yield hundredths / 100
@@ -378,7 +378,7 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
             raise ValueError(f"a GIF block of an unknown kind, {kind.hex()}")
 
 
-def _skip_colours(file: BinaryIO, flags: int) -> None:
+def _skip_colors(file: BinaryIO, flags: int) -> None:
     if flags & 0x80:
         _take(file, 3 << (flags & 7) + 1)
 

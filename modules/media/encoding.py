@@ -106,14 +106,14 @@ SMALLEST_H265 = (64, 48)
 MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
-def choose_encoder(codec: str, width: int, height: int) -> str:
+def select_encoder(codec: str, width: int, height: int) -> str:
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
 
 def settle_codec(codec: str, width: int, height: int) -> str:
-    """Return the result of `choose_encoder`; warns if it differs from --codec."""
-    settled = choose_encoder(codec, width, height)
+    """Return the result of `select_encoder`; warns if it differs from --codec."""
+    settled = select_encoder(codec, width, height)
     if settled != codec:
         logger.warning(
             "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
@@ -125,7 +125,7 @@ def settle_codec(codec: str, width: int, height: int) -> str:
     return settled
 
 
-def choose_codec(path: Path, codec: str) -> Codec:
+def select_codec(path: Path, codec: str) -> Codec:
     """Return the codec for `path` by its name. Raises MediaError if it does not fit the suffix."""
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
@@ -137,12 +137,12 @@ def choose_codec(path: Path, codec: str) -> Codec:
     return kind
 
 
-def check_picture(path: Path, codec: str, first: Pixels) -> None:
+def check_image(path: Path, codec: str, first: Pixels) -> None:
     """Raise MediaError if pictures like the first one are too small for the codec."""
     height, width = first.shape[:2]
     if min(height, width) < 2:
         raise MediaError(f"{path}: {width} x {height} pixels are too few for a video, 2 x 2 are the least")
-    if choose_encoder(codec, width, height) != codec:
+    if select_encoder(codec, width, height) != codec:
         raise MediaError(
             f"{path}: {codec} cannot be used for {width} x {height} pixels, {SMALLEST_H265[0]} x "
             f"{SMALLEST_H265[1]} are the least. Use h264"
@@ -181,9 +181,9 @@ def add_video_stream(
     stream.pix_fmt = kind.pixel_format
     stream.options = dict(kind.options)
     context = stream.codec_context
-    colours = av.video.reformatter
-    context.colorspace = context.color_primaries = context.color_trc = colours.Colorspace.ITU709.value
-    context.color_range = colours.ColorRange.MPEG.value
+    colors = av.video.reformatter
+    context.colorspace = context.color_primaries = context.color_trc = colors.Colorspace.ITU709.value
+    context.color_range = colors.ColorRange.MPEG.value
     if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
         context.codec_tag = "hvc1"  # common players open no other
     context.thread_type, context.thread_count = "FRAME", kind.threads
@@ -198,13 +198,13 @@ def add_video_stream(
     return stream
 
 
-def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
+def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     """Encode pictures and yield packets, whose times are the pictures' numbers, in units of 1 / rate.
 
     An odd last row or column is cropped. Raises MediaError if the encoder fails.
     """
-    colours = av.video.reformatter
-    bt709 = colours.Colorspace.ITU709.value
+    colors = av.video.reformatter
+    bt709 = colors.Colorspace.ITU709.value
     is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
     for index, pixels in enumerate(pictures):
         height, width, _ = pixels.shape
@@ -218,8 +218,8 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         frame = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24")
         converted = frame.reformat(
             format=stream.pix_fmt,
-            dst_colorspace=colours.Colorspace.ITU709,
-            dst_color_range=colours.ColorRange.MPEG,
+            dst_colorspace=colors.Colorspace.ITU709,
+            dst_color_range=colors.ColorRange.MPEG,
             threads=1,  # with several, swscale at times damages rows where their parts meet
         )
         converted.pts = index
@@ -250,8 +250,8 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     encoder.thread_count = 1
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])
-    picture = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
-    packets = [*encoder.encode(picture), *encoder.encode(), None]
+    image = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
+    packets = [*encoder.encode(image), *encoder.encode(), None]
     (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
 

@@ -28,4 +28,4 @@ class ClipLengths:
         return frames == self.fit(frames)
 
 
-USUAL_LENGTHS = ClipLengths(4)  # of most models
+DEFAULT_LENGTHS = ClipLengths(4)  # of most models

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from modules.media.encoding import Pixels, in_eight_bits
 from modules.media.reading import Frame
 
-Grey = NDArray[np.float32]  # h w, 0..1
+Gray = NDArray[np.float32]  # h w, 0..1
 
 # Rec. 601, as in FFmpeg and Pillow
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
@@ -46,12 +46,12 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
-    return float(_reduce_to_grey(frame, BLACK_SIDE).mean())
+    return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
 def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
     """Return whether `share` of pixels have a luma below `threshold`, 0..1. Source: FFmpeg's blackdetect."""
-    return bool((_reduce_to_grey(frame, BLACK_SIDE) < threshold).mean() >= share)
+    return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= share)
 
 
 def motion(frames: Sequence[Frame]) -> float:
@@ -90,11 +90,11 @@ def sharpness(frame: Frame) -> float:
     Source: variance of the Laplacian, Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield
     microscopy", ICPR; tiles, smoothing and division are ours.
     """
-    grey = _reduce_to_grey(frame, SHARP_SIDE)
-    variance = float(grey.var())
+    gray = _reduce_to_gray(frame, SHARP_SIDE)
+    variance = float(gray.var())
     if variance < FLAT**2:
         return 0.0
-    smooth = cv2.GaussianBlur(grey, (0, 0), SMOOTHING)
+    smooth = cv2.GaussianBlur(gray, (0, 0), SMOOTHING)
     squares = np.square(cv2.Laplacian(smooth, cv2.CV_32F, borderType=cv2.BORDER_REFLECT_101))
     tiles = np.sort(cv2.resize(squares, (TILES, TILES), interpolation=cv2.INTER_AREA).ravel())
     sharpest = tiles[-max(1, round(SHARP_SHARE * tiles.size)) :]
@@ -103,7 +103,7 @@ def sharpness(frame: Frame) -> float:
 
 def is_flat(frame: Frame) -> bool:
     """Return whether a frame has one colour, or nearly so: it can be neither sharp nor blurred."""
-    return bool(_reduce_to_grey(frame, BLACK_SIDE).std() < FLAT)
+    return bool(_reduce_to_gray(frame, BLACK_SIDE).std() < FLAT)
 
 
 def perceptual_hash(frame: Frame) -> int:
@@ -115,12 +115,12 @@ def perceptual_hash(frame: Frame) -> int:
     Source: Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1;
     it leaves out the terms that are constant in one direction, which we keep: stripes have no others.
     """
-    grey = cv2.resize(
-        _reduce_to_grey(frame, BLACK_SIDE), (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA
+    gray = cv2.resize(
+        _reduce_to_gray(frame, BLACK_SIDE), (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA
     )
-    if grey.std() < FLAT:
+    if gray.std() < FLAT:
         return 0
-    terms = cv2.dct(grey)[:HASH_BLOCK, :HASH_BLOCK].ravel()[1:]
+    terms = cv2.dct(gray)[:HASH_BLOCK, :HASH_BLOCK].ravel()[1:]
     # rounded, so that terms that differ from 0 by rounding errors only give 0 everywhere
     is_above = np.round(terms, 4) > round(float(np.median(terms)), 4)
     return int("".join("1" if bit else "0" for bit in is_above), 2)
@@ -141,16 +141,16 @@ def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[place] for place in np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
-def _reduce_to_grey(frame: Frame, longest: int) -> Grey:
+def _reduce_to_gray(frame: Frame, longest: int) -> Gray:
     return _reduce(frame, longest / max(frame.shape[:2]))
 
 
-def _average_cells(frame: Frame) -> Grey:
+def _average_cells(frame: Frame) -> Gray:
     """Return the luma 0..1 in a grid of CELLS along the shorter side; a smaller frame keeps its pixels."""
     return _reduce(frame, CELLS / min(frame.shape[:2]))
 
 
-def _reduce(frame: Frame, factor: float) -> Grey:
+def _reduce(frame: Frame, factor: float) -> Gray:
     height, width = frame.shape[:2]
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     small: NDArray[Any] = np.ascontiguousarray(frame[..., :3])
@@ -164,7 +164,7 @@ def _reduce(frame: Frame, factor: float) -> Grey:
 # A cut changes both the structure and the colours at once. Motion moves things and keeps the colours; a flash
 # or a fade changes the brightness and leaves everything in its place. So both distances have to be large.
 LONG_SIDE = 32  # of a thumbnail
-MOST_SHIFT = 6  # cells that all may have moved together, in x and y
+MAX_SHIFT = 6  # cells that all may have moved together, in x and y
 BINS = 16  # of the histogram of each colour
 SMALL_CHANGE = 0.05  # of the range: pictures that differ less on average count less
 FLAT_SCENE = 0.005  # deviation of the grey values below which there is no structure to compare
@@ -190,12 +190,12 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     fine = cv2.resize(in_eight_bits(pixels), (4 * columns, 4 * rows), interpolation=cv2.INTER_AREA)
     small = cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA)
     shares = []
-    for colour in range(3):
-        bins = fine[..., colour] // (256 // BINS)
+    for color in range(3):
+        bins = fine[..., color] // (256 // BINS)
         shares.append(np.bincount(bins.ravel(), minlength=BINS))
     histogram = (np.stack(shares) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
-    grey: NDArray[np.float32] = (small.astype(np.float32) @ LUMA) / np.float32(255)
-    return Thumbnail(grey, small.max(axis=-1) >= WHITE, histogram)
+    gray: NDArray[np.float32] = (small.astype(np.float32) @ LUMA) / np.float32(255)
+    return Thumbnail(gray, small.max(axis=-1) >= WHITE, histogram)
 
 
 def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> float:
@@ -207,23 +207,23 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
     grey values. least: a distance below that may be given as 0, which takes less time.
     """
-    colours = float(np.abs(first.histogram - second.histogram).sum() / 6)
+    colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
-    most_structure = 2.0  # of pictures that are each other's negatives
-    if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
+    max_structure = 2.0  # of pictures that are each other's negatives
+    if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < least:
         return 0.0
     height, width = first.grey.shape
-    most_y = min(MOST_SHIFT, height // 4)
-    most_x = min(MOST_SHIFT, width // 4)
+    max_y = min(MAX_SHIFT, height // 4)
+    max_x = min(MAX_SHIFT, width // 4)
     best = _correlate(first, second, 0, 0)
     if best is None:  # the structure counts 0
         return 0.0
-    for y in range(-most_y, most_y + 1):
-        for x in range(-most_x, most_x + 1):
+    for y in range(-max_y, max_y + 1):
+        for x in range(-max_x, max_x + 1):
             best = max(best, _correlate(first, second, y, x) or 0.0)
     structure = 1 - min(1.0, best)
-    return float(np.sqrt(structure * colours)) * smallness
+    return float(np.sqrt(structure * colors)) * smallness
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
@@ -246,7 +246,7 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
     return float((first_values * second_values).mean()) / (first_spread * second_spread)
 
 
-def _centre(values: Grey) -> Grey:
+def _centre(values: Gray) -> Gray:
     """Return values without their mean."""
     return values - values.mean()
 

@@ -19,8 +19,8 @@ from modules.errors import InstallationError, MediaError
 from modules.limits import (
     MAX_DECODED_BYTES,
     MAX_FRAME_BYTES,
+    MAX_IMAGE_BYTES,
     MAX_LONE_FRAME_BYTES,
-    MAX_PICTURE_BYTES,
     MAX_PIXELS,
 )
 from modules.text_files import require_regular_file
@@ -57,7 +57,7 @@ _ALONE = {
 }
 LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame: above 4K of 10 bits
 _LONE_CODECS = frozenset({"png", "ffv1"})  # whose frames stand alone, though FFmpeg does not say so
-ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
+ATTACHED_IMAGE = 1 << 10  # FFmpeg's mark of covers, which are streams of pictures to it
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm
 _DAMAGE: tuple[type[Exception], ...] = (
@@ -92,9 +92,9 @@ def _check_memory(path: Path, image: Image.Image) -> None:
             f"of memory to decode; at most {MAX_DECODED_BYTES / 1e9:.1f} GB are taken. Make the picture "
             "smaller, or save it as PNG or JPEG."
         )
-    if path.stat().st_size > MAX_PICTURE_BYTES:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
         raise MediaError(
-            f"{path} has {path.stat().st_size:,} bytes; pictures have at most {MAX_PICTURE_BYTES:,}. Save it "
+            f"{path} has {path.stat().st_size:,} bytes; pictures have at most {MAX_IMAGE_BYTES:,}. Save it "
             "as PNG or JPEG, without metadata."
         )
 
@@ -104,10 +104,10 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a video: the container and its video stream. Raises MediaError, also for errors inside the
     block.
     """
-    with reading(path), _open_whole(path) as container:
+    with reading(path), _open_full(path) as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
-            refuse_cut(path)
+            reject_cut(path)
         if stream is None:
             kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {kinds}")
@@ -139,27 +139,27 @@ def _pixel_bits(codec: Any) -> int:
     return 24 if codec.format is None else max(1, codec.format.padded_bits_per_pixel)
 
 
-def choose_thread_type(codec: Any) -> str:
+def select_thread_type(codec: Any) -> str:
     """Return how a decoder shares its work: of large frames each thread would hold one."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
 
 
-def _open_whole(path: Path) -> Any:
+def _open_full(path: Path) -> Any:
     """Open a container of pictures. Raises MediaError for an MP4 that is cut short, else FFmpegError."""
     try:
         return open_container(path)
     except av.FFmpegError:
-        refuse_cut(path)
+        reject_cut(path)
         raise
 
 
 # kinds of boxes that MP4 and MOV files begin with
 _FIRST_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"})
-_MOST_BOXES = 100_000  # of a file in fragments
+_MAX_BOXES = 100_000  # of a file in fragments
 
 
-def refuse_cut(path: Path) -> None:
+def reject_cut(path: Path) -> None:
     """Raise MediaError if an MP4 or MOV file ends before its boxes do, or without its index.
 
     Source: ISO/IEC 14496-12, 4.2.
@@ -168,7 +168,7 @@ def refuse_cut(path: Path) -> None:
     place = 0  # where the next box begins
     kinds: set[bytes] = set()
     with path.open("rb") as file:
-        for _ in range(_MOST_BOXES):
+        for _ in range(_MAX_BOXES):
             file.seek(place)
             head = file.read(16)
             length = int.from_bytes(head[:4], "big")
@@ -228,7 +228,7 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
-    return bool(int(stream.disposition) & ATTACHED_PICTURE)
+    return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -121,9 +121,9 @@ def video_pixels(
     them must exist, and the last existing one is repeated for the missing ones.
     Raises MediaError if the video is too short.
     """
-    from modules.media.reading import FrameSizes, media_colours, resize_cover, video_frames
+    from modules.media.reading import FrameSizes, media_colors, resize_cover, video_frames
 
-    hdr = media_colours(path).hdr
+    hdr = media_colors(path).hdr
     if hdr is not None:
         logger.warning("%s %s is HDR (%s): it is used pale. Convert it to SDR first.", option, path, hdr)
     needed = frames + min(end_frames, 1)

@@ -28,7 +28,7 @@ from modules.media import decoding
 from modules.media.buckets import Fit, Size, fit_cover
 from modules.media.colours import (
     HDR,
-    Colours,
+    Colors,
     blend_on_white,
     code_transform,
     coded_pixels,
@@ -64,7 +64,7 @@ OPENCV_METHODS = {
 }
 
 PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
-ONE_COLOUR = 2  # of 255, by which one colour may differ: programs round what is transparent
+ONE_COLOR = 2  # of 255, by which one colour may differ: programs round what is transparent
 TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of a picture as it is stored
 
 
@@ -133,20 +133,20 @@ def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
     return np.dstack([colours, alpha])
 
 
-def media_colours(path: Path) -> Colours:
+def media_colors(path: Path) -> Colors:
     """Return the facts about the colours of an image, a clip (by its first frame) or a folder of images.
 
     Animated GIF and WebP files never count as transparent: they are laid on white. Raises MediaError if it
     cannot be read.
     """
     if path.is_dir():
-        of_images = [media_colours(image) for image in folder_images(path)]
-        fault = next((colours.fault for colours in of_images if colours.fault), None)
-        return Colours(
-            any(colours.is_transparent for colours in of_images),
-            any(colours.is_converted for colours in of_images),
-            fault,
-            by_codes=any(colours.by_codes for colours in of_images),
+        of_images = [media_colors(image) for image in folder_images(path)]
+        error = next((colors.fault for colors in of_images if colors.fault), None)
+        return Colors(
+            any(colors.is_transparent for colors in of_images),
+            any(colors.is_converted for colors in of_images),
+            error,
+            by_codes=any(colors.by_codes for colors in of_images),
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
@@ -158,7 +158,7 @@ def media_colours(path: Path) -> Colours:
                 plain = first.to_ndarray(format="rgb24", threads=1)
                 is_transparent = not np.array_equal(on_white, plain)
             is_converted = code_transform(codec) is not None
-            return Colours(
+            return Colors(
                 is_transparent,
                 is_converted,
                 hdr=HDR.get(int(codec.color_trc)),
@@ -167,8 +167,8 @@ def media_colours(path: Path) -> Colours:
                 is_square=decoding.square_width(codec, stream) == codec.width,
             )
     with open_image(path) as file:
-        colours = look_at(path, file)
-        return replace(colours, is_transparent=False) if decoding.is_animation(path) else colours
+        colors = look_at(path, file)
+        return replace(colors, is_transparent=False) if decoding.is_animation(path) else colors
 
 
 def read_mask(path: Path) -> Frame:
@@ -207,7 +207,7 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOUR
+        return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 
 def image_size(path: Path) -> Size:
@@ -309,11 +309,11 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             end += seconds
         return
     with open_video(path) as (container, stream):
-        usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
+        default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
         stream.codec_context.thread_count = threads
         for timed in decoding.decode_frames(path, container, stream):
             frame, start = timed.frame, timed.start
-            shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
+            shown = float(frame.duration * stream.time_base) if frame.duration else default_seconds
             pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
             width = decoding.square_width(frame, stream)
             if width != frame.width:
@@ -471,7 +471,7 @@ def _check_shown(path: Path, seconds: float) -> None:
 logger = logging.getLogger(__name__)
 
 # metadata of cameras and editors, which hold a small picture written as letters, and any text like that
-_OF_PICTURES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
+_OF_IMAGES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
 # what a tool did to a finished file, counted on; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
@@ -498,7 +498,7 @@ def read_tags(path: Path) -> dict[str, str]:
         return {name.lower(): value for name, value in container.metadata.items()}
 
 
-def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
+def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags without those that may hold a picture, such as XMP with its thumbnails; log their names.
 
     path: of the file that has them.
@@ -506,7 +506,7 @@ def without_pictures(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     left_out = [
         name
         for name, text in tags.items()
-        if _OF_PICTURES.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
+        if _OF_IMAGES.search(name) or len(text) > MAX_TAG_CHARACTERS or _CODED.search(text)
     ]
     if left_out:
         logger.warning("%s: left out, because there may be a picture in it: %s", path, ", ".join(left_out))

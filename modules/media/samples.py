@@ -28,7 +28,7 @@ _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"}
 
 
 @dataclass(frozen=True)
-class TrackFacts:
+class TrackInfo:
     """Facts about a file's sound that its header states; seconds count as in `read_track`."""
 
     rate: int  # samples in a second
@@ -38,7 +38,7 @@ class TrackFacts:
     tracks: int  # how many there are; FFmpeg chooses the default one, or the best
 
 
-def track_facts(path: Path) -> TrackFacts | None:
+def track_info(path: Path) -> TrackInfo | None:
     """Return facts about the track of sound that `read_track` reads; None if there is none.
 
     Raises MediaError if the file cannot be opened.
@@ -52,7 +52,7 @@ def track_facts(path: Path) -> TrackFacts | None:
         end = start + stream.duration * stream.time_base if stream.duration else stated_end(container, stream)
         if end is None and container.duration:
             end = start + Fraction(container.duration, 1_000_000)
-        return TrackFacts(
+        return TrackInfo(
             rate=stream.codec_context.sample_rate,
             channels=stream.codec_context.channels,
             start=start,

@@ -115,7 +115,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     )  # of the format, and the least to read it
     head = _encode_element(0x1A45DFA3, doc_type + versions)
     clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))
-    track = _encode_element(0xAE, _track_facts(context, samples))
+    track = _encode_element(0xAE, _track_info(context, samples))
     tracks = _encode_element(0x1654AE6B, track)
     packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
     cluster = _encode_element(0x1F43B675, _encode_number(0xE7, 0) + packet)
@@ -126,7 +126,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
         return None
 
 
-def _track_facts(context: Any, samples: int) -> bytes:
+def _track_info(context: Any, samples: int) -> bytes:
     """Return number, codec, delay and sound of a track, as Matroska has them."""
     numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # of the track, and its identity
     audio_type = _encode_number(0x83, 2)

@@ -22,7 +22,7 @@ from modules.media.reading import image_size
 
 logger = getLogger(__name__)
 
-USUAL_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
+DEFAULT_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
 RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
 START_TOLERANCE = Fraction(1, 1000)  # seconds, to which MP4 cuts the start of a stream
 FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
@@ -227,10 +227,10 @@ def _find_rate(stream: Any) -> Fraction:
     """Return the average number of pictures a second, rounded to a usual rate if it is very close to one."""
     average = stream.average_rate or stream.base_rate
     if not average or average < 0:
-        return USUAL_RATE
-    for usual in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
-        if abs(average - usual) <= usual * RATE_TOLERANCE:
-            return usual
+        return DEFAULT_RATE
+    for default in (Fraction(round(average)), Fraction(round(average * 1001 / 1000) * 1000, 1001)):
+        if abs(average - default) <= default * RATE_TOLERANCE:
+            return default
     return Fraction(average).limit_denominator(1001) or Fraction(average)
 
 

@@ -99,18 +99,18 @@ class SectionSound:
         yield from stream.encode(None)
 
 
-USUAL_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
-MOST_TICKS = 1_000_000
-LEAST_TICKS = 10_000
+DEFAULT_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
+MAX_TICKS = 1_000_000
+MIN_TICKS = 10_000
 
 
 def ticks_per_second(rate: Fraction) -> int:
     """Return into how many ticks to divide a second so that all times n / rate are whole numbers of ticks."""
-    ticks = math.lcm(rate.numerator, USUAL_TICKS)
-    return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
+    ticks = math.lcm(rate.numerator, DEFAULT_TICKS)
+    return ticks if ticks <= MAX_TICKS else rate.numerator * math.ceil(MIN_TICKS / rate.numerator)
 
 
-class _PictureTime(NamedTuple):
+class _ImageTime(NamedTuple):
     """Time at which a picture is shown, in ticks."""
 
     start: int
@@ -127,7 +127,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._shown: dict[int, _PictureTime] = {}  # by the number of the picture
+        self._shown: dict[int, _ImageTime] = {}  # by the number of the picture
 
     @property
     def seconds(self) -> Fraction:
@@ -147,7 +147,7 @@ class Timing:
             last = frame.start
             self._end = frame.start + frame.seconds
             tick = max(round(frame.start * self._ticks), tick + 1)
-            self._shown[self.count] = _PictureTime(tick, max(round(frame.seconds * self._ticks), 1))
+            self._shown[self.count] = _ImageTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
 
@@ -230,10 +230,8 @@ def write_video(
     it; OutputError if the file cannot be written.
     """
     rate = _make_rate(fps)
-    pictures = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
-    write_shown(
-        path, pictures, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
-    )
+    images = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
+    write_shown(path, images, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track)
 
 
 @dataclass(frozen=True)
@@ -273,10 +271,10 @@ def write_shown(
     there is no frame, the codec does not fit the suffix or the pictures, or their size changes; ValueError if
     their times do not rise; OutputError if the file cannot be written.
     """
-    kind = encoding.choose_codec(path, codec)
+    kind = encoding.select_codec(path, codec)
     remaining = iter(frames)
     first = _take_first(path, codec, remaining)
-    rate = rate.limit_denominator(MOST_TICKS)
+    rate = rate.limit_denominator(MAX_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
     generated = None if track is None else TrackSound(track, lambda: timing.seconds)
@@ -294,7 +292,7 @@ def write_shown(
     ):
         all_tags = _replace_tags({} if companions is None else companions.tags, tags or {})
         with encoding.create_container(
-            temporary, suffix, all_tags, _choose_muxing(suffix, rate, all_tags)
+            temporary, suffix, all_tags, _select_muxing(suffix, rate, all_tags)
         ) as container:
             stream = encoding.add_video_stream(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
@@ -302,9 +300,9 @@ def write_shown(
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
             if writer is not None:
                 writer.add_streams(container, stream)
-            pictures = timing.note(itertools.chain(iter([first]), remaining))
+            images = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
-            for packet in timing.with_times(encoding.encode_pictures(stream, pictures)):
+            for packet in timing.with_times(encoding.encode_images(stream, images)):
                 if writer is not None:
                     writer.write(container, packet.dts * packet.time_base)
                 if companions is not None:
@@ -321,7 +319,7 @@ def _take_first(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> e
     first = next(frames, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
-    encoding.check_picture(path, codec, first.pixels)
+    encoding.check_image(path, codec, first.pixels)
     return first
 
 
@@ -330,7 +328,7 @@ def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
-def _choose_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
+def _select_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
     options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
     if suffix != ".mkv":
         options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
@@ -381,14 +379,14 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
     with av.open(file, "w", format="mp4") as container:
         stream = encoding.add_video_stream(
             container,
-            encoding.choose_codec(Path("x.mp4"), "h264"),
+            encoding.select_codec(Path("x.mp4"), "h264"),
             first,
             _make_rate(fps),
             crf=12,
             preset="veryfast",
         )
         stream.options = {**stream.options, "bf": "0"}
-        for packet in encoding.encode_pictures(stream, itertools.chain(iter([first]), remaining)):
+        for packet in encoding.encode_images(stream, itertools.chain(iter([first]), remaining)):
             container.mux(packet)
     return file.getvalue()
 

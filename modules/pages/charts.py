@@ -14,7 +14,7 @@ FADED = 0.3  # opacity of the values behind a smoothed curve
 WIDTH, HEIGHT = 500, 300  # pixels: texts can be read on a phone, and two fit side by side on a desk
 LEFT, RIGHT, TOP, BOTTOM = 76, 486, 30, 250  # edges of the area of the curves
 ROOM = 0.05  # share of the values' range that stays free on each side
-MOST_TICKS = 6  # of an axis
+MAX_TICKS = 6  # of an axis
 COLOURS = [*(f"var(--ink-{number})" for number in range(1, 7)), "var(--ink)", "var(--faint)"]
 RULE, AXIS = "var(--rule)", "var(--faint)"
 LOOK = SHEET.partition("@media print")[0]  # its colours, light and dark
@@ -63,15 +63,15 @@ def draw_chart(chart: Chart) -> Markup:
         y_values += [*curve.y, *(curve.low or []), *(curve.high or [])]
     across = _Axis(x_values, LEFT, RIGHT)
     up = _Axis(y_values, BOTTOM, TOP)
-    coloured = list(zip(chart.curves, cycle(COLOURS), strict=False))
+    colored = list(zip(chart.curves, cycle(COLOURS), strict=False))
     parts = [START, *_draw_frame(across, up)]
-    for curve, colour in coloured:
-        parts += _draw_curve(curve, across, up, colour)
+    for curve, color in colored:
+        parts += _draw_curve(curve, across, up, color)
     parts += _draw_labels(chart)
     if len(chart.curves) > 1:
         y = TOP + 15
-        for curve, colour in coloured:
-            parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"'))
+        for curve, color in colored:
+            parts.append(_draw_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{color}"'))
             y += 17
     drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
     return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
@@ -79,11 +79,11 @@ def draw_chart(chart: Chart) -> Markup:
 
 def _draw_labels(chart: Chart) -> Iterator[str]:
     """Yield the labels of both axes and the title."""
-    centre = (LEFT + RIGHT) / 2
+    center = (LEFT + RIGHT) / 2
     middle = (TOP + BOTTOM) / 2
-    yield _draw_text(centre, HEIGHT - 8, chart.x_label)
+    yield _draw_text(center, HEIGHT - 8, chart.x_label)
     yield _draw_text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"')
-    yield _draw_text(centre, TOP - 11, chart.title, 'font-size="16"')
+    yield _draw_text(center, TOP - 11, chart.title, 'font-size="16"')
 
 
 def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
@@ -115,8 +115,8 @@ class _Axis:
 
     def ticks(self) -> Iterator[tuple[float, str]]:
         span = self._high - self._low
-        step = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
-        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= MOST_TICKS)
+        step = 10.0 ** math.floor(math.log10(span / MAX_TICKS))
+        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= MAX_TICKS)
         first = math.ceil(self._low / step)
         last = math.floor(self._high / step)
         for number in range(first, last + 1):

@@ -29,7 +29,7 @@ logger = getLogger(__name__)
 MODULE = "networks.oft"
 PART = "oft_R.weight"
 DEFAULT_BLOCK = 32  # values that are rotated together, as in PEFT and OneTrainer
-MOST_BLOCK = 1024  # values in a block
+MAX_BLOCK = 1024  # values in a block
 TERMS = 5  # of the series: see `oft_rotation.turns`
 IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
@@ -148,9 +148,9 @@ class OftKind(NetworkKind):
             raise OptionError(
                 "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
             )
-        if max(sizes) > MOST_BLOCK:
+        if max(sizes) > MAX_BLOCK:
             raise OptionError(
-                f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give "
+                f"--network_dim {max(sizes)}: {MAX_BLOCK} is the most values in a block of an OFT. Give "
                 "less; 32 is usual"
             )
 

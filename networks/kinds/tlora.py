@@ -70,18 +70,18 @@ class TLoraKind(NetworkKind):
                     f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out"
                 )
             return None
-        usual = TLoraRule()
-        least = values.get(MIN_RANK, usual.least)
+        default = TLoraRule()
+        least = values.get(MIN_RANK, default.least)
         if least > rank:
             raise OptionError(
                 f"--network_args {MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
-                f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
+                f"act at all levels of noise. Give less than --network_dim, such as {default.least}"
             )
-        power = values.get(ALPHA, usual.power)
+        power = values.get(ALPHA, default.power)
         if not power:
             raise OptionError(
                 f"--network_args {ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
-                f"{usual.power:g} is usual"
+                f"{default.power:g} is usual"
             )
         return TLoraRule(least, power)
 
@@ -96,16 +96,16 @@ class TLoraKind(NetworkKind):
             return None  # another program's, whose arguments may have any form
         if str(arguments.get(SWITCH, "")).lower() != "true":
             return None
-        usual = TLoraRule()
-        least_text = arguments.get(MIN_RANK, usual.least)
-        power_text = arguments.get(ALPHA, usual.power)
+        default = TLoraRule()
+        min_text = arguments.get(MIN_RANK, default.least)
+        power_text = arguments.get(ALPHA, default.power)
         try:
-            rule = TLoraRule(int(least_text), float(power_text))
+            rule = TLoraRule(int(min_text), float(power_text))
         except (ValueError, TypeError, OverflowError):
             rule = TLoraRule(0)
         if rule.least < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
-                f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={least_text!r} and "
+                f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "
                 f"{ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
                 path,
             )

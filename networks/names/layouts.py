@@ -226,7 +226,9 @@ def in_both_streams(endings: str) -> str:
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
     """Return parts for q, k and v ({x} in `theirs`), which are stacked in this order in our rows."""
-    return tuple(WeightPart(theirs.replace("{x}", letter), ours, row) for row, letter in enumerate("qkv"))
+    return tuple(
+        WeightPart(theirs.replace("{x}", character), ours, row) for row, character in enumerate("qkv")
+    )
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modules.devices import choose_compute_dtype
+from modules.devices import select_compute_dtype
 from modules.errors import NothingFoundError, OptionError
 from modules.media.encoding import Picture, Pixels, in_eight_bits
 from post.blurring.tracks import Box, Tracks, widened
@@ -27,8 +27,8 @@ from post.tiling import compile_parts
 logger = logging.getLogger(__name__)
 
 
-LEAST_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
-LEAST_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
+MIN_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
+MIN_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
 COARSE = 48  # pixels: larger blurs are made on a copy in which they have this size
 
 
@@ -72,8 +72,8 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     # resolution; more than the whole box would only mix its surroundings in
     longer = max(core.right - core.left, core.bottom - core.top)
     strength = options.strength | 1
-    size = min(max(strength, math.ceil(longer * LEAST_OF_BOX) | 1), longer | 1)
-    sigma = max(options.sigmax * size / strength, LEAST_SIGMA * size)
+    size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
+    sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
     # blurred together with its surroundings: a crop alone would mirror its own edges
     height, width = pixels.shape[:2]
     around = area.widened(size // 2, width, height)
@@ -128,7 +128,7 @@ def check_blur(options: BlurOptions) -> None:
 
 def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_blur`."""
-    dtype = choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
     if isinstance(detector, RetinaFaceDetector):
         compile_parts(options.network, [detector.network])
@@ -177,12 +177,12 @@ class BlurStage:
         tracks = Tracks(options.hold, options.lookback)
         waiting: deque[_Waiting] = deque()
         count = _Count()
-        for index, picture in enumerate(pictures):
-            height, width = picture.pixels.shape[:2]
-            faces = self.detector.find(in_eight_bits(picture.pixels), options.conf)
+        for index, image in enumerate(pictures):
+            height, width = image.pixels.shape[:2]
+            faces = self.detector.find(in_eight_bits(image.pixels), options.conf)
             boxes = within(faces, height, width)
             tracks.see(index, boxes)
-            waiting.append(_Waiting(index, picture, bool(boxes)))
+            waiting.append(_Waiting(index, image, bool(boxes)))
             count.pictures += 1
             count.with_findings += bool(boxes)
             if len(waiting) > max(options.hold, options.lookback):
@@ -217,13 +217,13 @@ class BlurStage:
         logger.warning("%s: nothing was blurred: %s.", clip.path, least)
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
-        picture = waiting.picture
+        image = waiting.picture
         boxes = tracks.boxes(waiting.number)
         tracks.forget(waiting.number)
         if not boxes:
-            return picture
+            return image
         count.covered_without += not waiting.has_boxes
-        return replace(picture, pixels=cover(picture.pixels, boxes, self.options))
+        return replace(image, pixels=cover(image.pixels, boxes, self.options))
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:

@@ -14,11 +14,11 @@ from post.faces.boxes import Numbers, overlaps
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
-LEAST_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the same thing
+MIN_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the same thing
 REACH = 1.5  # times its longer side: the farthest that a box may be away and still match
 MOTION = 5  # sightings that tell how something moves
-MOST_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
-GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
+MAX_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
+GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
 
 
 class Sighting(NamedTuple):
@@ -135,16 +135,16 @@ def _take_pairs(
 def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
-    return np.where(best >= LEAST_OVERLAP, best, 0)
+    return np.where(best >= MIN_OVERLAP, best, 0)
 
 
 def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
     """Return the nearness of boxes to a track's last or expected place, 0..1; 0 if they are too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    places = np.array([_find_centre(track.last.box), _find_centre(track.expected(index))], np.float32)
-    from_last, from_expected = (np.hypot(*(centres - place).T) for place in places)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    places = np.array([_find_center(track.last.box), _find_center(track.expected(index))], np.float32)
+    from_last, from_expected = (np.hypot(*(centers - place).T) for place in places)
     away = np.minimum(from_last, from_expected)
     return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
 
@@ -172,23 +172,23 @@ def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
     """Return the mean motion from picture to picture, in pixels to the right and down."""
     first = sightings[0]
     last = sightings[-1]
-    pictures = last.number - first.number
-    if not pictures:
+    images = last.number - first.number
+    if not images:
         return 0.0, 0.0
-    x0, y0 = _find_centre(first.box)
-    x1, y1 = _find_centre(last.box)
-    return (x1 - x0) / pictures, (y1 - y0) / pictures
+    x0, y0 = _find_center(first.box)
+    x1, y1 = _find_center(last.box)
+    return (x1 - x0) / images, (y1 - y0) / images
 
 
 def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
     """Return a box moved by `pictures` pictures of motion; negative numbers move it back."""
-    most = MOST_MOVED * _find_longer_side(box)
+    most = MAX_MOVED * _find_longer_side(box)
     x, y = (max(-most, min(most, step * pictures)) for step in motion)
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 
 def _grow_box(box: Box, away: int) -> Box:
-    return widened(box, min(GROWTH * away, MOST_GROWN))
+    return widened(box, min(GROWTH * away, MAX_GROWN))
 
 
 def widened(box: Box, margin: float) -> Box:
@@ -208,7 +208,7 @@ def _join_boxes(first: Box, second: Box) -> Box:
     )
 
 
-def _find_centre(box: Box) -> tuple[float, float]:
+def _find_center(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 

@@ -44,8 +44,8 @@ def overlaps(box: Numbers, boxes: Numbers) -> Numbers:
     return result
 
 
-def choose_best(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | None = None) -> list[int]:
-    """Return the indices of boxes that overlap no better box by more than `most_overlap`, best first.
+def select_best(boxes: Numbers, scores: Numbers, max_overlap: float, most: int | None = None) -> list[int]:
+    """Return the indices of boxes that overlap no better box by more than `max_overlap`, best first.
 
     Known as non-maximum suppression. most: limit of their number. Of equal scores the first is better. A box
     that is not finite overlaps nothing.
@@ -56,7 +56,7 @@ def choose_best(boxes: Numbers, scores: Numbers, most_overlap: float, most: int 
         best = int(waiting[0])
         waiting = waiting[1:]
         chosen.append(best)
-        waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > most_overlap)]
+        waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > max_overlap)]
     return chosen
 
 
@@ -114,7 +114,7 @@ TEMPLATE = np.array(
     dtype=np.float32,
 )
 BORDER = (132, 133, 135)  # around the picture, in RGB: as the networks know it
-LEAST_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
+MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
 
 
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
@@ -122,7 +122,7 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
 
     size: width and height of the picture. only_center: of these, the one whose box is nearest the centre.
     """
-    large = [face for face in faces if eye_distance(face.landmarks) >= LEAST_EYE_DISTANCE]
+    large = [face for face in faces if eye_distance(face.landmarks) >= MIN_EYE_DISTANCE]
     if not only_center:
         return large
 

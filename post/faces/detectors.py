@@ -58,7 +58,7 @@ def load_detector(
         if layout is None:
             return load_yunet(path, content, header, side)
         return load_yolo(path, content, header, layout)
-    _refuse_pickled_yolo(path, option)
+    _reject_pickled_yolo(path, option)
     with open_checkpoint(path) as checkpoint:
         plan = read_retinaface(checkpoint, option)
         dtype = half_where_fast(device, dtype, "RetinaFace")
@@ -88,7 +88,7 @@ def _read_layout(path: Path, header: OnnxHeader, side: int | None, option: str) 
     return layout
 
 
-def _refuse_pickled_yolo(path: Path, option: str) -> None:
+def _reject_pickled_yolo(path: Path, option: str) -> None:
     """Raise CheckpointError for a model that ultralytics has pickled: opening it would run its program."""
     try:
         start = _read_pickle(path)

@@ -30,7 +30,7 @@ _SETTING, _NUMBER = 1, 3  # of an attribute: its name, and the number of one
 _TENSOR, _INNER_GRAPH, _NUMBERS, _TENSORS, _INNER_GRAPHS = 5, 6, 8, 10, 11  # of an attribute
 _DIMS, _DTYPE, _TENSOR_NAME, _RAW, _EXTERNAL, _PLACE = 1, 2, 8, 9, 13, 14
 _VALUES = (4, 5, 6, 7, _RAW, 10, 11)  # of a tensor, by its dtype
-_MOST_SIZES = 16
+_MAX_SIZES = 16
 # operators whose result may be far larger than what they are given
 _GROWING = {"ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"}
 _UNBOUNDED = {"Exp", "Pow"}
@@ -277,7 +277,7 @@ class _Checks:
         self.counts |= dict.fromkeys(names, float(count))
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         layout = _read_layout(tensor)
-        if layout is not None and count <= _MOST_SIZES:
+        if layout is not None and count <= _MAX_SIZES:
             values = tuple(_read_values(tensor, layout, count))
             self._record_sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-USUAL_SIDE = 640  # of an input that the file leaves open
+DEFAULT_SIDE = 640  # of an input that the file leaves open
 
 
 class Constant(NamedTuple):
@@ -31,11 +31,11 @@ class Node:
 
 
 def input_count(shape: Sequence[int | None]) -> float:
-    """Return the numbers of an input; open sizes are 1 for pictures at once, else `USUAL_SIDE`."""
+    """Return the numbers of an input; open sizes are 1 for pictures at once, else `DEFAULT_SIDE`."""
     count = 1.0
     for axis, size in enumerate(shape):
         if size is None:
-            size = 1 if axis == 0 else USUAL_SIDE
+            size = 1 if axis == 0 else DEFAULT_SIDE
         count *= float(size)
     return count
 

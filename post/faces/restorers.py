@@ -142,12 +142,12 @@ def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
-LICENCES = {
+LICENSES = {
     GFPGAN: "GFPGAN is under Apache-2.0, but has parts of StyleGAN2 (NVIDIA) and DFDNet (CC BY-NC-SA) that "
     "are for non-commercial use only",
     "codeformer": "CodeFormer is under the S-Lab licence 1.0: for non-commercial use only",
 }
-PARSENET_LICENCE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial use only"
+PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial use only"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
     if isinstance(restorer, CodeFormer) and network.seed is not None:
         logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
-    logger.info("%s; %s.", LICENCES[options.mode], PARSENET_LICENCE)
+    logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
     compile_parts(network, (restorer, parts))
     return Restorer(
         restore=Guarded(prepared(restorer), dtype, exact_restorer, name),

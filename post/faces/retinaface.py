@@ -22,7 +22,7 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, layouts
 from post.contract import batch_norm
-from post.faces.boxes import FoundFace, choose_best, shrunk
+from post.faces.boxes import FoundFace, select_best, shrunk
 from post.faces.retinaface_bodies import (
     MOBILE_STRIDES,
     MobileNet,
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the pictures it was trained with
 STEPS = (8, 16, 32)  # pixels between the anchors of each scale
 SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale: two at each place
-CENTRE_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
-MOST_OVERLAP = 0.4
+CENTER_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
+MAX_OVERLAP = 0.4
 NARROW = 64  # networks up to this width use leaky ReLUs
 FILES = (
     "detection_Resnet50_Final or detection_mobilenet0.25_Final (.pth or .safetensors), or an .onnx of YuNet "
@@ -145,24 +145,24 @@ def anchors(height: int, width: int) -> Tensor:
             (columns + 0.5) * step / width,
             indexing="ij",
         )
-        centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
+        centers = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
-        extents = extents.expand(len(centres), -1, -1)
-        scales.append(torch.cat([centres, extents], dim=-1).reshape(-1, 4))
+        extents = extents.expand(len(centers), -1, -1)
+        scales.append(torch.cat([centers, extents], dim=-1).reshape(-1, 4))
     return torch.cat(scales).float()
 
 
 def decode_boxes(values: Tensor, priors: Tensor) -> Tensor:
     """Return left, top, right, bottom (N 4) from the heads' output and the anchors (both N 4)."""
-    centre = priors[:, :2] + CENTRE_SCALE * values[:, :2] * priors[:, 2:]
+    center = priors[:, :2] + CENTER_SCALE * values[:, :2] * priors[:, 2:]
     half = priors[:, 2:] * torch.exp(SIZE_SCALE * values[:, 2:]) / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def decode_landmarks(values: Tensor, priors: Tensor) -> Tensor:
     """Return points (N 5 2) from the heads' output (N 10) and the anchors (N 4)."""
     offsets = rearrange(values, "n (p d) -> n p d", d=2)
-    return priors[:, None, :2] + CENTRE_SCALE * offsets * priors[:, None, 2:]
+    return priors[:, None, :2] + CENTER_SCALE * offsets * priors[:, None, 2:]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class RetinaFaceDetector:
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
         chosen_scores = scores[chosen].numpy()
         faces = []
-        for index in choose_best(corners, chosen_scores, MOST_OVERLAP):
+        for index in select_best(corners, chosen_scores, MAX_OVERLAP):
             box = tuple(corners[index].tolist())
             faces.append(FoundFace(box, float(chosen_scores[index]), points[index]))
         return faces

@@ -114,8 +114,8 @@ def paste(
     to_canvas = _make_canvas_matrix(pixels, canvas)
     face_to_canvas = []
     for matrix in matrices:
-        to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
-        face_to_canvas.append(to_canvas @ to_picture)
+        to_image = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
+        face_to_canvas.append(to_canvas @ to_image)
     regions = [_find_region(matrix, size, canvas) for matrix in face_to_canvas]
     changed = _enclose(regions)
     if changed.is_empty:
@@ -168,11 +168,11 @@ def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: A
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
-    colours = cv2.warpAffine(face.face, to_region, extent) * white
-    values[:] = shown * colours + (1 - shown) * values
+    colors = cv2.warpAffine(face.face, to_region, extent) * white
+    values[:] = shown * colors + (1 - shown) * values
 
 
-LEAST_SCORE, LEAST_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
+MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
 # in one pass of the networks: a crowd must not take more memory than that
 FACES_AT_ONCE = 4
 
@@ -195,25 +195,25 @@ class Facefix:
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the pictures with restored faces; pictures without a face are only scaled."""
         steady = SteadyLandmarks(self.options.smooth)
-        num_pictures = 0
+        num_images = 0
         num_changed = 0
         num_faces = 0
-        for picture in pictures:
-            matrices = self._find_matrices(picture, steady)
-            num_pictures += 1
+        for image in pictures:
+            matrices = self._find_matrices(image, steady)
+            num_images += 1
             num_changed += bool(matrices)
             num_faces += len(matrices)
-            pixels = self._restore(picture.pixels, matrices, clip.is_deep)
-            yield picture if pixels is picture.pixels else replace(picture, pixels=pixels)
+            pixels = self._restore(image.pixels, matrices, clip.is_deep)
+            yield image if pixels is image.pixels else replace(image, pixels=pixels)
         if num_faces:
             logger.info(
                 "%s: %d faces restored in %d of %d pictures",
                 clip.path.name,
                 num_faces,
                 num_changed,
-                num_pictures,
+                num_images,
             )
-        elif num_pictures:
+        elif num_images:
             logger.warning(
                 "%s: no face was found with a score of %g or more; nothing was restored. A lower "
                 "--detection_threshold finds more.",
@@ -269,6 +269,6 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
     detector = load_detector(files.detector, device, torch.float32, option="--detection_model")
-    usual_least = LEAST_SCORE_ONNX if may_be_onnx(files.detector) else LEAST_SCORE
-    least = options.detection_threshold or usual_least
+    default_least = MIN_SCORE_ONNX if may_be_onnx(files.detector) else MIN_SCORE
+    least = options.detection_threshold or default_least
     return Facefix(options, detector, restorer, device=device, least_score=least)

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from modules.errors import CheckpointError
 from modules.limits import MAX_NOTE_CHARACTERS
-from post.faces.boxes import FoundFace, Numbers, choose_best, shrunk
+from post.faces.boxes import FoundFace, Numbers, select_best, shrunk
 from post.faces.onnx_header import OnnxHeader
 from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 
-USUAL_SIDE = 640  # side of the square picture, if the file does not fix it
+DEFAULT_SIDE = 640  # side of the square picture, if the file does not fix it
 STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
 OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
 PADDING = 114  # grey around pictures that are not square
-MOST_OVERLAP = 0.7
-MOST_FOUND = 300
+MAX_OVERLAP = 0.7
+MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
 FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
 TASKS = ("detect", "pose", "segment")
@@ -72,7 +72,7 @@ class YoloDetector:
         boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
         points = None if rows.points is None else (rows.points - shift) / factor
         faces = []
-        for index in choose_best(boxes, rows.scores, MOST_OVERLAP, MOST_FOUND):
+        for index in select_best(boxes, rows.scores, MAX_OVERLAP, MAX_FOUND):
             box = tuple(boxes[index].tolist())
             landmarks = None if points is None else points[index]
             faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
@@ -107,9 +107,9 @@ class YoloDetector:
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]
-        centres = rows[:, :2]
+        centers = rows[:, :2]
         half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([centres - half, centres + half], axis=1)
+        boxes = np.concatenate([centers - half, centers + half], axis=1)
         points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
         return _Rows(boxes, scores[is_chosen], points)
 
@@ -145,11 +145,11 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
     if height != width:
         raise CheckpointError(
             f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
-            f"for square ones: imgsz={USUAL_SIDE}.",
+            f"for square ones: imgsz={DEFAULT_SIDE}.",
             path,
         )
     return YoloLayout(
-        side=height or round_up(side or USUAL_SIDE, max(STEPS)),
+        side=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
         classes=_count_classes(header),
         landmarks=_count_landmark_numbers(header),
     )
@@ -216,7 +216,7 @@ def _parse_literal(text: str | None) -> Any:
         return None
 
 
-EXPORT = f"Export it again: format=onnx imgsz={USUAL_SIDE} opset=12 simplify=True, without half precision."
+EXPORT = f"Export it again: format=onnx imgsz={DEFAULT_SIDE} opset=12 simplify=True, without half precision."
 
 
 def _cannot_run(path: Path, error: cv2.error, remedy: str = EXPORT) -> CheckpointError:
@@ -235,8 +235,8 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
 
 # YuNet: a small detector of faces, free to use (MIT licence).
 OUTPUTS = {f"{kind}_{step}" for kind in ("cls", "obj", "bbox", "kps") for step in (8, 16, 32)}
-MOST_OVERLAP_YUNET = 0.3
-MOST_BEFORE = 5000  # best boxes that enter non-maximum suppression
+MAX_OVERLAP_YUNET = 0.3
+MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression
 YUNETS = "Give face_detection_yunet_2023mar.onnx to OpenCV 4, face_detection_yunet_2026may.onnx to OpenCV 5."
 SMALLEST = 32  # pixels: OpenCV pads smaller sides to this
 
@@ -256,7 +256,7 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
-        small = shrunk(pixels, self._choose_factor(height, width))
+        small = shrunk(pixels, self._select_factor(height, width))
         small_height, small_width = small.shape[:2]
         canvas_width, canvas_height = self.canvas or (small_width, small_height)
         image = np.zeros((canvas_height, canvas_width, 3), np.uint8)
@@ -273,7 +273,7 @@ class YuNetDetector:
         best_first = sorted(rows, key=lambda row: -row[14])
         return [_read_row(row, scale) for row in best_first]
 
-    def _choose_factor(self, height: int, width: int) -> float:
+    def _select_factor(self, height: int, width: int) -> float:
         """Return the factor that scales a picture down for the search."""
         factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
         if self.canvas is not None:
@@ -303,8 +303,8 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
             bufferConfig=np.empty(0, np.uint8),
             input_size=(SMALLEST, SMALLEST),
             score_threshold=0.5,
-            nms_threshold=MOST_OVERLAP_YUNET,
-            top_k=MOST_BEFORE,
+            nms_threshold=MAX_OVERLAP_YUNET,
+            top_k=MAX_BEFORE,
         )
     except cv2.error as error:
         raise _cannot_run(path, error, YUNETS) from error

@@ -150,7 +150,7 @@ class ModeSettings:
     raft_iterations: int = ITERATIONS
 
 
-USUAL = ModeSettings()
+DEFAULT = ModeSettings()
 
 
 class ModeFiles(NamedTuple):
@@ -252,14 +252,14 @@ def _parse_settings(path: Path) -> ModeSettings:
     ):
         if setting != supported:
             raise CheckpointError(f"{path}: {name} {setting} is not supported, only {supported}.", path)
-    low, high = arch.get("coord_range", USUAL.coordinates)
-    iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
+    low, high = arch.get("coord_range", DEFAULT.coordinates)
+    iterations = int(arch.get("raft_iter", DEFAULT.raft_iterations))
     if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
         raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
     return ModeSettings(
         coordinates=(float(low), float(high)),
-        frequency=float(sine.get("siren_w0", USUAL.frequency)),
-        output_bias=float(hyponet.get("output_bias", USUAL.output_bias)),
+        frequency=float(sine.get("siren_w0", DEFAULT.frequency)),
+        output_bias=float(hyponet.get("output_bias", DEFAULT.output_bias)),
         raft_iterations=iterations,
     )
 
@@ -325,7 +325,7 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
 
 
 class _Maps(NamedTuple):
-    """Channels of the maps of an `EncodedPicture`."""
+    """Channels of the maps of an `EncodedImage`."""
 
     quarter: int
     eighth: int

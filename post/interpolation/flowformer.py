@@ -15,7 +15,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention
 from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation import flowformer_memory
-from post.interpolation.layers import SIDE, Correlation, EncodedPicture, grid_of, rows_of_part
+from post.interpolation.layers import SIDE, Correlation, EncodedImage, grid_of, rows_of_part
 from post.interpolation.raft import FlowHead, MotionEncoder, SeparableGru, upsample_flow, upsampling_mask
 from post.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 
@@ -202,16 +202,16 @@ class FlowFormer(nn.Module):
         self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
         self.memory_decoder = MemoryDecoder(config.decoder)
 
-    def encode(self, image: Tensor) -> EncodedPicture:
+    def encode(self, image: Tensor) -> EncodedImage:
         """Return the features of a single picture. image: 1 3 H W, 0..255, sides multiples of 32."""
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
             quarter, eighth = self.context_encoder["svt"](image)
             encoder = self.memory_encoder
             matching = encoder.channel_convertor(encoder.feat_encoder["svt"](image)[-1])
-            return EncodedPicture(quarter, eighth, matching, None)
+            return EncodedImage(quarter, eighth, matching, None)
 
-    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W: the motion in x and y of each pixel from the first picture to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
             # by the size alone, so that a picture gives the same on every device

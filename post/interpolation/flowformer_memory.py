@@ -102,8 +102,8 @@ class CostEmbed(nn.Module):
         """maps: n 1 H W costs. Returns n patches D."""
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
-        centres = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
-        code = position_code(centres, x.shape[1]).expand(len(x), -1, -1, -1)
+        centers = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
+        code = position_code(centers, x.shape[1]).expand(len(x), -1, -1, -1)
         x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
         # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
         widen, activate, mix = self.ffn_with_coord.children()

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate, pad
 
 
 @dataclass(frozen=True)
-class EncodedPicture:
+class EncodedImage:
     """Features of one picture: computed once, used by both pairs that the picture belongs to.
 
     All maps are float32. H and W are the sides of the picture.
@@ -27,10 +27,10 @@ class EncodedPicture:
 class FlowEstimator(Protocol):
     """Estimate the motion between two pictures, in float32."""
 
-    def encode(self, image: Tensor) -> EncodedPicture:
+    def encode(self, image: Tensor) -> EncodedImage:
         """Return the features of a single picture. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
 
-    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first picture to the second."""
 
 
@@ -106,9 +106,9 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     weighted = torch.cat([image * weight, weight], dim=1).float()
     # H*W rows: one place each, so that what arrives is added in whole rows
     total = _sum_arrivals(weighted[0].flatten(1).t().contiguous(), flow)
-    colours = total[:, :-1]
+    colors = total[:, :-1]
     norm = total[:, -1:]
-    mean = colours / torch.where(norm == 0, 1.0, norm)
+    mean = colors / torch.where(norm == 0, 1.0, norm)
     return mean.t().reshape(image.shape)
 
 
@@ -120,13 +120,13 @@ def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
     left = x.floor()
     top = y.floor()
     for dx, dy in product((0, 1), (0, 1)):
-        place, share = _weigh_neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
+        place, share = _weigh_neighbor(x, y, column=left + dx, row=top + dy, size=(height, width))
         index = place[:, None].expand_as(values)
         total.scatter_add_(0, index, values * share[:, None])
     return total
 
 
-def _weigh_neighbour(
+def _weigh_neighbor(
     x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return the index of a place next to each target, and the share of the pixel that it gets.
@@ -217,10 +217,10 @@ class Correlation:
         places: 1 2 h w, x and y in the second picture's features. Channel level * 81 + i * 9 + j is that of
         the place moved by i - 4 in x and j - 4 in y at that scale; outside the picture it is 0.
         """
-        centres = rearrange(places.float(), "1 two h w -> (h w) two")
+        centers = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant
-        centres = centres.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
-        products = [self._look_around(level, centres / 2**level) for level in range(len(self._levels))]
+        centers = centers.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
+        products = [self._look_around(level, centers / 2**level) for level in range(len(self._levels))]
         height, width = self._size
         return rearrange(torch.cat(products, dim=1), "(h w) c -> 1 c h w", h=height, w=width)
 
@@ -229,10 +229,10 @@ class Correlation:
         rows = self._levels[0][start:end] if self._keeps_volume else self._first[start:end] @ self._second
         return rows.unflatten(1, self._sizes[0])
 
-    def _look_around(self, level: int, centres: Tensor) -> Tensor:
+    def _look_around(self, level: int, centers: Tensor) -> Tensor:
         """Return the products around centres, P 81. centres: P 2, at this scale."""
-        corner = centres.floor()
-        share = centres - corner
+        corner = centers.floor()
+        share = centers - corner
         start = corner.long() - RADIUS
         products = (
             self._from_volume(level, start) if self._keeps_volume else self._compute_products(level, start)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize, pad
 
-from post.interpolation.layers import EncodedPicture, FlowEstimator, conv, resize, splat, warp
+from post.interpolation.layers import EncodedImage, FlowEstimator, conv, resize, splat, warp
 from post.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisConfig
 
 # Letters: B batch, C channels, H W height and width, L layers
 
 SLOPE = 0.1  # slope of the leaky ReLUs
-LEAST_VARIANCE = 1e-9
+MIN_VARIANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class MotionField(nn.Module):
         # the standard deviation of the flow around each pixel, the mean of x and y
         mean = _blur(flow)
         mean_of_squares = _blur(flow**2)
-        deviation = (mean_of_squares - mean**2).clamp(min=LEAST_VARIANCE).sqrt().mean(dim=1, keepdim=True)
+        deviation = (mean_of_squares - mean**2).clamp(min=MIN_VARIANCE).sqrt().mean(dim=1, keepdim=True)
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
@@ -210,7 +210,7 @@ class Frame:
 
     image: Tensor  # 1 3 H W, 0..1
     small: Tensor  # the same, scaled to the size at which flow is computed
-    encoded: EncodedPicture
+    encoded: EncodedImage
     maps: Maps
 
 

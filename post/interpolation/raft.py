@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, relu, unfold
 from checkpoints.dialects import LoadPlan, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from post.contract import batch_norm
-from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, conv, grid_of
+from post.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, grid_of
 
 # Letters: H W height and width of a picture, h w those of the features: an eighth
 
@@ -204,13 +204,13 @@ class Raft(nn.Module):
         self.cnet = RaftEncoder(config.stages, config.hidden + config.context, batch_norm)
         self.update_block = UpdateBlock(config)
 
-    def encode(self, image: Tensor) -> EncodedPicture:
+    def encode(self, image: Tensor) -> EncodedImage:
         """Return the features of a single picture. image: 1 3 H W, 0..255."""
         image = 2 * (image / 255) - 1
         quarter, eighth, context = self.cnet(image)
-        return EncodedPicture(quarter, eighth, self.fnet(image)[2], context)
+        return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
 
-    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W: the motion (x, y) of each pixel from the first picture to the second."""
         correlation = Correlation(first.matching, second.matching)
         hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)

@@ -29,7 +29,7 @@ SHOWN = 5  # times of cuts in the log
 
 
 NAME = "GIMMVFI"
-LEAST_SIDE = 128  # sides of the networks' input: smaller ones have no fourth scale to compare at
+MIN_SIDE = 128  # sides of the networks' input: smaller ones have no fourth scale to compare at
 
 
 def check_interpolation(options: InterpolationOptions) -> None:
@@ -65,9 +65,9 @@ class Interpolator:
             raise MediaError(f"{clip.path} is one picture: pictures can be made between two or more only.")
         part = self._options.part
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
-        if min(clip.height + top + bottom, clip.width + left + right) * part < LEAST_SIDE:
+        if min(clip.height + top + bottom, clip.width + left + right) * part < MIN_SIDE:
             step = self._options.alignment
-            needed = (math.ceil(LEAST_SIDE / part / step) - 1) * step + 1  # the rest is added
+            needed = (math.ceil(MIN_SIDE / part / step) - 1) * step + 1  # the rest is added
             at_part = f" with --ds_factor {self._options.ds_factor:g}" if part < 1 else ""
             raise MediaError(
                 f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "
@@ -84,8 +84,8 @@ class Interpolator:
         cuts: list[Fraction] = []  # beginnings of new scenes
         count = 0
         before = None
-        for picture in pictures:
-            now = _Shown(picture, self._make_frame)
+        for image in pictures:
+            now = _Shown(image, self._make_frame)
             if before is not None:
                 yield from self._pair(before, now, clip.is_deep, cuts)
             count += 1
@@ -97,8 +97,8 @@ class Interpolator:
         last = before.picture
         # at an even rate the last picture is shown for one step of the new rate; if it is shown longer, it is
         # shortened by one step of the old rate at most
-        usual = 1 / clip.rate if clip.rate else last.seconds
-        shown = max(last.seconds / self._options.factor, last.seconds - usual)
+        default = 1 / clip.rate if clip.rate else last.seconds
+        shown = max(last.seconds / self._options.factor, last.seconds - default)
         yield replace(last, seconds=shown)
         if len(cuts) > SHOWN:
             logger.info("%d scenes began; at their beginnings the picture before is repeated.", len(cuts))

@@ -14,7 +14,7 @@ from post.contract import batch_norm
 from post.interpolation.layers import (
     CHANNELS,
     Correlation,
-    EncodedPicture,
+    EncodedImage,
     conv,
     grid_of,
     resize,
@@ -217,7 +217,7 @@ class Synthesis(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
-    def maps(self, encoded: EncodedPicture) -> Maps:
+    def maps(self, encoded: EncodedImage) -> Maps:
         """Return a picture's features in the form that the other methods take."""
         dtype = self.dtype
         quarter, eighth, matching = (
@@ -275,25 +275,25 @@ class Synthesis(nn.Module):
         mask = resize(mask, 4)
         flow = both_flows[0].unflatten(0, (2, 2))  # 2 2 H W
         parts = [resize(feature, 4)]
-        for index, features_of_picture in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(features_of_picture), flow[index, None]).to(self.dtype))
+        for index, features_of_image in enumerate((first, second)):
+            parts.append(warp(decoder.upsample(features_of_image), flow[index, None]).to(self.dtype))
         parts += [both_flows, mask, _join_channels(images), _join_channels(warp(images, flow))]
         predicted = _apply_layers(decoder.convblock, parts, self.dtype).float()
         blends = predicted.shape[1] // PER_BLEND
-        change, shift, colours = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
+        change, shift, colors = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
         repeated = _join_channels(flow.repeat(1, blends, 1, 1))
-        return Blend(repeated + change, torch.sigmoid(mask + shift), colours)
+        return Blend(repeated + change, torch.sigmoid(mask + shift), colors)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
         """Return the picture, 1 3 H W, 0..1. images: 2 3 H W, -1..1."""
         blends = blend.mask.shape[1]
         flows = blend.flow[0].unflatten(0, (2, blends, 2))
-        colours = blend.colours[0].unflatten(0, (blends, 3))
+        colors = blend.colours[0].unflatten(0, (blends, 3))
         pictures = []
         for number in range(blends):
             first, second = warp(images, flows[:, number])
             share = blend.mask[0, number]
-            pictures.append(share * first + (1 - share) * second + colours[number])
+            pictures.append(share * first + (1 - share) * second + colors[number])
         mixed = self.amt_comb_block(torch.cat(pictures)[None].to(self.dtype)).float()
         return ((torch.stack(pictures).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
 

@@ -109,7 +109,7 @@ class TwinsPatchEmbed(nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
-class Neighbours(nn.Module):
+class Neighbors(nn.Module):
     """Add a depthwise convolution, which encodes positions for the attention after it."""
 
     def __init__(self, width: int) -> None:
@@ -138,15 +138,15 @@ class Twins(nn.Module):
             )
             for stage in stages
         )
-        self.pos_block = nn.ModuleList(Neighbours(stage.width) for stage in stages)
+        self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: B 3 H W in -1..1. Returns the output of each stage, B C h w."""
         x = images
         outputs = []
-        for embed, pair, neighbours in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
+        for embed, pair, neighbors in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
             windowed, coarse = pair.children()
-            x = coarse(neighbours(windowed(embed(x)))).permute(0, 3, 1, 2)
+            x = coarse(neighbors(windowed(embed(x)))).permute(0, 3, 1, 2)
             outputs.append(x)
         return outputs
 

@@ -54,7 +54,7 @@ def result_bytes(config: Config, width: int, height: int) -> int:
 
 GIB = 1 << 30
 PLENTY = 1 << 16  # bytes per pixel of the input, more than any released network takes
-MOST_AT_ONCE = 16  # largest batch that is chosen automatically
+MAX_AT_ONCE = 16  # largest batch that is chosen automatically
 BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory
 
 
@@ -105,16 +105,16 @@ class UpscalerStage:
         size = (result.height, result.width)
         fitting = self._make_fitting(clip)
         while some := list(islice(pictures, fitting.batch)):
-            enlarged = self.enlarge([picture.pixels for picture in some], size, fitting)
-            for index, picture in enumerate(some):
+            enlarged = self.enlarge([image.pixels for image in some], size, fitting)
+            for index, image in enumerate(some):
                 # not bound to a name, which would keep it alive while the next one is made
-                yield replace(picture, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
-            del enlarged, some, picture
+                yield replace(image, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
+            del enlarged, some, image
 
     @torch.no_grad()
     def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
         """Enlarge pictures to a size (height, width); returns B 3 H W, about 0..1, on the device."""
-        images = torch.cat([to_tensor(picture, self.device) for picture in pixels])
+        images = torch.cat([to_tensor(image, self.device) for image in pixels])
         height, width = images.shape[-2:]
         factor = self.upscaler.config.factor
         images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
@@ -132,7 +132,7 @@ class UpscalerStage:
         batch = options.batch_size
         if batch is None:
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
-            batch = min(max(fits, 1), MOST_AT_ONCE)
+            batch = min(max(fits, 1), MAX_AT_ONCE)
         tile = options.tile
         if tile is None:
             tile = self._predict_tile(clip, batch)
@@ -169,7 +169,7 @@ class UpscalerStage:
         if height * width * per_pixel <= free:
             return tiling.WHOLE
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
-        tile = max(side, tiling.least_tile(config.step, self.options.tile_overlap))
+        tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
         logger.info(
             "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
             "tiles of %d pixels.",

@@ -13,7 +13,7 @@ from project.foreign.project import ForeignProject
 from project.options import RUN_FILE
 from project.script_facts import check_options
 
-MOST_TURNS = 12  # values that one after the other are refused; more are no mistake of a few settings
+MAX_TURNS = 12  # values that one after the other are refused; more are no mistake of a few settings
 # a file of the model that `run --download` loads first, or that `new` has still to write
 NOT_THERE = re.compile(r"no such file|there is no|not found|is missing", re.IGNORECASE)
 
@@ -29,7 +29,7 @@ def check_run(
     write: returns the texts of the files of a run with these keys of the training, by name. folder: that is
     described.
     """
-    for _ in range(MOST_TURNS):
+    for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
         if message is None or NOT_THERE.search(message):
             return

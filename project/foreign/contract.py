@@ -28,7 +28,7 @@ LEFT = "left"  # it is not taken; the rule says why
 
 # of EPOCHS: they count before a number of steps, behind it, or the run ends with the first of the two
 FIRST, LAST, SOONEST = "first", "last", "soonest"
-MOST_STEPS = 10_000_000
+MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
@@ -159,7 +159,7 @@ def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
     return read
 
 
-def whole(least: int = 0, most: int = MOST_STEPS) -> Callable[[Any], int]:
+def whole(least: int = 0, most: int = MAX_STEPS) -> Callable[[Any], int]:
     """Return a reader of whole numbers within limits."""
     of_number = number(least, most)
 
@@ -179,7 +179,7 @@ def read_repeats(value: Any) -> int:
 
 def read_warmup(value: Any) -> float:
     """Return steps of a warm-up; below 1 a share of the run."""
-    found = number(0, MOST_STEPS)(value)
+    found = number(0, MAX_STEPS)(value)
     return found if found < 1 else int(found)
 
 

@@ -18,7 +18,7 @@ from modules.text_files import real_path
 from project import describing
 from project.media import WRITTEN, Media
 
-USUAL_STEP = 8  # pixels: of autoencoders whose file would say it
+DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def find_pixel_step(family: Any) -> int:
     """Return what sides are multiples of, of a family whose files may still have to be downloaded."""
     with contextlib.suppress(UserError):
         return int(family.latent.pixel_step)
-    return USUAL_STEP
+    return DEFAULT_STEP
 
 
 def count_steps_of_epoch(choice: describing.Choice) -> int:

@@ -91,15 +91,15 @@ _OF_TWO_ENCODERS = ("learning_rate_te1", "learning_rate_te2")
 def _find_parts(values: Mapping[str, Any]) -> Parts:
     """Return what learns. Of a LoRA, rates of 0 for both mean that both learn at learning_rate."""
     names = ("unet_lr", "text_encoder_lr", "train_text_encoder")
-    of_whole = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
-    keys = tuple(key for key in (*names, *of_whole) if key in values)
+    of_full = _OF_TWO_ENCODERS if is_on(values.get("sdxl")) else _OF_ONE_ENCODER
+    keys = tuple(key for key in (*names, *of_full) if key in values)
     if _find_run(values).kind == "lora":
         dit, text = (read_rate(values.get(name)) or 0 for name in names[:2])
         if not dit and not text:
             both = "unet_lr" in values and "text_encoder_lr" in values
             return Parts(keys, text_rates=(None,) if both else ())
         return Parts(keys, dit > 0, dit or None, (text,) if text else ())
-    rates = [read_rate(values[name]) or 0 for name in of_whole if name in values]
+    rates = [read_rate(values[name]) or 0 for name in of_full if name in values]
     if is_on(values.get("train_text_encoder")) and not any(rates):
         return Parts(keys, text_rates=(None,))
     if is_off(values.get("train_text_encoder", True)):

@@ -13,7 +13,7 @@ from project.script_facts import ScriptOptions
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 
 
-def settle_rates(project: ForeignProject, kind: RunKind) -> None:
+def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
     """Leave rates that are those of another kind of run, or of another optimizer."""
     reason = ""
     if kind.name != project.run.kind:
@@ -40,7 +40,7 @@ def _keys_of_parts(project: ForeignProject) -> str:
     return ", ".join(map(show, project.parts.keys))
 
 
-def settle_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
+def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script: ScriptOptions) -> None:
     """Write which networks learn: the transformer or U-Net, text encoders, and at which rates."""
     parts = project.parts
     if kind.learns_word or kind.sees_controls:
@@ -58,7 +58,7 @@ def settle_parts(project: ForeignProject, model: ModelSet, kind: RunKind, script
     if parts.dit_rate is not None and (kind is LORA or parts.trains_texts):
         _set_rate(project, parts.dit_rate)
     if parts.trains_texts and can_learn:
-        rates = _choose_text_rates(project)
+        rates = _select_text_rates(project)
         if kind is LORA:
             _teach_texts_of_lora(project, rates)
         else:
@@ -82,12 +82,12 @@ def _set_rate(project: ForeignProject, rate: float) -> None:
     project.note_change(key, rate, f"learning_rate = {rate}")
 
 
-def _choose_text_rates(project: ForeignProject) -> Sequence[float | None]:
+def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
     """Return the rates of text encoders; None: that of all that learns, 0: it does not learn."""
     rates = project.parts.text_rates
     optimizer = project.training.get("optimizer_type")
-    usual = project.training.get("learning_rate")
-    if optimizer not in OF_ONE_RATE or all(rate in {None, 0, usual} for rate in rates):
+    default = project.training.get("learning_rate")
+    if optimizer not in OF_ONE_RATE or all(rate in {None, 0, default} for rate in rates):
         return rates
     project.left.append(
         f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
@@ -101,10 +101,10 @@ def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None])
     training["network_train_unet_only"] = False
     if not project.parts.trains_dit:
         training["network_train_text_encoder_only"] = True
-    usual = training.get("learning_rate")
-    listed = [usual if rate is None else rate for rate in rates]
+    default = training.get("learning_rate")
+    listed = [default if rate is None else rate for rate in rates]
     told = ""
-    if None not in listed and any(rate != usual for rate in listed):
+    if None not in listed and any(rate != default for rate in listed):
         training["text_encoder_lr"] = listed if len(set(listed)) > 1 else listed[:1]
         told = f": text_encoder_lr = {', '.join(map(str, training['text_encoder_lr']))}"
     project.changed.append(f"{_keys_of_parts(project) or 'text encoders'}: they learn too, as there{told}")

@@ -21,7 +21,7 @@ class Epoch:
     num_files: int
 
 
-def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
+def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
     """Return options with the number of steps that the project names, or that its epochs make.
 
     in_epoch: steps of an epoch with dataset.toml as it is written.
@@ -34,9 +34,9 @@ def choose_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
         _leave_length(project, epochs, said_steps, options.max_train_steps)
         steps = options.max_train_steps
     else:
-        steps = _choose_steps(project, epochs, said_steps, epoch) or options.max_train_steps
-    _settle_periods(project, epoch)
-    _settle_warmup(project, steps)
+        steps = _select_steps(project, epochs, said_steps, epoch) or options.max_train_steps
+    _resolve_periods(project, epoch)
+    _resolve_warmup(project, steps)
     return dataclasses.replace(options, max_train_steps=steps)
 
 
@@ -73,11 +73,11 @@ def _leave_length(
         _leave_steps(project, said_steps, _TYPED)
 
 
-def _choose_steps(
+def _select_steps(
     project: ForeignProject, epochs: Sequence[EpochsSaid], said_steps: int | None, epoch: Epoch
 ) -> int | None:
     """Return the steps that count in a project: those that it names, or those of its epochs."""
-    chosen = _choose_epochs(epochs, said_steps, epoch.steps)
+    chosen = _select_epochs(epochs, said_steps, epoch.steps)
     counted = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{counted} counts, as in {project.title}"
     for said in epochs:
@@ -87,7 +87,7 @@ def _choose_steps(
         return said_steps
     if said_steps is not None:
         _leave_steps(project, said_steps, reason)
-    steps = min(chosen.number * epoch.steps, contract.MOST_STEPS)
+    steps = min(chosen.number * epoch.steps, contract.MAX_STEPS)
     source = f", as {project.title} has it" if chosen.key in project.assumed else ""
     project.changed.append(
         f"{chosen.key} = {chosen.number}{source}: max_train_steps = {steps}, with {epoch.steps} in an epoch "
@@ -96,7 +96,7 @@ def _choose_steps(
     return steps
 
 
-def _choose_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoch: int) -> EpochsSaid | None:
+def _select_epochs(epochs: Sequence[EpochsSaid], said_steps: int | None, in_epoch: int) -> EpochsSaid | None:
     """Return the epochs that count; None if a number of steps does."""
     for said in epochs:
         if said.counts == contract.FIRST:
@@ -117,7 +117,7 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
     project.leave_value(key, steps, reason)
 
 
-def _settle_periods(project: ForeignProject, epoch: Epoch) -> None:
+def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
     """Write what is done after so many epochs or steps in steps of this run."""
     training = project.training
     for name, said in project.per_epoch.items():
@@ -128,7 +128,7 @@ def _settle_periods(project: ForeignProject, epoch: Epoch) -> None:
         else:
             if name in training:  # 0: never, by steps
                 project.drop(name, "")
-            training[name] = min(said.number * epoch.steps, contract.MOST_STEPS)
+            training[name] = min(said.number * epoch.steps, contract.MAX_STEPS)
             project.note_change(said.key, said.number, f"{name} = {training[name]}")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
         if training.get(name) == 0:
@@ -140,7 +140,7 @@ def _settle_periods(project: ForeignProject, epoch: Epoch) -> None:
         training["save_last_n_steps"] = saved
 
 
-def _settle_warmup(project: ForeignProject, steps: int) -> None:
+def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     """Write the warm-up in steps of this run, and a schedule that has one. steps: of the run."""
     training = project.training
     if project.warmup_share is not None:

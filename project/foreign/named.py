@@ -7,7 +7,7 @@ from dataset.config import KEYS
 from dataset.config_keys import Unfit
 from dataset.subset_options import SUBSET_KEYS
 from modules.mistyped import ours_for
-from modules.options import facts_of
+from modules.options import info_of
 from project.foreign.contract import is_off, is_on
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
@@ -21,7 +21,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
 
     chosen: options for which `new` writes a value of its own.
     """
-    places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *facts_of(NewOptions)}
+    places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     for key, value in project.others.items():
         if value is None or value in ("", []):
             project.empty.append(show(key))

@@ -16,7 +16,7 @@ _OWN_RATE = "Adafactor with relative_step finds its own rate, there and here"
 _OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
-def settle_optimizer(project: ForeignProject, memory: float) -> None:
+def resolve_optimizer(project: ForeignProject, memory: float) -> None:
     """Write the arguments that the optimizer has here, and note which are left. memory: 0: a CPU."""
     training = project.training
     optimizer = training.get("optimizer_type")

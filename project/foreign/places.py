@@ -33,12 +33,12 @@ def join_places(project: ForeignProject) -> None:
         if not place.is_unused and (place.path is not None or place.data)
     }
     project.places = used
-    _settle_sizes(project)
+    _resolve_sizes(project)
     if len({place.path for place in used.values()}) == 1:
         _move_to_all(project)
 
 
-def _settle_sizes(project: ForeignProject) -> None:
+def _resolve_sizes(project: ForeignProject) -> None:
     """Leave a folder the largest of its sizes; all tables have that of the files without one of their own."""
     largest: dict[Path | None, Size] = {}
     with_size = [place for place in project.places.values() if "resolution" in place.data]

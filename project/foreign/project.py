@@ -10,7 +10,7 @@ from modules.text_files import real_path
 from project.foreign.contract import ForeignRun, Parts, Program, is_off
 
 # folders around that of the file in which a further file may lie: paths begin where the program is started
-MOST_AROUND = 4
+MAX_AROUND = 4
 NO_REASON = "this program has no such thing"
 
 
@@ -118,8 +118,8 @@ class ForeignProject:
         if taken:
             lines.append(f"  taken: {', '.join(dict.fromkeys(taken))}")
         if self.assumed:
-            usual = ", ".join(f"{key} = {show(value)}" for key, value in self.assumed.items())
-            lines.append(f"  taken as {self.title} has it if a file does not say it: {usual}")
+            default = ", ".join(f"{key} = {show(value)}" for key, value in self.assumed.items())
+            lines.append(f"  taken as {self.title} has it if a file does not say it: {default}")
         lines += [f"  changed: {text}" for text in self.changed]
         lines += [f"  left: {text}" for text in (*elsewhere, *self.left, *reasons)]
         if self.idle:
@@ -135,7 +135,7 @@ def find_beside(file: Path, name: str) -> Path | None:
     """Return a file or folder that a project names: next to it, or where its program was started."""
     if "\0" in name:
         return None
-    around = [file.parent, *list(real_path(file).parents)[1:MOST_AROUND], Path()]
+    around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
     for place in around:
         with contextlib.suppress(OSError, ValueError):  # a name that no file can have
             if (place / name).exists():

@@ -24,7 +24,7 @@ PROGRAMS: tuple[Program, ...] = (
     kohya_gui.PROGRAM,
 )
 MOST_BYTES = 1 << 20  # of a file; those that people have are below a hundredth
-MOST_KEYS = 5000
+MAX_KEYS = 5000
 MOST_DEPTH = 12
 # keys of files of options of sd-scripts and musubi-tuner, which the training scripts read themselves
 _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$")
@@ -44,7 +44,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
         if isinstance(name, str) and name.strip():
             values |= _read_companion(project, companion, name)
     _join_units(project, program, values)
-    _choose_run(project, values, trains)
+    _select_run(project, values, trains)
     project.parts = program.find_parts(values)
     for key, value in program.usual.items():
         if key not in values:
@@ -55,7 +55,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     return project
 
 
-def _choose_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
+def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
     """Note what a project trains. Raises OptionError if `new` sets up no such training, and none is typed."""
     try:
         project.run = project.program.find_run(values)
@@ -172,8 +172,8 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
     """
     if depth > MOST_DEPTH:
         raise ValueError(f"{show(key)} is nested more than {MOST_DEPTH} deep, which no project is")
-    if next(counter) > MOST_KEYS:
-        raise ValueError(f"it has more than {MOST_KEYS} keys, which no project has")
+    if next(counter) > MAX_KEYS:
+        raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
     is_list = isinstance(content, list)
     if isinstance(content, dict):
         for name, value in content.items():

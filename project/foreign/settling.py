@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from dataset.config import KEYS
 from dataset.subset_options import SUBSET_KEYS
 from downloads.catalogue import ModelSet
-from project.foreign.learning import settle_parts, settle_rates
+from project.foreign.learning import resolve_parts, resolve_rates
 from project.foreign.named import take_by_name
-from project.foreign.optimizing import settle_optimizer
+from project.foreign.optimizing import resolve_optimizer
 from project.foreign.project import ForeignProject
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
@@ -24,7 +24,7 @@ VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
 )
-VARYING_PICTURES = frozenset({"color_aug", "random_crop", "face_crop_aug_range"})
+VARYING_IMAGES = frozenset({"color_aug", "random_crop", "face_crop_aug_range"})
 _OF_SHUFFLING = ("keep_tokens", "keep_tokens_separator", "caption_separator", "secondary_separator")
 
 
@@ -39,7 +39,7 @@ class Forms(NamedTuple):
 
 def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
     """Return options with the values of the project where nothing else is typed."""
-    usual = NewOptions(folder=options.folder)
+    default = NewOptions(folder=options.folder)
     named = dict(project.new)
     if project.run.kind not in {LORA.name, ""} and options.trains is None:
         named["train"] = project.run.kind
@@ -47,10 +47,10 @@ def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
         task = named.pop("task", None)
         if task is not None and options.task is None:  # it is one of the project's family
             project.leave_value("task", task, "--family says otherwise")
-    named.pop("max_train_steps", None)  # `choose_length` compares it with the epochs
+    named.pop("max_train_steps", None)  # `select_length` compares it with the epochs
     values = {}
     for name, value in named.items():
-        if getattr(options, name) == getattr(usual, name):
+        if getattr(options, name) == getattr(default, name):
             values[name] = value
         elif getattr(options, name) != value:
             project.leave_value(name, value, f"--{name} says otherwise")
@@ -69,11 +69,11 @@ def settle(
 
     memory: GiB of the card; 0: a CPU. forms: which keys dataset.toml can have.
     """
-    settle_rates(project, kind)
-    settle_parts(project, model, kind, script)
+    resolve_rates(project, kind)
+    resolve_parts(project, model, kind, script)
     take_by_name(project, script, _list_chosen(model))
-    settle_optimizer(project, memory)
-    _settle_network(project, kind)
+    resolve_optimizer(project, memory)
+    _resolve_network(project, kind)
     if kind.saves_models:
         _leave_recipe(project, script)
     project.keeps_few = kind.saves_models
@@ -83,7 +83,7 @@ def settle(
     for name in list(project.training):
         if name not in script.known:
             project.drop(name, script.refused.get(name, f"{script.name} has no such option"))
-    _settle_data(project, forms)
+    _resolve_data(project, forms)
 
 
 def _list_chosen(model: ModelSet) -> set[str]:
@@ -92,12 +92,12 @@ def _list_chosen(model: ModelSet) -> set[str]:
     return {word.removeprefix("--") for word in words if word.startswith("--")}
 
 
-def _settle_network(project: ForeignProject, kind: RunKind) -> None:
+def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
     """Write rank, alpha and arguments of the network, or leave them if none is trained."""
     if kind is LORA:
         _leave_of_lora_alone(project)
         _write_network_arguments(project)
-        _choose_alpha(project)
+        _select_alpha(project)
     else:
         reason = f"{kind.title} is trained"
         for name in project.network_arguments:
@@ -147,7 +147,7 @@ def _as_text(value: Any) -> str:
     return str(value) if isinstance(value, bool | str) else f"{value:g}"
 
 
-def _choose_alpha(project: ForeignProject) -> None:
+def _select_alpha(project: ForeignProject) -> None:
     """Write the alpha that counts in the project's program if its file says none."""
     rank = project.training.get("network_dim")
     if rank is None or "network_alpha" in project.training:
@@ -177,7 +177,7 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
         training["lr_warmup_steps"] = 0
 
 
-def _settle_data(project: ForeignProject, forms: Forms) -> None:
+def _resolve_data(project: ForeignProject, forms: Forms) -> None:
     """Leave keys that the tables of dataset.toml cannot have, and those that do nothing without others."""
     data = project.data
     steps = data.get("bucket_reso_steps", forms.step)

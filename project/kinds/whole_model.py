@@ -31,12 +31,12 @@ SAVES = 4  # over the run: each is a whole model
 KEPT = 2  # saved files, and states, that are kept besides the result
 
 
-def whole_words(model: ModelSet) -> list[str]:
+def full_words(model: ModelSet) -> list[str]:
     """Return the script that would train a model whole, and the options that differ from RECIPE."""
     train = shlex.split(model.commands["train"])
     of_lora = next(word for word in train if word.endswith(".py"))
-    usual = of_lora.replace("_network.py", ".py")
-    return shlex.split(model.data.get("whole", usual))
+    default = of_lora.replace("_network.py", ".py")
+    return shlex.split(model.data.get("whole", default))
 
 
 def why_not_whole(model: ModelSet, memory: float) -> str | None:
@@ -47,7 +47,7 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
     name = model.title
     if not model.data["fp8"]:
         return f"the file of {name} has weights in 8 bits, in which steps would be lost"
-    words = whole_words(model)
+    words = full_words(model)
     if not words or find_script(words[0]) is None:
         return f"{name} has no script that trains it whole"
     if len(transformers_of(model)) > 1:
@@ -91,7 +91,7 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     return times
 
 
-def describe_whole(model: ModelSet, memory: float) -> list[str]:
+def describe_full(model: ModelSet, memory: float) -> list[str]:
     """Return lines about the memory and the disk that a run takes. memory: as in `change_to_whole`."""
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
@@ -112,9 +112,9 @@ def describe_whole(model: ModelSet, memory: float) -> list[str]:
 WHOLE = RunKind(
     name="whole",
     title="the whole model",
-    find_words=whole_words,
+    find_words=full_words,
     why_not=why_not_whole,
     change=change_to_whole,
-    describe=describe_whole,
+    describe=describe_full,
     saves_models=True,
 )

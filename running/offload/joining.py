@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import OptionError
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def join_processes(
 
     Raises OptionError if the machine has fewer GPUs than processes.
     """
-    kind = choose_device(device).type
+    kind = select_device(device).type
     local = int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
@@ -50,7 +50,7 @@ def join_processes(
         )
     if kind not in {"cpu", "cuda"}:
         raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
-    chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
+    chosen = select_device(f"cuda:{local}" if kind == "cuda" else "cpu")
     # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)

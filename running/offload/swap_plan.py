@@ -43,7 +43,7 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     return ListPlan(name, num_blocks, streamed, min(slots, count))
 
 
-def most_blocks(
+def max_blocks(
     num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]] | None, unswapped: int = 1
 ) -> int:
     """Return the largest --blocks_to_swap.
@@ -108,7 +108,7 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
         )
     swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.unswapped):
-        most = most_blocks(totals, spec.swap_counts, spec.unswapped)
+        most = max_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
         raise OptionError(
             f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "

@@ -345,7 +345,7 @@ IN_BLOCKS = "forward of ", "backward of "  # how the places begin in which a blo
 
 
 Counts = tuple[int, ...]  # blocks in each list
-FEWEST = 3  # both ends of a list and one block like all those between
+MIN = 3  # both ends of a list and one block like all those between
 
 
 def keep_blocks(
@@ -363,7 +363,7 @@ def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Count
 
     The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.
     """
-    base = tuple(min(count, FEWEST) for count in counts)
+    base = tuple(min(count, MIN) for count in counts)
     of_base = _with_both_ends(measure(base))
     moments = {name: Counter(moment) for name, moment in of_base.items()}
     for index, count in enumerate(counts):

@@ -16,7 +16,7 @@ from modules.devices import GIB, gib
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.speed_options import SMALL_FORMS
 from running.offload.joining import launched_processes
-from running.offload.swap_plan import SwapPlan, big_weights, most_blocks
+from running.offload.swap_plan import SwapPlan, big_weights, max_blocks
 from running.options import (
     GenerationSpeedOptions,
     Speed,
@@ -146,7 +146,7 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     moves_layers = swap.img_in_txt_in_offloading
     slots = swap.block_swap_ring_size
-    most = most_blocks(totals, spec.swap_counts, spec.unswapped)
+    most = max_blocks(totals, spec.swap_counts, spec.unswapped)
     return [plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots)) for count in range(most + 1)]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.command import LAUNCH
 from modules.errors import OptionError
-from modules.options import NO_PIXELS, Options, facts_of, option
+from modules.options import NO_PIXELS, Options, info_of, option
 from running.ways import WAYS
 from running.ways.contract import Division, JoinedWays, RunUses, SpeedOptions
 
@@ -121,19 +121,19 @@ def warn_if_alone(speed: SpeedOptions) -> None:
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
 
-def _list_facts() -> dict[str, Mapping[str, Any]]:
+def _list_info() -> dict[str, Mapping[str, Any]]:
     """Return the facts of the options of all ways, by name."""
-    return {name: facts for way in WAYS for name, facts in facts_of(way.options).items()}
+    return {name: info for way in WAYS for name, info in info_of(way.options).items()}
 
 
 def list_block_options() -> list[str]:
     """Return the options of ways that act on the blocks of a transformer."""
-    return [name for name, facts in _list_facts().items() if facts.get("of_blocks")]
+    return [name for name, info in _list_info().items() if info.get("of_blocks")]
 
 
 def divided_options(division: Division) -> dict[str, Any]:
     """Return the options that divide a step among cards, by name."""
-    parts = {name: facts["division"] for name, facts in _list_facts().items() if "division" in facts}
+    parts = {name: info["division"] for name, info in _list_info().items() if "division" in info}
     return {name: getattr(division, part) for name, part in parts.items()}
 
 
@@ -142,7 +142,7 @@ def list_shared_things() -> str:
     return " and ".join(f"{way.options.shares} with --{way.name}" for way in WAYS if way.options.shares)
 
 
-def refuse_other_splits() -> None:
+def reject_other_splits() -> None:
     """Raise OptionError if accelerate's launcher is configured to split the model by itself.
 
     accelerate splits a model that a script hands to it. The loops here never do, so nothing would be split.

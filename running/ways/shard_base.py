@@ -39,7 +39,7 @@ class ShardBaseOptions(
     )
 
 
-def _refuse_whole(precision: str) -> None:
+def _reject_full(precision: str) -> None:
     if precision == "fp16":
         raise OptionError(
             "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and cannot "
@@ -93,7 +93,7 @@ def _join(run: JoinedWays, options: ShardBaseOptions) -> None:
     run.splits_weights = "--shard_base"
     run.alone["--shard_base"] = "holds the whole model"
     run.for_generation["--shard_base"] = True
-    run.on.whole.append(_refuse_whole)
+    run.on.whole.append(_reject_full)
     run.on.check.append(_check)
     run.on.place.append(_make_place)
 

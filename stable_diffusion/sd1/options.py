@@ -13,7 +13,7 @@ from stable_diffusion.training_options import (
     caching_options,
     generation_options,
 )
-from stable_diffusion.whole_options import IF_TRAINED, OfWholeCheckpoint, text_rate, text_switch
+from stable_diffusion.whole_options import IF_TRAINED, OfFullCheckpoint, text_rate, text_switch
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
@@ -49,7 +49,7 @@ class Sd1InversionTrainingOptions(InversionOptions, Sd1TrainingOptions, title=NA
     """Options of train_textual_inversion.py besides the shared ones."""
 
 
-class Sd1FineTuningOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):
+class Sd1FineTuningOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
     """Options of fine_tune.py besides the shared ones."""
 
     train_text_encoder: bool = text_switch("train the text encoder with the U-Net")
@@ -61,7 +61,7 @@ class Sd1FineTuningOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):
         return {"text_encoder": self.learning_rate_te} if self.train_text_encoder else {}
 
 
-class Sd1DreamBoothOptions(OfWholeCheckpoint, Sd1TrainingOptions, title=NAME):
+class Sd1DreamBoothOptions(OfFullCheckpoint, Sd1TrainingOptions, title=NAME):
     """Options of train_db.py besides the shared ones."""
 
     learning_rate_te: float | None = text_rate("the text encoder, which learns with the U-Net")

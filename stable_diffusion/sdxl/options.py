@@ -16,7 +16,7 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_options import (
     IF_TRAINED,
-    OfWholeCheckpoint,
+    OfFullCheckpoint,
     read_block_rates,
     text_rate,
     text_switch,
@@ -33,7 +33,7 @@ _IN_GUIDES = (
 
 _ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
 _NO_TEXTS = "the text encoders are not trained. Leave it out"
-MOST_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
+MAX_WIDTH = 1024  # of the embedding of a control picture; released files have 16 to 64
 
 
 class SdxlLearningOptions(StableDiffusionTrainingOptions, title=NAME):
@@ -60,7 +60,7 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
         "numbers that the control picture becomes at each place, even; default: those of --network_weights, "
         "else 32",
         least=2,
-        most=MOST_WIDTH,
+        most=MAX_WIDTH,
         hint="32 is usual",
         often=True,
         facts=IDENTITY,
@@ -99,7 +99,7 @@ class SdxlInversionTrainingOptions(InversionOptions, SdxlLearningOptions, title=
 _OF_LORAS = "it is of LoRAs. Give the rate of {} to --{}"
 
 
-class SdxlWholeTrainingOptions(OfWholeCheckpoint, SdxlLearningOptions, title=NAME):
+class SdxlFullTrainingOptions(OfFullCheckpoint, SdxlLearningOptions, title=NAME):
     """Options of sdxl_train.py besides the shared ones."""
 
     train_text_encoder: bool = text_switch("train both text encoders with the U-Net")

@@ -172,7 +172,7 @@ def test_a_training_starts_from_what_a_shallower_model_has_learned(deep: Path, m
 
 
 def test_a_base_with_a_shallower_lora_is_the_merged_model(deep: Path) -> None:
-    usual, _ = train(deep, "usual")
+    default, _ = train(deep, "usual")
     given, _ = train(deep, "given", "--base_weights", "28.safetensors")
     merge = ["merge_lora.py", "--dit", "model/dit.safetensors", "--lora_weight", "28.safetensors"]
     succeed_here(*merge, "--save_merged_model", "merged.safetensors", folder=deep)
@@ -180,7 +180,7 @@ def test_a_base_with_a_shallower_lora_is_the_merged_model(deep: Path) -> None:
 
     assert given.keys() == merged.keys()
     assert all(tensor.equal(merged[name]) for name, tensor in given.items())
-    assert not all(tensor.equal(usual[name]) for name, tensor in given.items())
+    assert not all(tensor.equal(default[name]) for name, tensor in given.items())
 
 
 @pytest.mark.parametrize("option", ["--network_weights", "--base_weights", "--training_adapter"])

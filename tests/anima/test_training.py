@@ -103,8 +103,8 @@ def test_blocks_and_the_adapter_have_rates_of_their_own() -> None:
     given = {id(one): group["lr"] for group in groups for one in group["params"]}
     for name, layer in zip(network.names, network.layers, strict=True):
         block = int(re.search(r"blocks_(\d+)", name)[1])  # type: ignore[index]
-        usual = 1e-4 if block < 10 else 1e-5
-        expected = 1e-6 if "llm_adapter" in name else 3e-4 if "cross_attn" in name else usual
+        default = 1e-4 if block < 10 else 1e-5
+        expected = 1e-6 if "llm_adapter" in name else 3e-4 if "cross_attn" in name else default
         assert {given[id(one)] for one in layer.parameters()} == {expected}, name
 
 

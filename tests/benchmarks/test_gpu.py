@@ -88,12 +88,12 @@ GENERATED = {
 
 
 # one of each kind by default
-USUAL = {"flux-bf16", "gen-flux"}
+DEFAULT = {"flux-bf16", "gen-flux"}
 
 
 def _slow(names: Iterable[str]) -> list[Any]:
     """The usual rows, and the others marked as slow."""
-    return [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in names]
 
 
 @pytest.mark.long
@@ -245,7 +245,7 @@ GIB = 1 << 30
 
 def row(kind: str = TRAINING, **changes: Any) -> dict[str, Any]:
     """A row as the result file has it."""
-    usual = {
+    default = {
         **{"kind": kind, "model": "Wan", "size": "8x8", "about": "bf16", "options": [], "took": 90.0},
         **{"seconds": 10.0, "spread": 0.01, "calls": 3, "per": 1.0, "whole": 1.0, "warm_up": 60.0},
         **{"operations": 5e15, "model_operations": 4e15, "device": 50 * GIB, "planned": 51 * GIB},
@@ -258,7 +258,7 @@ def row(kind: str = TRAINING, **changes: Any) -> dict[str, Any]:
             "expected": 60.0,
         },
     }
-    return {**usual, **changes}
+    return {**default, **changes}
 
 
 def verdicts(**rows: dict[str, Any]) -> list[str]:

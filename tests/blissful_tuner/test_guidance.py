@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blissful_tuner.guidance import (
     check_guidance,
-    choose_applied_steps,
     make_guidance,
     parse_cfg_schedule,
+    select_applied_steps,
     warn_of_low_scales,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
@@ -49,7 +49,7 @@ def test_plain_guidance_equals_the_recorded_values() -> None:
     ],
 )
 def test_skip_modes_follow_the_documented_pattern(mode: str, expected: str) -> None:
-    assert "".join("A" if applied else "S" for applied in choose_applied_steps(mode, 0.6, 10)) == expected
+    assert "".join("A" if applied else "S" for applied in select_applied_steps(mode, 0.6, 10)) == expected
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_steps_may_be_left_out_before_a_range_that_has_them() -> None:
 
 
 def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
-    request = prepare(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1"), usual_negative="")
+    request = prepare(Request("p", 0, steps=4, guidance_scale=5.0, cfg_schedule="1"), default_negative="")
     with pytest.raises(OptionError, match="--cfg_schedule '1' and --cfg_skip_mode late"):
         check_guidance(request, replace(PLAIN_GUIDANCE, cfg_skip_mode="late", cfg_apply_ratio=0.5))
 
@@ -147,7 +147,7 @@ def test_a_schedule_and_a_skip_mode_are_refused_together() -> None:
 def test_zero_star_is_refused_where_no_step_has_guidance(options: dict[str, Any]) -> None:
     def check(scale: float, schedule: str) -> None:
         request = Request("p", 0, steps=4, guidance_scale=scale, cfg_schedule=schedule)
-        check_guidance(prepare(request, usual_negative=""), replace(PLAIN_GUIDANCE, **options))
+        check_guidance(prepare(request, default_negative=""), replace(PLAIN_GUIDANCE, **options))
 
     (option,) = options
     with pytest.raises(OptionError, match=f"--{option}.* needs guidance, and no step uses guidance: give a"):
@@ -197,7 +197,7 @@ FROM_1 = "it counts from 1 here; {}; 1 turns guidance off; what programs that co
 def test_a_scale_below_the_one_that_turns_guidance_off_is_reported(
     asked: dict[str, Any], off_at: float, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prepared = prepare(Request("p", 0, steps=4, **asked), usual_negative="")
+    prepared = prepare(Request("p", 0, steps=4, **asked), default_negative="")
 
     warn_of_low_scales(replace(prepared, rules=replace(prepared.rules, off_at=off_at)))
 

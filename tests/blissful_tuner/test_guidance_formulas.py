@@ -14,7 +14,7 @@ from blissful_tuner.guidance_formulas import (
     NEGATIVE,
     POSITIVE,
     GuidanceStage,
-    NormalisedGuidance,
+    NormalizedGuidance,
     cfg_zero,
     perp_neg,
 )
@@ -142,7 +142,7 @@ def by_hand(toward: Tensor, away: Tensor, scale: float, tau: float, alpha: float
 def test_the_formula_is_that_of_the_paper(scale: float, tau: float, alpha: float) -> None:
     toward, away = seen(1), seen(2)
 
-    steered = NormalisedGuidance(scale, tau, alpha)(toward, away)
+    steered = NormalizedGuidance(scale, tau, alpha)(toward, away)
 
     torch.testing.assert_close(steered, by_hand(toward, away, scale, tau, alpha), rtol=1e-5, atol=1e-5)
 
@@ -158,7 +158,7 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
     (tweaks,) = set(network.tweaks)
     assert tweaks.away is not None
     assert tweaks.away.text is network.section.away
-    assert tweaks.away.steer == NormalisedGuidance(5.0, 3.5, 0.5)
+    assert tweaks.away.steer == NormalizedGuidance(5.0, 3.5, 0.5)
 
 
 RULE = Projection(after_step=-1, scale=10.0, momentum=-0.5, norm_limit=10.0)
@@ -295,8 +295,8 @@ def test_each_stream_is_guided_by_the_arithmetic_of_diffusers(joint: Joint | Non
             guided = guided + (rule.modality - 1) * (own - clean["isolated"])
         guided = rescale_noise_cfg(guided, own, guidance_rescale=rule.rescale) if rule.rescale else guided
         expected.append(LTX2Pipeline.convert_x0_to_velocity(None, noisy, guided, 0, Levels()))
-    whole = expected[0] if joint is None else joint.join(*expected)
-    torch.testing.assert_close(made, whole, atol=1e-5, rtol=1e-5)
+    full = expected[0] if joint is None else joint.join(*expected)
+    torch.testing.assert_close(made, full, atol=1e-5, rtol=1e-5)
     assert network.passes == ["positive", "negative", "perturbed", *([] if joint is None else ["isolated"])]
 
 

@@ -41,7 +41,7 @@ def step(index: int, num_steps: int, frames: int = 1, section: Section | None = 
     return StepDone(Step(index, num_steps, 0.7, 700.0, noisy), velocity, section)
 
 
-def colours_of(latents: Tensor) -> list[np.ndarray]:
+def colors_of(latents: Tensor) -> list[np.ndarray]:
     return list(enlarge(project(latents[0], LATENT), 8, 8))
 
 
@@ -68,10 +68,10 @@ def test_the_clean_clip_is_shown_and_not_the_noisy_one(tmp_path: Path) -> None:
     with preview_clip(previews_in(tmp_path), 16.0) as ((watch,), on_section):
         watch(done)
 
-    picture = read_image(tmp_path / "latent_preview.png")
+    image = read_image(tmp_path / "latent_preview.png")
     clean = done.step.noisy - 0.7 * done.velocity
-    assert np.array_equal(picture, colours_of(clean)[0])
-    assert not np.array_equal(picture, colours_of(done.step.noisy)[0])
+    assert np.array_equal(image, colors_of(clean)[0])
+    assert not np.array_equal(image, colors_of(done.step.noisy)[0])
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3]), (5, [4]), (6, [])])
@@ -212,18 +212,18 @@ TWO = LatentSpec(
 def test_each_place_is_mapped_to_a_colour_of_its_own() -> None:
     latents = torch.tensor([[[[3.0, -1.0]]], [[[2.0, 4.0]]]])  # 2 1 1 2
 
-    colours = project(latents, TWO)
+    colors = project(latents, TWO)
 
     expected = torch.tensor([[[[4.25, 1.25]]], [[[4.0, 8.0]]], [[[-2.0, 2.0]]]])
-    torch.testing.assert_close(colours, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(colors, expected, rtol=0, atol=1e-6)
 
 
 def test_the_whole_range_is_used_once_over_the_clip_not_in_each_frame() -> None:
-    colours = torch.zeros(3, 2, 4, 4)
-    colours[:, 0, :2] = -3.0
-    colours[:, 1, 2:] = 5.0
+    colors = torch.zeros(3, 2, 4, 4)
+    colors[:, 0, :2] = -3.0
+    colors[:, 1, 2:] = 5.0
 
-    dark, light = enlarge(colours, 8, 8)
+    dark, light = enlarge(colors, 8, 8)
 
     assert dark.shape == light.shape == (32, 32, 3)
     assert dark.dtype == np.uint8

@@ -210,9 +210,9 @@ def test_control_codes_of_hostile_files_reach_no_terminal(
 def test_a_file_that_is_cut_short_is_one_message_and_the_others_are_shown(
     name: str, keep: int, tmp_path: Path
 ) -> None:
-    whole = write(tmp_path, "whole.png", {"bt_seeds": "1"})
+    full = write(tmp_path, "whole.png", {"bt_seeds": "1"})
     cut = write(tmp_path, name)
     cut.write_bytes(cut.read_bytes()[:keep])
-    done = run_script(SCRIPT, cut, whole, check=False)
+    done = run_script(SCRIPT, cut, full, check=False)
     assert "SEEDS: 1" in done.stdout
     assert_user_error(done, cut.name)

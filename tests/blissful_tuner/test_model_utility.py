@@ -156,11 +156,11 @@ def test_shards_are_laid_out_as_on_the_hub_and_joined_again(tmp_path: Path) -> N
 
 def test_diffusers_and_we_read_a_network_that_was_cut(tmp_path: Path) -> None:
     folder = write_folder("sd1", tmp_path / "model")
-    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    expected = load_file(whole)
+    full = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    expected = load_file(full)
 
-    run(whole, "--convert", tmp_path / whole.name, "--max_shard_size", "500KB")
-    whole.unlink()
+    run(full, "--convert", tmp_path / full.name, "--max_shard_size", "500KB")
+    full.unlink()
     shards = sorted(tmp_path.glob("diffusion_pytorch_model*"))
     assert len(shards) > 3
     for shard in shards:

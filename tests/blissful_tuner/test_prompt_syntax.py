@@ -14,7 +14,7 @@ from safetensors import safe_open
 import wan_generate_video
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
 from blissful_tuner.prompt_rewrite import PromptRewriter
-from blissful_tuner.prompt_syntax import choose_alternatives, expand_texts, parse_weights, unescape
+from blissful_tuner.prompt_syntax import expand_texts, parse_weights, select_alternatives, unescape
 from modules.control_codes import take_answer
 from modules.errors import CheckpointError, OptionError
 from tests.golden_cases import read_case
@@ -67,11 +67,11 @@ def test_a_weight_beyond_all_sense_is_refused(weight: str) -> None:
 
 
 def first(text: str) -> str:
-    return unescape(choose_alternatives(text, lambda weights: 0))
+    return unescape(select_alternatives(text, lambda weights: 0))
 
 
 def last(text: str) -> str:
-    return unescape(choose_alternatives(text, lambda weights: len(weights) - 1))
+    return unescape(select_alternatives(text, lambda weights: len(weights) - 1))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_are_handed_on_and_nothing_is_drawn_in_what_is_not_chosen() -> N
         asked.append(weights)
         return 0
 
-    choose_alternatives("{2::a|.5::{b|c}|d} {e|f}", choose)
+    select_alternatives("{2::a|.5::{b|c}|d} {e|f}", choose)
     assert asked == [[2.0, 0.5, 1.0], [1.0, 1.0]]
 
 

@@ -87,7 +87,7 @@ def list_script_texts(path: Path) -> Iterator[str]:
         yield match[2].replace('\\"', '"')
 
 
-def list_catalogue_texts() -> Iterator[str]:
+def list_catalog_texts() -> Iterator[str]:
     """Yield the texts of the list of models that the page shows."""
     yield UNVERIFIED
     for models in (model_sets(), model_sets(True)):
@@ -139,7 +139,7 @@ def list_texts() -> dict[str, list[Path]]:
         found.setdefault(key, []).append(ROOT / "training/features")
     for key in list_key_labels():
         found.setdefault(key, []).append(ROOT / "browser/caption_keys.py")
-    for key in list_catalogue_texts():
+    for key in list_catalog_texts():
         found.setdefault(key, []).append(ROOT / "downloads/catalogue.toml")
     return found | list_helps()
 

@@ -127,8 +127,14 @@ def write_run(folder: Path, name: str = "x", steps: int = 6, kind: str | None = 
     """
     history = History(history_path(folder, name), 1)
     (folder / "sample").mkdir(parents=True, exist_ok=True)
-    usual = {"model": "wan", "total_steps": 10, "changed": [["seed", "1"]], "unchanged": [], "listens": True}
-    history.add(0, started={**usual, "process": describe_process(), **told})
+    default = {
+        "model": "wan",
+        "total_steps": 10,
+        "changed": [["seed", "1"]],
+        "unchanged": [],
+        "listens": True,
+    }
+    history.add(0, started={**default, "process": describe_process(), **told})
     for step in range(1, steps + 1):
         history.add(step, loss=1 / step, rates={"lr/unet": 1e-4}, seconds=2.0)
     history.add(steps, samples=f"{steps:06d}", files={"0": f"{name}_1.png"}, prompts={"0": "a <b>cat"})

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = "new_project.py"
 STEP_SECONDS = 0.1
-MOST_STEPS = 40  # that are trained, however many are asked for
+MAX_STEPS = 40  # that are trained, however many are asked for
 SAVE_EVERY = 10
 
 
@@ -92,7 +92,7 @@ def train(words: Sequence[str], folder: Path, values: dict[str, Any]) -> None:
     }
     history.add(0, started=start)
     step = 0
-    for step in range(1, min(steps, MOST_STEPS) + 1):
+    for step in range(1, min(steps, MAX_STEPS) + 1):
         history.add(step, loss=1 / step, rates={"lr/unet": 1e-4}, seconds=STEP_SECONDS)
         if step % SAVE_EVERY == 0:
             save(history, output / f"{name}-step{step:08d}.safetensors", step)
@@ -101,7 +101,7 @@ def train(words: Sequence[str], folder: Path, values: dict[str, Any]) -> None:
         if asked:
             break
     asked.file.unlink(missing_ok=True)
-    is_finished = not asked.is_interrupted and step == min(steps, MOST_STEPS)
+    is_finished = not asked.is_interrupted and step == min(steps, MAX_STEPS)
     last = f"{name}.safetensors" if is_finished else f"{name}-step{step:08d}.safetensors"
     save(history, output / last, step)
     command = generation_command(values, folder, output / last)
@@ -121,11 +121,11 @@ def save(history: Any, path: Path, step: int) -> None:
     from modules.media.writing import write_png
 
     save_file({"x": np.full(1, step, np.float32)}, path, {"ss_base_model_version": "wan"})
-    picture = path.parent / "sample" / f"{path.stem}_0.png"
-    picture.parent.mkdir(exist_ok=True)
-    write_png(picture, np.full((32, 32, 3), 5 * step % 255, np.uint8))
+    image = path.parent / "sample" / f"{path.stem}_0.png"
+    image.parent.mkdir(exist_ok=True)
+    write_png(image, np.full((32, 32, 3), 5 * step % 255, np.uint8))
     history.add(step, saved=path.name)
-    history.add(step, samples=f"{step:06d}", files={"0": picture.name}, prompts={"0": "a cat"})
+    history.add(step, samples=f"{step:06d}", files={"0": image.name}, prompts={"0": "a cat"})
 
 
 def generation_command(values: dict[str, Any], folder: Path, lora: Path) -> str:

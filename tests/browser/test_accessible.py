@@ -121,10 +121,10 @@ def each_look(page: Any) -> Iterator[tuple[int, str]]:
         yield width, scheme
 
 
-def list_faults(page: Any) -> list[Any]:
+def list_errors(page: Any) -> list[Any]:
     """The serious faults of a page in each look."""
     return [
-        (*look, *fault) for look in each_look(page) for fault in page.evaluate(FAULTS) if fault[0] in SERIOUS
+        (*look, *error) for look in each_look(page) for error in page.evaluate(FAULTS) if error[0] in SERIOUS
     ]
 
 
@@ -164,7 +164,7 @@ def test_pages_of_one_file_fit_and_have_no_serious_fault(axe: str, files: dict[s
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert_fits(page)
         page.evaluate(axe)
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         assert (
             page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(248, 245, 238)"
         )  # paper
@@ -180,12 +180,12 @@ def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> Non
         wait_until(page, "!document.getElementById('plots') || plots.length > 1")
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         page.evaluate(axe)
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         assert page.locator("nav > a:visible, nav .wide-only a:visible").count() == 8
         if not name.startswith("/"):
             page.locator(".grid td a").first.click()
             page.wait_for_selector("#beside[open]")
-            assert list_faults(page) == []
+            assert list_errors(page) == []
 
 
 def test_a_draft_and_what_its_buttons_open_have_no_serious_fault(axe: str, tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_a_draft_and_what_its_buttons_open_have_no_serious_fault(axe: str, tmp_p
         with open_page(f"{served.url}{address}") as page:
             page.get_by_role("button", name="I have read it").wait_for()
             page.evaluate(axe)
-            assert list_faults(page) == []
+            assert list_errors(page) == []
             for button, shown in (("Edit samples", "Write"), ("Remove", "Move it into the bin")):
                 page.get_by_role("button", name=button).click()
                 page.get_by_role("button", name=shown).wait_for()
-                assert list_faults(page) == []
+                assert list_errors(page) == []
             assert_fits(page)
             assert page.problems == []
 
@@ -212,7 +212,7 @@ def test_an_exported_page_has_no_serious_fault_and_one_that_is_put_there_is_foun
 ) -> None:
     with open_page(folder / "shared.html") as page:
         page.evaluate(axe)
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         page.evaluate("document.querySelector('.note').style.color = '#999'")
-        found = [(scheme, rule) for _, scheme, _, rule, _ in list_faults(page)]
+        found = [(scheme, rule) for _, scheme, _, rule, _ in list_errors(page)]
         assert found == 2 * [("light", "color-contrast")]

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from tests.browser.serving import Served, serve_runs, write_run
-from tests.browser.test_accessible import assert_fits, axe, list_faults
-from tests.browser.test_safe_clicks import describe, list_routes, save_picture
+from tests.browser.test_accessible import assert_fits, axe, list_errors
+from tests.browser.test_safe_clicks import describe, list_routes, save_image
 from tests.chromium import open_page
 
 __all__ = ["axe"]  # a fixture
@@ -28,7 +28,7 @@ LEAVE_MARK = """(() => {
     return false;
   })()"""
 QUERIES = ("", "?folder=described")
-MOST_TABS = 400
+MAX_TABS = 400
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     write_run(root / "runs", "other", 4, None)
     for place in ("pictures", "described"):
         for number in range(3):
-            save_picture(root / place / f"{number}.png", 80 * number)
+            save_image(root / place / f"{number}.png", 80 * number)
             (root / place / f"{number}.txt").write_text(f"picture {number}", encoding="utf-8")
     describe(root / "described")
     for number in range(3):
-        save_picture(root / "generated" / f"20261126-10101{number}_{number}.png", 70 * number)
+        save_image(root / "generated" / f"20261126-10101{number}_{number}.png", 70 * number)
     with serve_runs(root) as served:
         yield served
 
@@ -76,12 +76,12 @@ def find_contained(labels: list[str]) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_no_label_of_a_page_holds_another_one(served: Served) -> None:
-    faults = {}
+    errors = {}
     with open_page(served.url) as page:
         for address in list_pages(served):
             open_all(page, served.url + address)
-            faults[address] = find_contained(page.evaluate(LABELS))
-    assert {address: pairs for address, pairs in faults.items() if pairs} == {}
+            errors[address] = find_contained(page.evaluate(LABELS))
+    assert {address: pairs for address, pairs in errors.items() if pairs} == {}
 
 
 def test_a_label_in_another_one_is_found() -> None:
@@ -98,13 +98,13 @@ def test_pages_with_forms_fit_all_screens_and_all_is_named(served: Served) -> No
 
 @pytest.mark.slow
 def test_pages_with_forms_have_no_serious_fault(axe: str, served: Served) -> None:
-    faults = {}
+    errors = {}
     with open_page(served.url) as page:
         for address in list_pages(served):
             open_all(page, served.url + address)
             page.evaluate(axe)
-            faults[address] = list_faults(page)
-    assert {address: found for address, found in faults.items() if found} == {}
+            errors[address] = list_errors(page)
+    assert {address: found for address, found in errors.items() if found} == {}
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_each_control_is_reached_by_the_keyboard(served: Served) -> None:
             page.goto(served.url + address)
             page.wait_for_timeout(500)
             page.evaluate(f"{visible}.forEach(one => {{ one.dataset.missed = 'yes'; }})")
-            for _ in range(MOST_TABS):
+            for _ in range(MAX_TABS):
                 page.keyboard.press("Tab")
                 if page.evaluate(LEAVE_MARK):
                     break

@@ -11,11 +11,11 @@ import pytest
 from browser.caption_keys import describe_formats, find_format_of_folder
 from browser.page_language import read_texts
 from contract.families import FAMILIES
-from fibo_2.captions import FORMAT, find_caption_faults
+from fibo_2.captions import FORMAT, find_caption_errors
 from modules.pages.language import Language, speaking
 from tests.browser.serving import Served, serve_runs
 from tests.chromium import open_page, wait_until
-from tests.data_tools.report.making import save_picture
+from tests.data_tools.report.making import save_image
 
 # numbers, escapes and white space that a reader of JSON would write otherwise
 TEXT = """{
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "sét a"
     folder.mkdir()
     for name, text in {"a": TEXT, "b": "a plain one", "c": '{"short_description": broken'}.items():
-        save_picture(folder / f"{name}.png", 1, (64, 48), caption=None)
+        save_image(folder / f"{name}.png", 1, (64, 48), caption=None)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
@@ -80,7 +80,7 @@ def test_a_field_changes_its_value_alone_and_the_text_the_fields(served: Served,
         assert part in written
     caption = json.loads(written)
     assert caption["lighting"] == {"conditions": 'night, "dark"', "own": 1.5, "shadows": "long"}
-    assert find_caption_faults(written) == ["own_key is no key of a caption"]
+    assert find_caption_errors(written) == ["own_key is no key of a caption"]
 
 
 def test_entries_are_added_filled_and_removed(served: Served, folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from browser.command_lines import format_cd, format_command
 from tests.browser.serving import python_of, serve_runs
-from tests.browser.test_new_page import describe, write_pictures
+from tests.browser.test_new_page import describe, write_images
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
 
@@ -45,7 +45,7 @@ def test_a_folder_stands_before_a_command_of_relative_paths() -> None:
 @pytest.mark.slow
 def test_the_shown_commands_of_a_folder_run_in_a_terminal_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / "roots" / "my set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with serve_runs(tmp_path / "roots") as served:
@@ -63,7 +63,7 @@ def test_the_shown_commands_of_a_folder_run_in_a_terminal_elsewhere(tmp_path: Pa
 
 def test_the_commands_that_write_and_try_captions_follow_what_is_typed(tmp_path: Path) -> None:
     folder = tmp_path / "roots" / "my set"
-    write_pictures(folder, 2)
+    write_images(folder, 2)
     with serve_runs(tmp_path / "roots") as served:
         describe(served, folder)
         with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:

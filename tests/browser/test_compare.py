@@ -16,7 +16,7 @@ from browser.jobs import WAITING, JobQueue
 from browser.runs import FINISHED
 from modules.media.writing import write_png
 from tests.browser.serving import Answer, Served, serve_runs, write_run
-from tests.browser.test_accessible import axe, list_faults  # noqa: F401  # a fixture
+from tests.browser.test_accessible import axe, list_errors  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for_states
 from tests.chromium import open_page, wait_until
 from tests.pocket.test_training import cached, trained  # noqa: F401  # fixtures
@@ -321,7 +321,7 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
     write_clip(folder / "compare" / "001_9_without-LoRA_000000.png", None)
     with open_page(f"{served.url}/compare?{form(served, (4, 6), prompt=PROMPTS)}") as page:
         page.evaluate(axe)
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         page.set_viewport_size({"width": 360, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.click("text=Make them")
@@ -334,7 +334,7 @@ def test_the_page_in_a_browser(axe: str, served: Served, folder: Path) -> None: 
         page.wait_for_selector("#beside[open]")
         titles = "[...document.querySelectorAll('#left option')].map(one => one.text)"
         assert page.evaluate(titles) == ["without LoRA", "x-step4", "x-step6"]
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         assert page.problems == []
         assert shlex.join(jobs(folder)[0]).startswith("python tools/compare.py")
 

@@ -32,8 +32,8 @@ from tests.browser.serving import Answer, Served, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
 from tests.browser.test_server import SECRET, ways_out
 from tests.chromium import open_page, wait_until
-from tests.commands import MOST_SECONDS, QUIET, run_script
-from tests.data_tools.report.making import save_clip, save_picture, write_config
+from tests.commands import MAX_SECONDS, QUIET, run_script
+from tests.data_tools.report.making import save_clip, save_image, write_config
 from tests.dataset.toy_family import ToyFamily
 from tests.waiting import wait_for
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
@@ -42,9 +42,9 @@ from tests.warm_processes import CAN_BE_WARM, WarmProcess
 def save_set(folder: Path) -> Path:
     """A picture with a caption in CRLF, one without a caption, a clip and one too short."""
     (folder / "set").mkdir(parents=True)
-    save_picture(folder / "set/a.png", 1, (100, 40), caption=None)
+    save_image(folder / "set/a.png", 1, (100, 40), caption=None)
     (folder / "set/a.txt").write_bytes(b"\xef\xbb\xbf a cat\r\non a mat\r\n")
-    save_picture(folder / "set/b.png", 2, caption=None)
+    save_image(folder / "set/b.png", 2, caption=None)
     save_clip(folder / "set/c.mp4", 3, 9, caption="a dog")
     save_clip(folder / "set/tiny.mp4", 4, 3, caption="a bird")
     tables = ("image_directory = '{folder}/set'", "video_directory = '{folder}/set'\ntarget_frames = [5]")
@@ -102,7 +102,7 @@ class WarmReport:
         return self._process.returncode
 
     def communicate(self) -> tuple[bytes, bytes]:
-        self._process.wait(timeout=MOST_SECONDS)
+        self._process.wait(timeout=MAX_SECONDS)
         with self._said:
             done = self._process.done()
         return done.stdout.encode(), done.stderr.encode()
@@ -149,9 +149,9 @@ def test_every_route_answers(kept: Page) -> None:
     assert files["a.png"]["fit"] == {"resized": [96, 38], "crop": [0, 3], "bucket": [96, 32]}
     assert [files[name]["caption"]["text"] for name in NAMES[:2]] == ["a cat\non a mat", ""]
     assert files["tiny.mp4"]["dropped"] == "3 frames, the shortest of target_frames is 5"
-    picture = kept.served.ask(files["c.mp4"]["pictures"][0]["address"])
-    assert (picture.headers["content-type"], picture.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")
-    assert "immutable" in picture.headers["cache-control"]
+    image = kept.served.ask(files["c.mp4"]["pictures"][0]["address"])
+    assert (image.headers["content-type"], image.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")
+    assert "immutable" in image.headers["cache-control"]
     chosen = kept.measured("only=dropped&text=BIRD")
     assert [one["pictures"][0]["name"] for one in chosen["files"]] == ["tiny.mp4"]
     assert len(kept.measured("from=1")["files"]) == 3
@@ -207,8 +207,8 @@ def test_the_list_has_a_picture_the_number_of_files_and_the_state(kept: Page) ->
     kept.measured()
     page = kept.served.ask("/datasets").text
     assert "2 pictures, 2 clips · 1 dropped, not cached" in page
-    picture = kept.ask("first")
-    assert (picture.status, picture.body[:3]) == (200, b"\xff\xd8\xff")
+    image = kept.ask("first")
+    assert (image.status, image.body[:3]) == (200, b"\xff\xd8\xff")
 
 
 @pytest.mark.parametrize("beside", ["control_directory", "mask_directory", "conditioning_data_dir"])
@@ -218,7 +218,7 @@ def test_what_belongs_to_pictures_is_counted_with_them_as_on_the_page_new(
     for number in range(3):
         for place in ("set", "pairs"):
             (tmp_path / place).mkdir(exist_ok=True)
-            save_picture(tmp_path / place / f"{number}.png", number, caption=None)
+            save_image(tmp_path / place / f"{number}.png", number, caption=None)
     (tmp_path / "set" / "sung.wav").touch()
     write_config(tmp_path, f"image_directory = '{{folder}}/set'\n{beside} = '{{folder}}/pairs'")
     with serve_runs(tmp_path) as served:
@@ -285,7 +285,7 @@ def save_project(folder: Path, caption: str = "a cat") -> Path:
     """A folder of pictures that `new` has described: paths in its dataset.toml are relative to it."""
     folder.mkdir(parents=True)
     for name in ("ä 1", "b"):
-        save_picture(folder / f"{name}.png", 1, (64, 64), caption=caption)
+        save_image(folder / f"{name}.png", 1, (64, 64), caption=caption)
     (folder / "dataset.toml").write_text(
         '[general]\nresolution = [64, 64]\ncaption_extension = ".txt"\n\n'
         '[[datasets]]\nimage_directory = "."\ncache_directory = "cache/images"\n',
@@ -532,8 +532,8 @@ def test_files_in_a_tar_have_pictures_and_captions_to_read(tmp_path: Path) -> No
     with serve_runs(tmp_path) as served:
         page = Page(served)
         file = page.file("c.mp4")
-        picture = served.ask(file["pictures"][0]["address"])
-        assert picture.headers["content-type"] == "image/jpeg"
+        image = served.ask(file["pictures"][0]["address"])
+        assert image.headers["content-type"] == "image/jpeg"
         assert (file["caption"]["text"], file["caption"]["can_edit"]) == ("a dog", False)
         (tmp_path / "x.tar").unlink()
         assert served.ask(file["pictures"][0]["address"]).status == 404
@@ -641,7 +641,7 @@ def test_the_page_fits_no_text_is_small_and_all_is_named(kept: Page) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_files_scroll_with_few_requests(tmp_path: Path) -> None:
-    save_picture(tmp_path / "one.png", 1, (64, 48), caption=None)
+    save_image(tmp_path / "one.png", 1, (64, 48), caption=None)
     content = (tmp_path / "one.png").read_bytes()
     (tmp_path / "set").mkdir()
     for index in range(MANY):

@@ -36,9 +36,9 @@ def write_other(
         f'[general]\nresolution = {resolution}\n[[datasets]]\nimage_directory = "."\n', encoding="utf-8"
     )
     options = [["dit", "elsewhere/dit.safetensors"], ["dataset_config", "dataset.toml"], ["task", "t2v-1.3B"]]
-    facts = {"changed": options, "unchanged": [["gradient_accumulation_steps", "1"]], **told}
-    facts = {"written_in": str(folder), "working_folder": str(folder), **facts}
-    write_run(folder, name, kind=kind, **facts)
+    info = {"changed": options, "unchanged": [["gradient_accumulation_steps", "1"]], **told}
+    info = {"written_in": str(folder), "working_folder": str(folder), **info}
+    write_run(folder, name, kind=kind, **info)
     if memory:
         history = History(history_path(folder, name), 1, 6)
         history.add(6, memory=[[label, value] for label, value in memory.items()])

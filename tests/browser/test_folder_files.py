@@ -17,7 +17,7 @@ from browser.names import short_digest
 from browser.runs import Runs
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
-from tests.data_tools.report.making import save_clip, save_picture
+from tests.data_tools.report.making import save_clip, save_image
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
     """A folder with a captioned picture, one without a caption, a clip and a damaged picture."""
     folder = tmp_path / "roots/set"
     folder.mkdir(parents=True)
-    save_picture(folder / "a.png", 1, (100, 40), caption="a cat")
-    save_picture(folder / "b.png", 2, caption=None)
+    save_image(folder / "a.png", 1, (100, 40), caption="a cat")
+    save_image(folder / "b.png", 2, caption=None)
     save_clip(folder / "c.mp4", 3, 9, caption="")
     (folder / "d.png").write_bytes(b"nothing")
     with serve_runs(tmp_path / "roots") as served:
@@ -56,8 +56,8 @@ def test_rows_have_sizes_captions_and_why_a_file_cannot_be_read(served: Served) 
     assert (files["c.mp4"]["frames"], files["c.mp4"]["caption"]["text"]) == (9, "")
     assert files["d.png"]["faults"] == ["is no image that can be read, or it is damaged"]
     assert files["d.png"]["pictures"][0]["address"] is None
-    picture = served.ask(files["c.mp4"]["pictures"][0]["address"])
-    assert (picture.headers["content-type"], picture.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")
+    image = served.ask(files["c.mp4"]["pictures"][0]["address"])
+    assert (image.headers["content-type"], image.body[:3]) == ("image/jpeg", b"\xff\xd8\xff")
 
 
 def test_filters_and_pages(served: Served) -> None:
@@ -97,7 +97,7 @@ def test_files_without_a_caption_are_found_as_captions_are_read(tmp_path: Path) 
 def test_ten_thousand_captions_scroll_on_the_page_new(served: Served) -> None:
     folder = served.runs.roots[0] / "many"
     folder.mkdir()
-    content = save_picture(folder / "00000.png", 1, caption=None).read_bytes()
+    content = save_image(folder / "00000.png", 1, caption=None).read_bytes()
     for number in range(10_000):
         (folder / f"{number:05d}.png").write_bytes(content)
         (folder / f"{number:05d}.txt").write_text(f"picture {number}", encoding="utf-8")
@@ -125,7 +125,7 @@ def test_a_file_is_left_out_with_its_caption_and_put_back(served: Served) -> Non
     [kept] = (root / "reelsmith-bin/left out").iterdir()
     assert sorted(os.listdir(kept)) == ["a.png", "a.txt"]
     assert "1 left out" in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
-    save_picture(root / "set/a.png", 5, caption=None)
+    save_image(root / "set/a.png", 5, caption=None)
     assert "is there already" in post(served, "move", what="back", name="a.png").json()["error"]
     (root / "set/a.png").unlink()
     assert post(served, "move", what="back", name="a.png").status == 200
@@ -142,7 +142,7 @@ def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
 ) -> None:
     root = served.runs.roots[0]
     (tmp_path / "elsewhere").mkdir()
-    outside = save_picture(tmp_path / "elsewhere/hid7x2.png", 7, caption=None)
+    outside = save_image(tmp_path / "elsewhere/hid7x2.png", 7, caption=None)
     name = LeftOut(served.runs).place(root / "set").name
     link = root / linked.replace("{set}", name)
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
 
 
 def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> None:
-    outside = save_picture(tmp_path / "secret.png", 7, caption="a secret")
+    outside = save_image(tmp_path / "secret.png", 7, caption="a secret")
     link = served.runs.roots[0] / "set/link.png"
     link.symlink_to(outside)
     (served.runs.roots[0] / "set/b.txt").symlink_to(tmp_path / "secret.txt")
@@ -196,7 +196,7 @@ def test_a_picture_that_cannot_be_read_is_drawn_as_that(served: Served) -> None:
     for path in ("set/d.png", "set/c.mp4"):
         place = served.runs.roots[0] / path
         place.write_bytes(b"nothing")
-        picture = served.ask(f"/new/picture?path={quote(str(place))}")
-        assert (picture.status, picture.headers["content-type"]) == (200, "image/svg+xml")
-        assert "cannot be read" in picture.text
-        assert picture.headers["cache-control"] == "no-store"
+        image = served.ask(f"/new/picture?path={quote(str(place))}")
+        assert (image.status, image.headers["content-type"]) == (200, "image/svg+xml")
+        assert "cannot be read" in image.text
+        assert image.headers["cache-control"] == "no-store"

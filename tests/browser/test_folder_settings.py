@@ -603,8 +603,8 @@ def test_settings_that_a_run_ignores_say_so(
     compared = 0
     for option in dataclasses.fields(SubsetOptions):
         name = option_name(option)
-        usual = default_of(SubsetOptions, option)
-        value = TYPED.get(name, VALUES.get(type(usual), ";"))
+        default = default_of(SubsetOptions, option)
+        value = TYPED.get(name, VALUES.get(type(default), ";"))
         caplog.clear()
         if name in ("train_data_dir", "reg_data_dir", "in_json", "dataset_repeats", "conditioning_data_dir"):
             continue  # for runs without a dataset.toml

@@ -36,7 +36,7 @@ from modules.media.writing import write_png
 from pocket.measure import POCKET
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
-from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
+from tests.browser.test_accessible import assert_fits, axe, list_errors  # noqa: F401  # a fixture
 from tests.browser.test_render_worker import start_fake
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
@@ -613,15 +613,15 @@ def test_make_takes_the_lora_of_each_family(family: str, tmp_path: Path) -> None
     models = tmp_path / "models"
     version = WRITTEN_VERSIONS.get(family, (family,))[0]
     source = write_own_run(tmp_path / "roots", family, version, models)
-    picture = tmp_path / "roots" / "start.png"
-    write_png(picture, PICTURE)
+    image = tmp_path / "roots" / "start.png"
+    write_png(image, PICTURE)
     with serve(tmp_path / "roots", models=models) as served:
         page = served.ask(f"/generate?source={quote(source)}").text
         (path,) = re.findall(r'name="lora" value="([^"]*own-step2\.safetensors)"', page)
         fields = {"source": source, "prompt": "a cat", "lora": html.unescape(path), f"strength {path}": "0.9"}
         for name in ("start", "references", "control"):
             if f'name="{name}"' in page:
-                fields[name] = str(picture)
+                fields[name] = str(image)
         answer = post(served, "make", fields)
         assert message(answer) == ""
         assert answer.status == 200
@@ -974,7 +974,7 @@ def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, 
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert_fits(page)
         page.evaluate(axe)
-        assert list_faults(page) == []
+        assert list_errors(page) == []
         page.keyboard.press("Tab")
         for _ in range(12):  # by keyboard alone
             page.keyboard.press("Tab")

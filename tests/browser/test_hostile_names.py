@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from browser.background_jobs import name_background_job
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from tests.browser.serving import serve_runs, write_run
-from tests.browser.test_safe_clicks import describe, list_addresses, read_controls, save_picture
+from tests.browser.test_safe_clicks import describe, list_addresses, read_controls, save_image
 from tests.chromium import open_page
 from training.reports.history import History, describe_process, history_path
 
@@ -25,7 +25,7 @@ EVIL = (
     "</title></textarea></pre><b hx-get=/queue hx-trigger=load>{{ 7*7 }}{% raw %}${alert(4)}`&lt;i&gt;"
 )
 NAME = "<img src=x onerror=alert(1)>\"'&{{7*7}}"  # as much of it as a file's name may hold
-MOST_PAGES = 40
+MAX_PAGES = 40
 ADDED = "[...document.querySelectorAll('img[onerror], svg[onload], b[hx-get], script:not([src]), i')]"
 LINKS = "[...document.querySelectorAll('main a, nav a')].map(one => one.pathname + one.search)"
 
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="such names cann
 def write_hostile_run(folder: Path, name: str, ending: str | None) -> None:
     history = History(history_path(folder, name), 1)
     (folder / "sample").mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"model": EVIL, "total_steps": 10, "listens": True, "doing": EVIL}
+    info: dict[str, Any] = {"model": EVIL, "total_steps": 10, "listens": True, "doing": EVIL}
     changed = [["sample_prompts", EVIL], ["output_dir", EVIL], [EVIL, EVIL], ["dit", EVIL]]
     process = describe_process() if ending is None else {}
-    history.add(0, started={**facts, "changed": changed, "unchanged": [[EVIL, EVIL]], "process": process})
+    history.add(0, started={**info, "changed": changed, "unchanged": [[EVIL, EVIL]], "process": process})
     typed = f"python wan_generate_video.py --task t2v-1.3B --prompt '{EVIL[:30]}'"
     history.add(0, commands=[[EVIL, typed, typed, EVIL, EVIL]])
     history.add(1, loss=1.0, rates={EVIL: 1e-4}, seconds=1.0)
@@ -49,7 +49,7 @@ def write_hostile_run(folder: Path, name: str, ending: str | None) -> None:
     if ending is not None:
         history.add(1, ended=EVIL, kind=ending)
     history.flush()
-    save_picture(folder / "sample" / f"{name}_1.png")
+    save_image(folder / "sample" / f"{name}_1.png")
     (folder / f"{name}.safetensors").write_bytes(b"0123456789")
 
 
@@ -61,7 +61,7 @@ def root(tmp_path: Path) -> Path:
     write_hostile_run(root / "runs", f"{NAME}2", None)
     write_run(root / "runs", "x")
     for folder in (root / f"{NAME}3", root / "described"):
-        save_picture(folder / f"{NAME}.png")
+        save_image(folder / f"{NAME}.png")
         (folder / f"{NAME}.txt").write_text(EVIL, encoding="utf-8")
         describe(folder)
         text = (folder / "run.toml").read_text(encoding="utf-8")
@@ -116,14 +116,14 @@ def write_records(root: Path) -> None:
 def test_no_page_holds_markup_of_a_name_or_text(root: Path) -> None:
     with serve_runs(root) as served:
         ids = [run.id for run in served.runs.list_all()]
-        usual = served.of("x").split("/")[2]
+        default = served.of("x").split("/")[2]
         for address in list_addresses(served, "GET"):
-            for id in ids if usual in address else [usual]:
+            for id in ids if default in address else [default]:
                 queries = ["", f"?folder=described&run={id}&command=0"]
                 # of which the page Generate takes one for the other
                 queries += [f"?run={id}", f"?source=run+{id}"] if address.startswith("/generate") else []
                 for query in queries:
-                    answer = served.ask(address.replace(usual, id) + query)
+                    answer = served.ask(address.replace(default, id) + query)
                     assert answer.status < 500, address
                     if answer.headers.get("content-type", "").startswith("text/html"):
                         assert read_controls(answer.text).running == [], address + query
@@ -137,7 +137,7 @@ def test_nothing_of_a_hostile_root_runs_in_a_browser(root: Path) -> None:
     with serve_runs(root) as served, open_page(served.url) as page:
         seen: list[str] = []
         waiting = ["/", "/new?folder=described", "/generate", "/models", "/settings", "/queue"]
-        while waiting and len(seen) < MOST_PAGES:
+        while waiting and len(seen) < MAX_PAGES:
             address = waiting.pop(0)
             seen.append(address)
             if page.goto(served.url + address).status >= 400:
@@ -153,7 +153,7 @@ def test_nothing_of_a_hostile_root_runs_in_a_browser(root: Path) -> None:
                 link for link in dict.fromkeys(links) if is_page(link) and link not in [*seen, *waiting]
             ]
         assert len(seen) > 8
-        assert [problem for problem in page.problems if not is_of_missing_file(problem)] == []
+        assert [error for error in page.problems if not is_of_missing_file(error)] == []
 
 
 def is_page(link: str) -> bool:

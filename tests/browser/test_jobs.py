@@ -146,10 +146,10 @@ REFUSED = (
 
 @pytest.mark.parametrize(("line", "word"), REFUSED)
 def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError) as refusal:
+    with pytest.raises(OptionError) as rejection:
         find_program(split_words(line), tmp_path)
 
-    assert word in str(refusal.value)
+    assert word in str(rejection.value)
 
 
 def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> None:
@@ -199,10 +199,10 @@ def test_what_cannot_end_or_begin_is_refused_when_it_is_added(
     line: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "clips").mkdir()
-    with pytest.raises(OptionError) as refusal:
+    with pytest.raises(OptionError) as rejection:
         check_options(split_words(line), tmp_path)
-    assert message in str(refusal.value)
-    assert "--help lists all options" not in str(refusal.value)  # a hint for a terminal
+    assert message in str(rejection.value)
+    assert "--help lists all options" not in str(rejection.value)  # a hint for a terminal
 
 
 @pytest.mark.parametrize("line", ["reelsmith browser", "python wan_generate_video.py --interactive"])
@@ -498,7 +498,7 @@ def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -
         wait_until(page, "ask().then(() => document.querySelectorAll('.died, .finished').length === 4)")
         page.click("text=Pause the queue")
         page.wait_for_selector("text=paused")
-        assert [problem for problem in page.problems if "422" not in problem] == []
+        assert [error for error in page.problems if "422" not in error] == []
 
 
 def test_who_removes_a_job_stays_among_the_jobs(queue: JobQueue) -> None:

@@ -26,7 +26,7 @@ from tests.browser.page_texts import (
     parse_template,
 )
 from tests.browser.serving import Served, serve_runs, write_run
-from tests.browser.test_safe_clicks import describe, save_picture
+from tests.browser.test_safe_clicks import describe, save_image
 from tests.chromium import open_page
 
 TABLES = CODES[1:]
@@ -205,7 +205,7 @@ def test_a_change_of_the_language_leads_back_to_a_page_of_this_server(address: s
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("languages")
     write_run(root / "runs", "x", 10)
-    save_picture(root / "described" / "0.png")
+    save_image(root / "described" / "0.png")
     describe(root / "described")
     with serve_runs(root) as server:
         yield server

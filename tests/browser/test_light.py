@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from modules.installation import ROOT
 from tests.browser.serving import serve_runs, write_run
-from tests.browser.test_safe_clicks import describe, save_picture
+from tests.browser.test_safe_clicks import describe, save_image
 from tests.chromium import open_page
 
 # each GET route once, in a process of its own; prints the heavy modules that are loaded then
@@ -33,7 +33,7 @@ print(sorted({"torch", "transformers", "accelerate", "diffusers", "tensorboard"}
 
 def test_serving_every_page_loads_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "x", 10)
-    save_picture(tmp_path / "described" / "0.png")
+    save_image(tmp_path / "described" / "0.png")
     describe(tmp_path / "described")
 
     done = subprocess.run(
@@ -49,7 +49,7 @@ def test_serving_every_page_loads_no_torch(tmp_path: Path) -> None:
 )
 def test_a_hidden_page_asks_for_nothing(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, "x", 4, None)
-    save_picture(tmp_path / "described" / "0.png")
+    save_image(tmp_path / "described" / "0.png")
     describe(tmp_path / "described")
     with serve_runs(tmp_path) as served, open_page(served.url) as page:
         places = {"folder": f"new?folder={quote(str(tmp_path / 'described'))}", "run": served.of("x")[1:]}

@@ -269,7 +269,7 @@ def test_a_command_that_another_machine_or_folder_wrote_is_read_before_it_is_que
             ("python convert_lora.py --help", str(history.parent))
         ]
         assert page.locator("[name=run]").count() == 0
-        assert [problem for problem in page.problems if "422" not in problem] == []
+        assert [error for error in page.problems if "422" not in error] == []
 
 
 def test_a_command_that_lacks_a_file_is_not_queued_as_if_it_were_whole(tmp_path: Path) -> None:

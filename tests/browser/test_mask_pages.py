@@ -23,7 +23,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.mask_making import MaskMakingPages
-from browser.mask_pages import DRAWN_ADDRESS, MOST_OF_DRAWN
+from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN
 from browser.mask_review import MaskConflictError, MaskReview
 from browser.render_worker import RenderWorker
 from browser.runs import Runs
@@ -41,23 +41,23 @@ from project.new_options import NewOptions
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page
-from tests.commands import MOST_SECONDS
+from tests.commands import MAX_SECONDS
 from tests.waiting import wait_for
 
 WIDTH, HEIGHT = 64, 48
 
 
-def save_picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), shade: int = 90) -> None:
+def save_image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), shade: int = 90) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (shade, shade, shade)).save(path)
 
 
 def save_mask(path: Path, is_made: bool = True) -> None:
     """Write a mask whose left half is white, as a program or a person would."""
-    grey = np.zeros((HEIGHT, WIDTH), np.uint8)
-    grey[:, : WIDTH // 2] = 255
+    gray = np.zeros((HEIGHT, WIDTH), np.uint8)
+    gray[:, : WIDTH // 2] = 255
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, grey, {MADE: "the left"} if is_made else None)
+    write_png(path, gray, {MADE: "the left"} if is_made else None)
 
 
 def as_png(pixels: np.ndarray[Any, Any]) -> bytes:
@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
     """Two pictures with masks, by a program and by a person, and one without, in a place with a blank."""
     folder = tmp_path / "root" / "a b ü"
     for number, name in enumerate(("a.png", "b.png", "c.png")):
-        save_picture(folder / name, shade=60 + 60 * number)
+        save_image(folder / name, shade=60 + 60 * number)
     save_mask(folder / "masks" / "a.png")
     save_mask(folder / "masks" / "b.png", is_made=False)
     return folder
@@ -114,16 +114,16 @@ def test_each_picture_is_shown_with_its_mask_and_its_state(served: Served) -> No
     ]
     assert (items[0]["size"], items[2]["shots"][0]["mask"], items[0]["can_undo"]) == ([64, 48], "", False)
     [shot] = items[0]["shots"]
-    picture = Image.open(io.BytesIO(served.ask(shot["picture"]).body))
+    image = Image.open(io.BytesIO(served.ask(shot["picture"]).body))
     mask = Image.open(io.BytesIO(served.ask(shot["mask"]).body))
-    assert (picture.format, picture.size) == ("JPEG", (64, 48))
+    assert (image.format, image.size) == ("JPEG", (64, 48))
     assert mask.mode == "LA"
     assert np.asarray(mask)[0, [0, 31, 32, 63], 1].tolist() == [255, 255, 0, 0]
 
 
 def test_without_scripts_the_page_has_pictures_masks_and_a_next_page(tmp_path: Path) -> None:
     for number in range(26):
-        save_picture(tmp_path / "many" / f"{number:02}.png")
+        save_image(tmp_path / "many" / f"{number:02}.png")
     save_mask(tmp_path / "many" / "masks" / "25.png")
     with serve_runs(tmp_path) as served:
         first = served.ask("/masks?folder=many").text
@@ -178,15 +178,15 @@ def test_a_mask_that_has_changed_meanwhile_is_shown_and_not_touched(served: Serv
 
 
 def test_a_drawn_mask_is_the_pixels_that_were_sent_and_counts_as_drawn(served: Served, folder: Path) -> None:
-    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH).astype(np.uint8)
-    opaque = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+    gray = np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH).astype(np.uint8)
+    opaque = np.dstack([gray, gray, gray, np.full_like(gray, 255)])
 
-    for at, pixels in ((0, grey), (2, opaque)):
+    for at, pixels in ((0, gray), (2, opaque)):
         answer = draw(served, item(served, at), as_png(pixels))
         assert (answer.status, answer.json()["state"]) == (200, "drawn"), answer.text
 
-    assert np.array_equal(pixels_of(folder, "a.png"), grey)
-    assert np.array_equal(pixels_of(folder, "c.png"), grey)
+    assert np.array_equal(pixels_of(folder, "a.png"), gray)
+    assert np.array_equal(pixels_of(folder, "c.png"), gray)
     press(served, "undo", {})
     press(served, "undo", {})
     assert (item(served)["state"], item(served, 2)["state"]) == ("made", "none")
@@ -250,7 +250,7 @@ def test_requests_from_elsewhere_and_for_other_files_are_refused(served: Served,
     assert press(served, "other", shown).status == 404
     query = urlencode({"folder": "a b ü", "id": shown["id"], "have": shown["mark"]})
     assert served.send(f"{DRAWN_ADDRESS}?{query}", WHITE, Origin="http://evil.example").status == 403
-    assert served.send(f"{DRAWN_ADDRESS}?{query}", bytes(MOST_OF_DRAWN + 1)).status == 413
+    assert served.send(f"{DRAWN_ADDRESS}?{query}", bytes(MAX_OF_DRAWN + 1)).status == 413
     assert sorted(path.name for path in folder.rglob("*")) == files
 
 
@@ -310,7 +310,7 @@ def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Serv
         write_png(path, np.full((HEIGHT, WIDTH), 25 * number, np.uint8), {MADE: "x"} if not number else None)
 
     shown = item(served)
-    pictures = [Image.open(io.BytesIO(served.ask(one["picture"]).body)) for one in shown["shots"]]
+    images = [Image.open(io.BytesIO(served.ask(one["picture"]).body)) for one in shown["shots"]]
     masks = [Image.open(io.BytesIO(served.ask(one["mask"]).body)) for one in shown["shots"]]
 
     assert (shown["name"], shown["state"], [one["number"] for one in shown["shots"]]) == (
@@ -318,7 +318,7 @@ def test_a_clip_shows_its_first_middle_and_last_frame(folder: Path, served: Serv
         "made",
         [0, 5, 9],
     )
-    assert [np.asarray(one).mean() for one in pictures] == pytest.approx([0, 100, 180], abs=4)
+    assert [np.asarray(one).mean() for one in images] == pytest.approx([0, 100, 180], abs=4)
     assert [np.asarray(one)[0, 0, 1] for one in masks] == [0, 125, 225]
     assert "not that of a clip" in draw(served, shown, WHITE).json()["error"]
     assert press(served, "accept", shown).json()["state"] == "accepted"
@@ -418,11 +418,11 @@ def press_form(served: Served, button: str, **fields: str) -> Answer:
 def test_masks_of_a_colour_are_made_in_the_queue_and_hand_drawn_ones_stay(
     folder: Path, served: Served
 ) -> None:
-    save_picture(folder / "c.png")
+    save_image(folder / "c.png")
     Image.new("RGB", (20, 20), "#00ff00").save(folder / "green.png")
     drawn = (folder / "masks" / "b.png").read_bytes()
     assert press_form(served, "write", finder="colour", colour="00ff00", expand_pixels="0").status == 200
-    end = time.monotonic() + MOST_SECONDS
+    end = time.monotonic() + MAX_SECONDS
     text = ""
     while '<span class="state">finished</span>' not in text and time.monotonic() < end:
         time.sleep(0.1)
@@ -484,7 +484,7 @@ def test_what_the_form_of_masks_cannot_do_is_said(served: Served) -> None:
 def test_a_described_folder_offers_the_folders_of_its_dataset(folder: Path, served: Served) -> None:
     outer = describe(folder.parent / "outer")
     for name in ("one", "two"):
-        save_picture(outer / name / "a.png")
+        save_image(outer / name / "a.png")
     tables = [f'[[datasets]]\nimage_directory = "{name}"\n' for name in ("one", "two")]
     (outer / "dataset.toml").write_text("".join(tables), encoding="utf-8")
 

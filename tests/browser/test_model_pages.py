@@ -64,9 +64,9 @@ def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
     assert (empty.state, empty.is_there, len(empty.missing)) == ("to load", False, 4)
 
     write_task(models, "wan", "t2v-1.3B")
-    whole = find_task(models, "wan", "t2v-1.3B")
-    assert whole is not None
-    assert (whole.state, {part.state for part in whole.parts}) == ("on disk", {"on disk"})
+    full = find_task(models, "wan", "t2v-1.3B")
+    assert full is not None
+    assert (full.state, {part.state for part in full.parts}) == ("on disk", {"on disk"})
 
     (models / DIT).unlink()
     rest = find_task(models, "wan", "t2v-1.3B")

@@ -62,12 +62,12 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     assert describe_file(str(ROOT / "pocket/vae.safetensors")) == "a Wan2.1 VAE (--vae), 5 MB"
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     assert describe_file(str(tmp_path / "x.safetensors")).startswith("It cannot be read: ")
-    whole = (ROOT / "pocket/vae.safetensors").read_bytes()
+    full = (ROOT / "pocket/vae.safetensors").read_bytes()
     for content, message in (
         (b"", "It is empty. Download or copy it again."),
         (b"<!DOCTYPE html><title>Sign in</title>", "It is a web page, not a model"),
         (b"version https://git-lfs.github.com/spec/v1\n", "It is a Git LFS pointer"),
-        (whole[:-1], f"It is incomplete: it has {len(whole) - 1:,} of {len(whole):,} bytes."),
+        (full[:-1], f"It is incomplete: it has {len(full) - 1:,} of {len(full):,} bytes."),
     ):
         (tmp_path / "x.safetensors").write_bytes(content)
         assert describe_file(str(tmp_path / "x.safetensors")).startswith(message)

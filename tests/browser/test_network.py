@@ -8,7 +8,7 @@ import pytest
 
 from browser.model_files import find_task
 from tests.browser.serving import serve_runs
-from tests.browser.test_new_page import describe, post, text_of, write_pictures
+from tests.browser.test_new_page import describe, post, text_of, write_images
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET
 from tests.downloads import fake_hub
@@ -37,7 +37,7 @@ def test_a_training_whose_model_could_not_be_loaded_goes_on_with_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "roots"
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     models = tmp_path / "models"
     with fake_hub.serve() as hub:
         add_model(hub, tmp_path / "released")

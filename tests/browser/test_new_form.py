@@ -29,10 +29,10 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
     assert NewForm.of_words(words) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
     assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
-    whole = replace(FORM, train="whole")
-    assert "--train" in make_new_words(whole, Path("models"))
-    assert NewForm.of_words(make_new_words(whole, Path("models"), dry_run=True)) == whole
-    assert NewForm.of_address(whole.address) == whole
+    full = replace(FORM, train="whole")
+    assert "--train" in make_new_words(full, Path("models"))
+    assert NewForm.of_words(make_new_words(full, Path("models"), dry_run=True)) == full
+    assert NewForm.of_address(full.address) == full
 
 
 def test_where_pairs_could_be_learned_a_lora_is_named() -> None:

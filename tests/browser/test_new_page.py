@@ -30,7 +30,7 @@ from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
 from tests.data_tools.captions.making import run_server
-from tests.data_tools.report.making import save_picture
+from tests.data_tools.report.making import save_image
 from tests.waiting import MILLISECONDS, PATIENCE
 
 PARTS = {name: str(ROOT / f"pocket/{name}.safetensors") for name in ("dit", "vae", "t5")}
@@ -53,10 +53,10 @@ def served(root: Path) -> Iterator[Served]:
         yield served
 
 
-def write_pictures(folder: Path, count: int = 12, captions: bool = False) -> list[Path]:
+def write_images(folder: Path, count: int = 12, captions: bool = False) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     caption = "a square" if captions else None
-    return [save_picture(folder / f"p{number:02}.png", number, (64, 64), caption) for number in range(count)]
+    return [save_image(folder / f"p{number:02}.png", number, (64, 64), caption) for number in range(count)]
 
 
 def post(served: Served, what: str, **fields: str) -> Answer:
@@ -109,15 +109,15 @@ def wait_page(page: Any, words: str, seconds: int = 90) -> None:
 def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
     served: Served, root: Path, tmp_path: Path
 ) -> None:
-    pictures = write_pictures(tmp_path / "from a camera")
+    images = write_images(tmp_path / "from a camera")
     with open_page(f"{served.url}/new") as page:
         page.get_by_label("Put them into").fill("kittens")
-        page.get_by_label("Choose files").set_input_files(pictures)
+        page.get_by_label("Choose files").set_input_files(images)
         page.wait_for_url("**folder=**")
         assert page.get_by_label("Folder").input_value() == str(root / "kittens")
         page.get_by_text("Files and captions").click()
-        for picture in pictures:
-            page.get_by_label(f"Caption of {picture.name}").fill(f"a square of noise, {picture.stem}")
+        for image in images:
+            page.get_by_label(f"Caption of {image.name}").fill(f"a square of noise, {image.stem}")
             page.keyboard.press("Control+Enter")
         wait_until(page, "drafts.size === 0")
         page.get_by_label("Model").select_option("wan")
@@ -161,7 +161,7 @@ def assert_equal_to_command(command: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_first_description_is_that_of_the_command(served: Served, root: Path, tmp_path: Path) -> None:
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     shown = served.ask(f"/new?{urlencode({'folder': str(root / 'set'), **FIELDS})}").text
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     describe(served, root / "set")
@@ -169,7 +169,7 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
 
 
 def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Path, tmp_path: Path) -> None:
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     fields = {"folder": str(root / "set"), **FIELDS, "train": "whole"}
     shown = served.ask(f"/new?{urlencode(fields)}").text
     assert '<option value="whole" selected>the whole model</option>' in shown
@@ -191,7 +191,7 @@ def test_a_whole_model_is_described_as_the_command_does(served: Served, root: Pa
 def test_a_folder_of_pairs_is_offered_as_what_new_makes_of_it(
     served: Served, root: Path, tmp_path: Path
 ) -> None:
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     shutil.copytree(root / "set", root / "set" / "conditioning", ignore=shutil.ignore_patterns("*.txt"))
     fields = {"folder": str(root / "set"), "family": "stable_diffusion", "task": "xl", "trigger": "zorb"}
     shown = served.ask(f"/new?{urlencode(fields)}").text
@@ -229,7 +229,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert f"{root.parent} is outside of the folders" in refused(served, root, folder="../")
     (root / "set").mkdir()
     assert "has no clips, pictures or sounds. Drop some here first" in refused(served, root)
-    write_pictures(root / "set", 1)
+    write_images(root / "set", 1)
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
     assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
@@ -246,7 +246,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
 
 @pytest.mark.slow
 def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 1, captions=True)
+    write_images(root / "set", 1, captions=True)
     post(served, "describe", **{"folder": str(root / "set"), **FIELDS, "file_dit": PARTS["vae"]})
     text = wait_for(served, root / "set", "not described")
     assert "a Wan2.1 VAE" in text or "--dit" in text
@@ -257,7 +257,7 @@ def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> N
 
 @pytest.mark.slow
 def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     fields = {"folder": str(root / "set"), **FIELDS}
     answers: list[Answer] = []
     threads = [
@@ -274,7 +274,7 @@ def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
 
 
 def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 2, captions=True)
+    write_images(root / "set", 2, captions=True)
     describe(served, root / "set")
     path = root / "set/run.toml"
     path.write_text(f"# mine\n{path.read_text()}".replace("seed = 42", "seed = 7 # lucky"), encoding="utf-8")
@@ -294,7 +294,7 @@ def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Pat
 @pytest.mark.slow
 def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     (folder / "prompts.txt").write_text("my own prompt\n", encoding="utf-8")
     old = {name: (folder / name).read_bytes() for name in FILES}
@@ -319,7 +319,7 @@ def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served
 @pytest.mark.slow
 def test_changes_that_were_refused_leave_all_as_it_was(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     post(served, "describe", **{"folder": str(folder), **FIELDS, "trigger": "ohwx"})
     wait_for(served, folder, "Replace the three files")
@@ -342,7 +342,7 @@ def mark_of(served: Served, folder: Path) -> str:
 @pytest.mark.slow
 def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     mark = mark_of(served, folder)
     fields = {"folder": str(folder), **FIELDS, "mark": mark}
@@ -360,7 +360,7 @@ def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None
 @pytest.mark.slow
 def test_check_and_start_take_no_fields_that_are_not_written(served: Served, root: Path) -> None:
     folder = root / "a set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
@@ -387,7 +387,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
 @pytest.mark.slow
 def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     seen = {"mark": name_field(page, "mark"), "shown": name_field(page, "shown")}
@@ -404,7 +404,7 @@ def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root
 @pytest.mark.slow
 def test_what_is_typed_and_not_saved_is_said_before_a_start(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 1)
+    write_images(folder, 1)
     describe(served, folder)
     with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
         page.get_by_label("Sample 1 prompt").fill("a square in snow")
@@ -417,7 +417,7 @@ def test_what_is_typed_and_not_saved_is_said_before_a_start(served: Served, root
 
 @pytest.mark.slow
 def test_the_count_of_files_without_a_caption_follows_the_captions(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 2)
+    write_images(root / "set", 2)
     with open_page(f"{served.url}/new?{urlencode({'folder': str(root / 'set')})}") as page:
         page.get_by_role("link", name="its files").click()
         page.get_by_label("Caption of p00.png").fill("a square")
@@ -429,7 +429,7 @@ def test_the_count_of_files_without_a_caption_follows_the_captions(served: Serve
 @pytest.mark.slow
 def test_a_folder_that_is_gone_and_files_that_are_not_as_new_writes_them(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     describe(served, folder)
     (folder / "run.toml").write_text("[training]\n", encoding="utf-8")
     shown = served.ask(f"/new?folder={quote(str(folder))}")
@@ -447,7 +447,7 @@ def test_a_folder_that_is_gone_and_files_that_are_not_as_new_writes_them(served:
 @pytest.mark.slow
 def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     (folder / "p00.txt").write_bytes("ein Käse, eine Tür und schöne Grüße".encode("cp1252"))
     describe(served, folder)
     text = wait_for(served, folder, "Convert to UTF-8")
@@ -469,7 +469,7 @@ def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, 
 @pytest.mark.slow
 def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 4)
+    write_images(folder, 4)
     describe(served, folder)
 
     def reply(number: int, body: Any) -> str:
@@ -495,7 +495,7 @@ def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, roo
 @pytest.mark.slow
 def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2)
+    write_images(folder, 2)
     describe(served, folder)
     text = wait_for(served, folder, "Do it")
     assert "caption_dataset.py" in text
@@ -511,7 +511,7 @@ def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path
 @pytest.mark.slow
 def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served, root: Path) -> None:
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
     wait_for(served, folder, '">described<')
@@ -529,7 +529,7 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
 
 def test_missing_captions_come_before_a_download(served: Served, root: Path) -> None:
     folder = root / "bare"
-    write_pictures(folder, 3, captions=False)
+    write_images(folder, 3, captions=False)
     (folder / "broken.jpg").write_bytes(b"no picture")
     fields = {name: text for name, text in FIELDS.items() if name not in ("trigger",) and "file_" not in name}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
@@ -555,7 +555,7 @@ def test_missing_captions_come_before_a_download(served: Served, root: Path) -> 
 
 def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path) -> None:
     folder = root / "unloaded"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
     wait_for(served, folder, '">described<')
@@ -592,7 +592,7 @@ def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
 
 
 def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 1)
+    write_images(root / "set", 1)
     (root / "set/check.html").write_text("<script>parent.x = 1</script><p>hello", encoding="utf-8")
     address = f"/new/checked?folder={quote(str(root / 'set'))}"
     answer = served.ask(address)
@@ -604,7 +604,7 @@ def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, ro
 
 
 def test_a_lora_of_that_name_is_not_trained_over(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 1)
+    write_images(root / "set", 1)
     (root / "set/output").mkdir()
     (root / "set/output/set.safetensors").touch()
     assert 'name="name" value="set-2"' in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
@@ -626,7 +626,7 @@ def test_a_task_of_the_table_is_taken_where_both_models_have_one_of_its_name(ser
 
 
 def test_nothing_is_written_where_one_may_only_look(root: Path) -> None:
-    write_pictures(root / "set", 2)
+    write_images(root / "set", 2)
     with serve_runs(root, read_only=True) as served:
         shown = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
         assert "<button>" not in shown
@@ -650,7 +650,7 @@ def test_names_and_captions_are_text(served: Served, root: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_typed_survives_a_reload(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 2)
+    write_images(root / "set", 2)
     with open_page(f"{served.url}/new") as page:
         page.get_by_text("set", exact=True).click()
         page.get_by_text("in a table").click()
@@ -687,9 +687,9 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
 def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) -> None:
     """As `new` takes them: regularisation pictures belong to it. A described folder is a choice too."""
     for place in ("mine/img/10_ohwx man", "mine/reg/1_man", "flat/2_ohwx dog"):
-        write_pictures(root / place, 2)
-    write_pictures(root / "plain" / "day", 1)
-    write_pictures(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
+        write_images(root / place, 2)
+    write_images(root / "plain" / "day", 1)
+    write_images(root / "plain" / "day" / "masks", 1)  # which are no pictures to learn
     listed = {one.path: one.words for one in list_media_folders(Runs([root]))}
     assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
     assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
@@ -720,7 +720,7 @@ LABELS = """[...document.querySelectorAll('label, [aria-label]')]
 
 @pytest.mark.slow
 def test_the_page_fits_and_each_label_is_there_once(served: Served, root: Path) -> None:
-    write_pictures(root / "set", 2)
+    write_images(root / "set", 2)
     describe(served, root / "set", trigger="ohwx")
     with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
         page.locator("#text-prompts").wait_for(state="attached")  # it is read after the page
@@ -735,7 +735,7 @@ def test_the_page_fits_and_each_label_is_there_once(served: Served, root: Path) 
 
 
 def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
-    write_pictures(root / "my set", 2)
+    write_images(root / "my set", 2)
     for quote_mark in "\"'":
         page = served.ask(f"/new?folder={quote(quote_mark + str(root / 'my set') + quote_mark)}").text
         assert "no such folder" not in page
@@ -846,7 +846,7 @@ def test_what_a_model_file_is_stays_when_the_fields_around_it_are_read_later(ser
 def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, root: Path) -> None:
     """Else its button would show the command for a folder that is not described yet, and run another."""
     folder = root / "set"
-    write_pictures(folder, 2, captions=True)
+    write_images(folder, 2, captions=True)
     with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
         page.wait_for_timeout(1500)
         assert "--dry_run" not in page.locator("#command").inner_text()
@@ -858,7 +858,7 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
 
 def test_the_counts_of_a_folder_agree_with_its_rows_and_with_what_new_takes(tmp_path: Path) -> None:
     folder = tmp_path / "roots" / "my set"
-    write_pictures(folder, 3)
+    write_images(folder, 3)
     for name in ("bad.png", ".hidden.png"):
         (folder / name).touch()
     first, second, third = sorted(folder.glob("[!.b]*.png"))

@@ -19,23 +19,23 @@ from safetensors.torch import load_file, save_file
 from browser.described_folder import FILES
 from browser.jobs import QUEUE, STATE, open_queue
 from browser.new_form import NewForm
-from browser.new_steps import FolderStanding, choose_step
+from browser.new_steps import FolderStanding, select_step
 from browser.runs import DIED, FINISHED, RUNNING, Runs
 from project.options import find_models
 from tests.browser.described_folders import describe as describe_folder
 from tests.browser.serving import Served, serve_runs
-from tests.browser.test_new_page import PARTS, text_of, write_pictures
+from tests.browser.test_new_page import PARTS, text_of, write_images
 from tests.browser.test_new_page import post as press_button
 from tests.chromium import open_page, wait_until
 from tests.waiting import MILLISECONDS, PATIENCE
 
 SCREENS = ((1440, 900), (390, 844))
-MOST_SCREENS = 3
+MAX_SCREENS = 3
 FILLED = NewForm(folder="set", family="wan", task="t2v-1.3B")
 DESCRIBED = {"is_described": True}
 CHECKED = {**DESCRIBED, "checking": (FINISHED, 0)}
 SECONDS = 1000  # milliseconds
-MOST_CLICKS = 6
+MAX_CLICKS = 6
 
 
 def job(state: str, code: int | None = None) -> Any:
@@ -77,19 +77,19 @@ def standing(**facts: Any) -> FolderStanding:
     ],
 )
 def test_the_word_of_the_button_follows_the_state(facts: dict[str, Any], is_written: bool, word: str) -> None:
-    step = choose_step(FILLED, standing(**facts), is_written)
+    step = select_step(FILLED, standing(**facts), is_written)
     assert step.word == word
-    other = choose_step(NewForm(folder="set"), standing(**facts), is_written)
+    other = select_step(NewForm(folder="set"), standing(**facts), is_written)
     assert (other.word, other.missing) == ("Describe", ["a model", "a task"])
 
 
 def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
-    assert choose_step(FILLED, standing(**CHECKED), True).done == "Described, checked: no fault."
+    assert select_step(FILLED, standing(**CHECKED), True).done == "Described, checked: no fault."
     loaded = standing(**DESCRIBED, download=(FINISHED, 0))
-    assert choose_step(FILLED, loaded, True).done == "Described, the model is here."
-    faulty = choose_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
+    assert select_step(FILLED, loaded, True).done == "Described, the model is here."
+    faulty = select_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
-    bare = choose_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
+    bare = select_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
     assert bare.missing == ["captions of 12 pictures, or a trigger word"]
     assert (bare.address, bare.other_word, bare.other_address) == (
         "#writer",
@@ -103,7 +103,7 @@ def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("roots")
     for number in range(9):
-        write_pictures(root / f"more {number}", 1)
+        write_images(root / f"more {number}", 1)
     describe_folder(root / "set")
     describe_folder(root / "loaded", dit=str(root / "models" / "wan.safetensors"))
     return root
@@ -136,7 +136,7 @@ def test_the_button_is_always_in_view_and_the_page_is_low(served: Served, root: 
                     assert is_in_view(page), (address, width, place)
                 if width == SCREENS[0][0]:
                     shown = page.evaluate("document.documentElement.scrollHeight")
-                    assert shown <= MOST_SCREENS * height, address
+                    assert shown <= MAX_SCREENS * height, address
         assert page.get_by_role("button", name="Check", exact=True).count() == 1
         assert page.locator("#next").get_by_text("Described.").is_visible()
         page.set_viewport_size({"width": 1440, "height": 900})
@@ -198,7 +198,7 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
 @pytest.mark.slow
 def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path) -> None:
     """From an empty page; the model is on disk, and is small."""
-    write_pictures(tmp_path / "roots" / "kittens", 3, captions=True)
+    write_images(tmp_path / "roots" / "kittens", 3, captions=True)
     models = tmp_path / "models"
     (model,) = [one for one in find_models() if (one.family, one.task) == ("wan", "t2v-1.3B")]
     for part in model.components:
@@ -226,7 +226,7 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
         start.click()
         page.get_by_role("link", name="Show the training").wait_for(timeout=PATIENCE * MILLISECONDS)
         clicks += 3
-        assert clicks <= MOST_CLICKS
+        assert clicks <= MAX_CLICKS
         page.get_by_role("link", name="Show the training").click()
         state = page.locator("main .status").first
         begun = re.compile("caching|loading|training|sampling")

@@ -26,12 +26,12 @@ from tests.browser.test_safe_clicks import (
     list_addresses,
     list_children,
     list_files,
-    save_picture,
+    save_image,
     wait_for_children,
 )
 
 WAIT_SECONDS = 2.0  # in which a server that starts what it finds would have done so
-MOST_SECONDS = 20.0  # of the processor, for an answer
+MAX_SECONDS = 20.0  # of the processor, for an answer
 NOBODY = {"machine": 1, "number": 1, "born": 1}  # a process of another machine
 
 
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "root"
     write_run(root / "runs", "x", 10)
     for number in range(2):
-        save_picture(root / "described" / f"{number}.png", 80 * number)
+        save_image(root / "described" / f"{number}.png", 80 * number)
     describe(root / "described")
     for name in ("evil.py", "sitecustomize.py", "wan_generate_video.py", "json.py", "torch.py"):
         code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
@@ -66,7 +66,7 @@ def visit_all(served: Served, query: str = "") -> None:
         began = time.process_time()
         answer = served.ask(f"{address}{query}")
         assert answer.status < 500, (address, answer.text[:300])
-        assert time.process_time() - began < MOST_SECONDS, address
+        assert time.process_time() - began < MAX_SECONDS, address
         assert "Traceback" not in answer.text
         assert SECRET not in answer.text
 
@@ -88,7 +88,7 @@ def is_said(text: str) -> bool:
 
 def request(number: int, session: Any, folder: Path, **facts: Any) -> dict[str, Any]:
     """The record of a render job that waits. session: the words of the command that it starts."""
-    usual = {
+    default = {
         "id": number,
         "title": "wan t2v-1.3B",
         "session": session,
@@ -107,7 +107,7 @@ def request(number: int, session: Any, folder: Path, **facts: Any) -> dict[str, 
         "steps": 0,
         "last_lines": "",
     }
-    return usual | facts
+    return default | facts
 
 
 SESSIONS: tuple[list[Any], ...] = (
@@ -163,8 +163,8 @@ def read_render_jobs(folder: Path) -> list[dict[str, Any]]:
 
 def damaged(content: str) -> list[bytes]:
     """A file of JSON, damaged in many ways."""
-    whole = content.encode()
-    pieces = [whole[: len(whole) * part // 5] for part in range(5)]
+    full = content.encode()
+    pieces = [full[: len(full) * part // 5] for part in range(5)]
     odd = [b"null", b"[]", b"3", b'"x"', b"{}", b"\xff\xfe\0", bytes(5000), b"[" * 200_000, b'{"a":' * 5000]
     values: list[Any] = [
         None,
@@ -183,7 +183,7 @@ def damaged(content: str) -> list[bytes]:
     ]
     row = json.loads(content)
     changed = [json.dumps(row | {name: value}).encode() for name in row for value in values]
-    return [*pieces, *odd, *changed, whole[:-1] + b',"more":' + b"[" * 50_000]
+    return [*pieces, *odd, *changed, full[:-1] + b',"more":' + b"[" * 50_000]
 
 
 @pytest.mark.slow_cases("checks")
@@ -268,7 +268,7 @@ def test_a_strange_history_breaks_no_page(root: Path, kind: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have only names that are text")
 def test_a_folder_whose_name_is_no_text_is_listed_with_the_reason(root: Path) -> None:
-    save_picture(root / "alb\udcfcm" / "0.png")
+    save_image(root / "alb\udcfcm" / "0.png")
     with serve_runs(root) as served:
         for address in ("/new", "/new/folders", "/", "/datasets"):
             assert served.ask(address).status == 200, address
@@ -466,7 +466,7 @@ def test_no_content_of_a_draft_breaks_a_page_or_leads_outside(root: Path, tmp_pa
                 began = time.process_time()
                 answer = served.ask(address)
                 assert answer.status < 500, (address, content[:300], answer.text[:200])
-                assert time.process_time() - began < MOST_SECONDS, (address, content[:300])
+                assert time.process_time() - began < MAX_SECONDS, (address, content[:300])
                 assert SECRET not in answer.text
         if hasattr(os, "mkfifo"):
             path.unlink()

@@ -17,7 +17,7 @@ from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
 from tests.browser.serving import serve_runs, write_run
-from tests.browser.test_walk import save_pictures
+from tests.browser.test_walk import save_images
 from tests.commands import ROOT
 from training.reports.history import HIGHEST, PREDICTED, History
 from training.summary import list_memory
@@ -27,8 +27,8 @@ from training.summary import list_memory
 def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """All that `new` prints of a folder with captions, and of one without."""
     monkeypatch.setenv("COLUMNS", "10000")
-    save_pictures(tmp_path / "a b ü")
-    save_pictures(tmp_path / "none")
+    save_images(tmp_path / "a b ü")
+    save_images(tmp_path / "none")
     for path in (tmp_path / "none").glob("*.txt"):
         path.unlink()
     models = tmp_path / "models"
@@ -57,7 +57,7 @@ def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
             assert isinstance(words, Words), line
             assert words == line  # what programs compare stays
             assert words.shown() != line
-            assert any(ord(letter) > 0x3000 for letter in words.shown())
+            assert any(ord(character) > 0x3000 for character in words.shown())
     assert [translate_line(line) for line in shown] == shown
 
 
@@ -91,7 +91,7 @@ def test_each_phase_that_a_generation_names_is_a_text_of_the_page() -> None:
 def test_how_a_run_ended_and_its_memory_are_told_in_the_language_of_the_page(told: str, code: str) -> None:
     with speaking(Language(code, read_texts(code))):
         shown = show(translate_line(told))
-        assert any(ord(letter) > 0x3000 for letter in shown)
+        assert any(ord(character) > 0x3000 for character in shown)
         for stays in re.findall(r"\d[\d,]*|CUDA(?: out of memory)?|cpu|--plan", told):
             assert stays in shown
         for word in ("ended", "stopped", "caching", "exit", "measured", "predict"):

@@ -323,18 +323,18 @@ def test_an_empty_field_shows_what_the_script_computes(tmp_path: Path) -> None:
         if found is None:
             continue
         family, options = found
-        usual, request = family.defaults, options.request
+        default, request = family.defaults, options.request
         compared += 1
         expected = {
-            "steps": request.infer_steps or usual.steps,
-            "guidance": usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            "cfg": usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            "frames": request.video_length or usual.frames,
-            "high_cfg": usual.expert_guidance.get(HIGH_NOISE),
-            "width": (request.video_size or (usual.height, usual.width))[1],
+            "steps": request.infer_steps or default.steps,
+            "guidance": default.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            "cfg": default.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            "frames": request.video_length or default.frames,
+            "high_cfg": default.expert_guidance.get(HIGH_NOISE),
+            "width": (request.video_size or (default.height, default.width))[1],
         }
         if recipe.embeds_guidance:
-            expected["guidance"] = request.embedded_guidance or usual.embedded_guidance
+            expected["guidance"] = request.embedded_guidance or default.embedded_guidance
         for name, value in expected.items():
             shown = recipe.usual.get(name) or recipe.find_default(name)
             if name in recipe.fields and shown and not recipe.counts_seconds:

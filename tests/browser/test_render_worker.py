@@ -495,9 +495,9 @@ def flux_requests(folder: Path) -> list[RenderRequest]:
 def read_made(folder: Path) -> tuple[dict[str, torch.Tensor], list[bytes], dict[str, str]]:
     """Return the latents, the frames and the texts of the only result in a folder, without times."""
     (latents,) = folder.glob("*_latent.safetensors")
-    pictures = [*folder.rglob("*.png"), *folder.glob("*.mp4")]
-    frames = [frame.tobytes() for path in sorted(pictures) for frame in read_frames(path)]
-    tags = read_tags(pictures[0])
+    images = [*folder.rglob("*.png"), *folder.glob("*.mp4")]
+    frames = [frame.tobytes() for path in sorted(images) for frame in read_frames(path)]
+    tags = read_tags(images[0])
     changing = {"bt_creation_timestamp", "creation_time"}
     return load_file(latents), frames, {name: text for name, text in tags.items() if name not in changing}
 

@@ -15,7 +15,7 @@ from PIL import Image
 from modules.media.reading import frame_size, read_image, read_tags
 from modules.media.writing import write_png, write_video
 from tests.browser.serving import Served, python_of, serve_runs
-from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
+from tests.browser.test_accessible import assert_fits, axe, list_errors  # noqa: F401  # a fixture
 from tests.browser.test_results import MADE, MODEL, TAGS, describe, frames_of, wait_for_files, write_maker
 from tests.browser.test_results import write_result as write_file
 from tests.chromium import open_page, wait_until
@@ -314,8 +314,8 @@ def test_prompts_and_names_run_nothing(tmp_path: Path) -> None:
             press_in(page.locator("#shelf .plate"), button)
             page.wait_for_timeout(200)
             page.evaluate("for (const one of document.querySelectorAll('dialog[open]')) one.close()")
-        problems = [problem for problem in page.problems if "422" not in problem]
-        assert problems == []
+        errors = [error for error in page.problems if "422" not in error]
+        assert errors == []
 
 
 def test_read_only_shows_and_changes_nothing(root: Path) -> None:
@@ -332,11 +332,11 @@ def test_the_results_fit_each_screen(page: Any) -> None:
 @pytest.mark.slow
 def test_the_results_have_no_serious_fault(axe: str, page: Any) -> None:  # noqa: F811
     page.evaluate(axe)
-    faults = [fault for fault in list_faults(page) if "shelf" in str(fault) or "sift" in str(fault)]
-    assert faults == []
+    errors = [error for error in list_errors(page) if "shelf" in str(error) or "sift" in str(error)]
+    assert errors == []
     press(page, "b.png", "settings")
     page.wait_for_selector("#sheet[open]")
-    assert [fault for fault in list_faults(page) if "sheet" in str(fault)] == []
+    assert [error for error in list_errors(page) if "sheet" in str(error)] == []
 
 
 @pytest.mark.slow
@@ -383,10 +383,10 @@ def test_a_click_hides_a_layer_of_a_picture_and_shows_what_is_behind(served: Ser
     made = root / "generated"
     colors = {"layer0": (0, 0, 255), "layer1": (255, 0, 0), "layer2": (0, 255, 0), "composite": (9, 9, 9)}
     for name, color in colors.items():
-        picture = np.full((64, 64, 4), (*color, 255), np.uint8)
+        image = np.full((64, 64, 4), (*color, 255), np.uint8)
         if name == "layer2":
-            picture[:, 32:] = (0, 0, 255, 0)
-        write_png(made / f"cat_{name}.png", picture, TAGS)
+            image[:, 32:] = (0, 0, 255, 0)
+        write_png(made / f"cat_{name}.png", image, TAGS)
 
     with open_page(f"{served.url}/generate") as page:
         page.evaluate("document.getElementById('results').scrollIntoView()")

@@ -518,8 +518,8 @@ def test_removed_files_lie_in_the_bin(served: Served, root: Path) -> None:
 def test_two_files_of_a_name_do_not_meet_in_the_bin(tmp_path: Path) -> None:
     folders = []
     for _ in range(2):
-        picture = write_result(tmp_path / "generated" / "a.png")
-        folders.append(BinFolder(tmp_path / BIN).take(title="a.png", base=tmp_path, paths=[picture]))
+        image = write_result(tmp_path / "generated" / "a.png")
+        folders.append(BinFolder(tmp_path / BIN).take(title="a.png", base=tmp_path, paths=[image]))
     assert folders[0] != folders[1]
     assert len([*(tmp_path / "reelsmith-bin").rglob("generated/a.png")]) == 2
 
@@ -530,8 +530,8 @@ def test_the_last_frame_of_a_clip_becomes_a_picture_beside_it(served: Served, ro
     answer = send(served, id_of(served, "clip.mp4"), "start").json()
     assert answer["path"] == str(root / "generated" / "clip_last.png")
     assert abs(int(read_image(Path(answer["path"])).mean()) - 220) < 4
-    picture = send(served, id_of(served, "a.png"), "start").json()
-    assert picture["path"] == str(root / "generated" / "a.png")
+    image = send(served, id_of(served, "a.png"), "start").json()
+    assert image["path"] == str(root / "generated" / "a.png")
 
 
 def test_larger_says_what_to_load_if_there_is_no_file(served: Served, root: Path) -> None:

@@ -83,8 +83,8 @@ def write_generating_run(output: Path, kind: str | None, script: str = "wan_gene
 
 def write_controlled_run(output: Path, more: str = "") -> None:
     """Write a run whose history has a command that follows a control picture with the run's file."""
-    facts = {"written_in": str(output), "working_folder": str(output.parent)}
-    path = write_run(output, "own", kind="good", **facts)
+    info = {"written_in": str(output), "working_folder": str(output.parent)}
+    path = write_run(output, "own", kind="good", **info)
     control = output / "edges.png"
     Image.new("RGB", (8, 8)).save(control)
     words = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
@@ -327,8 +327,8 @@ def test_a_running_training_is_not_removed(served: Served, tmp_path: Path) -> No
 
 def write_resumable(folder: Path, name: str, **told: object) -> None:
     """Write a stopped run of a terminal, with the command that continues it."""
-    facts = {"written_in": str(folder), "working_folder": str(folder), **told}
-    write_run(folder, name, kind="", **facts)
+    info = {"written_in": str(folder), "working_folder": str(folder), **told}
+    write_run(folder, name, kind="", **info)
     history = History(history_path(folder, name), 1, 6)
     line = "python tools/download.py --list --max_train_steps 10 --resume latest-or-fail"
     history.add(6, commands=[["Go on after a stop", line, line, ""]])
@@ -343,8 +343,8 @@ def test_a_run_of_a_terminal_continues_with_its_own_command(
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
     assert press(served, "train_on", "typed", steps="50").status == 200
-    usual = "python tools/download.py --list --max_train_steps 10 --resume latest-or-fail"
-    assert lines(queue) == [usual, usual.replace(" 10 ", " 50 ")]
+    default = "python tools/download.py --list --max_train_steps 10 --resume latest-or-fail"
+    assert lines(queue) == [default, default.replace(" 10 ", " 50 ")]
 
 
 def test_prompts_of_a_described_folder_lead_to_their_fields(served: Served, tmp_path: Path) -> None:
@@ -456,8 +456,8 @@ def test_prompts_are_edited_and_a_draft_removed_by_clicks(served: Served, tmp_pa
         page.get_by_role("button", name="Move it into the bin").click()
         page.wait_for_url(f"{served.url}/")
         assert page.get_by_role("button", name="New").is_visible()
-        problems = [problem for problem in page.problems if "422" not in problem]
-        assert problems == []
+        errors = [error for error in page.problems if "422" not in error]
+        assert errors == []
     assert sorted(path.name for path in folder.iterdir()) == ["cache", "cat.png", "cat.txt"]
 
 

@@ -61,7 +61,7 @@ STRANGERS: Sequence[dict[str, str]] = (
 FROM_HERE_BY_STRANGERS = ({"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"})
 
 
-def save_picture(path: Path, shade: int = 0) -> None:
+def save_image(path: Path, shade: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full((64, 64, 3), shade, np.uint8)).save(path)
 
@@ -75,12 +75,12 @@ def describe(folder: Path, **options: Any) -> None:
 
 def fill_outside(folder: Path) -> None:
     """Write what lies next to a root and is nobody's business: files of each kind that pages read."""
-    save_picture(folder / f"{HIDDEN}.png")
+    save_image(folder / f"{HIDDEN}.png")
     for name in ("secret.txt", f"{HIDDEN}.txt", "dataset.toml", "prompts.txt"):
         (folder / name).write_text(SECRET, encoding="utf-8")
     (folder / "run.toml").write_text(f'[training]\noutput_name = "{SECRET}"\n', encoding="utf-8")
     (folder / "generated").mkdir()
-    save_picture(folder / "generated" / f"{HIDDEN}.png")
+    save_image(folder / "generated" / f"{HIDDEN}.png")
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def root(tmp_path: Path) -> Path:
     write_run(root / "runs", "y", 4, None)
     for place in ("pictures", "described"):
         for number in range(3):
-            save_picture(root / place / f"{number}.png", 80 * number)
+            save_image(root / place / f"{number}.png", 80 * number)
             (root / place / f"{number}.txt").write_text(f"picture {number}", encoding="utf-8")
     describe(root / "described")
-    save_picture(root / "generated" / "20261126-101010_7.png", 99)
+    save_image(root / "generated" / "20261126-101010_7.png", 99)
     fill_outside(tmp_path / "outside")
     return root
 
@@ -150,12 +150,12 @@ def list_fields() -> list[str]:
 
 def list_files(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of each file and folder below a folder, without the files of locks."""
-    facts = {}
+    info = {}
     for path in folder.rglob("*"):
         if not path.name.endswith(".lock"):
             status = path.lstat()
-            facts[str(path)] = (0 if path.is_dir() else status.st_mtime_ns, status.st_size)
-    return facts
+            info[str(path)] = (0 if path.is_dir() else status.st_mtime_ns, status.st_size)
+    return info
 
 
 # --- other sites
@@ -291,7 +291,7 @@ def test_bodies_are_limited_and_damaged_ones_are_refused(root: Path, headers: di
 # --- paths
 
 LONG = "x" * 900  # longer than names may be
-MOST_OF_ADDRESS = 60_000  # characters; the server of HTTP takes no longer ones
+MAX_OF_ADDRESS = 60_000  # characters; the server of HTTP takes no longer ones
 
 
 def list_few_ways_out(outside: Path) -> list[str]:
@@ -411,7 +411,7 @@ def test_no_field_of_any_form_leads_outside(
             all_fields = dict.fromkeys(fields, text) | ({"folder": base} if base else {})
             # of a right folder all fields are hostile at once: commands must not be begun a thousand times
             query = encode(all_fields)
-            for address in list_addresses(served, "GET") if len(query) < MOST_OF_ADDRESS else ():
+            for address in list_addresses(served, "GET") if len(query) < MAX_OF_ADDRESS else ():
                 check_answer(served, f"{address}?{query}", "GET", text)
             for address in list_addresses(served, "POST"):
                 check_answer(served, address, "POST", text, encode(all_fields))

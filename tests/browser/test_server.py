@@ -303,8 +303,8 @@ def test_nothing_of_a_hostile_run_runs_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_damaged_and_vanishing_runs_are_answered_without_a_fault(tmp_path: Path) -> None:
-    whole = write_run(tmp_path, "whole", 200)
-    data = whole.read_bytes()
+    full = write_run(tmp_path, "whole", 200)
+    data = full.read_bytes()
     damaged = {f"cut{length}": data[:length] for length in range(0, len(data), len(data) // 7)}
     damaged |= {"zeros": bytes(5000), "nested": data + b"[" * 100_000 + b"\n"}
     big = "9" * 4000

@@ -137,8 +137,8 @@ def test_the_code_as_svg_has_the_cells_of_the_code() -> None:
 
     assert (drawn == cells).all()
     assert 'aria-label="a &lt;b&gt;"' in svg
-    picture = (drawn * 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)
-    assert cv2.QRCodeDetector().detectAndDecode(picture)[0] == ADDRESS
+    image = (drawn * 255).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    assert cv2.QRCodeDetector().detectAndDecode(image)[0] == ADDRESS
 
 
 # --- the bin

@@ -106,8 +106,8 @@ def test_an_answer_is_green_and_stays_until_the_state_changes(served: Served, fo
         done = page.locator("#done")
         done.get_by_text("Asked: it saves").wait_for()
         good = "getComputedStyle(document.documentElement).getPropertyValue('--good').trim()"
-        colour = page.evaluate("getComputedStyle(document.querySelector('#done span')).color")
-        assert colour == page.evaluate(
+        color = page.evaluate("getComputedStyle(document.querySelector('#done span')).color")
+        assert color == page.evaluate(
             f"(() => {{ const one = document.createElement('i'); one.style.color = {good};"
             " document.body.append(one); return getComputedStyle(one).color; })()"
         )

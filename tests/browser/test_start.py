@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import pytest
 
-from browser.options import USUAL_PORT, BrowserOptions
+from browser.options import DEFAULT_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import Runs
-from browser.start import choose_places, may_open_page, open_socket
+from browser.start import may_open_page, open_socket, select_places
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -60,8 +60,8 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
     with open_socket("127.0.0.1", None) as first, open_socket("127.0.0.1", None) as second:
         ports = first.getsockname()[1], second.getsockname()[1]
     assert ports[0] != ports[1]
-    assert ports[1] != USUAL_PORT
-    with pytest.raises(OutputError, match=f"--host 192.0.2.1 --port {USUAL_PORT} cannot be used"):
+    assert ports[1] != DEFAULT_PORT
+    with pytest.raises(OutputError, match=f"--host 192.0.2.1 --port {DEFAULT_PORT} cannot be used"):
         open_socket("192.0.2.1", None)  # of no machine
 
 
@@ -114,7 +114,7 @@ def test_in_the_home_folder_or_the_checkout_it_uses_a_folder_of_its_own(
     caplog.set_level("INFO")
     plain, *_ = parse_options("", [], BrowserOptions)
 
-    places = choose_places(plain, tmp_path / place, checkout)
+    places = select_places(plain, tmp_path / place, checkout)
 
     assert places.folders == (home / "Reelsmith",)
     # a checkout's models are where its pages download them to
@@ -123,9 +123,9 @@ def test_in_the_home_folder_or_the_checkout_it_uses_a_folder_of_its_own(
     assert f"The folder is {home / 'Reelsmith'}, which is made when something is written." in caplog.text
 
     caplog.clear()
-    assert choose_places(plain, tmp_path, checkout).folders == (Path(),)
+    assert select_places(plain, tmp_path, checkout).folders == (Path(),)
     typed, *_ = parse_options("", [str(tmp_path / place)], BrowserOptions)
-    assert choose_places(typed, tmp_path / place, checkout).folders == (tmp_path / place,)
+    assert select_places(typed, tmp_path / place, checkout).folders == (tmp_path / place,)
     assert caplog.text == ""
 
 

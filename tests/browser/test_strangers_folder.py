@@ -311,12 +311,12 @@ def test_a_style_of_the_working_folder_draws_no_picture(folder: Path) -> None:
         "sys.stdout.write(str(hash(data)) if len(data) > 999 else 'none')"
     )
     variables = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
-    usual = run_python("-c", code, folder=folder, environment=variables).stdout
+    default = run_python("-c", code, folder=folder, environment=variables).stdout
     style = "text.usetex: True\ntext.latex.preamble: \\input{evil}\naxes.facecolor: red\n"
     (folder / "matplotlibrc").write_text(style, encoding="utf-8")
 
-    assert run_python("-c", code, folder=folder, environment=variables).stdout == usual
-    assert usual.lstrip("-").isdecimal()
+    assert run_python("-c", code, folder=folder, environment=variables).stdout == default
+    assert default.lstrip("-").isdecimal()
 
 
 def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -> None:

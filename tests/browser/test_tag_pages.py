@@ -20,9 +20,9 @@ from modules.errors import OptionError
 from modules.script_options import parse_options
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
-from tests.browser.test_safe_clicks import save_picture
+from tests.browser.test_safe_clicks import save_image
 from tests.chromium import open_page, wait_until
-from tests.commands import MOST_SECONDS
+from tests.commands import MAX_SECONDS
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 
 
@@ -34,7 +34,7 @@ def press(served: Served, what: str, folder: str = "pictures", **fields: str) ->
 
 def wait_for(served: Served, words: str) -> str:
     """Return the part of the page that shows progress, once it has these words."""
-    end = time.monotonic() + MOST_SECONDS
+    end = time.monotonic() + MAX_SECONDS
     text = ""
     while time.monotonic() < end:
         text = served.ask("/new/tags?folder=pictures&part=progress").text
@@ -53,7 +53,7 @@ def pictures(tmp_path: Path) -> Path:
     """A folder below a root with two captions of tags and one sentence."""
     folder = tmp_path / "root" / "pictures"
     for number, text in enumerate(("cat, red_hat, catgirl", "red_hat", "A cat sits.")):
-        save_picture(folder / f"{number}.png", 60 * number + 60)
+        save_image(folder / f"{number}.png", 60 * number + 60)
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     return folder
 
@@ -235,7 +235,7 @@ def test_captions_behind_links_that_lead_outside_are_neither_read_nor_written(
 
 def test_both_pages_have_the_part_and_a_described_folder_is_one(pictures: Path) -> None:
     described = pictures.parent / "described"
-    save_picture(described / "0.png")
+    save_image(described / "0.png")
     (described / "0.txt").write_text("cat", encoding="utf-8")
     describe(described)
     lines = [

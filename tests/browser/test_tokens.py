@@ -15,7 +15,7 @@ import pytest
 from browser.options import BrowserOptions
 from browser.page_access import COOKIE
 from browser.start import find_address, show_address
-from browser.tokens import ENDED, Connection, PageToken, Ticket, choose_token, find_owner, is_own_connection
+from browser.tokens import ENDED, Connection, PageToken, Ticket, find_owner, is_own_connection, select_token
 from modules.user_files import user_folder
 from tests.browser.entering import enter
 from tests.browser.serving import serve_runs, write_run
@@ -41,17 +41,17 @@ def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_word_is_made_once_and_stays() -> None:
-    first = choose_token(BrowserOptions())
+    first = select_token(BrowserOptions())
     assert re.fullmatch(r"[\w-]{43}", first.word or "")
-    assert choose_token(BrowserOptions()) == first
+    assert select_token(BrowserOptions()) == first
     assert first.place == user_folder() / "page_token"
-    assert choose_token(BrowserOptions(no_token=True)) == PageToken(None)
+    assert select_token(BrowserOptions(no_token=True)) == PageToken(None)
 
 
 @ON_POSIX
 @pytest.mark.parametrize("fault", ["open", "short", "old", "link", "of bytes", "a folder"])
 def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> None:
-    first = choose_token(BrowserOptions())
+    first = select_token(BrowserOptions())
     path = first.place
     assert path is not None
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -71,7 +71,7 @@ def test_a_word_that_others_may_know_is_replaced(fault: str, tmp_path: Path) -> 
         path.unlink()
         path.mkdir()
 
-    again = choose_token(BrowserOptions())
+    again = select_token(BrowserOptions())
 
     assert re.fullmatch(r"[\w-]{43}", again.word or "")
     assert again.word != first.word
@@ -82,16 +82,16 @@ def test_a_token_file_that_others_can_read_is_named(tmp_path: Path, caplog: pyte
     path = tmp_path / "token.txt"
     path.write_text(TOKEN, encoding="utf-8")
     path.chmod(0o644)
-    assert choose_token(BrowserOptions(token=path)).word == TOKEN
+    assert select_token(BrowserOptions(token=path)).word == TOKEN
     assert f"chmod 600 {path}" in caplog.text
     caplog.clear()
     path.chmod(0o600)
-    choose_token(BrowserOptions(token=path))
+    select_token(BrowserOptions(token=path))
     assert caplog.text == ""
 
 
 def test_a_job_prints_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    token = choose_token(BrowserOptions())
+    token = select_token(BrowserOptions())
     show_address(BrowserOptions(), 8765, token)
     assert capsys.readouterr().out == find_address(BrowserOptions(), 8765, token.word) + "\n"
     monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")

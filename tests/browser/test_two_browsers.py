@@ -18,7 +18,7 @@ from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
 from tests.browser.test_run_buttons import address_of, write_resumable
-from tests.browser.test_safe_clicks import describe, list_children, save_picture, wait_for_children
+from tests.browser.test_safe_clicks import describe, list_children, save_image, wait_for_children
 from tests.chromium import open_page, wait_until
 
 PRESSES = 12  # of each page
@@ -27,7 +27,7 @@ PRESSES = 12  # of each page
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     for number in range(2):
-        save_picture(tmp_path / "described" / f"{number}.png", 80 * number)
+        save_image(tmp_path / "described" / f"{number}.png", 80 * number)
         (tmp_path / "described" / f"{number}.txt").write_text("a picture", encoding="utf-8")
     describe(tmp_path / "described")
     return tmp_path

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.drafts import MOST_DRAFTS, Drafts
+from browser.drafts import MAX_DRAFTS, Drafts
 from browser.names import short_digest
 from browser.runs import Runs
 from browser.server import MOST_BYTES
@@ -346,12 +346,12 @@ def test_a_file_that_goes_while_a_folder_is_measured_is_no_fault(
     folder = tmp_path / "roots/set"
     folder.mkdir()
     (folder / "goes.png").touch()
-    whole = Path.lstat
+    full = Path.lstat
 
     def vanish(path: Path) -> os.stat_result:
         if path.name == "goes.png":
             path.unlink(missing_ok=True)
-        return whole(path)
+        return full(path)
 
     monkeypatch.setattr(Path, "lstat", vanish)
     assert send(served, "a.txt", b"mine").status == 200
@@ -391,10 +391,10 @@ def test_a_disk_without_second_names_replaces_nothing_either(
 
 def test_a_draft_that_a_set_clock_dates_oldest_is_kept(tmp_path: Path) -> None:
     drafts = Drafts(tmp_path)
-    for number in range(MOST_DRAFTS):
+    for number in range(MAX_DRAFTS):
         drafts.write(f"{number:016x}", {"prompt": [str(number)]})
         os.utime(tmp_path / "drafts" / f"{number:016x}.json", (4e9 + number, 4e9 + number))
     drafts.write("f" * 16, {"prompt": ["mine"]})
     assert drafts.read("f" * 16) == {"prompt": ["mine"]}
-    assert len(list((tmp_path / "drafts").iterdir())) == MOST_DRAFTS
+    assert len(list((tmp_path / "drafts").iterdir())) == MAX_DRAFTS
     assert drafts.read(f"{0:016x}") is None

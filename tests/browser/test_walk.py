@@ -41,7 +41,7 @@ CLICKS, MANY_CLICKS = 20, 500
 MODEL_FILES = tuple(f"{name}={POCKET / name}.safetensors" for name in ("dit", "vae", "t5"))
 
 
-def save_pictures(folder: Path) -> None:
+def save_images(folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(4):
         write_png(folder / f"Bild ö {number}.png", np.full((64, 64, 3), 60 * number, np.uint8))
@@ -50,8 +50,8 @@ def save_pictures(folder: Path) -> None:
 
 def fill_root(root: Path) -> None:
     """Write a described folder, one that is not, one that came from elsewhere, runs and results."""
-    save_pictures(root / "my clips")
-    save_pictures(root / "it's a dog 🐕")
+    save_images(root / "my clips")
+    save_images(root / "it's a dog 🐕")
     describe_pocket(root / "my clips", model_files=MODEL_FILES, max_train_steps=20)
     describe(root / "from elsewhere")
     write_png(root / "from elsewhere" / "cat.png", np.full((64, 64, 3), 200, np.uint8))

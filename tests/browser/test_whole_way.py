@@ -15,7 +15,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from tests.browser.test_new_page import FEW, PARTS
 from tests.browser.test_safe_clicks import describe
-from tests.browser.test_walk import save_pictures
+from tests.browser.test_walk import save_images
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
 
@@ -66,7 +66,7 @@ class RestartedServer:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RestartedServer]:
     root = tmp_path / "über uns"
-    save_pictures(root / "my clips")
+    save_images(root / "my clips")
     describe(
         root / "my clips",
         model_files=tuple(f"{name}={path}" for name, path in PARTS.items()),
@@ -88,7 +88,7 @@ def restart(page: Any, server: RestartedServer) -> None:
     wait_for_text(page, "#machine", "does not answer")
     server.start()
     wait_for_text(page, "#machine", " free")
-    assert {problem for problem in page.problems if "error: " in problem and "fetch" not in problem} == set()
+    assert {error for error in page.problems if "error: " in error and "fetch" not in error} == set()
     page.problems.clear()
 
 

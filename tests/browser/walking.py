@@ -33,13 +33,13 @@ TEXTS = (
 )
 NUMBERS = ("", "0", "1", "2", "12", "20", "30", "48", "64", "-1", "1e9", "0.5", "999999999999", "many")
 QUIET_SECONDS = 0.15  # without a request, after which a page is at rest
-MOST_SECONDS = 60  # for a page to come to rest: scripts check the options of their commands
+MAX_SECONDS = 60  # for a page to come to rest: scripts check the options of their commands
 POLL_SECONDS = 12  # in which each page has asked for what is new
 CLICK_SECONDS = 3  # for a control to become one that can be pressed
-MOST_ASKED = 12  # addresses that are asked for at once
+MAX_ASKED = 12  # addresses that are asked for at once
 TYPING_SECONDS = 0.35  # after which a page asks what its fields mean
 STEADY = 8  # clicks for which an address that has answered counts as there
-MOST_SHIFT = 60  # pixels that a page may move under its reader
+MAX_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
 NOT_DRAWN = ("Load", "Get the model")  # beginnings of the names of buttons of downloads
 GOES_ON = "--check"  # of a command that the page New begins by itself after the one of a press
@@ -154,7 +154,7 @@ class Tab:
 
     def rest(self) -> None:
         """Wait until the page asks for nothing any more."""
-        end = time.monotonic() + MOST_SECONDS
+        end = time.monotonic() + MAX_SECONDS
         self.page.wait_for_timeout(1)  # takes what has come in
         while self.under_way or time.monotonic() < self.quiet_since + QUIET_SECONDS:
             if time.monotonic() > end:
@@ -163,12 +163,12 @@ class Tab:
         if self.under_way:
             late = [request.url for request in self.under_way]
             self.under_way.clear()
-            raise AssertionError(f"no answer after {MOST_SECONDS} seconds: {late}")
+            raise AssertionError(f"no answer after {MAX_SECONDS} seconds: {late}")
 
     def ask(self, name: str, *arguments: object) -> Any:
         """Return what a function of walking.js answers on this page."""
         call = "([name, words]) => globalThis.walker ? walker[name](...words) : false"
-        for _ in range(int(MOST_SECONDS / 0.1)):
+        for _ in range(int(MAX_SECONDS / 0.1)):
             answer = read_page(self.page, self.page.evaluate, call, [name, list(arguments)])
             if answer is not None and answer is not False:
                 return answer
@@ -416,9 +416,9 @@ class Walk:
                 is_gone = status == 404 and NOT_FOUND.search(said["text"])
                 if not is_told and not is_gone:
                     self.fault(f"{status} to {method} {address} in tab {each.number}")
-            for problem in each.page.problems:
-                if "Failed to load resource" not in problem:
-                    self.fault(f"tab {each.number}: {problem}")
+            for error in each.page.problems:
+                if "Failed to load resource" not in error:
+                    self.fault(f"tab {each.number}: {error}")
 
     def look_at_place(self, tab: Tab, click: Click) -> None:
         """The focus stays at what was used, and the page does not jump; unless another page was opened."""
@@ -443,7 +443,7 @@ class Walk:
         if before["focus"] and not after["focus"]:
             self.fault(f"tab {tab.number} has lost the focus of {before['focus']} {when}")
         is_at_end = after["top"] >= after["most"] - 2
-        if after["shift"] > MOST_SHIFT and not is_at_end:
+        if after["shift"] > MAX_SHIFT and not is_at_end:
             self.fault(f"tab {tab.number} has jumped by {after['shift']:.0f} pixels {when}")
 
     def look_at_started(self, shown: Sequence[str], before: Mapping[str, object]) -> None:
@@ -501,7 +501,7 @@ class Walk:
         """Yield the addresses and files that a page names and that are not there."""
         number = len(self.clicks)
         due = [one for one in tab.ask("addresses") if self.answered.get(one, -STEADY) + STEADY <= number]
-        for address in due[:MOST_ASKED]:
+        for address in due[:MAX_ASKED]:
             place = address.removeprefix(self.world.served.url)
             status = self.world.served.ask(place, Authorization=f"Bearer {self.world.token}").status
             if status in (200, 204, 303):

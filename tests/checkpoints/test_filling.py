@@ -22,7 +22,7 @@ from contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from pocket.measure import POCKET
-from tests.fp8_reference import emulated_product, quantised_layers
+from tests.fp8_reference import emulated_product, quantized_layers
 from tests.modules.making import write
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import load_dit
@@ -205,34 +205,34 @@ BLOCKS = 8  # of the pocket model
 LAST = f"blocks.{BLOCKS - 1}.ffn.0.weight"
 
 
-def quantised_blocks(path: Path, quantisation: Quantisation) -> set[int]:
+def quantized_blocks(path: Path, quantisation: Quantisation) -> set[int]:
     dit = load_dit(path, replace(PLAIN, quantisation=quantisation))
-    return {int(name.split(".")[1]) for name in quantised_layers(dit)}
+    return {int(name.split(".")[1]) for name in quantized_layers(dit)}
 
 
 @pytest.mark.long
 def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() -> None:
     path = POCKET / "dit.safetensors"
 
-    assert quantised_blocks(path, ROWS) == set(range(BLOCKS))
-    assert quantised_blocks(path, FAST) == set(range(BLOCKS - 2))
+    assert quantized_blocks(path, ROWS) == set(range(BLOCKS))
+    assert quantized_blocks(path, FAST) == set(range(BLOCKS - 2))
     last = load_dit(path, replace(PLAIN, quantisation=FAST)).get_parameter(LAST)
     assert torch.equal(last, load_file(path)[LAST])
 
 
 def test_a_network_of_few_blocks_multiplies_in_8_bits_in_all(tmp_path: Path) -> None:
-    assert quantised_blocks(write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16)), FAST) == {0, 1}
+    assert quantized_blocks(write_dit(tmp_path, tiny_state("t2v", dtype=torch.bfloat16)), FAST) == {0, 1}
 
 
 def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> None:
     state, fast = load_file(POCKET / "dit.safetensors"), replace(FAST, kind="cast")
-    for name in quantised_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, quantisation=ROWS))):
+    for name in quantized_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, quantisation=ROWS))):
         state[f"{name}.weight"] = state[f"{name}.weight"].to(E4M3)
     save_file(state, tmp_path / "dit.safetensors")
 
     last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, quantisation=fast)).get_parameter(LAST)
 
-    assert quantised_blocks(tmp_path / "dit.safetensors", fast) == set(range(BLOCKS - 2))
+    assert quantized_blocks(tmp_path / "dit.safetensors", fast) == set(range(BLOCKS - 2))
     assert torch.equal(last, state[LAST].bfloat16())
 
 
@@ -251,7 +251,9 @@ def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quant
 
 
 def test_a_message_about_tensors_stays_short_however_many_there_are(tmp_path: Path) -> None:
-    further = {f"{letter}{index}.{letter}": torch.zeros(0) for index in range(200) for letter in "abc"}
+    further = {
+        f"{character}{index}.{character}": torch.zeros(0) for index in range(200) for character in "abc"
+    }
     path = write(tmp_path / "model.safetensors", {**state(), **further})
 
     with pytest.raises(CheckpointError, match="500 lines like these") as caught:

@@ -23,7 +23,7 @@ from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import Quantisation
 from tests.commands import ROOT, run_python
-from tests.fp8_reference import quantised_layers
+from tests.fp8_reference import quantized_layers
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from wan.spec import DIT as WAN_DIT
 
@@ -82,7 +82,7 @@ def test_loading_gives_what_rounding_the_loaded_model_would(
 
     dit = kind.load(path, replace(CPU, quantisation=quantisation))
 
-    layers = quantised_layers(dit)
+    layers = quantized_layers(dit)
     assert len(layers) == kind.rounded
     for name, layer in layers.items():
         weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
@@ -104,7 +104,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
 
     dit = kind.load(kind.write(tmp_path, state), replace(CPU, quantisation=ROWS, patch=patch))
 
-    for name, layer in quantised_layers(dit).items():
+    for name, layer in quantized_layers(dit).items():
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
 
 
@@ -151,7 +151,7 @@ def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtyp
 
     dit = kind.load(path, replace(CPU, quantisation=CAST, fp8_compute_dtype=kept))
 
-    layers, narrow = quantised_layers(dit), kept or torch.bfloat16
+    layers, narrow = quantized_layers(dit), kept or torch.bfloat16
     assert len(layers) == kind.in_blocks
     assert dit.compute_dtype == narrow
     for name, tensor in dit.named_parameters():
@@ -170,7 +170,7 @@ def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
     state = in_bf16(KINDS["wan"])
     stored = {name: t.to(torch.float8_e5m2) if t.ndim == 2 else t for name, t in state.items()}
     save_file(stored, tmp_path / "dit.safetensors")
-    layers = quantised_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST)))
+    layers = quantized_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST)))
     assert len(layers) == KINDS["wan"].in_blocks
     assert all(same_bytes(layer.weight, stored[f"{name}.weight"]) for name, layer in layers.items())
 
@@ -183,10 +183,10 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
     stored[odd] = state[odd].to(torch.float8_e5m2)
     save_file(stored, tmp_path / "dit.safetensors")
     dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST))
-    layers = quantised_layers(dit)
+    layers = quantized_layers(dit)
     assert "double_blocks.1.img_attn_qkv" in layers
     assert "double_blocks.0.img_attn_qkv" not in layers
-    rows = [stored[odd.replace("to_k", f"to_{letter}")].to(torch.bfloat16) for letter in "qkv"]
+    rows = [stored[odd.replace("to_k", f"to_{character}")].to(torch.bfloat16) for character in "qkv"]
     assert torch.equal(dit.get_parameter("double_blocks.0.img_attn_qkv.weight"), torch.cat(rows))
 
 

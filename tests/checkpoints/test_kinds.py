@@ -19,7 +19,7 @@ from modules.installation import import_own
 from tests.faults.messages import assert_one_message, run_here
 from tests.manifests import write_hollow
 from tests.tiny.minimax_h3 import write_tiny_h3
-from tests.tiny.project import write_plain_pictures
+from tests.tiny.project import write_plain_images
 
 META = Placement(torch.device("meta"))
 HIDREAM = {
@@ -181,7 +181,7 @@ def test_a_script_says_in_one_message_what_a_file_is(
     tmp_path: Path, network: str, script: str, option: str, words: str
 ) -> None:
     path = write_network(tmp_path / "model.safetensors", network, ONE if option == "--dit" else {})
-    write_plain_pictures(tmp_path)
+    write_plain_images(tmp_path)
     more = ["--prompt", "a cat", "--save_path", "out", "--output_type", "latent"]
     command = [script, option, path, *(more if option == "--dit" else ["--dataset_config", "dataset.toml"])]
 

@@ -30,10 +30,10 @@ class EditFamily(ToyFamily):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         self.seen.append(media.keys)
         self.media.append(media)
-        pictures = {"latents": media.frames}
-        pictures |= {f"latents_control_{number}": one for number, one in enumerate(media.control)}
+        images = {"latents": media.frames}
+        images |= {f"latents_control_{number}": one for number, one in enumerate(media.control)}
         return [
-            [CacheEntry({name: self._encode(one[index]) for name, one in pictures.items()})]
+            [CacheEntry({name: self._encode(one[index]) for name, one in images.items()})]
             for index in range(len(media.keys))
         ]
 

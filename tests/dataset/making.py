@@ -14,7 +14,7 @@ from dataset.subset_options import DATASET, SUBSET_KEYS, SubsetOptions
 from modules.media.writing import write_video
 from modules.script_options import parse_options
 
-GREY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
+GRAY_STEP = 4  # frame i of a clip made here is grey 4 * i + 4
 
 
 def make_table(folder: Path, source: str = "video_directory", **changes: Any) -> DatasetTable:
@@ -36,8 +36,8 @@ def make_own_keys(**keys: Any) -> Any:
     """The record of the form of data that has these keys, with a source if none is among them."""
     form = next(form for form in FORMS if form.keys and keys.keys() <= declared(form.keys))
     assert form.keys is not None
-    usual = {form.source: Path("source")} if form.source else {}
-    return form.keys(**{**usual, **keys})
+    default = {form.source: Path("source")} if form.source else {}
+    return form.keys(**{**default, **keys})
 
 
 def declared(record: type[Any]) -> set[str]:
@@ -66,7 +66,7 @@ def make_image(path: Path, size: tuple[int, int] = (32, 32), colour: tuple[int, 
 
 def make_clip(path: Path, num_frames: int, size: tuple[int, int] = (32, 32)) -> Path:
     frames = (
-        np.full((size[1], size[0], 3), GREY_STEP * (index + 1), np.uint8) for index in range(num_frames)
+        np.full((size[1], size[0], 3), GRAY_STEP * (index + 1), np.uint8) for index in range(num_frames)
     )
     write_video(path, frames, 24, crf=1, preset="ultrafast")
     return path
@@ -76,13 +76,13 @@ def make_frames(folder: Path, num_frames: int, size: tuple[int, int] = (32, 32))
     """A clip as a folder of images."""
     folder.mkdir()
     for index in range(num_frames):
-        make_image(folder / f"{index:04d}.png", size, (GREY_STEP * (index + 1),) * 3)
+        make_image(folder / f"{index:04d}.png", size, (GRAY_STEP * (index + 1),) * 3)
     return folder
 
 
 def make_animation(path: Path, milliseconds: list[int]) -> Path:
-    colours = [(GREY_STEP * (index + 1),) * 3 for index in range(len(milliseconds))]
-    frames = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    colors = [(GRAY_STEP * (index + 1),) * 3 for index in range(len(milliseconds))]
+    frames = [Image.new("RGB", (32, 32), color) for color in colors]
     more = {"lossless": True} if path.suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, **more)
     return path
@@ -90,7 +90,7 @@ def make_animation(path: Path, milliseconds: list[int]) -> Path:
 
 def frame_numbers(frames: Any) -> list[int]:
     """Which frames of a made clip these are (F H W C)."""
-    return [round(float(frame.mean()) / GREY_STEP) - 1 for frame in frames]
+    return [round(float(frame.mean()) / GRAY_STEP) - 1 for frame in frames]
 
 
 def given(*words: str | Path) -> SubsetOptions:

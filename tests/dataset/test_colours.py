@@ -22,7 +22,7 @@ from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
-from dataset.sources.colours import MOVING, REORDERED, find_colours, find_reordered, shown_otherwise
+from dataset.sources.colours import MOVING, REORDERED, find_colors, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
 from dataset.table import DatasetTable
 from tests.dataset.caching.test_loop import make_config
@@ -97,14 +97,14 @@ def test_what_a_viewer_shows_is_learned_and_old_caches_of_other_colours_are_made
 
 
 def test_pictures_that_move_are_named_where_their_folder_does_not_do_so(tmp_path: Path) -> None:
-    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    first, second = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
     for name in ("moves.png", "turns.webp"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
     first.save(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[second])  # as phones do
     first.save(tmp_path / "plain.png")
 
     def remarks(table: DatasetTable) -> list[str]:
-        return [one.text for one in find_colours(find_sources(table)) if one.kind == MOVING]
+        return [one.text for one in find_colors(find_sources(table)) if one.kind == MOVING]
 
     in_folder = make_table(tmp_path, "image_directory")
     assert remarks(in_folder) == [str(tmp_path / "moves.png")]  # a warning of the folder names WebP and GIF
@@ -119,10 +119,10 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
     tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(planning, "MANY", many)
-    grey = np.full((32, 64, 3), 99, np.uint8)
-    encode_clip(tmp_path / "plain.mkv", "ffv1", "yuv420p", grey)
-    encode_clip(tmp_path / "wide.mkv", "ffv1", "yuv420p", grey, color_primaries=12, color_trc=1)
-    encode_clip(tmp_path / "dv.mp4", "libx264", "yuv420p", grey, sample_aspect_ratio=Fraction(1, 2))
+    gray = np.full((32, 64, 3), 99, np.uint8)
+    encode_clip(tmp_path / "plain.mkv", "ffv1", "yuv420p", gray)
+    encode_clip(tmp_path / "wide.mkv", "ffv1", "yuv420p", gray, color_primaries=12, color_trc=1)
+    encode_clip(tmp_path / "dv.mp4", "libx264", "yuv420p", gray, sample_aspect_ratio=Fraction(1, 2))
     table = make_table(tmp_path, target_frames=(1,), resolution=(32, 32))
     config = DatasetConfig(tmp_path / "data.toml", (table,))
     assert set(cached(config)) == {"plain", "wide", "dv"}
@@ -223,7 +223,7 @@ def numbered_frames(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def greys(frames: NDArray[np.uint8]) -> list[int]:
+def grays(frames: NDArray[np.uint8]) -> list[int]:
     found: list[int] = frames[:, 0, 0, 0].tolist()
     return found
 
@@ -249,10 +249,10 @@ def test_frames_in_folders_have_the_order_of_their_numbers(tmp_path: Path) -> No
     media = decode_source(source, 16.0)
 
     order = [10, 20, 30, 40, 50]
-    assert greys(media.control[0]) == greys(media.references[0]) == order
+    assert grays(media.control[0]) == grays(media.references[0]) == order
     assert media.mask is not None
     assert media.mask[:, 0, 0].tolist() == order
-    remarks = [fault.text for fault in find_reordered([source])]
+    remarks = [error.text for error in find_reordered([source])]
     assert remarks == [
         f"{tmp_path / place / 'clip_0'}: 9.png comes before 10.png"
         for place in ("controls", "masks", "references")
@@ -282,19 +282,19 @@ def test_caches_of_folders_in_the_order_of_texts_are_made_again(
 
     found = check_caching(ToyFamily(), config, 1, False)
 
-    assert [fault.kind for table in found.tables for fault in table.remarks].count(REORDERED) == is_stale
+    assert [error.kind for table in found.tables for error in table.remarks].count(REORDERED) == is_stale
     assert set(cached(config)) == ({"clip"} if is_stale else set())
     assert cached(config) == {}
 
 
 def test_caches_of_mirrored_clips_are_made_again(tmp_path: Path) -> None:
-    grey = np.full((32, 32, 3), 99, np.uint8)
+    gray = np.full((32, 32, 3), 99, np.uint8)
     for name, flip in (("plain", False), ("selfie", True)):
         with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=16)
             stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
             stream.set_display_rotation(180, hflip=flip)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
             container.mux(stream.encode())
     config = DatasetConfig(
         tmp_path / "data.toml", (make_table(tmp_path, target_frames=(1,), resolution=(32, 32)),)
@@ -324,7 +324,7 @@ def test_clips_and_controls_that_change_their_size_are_told(
         report = cache_media(ToyFamily(), config, options())
 
         assert [one.reason for one in report.resized] == [change]
-        remarks = [fault for found in before.tables for fault in found.remarks]
+        remarks = [error for found in before.tables for error in found.remarks]
         assert [(one.kind, one.text) for one in remarks] == [
             (SIZE_CHANGES, f"{tmp_path / 'clip_0.mp4'}: {change}")
         ]

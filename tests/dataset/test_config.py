@@ -357,28 +357,26 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     """What is compared of latents and of texts, of a source with whatever the table may ask for."""
     tensors = CogVideoXTensors(Path(), "a", False) if table.gives_latents else None
     mask = None if table.mask_directory is None else table.mask_directory / "a.png"
-    picture = Path("a.png")
-    layers = (picture,) if table.multiple_target else ()
-    source = MediaSource(
-        picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors, layers=layers
-    )
+    image = Path("a.png")
+    layers = (image,) if table.multiple_target else ()
+    source = MediaSource(image, "a", None, None, (image,), table, mask=mask, tensors=tensors, layers=layers)
     recipe = Recipe("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
     taken = [spans(one, 29) for one in (table, *modes)]
-    boxes = [bucket_of(table, size, 16, picture) for size in ((640, 480), (16, 48))]
+    boxes = [bucket_of(table, size, 16, image) for size in ((640, 480), (16, 48))]
     return (recipe.options(source), taken, boxes), table.changed(TEXTS)
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name not in SOURCES])
 def test_each_key_makes_stale_what_it_says_and_nothing_else(tmp_path: Path, name: str) -> None:
-    usual = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
+    default = make_table(tmp_path, target_frames=(5,), enable_bucket=name == "bucket_no_upscale")
     stale, latents = KEYS[name].stale, LATENTS | FRAMES | SECTIONS | REFERENCES
     changes: dict[str, Any] = {name: OTHER.get(name, "other")}
     if name in OWN_KEYS:  # of a form of data, whose tables alone have it
-        usual = dataclasses.replace(usual, own=make_own_keys(**{name: OWN_KEYS[name].default}))
+        default = dataclasses.replace(default, own=make_own_keys(**{name: OWN_KEYS[name].default}))
         changes = {"own": make_own_keys(**changes), "gives_latents": name == "load_tensors"}
-    other = dataclasses.replace(usual, **changes)
-    (before, texts), (now, texts_now) = map(what_caches_tell, (usual, other))
+    other = dataclasses.replace(default, **changes)
+    (before, texts), (now, texts_now) = map(what_caches_tell, (default, other))
 
     assert (now != before, texts_now != texts) == (bool(stale & latents), bool(stale & TEXTS))
     assert (name in other.learning_keys) == bool(stale & LEARNING)

@@ -26,7 +26,7 @@ from tests.dataset.making import make_clip
 from tests.dataset.toy_family import ToyFamily
 from tests.dataset.toy_family import options as toy_options
 from tests.training.toy import ToyTextEncoder, same
-from tests.training.toy_images import PictureFamily
+from tests.training.toy_images import ImageFamily
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.run import train_network
 
@@ -48,12 +48,12 @@ class TextsByContent(ToyTextEncoder):
         return [{"letters": [torch.full((1, 1), number)]} for number in numbers]
 
 
-class FamilyOfTexts(PictureFamily):
+class FamilyOfTexts(ImageFamily):
     def text_encoders(self) -> Sequence[TextEncoder]:
         return [TextsByContent()]
 
 
-def make_pictures(folder: Path, seed: int) -> None:
+def make_images(folder: Path, seed: int) -> None:
     """Write three pictures with faces in their names, transparency and two kinds of captions; the last has no
     caption.
     """
@@ -69,8 +69,8 @@ def make_pictures(folder: Path, seed: int) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    make_pictures(folder / "pictures", 1)
-    make_pictures(folder / "others", 2)
+    make_images(folder / "pictures", 1)
+    make_images(folder / "others", 2)
     (folder / "masks").mkdir()
     for picture in (folder / "pictures").glob("*.png"):
         with Image.open(picture) as image:
@@ -83,10 +83,10 @@ def make_folder(folder: Path) -> None:
 
 def written(folder: Path, form: str, keys: dict[str, Any], of_second: dict[str, Any]) -> Path:
     """Write a dataset file with one table, or two if the second has keys of its own."""
-    usual: dict[str, Any] = {"resolution": [48, 48], "caption_extension": ".txt", "class_tokens": "cat"}
-    tables = [usual | keys]
+    default: dict[str, Any] = {"resolution": [48, 48], "caption_extension": ".txt", "class_tokens": "cat"}
+    tables = [default | keys]
     if of_second:
-        tables.append(usual | of_second)
+        tables.append(default | of_second)
     content: dict[str, Any]
     if form == "subsets":
         outer = {"batch_size": 1, "enable_bucket": False, "resolution": [48, 48]}

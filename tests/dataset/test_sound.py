@@ -407,14 +407,14 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(tmp_path: Path, form
 
 def test_shards_and_actors_together_give_the_sound_of_a_single_run(tmp_path: Path) -> None:
     config = make_mixed_set(tmp_path, "shards")
-    whole, shared, by_actor = (into(config, tmp_path / name) for name in ("whole", "shared", "by actor"))
-    cache(whole)
+    full, shared, by_actor = (into(config, tmp_path / name) for name in ("whole", "shared", "by actor"))
+    cache(full)
 
     reports = [cache(shared, shard=shard(index, 3)) for index in (2, 0, 1)]
     actor = CachingActor(main_of(hearing(), by_actor), ("--words",), True, 3, 1)
     rows = actor({"shard_index": [1, 0, 2]})
 
-    assert entries(shared) == entries(by_actor) == entries(whole)
+    assert entries(shared) == entries(by_actor) == entries(full)
     assert sum(report.written for report in reports) == sum(rows["written"]) == 5 + 3
     assert sum(len(report.silent) for report in reports) == 2
     for one in (shared, by_actor):

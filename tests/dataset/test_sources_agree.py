@@ -176,8 +176,8 @@ def test_a_rerun_needs_no_download_and_a_changed_caption_makes_its_text_only(
 
 
 def test_masks_and_control_images_come_from_columns_and_from_tars(tmp_path: Path, site: Site) -> None:
-    for name, grey in (("a", 9), ("m", 255), ("c", 5)):
-        make_image(site.folder / f"{name}.png", colour=(grey, grey, grey))
+    for name, gray in (("a", 9), ("m", 255), ("c", 5)):
+        make_image(site.folder / f"{name}.png", colour=(gray, gray, gray))
     (site.folder / "a.txt").write_text("x", encoding="utf-8")
     row = {"path": f"{site.url}/a.png", "caption": "x"}
     row |= {"mask_path": f"{site.url}/m.png", "control_path": str(site.folder / "c.png")}

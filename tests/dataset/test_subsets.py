@@ -156,7 +156,7 @@ def test_all_problems_are_reported_together(tmp_path: Path) -> None:
         assert line in said
 
 
-def pictures_in(folder: Path, *names: str) -> Path:
+def images_in(folder: Path, *names: str) -> Path:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,8 +165,8 @@ def pictures_in(folder: Path, *names: str) -> Path:
 
 
 def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train = pictures_in(tmp_path / "train", "10_shs cat/a.png", "2_dog/b.png", "notes/c.png", "0_off/d.png")
-    reg = pictures_in(tmp_path / "reg", "1_cat/r.png")
+    train = images_in(tmp_path / "train", "10_shs cat/a.png", "2_dog/b.png", "notes/c.png", "0_off/d.png")
+    reg = images_in(tmp_path / "reg", "1_cat/r.png")
     (train / "2_dog" / "b.txt").write_text("a dog", encoding="utf-8")
     words = ("--train_data_dir", train, "--reg_data_dir", reg, "--resolution", "512,768")
 
@@ -180,8 +180,8 @@ def test_folders_say_repeats_and_class(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
-    pictures = pictures_in(tmp_path / "pics", "a.png", "b.jpg", "sub/a.png", "c.webp")
-    elsewhere = pictures_in(tmp_path / "other", "d.png") / "d.png"
+    images = images_in(tmp_path / "pics", "a.png", "b.jpg", "sub/a.png", "c.webp")
+    elsewhere = images_in(tmp_path / "other", "d.png") / "d.png"
     entries = {
         "a": {"caption": "one", "tags": "x, y", "train_resolution": [64, 64]},
         "b.jpg": {"tags": "tag"},
@@ -190,20 +190,20 @@ def test_a_json_names_pictures_and_their_captions(tmp_path: Path) -> None:
     }
     path = tmp_path / "meta.json"
     path.write_text(json.dumps(entries), encoding="utf-8")
-    words = ("--train_data_dir", pictures, "--in_json", path, "--dataset_repeats", "4", "--resolution", "64")
+    words = ("--train_data_dir", images, "--in_json", path, "--dataset_repeats", "4", "--resolution", "64")
 
     (table,) = folders_config(given(*words)).datasets
     sources = find_sources(table)
 
     assert {source.path: source.caption for source in sources} == {
-        pictures / "a.png": "one, x, y",
-        pictures / "b.jpg": "tag",
-        pictures / "sub" / "a.png": "first",
+        images / "a.png": "one, x, y",
+        images / "b.jpg": "tag",
+        images / "sub" / "a.png": "first",
         elsewhere: "far",
     }
     assert len({source.stem for source in sources}) == 4
     assert table.num_repeats == 4
-    assert table.cache_directory == pictures / "64x64"
+    assert table.cache_directory == images / "64x64"
     text = (
         "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'FOLDER/pics'\n"
         "metadata_file = 'FOLDER/meta.json'\nenable_wildcard = true"
@@ -216,7 +216,7 @@ def test_keys_of_a_json_may_have_the_folder_as_it_is_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the tools of image trainers write them with --full_path."""
-    pictures_in(tmp_path / "pics", "a.png", "sub/b.png")
+    images_in(tmp_path / "pics", "a.png", "sub/b.png")
     monkeypatch.chdir(tmp_path)
     entries = {"pics/a.png": {"tags": "one"}, "pics/sub/b": {"caption": "two"}}
     Path("meta.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -253,7 +253,7 @@ resolution = [64, 32]
 """
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     for name, size in (("cat/a", (40, 40)), ("cat/b", (120, 40)), ("reg/r", (40, 40))):
         (folder / name).parent.mkdir(exist_ok=True)
         make_image(folder / f"{name}.png", size)
@@ -273,7 +273,7 @@ def items_of(config: DatasetConfig) -> tuple[TrainingItem, ...]:
 
 
 def test_datasets_of_two_sizes_share_a_folder_of_pictures(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     config = load(tmp_path, OF_TWO_SIZES, "--prior_loss_weight", "0.5")
     with pytest.raises(DatasetError, match="no b.txt next to it, and no class_tokens in its table"):
         cache_texts(ToyFamily(), config, options())
@@ -309,7 +309,7 @@ def test_datasets_of_two_sizes_share_a_folder_of_pictures(tmp_path: Path) -> Non
     ],
 )
 def test_what_changes_each_time_is_not_cached(tmp_path: Path, key: str, said: str) -> None:
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     subset = f"image_dir = 'FOLDER/cat'\nclass_tokens = ''\n{key}"
     text = f"[[datasets]]\nresolution = 32\n[[datasets.subsets]]\n{subset}"
 
@@ -345,7 +345,7 @@ def test_masks_lie_on_their_pictures(tmp_path: Path) -> None:
 
 
 def test_control_pictures_are_control_media(tmp_path: Path) -> None:
-    make_pictures(tmp_path)
+    make_images(tmp_path)
     (tmp_path / "control").mkdir()
     for name in "ab":
         make_image(tmp_path / "control" / f"{name}.png", (20, 20), (9, 9, 9))
@@ -409,9 +409,7 @@ def test_a_folder_that_is_a_subset_itself_is_told_from_one_with_subsets(tmp_path
 def test_only_folders_with_pictures_that_nothing_reads_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train = pictures_in(
-        tmp_path, "10_cat/a.png", "reg/1_cat/b.png", "spare/c.png", "cache/images/10_cat/d.png"
-    )
+    train = images_in(tmp_path, "10_cat/a.png", "reg/1_cat/b.png", "spare/c.png", "cache/images/10_cat/d.png")
     (train / "output").mkdir()
     words = ("--train_data_dir", train, "--resolution", "512")
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from contract.families import FOLDERS, identify, with_scripts
-from data_tools.controls.run import ControlPictureOptions
+from data_tools.controls.run import ControlImageOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
 from dataset.options import CachingOptions, read_latent_caching
@@ -72,7 +72,7 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         ("tag", TaggingOptions),
         ("mask", MaskOptions),
         ("score", ScoreOptions),
-        ("control_pictures", ControlPictureOptions),
+        ("control_pictures", ControlImageOptions),
     ):
         found[f"tools/{tool}.py"] = functools.partial(_read_tool, options)
     for entry in with_scripts().values():

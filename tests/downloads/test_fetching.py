@@ -24,8 +24,8 @@ from tests.commands import run_script
 from tests.downloads.fake_hub import COMMIT, FakeHub, serve
 
 DATA = bytes(range(256)) * 1000
-LICENCE = Licence("none", "other", "", "")
-FILE = ReleasedFile("owner/name", "folder/weights.bin", "weights.bin", LICENCE, None, None)
+LICENSE = Licence("none", "other", "", "")
+FILE = ReleasedFile("owner/name", "folder/weights.bin", "weights.bin", LICENSE, None, None)
 
 
 @pytest.fixture

@@ -51,8 +51,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         succeed_here(*command, folder=there)
     samples = ["--sample_prompts", "prompts.txt", "--sample_at_first"]
     train = [*family.train, *OUTPUT, "--max_train_steps", str(STEPS), *samples]
-    is_picture = "image" in family.generate[0]
-    size = ["--image_size" if is_picture else "--video_size", "32", "32"]
+    is_image = "image" in family.generate[0]
+    size = ["--image_size" if is_image else "--video_size", "32", "32"]
     made = ["--prompt", "a cat", "--seed", "3", "--infer_steps", "3", "--output_type", "latent"]
     generate = [*family.generate, *made, *size, "--save_path", "made"]
     generate += ["--lora_weight", "output/lora.safetensors"]

@@ -44,7 +44,7 @@ CASES: dict[str, list[str]] = {
 }
 
 ADAFACTOR = ["--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False"]
-WHOLE_CASES = [
+FULL_CASES = [
     [],
     [*ADAFACTOR, "--fused_backward_pass", "--full_bf16", "--mixed_precision", "bf16", "--max_grad_norm", "0"],
 ]
@@ -99,7 +99,7 @@ def test_the_lora_is_that_of_the_cpu(folder: Path, case: str) -> None:
         assert waits.keys() <= {READ}, waits
 
 
-@pytest.mark.parametrize("words", WHOLE_CASES, ids=["AdamW", "Adafactor in bf16, fused"])
+@pytest.mark.parametrize("words", FULL_CASES, ids=["AdamW", "Adafactor in bf16, fused"])
 def test_states_that_wait_in_host_memory_change_no_bit_of_a_whole_checkpoint(
     folder: Path, words: list[str]
 ) -> None:

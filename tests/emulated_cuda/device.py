@@ -174,13 +174,13 @@ def _storage_to(storage: Any, *, device: torch.device, non_blocking: bool = Fals
 
 
 def _stand_ins(device: Device) -> dict[str, Any]:
-    functions, streams, usual = device.functions, CurrentStreams(), Stream()
+    functions, streams, default = device.functions, CurrentStreams(), Stream()
 
     def always(value: Any) -> Callable[..., Any]:
         return lambda *_, **__: value
 
     def current_stream(*_: Any) -> Any:
-        return streams.stack[-1] if streams.stack else usual
+        return streams.stack[-1] if streams.stack else default
 
     @contextmanager
     def stream(chosen: Any) -> Iterator[None]:
@@ -240,7 +240,7 @@ def _stand_ins(device: Device) -> dict[str, Any]:
         "Event": Event,
         "stream": stream,
         "current_stream": current_stream,
-        "default_stream": always(usual),
+        "default_stream": always(default),
         "manual_seed": lambda seed: generators().manual_seed(int(seed)),
         "manual_seed_all": lambda seed: generators().manual_seed(int(seed)),
         "get_rng_state": lambda *_: generators().get_state(),

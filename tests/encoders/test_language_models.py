@@ -185,9 +185,9 @@ def test_published_files_fit_at_full_size(
 
 def test_files_cut_behind_the_states_serve_and_shorter_ones_are_refused(tmp_path: Path) -> None:
     model = qwen3()
-    whole = layouts(model)["transformers 4"]
+    full = layouts(model)["transformers 4"]
     left_out = ("model.layers.3.", "model.norm.", "lm_head.")
-    cut = {name: tensor for name, tensor in whole.items() if not name.startswith(left_out)}
+    cut = {name: tensor for name, tensor in full.items() if not name.startswith(left_out)}
     path = save(write_qwen_tokenizer(tmp_path) / "cut.safetensors", cut)
     encoder = LanguageModelEncoder(KLEIN, path, torch.float32)
 
@@ -245,8 +245,8 @@ def test_without_its_configuration_qwen3_vl_is_the_released_one(tmp_path: Path) 
     uses = [LanguageModelEncoder(STACKED, path, torch.float32) for path in (tmp_path / "whole", file)]
     for encoder in uses:
         write_qwen_tokenizer(encoder.path if encoder.path.is_dir() else encoder.path.parent)
-    whole, one = (encoded(encoder, "a rabbit")[0]["krea2_vl_embed"] for encoder in uses)
-    assert torch.equal(whole, one)
+    full, one = (encoded(encoder, "a rabbit")[0]["krea2_vl_embed"] for encoder in uses)
+    assert torch.equal(full, one)
 
 
 @pytest.mark.parametrize(
@@ -412,10 +412,10 @@ def test_as_many_layers_wait_in_host_memory_as_do_not_fit(tmp_path: Path) -> Non
     path = write_model(write_qwen_tokenizer(tmp_path) / "model.safetensors", qwen3())
     network = load_language_model(path, QWEN3, CPU, torch.bfloat16)
     sizes = [sum(one.nbytes for one in layer.parameters()) for layer in network.get_submodule("layers")]
-    whole = sum(sizes) + network.get_parameter("embed_tokens.weight").nbytes + WORKING
+    full = sum(sizes) + network.get_parameter("embed_tokens.weight").nbytes + WORKING
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, QWEN3)
-        rooms = (None, whole, whole - 1, whole - sizes[0] - 1, 0)
+        rooms = (None, full, full - 1, full - sizes[0] - 1, 0)
         counts = [streamed_layers(plan, torch.bfloat16, None, room) for room in rooms]
         small = {form: streamed_layers(plan, torch.bfloat16, form, 0)[1] for form in ("fp8", "int8", "nf4")}
     assert counts == [(0, 0), (0, sizes[0]), (1, sizes[0]), (2, sizes[0]), (LAYERS - 1, sizes[0])]

@@ -53,11 +53,11 @@ def test_so_is_that_of_clip(tmp_path: Path) -> None:
         {"id": 500 + i, "content": one, "special": True}
         for i, one in enumerate(("<|startoftext|>", "<|endoftext|>"))
     ]
-    usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    default = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     path = write(
         tmp_path,
         model=NO_UNKNOWN,
-        added_tokens=[*content["added_tokens"], *({**usual, **one} for one in added)],
+        added_tokens=[*content["added_tokens"], *({**default, **one} for one in added)],
     )
     with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
         load_clip_words(FILES, path).tokenize("some text")

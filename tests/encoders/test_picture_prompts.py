@@ -17,10 +17,10 @@ from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
-    PictureUse,
+    ImageUse,
     load_vision_tower,
     place_tokens,
-    read_pictures,
+    read_images,
     read_rgb,
     read_within,
 )
@@ -39,7 +39,7 @@ from tests.tiny.language_models import (
 )
 
 CPU = torch.device("cpu")
-PICTURES = PictureUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
+PICTURES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
 USE = replace(QWEN_IMAGE, pictures=PICTURES)
 DEEP = replace(STACKED, states_key="vl_embed", pictures=PICTURES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
@@ -57,8 +57,8 @@ def use_of(model: Any) -> LanguageUse:
 def processor(use: LanguageUse) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    grey = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    own = grey if use.model is QWEN3_VL else {}
+    gray = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    own = gray if use.model is QWEN3_VL else {}
     return Qwen2VLImageProcessorPil(min_pixels=PICTURES.fewest, max_pixels=PICTURES.most, **own)
 
 
@@ -100,9 +100,9 @@ def encoder(model: Any, tmp_path: Path) -> LanguageModelEncoder:
 
 def pictured(folder: Path, text: str, shown: list[Tensor]) -> Prompt:
     """A prompt whose pictures are files below the folder."""
-    paths = tuple(folder / f"{index}_{picture.shape}.png" for index, picture in enumerate(shown))
-    for path, picture in zip(paths, shown, strict=True):
-        Image.fromarray(picture.numpy()).save(path)
+    paths = tuple(folder / f"{index}_{image.shape}.png" for index, image in enumerate(shown))
+    for path, image in zip(paths, shown, strict=True):
+        Image.fromarray(image.numpy()).save(path)
     return Prompt(text, pictures=paths)
 
 
@@ -175,7 +175,7 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
-    ours = read_pictures(encoder.network.get_submodule("visual"), shown, PICTURES)
+    ours = read_images(encoder.network.get_submodule("visual"), shown, PICTURES)
     theirs = processor(encoder.use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
     assert torch.equal(ours.patches, theirs["pixel_values"])
     assert (2 * torch.tensor(ours.sides)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()

@@ -15,7 +15,7 @@ from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
 from encoders.text_encoder import fill_rows
 from modules.errors import CheckpointError
 from tests.encoders.their_t5 import their_t5
-from tests.fp8_reference import quantised_layers
+from tests.fp8_reference import quantized_layers
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import fit, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import prefixed, save
@@ -79,7 +79,7 @@ def test_weights_in_8_bits_stay_near(file: Path) -> None:
     exact = stacked(encoder_of(file), *PROMPTS)[0]
     encoder = encoder_of(file, form="fp8")
     linear = [name for name, part in encoder.network.named_modules() if isinstance(part, nn.Linear)]
-    assert list(quantised_layers(encoder.network)) == linear
+    assert list(quantized_layers(encoder.network)) == linear
     apart = (stacked(encoder, *PROMPTS)[0] - exact).norm() / exact.norm()
     assert 1e-4 < apart < 0.2  # two small layers; tests/wan has the same storage in larger ones
 
@@ -161,8 +161,8 @@ def test_gradients_reach_what_learns_through_all_blocks_and_8_bit_weights(file: 
 
 
 def test_identity_follows_all_that_an_output_depends_on(file: Path) -> None:
-    usual = dict(T5TextEncoder(file).identity)
-    assert usual == dict(T5TextEncoder(file).identity)
+    default = dict(T5TextEncoder(file).identity)
+    assert default == dict(T5TextEncoder(file).identity)
     for other in (
         T5TextEncoder(file, torch.float32),
         T5TextEncoder(file, max_length=256),
@@ -170,7 +170,7 @@ def test_identity_follows_all_that_an_output_depends_on(file: Path) -> None:
         T5TextEncoder(file, form="fp8"),
         T5TextEncoder(file, tokenizer=file.parent / "t5xxl" / "spiece.model"),
     ):
-        assert dict(other.identity) != usual
+        assert dict(other.identity) != default
 
 
 def test_a_release_holds_it_as_the_second_or_the_only_encoder(file: Path, tmp_path: Path) -> None:

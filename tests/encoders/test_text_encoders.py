@@ -135,11 +135,11 @@ def test_weights_multiply_the_rows_of_their_part_alone(encoder: Encoder) -> None
         assert all(torch.equal(plain[name], weighed[name]) for name in plain)
         return
     states = next(name for name, value in plain.items() if value.is_floating_point())
-    rows, sun, whole = (one[states] for one in (plain, weighed, all_of_it))
+    rows, sun, full = (one[states] for one in (plain, weighed, all_of_it))
     changed = (sun != rows).any(dim=1)
     assert torch.equal(sun[changed], rows[changed] * 1.5)
-    doubled = (whole != rows).any(dim=1)
-    assert torch.equal(whole[doubled], rows[doubled] * 2)
+    doubled = (full != rows).any(dim=1)
+    assert torch.equal(full[doubled], rows[doubled] * 2)
     assert 0 < int(changed.sum()) < int(doubled.sum()) < int(rows.any(dim=1).sum())
     first, last = (int(number) for number in changed.nonzero()[[0, -1], 0])
     assert changed[first : last + 1].all()
@@ -174,10 +174,10 @@ def _identity(encoder: Encoder) -> dict[str, str]:
 def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(encoder: Encoder) -> None:
     network = encoder.network
     holder = network.get_submodule(encoder.embedding.removesuffix(".weight"))
-    whole = holder.weight
+    full = holder.weight
     try:
-        holder.weight = nn.Parameter(whole[:5].detach(), requires_grad=False)  # type: ignore[index]
+        holder.weight = nn.Parameter(full[:5].detach(), requires_grad=False)  # type: ignore[index]
         with pytest.raises(CheckpointError, match=f"knows 5 tokens.*{encoder.source.files.option}"):
             encoder.encode([Prompt(TEXT)])
     finally:
-        holder.weight = whole
+        holder.weight = full

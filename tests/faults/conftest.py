@@ -137,11 +137,11 @@ def bad(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     for name in ("utf16.txt", "utf16.toml"):
         (folder / name).write_text("a cat", encoding="utf-16")
     make_clip(folder / "clip.mp4", 3).rename(folder / "clip.png")
-    whole = (made_projects["wan"] / "model" / "dit.safetensors").read_bytes()
-    (folder / "cut.safetensors").write_bytes(whole[: len(whole) * 2 // 3])
+    full = (made_projects["wan"] / "model" / "dit.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(full[: len(full) * 2 // 3])
     (folder / "three").mkdir()
     for name in "abc":
-        (folder / "three" / f"{name}.safetensors").write_bytes(whole)
+        (folder / "three" / f"{name}.safetensors").write_bytes(full)
     tensors = load_file(made_projects["wan"] / "lora.safetensors")
     other = {name.replace("_blocks_", "_layers_"): tensor for name, tensor in tensors.items()}
     save_file(other, folder / "other_lora.safetensors")

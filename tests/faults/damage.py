@@ -67,7 +67,7 @@ def flip_bit(path: Path, bit: int) -> None:
     path.write_bytes(bytes(content))
 
 
-def read_or_refuse(read: Callable[[Path], Read], path: Path) -> Read | None:
+def read_or_reject(read: Callable[[Path], Read], path: Path) -> Read | None:
     """What `read` makes of a path; None where it is refused in a message with the path's name."""
     try:
         return read(path)

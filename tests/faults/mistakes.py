@@ -52,8 +52,8 @@ def _all_commands() -> dict[str, GoodCommand]:
         found |= {words[0]: GoodCommand(name, words) for words in commands}
         learner = ("--network_module", scripts.learner[1], "--learning_rate", "1e-3")
         found[scripts.train_script] = _training(scripts, scripts.train_script, learner)
-    whole = {"wan_train.py": WAN, "hv_train.py": HUNYUAN_VIDEO, "fpack_train.py": FRAMEPACK}
-    found |= {script: _training(scripts, script, ()) for script, scripts in whole.items()}
+    full = {"wan_train.py": WAN, "hv_train.py": HUNYUAN_VIDEO, "fpack_train.py": FRAMEPACK}
+    found |= {script: _training(scripts, script, ()) for script, scripts in full.items()}
     files = ("--dit", "model/dit.safetensors", "--lora_weight", "lora.safetensors")
     merge = ("merge_lora.py", *files, "--save_merged_model", "never.safetensors")
     convert = ("convert_lora.py", "--input", "lora.safetensors", "--output", "never.safetensors")
@@ -66,8 +66,8 @@ def _all_commands() -> dict[str, GoodCommand]:
 
 COMMANDS = _all_commands()
 NETWORK_TRAININGS = ("wan_train_network.py", "hv_train_network.py", "fpack_train_network.py")
-WHOLE_TRAININGS = ("wan_train.py", "hv_train.py", "fpack_train.py")
-TRAININGS = (*NETWORK_TRAININGS, *WHOLE_TRAININGS)
+FULL_TRAININGS = ("wan_train.py", "hv_train.py", "fpack_train.py")
+TRAININGS = (*NETWORK_TRAININGS, *FULL_TRAININGS)
 GENERATIONS = ("wan_generate_video.py", "hv_generate_video.py", "fpack_generate_video.py")
 
 

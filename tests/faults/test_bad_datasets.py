@@ -97,7 +97,7 @@ def test_training_refuses_a_bad_cache_with_the_command_that_mends_it(
 def test_a_flipped_bit_never_changes_what_is_trained_on(project: Path, tmp_path: Path) -> None:
     config, dice = load_dataset_config(copy_data(project, tmp_path, cached=True)), random.Random(4)
     item = next(item for item in find_items(config, "wan", LATENT).items if item.source_stem == "clip 1")
-    whole = told(read_batch((item,), LATENT))
+    full = told(read_batch((item,), LATENT))
     for number in range(200):
         name = (LATENTS, TEXT)[number % 2]
         shutil.copy(project / "cache" / name, tmp_path / "cache" / name)
@@ -105,8 +105,8 @@ def test_a_flipped_bit_never_changes_what_is_trained_on(project: Path, tmp_path:
         try:
             read = told(read_batch((item,), LATENT))
         except CacheError:
-            read = whole
-        assert read == whole
+            read = full
+        assert read == full
         shutil.copy(project / "cache" / name, tmp_path / "cache" / name)
 
 
@@ -124,11 +124,11 @@ def told(batch: Batch) -> tuple[object, ...]:
 
 def cut_matroska(good: Path, bad: Path) -> None:
     """Its beginning is whole, and it says how long it should be."""
-    whole = bad.with_suffix(".mkv")
-    write_video(whole, moving_square(60, 64, 64, 1), fps=16)
-    content = whole.read_bytes()
+    full = bad.with_suffix(".mkv")
+    write_video(full, moving_square(60, 64, 64, 1), fps=16)
+    content = full.read_bytes()
     bad.unlink()
-    whole.write_bytes(content[: len(content) // 2])
+    full.write_bytes(content[: len(content) // 2])
 
 
 BAD_CLIPS: dict[str, tuple[Damage, str, str]] = {

@@ -22,7 +22,7 @@ from tests.faults.damage import (
     old_pickled_code,
     pickled_code,
     proof_of,
-    read_or_refuse,
+    read_or_reject,
     truncated,
     web_page,
 )
@@ -102,18 +102,18 @@ def test_damaged_weights_of_a_lora_made_here_are_noticed(project: Path, good: Pa
 def test_a_flipped_bit_never_changes_a_lora_silently(
     good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, dice, path = read_lora(good / "lora.safetensors"), random.Random(1), tmp_path / "x.safetensors"
+    full, dice, path = read_lora(good / "lora.safetensors"), random.Random(1), tmp_path / "x.safetensors"
     for _ in range(150):
         shutil.copy(good / "lora.safetensors", path)
         flip_any_bit(path, dice)
         caplog.clear()
-        read = read_or_refuse(read_lora, path)
+        read = read_or_reject(read_lora, path)
         warned = any(record.levelname == "WARNING" for record in caplog.records)
-        assert read is None or warned or bytes_of(read.tensors) == bytes_of(whole.tensors)
+        assert read is None or warned or bytes_of(read.tensors) == bytes_of(full.tensors)
 
 
 def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, tmp_path: Path) -> None:
-    whole, dice, path = (
+    full, dice, path = (
         load_latents(good / "latent.safetensors"),
         random.Random(2),
         tmp_path / "x.safetensors",
@@ -123,8 +123,8 @@ def test_a_flipped_bit_in_the_header_never_changes_latents_silently(good: Path, 
         content = bytearray((good / "latent.safetensors").read_bytes())
         content[dice.randrange(header)] ^= 1 << dice.randrange(8)
         path.write_bytes(bytes(content))
-        read = read_or_refuse(load_latents, path)
-        assert read is None or torch.equal(read.latents, whole.latents)
+        read = read_or_reject(load_latents, path)
+        assert read is None or torch.equal(read.latents, full.latents)
 
 
 # --- states to resume from
@@ -206,10 +206,10 @@ def test_latest_goes_past_a_state_that_was_cut(
 
 
 def test_a_flipped_bit_never_changes_a_state_silently(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    whole, dice = told(undisturbed.output / "x-state"), random.Random(3)
+    full, dice = told(undisturbed.output / "x-state"), random.Random(3)
     for number in range(100):
         folder = tmp_path / str(number)
         shutil.copytree(undisturbed.output / "x-state", folder)
         flip_any_bit(folder / dice.choice([FILE, CHECKSUM]), dice)
-        read = read_or_refuse(told, folder)
-        assert read is None or read == whole
+        read = read_or_reject(told, folder)
+        assert read is None or read == full

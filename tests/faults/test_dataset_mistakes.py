@@ -28,7 +28,7 @@ target_frames = [5]
 SECOND = '\n[[datasets]]\nvideo_directory = "more"\ncache_directory = "cache 2"\n'
 LATENTS = ("wan_cache_latents.py", "--vae", "model/vae.safetensors", "--vae_dtype", "float32")
 TEXTS = ("wan_cache_text_encoder_outputs.py", "--t5", "model/t5.safetensors")
-MOST_LINES = 4  # of a message about one mistake
+MAX_LINES = 4  # of a message about one mistake
 
 # what is replaced in dataset.toml, by what, and what the message has to hold
 IN_THE_FILE: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -116,7 +116,7 @@ def folder(data: Path, tmp_path: Path) -> Path:
 def told(folder: Path, command: tuple[str, ...], *words: str, more: tuple[str, ...] = ()) -> str:
     code, said = run_here(*command, "--dataset_config", "dataset.toml", *more, folder=folder)
     message = assert_one_message(code, said, *words, remedy=False)
-    assert len(message.splitlines()) <= MOST_LINES, message
+    assert len(message.splitlines()) <= MAX_LINES, message
     assert not list(folder.rglob("*_wan*.safetensors"))
     return message
 

@@ -25,7 +25,7 @@ from tests.warm_processes import WarmProcess
 
 FAMILIES = (WAN,)
 KILLED = -9
-MOST_SECONDS = 300  # that the others live on after a kill, on a busy machine; without it 600
+MAX_SECONDS = 300  # that the others live on after a kill, on a busy machine; without it 600
 WAYS = {"whole": (), "shared": ("--shard_base",)}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are copies of one with libraries")
 
@@ -80,7 +80,7 @@ def test_training_goes_on_after_a_process_was_killed_as_if_it_had_not_been(
 
     with start_processes(commands, project) as started:
         assert started[lost].wait(timeout=300) == KILLED
-        assert started[1 - lost].wait(timeout=MOST_SECONDS) == 1
+        assert started[1 - lost].wait(timeout=MAX_SECONDS) == 1
         said = started[1 - lost].done().stderr
     assert said.count("LostProcessError: ") == 1
     assert f"process {lost} (counted from 0) was lost: it was killed" in said
@@ -103,7 +103,7 @@ def test_generation_ends_with_one_message_and_the_second_process_never_writes(
 
     with start_processes(commands, project) as started:
         assert started[0].wait(timeout=300) == KILLED
-        assert started[1].wait(timeout=MOST_SECONDS) == 1
+        assert started[1].wait(timeout=MAX_SECONDS) == 1
         said = started[1].done().stderr
     assert said.count("LostProcessError: process 0 (counted from 0) was lost") == 1
     assert "Start the same command again" in said
@@ -239,7 +239,7 @@ def test_processes_that_wait_end_when_one_is_killed_or_stopped(
         wait_until_joined(started)
         os.kill(started[lost].pid, number)
         others = [process for rank, process in enumerate(started) if rank != lost]
-        assert [process.wait(timeout=MOST_SECONDS) for process in others] == [1, 1]
+        assert [process.wait(timeout=MAX_SECONDS) for process in others] == [1, 1]
         first, second = (process.done().stderr for process in others)
     assert f"LostProcessError: process {lost} (counted from 0) {HOW[number]}" in first
     assert "Do it again." in first

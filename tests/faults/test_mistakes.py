@@ -9,16 +9,16 @@ import pytest
 from tests.faults.messages import assert_one_message
 from tests.faults.mistakes import (
     COMMANDS,
+    FULL_TRAININGS,
     GENERATIONS,
     LOADED,
     NETWORK_TRAININGS,
     TRAININGS,
-    WHOLE_TRAININGS,
     try_mistake,
 )
 
 WAN_TRAIN, HV_TRAIN, FP_TRAIN = NETWORK_TRAININGS
-WAN_WHOLE, HV_WHOLE, FP_WHOLE = WHOLE_TRAININGS
+WAN_FULL, HV_FULL, FP_FULL = FULL_TRAININGS
 WAN, HV, FP = GENERATIONS
 CACHE, CACHE_TEXTS = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 MERGE, CONVERT, AVERAGE = "merge_lora.py", "convert_lora.py", "lora_post_hoc_ema.py"
@@ -157,7 +157,7 @@ FILES = (
     wrong(HV, "--video_path BAD/text.txt", "--video_path", "text.txt"),
     wrong(FP, "--end_image_path BAD/text.txt", "--end_image_path", "Give an image file"),
     wrong(FP, "--one_frame_inference default --control_image_path BAD/none.png", "--control_image_path"),
-    wrong((WAN_TRAIN, WAN_WHOLE), "--t5 model/vae.safetensors", "is not an umT5 encoder", "--t5"),
+    wrong((WAN_TRAIN, WAN_FULL), "--t5 model/vae.safetensors", "is not an umT5 encoder", "--t5"),
     wrong(TRAININGS, "--output_name a/b", "--output_name 'a/b'", "which --output_dir names"),
     wrong(TRAININGS, "--resume BAD/text.txt", "--resume", "Give a ...-state folder"),
     wrong(TRAININGS, "--resume BAD/folder", "is not a state folder", "Give a ...-state folder"),
@@ -303,10 +303,10 @@ TOGETHER = (
     wrong(TRAININGS, "", "--output_dir is missing", without=["--output_dir"]),
     wrong(TRAININGS, "", "--dit is missing", without=["--dit"]),
     wrong(TRAININGS, "--validate_every_n_steps 5", "give --validation_split"),
-    wrong(WHOLE_TRAININGS, "--fp8_base", "--fp8_base", "leave it out"),
-    wrong(WHOLE_TRAININGS, "--full_bf16", "--full_bf16", "use bf16 for both"),
-    wrong(WHOLE_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),
-    wrong(HV_WHOLE, "--dit_dtype bfloat16", "--dit_dtype", "leave it out"),
+    wrong(FULL_TRAININGS, "--fp8_base", "--fp8_base", "leave it out"),
+    wrong(FULL_TRAININGS, "--full_bf16", "--full_bf16", "use bf16 for both"),
+    wrong(FULL_TRAININGS, "--blocks_to_swap 1", "--fused_backward_pass"),
+    wrong(HV_FULL, "--dit_dtype bfloat16", "--dit_dtype", "leave it out"),
     wrong(FP, "--one_frame", "expected one argument: default|target_index=N,control_index=N+N"),
     wrong(FP, "--one_frame_inference 0+1", "'0+1' is unknown", "control_index=N+N"),
     wrong(FP, "--f1 --one_frame_inference default", "--one_frame_inference needs the FramePack model"),

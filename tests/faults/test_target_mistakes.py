@@ -18,7 +18,7 @@ TRAIN, WHOLE, MAKE = "wan_train_network.py", "wan_train.py", "wan_generate_video
 MERGE, CONVERT = "merge_lora.py", "convert_lora.py"
 OFT = "--network_module networks.oft"
 FUSED = "--fused_backward_pass --optimizer_type adafactor"
-LETTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words, what the message has
+CHARACTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words, what the message has
     "guided target": (
         (TRAIN, "--guided_target 1", "above 1 and of at most 20"),
         (TRAIN, "--guided_target 21", "above 1 and of at most 20"),
@@ -248,7 +248,7 @@ def project(made_projects: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 CASES = [
     pytest.param(letter, *case, id=f"{letter}: {case[0]} {case[1]}")
-    for letter, cases in LETTERS.items()
+    for letter, cases in CHARACTERS.items()
     for case in cases
 ]
 
@@ -258,7 +258,7 @@ CASES = [
 def test_a_mistake_is_told_before_anything_is_loaded(
     project: Path, letter: str, script: str, words: str, message: str
 ) -> None:
-    assert len(LETTERS[letter]) >= 10
+    assert len(CHARACTERS[letter]) >= 10
     without = [word for word in words.split() if word in {"--network_module", "--input", "--lora_weight"}]
     if "--target" in words:
         without.append("--target")

@@ -10,7 +10,7 @@ from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import (
     TEXT_ENCODER_OUT_LAYERS,
 )
 
-from fibo_2.captions import NULL, find_caption_faults, write_caption, write_edit
+from fibo_2.captions import NULL, find_caption_errors, write_caption, write_edit
 from fibo_2.configs import BUNDLES
 from modules.errors import OptionError
 
@@ -98,7 +98,7 @@ def test_broken_json_is_refused_where_it_breaks(text: str, words: str) -> None:
 def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         write_edit(json.dumps(edit))
-    assert any(words in fault for fault in find_caption_faults(json.dumps(edit))) != (
+    assert any(words in error for error in find_caption_errors(json.dumps(edit))) != (
         "edit_instruction" not in edit
     )
 
@@ -129,4 +129,4 @@ def test_an_edit_without_what_it_needs_is_refused(edit: dict[str, Any], words: s
 def test_the_check_tells_what_is_missing_and_what_is_misspelt(
     caption: dict[str, Any], faults: list[str]
 ) -> None:
-    assert find_caption_faults(json.dumps(caption)) == faults
+    assert find_caption_errors(json.dumps(caption)) == faults

@@ -63,21 +63,21 @@ def test_the_size_of_training_is_the_released_one(size: tuple[int, int]) -> None
 
 def test_pictures_are_cropped_and_shown_as_there(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
-    picture = Image.fromarray(generator.integers(0, 255, (90, 130, 3), dtype=np.uint8)).resize((1301, 902))
+    image = Image.fromarray(generator.integers(0, 255, (90, 130, 3), dtype=np.uint8)).resize((1301, 902))
     mask = Image.fromarray(generator.integers(0, 255, (902, 1301), dtype=np.uint8), "L")
-    picture.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
     mask.save(tmp_path / "mask.png")
     path, size = tmp_path / "a.png", (1040, 960)
 
     for masked in (None, mask):
-        crops, shown = BriaFibo2ImageProcessor().preprocess(picture, height=960, width=1040, mask=masked)
+        crops, shown = BriaFibo2ImageProcessor().preprocess(image, height=960, width=1040, mask=masked)
         expected = ((crops[0][0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8)
         read = read_edited(path, size) if masked is None else read_masked(path, tmp_path / "mask.png", size)
         assert torch.equal(read, expected)
         if masked is None:
             assert torch.equal(read_shown(path, size), torch.from_numpy(np.array(shown[0])))
 
-    (crop, _), _ = BriaFibo2ImageProcessor().preprocess([picture, picture])
+    (crop, _), _ = BriaFibo2ImageProcessor().preprocess([image, image])
     assert read_edited(path, None).shape[:2] == crop.shape[2:]
     mask.resize((5, 6)).save(tmp_path / "small.png")
     with pytest.raises(OptionError, match="Give a mask of the picture's size"):
@@ -96,8 +96,8 @@ def test_an_edit_has_its_pictures_inside_its_object(encoder: LanguageModelEncode
 
     encoder.encode_written = remember  # type: ignore[method-assign]
     for count in (1, 2):
-        pictures = (tmp_path / "a.png",) * count
-        encoder.encode([Prompt("add a hat", pictures=pictures, picture_size=(64, 96))])
+        images = (tmp_path / "a.png",) * count
+        encoder.encode([Prompt("add a hat", pictures=images, picture_size=(64, 96))])
     del encoder.encode_written
     pad = "<|image_pad|>"
     for text, count in zip(written, (1, 2), strict=True):

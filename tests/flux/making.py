@@ -100,17 +100,17 @@ def run_there(
     controls, references = (references, ()) if control_net is not None else ((), references)
     one = {name: None if value is None else value[sample : sample + 1] for name, value in inputs.items()}
     noisy, mask = one["noisy"], one["t5_mask"]
-    pictures = [noisy, *(each[sample : sample + 1] for each in references)]
+    images = [noisy, *(each[sample : sample + 1] for each in references)]
     rows, columns = noisy.shape[-2] // 2, noisy.shape[-1] // 2
     is_chroma = type(model).__name__ == "ChromaTransformer2DModel"
     rows_there = one["t5"].shape[1]
     count = rows_there if mask is None else min(int(mask.sum()) + is_chroma, rows_there)
     more = {} if is_chroma else {"pooled_projections": one["pooled"], "guidance": one["guidance"]}
     given = {
-        "hidden_states": torch.cat([pack(each) for each in pictures], dim=1),
+        "hidden_states": torch.cat([pack(each) for each in images], dim=1),
         "encoder_hidden_states": one["t5"][:, :count],
         "timestep": one["timesteps"] / 1000,
-        "img_ids": torch.cat([places_of(each, place) for place, each in enumerate(pictures)]),
+        "img_ids": torch.cat([places_of(each, place) for place, each in enumerate(images)]),
         "txt_ids": torch.zeros(count, 3),
         **more,
     }

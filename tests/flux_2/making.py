@@ -60,14 +60,14 @@ def predict_with(
 ) -> Tensor:
     """The velocity B Z 1 H W that diffusers' network makes of the inputs of ours."""
     noisy, text = given["noisy"], given["text"]
-    pictures = [noisy, *references]
+    images = [noisy, *references]
     place = torch.zeros(text.shape[1], 4)
     place[:, 3] = torch.arange(text.shape[1])
     found = dit(
-        hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in pictures], dim=1),
+        hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in images], dim=1),
         encoder_hidden_states=text,
         timestep=given["timesteps"] / 1000,
-        img_ids=torch.cat([places_of(one, 10 * number) for number, one in enumerate(pictures)]),
+        img_ids=torch.cat([places_of(one, 10 * number) for number, one in enumerate(images)]),
         txt_ids=place,
         guidance=given.get("guidance"),
         return_dict=False,

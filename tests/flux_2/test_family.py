@@ -15,7 +15,7 @@ from PIL import Image
 from contract.data import Batch
 from contract.requests import Prepared, Request
 from encoders.pictures import read_reference, references_in
-from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu
+from flux_2.family import AMONG_SEVERAL, MAX_REFERENCES, Flux2, empirical_mu
 from flux_2.files import Flux2Files
 from flux_2.versions import VERSIONS
 from modules.errors import CacheError, CheckpointError, OptionError
@@ -34,7 +34,7 @@ from tests.tiny.flux_2 import (
 )
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import mistral3, write_model
-from tests.tiny.project import write_image, write_plain_pictures
+from tests.tiny.project import write_image, write_plain_images
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def test_a_reference_is_reduced_and_cut_as_in_diffusers(tmp_path: Path, size: tu
 
     ours = read_reference(tmp_path / "a.png", AMONG_SEVERAL, 16)[0, 0]
 
-    picture, processor = Image.fromarray(pixels), Flux2ImageProcessor()
+    image, processor = Image.fromarray(pixels), Flux2ImageProcessor()
     if size[0] * size[1] > AMONG_SEVERAL:
-        picture = processor._resize_to_target_area(picture, AMONG_SEVERAL)
-    width, height = (side // 16 * 16 for side in picture.size)
-    there = processor.preprocess(picture, height=height, width=width, resize_mode="crop")[0]
+        image = processor._resize_to_target_area(image, AMONG_SEVERAL)
+    width, height = (side // 16 * 16 for side in image.size)
+    there = processor.preprocess(image, height=height, width=width, resize_mode="crop")[0]
     expected = ((there + 1) * 127.5).round().permute(1, 2, 0).to(torch.uint8)
     assert torch.equal(ours, expected)
     own = read_reference(tmp_path / "a.png", None, 16)
@@ -151,11 +151,11 @@ def test_caches_of_the_known_tuner_are_trained_on_as_they_are(tmp_path: Path) ->
 def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, dev: TinyFlux2) -> None:
     family, latents = family_of(klein), torch.zeros(1, 128, 1, 3, 3)
     given: dict[str, Any] = {"ctx_vec": torch.zeros(1, 512, 192)}
-    pictures = {f"latents_control_{number}": torch.full_like(latents, number) for number in (10, 2, 1)}
+    images = {f"latents_control_{number}": torch.full_like(latents, number) for number in (10, 2, 1)}
 
-    found = family.batch_conditions(latents, Batch({**given, **pictures}, ("",), ("a",)))
+    found = family.batch_conditions(latents, Batch({**given, **images}, ("",), ("a",)))
 
-    assert set(found) == {"ctx_vec", *pictures}
+    assert set(found) == {"ctx_vec", *images}
     assert [one.flatten()[0] for one in references_in(found, latents.device)] == [1, 2, 10]
     trained = replace(family_of(dev), trained_guidance=1.5)
     assert trained.batch_conditions(latents, Batch(given, ("",), ("a",)))["guidance"] == torch.tensor([1.5])
@@ -174,7 +174,7 @@ def test_a_batch_needs_its_text_and_references_that_are_some(klein: TinyFlux2, d
 
 def test_more_references_than_it_was_made_for_are_refused(klein: TinyFlux2, tmp_path: Path) -> None:
     write_image(tmp_path / "good.png", 32, 32)
-    with pytest.raises(OptionError, match=rf"11 reference pictures, FLUX.2 takes {MOST_REFERENCES} at most"):
+    with pytest.raises(OptionError, match=rf"11 reference pictures, FLUX.2 takes {MAX_REFERENCES} at most"):
         prepare(family_of(klein), control_images=(tmp_path / "good.png",) * 11)
 
 
@@ -208,7 +208,7 @@ def test_files_of_another_version_are_refused(klein: TinyFlux2, dev: TinyFlux2, 
 
 
 def test_the_next_command_has_the_version_too(tmp_path: Path) -> None:
-    write_plain_pictures(tmp_path)
+    write_plain_images(tmp_path)
     save(tmp_path / "vae.safetensors", vae_state())
     words = "--model_version klein-4b --vae vae.safetensors --vae_dtype float32 --dataset_config dataset.toml"
 

@@ -51,18 +51,18 @@ def test_latents_and_pictures_equal_those_of_diffusers(tmp_path: Path, layout: s
 
 def test_large_pictures_are_cut_into_tiles_and_statistics_stay_in_float32(tmp_path: Path) -> None:
     path = write(tmp_path, vae_state())
-    whole, tiled = (load_vae(path, CPU, torch.float32, tile) for tile in (None, 64))
+    full, tiled = (load_vae(path, CPU, torch.float32, tile) for tile in (None, 64))
     pixels = torch.rand(1, 3, 1, 96, 96, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
     latents = tiled.encode(pixels)
     made = tiled.decode(latents)
 
     # neighbours are blended in the last quarter of a tile
-    assert_equal(latents[..., :3, :3], whole.encode(pixels[..., :64, :64])[..., :3, :3], "latents", NEAR)
-    assert_equal(made[..., :48, :48], whole.decode(latents[..., :4, :4])[..., :48, :48], "pixels", NEAR)
+    assert_equal(latents[..., :3, :3], full.encode(pixels[..., :64, :64])[..., :3, :3], "latents", NEAR)
+    assert_equal(made[..., :48, :48], full.decode(latents[..., :4, :4])[..., :48, :48], "pixels", NEAR)
     half = load_vae(path, CPU, torch.bfloat16)
     assert (half.dtype, half.mean.dtype, half.deviation.dtype) == (torch.bfloat16, *[torch.float32] * 2)
-    assert torch.equal(half.mean, whole.mean)
+    assert torch.equal(half.mean, full.mean)
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_samples_are_what_the_distilled_model_makes_with_the_lora(trained: Path)
     models += ["--vae_dtype", "float32", "--text_encoder_dtype", "float32"]
     made = ("--prompt", "a cat", "--image_size", "32", "32", "--seed", "7", "--save_path", "made")
     succeed_here(*models, *made, "--lora_weight", "output/lora.safetensors", folder=trained)
-    (picture,) = (trained / "made").glob("*.png")
-    assert abs(numpy.asarray(Image.open(picture), dtype=int) - there).max() <= 1
+    (image,) = (trained / "made").glob("*.png")
+    assert abs(numpy.asarray(Image.open(image), dtype=int) - there).max() <= 1
 
 
 def test_base_and_distilled_have_their_own_options(trained: Path) -> None:
@@ -306,5 +306,5 @@ def test_latents_that_name_a_part_that_they_do_not_have(part: str, folder: Path,
         )
         return
     assert code == 0
-    (picture,) = (tmp_path / "out").glob("*.png")
-    assert Image.open(picture).size == (32, 32)
+    (image,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(image).size == (32, 32)

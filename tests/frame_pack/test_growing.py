@@ -102,10 +102,10 @@ def test_sections_decode_to_as_many_frames_as_all_at_once(window: int, count: in
     latents = rising(window * count + 1)
 
     blended, parts = decoded_frames(latents, window=window)
-    bulk, whole = decoded_frames(latents, window=window, bulk_decode=True)
+    bulk, full = decoded_frames(latents, window=window, bulk_decode=True)
 
     assert len(blended) == len(bulk) == 4 * window * count + 1
-    assert whole == [window * count + 1]
+    assert full == [window * count + 1]
     assert parts == ([window + 1] if count == 1 else [2 * window + 1, *[2 * window] * (count - 2), window])
 
 

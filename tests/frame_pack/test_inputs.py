@@ -130,7 +130,7 @@ def test_without_a_mask_the_alpha_channel_is_one(tmp_path: Path) -> None:
     torch.testing.assert_close(on_white, torch.full_like(right, expected(233)), atol=2e-2, rtol=0)
 
 
-USUAL = FramePack(FramePackFiles()).defaults
+DEFAULT = FramePack(FramePackFiles()).defaults
 RECORDED = read_case("framepack_schedule")[0]
 
 
@@ -150,7 +150,7 @@ def settle(
 ) -> Prepared:
     values: dict[str, Any] = {"prompt": "a cat", "seed": 1, "width": 48, "height": 32, **said}
     request = Request(**values, extra={"image_path": str(picture), **(extra or {})})
-    return prepare_request(request, USUAL, LATENT, window, f1, takes_shape)
+    return prepare_request(request, DEFAULT, LATENT, window, f1, takes_shape)
 
 
 def own(prepared: Prepared) -> FramePackRequest:

@@ -18,12 +18,12 @@ from frame_pack.sections import (
     F1,
     Order,
     blend_overlaps,
-    choose_entry,
     compute_flow_shift,
     count_sections,
     count_tokens,
     count_window_sections,
     parse_paddings,
+    select_entry,
 )
 from modules.compile_options import Compilation
 from modules.errors import OptionError
@@ -64,7 +64,7 @@ def test_a_training_video_shorter_than_a_section_has_none() -> None:
     ],
 )
 def test_each_section_finds_its_entry(entries: dict[int, str], found: list[str]) -> None:
-    assert [choose_entry(entries, index, 3) for index in range(3)] == found
+    assert [select_entry(entries, index, 3) for index in range(3)] == found
 
 
 # The flow shift

@@ -15,7 +15,7 @@ from contract.requests import Prompt
 from encoders.text_encoder import FileTextEncoder
 from frame_pack.files import FramePackClip, FramePackLlama
 from frame_pack.image_encoder import SiglipConfig, SiglipVision, load_siglip, read_siglip
-from hunyuan_model.text_encoders import VIDEO_TEMPLATE, choose_template
+from hunyuan_model.text_encoders import VIDEO_TEMPLATE, select_template
 from modules.media.pixels import to_pixels
 from tests.golden_cases import read_case
 from tests.manifests import fit, tensor_list, write_hollow
@@ -104,13 +104,13 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
     folder: Path, there: Theirs, system: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    usual = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
-    own = encoded(FramePackLlama(folder, torch.float32, template=choose_template(system)), PROMPTS)
+    default = encoded(FramePackLlama(folder, torch.float32), PROMPTS)
+    own = encoded(FramePackLlama(folder, torch.float32, template=select_template(system)), PROMPTS)
     before, behind = template_there(system)
     counted = len(there.pipe.tokenizer(before).input_ids)
     escaped = before.replace("{", "{{").replace("}", "}}")
     template = {"template": f"{escaped}{{}}{behind}", "crop_start": counted}
-    for prompt, found, plain in zip(PROMPTS, own, usual, strict=True):
+    for prompt, found, plain in zip(PROMPTS, own, default, strict=True):
         assert_text(found, there.text(prompt, template))
         # the prompt's tokens are the same
         assert torch.equal(found["llama_attention_mask"], plain["llama_attention_mask"])
@@ -121,10 +121,10 @@ def test_a_system_prompt_of_ones_own_is_told_and_cut_off(
 
 
 def test_the_usual_system_prompt_given_as_ones_own_changes_nothing(folder: Path) -> None:
-    usual = FramePackLlama(folder)
-    own = FramePackLlama(folder, template=choose_template(VIDEO_TEMPLATE.system))
-    assert own.identity == usual.identity
-    for found, expected in zip(encoded(own, PROMPTS), encoded(usual, PROMPTS), strict=True):
+    default = FramePackLlama(folder)
+    own = FramePackLlama(folder, template=select_template(VIDEO_TEMPLATE.system))
+    assert own.identity == default.identity
+    for found, expected in zip(encoded(own, PROMPTS), encoded(default, PROMPTS), strict=True):
         assert torch.equal(found["llama_vec"], expected["llama_vec"])
 
 

@@ -104,7 +104,7 @@ def test_a_request_is_answered_with_its_phases_its_steps_and_its_file(tmp_path: 
 
 
 def test_requests_that_fail_say_why_and_the_next_is_made(tmp_path: Path, files: TinyWan) -> None:
-    faults = {
+    errors = {
         "{": "a request is a JSON object with prompt and options",
         "[]": "a request is a JSON object with prompt and options",
         json.dumps({"prompt": "a", "options": {"zoom": "1"}}): "this script has no option --zoom",
@@ -116,7 +116,7 @@ def test_requests_that_fail_say_why_and_the_next_is_made(tmp_path: Path, files: 
     }
     with drive(tmp_path, files) as driven:
         driven.until("ready")
-        for line, message in faults.items():
+        for line, message in errors.items():
             driven.send(line)
             failed, _ = driven.until("ready")
             assert failed["event"] == "failed"

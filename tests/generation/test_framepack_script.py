@@ -130,17 +130,17 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
         f"0:a cat;;;-1:a dog --d 6 --of no_4x --f1 --i {other}",
     ]
     (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
-    usual = ("--image_path", other, "--video_sections", 2, "--latent_window_size", 2)
+    default = ("--image_path", other, "--video_sections", 2, "--latent_window_size", 2)
 
     with pytest.raises(
         UserError, match=r"1 of 6 failed:\s+line 5: OptionError: --image_path nothing.png: no such file"
     ):
-        tiny.run(tmp_path / "file", "--from_file", tmp_path / "lines.txt", *usual)
+        tiny.run(tmp_path / "file", "--from_file", tmp_path / "lines.txt", *default)
     # for lines 3 and 6
     assert caplog.text.count("--video_sections 2 is ignored because a single picture is made") == 1
 
     made = latents_in(tmp_path / "file")
-    dog = ("--prompt", "a dog", *usual)
+    dog = ("--prompt", "a dog", *default)
     one_frame = ("--one_frame_inference", "default", "--control_image_path", start, other)
     singly: dict[int, tuple[object, ...]] = {
         1: ("--prompt", "a cat", "--image_path", start, "--video_seconds", 1, "--latent_window_size", 2),
@@ -148,7 +148,7 @@ def test_lines_of_a_file_equal_single_runs_and_those_that_fail_are_skipped(
         3: (*dog, *one_frame, "--control_image_mask_path", start),
         4: (*dog, "--video_sections", 1, "--end_image_path", other, "--guidance_scale", 2)
         + ("--negative_prompt", "dull"),
-        6: ("--prompt", "a cat", *usual, "--one_frame_inference", "no_4x"),
+        6: ("--prompt", "a cat", *default, "--one_frame_inference", "no_4x"),
     }
     assert made.keys() == singly.keys()
     for seed, say in singly.items():

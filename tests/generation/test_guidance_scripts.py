@@ -170,8 +170,8 @@ def test_scheduler_is_another_spelling_of_the_solver(scripts: dict[str, Script],
     found = make(tmp_path / "a", "--scheduler", "dpm++")
     assert torch.equal(found, make(tmp_path / "b", "--sample_solver", "dpm++"))
     assert torch.equal(found, make(tmp_path / "c", "--sample_solver", "dpm++", "--scheduler", "dpm++"))
-    usual = make(tmp_path / "d", "--scheduler", "default")
-    assert torch.equal(usual, make(tmp_path / "e", "--sample_solver", "vanilla"))
-    assert not torch.equal(usual, found)
+    default = make(tmp_path / "d", "--scheduler", "default")
+    assert torch.equal(default, make(tmp_path / "e", "--sample_solver", "vanilla"))
+    assert not torch.equal(default, found)
     with pytest.raises(OptionError, match=r"--scheduler dpm\+\+ is --sample_solver dpm\+\+.*vanilla"):
         make(tmp_path / "f", "--scheduler", "dpm++", "--sample_solver", "vanilla")

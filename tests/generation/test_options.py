@@ -20,7 +20,7 @@ from generation.prompt_lines import (
 )
 from generation.request import make_request, seed_of
 from generation.sample_lines import parse_sample_line
-from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
+from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, RequestOptions, ScriptDefaults
 from modules.errors import OptionError
 from modules.options import NoOptions, read_options
 from modules.run_limits import limit_run
@@ -232,10 +232,10 @@ def test_one_line_says_what_is_set_what_is_missing_and_what_was_given(
     assert [text for text in caplog.messages if text.startswith("--optimized sets")] == [said]
 
 
-def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
+def read_images(tmp_path: Path, *words: str) -> GenerationOptions:
     """The options of a script that makes pictures."""
-    pictures = ScriptDefaults(
-        fps=PICTURE_FPS,
+    images = ScriptDefaults(
+        fps=IMAGE_FPS,
         video_length=1,
         size=(1024, 768),
         pictures=True,
@@ -246,7 +246,7 @@ def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
         line_options=EMBEDDED_IMAGE_OPTIONS,
     )
     argv = ["--save_path", str(tmp_path), "--prompt", "a cat", *words]
-    return read_generation("", pictures, NoOptions, argv)[0]
+    return read_generation("", images, NoOptions, argv)[0]
 
 
 @pytest.mark.parametrize(
@@ -260,18 +260,18 @@ def read_pictures(tmp_path: Path, *words: str) -> GenerationOptions:
 )
 def test_what_only_videos_have_is_refused_by_name(tmp_path: Path, words: tuple[str, ...]) -> None:
     with pytest.raises(OptionError, match=f"{words[0]} is refused: .*makes pictures"):
-        read_pictures(tmp_path, *words)
+        read_images(tmp_path, *words)
 
 
 def test_a_picture_script_makes_single_images_of_its_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = read_pictures(tmp_path)
+    options = read_images(tmp_path)
 
     assert options.request.video_size == (1024, 768)
     assert (options.request.video_length, options.output.output_type) == (1, "images")
     with pytest.raises(SystemExit):
-        read_pictures(tmp_path, "--output_type", "video")
+        read_images(tmp_path, "--output_type", "video")
     assert "makes pictures" in capsys.readouterr().err
 
 

@@ -170,10 +170,10 @@ def test_every_codec_and_container_keeps_frames_and_metadata(
         stream = file.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == STREAMS[codec]
         assert stream.average_rate == 16
-    grey = np.stack(list(video_frames(path))).astype(int)
-    assert grey.shape == (5, 64, 96, 3)
-    assert abs(grey.mean((1, 2, 3)) - [0, 64, 128, 191, 255]).max() < 3
-    assert np.ptp(grey, axis=3).max() <= 3  # no colour
+    gray = np.stack(list(video_frames(path))).astype(int)
+    assert gray.shape == (5, 64, 96, 3)
+    assert abs(gray.mean((1, 2, 3)) - [0, 64, 128, 191, 255]).max() < 3
+    assert np.ptp(gray, axis=3).max() <= 3  # no colour
     for found in (read_tags(path), tags_by_av(path)):
         assert {key: found[key] for key in METADATA} == AS_ONE_LINE
 

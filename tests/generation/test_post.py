@@ -41,10 +41,10 @@ def chunks(frames: int = 5) -> Iterator[Tensor]:
     """Pixels of a video that grows brighter, in two chunks."""
     values = torch.linspace(-1, 1, 5)[:frames].view(1, 1, -1, 1, 1)
     pixels = values * torch.linspace(0.5, 1, 32)
-    whole = pixels.expand(1, 3, frames, 16, 32)
-    yield whole[:, :, :2]
+    full = pixels.expand(1, 3, frames, 16, 32)
+    yield full[:, :, :2]
     if frames > 2:
-        yield whole[:, :, 2:]
+        yield full[:, :, 2:]
 
 
 def test_a_video_is_written_once_with_the_size_and_rate_of_the_tools(tmp_path: Path) -> None:

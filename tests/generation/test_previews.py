@@ -35,7 +35,7 @@ from wan.family import Wan, WanFiles
 from wan.model import WanModel
 
 MP4, PNG = "latent_preview.mp4", "latent_preview.png"
-COLOURED = LatentSpec(
+COLORED = LatentSpec(
     channels=2,
     stride=(4, 8, 8),
     pixel_step=16,
@@ -79,10 +79,10 @@ def test_latents_are_the_same_bits_with_previews_in_every_family(
     frames, rate, all_frames, full_rate = SHAPES[family]
 
     plain = script.one(tmp_path / "plain", *say)
-    coloured = script.one(tmp_path / "coloured", *say, "--preview_latent_every", 1)
+    colored = script.one(tmp_path / "coloured", *say, "--preview_latent_every", 1)
     decoded = script.one(tmp_path / "decoded", *say, "--preview_latent_every", 1, "--preview_vae", taehv)
 
-    assert torch.equal(plain, coloured)
+    assert torch.equal(plain, colored)
     assert torch.equal(plain, decoded)
     assert not list((tmp_path / "plain").glob("latent_preview*"))
     for folder, expected in (("coloured", (frames, rate)), ("decoded", (all_frames, full_rate))):
@@ -116,12 +116,12 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
     assert so_far[0] is None
     for made, part in enumerate(so_far[1:], 1):
         assert part is not None
-        whole = video[:, :, -made * window :] if order.in_front else video[:, :, : made * window + 1]
-        assert torch.equal(part, whole)
+        full = video[:, :, -made * window :] if order.in_front else video[:, :, : made * window + 1]
+        assert torch.equal(part, full)
 
 
 def toy(**more: Any) -> ToyFamily:
-    return ToyFamily(latent=COLOURED, **more)
+    return ToyFamily(latent=COLORED, **more)
 
 
 def test_a_folder_in_the_way_is_one_warning_for_all_lines(

@@ -381,13 +381,13 @@ def test_an_option_without_a_value_is_told(letter: str) -> None:
 WEB_UI = (
     '--prompt "a castle" --negative_prompt "trees, \\"x\\"" --width 128 --height 64 --steps 3 --cfg_scale 5'
 )
-USUAL = 'a castle --n trees, "x" --w 128 --h 64 --s 3 --l 5'
+DEFAULT = 'a castle --n trees, "x" --w 128 --h 64 --s 3 --l 5'
 
 
 @pytest.mark.parametrize(
     ("web_ui", "usual"),
     [
-        (WEB_UI, USUAL),
+        (WEB_UI, DEFAULT),
         ("--steps 3 --prompt 'a castle'", "a castle --s 3"),  # in any order
         ("  --Prompt a castle --seed 9", "a castle --d 9"),  # without marks
         ('--prompt "a castle" --seed "9" --negative_prompt ""', "a castle --d 9 --n"),

@@ -22,7 +22,7 @@ from generation.script_options import ScriptDefaults
 from generation.session import Session
 from hunyuan_model import options as hunyuan
 from ltx_2 import options as ltx_2
-from modules.options import facts_of
+from modules.options import info_of
 from modules.parser import add_options
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare
@@ -47,12 +47,11 @@ class Script:
     @functools.cached_property
     def facts(self) -> Mapping[str, str]:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
-        facts = facts_of(GenerationOptions) | facts_of(self.record)
+        info = info_of(GenerationOptions) | info_of(self.record)
         # --optimized turns on options that are recorded
         own = dict.fromkeys(["optimized", "scheduler"], "request")
         return {
-            name: facts[name].get("record", "setting") if name in facts else own[name]
-            for name in self.actions
+            name: info[name].get("record", "setting") if name in info else own[name] for name in self.actions
         }
 
     def read(self, *arguments: str) -> GenerationOptions:

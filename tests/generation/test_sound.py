@@ -312,19 +312,19 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     noise = torch.randn(1, math.prod(JOINT.picture) + math.prod(JOINT.sound))
     section = Section(noise, {}, tweaks=Tweaks(joint=JOINT))
     frames = {"one frame": 1, "picture": 3, "both": 3}.get(given, 0)
-    picture, sound = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.sound), 5.0)
+    image, sound = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.sound), 5.0)
     if frames:
-        section = replace(section, given=picture, tweaks=replace(section.tweaks, given_frames=frames))
+        section = replace(section, given=image, tweaks=replace(section.tweaks, given_frames=frames))
     if given in {"sound", "both"}:
         section = replace(section, given_sound=sound)
     shown, network = list[Tensor](), Answers()
 
     def watch(done: StepDone) -> bool:
         shown.append(done.step.noisy)
-        for clean, whole, is_held in zip(
-            JOINT.split(done.clean), (picture, sound), section.clean_streams, strict=True
+        for clean, full, is_held in zip(
+            JOINT.split(done.clean), (image, sound), section.clean_streams, strict=True
         ):
-            assert not is_held or torch.equal(clean, whole)
+            assert not is_held or torch.equal(clean, full)
         return False
 
     end = denoise(
@@ -339,7 +339,7 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
 
     for latents in (*shown, end):
         seen, listened = JOINT.split(latents)
-        assert torch.equal(seen[:, :, :frames], picture)
+        assert torch.equal(seen[:, :, :frames], image)
         assert (given in {"sound", "both"}) is torch.equal(listened, sound)
     expected = {"one frame": True, "picture": [False, True], "sound": [True, False], "both": [False, False]}
     assert (network.times[0] > 0).tolist() == expected[given]

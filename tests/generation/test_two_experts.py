@@ -211,10 +211,10 @@ def test_a_file_for_both_is_used_in_both_once(tmp_path: Path, options: str) -> N
 
     low, high = uses_of(BOTH, [path] if options != "high" else [], [path] if options != "low" else [])
 
-    whole = read_lora(path, by_expert=True)
-    assert [use.lora.tensors.keys() for use in low] == [whole.parts[LOW_NOISE].tensors.keys()]
+    full = read_lora(path, by_expert=True)
+    assert [use.lora.tensors.keys() for use in low] == [full.parts[LOW_NOISE].tensors.keys()]
     for (use,), expert in ((low, LOW_NOISE), (high, HIGH_NOISE)):
-        wanted = whole.parts[expert].tensors
+        wanted = full.parts[expert].tensors
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in use.lora.tensors.items())
         assert use.lora.expert == expert
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from modules.devices import choose_device, free_memory, send
+from modules.devices import free_memory, select_device, send
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 
@@ -123,7 +123,7 @@ def settings_restored() -> Iterator[None]:
 def chosen(name: str) -> Iterator[torch.device]:
     """Return a device as a run chooses it. What is changed in torch's settings inside is changed back."""
     with settings_restored():
-        where = choose_device(name)
+        where = select_device(name)
         if where.type == "cuda":
             release_cuda()
         yield where

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from checkpoints.stored.fp8 import dequantise, quantise
 from checkpoints.stored.fp8_products import (
-    LEAST_CAPABILITY,
+    MIN_CAPABILITY,
     Product,
-    choose_product,
     fp8_linear,
     row_scaled_product,
+    select_product,
     supports_fp8,
     tensor_scaled_product,
 )
@@ -338,7 +338,7 @@ def test_the_gpu_has_a_kernel_for_every_layer(
     weight = signs.to(fp8, torch.float32).to(E4M3)
     x = torch.ones(1, tokens, columns, device=fp8, dtype=torch.bfloat16, requires_grad=True)
 
-    out = fp8_linear(x, weight, None, None, choose_product(fp8))
+    out = fp8_linear(x, weight, None, None, select_product(fp8))
     (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
 
     assert relative_error(out, signs.sum(dim=1).expand(out.shape)) < 0.01
@@ -346,7 +346,7 @@ def test_the_gpu_has_a_kernel_for_every_layer(
 
 
 def test_products_are_compiled_without_a_break(fp8: torch.device) -> None:
-    product, weight = choose_product(fp8), torch.randn(96, 64, device=fp8).to(E4M3)
+    product, weight = select_product(fp8), torch.randn(96, 64, device=fp8).to(E4M3)
     torch._dynamo.reset()
     compiled = torch.compile(fp8_linear, fullgraph=True, dynamic=True)
     for tokens in (40, 400, 600):
@@ -375,9 +375,9 @@ def test_a_device_rounds_weights_as_the_cpu_does(cuda: torch.device, dtype: torc
 
 
 def test_whether_the_device_has_fp8_units_is_found(cuda: torch.device) -> None:
-    assert supports_fp8(cuda) == (torch.cuda.get_device_capability() >= LEAST_CAPABILITY)
+    assert supports_fp8(cuda) == (torch.cuda.get_device_capability() >= MIN_CAPABILITY)
     if supports_fp8(cuda):
-        assert choose_product(cuda) in PRODUCTS
+        assert select_product(cuda) in PRODUCTS
     else:
         with pytest.raises(OptionError, match="has no fp8 units"):
-            choose_product(cuda)
+            select_product(cuda)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
-from checkpoints.stored.fp8_products import choose_product, supports_fp8
+from checkpoints.stored.fp8_products import select_product, supports_fp8
 from generation.denoise import SeededNoise
 from modules.compile_options import Compilation
 from modules.layers.modulation import add_gated, modulate
@@ -78,13 +78,13 @@ def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
     tiny = WAN
     if not supports_fp8(cuda):
         pytest.skip("this GPU has no fp8 units")
-    quantisation, found = Quantisation("rows", product=choose_product(cuda)), []
+    quantization, found = Quantisation("rows", product=select_product(cuda)), []
     inputs = sent(tiny.inputs((2, 8, 8, 32), 1), cuda)
     for compiled in (False, True):
         dit = tiny.make(2).to(cuda, torch.bfloat16)
         for layer in [part for name in tiny.spec.block_lists for part in dit.get_submodule(name).modules()]:
             if isinstance(layer, nn.Linear):
-                attach(layer, Fp8(quantisation).quantise(layer.weight.data))
+                attach(layer, Fp8(quantization).quantise(layer.weight.data))
         if compiled:
             compile_blocks(dit, tiny.spec, choice_on(cuda))
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

@@ -208,12 +208,12 @@ def test_the_device_holds_what_the_plan_says(cuda: torch.device, blocks: int, sl
 
 def test_host_memory_is_pinned_for_as_long_as_it_is_used(cuda: torch.device) -> None:
     size, mapping = 1 << 24, mmap.mmap(-1, 1 << 24)
-    whole, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
-    part, address = whole[4096:8192], whole.data_ptr()
+    full, unlocked = host_memory._as_tensor(mapping, [range(size // 2), range(size // 2, size)])
+    part, address = full[4096:8192], full.data_ptr()
     assert unlocked == 0
     assert part.is_pinned()
-    assert whole[-4096:].is_pinned()
-    del whole
+    assert full[-4096:].is_pinned()
+    del full
     gc.collect()
     assert part.is_pinned()
     del part

@@ -100,14 +100,14 @@ def test_the_noise_levels_are_those_recorded() -> None:
 
 
 def test_what_the_release_does_is_the_default() -> None:
-    plain, letters = prepare(), prepare("a sign with “hello”")
+    plain, characters = prepare(), prepare("a sign with “hello”")
 
     assert (plain.width, plain.height, plain.frames, plain.steps) == (2048, 2048, 1, 50)
     assert (plain.guidance_scale, plain.flow_shift) == ((3.5,), 5)
     assert plain.rules.projection is not None
-    assert letters.rules.projection is not None
+    assert characters.rules.projection is not None
     rule = plain.rules.projection
-    assert (rule.after_step, letters.rules.projection.after_step) == (5, 38)
+    assert (rule.after_step, characters.rules.projection.after_step) == (5, 38)
     assert (rule.scale, rule.momentum, rule.norm_limit, rule.eta, rule.rescale) == (10, -0.5, 10, 0, 0)
     assert prepare("it's the dog's").rules == plain.rules
     assert plain.negative_prompt == ""

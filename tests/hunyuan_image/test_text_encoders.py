@@ -184,18 +184,18 @@ def test_a_file_gives_what_diffusers_class_gives(layout: str, tmp_path: Path) ->
 
 def test_latents_are_samples_of_the_posterior_seeded_by_a_name(tmp_path: Path) -> None:
     vae = load_vae(write_vae(tmp_path / "vae.safetensors"), CPU, torch.float32)
-    picture = torch.randint(0, 256, (1, 3, 1, 32, 64), dtype=torch.uint8)
+    image = torch.randint(0, 256, (1, 3, 1, 32, 64), dtype=torch.uint8)
 
-    first, again, other = (vae.encode(picture, [posterior_generator(name)]) for name in ("a", "a", "b"))
+    first, again, other = (vae.encode(image, [posterior_generator(name)]) for name in ("a", "a", "b"))
 
     assert first.shape == (1, CHANNELS, 1, 1, 2) == LATENT.shape(1, 32, 64)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    mean, logvar = vae.moments(picture).chunk(2, dim=1)
+    mean, logvar = vae.moments(image).chunk(2, dim=1)
     noise = torch.randn(mean.shape[1:], generator=posterior_generator("a"))
     expected = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
     torch.testing.assert_close(first, expected)
-    assert torch.equal(vae.encode(picture), mean)
+    assert torch.equal(vae.encode(image), mean)
 
 
 def test_the_published_vae_loads_at_full_size(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def read_llama(checkpoint: Checkpoint, skip: int = 0) -> LoadPlan[Any]:
     return read_language_model(checkpoint, LLAMA, (-1 - skip,))
 
 
-def load_whole_llama(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_full_llama(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return load_language_model(path, LLAMA, CPU, dtype)
 
 
@@ -108,7 +108,7 @@ def test_published_clips_fit_at_full_size(tmp_path: Path, manifest: str) -> None
 def test_every_llama_layout_gives_the_same_weights(tmp_path: Path, layout: str) -> None:
     tensors = llama_tensors()
     assert_equal(
-        load_whole_llama(save(tmp_path / "llava.safetensors", llama_layouts(tensors)[layout])), tensors
+        load_full_llama(save(tmp_path / "llava.safetensors", llama_layouts(tensors)[layout])), tensors
     )
 
 
@@ -240,7 +240,7 @@ def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
 def test_the_vision_half_of_llava_is_no_language_model(tmp_path: Path) -> None:
     path = write_hollow(tmp_path / "vision.safetensors", tensor_list("llava-llama3-vision"))
     with pytest.raises(CheckpointError, match=r"not a Llama language model(.|\n)*to --text_encoder1"):
-        load_whole_llama(path)
+        load_full_llama(path)
 
 
 def test_each_encoder_given_for_the_other_is_named(tmp_path: Path) -> None:
@@ -253,13 +253,13 @@ def test_each_encoder_given_for_the_other_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"looks like a CLIP text encoder \(--text_encoder2\)(.|\n)*to --text_encoder1"
     ):
-        load_whole_llama(clip)
+        load_full_llama(clip)
 
 
 def test_tensors_of_an_unknown_network_beside_it_are_named(tmp_path: Path) -> None:
     tensors = {**llama_layouts(llama_tensors())["causal"], "surplus.weight": torch.ones(1)}
     with pytest.raises(CheckpointError, match=r"1 tensors of an unknown network, such as surplus\.weight"):
-        load_whole_llama(save(tmp_path / "llava.safetensors", tensors))
+        load_full_llama(save(tmp_path / "llava.safetensors", tensors))
 
 
 def test_a_clip_of_fewer_positions_is_refused(tmp_path: Path) -> None:

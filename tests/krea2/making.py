@@ -74,10 +74,10 @@ def predict_edit(
     """The velocity B L 4Z of diffusers' modules: text, picture, references; these at time 0 and in frames
     of their own. time: B, 0..1.
     """
-    pictures = [noisy, *references]
-    tokens = [dit.img_in(pack(one)) for one in pictures]
+    images = [noisy, *references]
+    tokens = [dit.img_in(pack(one)) for one in images]
     places = [torch.zeros(text.shape[1], 3)]
-    for frame, one in enumerate(pictures):
+    for frame, one in enumerate(images):
         rows, columns = torch.arange(one.shape[-2] // 2), torch.arange(one.shape[-1] // 2)
         places.append(torch.cartesian_prod(torch.tensor([frame]), rows, columns).float())
     x = torch.cat([dit.txt_in(dit.text_fusion(text)), *tokens], dim=1)

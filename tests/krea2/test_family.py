@@ -45,9 +45,9 @@ def prepare(family: Krea2, **asked: Any) -> Prepared:
 
 def test_noise_levels_of_raw_follow_the_size_and_those_of_turbo_do_not(family: Krea2, turbo: Krea2) -> None:
     """mu is 0.5 at 256 x 256 and 1.15 at 1280 x 1280, and goes on along the line."""
-    usual = prepare(family)
-    assert (usual.width, usual.height, usual.steps) == (1024, 1024, 28)
-    assert (usual.guidance_scale, usual.negative_prompt) == ((5.5,), "")
+    default = prepare(family)
+    assert (default.width, default.height, default.steps) == (1024, 1024, 28)
+    assert (default.guidance_scale, default.negative_prompt) == ((5.5,), "")
     for side, mu in (
         (256, 0.5),
         (1280, 1.15),
@@ -243,8 +243,8 @@ def test_a_file_without_blocks_of_the_texts_is_not_taken_for_a_smaller_model(
 
 def test_the_release_has_28_blocks(tmp_path: Path) -> None:
     tensors = tensor_list("krea2-dit")
-    whole = write_hollow(tmp_path / "whole.safetensors", tensors)
-    assert Krea2Files(whole).dit_header().config.num_layers == 28
+    full = write_hollow(tmp_path / "whole.safetensors", tensors)
+    assert Krea2Files(full).dit_header().config.num_layers == 28
     cut = {name: one for name, one in tensors.items() if not name.startswith("blocks.27.")}
     with pytest.raises(CheckpointError, match="27 of 28 blocks of blocks are there"):
         Krea2Files(write_hollow(tmp_path / "cut.safetensors", cut)).dit_header()

@@ -11,7 +11,7 @@ from contract.steps import Away, Tweaks
 from krea2.configs import STATES
 from modules.attention.attend import Steer
 from modules.compile_options import Compilation
-from modules.layers.norms import CentredNorm, rms_norm
+from modules.layers.norms import CenteredNorm, rms_norm
 from running.compile import compile_blocks
 from tests.krea2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
@@ -36,7 +36,7 @@ def test_states_are_those_that_diffusers_reads() -> None:
 @torch.no_grad()
 def test_the_scale_of_a_norm_is_not_cut_in_16_bits() -> None:
     """1 + 2^-8 is 1 in bfloat16; 1.75 of it is not 1.75."""
-    norm = CentredNorm(4, 0.0).bfloat16()
+    norm = CenteredNorm(4, 0.0).bfloat16()
     norm.scale.fill_(2**-8)
     x = torch.tensor([1.75, (4 - 1.75**2) ** 0.5, 0, 0]).bfloat16()
     expected = x.float() * (1 + 2**-8) / x.float().square().mean().sqrt()

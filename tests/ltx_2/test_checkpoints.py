@@ -220,9 +220,9 @@ def test_other_families_are_told_apart(tmp_path: Path) -> None:
 
 def test_sound_of_caches_has_the_shape_of_the_releases_if_their_vae_is_not_there(tmp_path: Path) -> None:
     """A transformer of other sound cannot be trained without it."""
-    whole = write_hollow(tmp_path / "dit.safetensors", tensor_list("ltx2.5-dit"))
+    full = write_hollow(tmp_path / "dit.safetensors", tensor_list("ltx2.5-dit"))
     other = write_release(tmp_path / "tiny", "2.5").checkpoint
-    files = Ltx2Files(dit=whole, checkpoint=whole, streams=STREAMS)
+    files = Ltx2Files(dit=full, checkpoint=full, streams=STREAMS)
 
     assert files.sound is not None
     assert files.sound.shape(121, 24.0) == (8, 126, 16)

@@ -185,9 +185,9 @@ def test_sound_alone_equals_that_of_diffusers_without_pictures(
     begin = pipe.prepare_latents
 
     def begin_again(*given: Any, **told: Any) -> Tensor:
-        pictures: Tensor = begin(*given, **told)
+        images: Tensor = begin(*given, **told)
         given[-2].manual_seed(SEED)
-        return pictures
+        return images
 
     pipe.prepare_latents = begin_again
     of_sound = RELEASED | {"guidance_scale": 7.0, "modality_scale": 1.0}
@@ -219,11 +219,11 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
 ) -> None:
     """diffusers modulates the streams by other times than the release, and guides the given frame too."""
     write_image(tmp_path / "start.png", WIDTH, HEIGHT)
-    picture = GUIDED if mode == "av" else GUIDED | {"modality_scale": 1.0}
+    image = GUIDED if mode == "av" else GUIDED | {"modality_scale": 1.0}
     words = ["--ltx2_mode", mode, "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
     words += [] if crf is None else ["--image_crf", crf]
 
-    made = generate(release, tmp_path, *words, *scale_words(picture, OF_SOUND))
+    made = generate(release, tmp_path, *words, *scale_words(image, OF_SOUND))
 
     pipe = LTX2ImageToVideoPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
@@ -240,13 +240,13 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: tuple(times))
     if mode == "v":
         dit.register_forward_pre_hook(alone, with_kwargs=True)
-    usual = 18 if release.networks["version"] == "2.5" else 33  # as the official pipelines have it
+    default = 18 if release.networks["version"] == "2.5" else 33  # as the official pipelines have it
     asked = {
         "image": Image.open(tmp_path / "start.png"),
-        "image_crf": usual if crf is None else crf,
+        "image_crf": default if crf is None else crf,
         "use_cross_timestep": False,
     }
-    assert_as_there(pipe, made, tmp_path / "shown", 24, picture, OF_SOUND, **asked)
+    assert_as_there(pipe, made, tmp_path / "shown", 24, image, OF_SOUND, **asked)
 
 
 @pytest.mark.slow_cases("2.0", "2.3")

@@ -80,14 +80,14 @@ def test_other_sizes_and_dtypes_give_the_velocities_of_diffusers(
     version: str, size: tuple[int, ...], moments: int, fps: float, dtype: torch.dtype
 ) -> None:
     """3 heads, whose channels the axes do not divide evenly, 3 blocks, 3 samples; sound of any length."""
-    usual = DIT_CONFIGS[version]
-    assert usual.sound is not None
+    default = DIT_CONFIGS[version]
+    assert default.sound is not None
     video, sound = (
-        replace(one, dim=dim, ffn_dim=4 * dim, text_dim=one.text_dim if usual.projects_text else dim)
-        for one, dim in ((usual.video, 42), (usual.sound, 30))
+        replace(one, dim=dim, ffn_dim=4 * dim, text_dim=one.text_dim if default.projects_text else dim)
+        for one, dim in ((default.video, 42), (default.sound, 30))
     )
     sizes: dict[str, Any] = {"video": video, "sound": sound, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
-    config = replace(usual, **sizes)
+    config = replace(default, **sizes)
     given = dit_inputs(version, size, 3, fps, moments, config)
     theirs = dit_in_diffusers(version, dit_state(version, **sizes), config=config)
     exact = in_diffusers(theirs, given)

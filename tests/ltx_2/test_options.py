@@ -21,13 +21,13 @@ from ltx_2.options import (
     caching_options,
     generation_options,
     log_ignored,
-    settle_generation,
+    resolve_generation,
 )
 from ltx_2.reference_options import Ltx2ReferenceOptions
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import Options, read_options
-from modules.parser import Parser, add_options, refuse_unsupported
+from modules.parser import Parser, add_options, reject_unsupported
 from modules.speed_options import GENERATION_VALUES
 
 DATA = Path(__file__).parent.parent / "data" / "cli"
@@ -44,7 +44,7 @@ def read_own(script: str, *words: str) -> Any:
     parser = Parser()
     add_options(parser, OWN[script])
     args = parser.parse_args(words)
-    refuse_unsupported(parser, args)
+    reject_unsupported(parser, args)
     return read_options(OWN[script], args)
 
 
@@ -148,11 +148,11 @@ def test_values_that_are_refused_have_a_reason(
 def generated(*words: str) -> Any:
     """The shared record of a command that generates, with what LTX-2 calls otherwise."""
     argv = ["--save_path", "out", "--prompt", "a", *words]
-    return settle_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))[0]
+    return resolve_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))[0]
 
 
 def own_of(*words: str) -> Any:
-    return settle_generation(generated(), read_own("ltx2_generate_video", *words))[1]
+    return resolve_generation(generated(), read_own("ltx2_generate_video", *words))[1]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_messages_name_what_was_typed_for_an_option_and_its_value(
     words: tuple[str, ...], names: dict[str, str]
 ) -> None:
     argv = ["--save_path", "out", "--prompt", "a", *words]
-    options, _ = settle_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))
+    options, _ = resolve_generation(*read_generation(None, DEFAULTS, Ltx2GenerationOptions, argv))
     assert {name: shown for name, shown in options.typed_names.items() if " " in name} == names
 
 

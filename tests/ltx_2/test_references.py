@@ -67,11 +67,11 @@ def write_mask(folder: Path, factor: int, frames: int) -> Tensor:
     """A folder of grey frames, black in their first column of tokens; return them, 1 1 F H W."""
     folder.mkdir()
     shape = frames, HEIGHT // factor, WIDTH // factor
-    grey = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
-    grey[:, :, :32] = 0
-    for place, frame in enumerate(grey):
+    gray = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(6))
+    gray[:, :, :32] = 0
+    for place, frame in enumerate(gray):
         write_png(folder / f"{place:03d}.png", frame[..., None].expand(-1, -1, 3).numpy())
-    return grey[None, None] / 255
+    return gray[None, None] / 255
 
 
 def write_lora(path: Path, **metadata: str) -> Path:
@@ -196,7 +196,7 @@ OF_25 = [("half the size", "2.5"), ("two", "2.5")]  # its mark is on the clip's 
 def test_videos_with_references_equal_those_of_diffusers(
     release: TinyRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    factor, lengths, by_lora, strength, attention, grey = (*CASES[case], 1.0, 1.0, 0)[:6]
+    factor, lengths, by_lora, strength, attention, gray = (*CASES[case], 1.0, 1.0, 0)[:6]
     seen = 1.0, None
     clips, paths = [], []
     for number, length in enumerate(lengths):
@@ -212,10 +212,10 @@ def test_videos_with_references_equal_those_of_diffusers(
     if strength < 1:
         words += ["--reference_strength", strength]
     if len(CASES[case]) > 4:
-        mask = write_mask(tmp_path / "mask", factor, grey) if grey else None
+        mask = write_mask(tmp_path / "mask", factor, gray) if gray else None
         seen = attention, None if mask is None else mask.expand(-1, -1, 9, -1, -1)
-        file = tmp_path / "mask" / ("000.png" if grey == 1 else "")
-        words += ["--conditioning-attention-mask", *([file] if grey else []), attention]
+        file = tmp_path / "mask" / ("000.png" if gray == 1 else "")
+        words += ["--conditioning-attention-mask", *([file] if gray else []), attention]
     words += pipelines.scale_words(SCALES, SCALES)
     monkeypatch.setattr(pipelines, "WIDTH", WIDTH)
 
@@ -227,7 +227,7 @@ def test_videos_with_references_equal_those_of_diffusers(
     with safe_open(next((tmp_path / "made").iterdir()), "pt") as file:
         said = file.metadata()
     assert said.get("bt_reference_strength") == (f"{strength:g}" if strength < 1 else None)
-    told = {0: "", 1: "000.png ", 9: "mask "}[grey] + f"{attention:g}"
+    told = {0: "", 1: "000.png ", 9: "mask "}[gray] + f"{attention:g}"
     assert said.get("bt_conditioning_attention_mask") == (told if len(CASES[case]) > 4 else None)
 
 
@@ -255,8 +255,8 @@ def test_lines_and_the_official_spelling_name_references(release: TinyRelease, t
     (both,) = made_of(release, tmp_path, "official", *words, *official)
     (one,) = made_of(release, tmp_path, "one", *words, "--reference_video", "clip 1")
     (none,) = made_of(release, tmp_path, "without", *words)
-    usual = ["--ltx2_mode", "v", "--reference_video", "clip 1", "--from_file", "lines.txt"]
-    found = made_of(release, tmp_path, "lines", *usual)
+    default = ["--ltx2_mode", "v", "--reference_video", "clip 1", "--from_file", "lines.txt"]
+    found = made_of(release, tmp_path, "lines", *default)
 
     assert len(found) == 3
     for made, expected in zip(found, (one, both, none), strict=True):
@@ -352,10 +352,10 @@ def test_lines_have_no_references_where_they_are_refused(release: TinyRelease, t
 def test_positions_of_a_reference_are_spread_over_its_target() -> None:
     """Frames 0, 1, 5, 9, ... stand where those of the target do."""
     config = dit_config("2.3")
-    whole = Places(config.dim, (3, 2, 2), (24.0,))
+    full = Places(config.dim, (3, 2, 2), (24.0,))
     tables = [
         make_table(config, one, device=torch.device("cpu"))
-        for one in (whole, whole._replace(factors=(1, 2)), whole._replace(factors=(2, 1)))
+        for one in (full, full._replace(factors=(1, 2)), full._replace(factors=(2, 1)))
     ]
     assert_equal(tables[1][:4], tables[0][:4], "the first latent is of one frame")
     assert (tables[1][4:] - tables[0][4:]).abs().max() > 1e-3

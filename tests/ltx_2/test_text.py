@@ -127,12 +127,12 @@ def test_the_tokenizer_inside_comfyuis_file_begins_texts_too(gemma: Any, tmp_pat
 
 def test_one_stream_has_its_text_alone_and_loads_no_other(gemma: Any, tmp_path: Path) -> None:
     both = tiny_encoder(tmp_path, gemma)
-    (whole,) = encoded(both, "a rabbit")
+    (full,) = encoded(both, "a rabbit")
     for stream, key, other in (("video", VIDEO, "audio"), ("audio", AUDIO, "video")):
         encoder = Ltx2TextEncoder(both.path, both.connectors, torch.float32, streams=(stream,))
         (found,) = encoded(encoder, "a rabbit")
         assert found.keys() == {key, MASK} == encoder.keys
-        assert torch.equal(found[key], whole[key])
+        assert torch.equal(found[key], full[key])
         assert not any(other in name for name in encoder.network.state_dict())
         assert encoder.check() < both.check()
 

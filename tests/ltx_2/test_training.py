@@ -149,12 +149,12 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
         made = in_diffusers(dit, inputs, timestep=times.flatten(1), isolate_modalities=item.sound is None)
         gate.remove()
         errors = [
-            (one[0] - (other - whole)).square() for one, other, whole in zip(made, drawn, clean, strict=True)
+            (one[0] - (other - full)).square() for one, other, full in zip(made, drawn, clean, strict=True)
         ]
         of_sound_here = errors[1].mean() * (item.sound is not None)
         found.append(torch.stack([errors[0][:, given:].mean(), of_sound_here]))
-    picture, heard = torch.stack(found).mean(0)
-    return picture, heard
+    image, heard = torch.stack(found).mean(0)
+    return image, heard
 
 
 def told(project: Project, name: str = "lora") -> list[dict[str, float]]:
@@ -281,8 +281,8 @@ def test_a_training_for_references_says_that_there_are_none(alone: Project, word
 def test_swapped_blocks_learn_the_same(alone: Project) -> None:
     alone.train(*run("other", 4), "--blocks_to_swap", 1)
 
-    ours, whole = saved(alone, "other"), saved(alone, "lora")
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    ours, full = saved(alone, "other"), saved(alone, "lora")
+    assert all(torch.equal(ours[name], full[name]) for name in full)
 
 
 def test_samples_are_silent_if_asked(alone: Project) -> None:

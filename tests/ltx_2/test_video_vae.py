@@ -124,9 +124,9 @@ def test_diffusers_folder_is_the_official_file(tmp_path: Path, version: str) -> 
 def test_settings_that_no_tensor_shows_are_read(
     tmp_path: Path, settings: dict[str, Any], told: dict[str, Any]
 ) -> None:
-    theirs, usual = video_vae("2.0", **settings), [["res_x", {}], ["compress_all", {"residual": True}]] * 3
+    theirs, default = video_vae("2.0", **settings), [["res_x", {}], ["compress_all", {"residual": True}]] * 3
     theirs.save_pretrained(tmp_path / "vae")
-    record = {"causal_decoder": False, "spatial_padding_mode": "reflect", "decoder_blocks": usual, **told}
+    record = {"causal_decoder": False, "spatial_padding_mode": "reflect", "decoder_blocks": default, **told}
 
     ours = made(tmp_path, video_vae_official(theirs.state_dict()), record)
 

@@ -154,9 +154,9 @@ def write_dit(folder: Path, version: str = "2.3", layout: str = "safetensors", *
         others = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
         beside = {f"{other}x.weight": torch.zeros(1) for other in others}
         registers = "model.diffusion_model.audio_embeddings_connector.learnable_registers"
-        whole = {f"model.diffusion_model.{name}": one for name, one in state.items()}
+        full = {f"model.diffusion_model.{name}": one for name, one in state.items()}
         record = {"config": json.dumps({"transformer": config | settings})}
-        save_file({**whole, **beside, registers: torch.zeros(2, 3)}, path, metadata=record)
+        save_file({**full, **beside, registers: torch.zeros(2, 3)}, path, metadata=record)
         return path
     given = write_dialect(path, state, layout, dit_diffusers_state)
     if "diffusers" in layout:

@@ -153,7 +153,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
 
 
 def test_prompt_lines_have_the_options_of_lumina_s_guidance() -> None:
-    assert {SCRIPT.line_options[letter].key for letter in ("ctr", "rcfg")} == set(EXTRAS)
+    assert {SCRIPT.line_options[character].key for character in ("ctr", "rcfg")} == set(EXTRAS)
 
 
 def all_in_one() -> TensorList:

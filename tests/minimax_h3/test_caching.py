@@ -92,7 +92,7 @@ def frames_of(path: Path, count: int = FRAMES) -> Tensor:
 
 
 @cache
-def whole_vae() -> Any:
+def full_vae() -> Any:
     vae = their_vae()
     vae.use_tiling = False
     return vae
@@ -100,12 +100,12 @@ def whole_vae() -> Any:
 
 def their_condition(pixels: Tensor) -> Tensor:
     with torch.no_grad():
-        return encode_vae_condition(whole_vae(), pixels, PIXEL_MEAN, PIXEL_STD)[0]
+        return encode_vae_condition(full_vae(), pixels, PIXEL_MEAN, PIXEL_STD)[0]
 
 
 def their_target(pixels: Tensor, key: str, seed: int = 42) -> Tensor:
     with torch.no_grad():
-        posterior = whole_vae().encode(normalised(pixels / 127.5 - 1)).latent_dist
+        posterior = full_vae().encode(normalised(pixels / 127.5 - 1)).latent_dist
     noise = torch.randn(posterior.mean.shape[1:], generator=posterior_generator(f"{seed} {key}"))
     mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (LATENTS_MEAN, LATENTS_STD))
     return (posterior.mean[0] + posterior.std[0] * noise - mean) / std
@@ -158,9 +158,9 @@ def test_clips_are_cached_with_silence_and_keyframes_equal_to_diffusers(project:
     assert "MiniMax H3 Community License" in output
     assert "1 clip has no sound: only" in output
     metadata = metadata_of(cached_file(project))
-    facts = ("architecture", "task", "cache_seed", "crop_start_frame", "frame_count", "cache_format")
+    info = ("architecture", "task", "cache_seed", "crop_start_frame", "frame_count", "cache_format")
     expected = ["minimax_h3", "fl2va", "42", "0", "22", "minimax-h3-latent-v2"]
-    assert [metadata[fact] for fact in facts] == expected
+    assert [metadata[fact] for fact in info] == expected
     assert metadata["video_vae_fingerprint"] != metadata["audio_vae_fingerprint"]
     assert list(json.loads(metadata["media_fingerprints"])) == [str(project / "clips" / "a.mkv")]
 
@@ -170,7 +170,7 @@ def test_a_condition_without_float16_would_differ(project: Path, files: TinyH3) 
     run(project, files, "--task", "fl2va")
     pixels = frames_of(project / "clips" / "a.mkv")[:, :, :1]
     with torch.no_grad():
-        posterior = whole_vae().encode(normalised(pixels / 127.5 - 1)).latent_dist
+        posterior = full_vae().encode(normalised(pixels / 127.5 - 1)).latent_dist
     sample = posterior.sample(generator=torch.Generator().manual_seed(42))[0]
     mean, std = (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (LATENTS_MEAN, LATENTS_STD))
     difference = cached(project)["latents_first_1x4x4_float32"] - (sample - mean) / std
@@ -371,8 +371,8 @@ def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None
         "latents_ref_002_video_7x4x4_float32",
         "latents_ref_003_audio_32x2x20_float32",
     }
-    picture = torch.from_numpy(read_image(project / "style.png")).permute(2, 0, 1)[None, :, None]
-    close(tensors["latents_ref_000_image_1x4x4_float32"], their_condition(picture))
+    image = torch.from_numpy(read_image(project / "style.png")).permute(2, 0, 1)[None, :, None]
+    close(tensors["latents_ref_000_image_1x4x4_float32"], their_condition(image))
     motion = their_condition(frames_of(project / "motion.mkv"))
     close(tensors["latents_ref_001_video_7x4x4_float32"], motion)
     close(tensors["latents_ref_001_audio_32x2x37_float32"], their_sound(heard(int(FRAMES / 24 * RATE))))

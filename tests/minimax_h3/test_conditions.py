@@ -23,14 +23,14 @@ from minimax_h3.conditions import (
     place_conditions,
     reference_key,
 )
-from minimax_h3.places import UNITS_A_FRAME, PictureGrid, PicturePlace, SoundPlace
+from minimax_h3.places import UNITS_A_FRAME, ImageGrid, ImagePlace, SoundPlace
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.reference_sound import read_reference_sound, resample
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
 from tests.minimax_h3.test_video_vae import single_file, their_vae
 
 HALF_STEP = 2e-3  # of float16 up to 4: a sum in another order may round to the next number
-GRID = PictureGrid(7, 3, 4)
+GRID = ImageGrid(7, 3, 4)
 
 
 def random(*shape: int) -> Tensor:
@@ -57,7 +57,7 @@ def test_conditions_are_encoded_as_by_diffusers(tmp_path: Path, frames: int) -> 
 def test_latents_are_rounded_to_float16(tmp_path: Path) -> None:
     """Before they are normalised."""
     vae = single_file(tmp_path, tile=256)
-    raw = vae.denormalise(encode_condition(vae, pixels(1)))
+    raw = vae.denormalize(encode_condition(vae, pixels(1)))
     rounded = raw.to(torch.float16).float()
     torch.testing.assert_close(raw, rounded, atol=1e-6, rtol=1e-6)
 
@@ -74,20 +74,20 @@ class Drawn:
 
 
 def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
-    sound, clip, picture = random(1, 32, 2, 5), random(1, 24, 2, 4, 4), random(1, 24, 1, 4, 6)
+    sound, clip, image = random(1, 32, 2, 5), random(1, 24, 2, 4, 4), random(1, 24, 1, 4, 6)
     conditions = {
         reference_key(1, VIDEO): clip,
         reference_key(1, AUDIO): sound,
-        reference_key(0, IMAGE): picture,
+        reference_key(0, IMAGE): image,
     }
     noise = Drawn()
 
     noised = noise_conditions(conditions, noise)
 
     assert [*noised] == [reference_key(0, IMAGE), reference_key(1, AUDIO), reference_key(1, VIDEO)]
-    assert noise.shapes == [tuple(picture.shape), tuple(clip.shape)]
+    assert noise.shapes == [tuple(image.shape), tuple(clip.shape)]
     for number, (key, latents) in enumerate(
-        [(reference_key(0, IMAGE), picture), (reference_key(1, VIDEO), clip)]
+        [(reference_key(0, IMAGE), image), (reference_key(1, VIDEO), clip)]
     ):
         drawn = torch.full_like(latents, number + 1.0)
         assert torch.equal(noised[key], MiniMaxH3Scheduler(12.0).scale_noise(latents, 0.999, drawn))
@@ -107,8 +107,8 @@ def test_keyframes_stand_at_first_and_last_frame() -> None:
 
     spans = 1 + 4 * 4 + 1 + 4  # of seven latent frames
     places = [condition.place for condition in placement.conditions]
-    one = PictureGrid(1, 3, 4)
-    assert places == [PicturePlace(one, 11.0), PicturePlace(one, pytest.approx(11 + (spans - 1) * 5 / 3))]
+    one = ImageGrid(1, 3, 4)
+    assert places == [ImagePlace(one, 11.0), ImagePlace(one, pytest.approx(11 + (spans - 1) * 5 / 3))]
     assert placement.start == 11
 
 
@@ -124,13 +124,13 @@ def test_references_follow_one_another() -> None:
 
     placement = place_conditions(conditions, 0, num_text=11, target=GRID)
 
-    own = PictureGrid(2, 3, 3)
+    own = ImageGrid(2, 3, 3)
     assert [condition.place for condition in placement.conditions] == [
-        PicturePlace(PictureGrid(1, 2, 3), 11.0),
+        ImagePlace(ImageGrid(1, 2, 3), 11.0),
         SoundPlace(5, 12.0, GRID),
         SoundPlace(12, 17.0, own),
-        PicturePlace(own, 17.0),
-        PicturePlace(own, 29.0),
+        ImagePlace(own, 17.0),
+        ImagePlace(own, 29.0),
     ]
     assert placement.start == pytest.approx(29 + 5 * 5 / 3)
 
@@ -142,7 +142,7 @@ def test_a_single_picture_stands_where_its_index_says() -> None:
         TARGET_INDEX: torch.tensor([4]),
     }
 
-    placement = place_conditions(conditions, 0, num_text=11, target=PictureGrid(1, 3, 4))
+    placement = place_conditions(conditions, 0, num_text=11, target=ImageGrid(1, 3, 4))
 
     starts = [condition.place.start for condition in placement.conditions]
     assert starts == [11, 11 + 10 * UNITS_A_FRAME]
@@ -171,11 +171,11 @@ def test_sound_of_a_reference_is_cut_at_its_own_rate_and_doubled(tmp_path: Path)
         opened.setsampwidth(2)
         opened.setframerate(48000)
         opened.writeframes(samples.tobytes())
-    whole = torch.from_numpy(samples.astype("float32") / 2**15)
+    full = torch.from_numpy(samples.astype("float32") / 2**15)
 
     made = read_reference_sound(path, 0.5)
 
     assert made.shape == (1, 2, 16000)
     assert torch.equal(made[0, 0], made[0, 1])
-    torch.testing.assert_close(made[0, :1], resample(whole[None, :24000], 48000, 32000), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made[0, :1], resample(full[None, :24000], 48000, 32000), atol=1e-6, rtol=0)
     assert read_reference_sound(path, 9).shape == (1, 2, 32001)

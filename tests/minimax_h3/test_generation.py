@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from contract.data import SOUND
-from minimax_h3.options import canvas, settle_length
+from minimax_h3.options import canvas, resolve_length
 from modules.media.reading import read_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
@@ -78,8 +78,8 @@ def test_video_and_sound_are_those_of_diffusers(tmp_path: Path, files: TinyH3) -
         (stream,) = opened.streams.audio
         assert (stream.rate, stream.channels) == (32000, 2)
         assert opened.streams.video[0].frames == 124
-    pictures = sorted((tmp_path / "made" / "frames").glob("*.png"))
-    shown = numpy.stack([read_image(path) for path in pictures])
+    images = sorted((tmp_path / "made" / "frames").glob("*.png"))
+    shown = numpy.stack([read_image(path) for path in images])
     expected = state["videos"][0].permute(0, 2, 3, 1) * 255
     assert (torch.from_numpy(shown) - expected).abs().max() < 1  # rounded
     (track,) = (tmp_path / "made").glob("*.wav")
@@ -103,8 +103,8 @@ def test_one_frame_is_a_picture(tmp_path: Path, files: TinyH3) -> None:
     made = latents_in(tmp_path / "made")
     assert made["latent"].shape == (24, 1, 4, 8)
     assert made[SOUND].shape == (32, 2, 2)
-    (picture,) = (tmp_path / "made").glob("*.png")
-    assert read_image(picture).shape == (32, 64, 3)
+    (image,) = (tmp_path / "made").glob("*.png")
+    assert read_image(image).shape == (32, 64, 3)
     assert not [*(tmp_path / "made").glob("*.mp4")]
 
 
@@ -179,7 +179,7 @@ def test_sizes_of_a_ratio_are_those_of_diffusers(ratio: float) -> None:
 
 @pytest.mark.parametrize(("seconds", "frames"), [(5, 124), (5.5, 141), (0.1, 5)])
 def test_a_duration_gives_the_next_length(seconds: float, frames: int) -> None:
-    assert settle_length(None, seconds) == frames
+    assert resolve_length(None, seconds) == frames
 
 
 def test_folders_of_diffusers_make_the_same(tmp_path: Path, files: TinyH3) -> None:

@@ -45,7 +45,7 @@ def test_sizes_of_references_are_for_a_teacher_that_sees_the_subject(
 def test_shares_of_noise_need_conditions(
     given: dict[str, object], ignored: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    usual = {"task": None, "h3_training_mode": "fl2va", "one_frame": False, "teacher": None}
+    default = {"task": None, "h3_training_mode": "fl2va", "one_frame": False, "teacher": None}
     shares = {"h3_visual_cond_clean": 0.5, "h3_audio_cond_clean": 0.5}
-    warn_of_clean_shares(argparse.Namespace(**{**usual, **shares, **given}, typed_options=frozenset()))
+    warn_of_clean_shares(argparse.Namespace(**{**default, **shares, **given}, typed_options=frozenset()))
     assert [message.split("_")[1] for message in caplog.messages] == ignored

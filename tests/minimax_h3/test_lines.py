@@ -113,16 +113,16 @@ def test_samples_of_a_training_have_the_same_keys(project: Project, files: TinyH
     said = project.train(*model.words, *run("lora", 1), *words)
 
     assert "ignored" not in said
-    pictures = (project.folder / "out" / "sample").glob("lora_*.png")
-    sampled = sorted(path for path in pictures if not path.stem.endswith("_sheet"))
+    images = (project.folder / "out" / "sample").glob("lora_*.png")
+    sampled = sorted(path for path in images if not path.stem.endswith("_sheet"))
     assert len(sampled) == len(rows)
-    for seed, (picture, (_, options)) in enumerate(zip(sampled, rows, strict=True), 1):
+    for seed, (image, (_, options)) in enumerate(zip(sampled, rows, strict=True), 1):
         fixed = ["--video_size", "32", "64", "--infer_steps", "2", "--device", "cpu", "--seed", str(seed)]
         output = ["--prompt", "a cat", "--video_length", "1", "--save_path", f"alone {seed}"]
         more = options.removesuffix(" --video_length 1").split()
         succeed_here(SCRIPT, *model.words, *fixed, *output, *more, folder=project.folder)
         (alone,) = (project.folder / f"alone {seed}").glob("*.png")
-        with Image.open(picture) as made, Image.open(alone) as expected:
+        with Image.open(image) as made, Image.open(alone) as expected:
             assert made.tobytes() == expected.tobytes(), options
 
 
@@ -147,9 +147,9 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
     prompts = project.folder / "prompts.txt"
     words = [*files.words, "--sample_prompts", "prompts.txt", "--sample_every_n_steps", 1]
     names = {"one_frame": "of", "ref": "ref", "reference_image": "ri", "reference_audio": "ra"}
-    for key, letters in names.items():
+    for key, characters in names.items():
         assert key in OF_MEDIA
-        prompts.write_text(f"a cat --{letters} none.png --w 64 --h 32 --f 1\n", encoding="utf-8")
+        prompts.write_text(f"a cat --{characters} none.png --w 64 --h 32 --f 1\n", encoding="utf-8")
         project.refuse(*words, names=["none.png"])
 
 

@@ -118,8 +118,8 @@ DIALECTS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
 def predict(dit: Path) -> Tensor:
     """What our network of a file predicts, pictures and sound joined."""
     with torch.no_grad():
-        pictures, sound = load_dit(dit, Placement(CPU))(VIDEO, HEARD, (0.3, 0.6), TEXT)
-    return torch.cat([patchify(pictures).flatten(), rows_of_sound(sound).flatten()])
+        images, sound = load_dit(dit, Placement(CPU))(VIDEO, HEARD, (0.3, 0.6), TEXT)
+    return torch.cat([patchify(images).flatten(), rows_of_sound(sound).flatten()])
 
 
 def patchify(pictures: Tensor) -> Tensor:
@@ -297,16 +297,16 @@ def test_a_small_lora_keeps_its_effect_in_bf16(tmp_path: Path) -> None:
 
 def test_a_lora_is_merged_into_an_int8_file(tmp_path: Path) -> None:
     """Into the values of the file; the result has 16 bits."""
-    dit, quantised = write_dit(tmp_path), tmp_path / "minimax_h3_fl2va_int8_convrot.safetensors"
-    words = ("--input", dit, "--output", quantised, "--form", "convrot")
+    dit, quantized = write_dit(tmp_path), tmp_path / "minimax_h3_fl2va_int8_convrot.safetensors"
+    words = ("--input", dit, "--output", quantized, "--form", "convrot")
     succeed_here("tools/quantise.py", *words, folder=tmp_path)
     lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
-    with open_checkpoint(quantised) as opened:
+    with open_checkpoint(quantized) as opened:
         assert opened.tensors["blocks.0.mlp.fc1.weight"].dtype == torch.int8
         values = in_values(opened)
         before = {name: values.read(name) for name in values.tensors}
 
-    merged = merge(tmp_path, quantised, lora)
+    merged = merge(tmp_path, quantized, lora)
 
     assert abs(share_kept(merged, before, factors()) - 1) < 0.01
 

@@ -18,7 +18,7 @@ from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
-from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, last_frame_place
+from minimax_h3.places import ImageGrid, ImagePlace, SoundPlace, last_frame_place
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit
 
@@ -81,8 +81,8 @@ def layout_of(shown: list[int], anchors: tuple[str, ...] = ()) -> tuple[Any, ...
 
 def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     """Compare with the last rows of their outputs, which are those of what is learned."""
-    pictures, sound = found
-    rows = patchify_video_latents(pictures, (1, 2, 2))
+    images, sound = found
+    rows = patchify_video_latents(images, (1, 2, 2))
     torch.testing.assert_close(rows, expected[0][0, -len(rows) :], atol=EXACT, rtol=EXACT)
     heard = rows_of_sound(sound)
     torch.testing.assert_close(heard, expected[1][0, -len(heard) :], atol=EXACT, rtol=EXACT)
@@ -136,10 +136,10 @@ def test_first_and_last_frame_stand_where_diffusers_has_them(tmp_path: Path) -> 
     frames = [random(1, 24, 1, 6, 8, seed=seed) for seed in (4, 5)]
     layout = layout_of(shown, ("first", "last"))
     expected = theirs(layout, [*frames, VIDEO], [HEARD], [0.3, 0.6, 0.999], row_times(layout, conditions=24))
-    grid = PictureGrid(1, 3, 4)
+    grid = ImageGrid(1, 3, 4)
     starts = (11.0, last_frame_place(11.0, 7))
     conditions = [
-        H3Condition(latents, PicturePlace(grid, start)) for latents, start in zip(frames, starts, strict=True)
+        H3Condition(latents, ImagePlace(grid, start)) for latents, start in zip(frames, starts, strict=True)
     ]
 
     with torch.no_grad():
@@ -165,12 +165,12 @@ class Reference:
 
 def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
     """A picture, a sound, and a video with its sound, one after another."""
-    picture, clip = random(1, 24, 1, 4, 6, seed=6), random(1, 24, 2, 6, 6, seed=7)
+    image, clip = random(1, 24, 1, 4, 6, seed=6), random(1, 24, 2, 6, 6, seed=7)
     alone, of_clip = random(1, 32, 2, 5, seed=8), random(1, 32, 2, 12, seed=9)
     layout = MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
         torch.ones(11, dtype=torch.long),
         [Reference("image"), Reference("audio"), Reference("video", has_audio=True)],
-        [picture, clip],
+        [image, clip],
         [rows_of_sound(alone), rows_of_sound(of_clip)],
         num_latent_frames=7,
         latent_height=6,
@@ -184,15 +184,13 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
     _, _, video, audio, *_ = layout
     indices = row_times(layout, conditions=6 + 18)
     indices[audio[: 10 + 24]] = 3
-    expected = theirs(
-        layout, [picture, clip, VIDEO], [alone, of_clip, HEARD], [0.3, 0.6, 0.999, 1.0], indices
-    )
-    target, own = PictureGrid(7, 3, 4), PictureGrid(2, 3, 3)
+    expected = theirs(layout, [image, clip, VIDEO], [alone, of_clip, HEARD], [0.3, 0.6, 0.999, 1.0], indices)
+    target, own = ImageGrid(7, 3, 4), ImageGrid(2, 3, 3)
     conditions = [
-        H3Condition(picture, PicturePlace(PictureGrid(1, 2, 3), 11.0)),
+        H3Condition(image, ImagePlace(ImageGrid(1, 2, 3), 11.0)),
         H3Condition(alone, SoundPlace(5, 12.0, target)),
         H3Condition(of_clip, SoundPlace(12, 17.0, own)),
-        H3Condition(clip, PicturePlace(own, 17.0)),
+        H3Condition(clip, ImagePlace(own, 17.0)),
     ]
 
     with torch.no_grad():
@@ -203,10 +201,10 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
 
 def test_a_pruned_file_reads_its_times_from_a_table(tmp_path: Path) -> None:
     """Made of the network's own embedding at the table's times, it is the same network there."""
-    whole = load(tmp_path)
+    full = load(tmp_path)
     tensors = released(their_dit().state_dict())
     times = torch.linspace(0, 1, 5)
-    tensors["adaln_t_table"] = whole._embed_times(times.tolist(), CPU)
+    tensors["adaln_t_table"] = full._embed_times(times.tolist(), CPU)
     for name in list(tensors):
         if name.startswith("time_embedder."):
             del tensors[name]
@@ -214,7 +212,7 @@ def test_a_pruned_file_reads_its_times_from_a_table(tmp_path: Path) -> None:
     pruned = load_dit(tmp_path / "pruned.safetensors", Placement(CPU))
 
     with torch.no_grad():
-        expected = whole(VIDEO, HEARD, (0.25, 0.75), TEXT)
+        expected = full(VIDEO, HEARD, (0.25, 0.75), TEXT)
         found = pruned(VIDEO, HEARD, (0.25, 0.75), TEXT)
         between = pruned._embed_times([0.625], CPU)
 

@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from contract.requests import Prompt
 from minimax_h3.files import H3_USE, KEY, TAGS, H3TextEncoder
-from minimax_h3.presentation import SHOWN_SOUND, present_keyframes, sample_clip, show_clip, show_picture
+from minimax_h3.presentation import SHOWN_SOUND, present_keyframes, sample_clip, show_clip, show_image
 from minimax_h3.vision import RELEASED, Limits, read_preprocessing, resized_sides
 from modules.errors import CheckpointError, MediaError
 from tests.tiny.minimax_h3 import TheirProcessor, TinyH3, text_encoder, their_tokenizer, write_tiny_h3
@@ -98,7 +98,7 @@ def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3Text
         MiniMaxH3VideoReference(silent.numpy()),
     ]
     expected = theirs(MiniMaxH3Ref2VATextEncoderStep(), files, normalized_references=references)
-    presented = (show_picture(picture), SHOWN_SOUND, show_clip(clip, has_sound=True), show_clip(silent))
+    presented = (show_image(picture), SHOWN_SOUND, show_clip(clip, has_sound=True), show_clip(silent))
 
     conditions, plain = encoder.encode([Prompt(PROMPT, presented=presented), Prompt(PROMPT)])
 
@@ -173,7 +173,7 @@ def test_too_many_tokens_are_refused(encoder: H3TextEncoder) -> None:
 
 def test_equal_pictures_are_equal_prompts() -> None:
     first, second = pixels(32, 32), pixels(32, 32, seed=1)
-    assert show_picture(first) == show_picture(first.clone()) != show_picture(second)
+    assert show_image(first) == show_image(first.clone()) != show_image(second)
     assert show_clip(first[None]) != show_clip(first[None], has_sound=True)
 
 

@@ -120,9 +120,9 @@ def test_keyframes_are_those_of_diffusers(
 ) -> None:
     """The first one given is stretched, the other one cropped."""
     names = {"first": "image", "last": "last_image"}
-    pictures = {names[name]: Image.open(folder / f"{name}.png") for name in which}
+    images = {names[name]: Image.open(folder / f"{name}.png") for name in which}
     words = [word for name in which for word in (f"--{name}_frame", str(folder / f"{name}.png"))]
-    check(generate(tmp_path, files, *words), theirs(files, **pictures))
+    check(generate(tmp_path, files, *words), theirs(files, **images))
 
 
 def test_references_are_those_of_diffusers(tmp_path: Path, files: TinyH3, folder: Path) -> None:
@@ -132,9 +132,9 @@ def test_references_are_those_of_diffusers(tmp_path: Path, files: TinyH3, folder
     )
     clip = MiniMaxH3VideoReference.from_file(str(folder / "clip.mkv"))
     with_sound = MiniMaxH3VideoReference(clip.frames, clip.fps, long.audio, long.sample_rate)
-    picture = MiniMaxH3ImageReference.from_file(str(folder / "subject.png"))
+    image = MiniMaxH3ImageReference.from_file(str(folder / "subject.png"))
     configs = {"canvas_short_edge": EDGE, "reference_image_short_edge": EDGE}
-    expected = theirs(files, configs, references=[voice, with_sound, picture, clip])
+    expected = theirs(files, configs, references=[voice, with_sound, image, clip])
 
     made = generate(
         tmp_path,
@@ -199,13 +199,13 @@ def test_lines_of_a_file_have_keyframes_of_their_own(tmp_path: Path, files: Tiny
     succeed_here(SCRIPT, *files.words, *words, folder=tmp_path)
 
     paths = sorted((tmp_path / "made").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    by_name, by_letter, plain = map(load_file, paths)
-    assert equal(by_name, by_letter)
+    by_name, by_character, plain = map(load_file, paths)
+    assert equal(by_name, by_character)
     assert not equal(by_name, plain)
 
 
 def test_a_single_picture_stands_at_its_frame(tmp_path: Path, files: TinyH3, folder: Path) -> None:
-    pictures = ["--condition_image", str(folder / "first.png"), "--condition_image", str(folder / "last.png")]
+    images = ["--condition_image", str(folder / "first.png"), "--condition_image", str(folder / "last.png")]
     places = [
         "target_index=5,control_index=0;10",
         "target_index=5,control_index=0;11",
@@ -213,7 +213,7 @@ def test_a_single_picture_stands_at_its_frame(tmp_path: Path, files: TinyH3, fol
     ]
 
     made = [
-        generate(tmp_path / str(number), files, "--one_frame_inference", text, *pictures)
+        generate(tmp_path / str(number), files, "--one_frame_inference", text, *images)
         for number, text in enumerate(places)
     ]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from contract.data import Conditions, Joint
 from contract.steps import NO_TWEAKS, Section, StepDone, Tweaks
 from generation.denoise import denoise
-from minimax_h3.configs import NOISE, PICTURE_SHIFT, SOUND_SHIFT
+from minimax_h3.configs import IMAGE_SHIFT, NOISE, SOUND_SHIFT
 from modules.flow.solvers import solver_for
 from training.data.timesteps import Timesteps, times_of_sound
 
@@ -23,8 +23,8 @@ class Curved:
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        picture, sound = JOINT.split(noisy)
-        return JOINT.join(picture.sin() - 1, sound.cos() + 0.5)
+        image, sound = JOINT.split(noisy)
+        return JOINT.join(image.sin() - 1, sound.cos() + 0.5)
 
 
 def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
@@ -40,7 +40,7 @@ def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
 
 def test_euler_moves_each_stream_by_its_own_levels() -> None:
     """diffusers steps along data minus noise, the loop along noise minus data."""
-    solver = solver_for("euler", 7, PICTURE_SHIFT, sound_shift=NOISE.sound_shift)
+    solver = solver_for("euler", 7, IMAGE_SHIFT, sound_shift=NOISE.sound_shift)
     section = Section(JOINT.join(PICTURE, SOUND), {}, tweaks=Tweaks(joint=JOINT))
     seen: list[StepDone] = []
 
@@ -54,9 +54,9 @@ def test_euler_moves_each_stream_by_its_own_levels() -> None:
         watchers=[lambda done: bool(seen.append(done))],
     )
 
-    picture, sound = JOINT.split(found)
-    expected = theirs(PICTURE_SHIFT, PICTURE, lambda sample: -(sample.sin() - 1))
-    torch.testing.assert_close(picture, expected[-1], atol=EXACT, rtol=EXACT)
+    image, sound = JOINT.split(found)
+    expected = theirs(IMAGE_SHIFT, PICTURE, lambda sample: -(sample.sin() - 1))
+    torch.testing.assert_close(image, expected[-1], atol=EXACT, rtol=EXACT)
     expected = theirs(SOUND_SHIFT, SOUND, lambda sample: -(sample.cos() + 0.5))
     torch.testing.assert_close(sound, expected[-1], atol=EXACT, rtol=EXACT)
     assert seen[0].step.sound_sigma == 1
@@ -66,9 +66,9 @@ def test_euler_moves_each_stream_by_its_own_levels() -> None:
 
 def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
     base = torch.tensor([0.1, 0.5, 0.9])
-    pictures, sounds = (shift * base / (1 + (shift - 1) * base) for shift in (PICTURE_SHIFT, SOUND_SHIFT))
+    images, sounds = (shift * base / (1 + (shift - 1) * base) for shift in (IMAGE_SHIFT, SOUND_SHIFT))
 
-    times = times_of_sound(Timesteps(pictures, 1000 * pictures, levels=base), NOISE)
+    times = times_of_sound(Timesteps(images, 1000 * images, levels=base), NOISE)
 
     torch.testing.assert_close(times.sigmas, sounds, atol=1e-6, rtol=0)
     torch.testing.assert_close(times.timesteps, 1000 * sounds, atol=1e-3, rtol=0)
@@ -76,4 +76,4 @@ def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
 
 def test_other_solvers_follow_one_schedule() -> None:
     with pytest.raises(ValueError, match="sound with its own needs Euler"):
-        solver_for("unipc", 7, PICTURE_SHIFT, sound_shift=NOISE.sound_shift)
+        solver_for("unipc", 7, IMAGE_SHIFT, sound_shift=NOISE.sound_shift)

@@ -266,8 +266,8 @@ def test_a_file_is_rounded_to_the_bytes_of_the_file_in_circulation(tmp_path: Pat
 
 def test_a_pruned_file_keeps_its_few_columns_when_it_is_rounded(tmp_path: Path) -> None:
     save_file(released(their_dit(**WIDTHS_OF_GROUPS).state_dict()), tmp_path / "whole.safetensors")
-    whole = load_dit(tmp_path / "whole.safetensors", Placement(CPU))
-    save_file(prune(load_file(tmp_path / "whole.safetensors"), whole), tmp_path / "pruned.safetensors")
+    full = load_dit(tmp_path / "whole.safetensors", Placement(CPU))
+    save_file(prune(load_file(tmp_path / "whole.safetensors"), full), tmp_path / "pruned.safetensors")
 
     words = ["--form", "convrot", "--device", "cpu", "--output", "int8.safetensors"]
     succeed_here("tools/quantise.py", "--model", "pruned.safetensors", *words, folder=tmp_path)

@@ -19,7 +19,7 @@ from contract.requests import Prompt
 from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
 from minimax_h3.cached_texts import H3CachingEncoder, describe_copy, describe_subjects
 from minimax_h3.files import H3_USE, LAYERS, H3TextEncoder
-from minimax_h3.presentation import present_keyframes, show_clip, show_picture
+from minimax_h3.presentation import present_keyframes, show_clip, show_image
 from modules.errors import CacheError
 from modules.media.writing import write_png, write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -378,14 +378,14 @@ def test_a_teacher_reads_the_clip_itself_with_its_sound(files: TinyH3) -> None:
 
 @pytest.mark.long
 def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
-    pictures = (pixels(64, 64), pixels(64, 96))
+    images = (pixels(64, 64), pixels(64, 96))
     with torch.no_grad():
         (made,) = caching_encoder(files, "subject_ref").encode(
-            [Prompt("a cat", clip=pixels(1, 64, 64), frames=pictures)]
+            [Prompt("a cat", clip=pixels(1, 64, 64), frames=images)]
         )
 
     text = describe_subjects("a cat", 2, is_still=True)
-    states, tags = presented(files, text, *map(show_picture, pictures))
+    states, tags = presented(files, text, *map(show_image, images))
     torch.testing.assert_close(
         made["mmh3_teacher_subject_ref_hidden_states"][0], states, atol=1e-4, rtol=1e-4
     )
@@ -417,7 +417,7 @@ def test_a_row_says_what_the_teacher_of_subjects_reads(large_project: Path, file
 
     (cached,) = (large_project / "cache").glob("*_mmh3_te.safetensors")
     made = load_file(cached)
-    states, tags = presented(files, SPOKEN, show_picture(subject))
+    states, tags = presented(files, SPOKEN, show_image(subject))
     name = "varlen_mmh3_teacher_subject_ref_hidden_states_float32"
     torch.testing.assert_close(made[name], states, atol=1e-4, rtol=1e-4)
     assert made["varlen_mmh3_teacher_subject_ref_token_tags_int64"].tolist() == tags
@@ -452,7 +452,7 @@ def test_references_of_a_row_are_presented_in_their_order(large_project: Path, f
 
     cache(large_project, files, "--task", "ref2va", *edges)
 
-    states, tags = presented(files, CAPTIONS[0], show_picture(style))
+    states, tags = presented(files, CAPTIONS[0], show_image(style))
     torch.testing.assert_close(text_cache(large_project)[STATES], states, atol=1e-4, rtol=1e-4)
     assert text_cache(large_project)[TAG_ROWS].tolist() == tags
     with_clip = text_cache(large_project, 1)[TAG_ROWS].tolist()

@@ -99,7 +99,7 @@ def weights_with(factors: Factors) -> dict[str, Tensor]:
         change = SCALE * up @ down
         start = f"transformer_blocks.{block}."
         places = {
-            "attn_qkv_proj": [f"attn.to_{letter}" for letter in "qkv"],
+            "attn_qkv_proj": [f"attn.to_{character}" for character in "qkv"],
             "attn_out_proj": ["attn.to_out.0"],
             "mlp_fc1": ["ff.net.0.proj"],
             "mlp_fc2": ["ff.net.2"],
@@ -154,25 +154,25 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """The velocities of pictures and of sound. dit: diffusers' network; None: with its first weights."""
     count, height, width = sample.latents.shape[2:]
-    pictures, sounds = [*sight.frames, sample.latents], [sample.sound]
+    images, sounds = [*sight.frames, sample.latents], [sample.sound]
     if sight.whole is not None:
         clip, heard, is_heard = sight.whole
-        pictures.insert(0, clip)
+        images.insert(0, clip)
         sounds = [heard, *sounds] if is_heard else sounds
-    layout = layout_of(sight, sample, pictures, sounds)
+    layout = layout_of(sight, sample, images, sounds)
     places, tags, video, audio, text, *_ = layout
     times = [1 - level for level in sample.levels]
     times += [max(0.999, times[0]), 1.0]
     of_time = torch.zeros(len(tags), dtype=torch.long)
     of_time[tags == SOUND] = 1
-    conditions, given_sounds = rows_in(pictures[:-1], 4), rows_in(sounds[:-1], 1)
+    conditions, given_sounds = rows_in(images[:-1], 4), rows_in(sounds[:-1], 1)
     of_time[video[:conditions]] = 2
     of_time[audio[:given_sounds]] = 3
     output = torch.func.functional_call(
         dit or their_h3_dit(),
         weights_with(factors),
         kwargs={
-            "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in pictures])[None],
+            "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in images])[None],
             "audio_hidden_states": torch.cat([rows_of_sound(part) for part in sounds])[None],
             "encoder_hidden_states": sight.text[None],
             "timestep": torch.tensor(times),
@@ -513,8 +513,8 @@ def test_references_are_told_with_new_noise_in_each_step(project: Project) -> No
 
     def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
         (shown,) = step_noise(number, clip.media["latents_ref_000_video"])
-        whole = shown, clip.media["latents_ref_000_audio"][None], True
-        made = predict(factors, Sight(clip.text, clip.tags, whole=whole), sample)
+        full = shown, clip.media["latents_ref_000_audio"][None], True
+        made = predict(factors, Sight(clip.text, clip.tags, whole=full), sample)
         return mean_losses(made, (sample.velocity, sample.sound_velocity), clip)
 
     project.compare(compare, "--task", "ref2va", label="H3, references")

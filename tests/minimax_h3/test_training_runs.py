@@ -133,8 +133,8 @@ def test_a_run_that_continues_ends_with_equal_bytes(project: Project) -> None:
     state = "out/whole-step00000002-state"
     project.train(*run("again", 4), *words, "--resume", state)
 
-    whole, again = project.saved("whole"), project.saved("again")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    full, again = project.saved("whole"), project.saved("again")
+    assert all(torch.equal(full[name], again[name]) for name in full)
     with safe_open(project.folder / "out" / "whole.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_network_dim"] == "4"
@@ -153,8 +153,8 @@ def test_less_memory_learns_the_same(project: Project, words: list[object]) -> N
 
     project.train(*run("other", 2), *words)
 
-    whole, other = project.saved("whole"), project.saved("other")
-    assert all(torch.equal(whole[name], other[name]) for name in whole)
+    full, other = project.saved("whole"), project.saved("other")
+    assert all(torch.equal(full[name], other[name]) for name in full)
 
 
 @pytest.mark.parametrize("form", [["--fp8_base", "--fp8_scaled"], ["--h3_convrot_int8"], ["--nf4_base"]])

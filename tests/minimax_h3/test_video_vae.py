@@ -60,7 +60,7 @@ def released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             value, gate = tensor.chunk(2)
             tensor = torch.cat([gate, value])
         if ".to_q." in ours:
-            parts = [tensors[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            parts = [tensors[name.replace("to_q", f"to_{character}")] for character in "qkv"]
             made[ours.replace("to_q", "to_qkv")] = interleave(parts)
         elif ".to_k." not in ours and ".to_v." not in ours:
             made[ours] = tensor.contiguous()
@@ -92,10 +92,8 @@ def their_pixels(vae: AutoencoderKLMiniMaxH3, latents: Tensor) -> Tensor:
     mean, std = (torch.tensor(numbers).view(1, -1, 1, 1, 1) for numbers in (LATENTS_MEAN, LATENTS_STD))
     with torch.no_grad():
         decoded = vae.decode(latents * std + mean).sample
-    colour_mean, colour_std = (
-        torch.tensor(numbers).view(1, 3, 1, 1, 1) for numbers in (PIXEL_MEAN, PIXEL_STD)
-    )
-    return (decoded * colour_std + colour_mean) * 2 - 1
+    color_mean, color_std = (torch.tensor(numbers).view(1, 3, 1, 1, 1) for numbers in (PIXEL_MEAN, PIXEL_STD))
+    return (decoded * color_std + color_mean) * 2 - 1
 
 
 @pytest.mark.parametrize("frames", [1, 5, 22, 39])
@@ -184,7 +182,7 @@ def test_one_frame_is_decoded_by_itself(tmp_path: Path) -> None:
     ours = single_file(tmp_path)
     latents = torch.randn(1, 24, 1, 4, 6, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        decoded = theirs.decoder(theirs.post_quant_conv(ours.denormalise(latents)))[:, :, 3:]
+        decoded = theirs.decoder(theirs.post_quant_conv(ours.denormalize(latents)))[:, :, 3:]
 
     found = normalised(joined(ours.decode(latents, clamps=False)))
 

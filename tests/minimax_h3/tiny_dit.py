@@ -70,7 +70,7 @@ def released(tensors: Mapping[str, Tensor], is_interleaved: bool = False) -> dic
             value, gate = tensor.chunk(2)
             tensor = torch.cat([gate, value])
         if ".to_q." in name:
-            parts = [tensors[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            parts = [tensors[name.replace("to_q", f"to_{character}")] for character in "qkv"]
             fused = torch.cat(parts)
             if is_interleaved:
                 width = len(tensors[name.replace("to_q", "norm_q")])

@@ -152,8 +152,8 @@ def write_source(path: Path, source: Source) -> Path:
             target.set_chapters([_chapter(1, 0, 200, "Anfang"), _chapter(2, 200, 480, "Ende")])
         times = source.times or [index / source.rate + source.first for index in range(source.frames)]
         for index, time in enumerate(times):
-            grey = np.full((*SIZE, 3), (10 * index + 20) % 256, np.uint8)
-            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            gray = np.full((*SIZE, 3), (10 * index + 20) % 256, np.uint8)
+            frame = av.VideoFrame.from_ndarray(gray, format="rgb24")
             frame.pts, frame.time_base = round(time / unit), unit
             target.mux(video.encode(frame))
         target.mux(video.encode())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modules import devices
-from modules.devices import IN_COMMAND, choose_device, empty_pinned, numbers_on, send_ahead, warn_if_emulated
+from modules.devices import IN_COMMAND, empty_pinned, numbers_on, select_device, send_ahead, warn_if_emulated
 from modules.environment import _install, create_environment, provide_pip
 from modules.errors import OptionError, UserError
 from modules.installation import hide_packages
@@ -153,9 +153,9 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 
 def test_a_gpu_that_is_named_becomes_the_current_one(current: list[torch.device]) -> None:
-    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert select_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(OptionError, match="torch sees 2 CUDA devices, counted from cuda:0"):
-        choose_device("cuda:2")
+        select_device("cuda:2")
     assert current == [torch.device("cuda:1")]
 
 
@@ -172,16 +172,16 @@ def test_a_card_that_torch_does_not_see_is_told(
     sentence = f"the NVIDIA driver is 470.1, and torch {torch.__version__} with CUDA 13.0 needs 580 or later."
 
     if typed is None:
-        assert choose_device(None).type != "cuda"
+        assert select_device(None).type != "cuda"
         assert f"This runs on the CPU: {sentence}" in caplog.text
     else:
         with pytest.raises(OptionError, match=re.escape(sentence)):
-            choose_device(typed)
+            select_device(typed)
 
 
 def test_a_launcher_chooses_the_current_gpu_where_none_is_named(current: list[torch.device]) -> None:
-    assert choose_device(None) == choose_device("cuda") == torch.device("cuda")
-    assert choose_device("cpu") == torch.device("cpu")
+    assert select_device(None) == select_device("cuda") == torch.device("cuda")
+    assert select_device("cpu") == torch.device("cpu")
     assert current == []
 
 

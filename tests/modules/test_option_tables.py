@@ -69,7 +69,7 @@ def test_the_parser_of_a_table_has_the_help_of_the_records(
     assert [action.dest for action in of_table._actions] == [action.dest for action in of_records._actions]
 
 
-def _choose_word(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+def _select_word(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     """Return a word that an option takes."""
     words = ["1", "0.5", "50%", "text", "12GB", "on", "auto"]
     if action.choices is not None:
@@ -91,7 +91,7 @@ def _type_every_option(parser: argparse.ArgumentParser, only_required: bool = Fa
         if action.dest == "help" or (only_required and not is_needed):
             continue
         count = action.nargs if isinstance(action.nargs, int) else 1
-        values = [_choose_word(parser, action)] * count if count else []
+        values = [_select_word(parser, action)] * count if count else []
         if action.option_strings:
             words += [action.option_strings[-1], *values]
         else:

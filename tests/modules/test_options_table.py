@@ -50,9 +50,9 @@ def _given(record: type[Options], name: str) -> Any:
         return True
     if kind in (int, float):
         least = field.metadata.get("least", field.metadata.get("above", 0))
-        usual = field.metadata["declared"].default
+        default = field.metadata["declared"].default
         most = field.metadata.get("most", 1e9)
-        return kind(min(max(2 if usual == 1 else 1, least + 1), most if usual != most else most / 2))
+        return kind(min(max(2 if default == 1 else 1, least + 1), most if default != most else most / 2))
     if "choices" in field.metadata["declared"].settings:
         declared = field.metadata["declared"]
         return next(choice for choice in declared.settings["choices"] if choice != declared.default)
@@ -86,13 +86,13 @@ def _make(record: type[Options], **values: Any) -> Options:
 
 @pytest.mark.parametrize(("record", "field"), _with("least", "most", "above", "below"))
 def test_a_number_out_of_its_limits_is_refused_by_name(record: type[Options], field: "Field[Any]") -> None:
-    facts = field.metadata
+    info = field.metadata
     wrong = {"least": -1, "above": 0, "most": 1, "below": 0}
     for fact, step in wrong.items():
-        if fact not in facts:
+        if fact not in info:
             continue
         is_tuple = "tuple" in str(hints_of(record)[field.name])
-        value: Any = facts[fact] + step
+        value: Any = info[fact] + step
         with pytest.raises(OptionError, match=f"^--{option_name(field)} .*: give a number "):
             _make(record, **{field.name: (value,) if is_tuple else value})
     if hints_of(record)[field.name] in (float, float | None):
@@ -169,7 +169,7 @@ def test_a_value_that_turns_an_option_off_is_none_that_another_one_needs(
         assert ("--block_swap_ring_size 3 is ignored because" in caplog.text) == is_ignored
 
 
-def _usual(record: type[Options], field: "Field[Any]") -> Any:
+def _default(record: type[Options], field: "Field[Any]") -> Any:
     """The default of a field; None: it has none or is a switch, so that what is typed differs from it."""
     try:
         default = default_of(record, field)
@@ -187,21 +187,21 @@ def _stands_alone(record: type[Options]) -> bool:
     return True
 
 
-WITH_USUAL_VALUES = [
+WITH_DEFAULT_VALUES = [
     case
     for case in _with("needs", "only_with")
-    if _usual(*case.values) is not None and _stands_alone(case.values[0])
+    if _default(*case.values) is not None and _stands_alone(case.values[0])
 ]
 
 
-@pytest.mark.parametrize(("record", "field"), WITH_USUAL_VALUES)
+@pytest.mark.parametrize(("record", "field"), WITH_DEFAULT_VALUES)
 def test_a_usual_value_that_is_typed_alone_is_told(
     record: type[Options], field: "Field[Any]", caplog: pytest.LogCaptureFixture
 ) -> None:
     name = option_name(field)
     parser = Parser()
     add_options(parser, record)
-    args = parser.parse_args([f"--{name}", *value_words(_usual(record, field))])
+    args = parser.parse_args([f"--{name}", *value_words(_default(record, field))])
 
     read_options(record, args)
 

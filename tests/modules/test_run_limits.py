@@ -10,20 +10,20 @@ import pytest
 from modules import atomic_write
 from modules.errors import OptionError, OutputError
 from modules.pages.page import embed_clip
-from modules.run_limits import FOLDERS, is_limited, limit_run, refuse_outside, refuse_sending
+from modules.run_limits import FOLDERS, is_limited, limit_run, reject_outside, reject_sending
 
 
 def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
     folder, logs = tmp_path / "clips", tmp_path / "logs"
     with limit_run([folder, logs], []):
         assert is_limited()
-        refuse_outside("output_dir", folder / "output")
-        refuse_outside("logging_dir", logs)
+        reject_outside("output_dir", folder / "output")
+        reject_outside("logging_dir", logs)
         for place in (tmp_path, tmp_path / "clips2", folder / ".." / "x", Path("/")):
             with pytest.raises(OptionError, match="is outside of"):
-                refuse_outside("output_dir", place)
+                reject_outside("output_dir", place)
     assert FOLDERS not in os.environ
-    refuse_outside("output_dir", tmp_path)  # other commands have no limits
+    reject_outside("output_dir", tmp_path)  # other commands have no limits
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
 )
 def test_a_refusal_says_what_to_type(option: str, typed: str, tmp_path: Path) -> None:
     with limit_run([tmp_path], command="run 'my clips'"), pytest.raises(OptionError) as error:
-        refuse_outside(option, tmp_path.parent / "x")
+        reject_outside(option, tmp_path.parent / "x")
     assert str(error.value).endswith(f"type it: run 'my clips' {typed} {tmp_path.parent / 'x'}")
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_written_among_the_files_of_a_queue(
 def test_an_option_names_no_folder_of_a_queue(tmp_path: Path) -> None:
     for name in ("reelsmith-queue", "REELSMITH-QUEUE/logs", "reelsmith-queue./x"):
         with limit_run([tmp_path]), pytest.raises(OptionError, match="whose files say what is started"):
-            refuse_outside("output_dir", tmp_path / name)
+            reject_outside("output_dir", tmp_path / name)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -102,14 +102,14 @@ def test_a_page_embeds_clips_though_they_are_written_to_a_temporary_folder(tmp_p
 
 
 def test_what_is_sent_is_typed(tmp_path: Path) -> None:
-    refuse_sending("log_with", "wandb")
+    reject_sending("log_with", "wandb")
     with limit_run([tmp_path], ["log_with"]):
-        refuse_sending("log_with", "wandb")
+        reject_sending("log_with", "wandb")
         with pytest.raises(
             OptionError, match="--huggingface_repo_id: .*type it: .* --huggingface_repo_id a/b"
         ):
-            refuse_sending("huggingface_repo_id", "a/b", is_of_run=True)
+            reject_sending("huggingface_repo_id", "a/b", is_of_run=True)
         with pytest.raises(
             OptionError, match="start the training itself, with the last command of .*--dry_run"
         ):
-            refuse_sending("resume_from_huggingface", True)
+            reject_sending("resume_from_huggingface", True)

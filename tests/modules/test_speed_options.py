@@ -77,13 +77,16 @@ def test_nothing_is_compiled_without_being_asked_for() -> None:
 
 
 def test_both_spellings_of_training_say_the_same() -> None:
-    usual, words = Compilation("inductor", "default", None, False), ("--dynamo_dynamic", "--dynamo_fullgraph")
-    assert training("--compile") == training("--dynamo_backend", "INDUCTOR") == usual
+    default, words = (
+        Compilation("inductor", "default", None, False),
+        ("--dynamo_dynamic", "--dynamo_fullgraph"),
+    )
+    assert training("--compile") == training("--dynamo_backend", "INDUCTOR") == default
     assert training("--dynamo_backend", "eager", *words) == training(
         "--compile", "--compile_args", "EAGER", "default", "true", "1"
     )
     assert training("--dynamo_backend", "inductor", "--dynamo_mode", "max-autotune") == replace(
-        usual, mode="max-autotune"
+        default, mode="max-autotune"
     )
 
 
@@ -127,12 +130,12 @@ def test_a_word_that_is_not_known_is_refused_by_name(
 @pytest.mark.parametrize("ask", [training, generation])
 def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., Compilation | None]) -> None:
     words = ("--compile_backend", "eager", "--compile_dynamic", "true", "--compile_fullgraph")
-    usual = ask("--compile")
-    assert usual is not None
+    default = ask("--compile")
+    assert default is not None
 
     assert ask("--compile", *words) == ask("--compile", "--compile_args", "eager", "default", "true", "true")
-    assert ask("--compile", "--compile_mode", "max-autotune") == replace(usual, mode="max-autotune")
-    assert ask("--compile", "--compile_cache_size_limit", "4") == replace(usual, variants=4)
+    assert ask("--compile", "--compile_mode", "max-autotune") == replace(default, mode="max-autotune")
+    assert ask("--compile", "--compile_cache_size_limit", "4") == replace(default, variants=4)
 
 
 @pytest.mark.parametrize("ask", [training, generation])

@@ -27,7 +27,7 @@ from modules.atomic_write import (
 from modules.errors import OptionError, OutputError
 from modules.limits import MAX_DEPTH
 from modules.option_values import read_literals
-from modules.output_files import check_output_file, check_output_name, refuse_replacing
+from modules.output_files import check_output_file, check_output_name, reject_replacing
 from modules.text_encodings import guess_encoding, guess_encodings
 from modules.text_files import (
     bad_character,
@@ -363,7 +363,7 @@ def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) ->
 
     for name in names:
         with pytest.raises(OptionError, match="would be lost. Give a new name"):
-            refuse_replacing("--output", folder / name, [original])
+            reject_replacing("--output", folder / name, [original])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")

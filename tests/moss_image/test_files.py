@@ -176,8 +176,8 @@ def pack_four_bits(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         codes = (rows / largest[:, None] - levels.view(16, 1, 1)).abs().argmin(0).reshape(-1, 2)
         packed[name] = (16 * codes[:, :1] + codes[:, 1:]).to(torch.uint8)
         packed[f"{name}.absmax"], packed[f"{name}.quant_map"] = largest, levels
-        facts = {"quant_type": "nf4", "blocksize": block, "shape": list(weight.shape), "dtype": "bfloat16"}
-        packed[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor([*json.dumps(facts).encode()]).byte()
+        info = {"quant_type": "nf4", "blocksize": block, "shape": list(weight.shape), "dtype": "bfloat16"}
+        packed[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor([*json.dumps(info).encode()]).byte()
     return packed
 
 

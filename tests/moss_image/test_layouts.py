@@ -18,7 +18,7 @@ from modules.media.buckets import fit_cover
 from modules.text_files import looks_like_object
 from moss_image.family import MossImage
 from moss_image.files import MossImageFiles
-from moss_image.layouts import find_layout_faults, fit_layout
+from moss_image.layouts import find_layout_errors, fit_layout
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import family_called
 from tests.tiny.moss_image import write_tiny_moss_image
@@ -27,8 +27,8 @@ ITEM = {"label": "object", "caption": "a cat", "bbox": [-10, -20, 30, 40]}
 
 
 def layout(*items: Mapping[str, Any], **changes: Any) -> str:
-    whole = {"summary": {"caption": "Katze auf Gras, grün"}, "items": list(items) or [ITEM]}
-    return json.dumps({**whole, **changes}, ensure_ascii=False)
+    full = {"summary": {"caption": "Katze auf Gras, grün"}, "items": list(items) or [ITEM]}
+    return json.dumps({**full, **changes}, ensure_ascii=False)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def layout(*items: Mapping[str, Any], **changes: Any) -> str:
     ],
 )
 def test_each_fault_of_a_layout_is_told(text: str, fault: str) -> None:
-    assert fault in "; ".join(find_layout_faults(text, (200, 100)))
+    assert fault in "; ".join(find_layout_errors(text, (200, 100)))
 
 
 def test_a_right_layout_has_no_fault() -> None:
-    assert find_layout_faults(layout(), (200, 100)) == []
-    assert find_layout_faults(layout({**ITEM, "label": "text", "text": "Hallo\nWelt"}), (200, 100)) == []
+    assert find_layout_errors(layout(), (200, 100)) == []
+    assert find_layout_errors(layout({**ITEM, "label": "text", "text": "Hallo\nWelt"}), (200, 100)) == []
     assert not looks_like_object("a cat {red}")
 
 
@@ -84,9 +84,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     family_called("moss_image").prepare(folder)
     (captioned,) = sorted((folder / "clips").glob("*.txt"))[:1] or sorted(folder.rglob("*.txt"))[:1]
-    for picture in captioned.parent.glob(f"{captioned.stem}.*"):
-        if picture.suffix != ".txt":
-            picture.unlink()
+    for image in captioned.parent.glob(f"{captioned.stem}.*"):
+        if image.suffix != ".txt":
+            image.unlink()
     Image.new("RGB", (200, 100), (9, 99, 9)).save(captioned.with_suffix(".png"))
     captioned.write_text(layout(), encoding="utf-8")
     return folder

@@ -28,8 +28,8 @@ def stack(state: State) -> State:
     stacked = dict(state)
     for name in [name for name in state if name.endswith(".proj.q.lora_A.weight")]:
         start = name.removesuffix("q.lora_A.weight")
-        downs = [stacked.pop(f"{start}{letter}.lora_A.weight") for letter in "qkv"]
-        ups = [stacked.pop(f"{start}{letter}.lora_B.weight") for letter in "qkv"]
+        downs = [stacked.pop(f"{start}{character}.lora_A.weight") for character in "qkv"]
+        ups = [stacked.pop(f"{start}{character}.lora_B.weight") for character in "qkv"]
         stacked[f"{start}qkv.lora_A.weight"] = torch.cat(downs)
         stacked[f"{start}qkv.lora_B.weight"] = torch.block_diag(*ups)
     return stacked
@@ -117,8 +117,8 @@ def test_saved_names_are_those_of_comfyui(known: Path) -> None:
     assert MOSS_IMAGE.usual_format == COMFYUI
     assert "networks.lora_moss_image" in OWN_MODULES
     assert set(convert(known, "other")) == {
-        f"diffusion_model.layers.{block}.proj.{layer}.lora_{letter}.weight"
+        f"diffusion_model.layers.{block}.proj.{layer}.lora_{character}.weight"
         for block in range(CONFIG.num_layers)
         for layer in LAYERS
-        for letter in "AB"
+        for character in "AB"
     }

@@ -205,7 +205,7 @@ def no_places_in_refiners(model: MossImageModel) -> None:
     model._text_rotary._make = still
 
 
-def references_of_the_picture_time(model: MossImageModel) -> None:
+def references_of_the_image_time(model: MossImageModel) -> None:
     """Modulate references as the noisy picture."""
 
     def embed(timesteps: Tensor, has_references: bool) -> Tensor:
@@ -225,7 +225,7 @@ def references_on_the_same_place(model: MossImageModel) -> None:
     model._make_turns = alike  # type: ignore[method-assign]
 
 
-def rotate_neighbours(x: Tensor, table: Tensor) -> Tensor:
+def rotate_neighbors(x: Tensor, table: Tensor) -> Tensor:
     """Rotate channels 2j and 2j + 1 in place of j and j + D/2."""
     cosine, sine = table.unbind(-1)
     first, second = x[..., 0::2], x[..., 1::2]
@@ -249,7 +249,7 @@ def swiglu(value: Tensor, gate: Tensor) -> Tensor:
         ("plain", behind_the_second_layer),
         ("plain", band_major),
         ("plain", no_places_in_refiners),
-        ("references", references_of_the_picture_time),
+        ("references", references_of_the_image_time),
         ("references", references_on_the_same_place),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_network_with_another_rule_gives_something_else(
 @pytest.mark.parametrize(
     ("function", "mistake"),
     [
-        ("rotate_halves", rotate_neighbours),
+        ("rotate_halves", rotate_neighbors),
         ("attend", attend_before),  # of the refiners
         ("situ", swiglu),
         ("VALUE_CAP", 1e6),

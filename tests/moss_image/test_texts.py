@@ -167,8 +167,8 @@ def test_a_prompt_that_is_too_long_loses_its_end(encoder: LanguageModelEncoder) 
     encoder.encode_written([written], compute)
 
     (row,) = rows
-    whole = qwen_tokenizer().encode(written.text, add_special_tokens=False).ids
-    assert row == whole[:MOST_TOKENS]
+    full = qwen_tokenizer().encode(written.text, add_special_tokens=False).ids
+    assert row == full[:MOST_TOKENS]
 
 
 def test_spans_follow_a_prompt_whose_white_space_is_left_out(encoder: LanguageModelEncoder) -> None:
@@ -184,11 +184,11 @@ def test_pictures_stand_in_front_of_the_prompt_as_in_transformers(
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     drawn = np.random.default_rng(3).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(pixels) for pixels in drawn]
+    images = [Image.fromarray(pixels) for pixels in drawn]
     paths = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         paths.append(tmp_path / f"{number}.png")
-        picture.save(paths[-1])
+        image.save(paths[-1])
     (states,) = states_of(encoder, Prompt("a cat", pictures=tuple(paths)))
 
     model = qwen35()
@@ -202,7 +202,7 @@ def test_pictures_stand_in_front_of_the_prompt_as_in_transformers(
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    inputs = cut(images=pictures, return_tensors="pt")
+    inputs = cut(images=images, return_tensors="pt")
     places = 64 * 96 // (vision.patch_size * vision.spatial_merge_size) ** 2
     shown = "".join(
         f"Picture {number}: <|vision_start|>{'<|image_pad|>' * places}<|vision_end|>" for number in (1, 2)

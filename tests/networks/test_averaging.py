@@ -25,7 +25,7 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import add_hashes, model_hashes
 from networks.module_names import family_named
 from networks.names.layouts import COMFYUI, KNOWN
-from networks.text_loras import WholePatch
+from networks.text_loras import FullPatch
 from tests.faults.messages import assert_one_message, run_here
 from tests.networks.test_read_by_comfyui import MODELS, write_lora
 from tests.networks.test_read_by_comfyui import factors as factors_of_kind
@@ -340,7 +340,7 @@ def test_a_dora_of_text_encoders_in_one_file_with_the_model(tmp_path: Path) -> N
         {name: patch.add_to(name, one.clone()) - one for name, one in state.items() if patch.touches(name)}
         for file in ("saved", "plain")
         for lora in [read_lora(tmp_path / f"{file}.safetensors", with_texts=True)]
-        for patch in [WholePatch([LoraUse(lora)], state, model)]
+        for patch in [FullPatch([LoraUse(lora)], state, model)]
     )
     assert len(expected) == len(found) == 3
     for name, change in expected.items():

@@ -14,7 +14,7 @@ from modules.errors import OptionError
 from networks.block_numbers import read_factors
 from networks.lora_settings import read_settings
 from networks.own_kinds import NetworkArguments
-from networks.own_modules import build_network, choose_modules
+from networks.own_modules import build_network, select_modules
 from stable_diffusion.training_files import number_blocks, unet_spec
 from tests.tiny.stable_diffusion import KINDS, RELEASED_UNETS
 
@@ -28,7 +28,7 @@ def released_unet(kind: str) -> nn.Module:
 
 
 def choose(unet: nn.Module, **arguments: str) -> dict[str, tuple[int, float]]:
-    targets = choose_modules(unet, read_settings(4, 2.0, None, arguments))
+    targets = select_modules(unet, read_settings(4, 2.0, None, arguments))
     return {name: (target.rank, target.alpha) for name, target in targets.items()}
 
 

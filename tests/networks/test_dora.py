@@ -217,9 +217,9 @@ def test_gradients_are_those_with_the_norm_as_a_constant() -> None:
     leaves = [x, *layer.parameters()]
     found = torch.autograd.grad((original(x) * seen).sum(), leaves)
 
-    whole = weight + layer.scale * layer.lora_up.weight @ layer.lora_down.weight
-    norm = torch.linalg.vector_norm(whole.detach(), dim=1, keepdim=True)
+    full = weight + layer.scale * layer.lora_up.weight @ layer.lora_down.weight
+    norm = torch.linalg.vector_norm(full.detach(), dim=1, keepdim=True)
     assert isinstance(layer.dora_scale, nn.Parameter)
-    out = nn.functional.linear(x, layer.dora_scale * whole / norm, original.bias)
+    out = nn.functional.linear(x, layer.dora_scale * full / norm, original.bias)
     for mine, theirs in zip(found, torch.autograd.grad((out * seen).sum(), leaves), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

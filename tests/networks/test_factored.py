@@ -252,10 +252,10 @@ def test_a_run_resumes_and_continues_from_a_file(tmp_path: Path, kind: str) -> N
     write_caches(tmp_path)
     precision = ["--mixed_precision", "bf16"]
     more = DROPPING if kind == "dora" else []
-    usual = [*NETWORKS[kind], *more, *precision, "--scale_weight_norms", "0.1"]
-    expected = train_toy(tmp_path, *usual)
-    train_toy(tmp_path, *usual, "--max_train_steps", 4, "--save_state")
-    assert same(train_toy(tmp_path, *usual, "--resume", "latest"), expected)
+    default = [*NETWORKS[kind], *more, *precision, "--scale_weight_norms", "0.1"]
+    expected = train_toy(tmp_path, *default)
+    train_toy(tmp_path, *default, "--max_train_steps", 4, "--save_state")
+    assert same(train_toy(tmp_path, *default, "--resume", "latest"), expected)
     path = tmp_path / "output" / "x.safetensors"
 
     still = [*precision, "--learning_rate", 0, "--max_train_steps", 1, "--network_weights", path]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from networks.convert import convert_file
-from networks.formats import LoraFormat, choose_format
+from networks.formats import LoraFormat, select_format
 from networks.loading import read_lora
 from networks.metadata import describe_lora
 from networks.module_names import FAMILIES, family_named
@@ -275,7 +275,7 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(
     module = module or "networks.lora"
 
     with pytest.raises(OptionError, match=f"^--lora_format {name}: .*{words}.*Use --lora_format known"):
-        choose_format(options(lora_format=name, network_args=arguments), family, module, texts)
+        select_format(options(lora_format=name, network_args=arguments), family, module, texts)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_a_format_holds_is_not_refused(
 ) -> None:
     asked = options(lora_format=name, network_args=arguments)
 
-    found = choose_format(asked, family, module or "networks.lora", texts)
+    found = select_format(asked, family, module or "networks.lora", texts)
 
     assert found is not None
     assert found.name == name
@@ -327,7 +327,7 @@ def test_without_the_option_only_ltx_2_has_the_names_of_its_official_code(
 ) -> None:
     caplog.set_level("INFO")
 
-    found = choose_format(options(network_args=arguments), family, module, {})
+    found = select_format(options(network_args=arguments), family, module, {})
 
     assert (None if found is None else found.name) == expected
     assert ("(--lora_format known): ComfyUI divides" in caplog.text) == bool(arguments)

@@ -166,8 +166,8 @@ def test_loras_are_added_up_exactly_or_at_the_first_ones_rank(tmp_path: Path, lo
             torch.testing.assert_close(found, tensor, rtol=0, atol=5e-6)
     ratios, parts = CASE["merge_lora"]["ratios"], [deltas(path) for path in loras]
     for name, delta in made.items():
-        whole = sum(ratio * part[name] for ratio, part in zip(ratios, parts, strict=True))
-        torch.testing.assert_close(delta, whole, rtol=1e-5, atol=5e-6)
+        full = sum(ratio * part[name] for ratio, part in zip(ratios, parts, strict=True))
+        torch.testing.assert_close(delta, full, rtol=1e-5, atol=5e-6)
 
 
 def test_a_text_encoder_gets_its_part_and_nothing_else(tmp_path: Path) -> None:
@@ -308,8 +308,8 @@ def test_options_that_do_not_go_together_are_refused(
 
 def test_other_networks_than_loras_are_not_merged_into_one(tmp_path: Path, loras: list[Path]) -> None:
     name = "lora_unet_single_blocks_0_linear2"
-    whole = {f"{name}.diff": torch.ones(*shapes()[name])}
-    save_file(whole, tmp_path / "whole.safetensors")
+    full = {f"{name}.diff": torch.ones(*shapes()[name])}
+    save_file(full, tmp_path / "whole.safetensors")
 
     with pytest.raises(CheckpointError, match="Only plain LoRAs can"):
         merge([loras[0], tmp_path / "whole.safetensors"], "--save_to", str(tmp_path / "x.safetensors"))

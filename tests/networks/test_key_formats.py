@@ -13,7 +13,7 @@ from networks.convert import convert_file
 from networks.deltas import add_missing_alphas
 from networks.key_formats import split_names, to_native
 from networks.loading import read_lora
-from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path
+from networks.module_names import FAMILIES, alias, diffusers_path, module_path, select_family
 from networks.writing import TranslatedModules, in_dialect
 from tests.golden_cases import read_case
 from tests.hunyuan_model import making as hunyuan
@@ -42,7 +42,7 @@ def factors(name: str, rank: int = 2) -> dict[str, Tensor]:
 
 
 def to_other(tensors: dict[str, Tensor], target: str = "other") -> TranslatedModules:
-    family = choose_family(name.removeprefix("lora_unet_").partition(".")[0] for name in tensors)
+    family = select_family(name.removeprefix("lora_unet_").partition(".")[0] for name in tensors)
     return in_dialect(tensors, family, target)
 
 

@@ -96,9 +96,9 @@ UP, DOWN = "lora_up.weight", "lora_down.weight"
 def test_factors_that_no_weight_could_take_are_refused_with_numbers(
     tmp_path: Path, factors: dict[str, torch.Tensor], reason: str
 ) -> None:
-    whole = {DOWN: torch.ones(2, 5), UP: torch.ones(4, 2)} | factors
+    full = {DOWN: torch.ones(2, 5), UP: torch.ones(4, 2)} | factors
     path = tmp_path / "x.safetensors"
-    save_file({f"lora_unet_blocks_1_ffn_0.{part}": tensor for part, tensor in whole.items()}, path)
+    save_file({f"lora_unet_blocks_1_ffn_0.{part}": tensor for part, tensor in full.items()}, path)
 
     with pytest.raises(CheckpointError, match=rf"lora_unet_blocks_1_ffn_0: .*{reason}"):
         read_lora(path)

@@ -149,8 +149,8 @@ def test_convolutions_larger_than_one_take_part_only_with_conv_dim() -> None:
     dit = Convolutions()
     three = dit.blocks[0]["three"]  # type: ignore[index]
     assert len(make_lora("lora_wan", 2, 1.0, dit).layers) == 1
-    whole = make_lora("lora_wan", 2, 1.0, Convolutions(), conv_dim="3", conv_alpha="0")
-    assert [layer.scale for layer in whole.layers] == [0.5, 1.0]  # alpha 0 means the rank
+    full = make_lora("lora_wan", 2, 1.0, Convolutions(), conv_dim="3", conv_alpha="0")
+    assert [layer.scale for layer in full.layers] == [0.5, 1.0]  # alpha 0 means the rank
     network = make_lora("lora_wan", 2, 1.0, dit, conv_dim="3", conv_alpha="1")
     making.randomize(network)
     pixels = torch.randn(1, 4, 8, 8)
@@ -188,16 +188,16 @@ def test_what_does_not_fit_a_network_is_listed(tmp_path: Path, caplog: pytest.Lo
     network = making.wan_network(dit, exclude_patterns="[r'.*ffn.*']")
 
     with caplog.at_level(logging.WARNING):
-        problems = network.load_weights(tmp_path / "x.safetensors")
+        errors = network.load_weights(tmp_path / "x.safetensors")
 
-    assert "lora_unet_blocks_0_cross_attn_k_img is not in this network" in problems
-    assert "lora_unet_blocks_1_ffn_2 is not in this network" in problems
-    assert len(problems) == 8
+    assert "lora_unet_blocks_0_cross_attn_k_img is not in this network" in errors
+    assert "lora_unet_blocks_1_ffn_2 is not in this network" in errors
+    assert len(errors) == 8
     assert "16 modules loaded, 8 not" in caplog.text
     # with the model's own modules it is known that the model lacks them, and why
     caplog.clear()
-    problems = network.load_weights(tmp_path / "x.safetensors", dict(dit.named_parameters()))
-    assert [name for name in problems if "ffn" not in name] == []
+    errors = network.load_weights(tmp_path / "x.safetensors", dict(dit.named_parameters()))
+    assert [name for name in errors if "ffn" not in name] == []
     reason = "4 of 24 modules are not in this network: they are for the attention to images of Wan2.1's"
     assert reason in caplog.text
     assert "16 modules loaded, 4 not" in caplog.text

@@ -184,9 +184,9 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
     lora, dit = read_lora(tmp_path / "lora.safetensors"), tiny_model()
     network = lora_like("lora_framepack", lora.tensors, dit)
 
-    problems = network.load_weights(tmp_path / "lora.safetensors")
+    errors = network.load_weights(tmp_path / "lora.safetensors")
 
-    assert problems == []
+    assert errors == []
     assert {layer.scale for layer in network.layers} == {3 / 4}
     expected = changes(tiny_state(), LoraUse(lora))
     for name, layer in network.named_children():
@@ -202,7 +202,7 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
 def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
     name, part = "lora_unet_single_blocks_0_linear1", "lora_unet_single_transformer_blocks_0"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
-    heights = {f"{part}_attn_to_{letter}": 8 for letter in "qkv"} | {f"{part}_proj_mlp": 16}
+    heights = {f"{part}_attn_to_{character}": 8 for character in "qkv"} | {f"{part}_proj_mlp": 16}
 
     assert cut(tensors, heights.get).keys() == tensors.keys()
     assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text

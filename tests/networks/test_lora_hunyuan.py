@@ -195,8 +195,8 @@ def test_a_part_that_no_file_has_is_as_high_as_in_the_published_models(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tensors = {}
-    for block, letter in itertools.product("01", "qkv"):
-        name = f"lora_unet_single_transformer_blocks_{block}_attn_to_{letter}"
+    for block, character in itertools.product("01", "qkv"):
+        name = f"lora_unet_single_transformer_blocks_{block}_attn_to_{character}"
         tensors[f"{name}.lora_down.weight"] = torch.ones(2, 8)
         tensors[f"{name}.lora_up.weight"] = torch.ones(8, 2)
 
@@ -225,7 +225,10 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
     patch = LoraPatch(loras)
 
     fused = patch("double_blocks.0.img_attn_qkv.weight", torch.zeros(384, 128))
-    cut = [patch(f"transformer_blocks.0.attn.to_{letter}.weight", torch.zeros(128, 128)) for letter in "qkv"]
+    cut = [
+        patch(f"transformer_blocks.0.attn.to_{character}.weight", torch.zeros(128, 128))
+        for character in "qkv"
+    ]
 
     torch.testing.assert_close(fused, expected)
     torch.testing.assert_close(torch.cat(cut), expected)
@@ -278,8 +281,8 @@ def test_parts_that_a_file_never_had_do_not_come_out_of_the_whole(
             convert_file(source, tmp_path / f"{target}.safetensors", target)
         source = tmp_path / f"{target}.safetensors"
 
-    whole = load_file(tmp_path / f"{targets[0]}.safetensors")
-    assert any(tensor.shape == (24, 2) for tensor in whole.values())
+    full = load_file(tmp_path / f"{targets[0]}.safetensors")
+    assert any(tensor.shape == (24, 2) for tensor in full.values())
     back = load_file(source)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())

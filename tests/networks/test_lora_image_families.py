@@ -72,8 +72,8 @@ def gradients(network: OwnNetwork) -> dict[str, Tensor]:
         assert down is not None
         assert up is not None
         heights = [len(one) for _, one in layer.factor_pairs()]
-        for factor, whole in (("lora_down", down.chunk(len(heights))), ("lora_up", up.split(heights))):
-            for index, part in enumerate(whole):
+        for factor, full in (("lora_down", down.chunk(len(heights))), ("lora_up", up.split(heights))):
+            for index, part in enumerate(full):
                 number = f".{index}" if len(heights) > 1 else ""
                 found[f"{name}.{factor}{number}.weight"] = part
     return found
@@ -439,8 +439,8 @@ def test_pipelines_make_of_a_file_what_is_made_of_it_here(
             shapes = {"lora_down.weight": (2, columns), "lora_up.weight": (rows, 2)}
             if "LoKr" in kind:
                 low = {"lokr_w2_a": (rows // 2, 2), "lokr_w2_b": (2, columns // 2)}
-                whole = {"lokr_w2": (rows // 2, columns // 2)}
-                shapes = {"lokr_w1": (2, 2), **(whole if "whole" in kind else low)}
+                full = {"lokr_w2": (rows // 2, columns // 2)}
+                shapes = {"lokr_w1": (2, 2), **(full if "whole" in kind else low)}
             start = "lycoris_" if is_cut else "lora_unet_"
             module = start + name.removesuffix(".weight").replace(".", "_")
             for part, shape in shapes.items():

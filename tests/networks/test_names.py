@@ -26,7 +26,7 @@ from lumina.names import LUMINA
 from networks.apply import LIKELY_MODEL
 from networks.deltas import group_by_module
 from networks.key_formats import families_of, module_of_tensor, to_native
-from networks.module_names import alias, choose_family, diffusers_path, module_path, sizes_fit, to_alias
+from networks.module_names import alias, diffusers_path, module_path, select_family, sizes_fit, to_alias
 from networks.names.layouts import FamilyNames, tensor_patterns
 from qwen_image.names import QWEN_IMAGE
 from stable_diffusion.names import SD1, SD2, SDXL
@@ -41,15 +41,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 def renamed(shapes: Mapping[str, tuple[int, ...]], names: FamilyNames) -> Shapes:
     """The tensors under our names; parts stacked by rows."""
-    whole: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    full: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         found = [ours for p, ours in tensor_patterns(names) if re.fullmatch(p, name)]
         assert len(found) == 1, name
         pattern = next(p for p, _ in tensor_patterns(names) if re.fullmatch(p, name))
         ours, _, place = re.fullmatch(pattern, name).expand(found[0]).partition("#")  # type: ignore[union-attr]
-        whole.setdefault(ours, []).append((int(place or 0), shape))
+        full.setdefault(ours, []).append((int(place or 0), shape))
     stacked = {}
-    for ours, parts in whole.items():
+    for ours, parts in full.items():
         assert sorted(place for place, _ in parts) == list(range(len(parts))), ours
         stacked[ours] = (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
     return stacked
@@ -105,7 +105,7 @@ def test_diffusers_class_has_the_tensors_of_the_published_file(
 def test_a_model_is_told_by_its_modules(manifest: str, names: FamilyNames) -> None:
     modules = {module_of_tensor(name)[0] for name in tensor_list(manifest)}
 
-    assert choose_family(modules, LIKELY_MODEL) is names
+    assert select_family(modules, LIKELY_MODEL) is names
 
 
 FULL = pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_a_network_is_told_by_its_modules(family: FamilyNames, settings: dict[st
     if layout == "ldm":
         names = [to_alias(name, family) for name in names]
 
-    found = choose_family(names)
+    found = select_family(names)
 
     assert found is (SDXL if family is SDXL else SD1)  # SD 2 has the same names
-    assert choose_family(names, family.name) is family
+    assert select_family(names, family.name) is family
 
 
 @pytest.mark.parametrize(

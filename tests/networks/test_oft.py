@@ -259,8 +259,8 @@ def test_one_rotation_may_be_for_all_blocks(tmp_path: Path) -> None:
 
     merged = patch("blocks.0.self_attn.q.weight", weight)
 
-    whole = value.repeat(weight.shape[1] // 4, 1)
-    torch.testing.assert_close(merged, weight + turned_weight(weight, turns(whole)))
+    full = value.repeat(weight.shape[1] // 4, 1)
+    torch.testing.assert_close(merged, weight + turned_weight(weight, turns(full)))
 
 
 @pytest.mark.parametrize(

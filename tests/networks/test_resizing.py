@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
 from networks import resize_lora
-from networks.resizing import choose_rank
+from networks.resizing import select_rank
 from tests.faults.messages import assert_one_message, run_here
 
 # the ends of names of a pair, and of its alpha, in files of several programs
@@ -142,13 +142,13 @@ def test_a_core_becomes_part_of_the_new_factors(tmp_path: Path) -> None:
     made, _ = resize(tmp_path, tensors, "--new_rank", "3")
 
     assert made.keys() == tensors.keys() - {"lora_unet_conv.lora_mid.weight"}
-    whole = torch.einsum("op,pqhw,qi->oihw", up[..., 0, 0], core, down[..., 0, 0])
+    full = torch.einsum("op,pqhw,qi->oihw", up[..., 0, 0], core, down[..., 0, 0])
     product = torch.einsum(
         "or,rihw->oihw",
         made["lora_unet_conv.lora_up.weight"][..., 0, 0],
         made["lora_unet_conv.lora_down.weight"],
     )
-    torch.testing.assert_close(product, whole, atol=1e-4, rtol=0)  # 3 directions: all that there are
+    torch.testing.assert_close(product, full, atol=1e-4, rtol=0)  # 3 directions: all that there are
 
 
 # the largest first; their squares sum to 30, they sum to 10
@@ -172,8 +172,8 @@ SIZES = np.array([4.0, 3.0, 2.0, 1.0])
     ],
 )
 def test_rank_of_each_method(method: str | None, param: float | None, rank: int) -> None:
-    assert choose_rank(SIZES, 16, method, param) == rank
-    assert choose_rank(SIZES, 2, method, param) == min(rank, 2)
+    assert select_rank(SIZES, 16, method, param) == rank
+    assert select_rank(SIZES, 2, method, param) == min(rank, 2)
 
 
 def test_each_module_has_the_rank_that_it_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

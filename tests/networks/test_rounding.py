@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from networks import flux_merge_lora, sdxl_merge_lora
 from networks.apply import LoraPatch, OriginalWeights
 from networks.loading import LoraFile, LoraUse, read_lora
-from networks.rounding import METADATA_KEY, MOST_METADATA, LoraRounding, RandomRounding, narrow_dtype
+from networks.rounding import MAX_METADATA, METADATA_KEY, LoraRounding, RandomRounding, narrow_dtype
 from networks.text_loras import TextLoras
 from networks.use_options import AUTO, NEAREST, STOCHASTIC
 from tests.tiny.wan import TinyWan, write_tiny_wan
@@ -189,10 +189,10 @@ def test_rounding_at_random_gives_a_neighbour_and_the_value_on_average(
     RandomRounding(dtype, b"seed", noise).round(values, 0)
 
     assert torch.equal(values.to(dtype).float(), values), "they are numbers of the dtype"
-    neighbours = sorted(set(values.flatten().tolist()))
-    assert len(neighbours) <= 2
-    step = neighbours[-1] - neighbours[0]
-    assert neighbours[0] <= exact <= neighbours[-1]
+    neighbors = sorted(set(values.flatten().tolist()))
+    assert len(neighbors) <= 2
+    step = neighbors[-1] - neighbors[0]
+    assert neighbors[0] <= exact <= neighbors[-1]
     assert abs(float(values.double().mean()) - exact) <= 0.003 * step
 
 
@@ -471,7 +471,7 @@ def test_late_metadata_are_in_the_header(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
     infos = {name: TensorInfo(one.dtype, tuple(one.shape)) for name, one in tensors.items()}
     path = tmp_path / "x.safetensors"
-    longest = "é\n" * (MOST_METADATA // 2)
+    longest = "é\n" * (MAX_METADATA // 2)
 
     stream_tensors(
         path, infos, tensors.__getitem__, {"old": "1"}, late_metadata=lambda: {METADATA_KEY: longest}

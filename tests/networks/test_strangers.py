@@ -163,13 +163,13 @@ def test_files_of_nunchaku_are_called_by_its_name(model: Path) -> None:
         CheckpointError, match="of the kind LoRA as nunchaku packs it, which is not supported"
     ):
         read_lora(write(model, lora))
-    whole = {
+    full = {
         f"{part}.{end}": torch.ones(2, 2, dtype=torch.int32)
         for part in parts
         for end in ("qweight", "wscales")
     }
     with pytest.raises(CheckpointError, match="not supported .*nunchaku"):
-        read_lora(write(model, whole))
+        read_lora(write(model, full))
 
 
 TE1, TE3 = "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
@@ -206,9 +206,9 @@ def test_a_whole_difference_of_a_joined_weight_is_cut_for_diffusers(model: Path,
     convert_lora.main(["--input", str(path), "--output", str(there), "--target", "diffusers"])
     made = {key.removeprefix("transformer."): one.numpy() for key, one in load_file(there).items()}
     start = "transformer_blocks.0.attn"
-    for place, letter in enumerate("qkv"):
+    for place, character in enumerate("qkv"):
         rows = slice(place * WIDTH, (place + 1) * WIDTH)
-        part = f"{start}.to_{letter}.lora_"
+        part = f"{start}.to_{character}.lora_"
         if rows == empty:
             assert f"{part}A.weight" not in made
             continue
@@ -354,8 +354,8 @@ def test_keys_and_values_of_fewer_heads_are_told_by_the_sizes() -> None:
         up, magnitudes = drawn(48 + 2 * rows, RANK, seed=rows), drawn(48 + 2 * rows, seed=rows)
         ends = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": magnitudes}
         tensors |= {f"transformer.{path}.attn.to_qkv.{end}": tensor for end, tensor in ends.items()}
-        for letter, place in {"q": (0, 48), "k": (48, 48 + rows), "v": (48 + rows, 48 + 2 * rows)}.items():
-            name = f"lora_unet_{path.replace('.', '_')}_attn_to_{letter}"
+        for character, place in {"q": (0, 48), "k": (48, 48 + rows), "v": (48 + rows, 48 + 2 * rows)}.items():
+            name = f"lora_unet_{path.replace('.', '_')}_attn_to_{character}"
             expected |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up[slice(*place)]}
             expected[f"{name}.dora_scale"] = magnitudes[slice(*place), None]
 

@@ -12,7 +12,7 @@ from modules.errors import CheckpointError
 from networks.added import fitting, places
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from networks.text_loras import WholePatch, for_encoders, uses_for
+from networks.text_loras import FullPatch, for_encoders, uses_for
 
 SDXL = ("lora_te1", "lora_te2")
 UNET = "lora_unet_mid_block_resnets_0_conv1"  # of Stable Diffusion 1, 2 and XL, with the same sizes
@@ -83,7 +83,7 @@ def test_the_projection_is_added_in_either_form_of_a_checkpoint(tmp_path: Path, 
         texts["lora_te2_text_projection.lora_up.weight"] @ texts["lora_te2_text_projection.lora_down.weight"]
     )
 
-    merged = WholePatch([use], names, tmp_path / "model.safetensors").add_to(key, weight.clone())
+    merged = FullPatch([use], names, tmp_path / "model.safetensors").add_to(key, weight.clone())
 
     expected = weight + (change if name.endswith("weight") else change.T)
     torch.testing.assert_close(merged, expected)

@@ -46,7 +46,7 @@ def test_text_encoders_get_the_names_that_comfyui_reads(name: str, tmp_path: Pat
     found = load_file(tmp_path / "comfy.safetensors")
     assert not [key for key in found if key.startswith("lora_te")]
     for ours, theirs in TEXTS.items():
-        down, up = (found[f"{start}{theirs}.lora_{letter}.weight"] for letter in "AB")
+        down, up = (found[f"{start}{theirs}.lora_{character}.weight"] for character in "AB")
         expected = lora[f"lora_te_{ours}.lora_up.weight"] @ lora[f"lora_te_{ours}.lora_down.weight"] / 2
         torch.testing.assert_close(up @ down, expected)
     back = ["--input", str(tmp_path / "comfy.safetensors"), "--output", str(tmp_path / "back.safetensors")]

@@ -18,7 +18,7 @@ import pytest
 
 import set_up
 from modules import environment
-from modules.card_builds import BUILDS, choose_for, read_amd_cards
+from modules.card_builds import BUILDS, read_amd_cards, select_for
 from modules.environment import Build, find_cause, read_builds
 from modules.errors import InstallationError, OptionError, UserError
 from modules.nvidia_driver import NvidiaCard, explain_unseen_card, read_nvidia_cards
@@ -52,7 +52,7 @@ def card(capability: tuple[int, int], driver: str) -> NvidiaCard:
 def test_the_build_fits_card_and_driver(
     system: str, machine: str, nvidia: list[NvidiaCard], amd: list[int], build: str
 ) -> None:
-    assert choose_for(system, machine, nvidia, amd).build == build
+    assert select_for(system, machine, nvidia, amd).build == build
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_build_fits_card_and_driver(
 )
 def test_a_machine_without_a_build_is_told_why(nvidia: list[NvidiaCard], system: str, message: str) -> None:
     with pytest.raises(InstallationError, match=message):
-        choose_for(system, "x86_64", nvidia, [])
+        select_for(system, "x86_64", nvidia, [])
 
 
 def test_cards_are_read_from_what_the_drivers_list(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_build_that_was_replaced_by_half_is_replaced_again(
 ) -> None:
     """Else the torch of the build before would be kept, under the name of the new one."""
     set_up.set_up("cpu")
-    whole = set_up.prepare_environment
+    full = set_up.prepare_environment
 
     def stop(**_: object) -> Path:
         raise KeyboardInterrupt
@@ -169,7 +169,7 @@ def test_a_build_that_was_replaced_by_half_is_replaced_again(
     monkeypatch.setattr(set_up, "prepare_environment", stop)
     with pytest.raises(KeyboardInterrupt):
         set_up.set_up("cu130")
-    monkeypatch.setattr(set_up, "prepare_environment", whole)
+    monkeypatch.setattr(set_up, "prepare_environment", full)
     for _ in range(2):
         set_up.set_up(None)
     assert made == [("cpu", False), ("cu130", True), ("cu130", False)]
@@ -389,11 +389,11 @@ def test_a_part_that_no_server_goes_on_with_is_downloaded_anew(
 ) -> None:
     (tmp_path / ".reelsmith").mkdir()
     (tmp_path / ".reelsmith" / "uv-0.11.28.part").write_bytes(Server.content[:100])
-    whole = Server.do_GET
+    full = Server.do_GET
 
     def forget_where_to_begin(request: Server) -> None:
         del request.headers["Range"]
-        whole(request)
+        full(request)
 
     monkeypatch.setattr(Server, "do_GET", forget_where_to_begin)
     done = start(tmp_path, server)

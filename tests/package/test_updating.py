@@ -80,19 +80,19 @@ def test_a_zip_file_changes_files_of_reelsmith_only_and_back_undoes_it(
 
 def test_an_update_that_stops_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "root", {**OLD, **MINE})
-    whole, left = os.replace, iter([True, True, True, True, False])
+    full, left = os.replace, iter([True, True, True, True, False])
 
     def replace(source: Path, target: Path) -> None:
         if not next(left):
             raise OSError(28, "No space left on device")
-        whole(source, target)
+        full(source, target)
 
     monkeypatch.setattr(updating.os, "replace", replace)
     with pytest.raises(
         UserError, match="No space left on device.*free some space, and run it again; back returns"
     ):
         update(root, pack(tmp_path / "new.zip", NEW))
-    monkeypatch.setattr(updating.os, "replace", whole)
+    monkeypatch.setattr(updating.os, "replace", full)
     shutil.copytree(root, tmp_path / "twin")
     go_back(root)
     assert read(root) == {**OLD, **MINE}
@@ -294,10 +294,10 @@ class FoldingDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def patch(module: Any, name: str) -> None:
-            whole = getattr(module, name)
+            full = getattr(module, name)
 
             def act(*words: Any, **named: Any) -> Any:
-                return whole(*map(self.find_named, words), **named)
+                return full(*map(self.find_named, words), **named)
 
             monkeypatch.setattr(module, name, act)
 

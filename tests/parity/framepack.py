@@ -175,8 +175,8 @@ def one_frame_section(
     """A picture made from control images. coarse: places of black frames, by the name of their tensor."""
 
     def encoded() -> Iterator[Tensor]:
-        for picture in (target, *controls):
-            yield picture.hidden(encoders.latents([picture.colours], generator))
+        for image in (target, *controls):
+            yield image.hidden(encoders.latents([image.colours], generator))
 
     latents, *clean = encoded()
     if post_index is not None:

@@ -104,9 +104,9 @@ class Theirs:
 
     def latent(self, path: Path, asked: Asked) -> Tensor:
         """1 16 1 h w of an image."""
-        picture = covering(open_image(path), asked.height, asked.width)
+        image = covering(open_image(path), asked.height, asked.width)
         return self.encoders.latents(
-            [picture], torch.Generator().manual_seed(derive_seed("posterior", asked.seed))
+            [image], torch.Generator().manual_seed(derive_seed("posterior", asked.seed))
         )[None]
 
     def image(self, path: Path, asked: Asked) -> Given:

@@ -44,7 +44,7 @@ def latents_in(folder: Path) -> Tensor:
     return load_file(path)["latent"]
 
 
-def picture_in(folder: Path) -> Tensor:
+def image_in(folder: Path) -> Tensor:
     """The levels H W 3 of the only picture there, 0..255."""
     (path,) = (path for path in folder.glob("*.png") if "rcm" not in path.name)
     return torch.from_numpy(read_image(path)).float()

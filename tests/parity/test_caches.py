@@ -87,8 +87,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_video(folder / place / f"{name}.mp4", moving_square(frames, width, height, seed), fps=24)
         (folder / "clips" / f"{name}.txt").write_text(f" {CAPTIONS[name]}\n", encoding="utf-8")
     (folder / "pictures").mkdir()
-    picture = numpy.random.default_rng(1).integers(0, 256, (90, 30, 3), dtype=numpy.uint8)
-    write_png(folder / "pictures" / "pic.png", picture)
+    image = numpy.random.default_rng(1).integers(0, 256, (90, 30, 3), dtype=numpy.uint8)
+    write_png(folder / "pictures" / "pic.png", image)
     (folder / "pictures" / "pic.txt").write_text(CAPTIONS["pic"], encoding="utf-8")
     (folder / "dataset.toml").write_text(DATASET.format(folder=folder.as_posix()), encoding="utf-8")
     return folder
@@ -129,14 +129,14 @@ def test_the_files_have_the_known_names(cached: Cached) -> None:
     spans |= {f"clip_two_00000-005_{width:04d}x{height:04d}"}
 
     caches = cached.folder / "cache"
-    clips, pictures = (
+    clips, images = (
         {path.name for path in (caches / table).glob("*.safetensors")} for table in ("clips", "pictures")
     )
 
     assert clips == {f"{span}_wan.safetensors" for span in spans} | {
         f"clip_{name}_wan_te.safetensors" for name in ("one", "two")
     }
-    assert pictures == {"pic_0030x0090_wan.safetensors", "pic_wan_te.safetensors"}
+    assert images == {"pic_0030x0090_wan.safetensors", "pic_wan_te.safetensors"}
 
 
 @pytest.mark.long
@@ -175,8 +175,8 @@ def test_latents_and_image_conditions_of_a_clip_equal_those_of_diffusers(
 
 def test_latents_of_a_picture_equal_those_of_diffusers(cached: Cached) -> None:
     """The name holds the size of the original, the tensors have that of the bucket."""
-    picture = open_image(cached.folder / "pictures" / "pic.png")
-    pixels = in_bucket([picture], bucket_for(30, 90, (48, 48)))
+    image = open_image(cached.folder / "pictures" / "pic.png")
+    pixels = in_bucket([image], bucket_for(30, 90, (48, 48)))
 
     tensors, metadata = read(cached.folder / "cache" / "pictures" / "pic_0030x0090_wan.safetensors")
 
@@ -255,20 +255,18 @@ def test_first_and_last_frame_conditions_equal_those_of_diffusers(
 
 def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp_path: Path) -> None:
     pictures_only(project, tmp_path, "bf16")
-    picture = in_bucket([open_image(project / "pictures" / "pic.png")], bucket_for(30, 90, (48, 48)))
+    image = in_bucket([open_image(project / "pictures" / "pic.png")], bucket_for(30, 90, (48, 48)))
 
     words = ("--dataset_config", "dataset.toml", "--vae", project / "models/vae.safetensors")
     succeed_here("wan_cache_latents.py", *words, folder=tmp_path)
 
     cache = project / "cache bf16" / "pictures" / "pic_0030x0090_wan.safetensors"
     ((name, latents),) = read(cache)[0].items()
-    assert name == f"latents_1x{picture.shape[-2] // 8}x{picture.shape[-1] // 8}_bfloat16"
+    assert name == f"latents_1x{image.shape[-2] // 8}x{image.shape[-1] // 8}_bfloat16"
     assert latents.dtype == torch.bfloat16
     theirs = Theirs(project / "models")
     theirs.vae.bfloat16()
-    assert_as_exact(
-        latents, theirs.encode(picture.bfloat16())[0], cached.theirs.encode(picture)[0], "bfloat16"
-    )
+    assert_as_exact(latents, theirs.encode(image.bfloat16())[0], cached.theirs.encode(image)[0], "bfloat16")
 
 
 def pictures_only(project: Path, folder: Path, mark: str) -> None:

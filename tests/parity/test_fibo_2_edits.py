@@ -49,8 +49,8 @@ class Processor:
         grids = pictures.get("image_grid_thw", torch.zeros(0, 3))
         assert len(pieces) == len(grids) + 1
         counts = [int(grid.prod()) // 4 for grid in grids]
-        whole = pieces[0] + "".join(PAD * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
-        ids = torch.tensor([qwen_tokenizer().encode(whole, add_special_tokens=False).ids])
+        full = pieces[0] + "".join(PAD * n + piece for n, piece in zip(counts, pieces[1:], strict=True))
+        ids = torch.tensor([qwen_tokenizer().encode(full, add_special_tokens=False).ids])
         types = (ids == self.token).int()
         return Inputs(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **pictures)
 

@@ -15,7 +15,7 @@ import flux_3_generate_image
 from tests.faults.messages import succeed_here
 from tests.flux_3.making import in_diffusers, pipeline, predict_with, tiny_inputs
 from tests.flux_3.test_references import write_noise
-from tests.parity.running import assert_equal, latents_in, picture_in
+from tests.parity.running import assert_equal, image_in, latents_in
 from tests.parity.test_training_steps import cached, train
 from tests.tiny.flux_3 import tiny_state, write_dit, write_tiny_flux_3
 
@@ -72,9 +72,9 @@ def test_pictures_equal_those_of_the_modular_pipeline(tmp_path: Path, is_distill
     state = pipeline(files, is_distilled)(**asked, generator=torch.Generator().manual_seed(SEED))
     assert_equal(latents_in(tmp_path / "out")[:, 0], state.get("latents")[0], case)
     levels = 255 * state.get("images")[0]
-    picture = picture_in(tmp_path / "out").numpy()
-    assert picture.shape == levels.shape
-    assert np.abs(picture - levels).max() < 0.6
+    image = image_in(tmp_path / "out").numpy()
+    assert image.shape == levels.shape
+    assert np.abs(image - levels).max() < 0.6
 
 
 @pytest.mark.long
@@ -91,7 +91,7 @@ def test_decoding_latents_of_an_edit_crops_too(tmp_path: Path) -> None:
     decoded = ["--latent_path", str(latents), "--save_path", str(tmp_path / "again")]
     flux_3_generate_image.main([*words, *decoded])
 
-    assert torch.equal(picture_in(folder), picture_in(tmp_path / "again"))
+    assert torch.equal(image_in(folder), image_in(tmp_path / "again"))
     (path,) = folder.glob("*.png")
     assert Image.open(path).size == ONE[0]
 

@@ -155,10 +155,10 @@ COARSE = {"clean_latent_2x_indices": range(9, 11), "clean_latent_4x_indices": ra
 KEYS = "fp_1f_clean_indices = [0, 10]\nfp_1f_target_index = 5\nfp_latent_window_size = 7\n"
 NO_POST = f"{KEYS}fp_1f_no_post = true"
 NO_2X, NO_4X = "--one_frame_no_2x", "--one_frame_no_4x"
-USUAL = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
+DEFAULT = {"clean_latent_2x_indices": range(11, 13), "clean_latent_4x_indices": range(13, 29)}
 # switches, keys of the table, places of control images, of the target, of the black frame, of coarse frames
-PICTURES_AS: dict[str, tuple[tuple[str, ...], str, list[int], int, int | None, dict[str, range]]] = {
-    "usual": ((), "", [0], 9, 10, USUAL),
+IMAGES_AS: dict[str, tuple[tuple[str, ...], str, list[int], int, int | None, dict[str, range]]] = {
+    "usual": ((), "", [0], 9, 10, DEFAULT),
     "keys": ((), KEYS, [0, 10], 5, 8, COARSE),
     "no 2x, no post": ((NO_2X,), NO_POST, [0, 10], 5, None, {"clean_latent_4x_indices": range(11, 27)}),
     "no 2x, no 4x": ((NO_2X, NO_4X), KEYS, [0, 10], 5, 8, {}),
@@ -166,22 +166,22 @@ PICTURES_AS: dict[str, tuple[tuple[str, ...], str, list[int], int, int | None, d
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", PICTURES_AS)
+@pytest.mark.parametrize("name", IMAGES_AS)
 def test_pictures_are_those_of_the_documented_rules(project: Project, name: str) -> None:
     """Two control images at places of their own; where an image or a control image is transparent its latents
     are 0.
     """
-    switches, keys, *places = PICTURES_AS[name]
+    switches, keys, *places = IMAGES_AS[name]
 
     cache = project.cache(f"pictures {name}", PICTURES, "--one_frame", *switches, more=keys)
 
-    files = {f"{picture}_0096x0064_fp" for picture in ("cut", "plain")}
+    files = {f"{image}_0096x0064_fp" for image in ("cut", "plain")}
     assert {path.stem for path in cache.glob("*.safetensors")} == files
     for file in files:
         tensors, metadata = read(cache / f"{file}.safetensors")
         assert metadata["architecture"] == "framepack"
         assert "frame_count" not in metadata
-        expected = expected_picture(project, file, *places)
+        expected = expected_image(project, file, *places)
         assert tensors.keys() == {
             *("latents_1x4x6_float32", "latents_clean_1x4x6_float32", "image_embeddings_float32"),
             *(f"{key}_int64" for key in expected if key in INDICES),
@@ -189,7 +189,7 @@ def test_pictures_are_those_of_the_documented_rules(project: Project, name: str)
         assert_tensors(tensors, expected, file)
 
 
-def expected_picture(
+def expected_image(
     project: Project,
     file: str,
     places: list[int],

@@ -93,11 +93,11 @@ class Scene:
 
     def made(self, places: Sequence[int], names: Sequence[str | None], seen: Sequence[str]) -> Tensor:
         """The latent of the picture. names: at each place, None for the picture. seen: by CLIP."""
-        grey = self.theirs.encode(torch.zeros(1, 3, 1, HEIGHT, WIDTH))[0]
-        frames = [torch.cat([torch.zeros(4, *grey.shape[1:]), grey]) for _ in names]
+        gray = self.theirs.encode(torch.zeros(1, 3, 1, HEIGHT, WIDTH))[0]
+        frames = [torch.cat([torch.zeros(4, *gray.shape[1:]), gray]) for _ in names]
         for index, name in enumerate(names):
             if name is not None:
-                frames[index] = torch.cat([torch.ones(4, *grey.shape[1:]), self.encode(name)])
+                frames[index] = torch.cat([torch.ones(4, *gray.shape[1:]), self.encode(name)])
         generator = torch.Generator("cpu").manual_seed(SEED)
         inputs = Inputs(
             torch.randn(16, len(names), HEIGHT // 8, WIDTH // 8, generator=generator),
@@ -157,8 +157,8 @@ def test_one_control_image_needs_no_more_words_and_makes_a_png(tmp_path: Path, s
 
     made = tmp_path / "made"
     assert_equal(latents_in(made), start.made((0, 1), ("a", None), ["a"]), "default")
-    (picture,) = made.glob("*/*.png")
-    assert read_image(picture).shape == (HEIGHT, WIDTH, 3)
+    (image,) = made.glob("*/*.png")
+    assert read_image(image).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_lines_have_places_and_images_too(tmp_path: Path, start: Scene) -> None:
@@ -238,10 +238,10 @@ def expected_item(folder: Path, scene: Scene, name: str, controls: int) -> Item:
     images = [pixels(f"control/{name}{end}") for end in ("", "_0")[:controls]]
     frames = [theirs.encode(one)[0] for one in images]
     target = theirs.encode(pixels(f"pictures/{name}"))[0]
-    grey = theirs.encode(torch.zeros_like(images[0]))[0]
-    known, unknown = torch.ones(4, 1, *grey.shape[2:]), torch.zeros(4, 1, *grey.shape[2:])
+    gray = theirs.encode(torch.zeros_like(images[0]))[0]
+    known, unknown = torch.ones(4, 1, *gray.shape[2:]), torch.zeros(4, 1, *gray.shape[2:])
     mask = torch.cat([known, unknown, known][: 1 + controls], dim=1)
-    shown = torch.cat([frames[0], grey, *frames[1:]], dim=1)
+    shown = torch.cat([frames[0], gray, *frames[1:]], dim=1)
     clip = [theirs.image_features(one[:, :, 0])[0] for one in images]
     (text,) = load_file(next((folder / "cache").glob(f"{name}_*wan_te.safetensors"))).values()
     return Item(

@@ -39,7 +39,7 @@ from flux.model import unpack
 from tests.parity import pipelines
 from tests.parity.anima import AnimaThere
 from tests.parity.hunyuan_image import guider, load_pipeline
-from tests.parity.running import assert_equal, latents_in, picture_in
+from tests.parity.running import assert_equal, image_in, latents_in
 from tests.parity.training import RANK
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.anima import write_tiny_anima
@@ -141,7 +141,7 @@ def latents_of_flux_2(pipe: Any, found: Tensor) -> Tensor:
     return ((packed - mean) / deviation).unsqueeze(1)
 
 
-def picture_of_flux_2(pipe: Any, found: Tensor) -> Tensor:
+def image_of_flux_2(pipe: Any, found: Tensor) -> Tensor:
     mean, deviation = statistics(pipe)
     own = latents_of_flux_2(pipe, found)[:, 0] * deviation + mean
     return pipe.vae.decode(pipe._unpatchify_latents(own[None])).sample
@@ -161,7 +161,7 @@ def flux_2(version: str) -> Model:
         flux_2_generate_image.main,
         partial(pipelines.flux_2, is_distilled=version == "klein-9b"),
         latents_of_flux_2,
-        picture_of_flux_2,
+        image_of_flux_2,
         lambda files: [*files.models[:-1], version],
         with_references,
         near=0.6,
@@ -189,10 +189,10 @@ def qwen_latents(pipe: Any, found: Tensor) -> Tensor:
 
 
 def qwen_picture(pipe: Any, found: Tensor) -> Tensor:
-    return picture_of_wan(pipe, qwen_latents(pipe, found)[None])
+    return image_of_wan(pipe, qwen_latents(pipe, found)[None])
 
 
-def picture_of_wan(pipe: Any, latents: Tensor) -> Tensor:
+def image_of_wan(pipe: Any, latents: Tensor) -> Tensor:
     """Decoded by Wan2.1's VAE for single frames."""
     mean, std = (
         torch.tensor(getattr(pipe.vae.config, name)).view(1, -1, 1, 1, 1)
@@ -206,7 +206,7 @@ ANIMA = Model(
     anima_generate_image.main,
     AnimaThere,
     lambda pipe, found: found[0],
-    picture_of_wan,
+    image_of_wan,
 )
 
 
@@ -252,7 +252,7 @@ def krea2(turbo: str = "", dialect: str = "") -> Model:
         krea2_generate_image.main,
         partial(pipelines.krea2, is_distilled=bool(turbo)),
         lambda pipe, found: pipe._unpack_latents(found, HEIGHT, WIDTH)[0],
-        lambda pipe, found: picture_of_wan(pipe, pipe._unpack_latents(found, HEIGHT, WIDTH)),
+        lambda pipe, found: image_of_wan(pipe, pipe._unpack_latents(found, HEIGHT, WIDTH)),
         models,
     )
 
@@ -458,9 +458,19 @@ def test_pictures_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
         write_image(path, *size)
     shown = ["--control_image_path", *references] if references else []
     height, width = model.size
-    usual = ["--image_size", height, width, "--infer_steps", STEPS, "--seed", SEED, "--vae_dtype", "float32"]
+    default = [
+        "--image_size",
+        height,
+        width,
+        "--infer_steps",
+        STEPS,
+        "--seed",
+        SEED,
+        "--vae_dtype",
+        "float32",
+    ]
     output = ["--output_type", "latent_images", "--save_path", out, "--device", "cpu"]
-    options = [*model.models(files), "--prompt", PROMPT, *usual, *output, *words, *shown]
+    options = [*model.models(files), "--prompt", PROMPT, *default, *output, *words, *shown]
 
     model.main([str(word) for word in options])
 
@@ -472,7 +482,7 @@ def test_pictures_equal_those_of_diffusers(tmp_path: Path, name: str) -> None:
     found = pipe(**{**given, **asked}).images
     assert_equal(latents_in(out), model.latents(pipe, found), f"{name}, latents")
     pixels = model.picture(pipe, found)[0].clamp(-1, 1).permute(1, 2, 0)
-    assert (picture_in(out) - (pixels + 1) * 127.5).abs().max() < model.near
+    assert (image_in(out) - (pixels + 1) * 127.5).abs().max() < model.near
     if name.startswith("kontext"):
         (latents,) = out.glob("*.safetensors")
         with safe_open(latents, "pt") as file:
@@ -497,4 +507,4 @@ def test_flux_s_command_of_the_guides_makes_the_same_picture(tmp_path: Path) -> 
     with torch.no_grad():
         found = pipe(prompt=PROMPT, **size, **noise_of_flux(), output_type="latent").images
         pixels = model.picture(pipe, found)[0].clamp(-1, 1).permute(1, 2, 0)
-    assert (picture_in(tmp_path / "out") - (pixels + 1) * 127.5).abs().max() < 0.6
+    assert (image_in(tmp_path / "out") - (pixels + 1) * 127.5).abs().max() < 0.6

@@ -45,8 +45,8 @@ def test_two_steps_of_full_tuning_equal_those_computed_with_diffusers(tmp_path: 
         assert sum(change > 1e-3 for change in changes) >= len(changes) - 17
     state = tmp_path / "out" / "lora-step00000001-state"
     succeed_here(*words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
-    whole, resumed = (load_file(tmp_path / place / "lora.safetensors") for place in ("out", "resumed"))
-    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    full, resumed = (load_file(tmp_path / place / "lora.safetensors") for place in ("out", "resumed"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in full.items())
 
 
 @torch.no_grad()

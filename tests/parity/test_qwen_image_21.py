@@ -52,8 +52,8 @@ def test_a_picture_from_a_text(tmp_path: Path, files: TinyModel, layout: str) ->
     ours = generate(tmp_path, files, *SIZE, "--output_type", "latent_images", dit=dit)
 
     assert_equal(ours, expected, layout, NEAR)
-    (picture,) = (tmp_path / "made").glob("*.png")
-    shown = torch.from_numpy(numpy.array(Image.open(picture))).float()
+    (image,) = (tmp_path / "made").glob("*.png")
+    shown = torch.from_numpy(numpy.array(Image.open(image))).float()
     vae = pipeline(files).vae
     mean, deviation = (
         torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")

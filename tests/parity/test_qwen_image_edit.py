@@ -30,7 +30,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import qwen_image_generate_image
 from tests.parity.pipelines import qwen_image_vae
-from tests.parity.running import assert_equal, latents_in, picture_in
+from tests.parity.running import assert_equal, image_in, latents_in
 from tests.qwen_image.making import in_diffusers, pack
 from tests.qwen_image.test_family import SCHEDULER
 from tests.tiny.dit_files import TinyModel
@@ -79,13 +79,13 @@ def theirs(files: TinyModel, version: str, kind: type[Any] | None = None) -> Any
         found = cut(images=images, return_tensors=return_tensors)
         counts = iter(int(grid.prod()) // cut.merge_size**2 for grid in found["image_grid_thw"])
         parts = [one.split("<|image_pad|>") for one in text]
-        whole = [
+        full = [
             first + "".join("<|image_pad|>" * next(counts) + one for one in rest) for first, *rest in parts
         ]
-        return BatchFeature({**tokenizer(whole, padding=padding, return_tensors=return_tensors), **found})
+        return BatchFeature({**tokenizer(full, padding=padding, return_tensors=return_tensors), **found})
 
-    usual = QwenImageEditPipeline if version == "edit" else QwenImageEditPlusPipeline
-    pipe = (kind or usual)(
+    default = QwenImageEditPipeline if version == "edit" else QwenImageEditPlusPipeline
+    pipe = (kind or default)(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=qwen_image_vae(files.vae),
         text_encoder=encoder,
@@ -122,7 +122,7 @@ def ours(
     options += ["--control_image_path", *map(str, shown), "--image_size", *map(str, size)]
     options += ["--infer_steps", str(STEPS), "--seed", str(SEED), "--output_type", "latent_images", *words]
     qwen_image_generate_image.main([*options, "--device", "cpu", "--save_path", str(folder)])
-    return pack(latents_in(folder)[None]), picture_in(folder)
+    return pack(latents_in(folder)[None]), image_in(folder)
 
 
 @torch.no_grad()
@@ -135,8 +135,8 @@ def assert_same(made: tuple[Tensor, Tensor], pipe: Any, image: Any, **asked: Any
         torch.tensor(getattr(pipe.vae.config, name)).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    whole = pipe._unpack_latents(latents, asked["height"], asked["width"], pipe.vae_scale_factor)
-    pixels = pipe.vae.decode(whole * stds + means).sample[0, :, 0].permute(1, 2, 0)
+    full = pipe._unpack_latents(latents, asked["height"], asked["width"], pipe.vae_scale_factor)
+    pixels = pipe.vae.decode(full * stds + means).sample[0, :, 0].permute(1, 2, 0)
     assert (made[1] - (pixels / 2 + 0.5).clamp(0, 1) * 255).abs().max() < 0.51
 
 

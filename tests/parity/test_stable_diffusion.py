@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stable_diffusion.contract import AskedPicture, PictureSettings
+from stable_diffusion.contract import AskedImage, ImageSettings
 from tests.parity.stable_diffusion import (
     CLASSES,
     SIZE,
@@ -28,7 +28,7 @@ PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
 STEPS, SCALE = 4, 5.0
 # diffusers' pipelines begin with PNDM's Runge-Kutta steps in the middle, but for inpainting with SD 1 and 2:
 # tests/stable_diffusion/test_samplers.py shows what comes of it
-FROM_PICTURES = [name for name in CLASSES if name != "pndm"]
+FROM_IMAGES = [name for name in CLASSES if name != "pndm"]
 
 
 def words(sampler: str, seed: int, steps: int = STEPS) -> list[object]:
@@ -63,7 +63,7 @@ def slow(*cases: tuple[str, str, str]) -> list[Any]:
         ("sd1", "Inpaint", "euler_a"),
         ("sd1 painter", "Inpaint", "ddim"),
         *slow(*(("sd1", "", name) for name in CLASSES)),
-        *slow(*(("sdxl", "Img2Img", name) for name in FROM_PICTURES)),
+        *slow(*(("sdxl", "Img2Img", name) for name in FROM_IMAGES)),
         *slow(*(("sd2", "Inpaint", name) for name in CLASSES)),
         *slow(*((f"{kind} painter", "Inpaint", "euler_a") for kind in ("sd1", "sd2", "sdxl"))),
     ],
@@ -118,14 +118,14 @@ def test_pictures_of_xl_with_sizes(files_of: FilesOf, tmp_path: Path) -> None:
 def test_latents_and_a_batch(files_of: FilesOf) -> None:
     """Four pictures at once have the latents of four pictures of diffusers, and of four batches of one."""
     seeds = [1, 2, 3, 4]
-    settings = PictureSettings(SIZE, SIZE, STEPS, SCALE)
-    pictures = [
-        AskedPicture("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
+    settings = ImageSettings(SIZE, SIZE, STEPS, SCALE)
+    images = [
+        AskedImage("", f"{PROMPT} {'and more ' * seed}", NEGATIVE, seed, settings, "") for seed in seeds
     ]
-    made = make_here(files_of("sd1"), pictures, "--sampler", "euler_a")
-    texts = {"prompt": [picture.prompt for picture in pictures], "output_type": "latent"}
+    made = make_here(files_of("sd1"), images, "--sampler", "euler_a")
+    texts = {"prompt": [image.prompt for image in images], "output_type": "latent"}
     theirs = pipeline(files_of("sd1"), "", "euler_a")(**{**asked(seeds), **texts}, **square()).images
-    singly = [make_here(files_of("sd1"), [picture], "--sampler", "euler_a") for picture in pictures]
+    singly = [make_here(files_of("sd1"), [image], "--sampler", "euler_a") for image in images]
 
     assert relative(made.latents, theirs) < TOLERANCE
     assert made.images is not None

@@ -150,8 +150,8 @@ def theirs(files: Files, task: str, sampler: str, **asked: Any) -> np.ndarray[An
         others = {"force_zeros_for_empty_prompt": False, "add_watermarker": False}
     made = made_by(**base.components, controlnet=control_net(files.kind), **others)
     made.set_progress_bar_config(disable=True)
-    usual = {"num_inference_steps": STEPS, "width": SIZE, "height": SIZE, "generator": generators(7)}
-    return their_pixels(made(**TEXTS, controlnet_conditioning_scale=STRENGTH, **{**usual, **asked}))
+    default = {"num_inference_steps": STEPS, "width": SIZE, "height": SIZE, "generator": generators(7)}
+    return their_pixels(made(**TEXTS, controlnet_conditioning_scale=STRENGTH, **{**default, **asked}))
 
 
 def ours(

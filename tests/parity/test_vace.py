@@ -65,14 +65,14 @@ class Scene:
             random.integers(0, 256, (rows, columns, 3), dtype=numpy.uint8)
             for rows, columns in ((40, 37), (21, 90))
         ]
-        for name, pictures in (
+        for name, images in (
             ("video", self.frames),
             ("mask", self.masks),
             ("references", self.references),
         ):
             (folder / name).mkdir()
-            for index, picture in enumerate(pictures):
-                write_png(folder / name / f"{index:02d}.png", picture)
+            for index, image in enumerate(images):
+                write_png(folder / name / f"{index:02d}.png", image)
 
     @staticmethod
     def mask_of(index: int) -> numpy.ndarray:
@@ -222,13 +222,13 @@ def test_the_second_stack_in_a_file_of_its_own(tmp_path: Path, scene: Scene) -> 
     save_file(diffusers_state(base), tmp_path / "apart" / "dit.safetensors")
     given = [*scene.video, *scene.mask]
 
-    whole = generate(tmp_path / "a", scene.models, "vace-1.3B", *ASK, *given)
+    full = generate(tmp_path / "a", scene.models, "vace-1.3B", *ASK, *given)
     apart = generate(
         *(tmp_path / "b", tmp_path / "apart", "vace-1.3B", *ASK, *given),
         *("--vace", tmp_path / "module.safetensors"),
     )
 
-    assert torch.equal(whole, apart)
+    assert torch.equal(full, apart)
 
 
 def test_without_control_it_is_text_to_video_to_the_bit(tmp_path: Path, scene: Scene) -> None:

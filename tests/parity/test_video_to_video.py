@@ -150,6 +150,6 @@ def test_an_image_is_made_from_an_image(tmp_path: Path, folder: Path, theirs: Th
     say = ("--prompt", PROMPT, "--seed", SEED, "--guidance_scale", 1, "--sample_solver", "vanilla")
     size = ("--video_size", HEIGHT, WIDTH, "--infer_steps", STEPS)
     for task in ("t2i-14B", "t2v-1.3B"):
-        picture = tmp_path / "pictures" / "00.png"
-        latents = generate(tmp_path / task, folder, task, *size, *say, "--i2i_path", picture)
+        image = tmp_path / "pictures" / "00.png"
+        latents = generate(tmp_path / task, folder, task, *size, *say, "--i2i_path", image)
         assert_equal(latents, expected, task)

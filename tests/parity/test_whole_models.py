@@ -47,5 +47,5 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(tmp_path: Path, name: st
 
     state = tmp_path / "out" / "lora-step00000001-state"
     succeed_here(family.train_whole, *words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
-    whole, resumed = load_file(last), load_file(tmp_path / "resumed" / "lora.safetensors")
-    assert all(torch.equal(resumed[key], weight) for key, weight in whole.items())
+    full, resumed = load_file(last), load_file(tmp_path / "resumed" / "lora.safetensors")
+    assert all(torch.equal(resumed[key], weight) for key, weight in full.items())

@@ -54,7 +54,7 @@ class Verdict:
         return not self.colours
 
     @property
-    def keeps_colour(self) -> bool:
+    def keeps_color(self) -> bool:
         """Whether every frame shows the same colour."""
         return len(set(self.colours)) == 1
 
@@ -73,13 +73,13 @@ def look(clip: NDArray[np.uint8], shapes: Sequence[str] = ("circle", "square", "
     ]
     if len(sightings) < max(1, STEADY * len(clip)):
         return NOTHING
-    colours = tuple(seen.colour for _, seen in sightings)
+    colors = tuple(seen.colour for _, seen in sightings)
     forms = Counter(seen.shape for _, seen in sightings if seen.shape is not None)
     shape = None
     if forms.total() >= 0.4 * len(sightings):
         shape, votes = forms.most_common(1)[0]
         shape = shape if votes > 0.6 * forms.total() else None
-    return Verdict(shape, Counter(colours).most_common(1)[0][0], direction_of(sightings), colours)
+    return Verdict(shape, Counter(colors).most_common(1)[0][0], direction_of(sightings), colors)
 
 
 def sight(frame: Image, ground: NDArray[np.floating], shapes: Sequence[str]) -> Sighting | None:
@@ -89,7 +89,7 @@ def sight(frame: Image, ground: NDArray[np.floating], shapes: Sequence[str]) -> 
     if level < CONTRAST:
         return None
     fine = cv2.resize(away, None, fx=FINE, fy=FINE, interpolation=cv2.INTER_CUBIC)
-    count, labels, stats, centres = cv2.connectedComponentsWithStats((fine > level / 2).astype(np.uint8))
+    count, labels, stats, centers = cv2.connectedComponentsWithStats((fine > level / 2).astype(np.uint8))
     if count < 2:
         return None
     areas = stats[1:, cv2.CC_STAT_AREA]
@@ -102,8 +102,8 @@ def sight(frame: Image, ground: NDArray[np.floating], shapes: Sequence[str]) -> 
     edges = mask[0], mask[-1], mask[:, 0], mask[:, -1]
     cut = max(int(edge.sum()) for edge in edges) > 0.3 * max(width, height)
     shape = None if cut else shape_of(mask[top : top + height, left : left + width], shapes)
-    x, y = centres[largest] / FINE - 0.5 + 0.5 / FINE
-    return Sighting((float(x), float(y)), shape, colour_of(frame, mask))
+    x, y = centers[largest] / FINE - 0.5 + 0.5 / FINE
+    return Sighting((float(x), float(y)), shape, color_of(frame, mask))
 
 
 def shape_of(mask: Mask, shapes: Sequence[str]) -> str | None:
@@ -130,13 +130,13 @@ def form(shape: str, pixels: int, blur: float) -> NDArray[np.bool_]:
     soft.
     """
     side = (2 * pixels + 8) * FINE
-    picture = np.zeros((side, side), np.float32)
+    image = np.zeros((side, side), np.float32)
     cv2.fillPoly(
-        picture,
+        image,
         [np.round(side / 2 + points * pixels * FINE).astype(np.int32) for points in outline(shape)],
         1.0,
     )
-    mask = (cv2.GaussianBlur(picture, (0, 0), blur * FINE) > 0.5).astype(np.uint8)
+    mask = (cv2.GaussianBlur(image, (0, 0), blur * FINE) > 0.5).astype(np.uint8)
     left, top, width, height = cv2.boundingRect(mask)
     return fitted(mask[top : top + height, left : left + width])
 
@@ -146,7 +146,7 @@ def fitted(mask: Mask) -> NDArray[np.bool_]:
     return cv2.resize(mask * 255, (TEMPLATE, TEMPLATE), interpolation=cv2.INTER_AREA) > 127
 
 
-def colour_of(frame: Image, mask: Mask) -> str:
+def color_of(frame: Image, mask: Mask) -> str:
     """The name of the colour in the middle of the thing; its edges are mixed with the ground."""
     inner = cv2.erode(mask, np.ones((2 * FINE + 1, 2 * FINE + 1), np.uint8))
     small = cv2.resize(inner if inner.any() else mask, frame.shape[1::-1], interpolation=cv2.INTER_AREA) > 0

@@ -26,7 +26,7 @@ STEPS = (
 )
 
 
-def colours_of(folder: Path, *options: object) -> list[str | None]:
+def colors_of(folder: Path, *options: object) -> list[str | None]:
     """What clips of eight prompts without a colour show."""
     folder.mkdir()
     write_text(folder / "prompts.txt", "".join(f"a circle moving left --d {seed}\n" for seed in range(1, 9)))
@@ -56,12 +56,12 @@ def test_it_draws_and_moves_what_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_negative_prompt_is_avoided(tmp_path: Path) -> None:
-    free = Counter(colours_of(tmp_path / "free", "--negative_prompt", ""))
-    colour = next(colour for colour, _ in free.most_common() if colour in drawing.COLOURS)
+    free = Counter(colors_of(tmp_path / "free", "--negative_prompt", ""))
+    color = next(color for color, _ in free.most_common() if color in drawing.COLOURS)
 
-    avoiding = colours_of(tmp_path / "avoiding", "--negative_prompt", f"a {colour} circle moving left")
+    avoiding = colors_of(tmp_path / "avoiding", "--negative_prompt", f"a {color} circle moving left")
 
-    assert colour not in avoiding, free
+    assert color not in avoiding, free
 
 
 @pytest.mark.long

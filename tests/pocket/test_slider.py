@@ -14,10 +14,10 @@ def test_strength_moves_the_colour_of_eight_prompts_and_keeps_the_rest(tmp_path:
 
     count = len(slide.PROMPTS)
     assert slide.count_monotone(seen) == count
-    blue, usual, red = slide.summarise(seen)
+    blue, default, red = slide.summarize(seen)
     assert blue.redness < -0.4 < 0.6 < red.redness
     for row in (blue, red):
         # measured: at most two of eight clips differ
-        assert row.shapes >= usual.shapes - 2
-        assert row.directions >= usual.directions - 2
+        assert row.shapes >= default.shapes - 2
+        assert row.directions >= default.directions - 2
         assert row.ground < 0.1

@@ -118,10 +118,10 @@ def test_the_vae_loop_learns_resumes_and_writes_a_file_that_loads(tmp_path: Path
         train_vae.LearningPhase("frames", 2, ((2, 1, 16),), 1e-3, 1e-3),
         train_vae.LearningPhase("decoder", 2, ((1, 5, 16),), 1e-3, 1e-4, learns_encoder=False),
     )
-    whole = train_vae.train(tmp_path / "whole", {"real": clip}, phases, every=2, statistics_clips=3)
+    full = train_vae.train(tmp_path / "whole", {"real": clip}, phases, every=2, statistics_clips=3)
     train_vae.train(tmp_path / "parts", {"real": clip}, phases[:1], every=2, statistics_clips=3)
     parts = train_vae.train(tmp_path / "parts", {"real": clip}, phases, every=2, statistics_clips=3)
     first, second = (
-        load_vae(path, torch.device("cpu"), torch.float32).state_dict() for path in (whole, parts)
+        load_vae(path, torch.device("cpu"), torch.float32).state_dict() for path in (full, parts)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)

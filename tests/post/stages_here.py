@@ -54,9 +54,9 @@ class Larger:
         return replace(clip, width=2 * clip.width, height=2 * clip.height)
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        for picture in pictures:
-            assert picture.pixels.shape == (clip.height, clip.width, 3)
-            yield replace(picture, pixels=picture.pixels.repeat(2, 0).repeat(2, 1))
+        for image in pictures:
+            assert image.pixels.shape == (clip.height, clip.width, 3)
+            yield replace(image, pixels=image.pixels.repeat(2, 0).repeat(2, 1))
 
 
 @dataclass
@@ -71,13 +71,13 @@ class Smoother:
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         before: Picture | None = None
-        for picture in pictures:
+        for image in pictures:
             if before is not None:
-                half = (picture.start - before.start) / 2
-                mean = (before.pixels.astype(np.uint16) + picture.pixels) // 2
+                half = (image.start - before.start) / 2
+                mean = (before.pixels.astype(np.uint16) + image.pixels) // 2
                 yield replace(before, seconds=half)
                 yield Picture(mean.astype(np.uint8), before.start + half, half)
-            before = picture
+            before = image
         if before is None:
             return
         yield replace(before, seconds=before.seconds / 2)
@@ -95,10 +95,10 @@ class Refusing:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(pictures):
             if index == self.at:
                 raise self.error
-            yield picture
+            yield image
         if self.at is None:
             raise self.error
 
@@ -113,8 +113,8 @@ class Black:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        for picture in pictures:
-            yield replace(picture, pixels=np.zeros_like(picture.pixels))
+        for image in pictures:
+            yield replace(image, pixels=np.zeros_like(image.pixels))
 
 
 def tool_for(stage: Stage, needs_video: bool = False, hides: bool = False) -> tuple[Tool, Any]:

@@ -50,12 +50,12 @@ def test_the_stream_gives_what_the_whole_clip_at_once_gives(tmp_path: Path) -> N
     (streamed,) = run_stages([Larger(), Smoother()], clip, form=replace(H264, keep_pngs=True))
 
     frames = frames_of(clip).repeat(2, 1).repeat(2, 2)
-    whole = [frames[0]]
+    full = [frames[0]]
     for before, after in zip(frames, frames[1:], strict=False):
-        whole += [((before.astype(np.uint16) + after) // 2).astype(np.uint8), after]
+        full += [((before.astype(np.uint16) + after) // 2).astype(np.uint8), after]
 
     assert streamed.name == "a_LARGER_SMOOTHER.mp4"
-    np.testing.assert_array_equal(kept_frames(tmp_path), whole)
+    np.testing.assert_array_equal(kept_frames(tmp_path), full)
     info = video_info(streamed)
     assert (info.width, info.height, info.frames, info.fps) == (96, 64, 13, 32.0)
 

@@ -100,9 +100,9 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     tried = len(network.shapes)
     fitting(network, images)
 
-    whole = Memory(1 << 30, error)(images)
+    full = Memory(1 << 30, error)(images)
     # the pool sees zeros behind each tile's edge: wrong in one pixel, which hardly counts there
-    assert (made - whole).abs().max() < 0.03
+    assert (made - full).abs().max() < 0.03
     assert (fitting.batch, fitting.tile) == (1, 80)
     assert all(height * width <= 80 * 80 for _, _, height, width in network.shapes[tried:])
     assert [record.getMessage() for record in caplog.records] == [

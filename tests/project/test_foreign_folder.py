@@ -24,7 +24,7 @@ def make(*args, **more): open({ran!r}, "w").close()
 create_network = make
 """
 POCKET = [*("--dit", ROOT / "pocket" / "dit.safetensors"), *("--vae", ROOT / "pocket" / "vae.safetensors")]
-USUAL = {"task": "t2v-1.3B", "dataset_config": "dataset.toml", "output_dir": "output", "output_name": "new"}
+DEFAULT = {"task": "t2v-1.3B", "dataset_config": "dataset.toml", "output_dir": "output", "output_name": "new"}
 DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\nresolution = [64, 64]\n'
 # names in a file, and what is said of them
 IMPORTED = [
@@ -61,7 +61,7 @@ def foreign(tmp_path: Path) -> Path:
 
 def write_options(folder: Path, **more: Any) -> None:
     values = (
-        USUAL
+        DEFAULT
         | {word[2:]: path.as_posix() for word, path in zip(POCKET[::2], POCKET[1::2], strict=True)}
         | more
     )

@@ -9,12 +9,12 @@ import pytest
 from dataset.config import KEYS, load_dataset_config
 from dataset.subset_options import SUBSET_KEYS
 from modules.errors import OptionError
-from modules.options import facts_of
+from modules.options import info_of
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.files import write_project
 from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, PER_EPOCH, TRAINING
-from project.foreign.lengths import choose_length
+from project.foreign.lengths import select_length
 from project.foreign.project import ForeignProject
 from project.foreign.reading import PROGRAMS, read_foreign
 from project.foreign.settling import Forms, settle
@@ -264,7 +264,7 @@ MEANT: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int | Non
 }
 
 
-def settle_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 24) -> None:
+def resolve_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 24) -> None:
     """Settle what a project says for its model, as `new` does."""
     model = next(
         model
@@ -302,8 +302,8 @@ def test_a_project_says_what_its_authors_mean_and_every_key_is_told(title: str, 
     assert epochs == [count for count in MEANT[title][3:] if count]
     assert [*project.folders.values()] == [Path("photos")]
     assert project.run.kind == "lora"
-    settle_for(project)
-    choose_length(project, NewOptions(folder=tmp_path), 7, 7)
+    resolve_for(project)
+    select_length(project, NewOptions(folder=tmp_path), 7, 7)
     told = "\n".join(project.lines(tmp_path / "photos"))
     assert "is described" not in told
     for content in PROJECTS[title].values():
@@ -382,13 +382,13 @@ def test_other_networks_of_a_project_are_those_that_are_trained(
 
 def test_what_is_taken_has_a_place_here() -> None:
     of_training = {
-        *facts_of(TrainingOptions),
-        *facts_of(StableDiffusionTrainingOptions),
-        *facts_of(InversionOptions),
+        *info_of(TrainingOptions),
+        *info_of(StableDiffusionTrainingOptions),
+        *info_of(InversionOptions),
     }
     arguments = {"beta1", "beta2", "eps2"}.union(*OPTIMIZER_ARGUMENTS.values())
     places = {
-        NEW: facts_of(NewOptions),
+        NEW: info_of(NewOptions),
         TRAINING: of_training,
         PER_EPOCH: of_training,
         DATA: {*KEYS, *SUBSET_KEYS},

@@ -156,14 +156,14 @@ def test_a_project_of_diffusion_pipe_is_the_whole_model_with_repeats_for_all_fol
     (tmp_path / "examples").mkdir()
     data = "resolutions = [[512, 320]]\nnum_repeats = 5\n[[directory]]\npath = 'photos'\n"
     (tmp_path / "examples" / "data.toml").write_text(data, encoding="utf-8")
-    whole = describe(photos, DIFFUSION_PIPE, capsys, name="p.toml")
-    assert whole.script == "wan_train.py"  # it has no [adapter]
-    assert whole.training["max_train_steps"] == 4 * math.ceil(3 * 5 / 2)
-    assert whole.training["save_every_n_steps"] == 2 * math.ceil(3 * 5 / 2)
-    assert whole.general["resolution"] == [512, 320]
-    assert whole.training["optimizer_args"] == ["betas=0.9,0.99"]
-    assert (whole.training["learning_rate"], whole.training["fused_backward_pass"]) == (2e-5, False)
-    assert (whole.training["gradient_accumulation_steps"], "blocks_to_swap" in whole.training) == (2, False)
+    full = describe(photos, DIFFUSION_PIPE, capsys, name="p.toml")
+    assert full.script == "wan_train.py"  # it has no [adapter]
+    assert full.training["max_train_steps"] == 4 * math.ceil(3 * 5 / 2)
+    assert full.training["save_every_n_steps"] == 2 * math.ceil(3 * 5 / 2)
+    assert full.general["resolution"] == [512, 320]
+    assert full.training["optimizer_args"] == ["betas=0.9,0.99"]
+    assert (full.training["learning_rate"], full.training["fused_backward_pass"]) == (2e-5, False)
+    assert (full.training["gradient_accumulation_steps"], "blocks_to_swap" in full.training) == (2, False)
     text = DIFFUSION_PIPE + "[adapter]\ntype = 'lora'\nrank = 32\n"
     lora = describe(photos, text, capsys, name="p.toml")
     assert lora.script == "wan_train_network.py"
@@ -251,8 +251,8 @@ def test_a_rate_belongs_to_the_kind_and_to_the_optimizer(
 ) -> None:
     photos = tmp_path / "photos"
     write_photos(photos, 3)
-    whole = {**ONETRAINER, "training_method": "FINE_TUNE", "learning_rate": 7e-6}
-    lora = describe(photos, whole, capsys, "--train", "lora")
+    full = {**ONETRAINER, "training_method": "FINE_TUNE", "learning_rate": 7e-6}
+    lora = describe(photos, full, capsys, "--train", "lora")
     assert lora.training["learning_rate"] == 1e-4
     assert "learning_rate = 7e-06: it is not the rate of such a run" in lora.told
     other = {

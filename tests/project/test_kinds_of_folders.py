@@ -131,7 +131,7 @@ HEARS = {"ltx_2 av", "ltx_25 v"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
 
 
-def usual_kind(name: str) -> str:
+def default_kind(name: str) -> str:
     """Return a kind of folder that a model learns from."""
     if name in NEEDS_SECONDS:
         return "heard"
@@ -140,7 +140,7 @@ def usual_kind(name: str) -> str:
 
 # pairs that are tried each day: all kinds with two families, all families with one kind
 DAILY = {(name, kind) for name in ("wan t2v-1.3B", "z_image turbo") for kind in KINDS}
-DAILY |= {(name, usual_kind(name)) for name in MODELS}
+DAILY |= {(name, default_kind(name)) for name in MODELS}
 DAILY.add(("minimax_h3 t2va", "mixed"))  # pictures alone, as its clips are too short
 
 
@@ -206,7 +206,7 @@ def test_run_takes_what_new_writes(
 
 
 POCKET = "pocket wan"
-SLOW_WAYS = [(name, usual_kind(name)) for name in MODELS if name != "ltx_2 av"]
+SLOW_WAYS = [(name, default_kind(name)) for name in MODELS if name != "ltx_2 av"]
 SLOW_WAYS += [
     ("ltx_2 av", "sounds"),
     ("z_image turbo", "kohya"),

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from checkpoints.writing import save_tensors
-from data_tools.controls.run import ControlPictureOptions, make_control_pictures
+from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
@@ -66,8 +66,8 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
     assert kinds["anima base"] == ["lora", "lllite", "whole"]
     assert kinds["z_image base"] == ["lora", "whole"]
-    usual = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
-    assert (usual["xl"], usual["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
+    default = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
+    assert (default["xl"], default["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
     assert tuple(BY_NAME) == KIND_NAMES
     assert len(CASES) == 6
     assert {*CASES} <= _scripts_of_runs()
@@ -142,9 +142,7 @@ def test_control_pictures_next_to_a_folder_are_its_own_only_if_nothing_contradic
 def test_edges_that_are_drawn_leave_other_folders_alone(tmp_path: Path) -> None:
     for name in ("pictures", "fluffy"):
         write_photos(tmp_path / name)
-    make_control_pictures(
-        parse_options("", [str(tmp_path / "pictures"), "--canny"], ControlPictureOptions)[0]
-    )
+    make_control_images(parse_options("", [str(tmp_path / "pictures"), "--canny"], ControlImageOptions)[0])
 
     scripts = {}
     for name in ("pictures", "fluffy"):

@@ -291,7 +291,7 @@ def test_a_terminal_is_asked_until_the_answer_is_right(
     monkeypatch.setattr(choosing, "has_terminal", lambda: True)
     monkeypatch.setattr(choosing, "ask_on_terminal", answer)
 
-    chosen = choosing.choose_model(NewOptions(folder=tmp_path), 12)
+    chosen = choosing.select_model(NewOptions(folder=tmp_path), 12)
 
     assert ((chosen.model.family, chosen.model.task), chosen.trigger, answers) == (model, word, [])
     assert all(f"{number + 1:<2}  {name}" in shown[0] for number, name in enumerate(FAMILY_NAMES))
@@ -331,8 +331,8 @@ def test_a_dry_run_shows_how_the_files_would_change_and_writes_nothing(tmp_path:
 def test_masks_next_to_their_pictures_are_named_as_dataset_toml_takes_them(tmp_path: Path) -> None:
     inner = tmp_path / "set" / "my cat"
     write_photos(inner)
-    for picture in [*inner.glob("*.jpg")]:
-        Image.new("L", (300, 300), 255).save(picture.with_name(f"{picture.stem}-masklabel.png"))
+    for image in [*inner.glob("*.jpg")]:
+        Image.new("L", (300, 300), 255).save(image.with_name(f"{image.stem}-masklabel.png"))
     said = run_script("new_project.py", tmp_path / "set", "--family", "lumina").stdout
     assert 'masks are left out. mask_directory = "my cat" in dataset.toml' in said
     path = tmp_path / "set" / "dataset.toml"

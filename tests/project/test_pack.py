@@ -222,8 +222,8 @@ def test_hostile_files_are_refused_before_anything_is_written(
 
 
 def damage_manifest(**changes: object) -> Callable[[zipfile.ZipFile], None]:
-    facts = {"version": 1, "name": "x", "modified": {}, **changes}
-    return add(MANIFEST, json.dumps(facts).encode())
+    info = {"version": 1, "name": "x", "modified": {}, **changes}
+    return add(MANIFEST, json.dumps(info).encode())
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ def test_hostile_times_are_left_alone(folder: Path, tmp_path: Path) -> None:
 
 
 def test_half_a_copy_is_refused_wherever_it_ends(folder: Path, tmp_path: Path) -> None:
-    whole = pack(folder).read_bytes()
+    full = pack(folder).read_bytes()
     half = tmp_path / "half.zip"
-    ends = [*range(0, len(whole), 97), len(whole) - 1]
+    ends = [*range(0, len(full), 97), len(full) - 1]
     for size in ends:
-        half.write_bytes(whole[:size])
+        half.write_bytes(full[:size])
         with pytest.raises(OptionError, match=r"no whole file of `pack` \(.*Copy it again"):
             unpack_folder(UnpackOptions(file=half, folder=tmp_path / "new"))
-    changed = whole.replace(b"picture a.png", b"picture b.png")
+    changed = full.replace(b"picture a.png", b"picture b.png")
     half.write_bytes(changed)
     with pytest.raises(OptionError, match="no whole file of `pack`"):
         unpack_folder(UnpackOptions(file=half, folder=tmp_path / "new"))

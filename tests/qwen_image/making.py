@@ -61,14 +61,14 @@ def predict_with(
     dit: QwenImageTransformer2DModel, given: dict[str, Tensor], references: Sequence[Tensor] = ()
 ) -> Tensor:
     """The velocity B L 4Z that diffusers' network makes of the inputs of ours."""
-    pictures = (given["noisy"], *references)
-    tokens = [pack(one) for one in pictures]
+    images = (given["noisy"], *references)
+    tokens = [pack(one) for one in images]
     found = dit(
         hidden_states=torch.cat(tokens, dim=1),
         encoder_hidden_states=given["text"],
         encoder_hidden_states_mask=given["text_mask"],
         timestep=given["timesteps"] / 1000,
-        img_shapes=[[(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in pictures]] * len(given["noisy"]),
+        img_shapes=[[(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in images]] * len(given["noisy"]),
         return_dict=False,
     )[0]
     assert isinstance(found, Tensor)

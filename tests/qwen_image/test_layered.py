@@ -162,7 +162,7 @@ def test_the_picture_of_a_training_is_its_first_frame_and_may_be_left_out_of_wha
     times = torch.tensor([500.0])
     noisy = (latents + noise) / 2
 
-    whole = family.predict(dit, noisy, times, cond)
+    full = family.predict(dit, noisy, times, cond)
     given = torch.cat([latents[:, :, :1], noisy[:, :, 1:]], dim=2)
     rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Tweaks(given_frames=1))
 
@@ -170,7 +170,7 @@ def test_the_picture_of_a_training_is_its_first_frame_and_may_be_left_out_of_wha
     expected = family.predict(dit, noisy[:, :, 1:], times, cond)
     torch.testing.assert_close(rest[:, :, 1:], expected)
     assert not rest[:, :, 0].any()
-    assert (whole[:, :, 1:] - expected).abs().max() > 1e-3  # the frame in front is seen
+    assert (full[:, :, 1:] - expected).abs().max() > 1e-3  # the frame in front is seen
 
 
 def test_a_cache_without_layers_is_refused(family: QwenImageLayered) -> None:

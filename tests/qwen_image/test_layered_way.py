@@ -26,7 +26,7 @@ SAMPLE = "a cat --ci {} --f 2 --w 32 --h 32 --s 2 --d 7 --l 1"
 def write_layers_of(folder: Path, name: str, count: int) -> None:
     """Write a picture, its caption, and layers with a square each."""
     numbers = numpy.random.default_rng(len(name) + count)
-    whole = Image.new("RGBA", (48, 32))
+    full = Image.new("RGBA", (48, 32))
     for index in range(1, count + 1):
         pixels = numpy.zeros((32, 48, 4), numpy.uint8)
         pixels[..., :3] = numbers.integers(0, 256, 3)
@@ -34,8 +34,8 @@ def write_layers_of(folder: Path, name: str, count: int) -> None:
         pixels[4 * index : 4 * index + 12, 8:24, 3] = 255
         layer = Image.fromarray(pixels)
         layer.save(folder / f"{name}_{index}.png")
-        whole.alpha_composite(layer)
-    whole.convert("RGB").save(folder / f"{name}.png")
+        full.alpha_composite(layer)
+    full.convert("RGB").save(folder / f"{name}.png")
     (folder / f"{name}.txt").write_text(f"a {name}", encoding="utf-8")
 
 
@@ -141,15 +141,15 @@ def test_without_the_whole_picture_layers_alone_are_learned_and_made(project: Pr
 
 @pytest.mark.long
 def test_a_whole_model_keeps_the_tensor_of_layers_and_makes_pictures(project: Project) -> None:
-    whole = project.train(
+    full = project.train(
         qwen_image_train.main, "whole", "--optimizer_type", "adamw", "--learning_rate", "1e-3"
     )
 
-    before, after = load_file(project.files.dit), load_file(whole)
+    before, after = load_file(project.files.dit), load_file(full)
     assert before.keys() == after.keys()
     name = "transformer_blocks.0.attn.to_q.weight"
     assert not torch.equal(before[name], after[name].to(before[name].dtype))
-    folder = project.generate("of whole", "--dit", str(whole))
+    folder = project.generate("of whole", "--dit", str(full))
     assert pixels_of(folder, "_composite").shape == (32, 32, 4)
 
 

@@ -160,7 +160,7 @@ def predict_with(dit: Any, given: Mapping[str, Tensor], references: Sequence[Ten
     found = []
     for index, noisy in enumerate(given["noisy"].split(1)):
         words = given["text"][index][given["text_mask"][index].bool()]
-        pieces, is_picture = [], []
+        pieces, is_image = [], []
         shapes = []
         start = 0
         for slot, latents in zip(given["slots"][index].tolist(), references, strict=True):
@@ -168,19 +168,19 @@ def predict_with(dit: Any, given: Mapping[str, Tensor], references: Sequence[Ten
             count = height * width // 4
             shapes.append((1, height, width))
             pieces += [words[start:slot], words.new_zeros(count, words.shape[1])]
-            is_picture += [False] * (slot - start) + [True] * count
+            is_image += [False] * (slot - start) + [True] * count
             start = slot
         pieces.append(words[start:])
         height, width = noisy.shape[-2:]
-        is_picture += [False] * (len(words) - start) + [True] * (height * width // 4)
-        pictures = [latents[index : index + 1] for latents in references]
-        tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in (*pictures, noisy)], dim=1)
+        is_image += [False] * (len(words) - start) + [True] * (height * width // 4)
+        images = [latents[index : index + 1] for latents in references]
+        tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in (*images, noisy)], dim=1)
         output = dit(
             hidden_states=tokens,
             encoder_hidden_states=torch.cat(pieces)[None],
             timestep=given["timesteps"][index : index + 1] / 1000,
             img_shapes=[[*shapes, (1, height, width)]],
-            img_mask=torch.tensor([is_picture]),
+            img_mask=torch.tensor([is_image]),
             return_dict=False,
         )[0]
         velocity = output[:, -height * width :]

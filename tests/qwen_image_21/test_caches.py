@@ -35,11 +35,11 @@ from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.qwen_image_21_vae import vae_config
 
 
-def random_picture(path: Path, width: int, height: int, mode: str = "RGBA", seed: int = 0) -> Image.Image:
+def random_image(path: Path, width: int, height: int, mode: str = "RGBA", seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, len(mode)), np.uint8)
-    picture = Image.fromarray(pixels)
-    picture.save(path)
-    return picture
+    image = Image.fromarray(pixels)
+    image.save(path)
+    return image
 
 
 def hash_of(picture: Image.Image) -> list[int]:
@@ -61,15 +61,15 @@ def project(folder: Path) -> TinyFamily:
     """Pictures with two references each; the first picture is transparent."""
     family = family_called("qwen_image_21 edit")
     family.prepare(folder)
-    random_picture(folder / "clips" / "picture 0.png", 32, 32)
+    random_image(folder / "clips" / "picture 0.png", 32, 32)
     return family
 
 
 def test_hashes_are_those_of_the_known_tuner_also_without_alpha(tmp_path: Path) -> None:
-    clear = random_picture(tmp_path / "a.png", 5, 3)
-    plain = random_picture(tmp_path / "b.png", 4, 6, "RGB")
+    clear = random_image(tmp_path / "a.png", 5, 3)
+    plain = random_image(tmp_path / "b.png", 4, 6, "RGB")
 
-    hashes = hash_pictures([torch.from_numpy(np.array(picture)) for picture in (clear, plain)])
+    hashes = hash_pictures([torch.from_numpy(np.array(image)) for image in (clear, plain)])
 
     assert hashes.dtype == torch.uint8
     assert hashes.tolist() == [hash_of(clear), hash_of(plain)]
@@ -167,7 +167,7 @@ def test_transparent_pictures_are_cached_as_diffusers_encodes_them(tmp_path: Pat
     family = project(tmp_path)
     target = Image.open(tmp_path / "clips" / "picture 0.png")
     names = [tmp_path / "control" / f"picture 0_{number}.png" for number in range(2)]
-    references = [random_picture(names[0], 64, 32), random_picture(names[1], 32, 96, "RGB")]
+    references = [random_image(names[0], 64, 32), random_image(names[1], 32, 96, "RGB")]
     with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
         file.write("no_resize_control = true\n")
 
@@ -186,10 +186,10 @@ def test_transparent_pictures_are_cached_as_diffusers_encodes_them(tmp_path: Pat
     assert_equal(tensors["latents_1x2x2_float32"], latents_of(target), "target", NEAR)
     assert_equal(tensors["latents_control_0_1x2x4_float32"], latents_of(references[0]), "first", NEAR)
     assert_equal(tensors["latents_control_1_1x6x2_float32"], latents_of(references[1]), "second", NEAR)
-    assert tensors["varlen_reference_hashes_uint8"].tolist() == [hash_of(picture) for picture in references]
+    assert tensors["varlen_reference_hashes_uint8"].tolist() == [hash_of(image) for image in references]
 
     texts = load_file(tmp_path / "cache" / "picture 0_qi21_te.safetensors")
-    assert texts["varlen_vlm_reference_hashes_uint8"].tolist() == [hash_of(picture) for picture in references]
+    assert texts["varlen_vlm_reference_hashes_uint8"].tolist() == [hash_of(image) for image in references]
     assert texts["varlen_reference_grids_int64"].tolist() == [[2, 4], [6, 2]]
     assert texts["varlen_image_slots_int64"].shape == (2,)
     with safe_open(tmp_path / "cache" / "picture 0_qi21_te.safetensors", "pt") as file:

@@ -80,8 +80,8 @@ def sigmas_of(prepared: Prepared) -> torch.Tensor:
 
 def test_noise_levels_follow_the_size_and_end_at_a_fiftieth(family: QwenImage21) -> None:
     """mu is 0.5 at 256 tokens and 0.9 at 8192, of 16 x 16 pixels each."""
-    usual = prepare(family)
-    assert (usual.width, usual.height, usual.steps, usual.guidance_scale) == (1024, 1024, 40, (1.0,))
+    default = prepare(family)
+    assert (default.width, default.height, default.steps, default.guidance_scale) == (1024, 1024, 40, (1.0,))
     for width, height in ((256, 256), (1024, 1024), (2048, 1024)):
         mu = 0.5 + 0.4 * (width * height / 256 - 256) / (8192 - 256)
         even = torch.linspace(1, 0.25, 4, dtype=torch.float64)
@@ -231,11 +231,11 @@ def test_an_edit_without_a_size_has_the_shape_of_its_last_picture(
     """About a megapixel; without a picture 1024 x 1024; a size that is typed counts."""
     write_image(tmp_path / "first.png", 64, 64)
     write_image(tmp_path / "last.png", 120, 60)
-    pictures = ["--control_image_path", str(tmp_path / "first.png"), str(tmp_path / "last.png")]
+    images = ["--control_image_path", str(tmp_path / "first.png"), str(tmp_path / "last.png")]
     for words, size in (
         ([], (1024, 1024)),
-        (pictures, (1440, 736)),
-        ([*pictures, "--image_size", "64", "96"], (96, 64)),
+        (images, (1440, 736)),
+        ([*images, "--image_size", "64", "96"], (96, 64)),
     ):
         made = prepare_line(family, options_of("--prompt", "x", *words), {})
         assert (made.width, made.height) == size
@@ -329,8 +329,8 @@ def test_a_mask_holds_what_is_black_to_the_first_picture(project: Path) -> None:
     assert not torch.allclose(free[..., 2:, :], held[..., 2:, :], atol=1e-2)
     source = QwenImage21Files(vae=project / "model" / "vae.safetensors", vae_dtype=torch.float32)
     pixels = numpy.array(Image.open(project / "start.png").convert("RGBA"))
-    picture = torch.from_numpy(pixels)
-    expected = source.load_vae(torch.device("cpu")).encode(picture[None, None].movedim(-1, 1))
+    image = torch.from_numpy(pixels)
+    expected = source.load_vae(torch.device("cpu")).encode(image[None, None].movedim(-1, 1))
     torch.testing.assert_close(held[..., 2:, :], expected[0][..., 2:, :], rtol=1e-4, atol=1e-4)
 
 

@@ -66,7 +66,7 @@ def as_fused(made: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     for block in range(CONFIG.num_layers):
         start = f"diffusion_model.transformer_blocks.{block}.img_mlp."
         gate, proj = (
-            [tensors.pop(f"{start}{layer}.lora_{letter}.weight") for letter in "AB"]
+            [tensors.pop(f"{start}{layer}.lora_{character}.weight") for character in "AB"]
             for layer in ("gate_layer", "proj")
         )
         tensors[f"{start}gate_up.lora_A.weight"] = torch.cat([gate[0], proj[0]])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from contract.steps import Turn, Tweaks
 from modules.compile_options import Compilation
-from qwen_image_21.configs import usual_axes
+from qwen_image_21.configs import default_axes
 from qwen_image_21.model import Prefix, QwenImage21Model, order_prefixes
 from running.compile import compile_blocks
 from tests.parity.running import assert_equal
@@ -64,8 +64,8 @@ class Mistaken(QwenImage21Model):
         if self.mistake == "rows from 0":
             rows, columns = layout.grid
             moved = layout._replace(grid=(2 * rows, 2 * columns))
-            whole = super()._make_sample_table(moved, prefix, device)[: 4 * rows * columns]
-            quarter = whole.unflatten(0, (2 * rows, 2 * columns))[rows:, columns:].flatten(0, 1)
+            full = super()._make_sample_table(moved, prefix, device)[: 4 * rows * columns]
+            quarter = full.unflatten(0, (2 * rows, 2 * columns))[rows:, columns:].flatten(0, 1)
             table = torch.cat([quarter, table[rows * columns :]])
         return table
 
@@ -145,7 +145,7 @@ def test_a_prefix_is_cut_where_references_stand() -> None:
 
 
 def test_axes_without_a_configuration_are_those_of_the_release() -> None:
-    assert usual_axes(128) == (16, 56, 56)
+    assert default_axes(128) == (16, 56, 56)
     for width in (8, 16, 32, 64):
-        assert sum(usual_axes(width)) == width
-        assert all(axis > 0 and axis % 2 == 0 for axis in usual_axes(width))
+        assert sum(default_axes(width)) == width
+        assert all(axis > 0 and axis % 2 == 0 for axis in default_axes(width))

@@ -32,17 +32,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def generate(files: TinyModel, output: Path, *words: object) -> Image.Image:
     """Generate one picture by the command."""
     height, width = SIZE
-    usual = (
+    default = (
         f"--prompt hat --image_size {height} {width} --infer_steps 2 --seed 3 --device cpu "
         "--vae_dtype float32 --text_encoder_dtype float32"
     )
-    words = (*files.models, *usual.split(), "--save_path", output, *words)
+    words = (*files.models, *default.split(), "--save_path", output, *words)
     qwen_image_21_generate_image.main([str(word) for word in words])
     (path,) = output.glob("*.png")
     return Image.open(path)
 
 
-def random_picture(path: Path, mode: str = "RGBA") -> np.ndarray[Any, Any]:
+def random_image(path: Path, mode: str = "RGBA") -> np.ndarray[Any, Any]:
     height, width = SIZE
     pixels = np.random.default_rng(4).integers(0, 256, (height, width, len(mode)), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -66,26 +66,26 @@ def assert_shows(picture: Image.Image, expected: Tensor) -> None:
 
 
 def test_a_picture_is_written_with_its_alpha_and_its_metadata(files: TinyModel, tmp_path: Path) -> None:
-    picture = generate(files, tmp_path / "out", "--output_type", "latent_images")
+    image = generate(files, tmp_path / "out", "--output_type", "latent_images")
 
     (path,) = (tmp_path / "out").glob("*_latent.safetensors")
     latents = load_file(path)["latent"]
-    assert (picture.mode, picture.size) == ("RGBA", SIZE[::-1])
-    assert_shows(picture, decoded(latents))
-    assert len(np.unique(np.array(picture)[..., 3])) > 10
-    assert read_tags(Path(picture.filename))["bt_prompt"] == "hat"  # type: ignore[attr-defined]
+    assert (image.mode, image.size) == ("RGBA", SIZE[::-1])
+    assert_shows(image, decoded(latents))
+    assert len(np.unique(np.array(image)[..., 3])) > 10
+    assert read_tags(Path(image.filename))["bt_prompt"] == "hat"  # type: ignore[attr-defined]
 
     words = ("--latent_path", path, "--vae", files.vae, "--vae_dtype", "float32", "--device", "cpu")
     tiles = ("--vae_spatial_tile_sample_min_size", 64, "--save_path", tmp_path / "tiles")
     qwen_image_21_generate_image.main([str(word) for word in (*words, *tiles)])
     (tiled,) = (tmp_path / "tiles").glob("*.png")
     assert_shows(Image.open(tiled), decoded(latents, tile=64))
-    assert np.array(Image.open(tiled)).tolist() != np.array(picture).tolist()
+    assert np.array(Image.open(tiled)).tolist() != np.array(image).tolist()
 
 
 def test_a_picture_to_begin_with_has_an_alpha(files: TinyModel, tmp_path: Path) -> None:
-    colours = random_picture(tmp_path / "plain.png", "RGB")
-    clear = np.dstack([colours, np.full(SIZE, 100, np.uint8)])
+    colors = random_image(tmp_path / "plain.png", "RGB")
+    clear = np.dstack([colors, np.full(SIZE, 100, np.uint8)])
     Image.fromarray(clear).save(tmp_path / "clear.png")
 
     made = {
@@ -130,7 +130,7 @@ def test_samples_of_a_training_are_transparent_too(tmp_path: Path) -> None:
     paths = list((tmp_path / "out").glob("sample/*_7.png"))
     assert paths
     for path in paths:
-        picture = Image.open(path)
-        assert (picture.mode, picture.size) == ("RGBA", (32, 32))
-        assert len(np.unique(np.array(picture)[..., 3])) > 1
+        image = Image.open(path)
+        assert (image.mode, image.size) == ("RGBA", (32, 32))
+        assert len(np.unique(np.array(image)[..., 3])) > 1
         assert read_tags(path)["bt_prompt"] == "a cat"

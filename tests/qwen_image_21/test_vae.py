@@ -66,22 +66,22 @@ def test_tiles_equal_those_of_diffusers_and_are_equal_to_a_whole_picture_inside(
     config = vae_config()
     folder = write_vae_folder(tmp_path, config)
     tiled = load_vae(folder, CPU, torch.float32, tile=64)
-    whole = load_vae(folder, CPU, torch.float32)
+    full = load_vae(folder, CPU, torch.float32)
     theirs = their_vae(config)
     theirs.enable_tiling(64, 64, 48, 48)
     pixels = tiny_pixels(96, 144)
 
     latents = tiled.encode(pixels)
-    picture = tiled.decode(latents)
+    image = tiled.decode(latents)
 
     means = theirs.encode(pixels).latent_dist.mode()
     mean, deviation = statistics(config)
     assert_equal(latents, (means - mean) / deviation, "latents in tiles", NEAR)
-    assert_equal(picture, theirs.decode(means).sample, "pixels in tiles", NEAR)
+    assert_equal(image, theirs.decode(means).sample, "pixels in tiles", NEAR)
     # neighbours are blended in the last quarter of a tile
-    first = whole.encode(pixels[..., :64, :64])
+    first = full.encode(pixels[..., :64, :64])
     assert_equal(latents[..., :3, :3], first[..., :3, :3], "inside the first tile", NEAR)
-    assert (latents - whole.encode(pixels)).abs().max() > 100 * NEAR, "the whole picture is computed"
+    assert (latents - full.encode(pixels)).abs().max() > 100 * NEAR, "the whole picture is computed"
 
 
 def test_a_tile_bounds_what_is_computed_at_once(tmp_path: Path) -> None:
@@ -106,15 +106,15 @@ def test_a_picture_of_a_batch_does_not_depend_on_the_others(tmp_path: Path) -> N
 def test_pixels_without_alpha_are_opaque_and_bytes_are_numbers(tmp_path: Path) -> None:
     vae = load_vae(write_vae(tmp_path / "vae.safetensors"), CPU, torch.float32)
     generator = torch.Generator().manual_seed(3)
-    colours = torch.randint(0, 256, (1, 3, 1, 32, 32), generator=generator, dtype=torch.uint8)
-    alpha = torch.full_like(colours[:, :1], 255)
-    opaque = vae.encode(torch.cat([colours, alpha], dim=1))
+    colors = torch.randint(0, 256, (1, 3, 1, 32, 32), generator=generator, dtype=torch.uint8)
+    alpha = torch.full_like(colors[:, :1], 255)
+    opaque = vae.encode(torch.cat([colors, alpha], dim=1))
 
-    assert torch.equal(vae.encode(colours), opaque)
-    assert torch.equal(vae.encode(colours / 127.5 - 1), opaque)
-    assert not torch.allclose(vae.encode(torch.cat([colours, alpha // 2], dim=1)), opaque)
+    assert torch.equal(vae.encode(colors), opaque)
+    assert torch.equal(vae.encode(colors / 127.5 - 1), opaque)
+    assert not torch.allclose(vae.encode(torch.cat([colors, alpha // 2], dim=1)), opaque)
     with pytest.raises(ValueError, match="nothing is drawn"):
-        vae.encode(colours, [generator])
+        vae.encode(colors, [generator])
 
 
 def test_statistics_stay_in_float32_and_come_from_the_config_of_the_folder(tmp_path: Path) -> None:

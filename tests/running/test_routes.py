@@ -74,12 +74,12 @@ def test_gradients_of_a_batch_are_those_of_its_samples(tiny: TinyDit) -> None:
     inputs = tiny.inputs(SIZE, BATCH)
     with routed(dit, HALF):
         output = dit(**inputs)
-    whole = dit(**inputs)
-    assert output.shape == whole.shape
-    assert not torch.allclose(output, whole)
+    full = dit(**inputs)
+    assert output.shape == full.shape
+    assert not torch.allclose(output, full)
     everything = replace(HALF, choose=lambda grid: torch.arange(torch.Size(grid).numel()).expand(BATCH, -1))
     with routed(dit, everything):
-        assert torch.equal(dit(**inputs), whole)
+        assert torch.equal(dit(**inputs), full)
     output.square().mean().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
 

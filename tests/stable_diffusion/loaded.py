@@ -23,11 +23,11 @@ from stable_diffusion.contract import (
     SD1,
     SD2,
     SDXL,
-    AskedPicture,
+    AskedImage,
+    ImageSettings,
     Made,
     Model,
     ModelKind,
-    PictureSettings,
     SecondStart,
     TextTower,
     UnetCall,
@@ -59,7 +59,7 @@ def tokenize(text: str) -> list[int]:
     """Known words have one token, other ones a token for each letter."""
     ids: list[int] = []
     for word in text.lower().split():
-        ids += [10 + WORDS.index(word)] if word in WORDS else [30 + ord(letter) % 50 for letter in word]
+        ids += [10 + WORDS.index(word)] if word in WORDS else [30 + ord(character) % 50 for character in word]
     return ids
 
 
@@ -108,7 +108,7 @@ class PlainMaker:
     kind: ModelKind = SD1
     fails_on: str = ""  # prompts with this text
     error: type[BaseException] = RuntimeError
-    batches: list[list[AskedPicture]] = field(default_factory=list)
+    batches: list[list[AskedImage]] = field(default_factory=list)
     starts: list[SecondStart | None] = field(default_factory=list)
     networks: None = None
     vae_batch_size: None = None
@@ -119,14 +119,14 @@ class PlainMaker:
         return SimpleNamespace(kind=self.kind, device=CPU, vae=vae, dtype=torch.float32)
 
     def make(
-        self, pictures: Sequence[AskedPicture], start: SecondStart | None = None, wants_images: bool = True
+        self, pictures: Sequence[AskedImage], start: SecondStart | None = None, wants_images: bool = True
     ) -> Made:
-        if self.fails_on and any(self.fails_on in picture.prompt for picture in pictures):
+        if self.fails_on and any(self.fails_on in image.prompt for image in pictures):
             raise self.error("no such thing")
         self.batches.append(list(pictures))
         self.starts.append(start)
         size = pictures[0].settings.width, pictures[0].settings.height
-        images = [Image.new("RGB", size, (picture.seed % 256, 0, 0)) for picture in pictures]
+        images = [Image.new("RGB", size, (image.seed % 256, 0, 0)) for image in pictures]
         latents = torch.zeros(len(pictures), 4, size[1] // 8, size[0] // 8)
         return Made(latents, images if wants_images else None)
 
@@ -134,8 +134,8 @@ class PlainMaker:
         return self
 
     @property
-    def pictures(self) -> list[AskedPicture]:
-        return [picture for batch in self.batches for picture in batch]
+    def pictures(self) -> list[AskedImage]:
+        return [image for batch in self.batches for image in batch]
 
 
 def write_picture(path: Path, size: tuple[int, int] = (20, 30), **texts: str) -> Path:
@@ -148,7 +148,7 @@ def write_picture(path: Path, size: tuple[int, int] = (20, 30), **texts: str) ->
     return path
 
 
-def make_pictures(project: Path, out: Path, *words: object) -> list[np.ndarray]:
+def make_images(project: Path, out: Path, *words: object) -> list[np.ndarray]:
     """Run gen_img.py in a project with tokenizers; its pictures in the order of their names, H W 3 int."""
     arguments = ("--tokenizer_cache_dir", "tokenizers", "--outdir", out, *words)
     code, said = run_here("gen_img.py", *arguments, folder=project)
@@ -156,7 +156,7 @@ def make_pictures(project: Path, out: Path, *words: object) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))]
 
 
-SETTINGS = PictureSettings(width=64, height=48, steps=4, scale=7.5)
+SETTINGS = ImageSettings(width=64, height=48, steps=4, scale=7.5)
 
 
 def unet_of(kind: str) -> UNet2DConditionModel:
@@ -180,8 +180,8 @@ def model_of(kind: str) -> Model:
     )
 
 
-def picture(*guides: Path, parts: int = 1) -> AskedPicture:
-    return AskedPicture("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
+def picture(*guides: Path, parts: int = 1) -> AskedImage:
+    return AskedImage("line 1", "a cat", "", 1, replace(SETTINGS, parts=parts), "a cat", guides=guides)
 
 
 def write_guide(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
@@ -233,7 +233,9 @@ Result = tuple[Tensor, ...]
 
 def random(*shape: int, seed: str, scale: float = 0.3) -> Tensor:
     """Numbers that depend on the seed's text alone."""
-    generator = torch.Generator().manual_seed(sum(ord(letter) * (i + 1) for i, letter in enumerate(seed)))
+    generator = torch.Generator().manual_seed(
+        sum(ord(character) * (i + 1) for i, character in enumerate(seed))
+    )
     return torch.randn(*shape, generator=generator) * scale
 
 

@@ -9,7 +9,7 @@ import pytest
 from modules.devices import Failures
 from modules.errors import OptionError
 from stable_diffusion.asking import Asking, batches, check_line, make_seeds
-from stable_diffusion.contract import SD1, SDXL, AskedPicture, ModelKind, PictureSettings
+from stable_diffusion.contract import SD1, SDXL, AskedImage, ImageSettings, ModelKind
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
@@ -19,9 +19,7 @@ A = Line("the prompt", "a cat")
 NONE = Inputs()
 
 
-def ask(
-    asked: GenImgOptions, *lines: Line, kind: ModelKind = SD1, inputs: Inputs = NONE
-) -> list[AskedPicture]:
+def ask(asked: GenImgOptions, *lines: Line, kind: ModelKind = SD1, inputs: Inputs = NONE) -> list[AskedImage]:
     """The pictures of one round of lines."""
     seeds = make_seeds(asked, lines)
     if asked.prompts.iter_same_seed:
@@ -31,7 +29,7 @@ def ask(
 
 def seeds_of(*arguments: object, lines: tuple[str, ...] = ("a",)) -> list[int]:
     found = ask(options(*arguments), *(Line(f"line {n}", text) for n, text in enumerate(lines)))
-    return [picture.seed for picture in found]
+    return [image.seed for image in found]
 
 
 # Seeds
@@ -73,9 +71,7 @@ def test_variants_are_chosen_by_each_pictures_seed() -> None:
     asked = options("--seed", 3, "--images_per_prompt", 6)
     found = ask(asked, Line("the prompt", "a {1|2|3|4|5} --n {6|7|8|9} --s {10|11}"))
 
-    again = [
-        ask(options(), Line("", f"{picture.raw_prompt} --d {picture.seed}"))[0] for picture in found[::-1]
-    ]
+    again = [ask(options(), Line("", f"{image.raw_prompt} --d {image.seed}"))[0] for image in found[::-1]]
     assert [one.prompt for one in again[::-1]] == [one.prompt for one in found]
     assert [one.negative_prompt for one in again[::-1]] == [one.negative_prompt for one in found]
     assert [one.settings.steps for one in again[::-1]] == [one.settings.steps for one in found]
@@ -86,7 +82,7 @@ def test_variants_are_chosen_by_each_pictures_seed() -> None:
 def test_all_combinations_share_one_seed() -> None:
     found = ask(options("--seed", 7, "--images_per_prompt", 9), Line("", "{e$$red|blue} {cat|dog}"))
 
-    assert [picture.seed for picture in found] == [7, 7]
+    assert [image.seed for image in found] == [7, 7]
     assert found[0].prompt.removeprefix("red") == found[1].prompt.removeprefix("blue")
 
 
@@ -102,7 +98,7 @@ def test_a_picture_takes_what_its_line_says_before_what_the_options_say() -> Non
     (found,) = ask(asked, Line("line 1", line))
 
     assert (found.prompt, found.negative_prompt) == ("a AND b", "c")
-    assert found.settings == PictureSettings(
+    assert found.settings == ImageSettings(
         width=128,
         height=72,
         steps=4,
@@ -168,8 +164,8 @@ def test_pictures_of_a_folder_are_used_in_turn(tmp_path: Path) -> None:
     )
     found = ask(asked, A, A, inputs=find_inputs(asked.prompts, 0))
 
-    assert [picture.image.stem for picture in found if picture.image] == ["a", "b", "c", "a"]
-    assert {picture.mask for picture in found} == {mask}
+    assert [image.image.stem for image in found if image.image] == ["a", "b", "c", "a"]
+    assert {image.mask for image in found} == {mask}
     assert {(one.settings.width, one.settings.height) for one in found} == {(40, 24)}
 
 
@@ -188,11 +184,11 @@ def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: P
         *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b")
     ).prompts
     inputs = find_inputs(prompts, 2)
-    stems = [[path.stem for path in inputs.choose_guides(number)] for number in range(4)]
+    stems = [[path.stem for path in inputs.select_guides(number)] for number in range(4)]
     assert stems == [["a", "b"], ["c", "d"], ["e", "z"], ["a", "b"]]
     with pytest.raises(OptionError, match="6 pictures for 7 ControlNets. Give one for each"):
         find_inputs(prompts, 7)
-    assert Inputs().choose_guides(3) == ()
+    assert Inputs().select_guides(3) == ()
 
 
 def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:
@@ -210,10 +206,10 @@ def test_a_mask_needs_a_picture_or_parts(tmp_path: Path) -> None:
 def test_a_batch_has_equal_settings_and_inputs() -> None:
     lines = ["a", "b", "c --s 3", "d --s 3", "e --glt 1", "f", "g --am 1", "h --d 4 --n x", "i --w 64", "j"]
     asked = options("--sampler", "euler_a")
-    pictures = ask(asked, *(Line(text, text) for text in lines))
+    images = ask(asked, *(Line(text, text) for text in lines))
 
     def names(size: int) -> list[str]:
-        return ["".join(picture.label[0] for picture in batch) for batch in batches(pictures, size)]
+        return ["".join(image.label[0] for image in batch) for batch in batches(images, size)]
 
     assert names(8) == ["ab", "cd", "e", "fgh", "i", "j"]
     assert names(2) == ["ab", "cd", "e", "fg", "h", "i", "j"]
@@ -224,8 +220,8 @@ def test_a_batch_has_equal_settings_and_inputs() -> None:
 @pytest.mark.parametrize("change", [{"image": Path("a")}, {"mask": Path("a")}, {"guides": (Path("a"),)}])
 def test_pictures_with_other_inputs_are_another_batch(change: dict[str, Any]) -> None:
     (one,) = ask(options(), A)
-    other = AskedPicture(**{**one.__dict__, **change})
-    same = AskedPicture(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
+    other = AskedImage(**{**one.__dict__, **change})
+    same = AskedImage(**{**other.__dict__, **{key: type(value)(value) for key, value in change.items()}})
     assert [len(batch) for batch in batches([one, other, same], 4)] == [1, 2]
 
 

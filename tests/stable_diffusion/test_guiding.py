@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from encoders.clip_layers import MEAN, STD, load_clip_vision
 from modules.errors import CheckpointError, DownloadError
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import AskedPicture, Model, PictureSettings, TextState
+from stable_diffusion.contract import AskedImage, ImageSettings, Model, TextState
 from stable_diffusion.guiding import check_guides, load_vgg16
 from stable_diffusion.making import Maker
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.options import read_gen_img
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions
-from stable_diffusion.text import FOLDER, PictureVectors, find_image_tower
+from stable_diffusion.text import FOLDER, ImageVectors, find_image_tower
 from tests.encoders.test_clip import noise, write_tower
 from tests.parity import stable_diffusion
-from tests.stable_diffusion.loaded import make_pictures, make_towers
+from tests.stable_diffusion.loaded import make_images, make_towers
 from tests.tiny.guides import VGG_LEVELS, vgg_state, write_clip, write_vgg16
 from tests.tiny.stable_diffusion import TEXT_DIM, tokenizer_folder, write_sdxl
 
 SIZE, STEPS, SCALE = 32, 2, 3.0
 SCALES = {"clip_guidance_scale": 30.0, "clip_image_guidance_scale": 20.0, "vgg16_guidance_scale": 10.0}
-SETTINGS = PictureSettings(SIZE, SIZE, STEPS, SCALE)
+SETTINGS = ImageSettings(SIZE, SIZE, STEPS, SCALE)
 CPU = torch.device("cpu")
 
 
@@ -98,10 +98,10 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project("sd1", tmp_path_factory.mktemp("sd1"))
 
 
-def picture(guide: Path | None = None, **others: Any) -> AskedPicture:
+def picture(guide: Path | None = None, **others: Any) -> AskedImage:
     given = {"prompt": "a (red:1.5) cat", "settings": SETTINGS, **others}
     guides = () if guide is None else (guide,)
-    return AskedPicture("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
+    return AskedImage("line 1", negative_prompt="ugly", seed=5, raw_prompt="", guides=guides, **given)
 
 
 def vgg_features(pixels: Tensor, last: int) -> Tensor:
@@ -189,7 +189,7 @@ def begin(sampler: str, velocity: bool = False) -> tuple[Any, Tensor]:
     return scheduler, noise * scheduler.init_noise_sigma
 
 
-def latents_of(maker: Maker, asked: AskedPicture) -> Tensor:
+def latents_of(maker: Maker, asked: AskedImage) -> Tensor:
     return maker.make([asked], wants_images=False).latents
 
 
@@ -298,7 +298,7 @@ def test_the_pictures_vector_times_the_strength_replaces_the_pooled_state(tmp_pa
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     for path, image in zip(paths, images, strict=True):
         image.save(path)
-    vectors = PictureVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 0.5)
+    vectors = ImageVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 0.5)
     states = [TextState(torch.full((77, 128), float(index)), torch.ones(TEXT_DIM)) for index in range(3)]
     found = vectors.replace_pooled(states, [paths[0], paths[1], paths[0]])
     tower = load_clip_vision(folder, CPU, torch.float32, "--x", "a tower")
@@ -311,7 +311,7 @@ def test_the_pictures_vector_times_the_strength_replaces_the_pooled_state(tmp_pa
 def test_a_vector_of_another_width_is_refused(tmp_path: Path) -> None:
     write_tower(tmp_path / "image_encoder", projection=32)
     noise(40, 30).save(tmp_path / "one.png")
-    vectors = PictureVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 1.0)
+    vectors = ImageVectors(make_model("sdxl", tmp_path / "x.safetensors"), None, 1.0)
     with pytest.raises(CheckpointError, match="makes vectors of 32 numbers, the pooled state of .* has 64"):
         vectors.replace_pooled([TextState(torch.ones(77, 128), torch.ones(64))], [tmp_path / "one.png"])
 
@@ -323,7 +323,7 @@ def test_a_picture_in_place_of_the_pooled_state(tmp_path: Path) -> None:
     words = ("--ckpt", ckpt, "--prompt", "a cat", "--W", "64", "--H", "64", "--steps", "2", "--seed", "1")
     words += ("--image_path", "one.png")
     [plain], [strong] = (
-        make_pictures(tmp_path, tmp_path / str(number), *words, *more)
+        make_images(tmp_path, tmp_path / str(number), *words, *more)
         for number, more in enumerate(((), ("--clip_vision_strength", "2")))
     )
     assert np.abs(plain - strong).max() > 1

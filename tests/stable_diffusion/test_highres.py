@@ -15,8 +15,8 @@ from torch.nn.functional import avg_pool2d, interpolate
 from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion import latent_upscaler
-from stable_diffusion.contract import AskedPicture, PictureSettings, SecondStart, UnetCall
-from stable_diffusion.highres import load_upscaler, make_pictures, prepare_highres, read_args
+from stable_diffusion.contract import AskedImage, ImageSettings, SecondStart, UnetCall
+from stable_diffusion.highres import load_upscaler, make_images, prepare_highres, read_args
 from stable_diffusion.sampling_options import DeepShrinkOptions, HighresOptions
 from stable_diffusion.small_start import DeepShrinks
 from tests.stable_diffusion.loaded import PlainMaker, call_of, run_unet, unet_of
@@ -26,18 +26,18 @@ OPTIONS = HighresOptions(highres_fix_scale=0.5, highres_fix_steps=7)
 OURS = "stable_diffusion.model_upscaler"
 
 
-def pictures(width: int = 96, height: int = 64) -> list[AskedPicture]:
-    settings = PictureSettings(width, height, 20, 7.5, strength=0.6)
+def pictures(width: int = 96, height: int = 64) -> list[AskedImage]:
+    settings = ImageSettings(width, height, 20, 7.5, strength=0.6)
     return [
-        AskedPicture("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
+        AskedImage("line 1", "a cat", "", seed, settings, "a cat", guides=(Path("edges.png"),))
         for seed in (3, 9)
     ]
 
 
-def make(options: HighresOptions, asked: list[AskedPicture] | None = None) -> tuple[PlainMaker, list[Any]]:
+def make(options: HighresOptions, asked: list[AskedImage] | None = None) -> tuple[PlainMaker, list[Any]]:
     """The maker, which knows what it was asked for, and the stages that are saved."""
     maker: Any = PlainMaker()
-    return maker, list(make_pictures(maker, prepare_highres(options), asked or pictures()))
+    return maker, list(make_images(maker, prepare_highres(options), asked or pictures()))
 
 
 def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
@@ -184,10 +184,8 @@ def call_at(timestep: float, height: int = 9, width: int = 12, residuals: Any = 
     return replace(call_of("sd1", size=(8 * width, 8 * height)), timestep=timestep, residuals=residuals)
 
 
-def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedPicture]:
-    return [
-        AskedPicture("line 1", "a cat", "", 1, PictureSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")
-    ]
+def shrinking(shrink: DeepShrinkOptions | None) -> list[AskedImage]:
+    return [AskedImage("line 1", "a cat", "", 1, ImageSettings(64, 64, 4, 7.5, deep_shrink=shrink), "a cat")]
 
 
 def shrunk(unet: Any, call: UnetCall, shrink: DeepShrinkOptions) -> Tensor:
@@ -271,9 +269,9 @@ def test_nothing_stays_behind(unet: Any) -> None:
 def test_it_is_told_if_the_steps_from_a_picture_begin_too_late(
     unet: Any, timestep: float, is_told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (picture,) = shrinking(DeepShrinkOptions(ds_depth_1=1))
-    picture = replace(picture, image=Path("a.png"))
-    with DeepShrinks(unet).for_batch([picture], 64, 64) as idea:
+    (image,) = shrinking(DeepShrinkOptions(ds_depth_1=1))
+    image = replace(image, image=Path("a.png"))
+    with DeepShrinks(unet).for_batch([image], 64, 64) as idea:
         assert idea is not None
         idea(call_at(timestep))
     assert ("Deep Shrink never acts: with this --strength" in caplog.text) == is_told
@@ -304,8 +302,8 @@ class HalfVae(nn.Module):
         self.weight, self.config = nn.Parameter(torch.zeros(1)), SimpleNamespace(scaling_factor=scale)
 
     def encode(self, pixels: Tensor) -> Any:
-        grey = avg_pool2d(pixels.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=grey))
+        gray = avg_pool2d(pixels.mean(1, keepdim=True), 8).expand(-1, 4, -1, -1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=gray))
 
 
 def write_refiner(path: Path, final: float) -> Path:

@@ -149,10 +149,10 @@ def test_rows_alone_are_the_whole_table_with_its_old_rows_copied_back(tmp_path: 
     (network,) = texts.networks.values()
     growing: Any = network.embeddings.token_embedding  # type: ignore[union-attr]
     old = growing.weight.detach().clone()
-    whole = Parameter(torch.cat([old, rows.emb_params.detach()]))
+    full = Parameter(torch.cat([old, rows.emb_params.detach()]))
     target = torch.randn(2, 77, old.shape[1], generator=torch.Generator().manual_seed(4))
     alone = torch.optim.AdamW(rows.parameters(), lr=0.01, weight_decay=0.1)
-    copied = torch.optim.AdamW([whole], lr=0.01, weight_decay=0.1)
+    copied = torch.optim.AdamW([full], lr=0.01, weight_decay=0.1)
     batch = with_captions(make_batch(replace(family, learning_texts=None), (1, 2))).batch
 
     def learn(optimizer: torch.optim.Optimizer) -> None:
@@ -165,13 +165,13 @@ def test_rows_alone_are_the_whole_table_with_its_old_rows_copied_back(tmp_path: 
     for _ in range(4):
         growing.forward = ours
         learn(alone)
-        growing.forward = lambda ids: torch.nn.functional.embedding(ids, whole)
+        growing.forward = lambda ids: torch.nn.functional.embedding(ids, full)
         learn(copied)
         with torch.no_grad():
-            whole[: len(old)] = old
+            full[: len(old)] = old
 
     assert encoder.name == "text_encoder"
-    assert torch.equal(rows.emb_params, whole[len(old) :])
+    assert torch.equal(rows.emb_params, full[len(old) :])
 
 
 def test_rows_begin_with_the_tokens_of_the_initial_words_in_each_encoder(tmp_path: Path) -> None:

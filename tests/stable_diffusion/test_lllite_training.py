@@ -320,8 +320,8 @@ def test_control_pictures_of_another_shape_are_told(folder: Path, caplog: pytest
 
 
 def test_the_metadata_of_a_file_that_is_trained_on_have_its_sizes(tmp_path: Path) -> None:
-    usual = describe_lllite(options_of())
-    assert usual.values == {"ss_network_dim": 64, "ss_cond_emb_dim": 32}
+    default = describe_lllite(options_of())
+    assert default.values == {"ss_network_dim": 64, "ss_cond_emb_dim": 32}
     path = write_lllite(tmp_path / "net.safetensors")
     tensors = load_file(path)
     (rank,) = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("down.0.weight")}

@@ -159,9 +159,9 @@ def test_averages_are_ignored_and_mentioned(
 
 @pytest.mark.long
 def test_the_text_encoder_may_lack_a_prefix(folder: Path, tmp_path: Path) -> None:
-    whole = "cond_stage_model.transformer.text_model."
+    full = "cond_stage_model.transformer.text_model."
     state = {
-        key.replace(whole, "cond_stage_model.transformer."): tensor
+        key.replace(full, "cond_stage_model.transformer."): tensor
         for key, tensor in tiny.single_file_state("sd1").items()
     }
 
@@ -240,8 +240,8 @@ def test_a_vae_without_half_of_a_pair_is_one_message(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("slices", [3, 16])
 def test_slices_of_the_vae_change_nothing(slices: int) -> None:
-    whole, sliced = AutoencoderKL(**tiny.VAE).eval(), AutoencoderKL(**tiny.VAE).eval()
-    for vae in (whole, sliced):
+    full, sliced = AutoencoderKL(**tiny.VAE).eval(), AutoencoderKL(**tiny.VAE).eval()
+    for vae in (full, sliced):
         vae.load_state_dict(tiny.vae_state())
     latents, pixels = torch.randn(1, 4, 9, 2), torch.randn(1, 3, 72, 16)
 
@@ -249,7 +249,7 @@ def test_slices_of_the_vae_change_nothing(slices: int) -> None:
 
     with torch.no_grad():
         found, wanted = (
-            (vae.decode(latents).sample, vae.encode(pixels).latent_dist.mean) for vae in (sliced, whole)
+            (vae.decode(latents).sample, vae.encode(pixels).latent_dist.mean) for vae in (sliced, full)
         )
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
 

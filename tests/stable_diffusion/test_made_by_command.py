@@ -48,10 +48,12 @@ def test_a_lllite_learns_next_to_weights_in_4_bits(pairs: Path) -> None:
 def test_a_control_net_is_no_copy_of_rounded_weights(pairs: Path, option: str) -> None:
     typed = pairs_test.words_of(WRITERS["sd1"](pairs), option)
 
-    assert f"{option} is refused: a ControlNet begins as a copy" in pairs_refusal(CONTROL_NET, pairs, *typed)
+    assert f"{option} is refused: a ControlNet begins as a copy" in pairs_rejection(
+        CONTROL_NET, pairs, *typed
+    )
 
 
-def pairs_refusal(script: str, folder: Path, *typed: str) -> str:
+def pairs_rejection(script: str, folder: Path, *typed: str) -> str:
     code, told = run_here(script, *typed, folder=folder)
     assert code != 0
     assert "Traceback" not in told, told
@@ -104,7 +106,7 @@ def test_a_mistake_of_a_newcomer_gets_one_true_sentence(mistake: str, pairs: Pat
     (pairs / "samples.txt").write_text("a cat --cn edges/none.png\n", encoding="utf-8")
     (pairs / "strong.txt").write_text("a cat --cn control/0.png --am much\n", encoding="utf-8")
 
-    told = pairs_refusal(script, pairs, *pairs_test.words_of(WRITERS[kind](pairs), *typed))
+    told = pairs_rejection(script, pairs, *pairs_test.words_of(WRITERS[kind](pairs), *typed))
 
     assert expected in told
     assert len([line for line in told.splitlines() if ERROR.match(line)]) == 1
@@ -114,7 +116,7 @@ def test_a_folder_of_control_pictures_that_is_missing_is_named(pairs: Path) -> N
     typed = lllite_words(pairs)
     table = pairs / "dataset.toml"
     table.write_text(table.read_text(encoding="utf-8").replace('"control"', '"contorl"'), encoding="utf-8")
-    assert "contorl" in pairs_refusal(LLLITE, pairs, *typed)
+    assert "contorl" in pairs_rejection(LLLITE, pairs, *typed)
 
 
 def test_a_check_finds_captions_without_the_word(words: Path) -> None:
@@ -141,7 +143,7 @@ def test_a_check_finds_captions_without_the_word(words: Path) -> None:
 def test_a_check_reads_the_file_to_start_from(pairs: Path) -> None:
     typed = lllite_words(pairs, "--check", "--network_weights", "sdxl.safetensors")
 
-    assert "is not a ControlNet-LLLite" in pairs_refusal(LLLITE, pairs, *typed)
+    assert "is not a ControlNet-LLLite" in pairs_rejection(LLLITE, pairs, *typed)
 
 
 def test_latents_of_other_trainers_have_no_control_pictures_and_are_made_again(pairs: Path) -> None:

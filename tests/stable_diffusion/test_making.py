@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blissful_tuner.metaview import as_lines, read_file_facts
+from blissful_tuner.metaview import as_lines, read_file_info
 from modules.atomic_write import claim_name
 from modules.errors import OptionError
 from modules.media.reading import read_tags
 from stable_diffusion.assembling import assemble
-from stable_diffusion.contract import SD1, SDXL, AskedPicture, Idea, ModelKind, PictureSettings, UnetCall
+from stable_diffusion.contract import SD1, SDXL, AskedImage, Idea, ImageSettings, ModelKind, UnetCall
 from stable_diffusion.lines import LONGEST_NAME, read_line
 from stable_diffusion.making import Maker
-from stable_diffusion.options import PictureOutputOptions, read_gen_img
-from stable_diffusion.run import PictureFiles
+from stable_diffusion.options import ImageOutputOptions, read_gen_img
+from stable_diffusion.run import ImageFiles
 from stable_diffusion.sampling_options import SizeOptions
 from stable_diffusion.starting import encode_pixels, to_image, to_pixels
 from stable_diffusion.text import Texts
@@ -31,11 +31,11 @@ from tests.parity.stable_diffusion import generators, their_scheduler, write_pic
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 
 SIZE, STEPS = 32, 3
-SETTINGS = PictureSettings(SIZE, SIZE, STEPS, 4.0)
+SETTINGS = ImageSettings(SIZE, SIZE, STEPS, 4.0)
 
 
-def picture(seed: int = 1, settings: PictureSettings = SETTINGS, **others: Any) -> AskedPicture:
-    return AskedPicture("line 1", "a red cat", "ugly", seed, settings, "", **others)
+def picture(seed: int = 1, settings: ImageSettings = SETTINGS, **others: Any) -> AskedImage:
+    return AskedImage("line 1", "a red cat", "ugly", seed, settings, "", **others)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Recorder:
     calls: list[UnetCall] = field(default_factory=list)
 
     @contextmanager
-    def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
+    def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         yield self._record
 
     def _record(self, call: UnetCall) -> UnetCall:
@@ -106,10 +106,10 @@ def test_negative_scale_has_a_pass_of_its_own(maker: Maker) -> None:
 @pytest.mark.long
 def test_texts_of_other_lengths_are_made_apart_in_the_order_they_came(maker: Maker) -> None:
     recorder = Recorder()
-    pictures = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]
-    pictures.append(replace(pictures[0], seed=3))
-    made = load_like(maker, recorder, "2").make(pictures, wants_images=False).latents
-    for number, each in enumerate(pictures):
+    images = [replace(picture(2), prompt="a cat BREAK a dog"), picture(1)]
+    images.append(replace(images[0], seed=3))
+    made = load_like(maker, recorder, "2").make(images, wants_images=False).latents
+    for number, each in enumerate(images):
         alone = load_like(maker, Recorder(), "2").make([each], wants_images=False).latents
         torch.testing.assert_close(made[number : number + 1], alone, rtol=1e-4, atol=1e-4)
     assert {call.context.shape[1] for call in recorder.calls} == {77, 152}
@@ -157,23 +157,23 @@ def test_pixels_are_rounded_and_nan_is_black(caplog: pytest.LogCaptureFixture) -
 
 
 NOW = datetime(2024, 3, 5, 16, 7, 8)
-PLAIN = AskedPicture("the prompt", "a cat", "", 7, PictureSettings(16, 8, 20, 7.5), "a {cat|dog}")
+PLAIN = AskedImage("the prompt", "a cat", "", 7, ImageSettings(16, 8, 20, 7.5), "a {cat|dog}")
 IMAGE = Image.new("RGB", (16, 8), (9, 8, 7))
 
 
 def files(
     folder: Path, sequential: bool = False, original: bool = False, kind: ModelKind = SD1
-) -> PictureFiles:
-    return PictureFiles(
-        PictureOutputOptions(outdir=folder, sequential_file_name=sequential, use_original_file_name=original),
+) -> ImageFiles:
+    return ImageFiles(
+        ImageOutputOptions(outdir=folder, sequential_file_name=sequential, use_original_file_name=original),
         kind,
         "k_euler",
         lambda: NOW,
     )
 
 
-def changed(**changes: object) -> AskedPicture:
-    return AskedPicture(**{**PLAIN.__dict__, **changes})
+def changed(**changes: object) -> AskedImage:
+    return AskedImage(**{**PLAIN.__dict__, **changes})
 
 
 def test_names_hold_time_number_and_seed(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_texts_say_how_a_picture_was_made(tmp_path: Path) -> None:
 
 def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     sizes = SizeOptions(original_width=99, original_height_negative=33, crop_left=4)
-    settings = PictureSettings(16, 8, 20, 7.5, negative_scale=2.0, sizes=sizes)
+    settings = ImageSettings(16, 8, 20, 7.5, negative_scale=2.0, sizes=sizes)
     full = changed(settings=settings, negative_prompt="schlecht, ü 字", clip_prompt="c")
     path = files(tmp_path, kind=SDXL).save(full, IMAGE, "", 0)
 
@@ -245,5 +245,5 @@ def test_they_say_all_of_a_picture_of_xl(tmp_path: Path) -> None:
     assert (texts["original-width"], texts["original-height"]) == ("99", "8")
     assert (texts["original-width-negative"], texts["original-height-negative"]) == ("99", "33")
     assert (texts["crop-top"], texts["crop-left"]) == ("0", "4")
-    shown = list(as_lines([read_file_facts(path)], is_one=True))
+    shown = list(as_lines([read_file_info(path)], is_one=True))
     assert {"prompt: a cat", "negative-prompt: schlecht, ü 字", "seed: 7", "scale: 7.5"} <= set(shown)

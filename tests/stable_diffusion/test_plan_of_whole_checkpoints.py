@@ -9,7 +9,7 @@ from contract.data import SIZES
 from contract.loading import Placement
 from stable_diffusion import family as sd
 from stable_diffusion.sd1.options import Sd1FineTuningOptions
-from stable_diffusion.sdxl.options import SdxlWholeTrainingOptions
+from stable_diffusion.sdxl.options import SdxlFullTrainingOptions
 from stable_diffusion.training_files import number_blocks
 from tests.tiny.stable_diffusion import TEXT_DIM, WRITERS
 from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, assert_takes_what_was_predicted, noisy
@@ -21,7 +21,7 @@ from training.planning.memory import predict
 
 ADAMW = "--optimizer_type AdamW"
 FUSED = "--optimizer_type Adafactor --full_bf16 --fused_backward_pass --optimizer_args relative_step=False"
-RECORDS = {"sdxl": SdxlWholeTrainingOptions, "sd1": Sd1FineTuningOptions, "sd2": Sd1FineTuningOptions}
+RECORDS = {"sdxl": SdxlFullTrainingOptions, "sd1": Sd1FineTuningOptions, "sd2": Sd1FineTuningOptions}
 KINDS = {"sdxl": sd.OF_XL, "sd1": sd.OF_SD, "sd2": sd.OF_SD}
 CASES = [(kind, words) for kind in RECORDS for words in (FUSED, ADAMW)]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modules.errors import OptionError
-from stable_diffusion.contract import AskedPicture, UnetCall
+from stable_diffusion.contract import AskedImage, UnetCall
 from stable_diffusion.regions import Regions, read_regions
 from tests.stable_diffusion.loaded import call_of, picture, run_unet, unet_of
 
@@ -60,7 +60,7 @@ def a_call(kind: str, parts: int) -> UnetCall:
     return replace(call, context=call.context[:, : parts * TOKENS])
 
 
-def a_picture(mask: Path | None, parts: int) -> AskedPicture:
+def a_image(mask: Path | None, parts: int) -> AskedImage:
     return replace(picture(parts=parts), mask=mask)
 
 
@@ -156,7 +156,7 @@ def test_parts_and_their_loras_act_in_their_regions(kind: str, halves: Path) -> 
     unet = unet_of(kind)
     loras = add_loras(unet, 2)
     call = a_call(kind, parts=2)
-    masked = a_picture(halves, parts=2)
+    masked = a_image(halves, parts=2)
     maker = Regions(unet, loras)
 
     with maker.for_batch([masked], WIDTH, HEIGHT) as idea:
@@ -175,7 +175,7 @@ def test_a_failure_leaves_the_unet_as_it_was(halves: Path) -> None:
     call = a_call("sd1", parts=1)
     before = run_unet(unet, call)
 
-    with pytest.raises(KeyboardInterrupt), Regions(unet, loras).for_batch([a_picture(halves, 2)], 64, 64):
+    with pytest.raises(KeyboardInterrupt), Regions(unet, loras).for_batch([a_image(halves, 2)], 64, 64):
         raise KeyboardInterrupt
 
     torch.testing.assert_close(run_unet(unet, call), before, rtol=0, atol=0)
@@ -185,10 +185,10 @@ def test_there_are_as_many_loras_as_parts(halves: Path) -> None:
     unet = unet_of("sd1")
     maker = Regions(unet, add_loras(unet, 2))
     with pytest.raises(OptionError, match=r"the prompt has 3 parts between AND, --network_weights 2 LoRAs"):
-        maker.read(a_picture(halves, 3), WIDTH, HEIGHT)
-    assert maker.read(a_picture(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
+        maker.read(a_image(halves, 3), WIDTH, HEIGHT)
+    assert maker.read(a_image(None, 3), WIDTH, HEIGHT).shape == (3, 1, 1)
     with pytest.raises(OptionError, match=r"--network_pre_calc folds LoRAs"):
-        Regions(unet, None).read(a_picture(halves, 2), WIDTH, HEIGHT)
+        Regions(unet, None).read(a_image(halves, 2), WIDTH, HEIGHT)
 
 
 # Masks

@@ -39,7 +39,7 @@ def write_lines(folder: Path, *lines: str) -> Path:
 def test_lines_of_a_file_are_made_in_batches(tmp_path: Path) -> None:
     path = write_lines(tmp_path, "# no", "", "eins für 1", "two --s 3", "three --s 3", "four --s 3")
     maker = run(tmp_path, "--from_file", path, "--batch_size", 2, "--sequential_file_name")
-    assert [[picture.prompt for picture in batch] for batch in maker.batches] == [
+    assert [[image.prompt for image in batch] for batch in maker.batches] == [
         ["eins für 1"],
         ["two", "three"],
         ["four"],
@@ -53,9 +53,9 @@ def test_the_same_command_has_the_same_seeds(tmp_path: Path) -> None:
     first, second = (run(tmp_path / name, *asked) for name in "xy")
     one_batch = run(tmp_path / "z", *asked, "--batch_size", 5)
 
-    said = [(picture.seed, picture.prompt, picture.label) for picture in first.pictures]
-    assert said == [(picture.seed, picture.prompt, picture.label) for picture in second.pictures]
-    assert said == [(picture.seed, picture.prompt, picture.label) for picture in one_batch.pictures]
+    said = [(image.seed, image.prompt, image.label) for image in first.pictures]
+    assert said == [(image.seed, image.prompt, image.label) for image in second.pictures]
+    assert said == [(image.seed, image.prompt, image.label) for image in one_batch.pictures]
     assert len(said) == 18
     assert [len(batch) for batch in one_batch.batches] == [5, 5, 5, 3]  # rounds share batches
     rounds = [[label.split(",")[0] for _, _, label in said[start : start + 6]] for start in (0, 6, 12)]
@@ -172,7 +172,7 @@ def test_a_module_makes_prompts(tmp_path: Path) -> None:
         *("--images_per_prompt", 2),
     )
     maker = run(tmp_path, *asked, "--batch_size", 8)
-    said = [(picture.prompt, picture.label) for picture in maker.pictures]
+    said = [(image.prompt, image.label) for image in maker.pictures]
     assert said == [("a cat 0", "prompt 1"), ("b None", "prompt 2"), ("one", "prompt 3"), ("one", "prompt 3")]
     assert maker.pictures[2].seed == 7
 

@@ -18,7 +18,7 @@ from modules.limits import MAX_VARIANTS
 from modules.media.reading import read_image, read_tags
 from stable_diffusion.lines import LINE_OPTIONS, enumerates, expand, read_line, split_seeds
 from tests.commands import QUIET, ROOT, run_python
-from tests.stable_diffusion.loaded import load, make_pictures, write_guide, write_kohya
+from tests.stable_diffusion.loaded import load, make_images, write_guide, write_kohya
 from tests.stable_diffusion.test_mistakes import write_good
 from tests.tiny.control_nets import write_control_net
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
@@ -54,8 +54,8 @@ def test_the_texts_of_a_picture_make_it_again(model: list[str], tmp_path: Path) 
     for path in made:
         texts = read_tags(path)
         line = [texts["prompt"], "--d", texts["seed"], "--s", texts["steps"], "--l", texts["scale"]]
-        for letter, name in (("--n", "negative-prompt"), ("--nl", "negative-scale")):
-            line += [letter, texts[name]] if name in texts else []
+        for character, name in (("--n", "negative-prompt"), ("--nl", "negative-scale")):
+            line += [character, texts[name]] if name in texts else []
         (again,) = make(model, tmp_path / path.stem, "--prompt", " ".join(line))
         assert (read_image(again) == read_image(path)).all()
 
@@ -150,8 +150,8 @@ def assert_same(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Non
     for one, other in zip(some, others, strict=True):
         assert one.shape == other.shape
         assert np.abs(one - other).max() <= 1
-    assert len({picture.tobytes() for picture in some}) == 4
-    assert all(picture.std() > 5 for picture in some)
+    assert len({image.tobytes() for image in some}) == 4
+    assert all(image.std() > 5 for image in some)
 
 
 XL = ("--ckpt", "sdxl.safetensors")
@@ -183,8 +183,8 @@ CASES = {
     "case", ["regions", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "regions")]
 )
 def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp_path: Path) -> None:
-    single = make_pictures(project, tmp_path / "single", *SMALL, *CASES[case])
-    batch = make_pictures(
+    single = make_images(project, tmp_path / "single", *SMALL, *CASES[case])
+    batch = make_images(
         project, tmp_path / "batch", *SMALL, *CASES[case], "--batch_size", 4, "--vae_batch_size", 0.5
     )
 
@@ -195,11 +195,9 @@ def test_four_at_once_are_the_four_single_pictures(case: str, project: Path, tmp
 def test_parts_without_a_mask_are_averaged_everywhere(project: Path, tmp_path: Path) -> None:
     """One LoRA acts on all of them."""
     common = (*SD, "--sampler", "ddim", *NETWORK, "lora.safetensors")
-    [once] = make_pictures(project, tmp_path / "once", *SMALL, *common, "--prompt", "a cat --d 5")
-    [twice] = make_pictures(project, tmp_path / "twice", *SMALL, *common, "--prompt", "a cat AND a cat --d 5")
-    [mixed] = make_pictures(
-        project, tmp_path / "mixed", *SMALL, *common, "--prompt", "a cat AND the sea --d 5"
-    )
+    [once] = make_images(project, tmp_path / "once", *SMALL, *common, "--prompt", "a cat --d 5")
+    [twice] = make_images(project, tmp_path / "twice", *SMALL, *common, "--prompt", "a cat AND a cat --d 5")
+    [mixed] = make_images(project, tmp_path / "mixed", *SMALL, *common, "--prompt", "a cat AND the sea --d 5")
 
     assert np.abs(twice - once).max() <= 1
     assert np.abs(mixed - once).max() > 5
@@ -242,7 +240,7 @@ def test_every_letter_of_the_guide_is_read() -> None:
     line = " ".join(["a cat", *(option for option, _, _ in READ)])
 
     assert read_line(line) == {"prompt": "a cat", **{key: value for _, key, value in READ}}
-    assert [option.split()[0] for option, _, _ in READ] == [f"--{letter}" for letter in LINE_OPTIONS]
+    assert [option.split()[0] for option, _, _ in READ] == [f"--{character}" for character in LINE_OPTIONS]
 
 
 def test_capital_letters_and_long_names_are_read_too() -> None:

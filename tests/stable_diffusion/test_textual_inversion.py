@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 from modules.errors import CheckpointError
 from networks.bundled_words import find_words
 from stable_diffusion.assembling import list_cross_attentions
-from stable_diffusion.contract import AskedPicture, PictureSettings
+from stable_diffusion.contract import AskedImage, ImageSettings
 from stable_diffusion.making import Maker
 from stable_diffusion.text import Texts
 from stable_diffusion.textual_inversion import (
@@ -178,7 +178,7 @@ LAYERS = {
     "OUT05": "up_blocks.1.attentions.2",
 }
 PROMPT, AVOIDED = "a (blob:1.3) cat", "ugly blob1"
-PICTURE = AskedPicture("line 1", PROMPT, AVOIDED, 5, PictureSettings(SIZE, SIZE, STEPS, SCALE), "")
+PICTURE = AskedImage("line 1", PROMPT, AVOIDED, 5, ImageSettings(SIZE, SIZE, STEPS, SCALE), "")
 
 
 def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> Maker:
@@ -190,7 +190,7 @@ def all_of(rows: Tensor) -> dict[str, Tensor]:
     return {name: rows.clone() for name in LAYERS}
 
 
-def make(maker: Maker, *pictures: AskedPicture) -> Tensor:
+def make(maker: Maker, *pictures: AskedImage) -> Tensor:
     return maker.make(pictures or [PICTURE], wants_images=False).latents
 
 
@@ -249,11 +249,11 @@ def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     """With parts of a prompt too, and the U-Net is as before once a batch is made."""
     rows = vectors(seed=1)
     extended = load_with(tmp_path / "a", "--XTI_embeddings", all_of(rows))
-    usual = load_with(tmp_path / "b", "--textual_inversion_embeddings", {"emb_params": rows})
+    default = load_with(tmp_path / "b", "--textual_inversion_embeddings", {"emb_params": rows})
     parts = replace(PICTURE, prompt="a blob AND a dog", settings=replace(PICTURE.settings, parts=2))
     plain = replace(PICTURE, prompt="a dog", negative_prompt="")
-    for picture in (PICTURE, parts, plain, PICTURE):
-        assert torch.allclose(make(extended, picture), make(usual, picture), rtol=1e-4, atol=1e-4)
+    for image in (PICTURE, parts, plain, PICTURE):
+        assert torch.allclose(make(extended, image), make(default, image), rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(module) for module in extended.model.unet.modules())
 
 
@@ -312,12 +312,12 @@ def test_a_download_is_kept_for_runs_without_a_network(
 ) -> None:
     stored = tiny.write_tokenizer(tmp_path / "hub")
     CLIPTokenizer.from_pretrained(stored).backend_tokenizer.save(str(stored / "tokenizer.json"))
-    whole = stored / "tokenizer.json"
+    full = stored / "tokenizer.json"
     asked = []
 
     def fetch(repository: str, name: str, subfolder: str | None = None, **_: object) -> str:
         asked.append((repository, name))
-        return str(whole)
+        return str(full)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     cache = tmp_path / "cache"
@@ -365,14 +365,12 @@ def test_a_word_in_a_lora_is_the_word_of_its_own_file(project: Path, tmp_path: P
     of_gen_img = [*settings, "--W", 64, "--H", 64]
     own_file = ["--textual_inversion_embeddings", "blob.safetensors"]
     lora = "--network_weights"
-    (wanted,) = loaded.make_pictures(
+    (wanted,) = loaded.make_images(
         project, tmp_path / "own", *of_gen_img, lora, "plain.safetensors", *own_file
     )
     if script == "gen_img.py":
-        (made,) = loaded.make_pictures(
-            project, tmp_path / "bundled", *of_gen_img, lora, "bundled.safetensors"
-        )
-        (without,) = loaded.make_pictures(project, tmp_path / "plain", *of_gen_img, lora, "plain.safetensors")
+        (made,) = loaded.make_images(project, tmp_path / "bundled", *of_gen_img, lora, "bundled.safetensors")
+        (without,) = loaded.make_images(project, tmp_path / "plain", *of_gen_img, lora, "plain.safetensors")
         assert abs(without - wanted).max() > 20
     else:
         words = [

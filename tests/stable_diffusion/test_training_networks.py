@@ -67,14 +67,14 @@ def test_networks_of_other_kinds_are_read_and_merged(
 
     files = ["--ckpt", model, "--tokenizer_cache_dir", "tokenizers", "--sampler", "euler", "--prompt", LINE]
     networks = ["--network_module", "networks.lora", "--network_weights"]
-    pictures: dict[str, Any] = {"base": []}
-    pictures["added"] = [*networks, path]
-    pictures["folded in"] = [*networks, path, "--network_merge"]
+    images: dict[str, Any] = {"base": []}
+    images["added"] = [*networks, path]
+    images["folded in"] = [*networks, path, "--network_merge"]
     merged = folder / "merged.safetensors"
     merge = ["--sd_model", model, "--save_to", merged, "--models", path, "--ratios", "1"]
     run_script("networks/sdxl_merge_lora.py", *merge, folder=folder)
     made: dict[str, Tensor] = {}
-    for name, further in pictures.items():
+    for name, further in images.items():
         run_script("gen_img.py", *files, *further, "--outdir", name, folder=folder)
         made[name] = picture(next((folder / name).glob("*.png")))
     run_script("gen_img.py", "--ckpt", merged, *files[2:], "--outdir", "merged", folder=folder)
@@ -92,13 +92,21 @@ def test_rates_of_parts_and_bounds_act_as_written(folder: Path) -> None:  # noqa
     model = write_sd1(folder)
     zero = ["down_lr_weight=1,0,1,1,1,1"]  # the first is the first convolution
     rates = ["loraplus_unet_lr_ratio=4", "loraplus_text_encoder_lr_ratio=2", "mid_lr_weight=0.5"]
-    usual = [
+    default = [
         *("--optimizer_type", "SGD", "--max_grad_norm", "0", "--min_timestep", "500"),
         *("--max_timestep", "500", "--network_dim", "2", "--cache_latents", "--max_train_steps", "1"),
     ]
     results: dict[str, dict[str, Tensor]] = {}
     for name, arguments in {"plain": zero, "rates": [*zero, *rates]}.items():
-        words = [*usual, "--output_name", name, "--logging_dir", f"{name} logs", "--network_args", *arguments]
+        words = [
+            *default,
+            "--output_name",
+            name,
+            "--logging_dir",
+            f"{name} logs",
+            "--network_args",
+            *arguments,
+        ]
         train(folder, "train_network.py", model, *words)
         results[name] = load_file(folder / "output" / f"{name}.safetensors")
 

@@ -101,7 +101,7 @@ def test_a_resumed_training_ends_with_the_same_bytes(folder: Path, case: str, pr
     for name in files:
         if "step00000002" in name:
             continue
-        whole, again = load_file(folder / "whole" / name), load_file(folder / "resumed" / name)
-        assert same(whole, again), name
+        full, again = load_file(folder / "whole" / name), load_file(folder / "resumed" / name)
+        assert same(full, again), name
     halfway = load_file(folder / "whole" / "lora-step00000002.safetensors")
     assert not same(halfway, load_file(folder / "whole" / "lora.safetensors"))

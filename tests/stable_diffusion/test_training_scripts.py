@@ -327,20 +327,20 @@ def test_older_npz_without_size_in_their_name_are_read(folder: Path) -> None:
     model = write_sdxl(folder)
     words = ["--cache_latents_to_disk", "--network_train_unet_only", "--network_dim", "4"]
     train(folder, "sdxl_train_network.py", model, *words)
-    pictures = folder / "pictures"
-    for path in [*pictures.glob("*_sdxl.npz")]:
+    images = folder / "pictures"
+    for path in [*images.glob("*_sdxl.npz")]:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files if not name.startswith("reelsmith")}
-        np.savez(pictures / f"{path.name.partition('_')[0]}.npz", **arrays)
+        np.savez(images / f"{path.name.partition('_')[0]}.npz", **arrays)
         path.unlink()
 
     output = train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
 
     assert "an older program" in output
-    assert not [*pictures.glob("*_sdxl.npz")]
-    (pictures / "2.npz").write_bytes(b"no npz")  # damaged: made again under the new name
+    assert not [*images.glob("*_sdxl.npz")]
+    (images / "2.npz").write_bytes(b"no npz")  # damaged: made again under the new name
     train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
-    assert [path.name for path in pictures.glob("*_sdxl.npz")] == ["2_0096x0048_sdxl.npz"]
+    assert [path.name for path in images.glob("*_sdxl.npz")] == ["2_0096x0048_sdxl.npz"]
 
 
 def test_texts_of_another_base_are_refused_by_name(folder: Path) -> None:

@@ -118,11 +118,11 @@ def test_a_folder_is_drawn_with_and_trained_on_as_the_single_file_is(folder: Pat
     ] == []
     assert (folder / "output" / "model-ema" / INDEX).is_file()
     zero = ["--zero_terminal_snr"]
-    pictures = [
+    images = [
         draw(folder, "output/model", "from_folder"),
         draw(folder, "output/last.safetensors", "one", *zero),
     ]
-    assert (pictures[0] == pictures[1]).all()
+    assert (images[0] == images[1]).all()
     schedule = json.loads(
         (folder / "output" / "model" / "scheduler" / "scheduler_config.json").read_text("utf-8")
     )

@@ -53,8 +53,8 @@ def test_a_kill_inside_a_save_leaves_the_one_before_it_whole(folder: Path, form:
     run_python(*run, folder=folder)
     ends = [saved_models(folder / name, as_folder) for name in ("whole", "output")]
     assert len(ends[0]) == len(ends[1]) > 2
-    for whole, resumed in zip(*map(sorted, ends), strict=True):
-        assert load_file(whole).keys() == load_file(resumed).keys()
-        for name, tensor in load_file(whole).items():
+    for full, resumed in zip(*map(sorted, ends), strict=True):
+        assert load_file(full).keys() == load_file(resumed).keys()
+        for name, tensor in load_file(full).items():
             assert tensor.equal(load_file(resumed)[name])
     assert not any(path.name.endswith(".tmp") for path in output.iterdir())

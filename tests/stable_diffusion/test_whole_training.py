@@ -65,11 +65,11 @@ KEPT = ("--optimizer_args", "relative_step=False", "scale_parameter=False", "war
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(pictures / "0.png")
-    (pictures / "0.txt").write_text("a red cat", encoding="utf-8")
+    Image.fromarray(pixels).save(images / "0.png")
+    (images / "0.txt").write_text("a red cat", encoding="utf-8")
     (tmp_path / "dataset.toml").write_text(DATASET, encoding="utf-8")
     tokenizer_folder(tmp_path / "tokenizers")
     return tmp_path
@@ -218,8 +218,8 @@ def test_the_file_is_drawn_with_and_a_resumed_run_ends_with_equal_tensors(
     succeed_here("gen_img.py", *drawing, folder=folder)
 
     assert "weights of text encoders" in printed.getvalue()
-    whole, resumed = (load_file(folder / name / "last.safetensors") for name in ("output", "resumed"))
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    full, resumed = (load_file(folder / name / "last.safetensors") for name in ("output", "resumed"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in full.items())
     assert changes(folder, model.name, "output/last.safetensors")
     assert changes(folder, "output/last.safetensors", "output/last-ema.safetensors")
     assert len([*(folder / "made").glob("*.png")]) == 1
@@ -236,14 +236,14 @@ def test_text_encoders_learn_at_their_own_rates(folder: Path) -> None:
     said = succeed_here("sdxl_train.py", *ours, folder=folder)
 
     assert re.search(r"learning rate: 0\.1\n +0\.1: dit\n +0\.2: text_encoder\n", said)
-    usual = changes(folder, model.name, "output/last.safetensors")
+    default = changes(folder, model.name, "output/last.safetensors")
     changed = changes(folder, model.name, "output/rates.safetensors")
     first, second = (start for start, _ in TOWERS["sdxl"])
     assert parts(changed, "sdxl") == {U_NET, first}
     for name in changed:
         factor = 2 if name.startswith(first) else 1
-        torch.testing.assert_close(changed[name], factor * usual[name], rtol=1e-2, atol=2e-6)
-    assert any(name.startswith(second) for name in usual)
+        torch.testing.assert_close(changed[name], factor * default[name], rtol=1e-2, atol=2e-6)
+    assert any(name.startswith(second) for name in default)
 
 
 def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
@@ -267,10 +267,10 @@ def test_blocks_of_the_unet_learn_at_their_own_rates(folder: Path) -> None:
     assert not LearningParts({"text_encoder": None}, (1e-5,)).have_own_rates  # which learns at it
     assert re.search(r"learning rate: 0\.3: dit block 1\n +0\.2: dit block 0\n", shown)
     assert re.search(r"\n +0\.1: dit block \d+, .+, \.\.\., dit block \d+\n", shown)
-    usual = changes(folder, model.name, "output/last.safetensors")
+    default = changes(folder, model.name, "output/last.safetensors")
     changed = changes(folder, model.name, "output/rates.safetensors")
     factors = {"time_embed": 2, "label_emb": 2, "input_blocks.0": 3, "output_blocks.5": 4, "out": 5}
-    for name, change in usual.items():
+    for name, change in default.items():
         place = name.removeprefix(U_NET)
         factor = next((factor for start, factor in factors.items() if place.startswith(f"{start}.")), 1)
         if place.startswith("input_blocks.2."):
@@ -349,11 +349,11 @@ def test_a_file_says_what_the_typed_options_made_its_model_predict(folder: Path,
     assert said.count("predicts v with a zero terminal SNR, as its tensor v_pred says") == 1
     with safe_open(again, "pt") as file:
         assert file.metadata()["ss_zero_terminal_snr"] == "True"
-    pictures = []
+    images = []
     for number, words_of_run in enumerate(([], typed)):
         found = draw(folder, "output/last.safetensors", f"drawn{number}", *words_of_run)
-        pictures.append(found)
-    assert (pictures[0] == pictures[1]).all()
+        images.append(found)
+    assert (images[0] == images[1]).all()
 
 
 @pytest.mark.parametrize("form", ["file", pytest.param("folder", marks=pytest.mark.slow)])
@@ -394,8 +394,8 @@ def draw(folder: Path, ckpt: str, name: str, *further: str) -> np.ndarray:
     words_of_run = ["--ckpt", ckpt, *tokenizers, "--prompt", "a cat", "--seed", "1"]
     words_of_run += ["--W", "64", "--H", "64", "--steps", "2", "--outdir", name, *further]
     succeed_here("gen_img.py", *words_of_run, folder=folder)
-    (picture,) = (folder / name).glob("*.png")
-    return np.asarray(Image.open(picture))
+    (image,) = (folder / name).glob("*.png")
+    return np.asarray(Image.open(image))
 
 
 @pytest.mark.parametrize(

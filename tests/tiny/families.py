@@ -29,9 +29,9 @@ from tests.tiny.project import (
     write_clips,
     write_dataset,
     write_image,
-    write_picture_dataset,
-    write_pictures,
-    write_plain_pictures,
+    write_image_dataset,
+    write_images,
+    write_plain_images,
 )
 from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.qwen_image_21 import write_tiny_qwen_image_21
@@ -140,8 +140,8 @@ def _framepack(
         write_tiny_framepack(folder / "model")
         write_image(folder / "start.png", 32, 32)
         if is_picture:
-            write_pictures(folder / "clips", folder / "control")
-            write_picture_dataset(folder, batch_size=2)
+            write_images(folder / "clips", folder / "control")
+            write_image_dataset(folder, batch_size=2)
         else:
             clips(folder / "clips")
             write_dataset(folder, frames="5, 9", batch_size=2, more="fp_latent_window_size = 1")
@@ -228,12 +228,12 @@ def _pictures(
     """
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_plain_pictures(folder, side=32 if name.startswith(("hunyuan_image", "qwen_image_21")) else 48)
+        write_plain_images(folder, side=32 if name.startswith(("hunyuan_image", "qwen_image_21")) else 48)
         write(folder)
 
     vae, texts = [*vae, *PRECISE], [*texts, "--text_encoder_dtype", "float32"]
     models = ["model/dit.safetensors", *vae, *texts, *release]
-    usual = TinyFamily(
+    default = TinyFamily(
         name=name,
         prepare=prepare,
         cache_latents=[f"{scripts}_cache_latents.py", *DATASET, *vae, *release],
@@ -245,7 +245,7 @@ def _pictures(
         train_whole="",
         sample_line=f"a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull {line}".strip(),
     )
-    return replace(usual, **others)
+    return replace(default, **others)
 
 
 def _flux(name: str, kind: str) -> TinyFamily:

@@ -7,7 +7,7 @@ from modules.media.writing import write_video
 from tests.minimax_h3.test_caching import tone
 from tests.tiny.families import DATASET, LAYERED, PRECISE, Command, TinyFamily, WriteClips
 from tests.tiny.minimax_h3 import write_tiny_h3
-from tests.tiny.project import moving_square, write_clips, write_image, write_plain_pictures
+from tests.tiny.project import moving_square, write_clips, write_image, write_plain_images
 from tests.tiny.stable_diffusion import WRITERS, tokenizer_folder
 
 H3_FRAMES = 22
@@ -18,7 +18,7 @@ def _stable_diffusion(kind: str, scripts: str, training: str) -> TinyFamily:
         (folder / "model").mkdir(parents=True)
         WRITERS[kind](folder / "model", name="dit.safetensors")
         tokenizer_folder(folder / "tokenizers")
-        write_plain_pictures(folder, side=32)
+        write_plain_images(folder, side=32)
         write_image(folder / "start.png", 32, 32)
 
     texts = ["--tokenizer_cache_dir", "tokenizers"]

@@ -250,8 +250,12 @@ def write_clip_tokenizer(folder: Path) -> None:
         for word in words
         for end in range(1, len(word))
     ]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*letters, *(letter + "</w>" for letter in letters), *(one + two for one, two in merges)]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [
+        *characters,
+        *(character + "</w>" for character in characters),
+        *(one + two for one, two in merges),
+    ]
     names = list(dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"]))
     assert len(names) <= CLIP_VOCABULARY, len(names)
     vocabulary = {name: index for index, name in enumerate(names)}

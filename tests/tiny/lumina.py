@@ -96,8 +96,8 @@ def diffusers_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         dim = tensor.shape[1]
         keys = (len(tensor) - dim) // 2
-        for letter, rows in zip("qkv", tensor.split((dim, keys, keys)), strict=True):
-            found[name.replace("attention.qkv", f"attn.to_{letter}")] = rows.contiguous()
+        for character, rows in zip("qkv", tensor.split((dim, keys, keys)), strict=True):
+            found[name.replace("attention.qkv", f"attn.to_{character}")] = rows.contiguous()
     return found
 
 

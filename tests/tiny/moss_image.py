@@ -47,7 +47,7 @@ def in_comfyui_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights in Comfy-Org's layout: queries, keys and values of each block stacked."""
     stacked = dict(state)
     for name in [name for name in state if name.endswith(".proj.q.weight")]:
-        parts = [stacked.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv"]
+        parts = [stacked.pop(name.replace(".q.", f".{character}.")) for character in "qkv"]
         stacked[name.replace(".q.", ".qkv.")] = torch.cat(parts)
     return stacked
 

@@ -23,8 +23,8 @@ def write_yolo(
     """
     values, cells = [], []
     for step in STEPS:
-        centres = (np.arange(side // step) + 0.5) * step
-        y, x = np.meshgrid(centres, centres, indexing="ij")
+        centers = (np.arange(side // step) + 0.5) * step
+        y, x = np.meshgrid(centers, centers, indexing="ij")
         cells.append(np.stack([x, y, np.full_like(x, face), np.full_like(x, face)]).reshape(4, -1))
     places = sum(cell.shape[1] for cell in cells)
     boxes = np.concatenate(cells, axis=1)

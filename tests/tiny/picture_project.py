@@ -305,16 +305,16 @@ def _sdxl_lora(seed: int, rank: int = 2) -> dict[str, Tensor]:
     return lora
 
 
-def lay_out_pictures(folder: Path) -> None:
+def lay_out_images(folder: Path) -> None:
     """Pictures with captions, others to regularise with, masks, and the same in the forms of the guides."""
     for name in ("pictures", "regularisation", "masks", "edges", "train/2_ohwx cat", "reg/1_cat"):
         (folder / name).mkdir(parents=True)
     for index in range(2):
-        picture = folder / "pictures" / f"{index}.png"
-        Image.fromarray(moving_square(1, SIDE + 16 * index, SIDE, index)[0]).save(picture)
-        picture.with_suffix(".txt").write_text(CAPTIONS[index], encoding="utf-8")
+        image = folder / "pictures" / f"{index}.png"
+        Image.fromarray(moving_square(1, SIDE + 16 * index, SIDE, index)[0]).save(image)
+        image.with_suffix(".txt").write_text(CAPTIONS[index], encoding="utf-8")
         for other in ("masks", "edges", "train/2_ohwx cat"):
-            shutil.copy(picture, folder / other / picture.name)
+            shutil.copy(image, folder / other / image.name)
     (folder / "train/2_ohwx cat/0.txt").write_text(TAGS, encoding="utf-8")
     for other in ("regularisation", "reg/1_cat"):
         write_image(folder / other / "cat.png", SIDE, SIDE)

@@ -37,8 +37,8 @@ def red_retinaface(face: float = 16.0) -> dict[str, Tensor]:
             if name == "body.stage1.0.0.weight":
                 weight[0, :, 1, 1] = torch.tensor([-0.5, -0.5, 1.0])  # blue, green, red
             elif not name.startswith(("fpn.output2", "fpn.output3")):
-                centre = weight.shape[2] // 2
-                weight[0, 0, centre, centre] = 1
+                center = weight.shape[2] // 2
+                weight[0, 0, center, center] = 1
         elif name.endswith((".weight", "running_var")) and weight.ndim == 1:
             weight[0] = 1
         elif name.endswith((".bias", "running_mean")) and weight.ndim == 1 and "Head" not in name:

@@ -52,13 +52,13 @@ frame_extraction = "head"
 def moving_square(frames: int, width: int, height: int, seed: int) -> list[numpy.ndarray]:
     """A coloured square that moves over a plain ground: F of H W 3 uint8."""
     random = numpy.random.default_rng(seed)
-    ground, colour = random.integers(0, 256, (2, 3))
+    ground, color = random.integers(0, 256, (2, 3))
     step = random.integers(1, 4)
     clip = []
     for index in range(frames):
         frame = numpy.full((height, width, 3), ground, dtype=numpy.uint8)
         left = int(index * step) % max(width - 12, 1)
-        frame[height // 3 : height // 3 + 12, left : left + 12] = colour
+        frame[height // 3 : height // 3 + 12, left : left + 12] = color
         clip.append(frame)
     return clip
 
@@ -75,9 +75,9 @@ def write_animations(folder: Path, count: int = 4, frames: int = 9, size: int = 
     """The same clips as lossless WebP files, which need no FFmpeg."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        pictures = [Image.fromarray(frame) for frame in moving_square(frames, size, size, index)]
+        images = [Image.fromarray(frame) for frame in moving_square(frames, size, size, index)]
         path = folder / f"clip {index}.webp"
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=62, lossless=True)
+        images[0].save(path, save_all=True, append_images=images[1:], duration=62, lossless=True)
         path.with_suffix(".txt").write_text(CAPTIONS[index % len(CAPTIONS)], encoding="utf-8")
 
 
@@ -93,7 +93,7 @@ def write_dataset(
     return path
 
 
-def write_picture_dataset(
+def write_image_dataset(
     folder: Path, path: Path | None = None, batch_size: int = 1, pictures: str = "clips", cache: str = "cache"
 ) -> Path:
     """dataset.toml, or `path`, for the pictures in `folder`/`pictures`, made from those in
@@ -105,7 +105,7 @@ def write_picture_dataset(
     return path
 
 
-def write_plain_pictures(
+def write_plain_images(
     folder: Path, batch_size: int = 1, side: int = 48, count: int = 4, stem: str = "picture"
 ) -> Path:
     """Pictures with captions in `folder`/clips, and the dataset.toml of a model that makes pictures.
@@ -129,9 +129,7 @@ def write_image(path: Path, width: int, height: int) -> None:
     write_png(path, moving_square(1, width, height, 5)[0])
 
 
-def write_pictures(
-    folder: Path, controls: Path, count: int = 4, size: int = 48, stem: str = "picture"
-) -> None:
+def write_images(folder: Path, controls: Path, count: int = 4, size: int = 48, stem: str = "picture") -> None:
     """Pictures with captions, and for each two control images, of which the second is transparent at its
     left.
     """

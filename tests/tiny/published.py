@@ -82,8 +82,8 @@ def lay_out_tools(folder: Path) -> None:
 
 def _with_dot(index: int) -> np.ndarray:
     y, x = np.mgrid[:SIDE, :SIDE]
-    grey = (90 + 50 * np.sin((x - 3 * index) / 9) * np.cos(y / 14)).astype(np.uint8)
-    pixels = grey[..., None].repeat(3, axis=2)
+    gray = (90 + 50 * np.sin((x - 3 * index) / 9) * np.cos(y / 14)).astype(np.uint8)
+    pixels = gray[..., None].repeat(3, axis=2)
     pixels[56:72, 56:72] = (255, 0, 0)
     return pixels
 

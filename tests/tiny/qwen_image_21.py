@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_image_21.configs import LATENT, QwenImage21Config, usual_axes
+from qwen_image_21.configs import LATENT, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
 from tests.tiny.dit_files import TinyModel, draw_state, write_dialect
 from tests.tiny.hunyuan_encoders import save
@@ -24,7 +24,7 @@ CONFIG = QwenImage21Config(
     num_layers=2,
     channels=LATENT.channels,
     text_dim=DIM,
-    axes=usual_axes(HEAD_WIDTH),
+    axes=default_axes(HEAD_WIDTH),
     freq_dim=256,
 )
 CLASS = "QwenImage21Transformer2DModel"

@@ -163,7 +163,7 @@ def t5_hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
         "ffn.fc1": "layer.1.DenseReluDense.wi_1",
         "ffn.fc2": "layer.1.DenseReluDense.wo",
-        **{f"attn.{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
+        **{f"attn.{character}": f"layer.0.SelfAttention.{character}" for character in "qkvo"},
     }
     renamed = {
         "shared.weight": tensors["token_embedding.weight"],
@@ -199,7 +199,7 @@ def clip_tensors(
     out).
     """
     config = clip_config(image_size=image_size)
-    whole = ClipConfig(
+    full = ClipConfig(
         config.dim,
         config.ffn_dim,
         config.num_heads,
@@ -208,7 +208,7 @@ def clip_tensors(
         config.patch_size,
     )
     with torch.device("meta"):
-        network = WanClipVision(whole)
+        network = WanClipVision(full)
     tensors = random_tensors(network, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     tensors |= {"post_norm.weight": torch.ones(config.dim), "post_norm.bias": torch.zeros(config.dim)}
@@ -234,8 +234,8 @@ def clip_hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if block:
             start = f"vision_model.encoder.layers.{block[1]}."
             if block[2] == "attn.to_qkv":
-                for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
-                    renamed[f"{start}self_attn.{letter}_proj.{block[3]}"] = rows.contiguous()
+                for character, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    renamed[f"{start}self_attn.{character}_proj.{block[3]}"] = rows.contiguous()
                 continue
             part = {
                 "attn.proj": "self_attn.out_proj",

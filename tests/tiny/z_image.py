@@ -50,7 +50,7 @@ def comfy_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for ours, theirs in _COMFY_NAMES:
             name = name.replace(ours, theirs)
         if ".attention.to_q." in name:
-            parts = [state[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
+            parts = [state[name.replace("to_q", f"to_{character}")] for character in "qkv"]
             found[name.replace("to_q", "qkv")] = torch.cat(parts)
         elif ".attention.to_k." not in name and ".attention.to_v." not in name:
             found[name] = tensor

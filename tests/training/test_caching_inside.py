@@ -23,7 +23,7 @@ from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import NoOptions
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import ToyTextEncoder, same
-from tests.training.toy_images import LATENT, PictureFamily
+from tests.training.toy_images import LATENT, ImageFamily
 from training.caching_inside import Where, plan_tables, prepare_sources
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
@@ -39,9 +39,9 @@ TO_DISK = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
 STEPS = 6
 
 
-def family() -> PictureFamily:
+def family() -> ImageFamily:
     torch.manual_seed(7)
-    return PictureFamily(latent=NPZ)
+    return ImageFamily(latent=NPZ)
 
 
 def make(folder: Path, subset: str = "", dataset: str = "", count: int = 3) -> Path:
@@ -62,10 +62,10 @@ def make(folder: Path, subset: str = "", dataset: str = "", count: int = 3) -> P
 
 
 def read(folder: Path, *arguments: object) -> TrainingOptions:
-    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
-    usual += ["--output_name", "x", "--seed", 3, "--no_page", "--network_train_unet_only"]
-    usual += ["--learning_rate", "1e-2", "--max_train_steps", STEPS]
-    argv = [str(one) for one in (*usual, *arguments)]
+    default = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    default += ["--output_name", "x", "--seed", 3, "--no_page", "--network_train_unet_only"]
+    default += ["--learning_rate", "1e-2", "--max_train_steps", STEPS]
+    argv = [str(one) for one in (*default, *arguments)]
     defaults = ImageTrainerDefaults("uniform", 1.0, "raw")
     return read_image_training("", NoOptions, defaults, argv)[0]
 
@@ -76,7 +76,7 @@ def train(folder: Path, *arguments: object) -> dict[str, torch.Tensor]:
 
 
 def config_of(folder: Path, *arguments: object) -> DatasetConfig:
-    return read_config(read(folder, *arguments), PictureFamily())
+    return read_config(read(folder, *arguments), ImageFamily())
 
 
 def cache(config: DatasetConfig) -> None:
@@ -88,7 +88,7 @@ def cache(config: DatasetConfig) -> None:
 def prepare(folder: Path, *arguments: object, live: bool = False) -> BatchSources:
     options, made = read(folder, *arguments), family()
     texts = LiveTexts(made.text_encoders()) if live else None
-    return prepare_sources(made, read_config(options, PictureFamily()), options.caching, CPU, texts)
+    return prepare_sources(made, read_config(options, ImageFamily()), options.caching, CPU, texts)
 
 
 def items_of(folder: Path, sources: BatchSources) -> list[TrainingItem]:
@@ -182,7 +182,7 @@ def test_a_model_without_npz_files_refuses_them(tmp_path: Path) -> None:
     options = read(tmp_path, "--cache_latents_to_disk")
 
     with pytest.raises(OptionError, match="--cache_latents_to_disk: this model has no npz files"):
-        plan_tables(PictureFamily(), read_config(options, PictureFamily()), options.caching)
+        plan_tables(ImageFamily(), read_config(options, ImageFamily()), options.caching)
 
 
 def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> No
 
 
 def test_memory_stores_hold_copies() -> None:
-    store, whole = MemoryStore(Path("cache")), torch.zeros(4, 4)
-    store.write("x_0032x0032_pic.safetensors", {"latents_1x1x4_float32": whole[0]}, {})
-    whole.fill_(1)
+    store, full = MemoryStore(Path("cache")), torch.zeros(4, 4)
+    store.write("x_0032x0032_pic.safetensors", {"latents_1x1x4_float32": full[0]}, {})
+    full.fill_(1)
 
     assert store.read("x_0032x0032_pic.safetensors").tensors["latents"].tolist() == [0, 0, 0, 0]
     assert store.size_bytes == 16
@@ -276,7 +276,7 @@ def test_a_schedule_is_compared_with_the_steps_of_the_epochs(
         train_network(family(), read(tmp_path, *long))
 
 
-class OneLetter(ToyTextEncoder):
+class OneCharacter(ToyTextEncoder):
     """Reads one letter of a text."""
 
     def token_counter(self) -> CountTokens:
@@ -290,9 +290,9 @@ def test_texts_that_are_encoded_while_training_have_the_remarks_of_caching(
     make(tmp_path, keys)
     (tmp_path / "pictures/1.txt").write_text("a {b|c}", encoding="utf-8")
     options = read(tmp_path)
-    config = read_config(options, PictureFamily())
+    config = read_config(options, ImageFamily())
 
-    prepare_sources(family(), config, options.caching, CPU, LiveTexts([OneLetter()]))
+    prepare_sources(family(), config, options.caching, CPU, LiveTexts([OneCharacter()]))
 
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     cut = [text for text in warnings if text.startswith("3 of 3 captions are longer than letters reads")]
@@ -307,7 +307,7 @@ def test_pictures_that_are_encoded_while_training_have_the_remarks_of_caching(
     make(tmp_path, "random_crop = true")
     Image.new("RGBA", (48, 40), (200, 20, 20, 90)).save(tmp_path / "pictures/1.png")
     options = read(tmp_path)
-    config = read_config(options, PictureFamily())
+    config = read_config(options, ImageFamily())
     made = dataclasses.replace(family(), latent=dataclasses.replace(NPZ, masks_latents=False))
 
     prepare_sources(made, config, options.caching, CPU)

@@ -23,7 +23,7 @@ from tests.dataset.toy_family import options as caching_options
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.training import toy
-from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
+from tests.training.toy_images import LATENT, LEVELS, ImageFamily, count_tokens
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run, train_network
@@ -178,23 +178,23 @@ def cache(folder: Path, left: int = 255, right: int = 255) -> None:
     table = f'[[datasets]]\nimage_directory = "{here}/pictures"\ncache_directory = "{here}/cache"\n'
     path.write_text(general + table, encoding="utf-8")
     config = load_dataset_config(path)
-    assert cache_media(PictureFamily(), config, caching_options()).written == 3
-    assert cache_texts(PictureFamily(), config, caching_options()).written == 3
+    assert cache_media(ImageFamily(), config, caching_options()).written == 3
+    assert cache_texts(ImageFamily(), config, caching_options()).written == 3
 
 
-def train(folder: Path, family: PictureFamily, *arguments: object) -> dict[str, torch.Tensor]:
+def train(folder: Path, family: ImageFamily, *arguments: object) -> dict[str, torch.Tensor]:
     """The LoRA of a whole training, its options as a script of that family would have them."""
-    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
-    usual += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", STEPS]
-    argv = [str(one) for one in (*usual, "--max_data_loader_n_workers", 0, *arguments)]
+    default = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    default += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", STEPS]
+    argv = [str(one) for one in (*default, "--max_data_loader_n_workers", 0, *arguments)]
     parser = training_parser("", settings={"timestep_sampling": {"choices": (*SAMPLERS, *SIZE_SAMPLERS)}})
     assert train_network(family, read_options(TrainingOptions, read_arguments(parser, argv, {}))) == 0
     return load_file(folder / "output" / "x.safetensors")
 
 
-def made(noise: NoiseSpec | None = None) -> PictureFamily:
+def made(noise: NoiseSpec | None = None) -> ImageFamily:
     torch.manual_seed(7)
-    family = PictureFamily()
+    family = ImageFamily()
     return family if noise is None else replace(family, noise=noise)
 
 

@@ -128,10 +128,10 @@ def test_each_gradient_is_clipped_by_itself(tmp_path: Path) -> None:
     """Against the same written by hand, from the gradients of a run that takes no step."""
     toy.write_caches(tmp_path)
     rate, limit = 0.5, 2.6
-    usual = ["--optimizer_type", "SGD", "--learning_rate", rate, "--max_train_steps", 1]
+    default = ["--optimizer_type", "SGD", "--learning_rate", rate, "--max_train_steps", 1]
 
-    plain = train_dit(tmp_path, *usual, *UNCLIPPED)
-    clipped = train_dit(tmp_path, *usual, FUSED, "--max_grad_norm", limit)
+    plain = train_dit(tmp_path, *default, *UNCLIPPED)
+    clipped = train_dit(tmp_path, *default, FUSED, "--max_grad_norm", limit)
 
     norms = []
     for name, before in initial_weights().items():

@@ -33,7 +33,7 @@ from tests.training.toy_images import (
     TextFamily,
     image_toy_options,
     train_image_toy,
-    write_pictures,
+    write_images,
     write_subset,
 )
 from training import image_metadata
@@ -50,7 +50,7 @@ ONLY = "--network_train_unet_only"
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_two_steps_are_those_of_plain_torch(prediction: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     words = [ONLY, "--max_train_steps", 2, "--optimizer_type", "torch.optim.SGD", "--max_grad_norm", 0]
     words += ["--weighting_scheme", "sigma_sqrt", "--ip_noise_gamma", 0.1]
     family = TextFamily()
@@ -96,7 +96,7 @@ def _with_lora(layer: torch.nn.Module, x: Tensor, factors: dict[str, Tensor], na
 def test_the_prediction_that_is_no_velocity_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     image_toy_options(tmp_path, prediction=SIGMA_SCALED)
     assert "Use raw" in caplog.text
     caplog.clear()
@@ -140,7 +140,7 @@ def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: 
     ("option", "occasion"), [("--validate_every_n_steps", "step"), ("--validate_every_n_epochs", "epoch")]
 )
 def test_validation_is_at_four_levels_under_its_own_names(option: str, occasion: str, tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     words = ["--validation_split", 0.5, "--max_validation_steps", 1, option, 2, "--min_timestep", 500]
 
     with prepare_run(TextFamily(), image_toy_options(tmp_path, ONLY, *words)) as run:
@@ -163,25 +163,25 @@ def test_a_masked_loss_without_masks_is_said(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_fused_run_is_the_plain_one_without_clipping(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
-    usual = ONLY, "--max_grad_norm", 0
+    write_images(tmp_path, texts=True)
+    default = ONLY, "--max_grad_norm", 0
 
-    plain = train_image_toy(tmp_path, *usual)
-    fused = train_image_toy(tmp_path, *usual, "--fused_backward_pass")
+    plain = train_image_toy(tmp_path, *default)
+    fused = train_image_toy(tmp_path, *default, "--fused_backward_pass")
 
     assert same(plain, fused)
 
 
 def test_a_run_may_begin_later(tmp_path: Path) -> None:
     """Its data and its schedule are those of these steps, and it can be resumed."""
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     later = "--initial_step", 3, "--lr_scheduler", "linear", ONLY
 
-    whole = train_image_toy(tmp_path, *later, "--save_state", "--save_every_n_steps", 4)
+    full = train_image_toy(tmp_path, *later, "--save_state", "--save_every_n_steps", 4)
     state = tmp_path / "output" / "x-step00000004-state"
     resumed = train_image_toy(tmp_path, *later, "--resume", state)
 
-    assert same(whole, resumed)
+    assert same(full, resumed)
     assert metadata_of(tmp_path / "output" / "x.safetensors")["ss_steps"] == "6"
     with pytest.raises(OptionError, match="--initial_epoch 3 is step 8, but the run ends at step 6"):
         train_image_toy(tmp_path, ONLY, "--initial_epoch", 3)
@@ -247,7 +247,7 @@ def test_files_name_the_model_as_the_known_tuner_and_are_read_in_both_spellings(
 
 
 def test_metadata_say_how_an_image_lora_was_trained(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     train_image_toy(tmp_path, ONLY, "--metadata_trigger_phrase", "red", "--validation_split", 0.25)
 
     made = metadata_of(tmp_path / "output" / "x.safetensors")

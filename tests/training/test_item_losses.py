@@ -20,17 +20,17 @@ from training.features.item_losses_recording import (
     _draw_items,
     append_draws,
     keep_draws,
-    write_pictures,
+    write_images,
 )
 from training.reports.history import Story
 from training.reports.item_losses import (
     ItemDraw,
     ItemPicture,
-    choose_shown,
     compare_items,
     make_section,
     read_draws,
-    read_pictures,
+    read_images,
+    select_shown,
 )
 from training.steps import Progress
 
@@ -124,8 +124,8 @@ def test_the_page_has_small_pictures_of_the_files(tmp_path: Path) -> None:
     (table,) = load_dataset_config(tmp_path / "dataset.toml").datasets
     key = LatentName("a b ü", (32, 32)).file_name("toy").removesuffix(".safetensors")
 
-    pictures = _draw_items(table, "toy", [key, "gone_0032x0032_toy"])
-    write_pictures(tmp_path / "output", "x", pictures)
+    images = _draw_items(table, "toy", [key, "gone_0032x0032_toy"])
+    write_images(tmp_path / "output", "x", images)
     keep_draws(tmp_path / "output", "x", process=0, session=1, step=0)
     append_draws(tmp_path / "output", "x", 0, [ItemDraw(1, 1, key, 0.5, 1.0)])
 
@@ -136,8 +136,8 @@ def test_the_page_has_small_pictures_of_the_files(tmp_path: Path) -> None:
 
 
 def test_files_of_strangers_put_nothing_into_the_page(tmp_path: Path) -> None:
-    write_pictures(tmp_path, "x", {"a": ItemPicture("a.png", 'AAAA" onerror="alert(1)')})
-    assert read_pictures(tmp_path, "x") == {}
+    write_images(tmp_path, "x", {"a": ItemPicture("a.png", 'AAAA" onerror="alert(1)')})
+    assert read_images(tmp_path, "x") == {}
     lines = [
         '{"session": 1}',
         "[1]",
@@ -153,9 +153,9 @@ def test_files_of_strangers_put_nothing_into_the_page(tmp_path: Path) -> None:
 
 def test_few_items_are_shown_once() -> None:
     draws = [ItemDraw(1, index, f"{index:03d}", 0.5, 1.0 + index) for index in range(100)]
-    assert len(choose_shown(compare_items(draws))) == 25
-    assert len(choose_shown(compare_items(draws[:22]))) == 22
-    assert len(choose_shown(compare_items(draws[:3]))) == 3
+    assert len(select_shown(compare_items(draws))) == 25
+    assert len(select_shown(compare_items(draws[:22]))) == 22
+    assert len(select_shown(compare_items(draws[:3]))) == 3
 
 
 def test_processes_that_run_passes_for_each_other_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.training.toy_images import (
     TinyText,
     image_toy_options,
     train_image_toy,
-    write_pictures,
+    write_images,
     write_subset,
 )
 from training.caching_inside import find_live_texts
@@ -29,7 +29,7 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def test_texts_without_caches_are_encoded_in_each_step(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     family = TextFamily()
 
     tensors = train_image_toy(tmp_path, UNET_ONLY, family=family)
@@ -40,7 +40,7 @@ def test_texts_without_caches_are_encoded_in_each_step(tmp_path: Path) -> None:
 
 
 def test_text_caches_are_used_if_nothing_changes(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     family = TextFamily()
 
     train_image_toy(tmp_path, UNET_ONLY, family=family)
@@ -61,7 +61,7 @@ def _prefixes(tensors: dict[str, Tensor]) -> set[str]:
     ],
 )
 def test_text_encoders_learn(arguments: tuple[str, ...], prefixes: set[str], tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
 
     tensors = train_image_toy(tmp_path, *arguments)
 
@@ -71,7 +71,7 @@ def test_text_encoders_learn(arguments: tuple[str, ...], prefixes: set[str], tmp
 
 
 def test_each_text_encoder_has_its_own_rate(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     both = "--network_args", "train_t5xxl=True"
 
     tensors = train_image_toy(tmp_path, *both, "--text_encoder_lr", 1e-2, 0, "--unet_lr", 0)
@@ -81,7 +81,7 @@ def test_each_text_encoder_has_its_own_rate(tmp_path: Path) -> None:
 
 
 def test_a_rate_for_an_encoder_that_does_not_learn_is_left_over(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     one, two = [train_image_toy(tmp_path, "--text_encoder_lr", *rates) for rates in ((1e-3,), (1e-3, 0.5))]
 
     assert same(one, two)
@@ -90,7 +90,7 @@ def test_a_rate_for_an_encoder_that_does_not_learn_is_left_over(tmp_path: Path) 
 
 
 def test_a_network_without_parts_for_text_encoders_is_refused_them(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     oft = "--network_module", "networks.oft", "--network_dim", 2
 
     with pytest.raises(OptionError, match="networks.oft"):
@@ -100,7 +100,7 @@ def test_a_network_without_parts_for_text_encoders_is_refused_them(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["networks.loha", "networks.lokr"])
 def test_text_encoders_learn_with_factors_of_other_kinds(tmp_path: Path, name: str) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
 
     tensors = train_image_toy(tmp_path, "--network_module", name, "--network_dim", 2)
 
@@ -112,7 +112,7 @@ def test_text_encoders_learn_with_factors_of_other_kinds(tmp_path: Path, name: s
 
 
 def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
     family = TextFamily()
 
     tensors = train_image_toy(tmp_path, "--cache_text_encoder_outputs", family=family)
@@ -124,13 +124,13 @@ def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path
 
 
 def test_a_killed_run_with_learning_encoders_goes_on_to_the_bit(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
-    whole = train_image_toy(tmp_path, "--save_state", "--save_every_n_steps", 3)
+    write_images(tmp_path)
+    full = train_image_toy(tmp_path, "--save_state", "--save_every_n_steps", 3)
     state = tmp_path / "output" / "x-step00000003-state"
 
     resumed = train_image_toy(tmp_path, "--resume", state, "--output_dir", tmp_path / "again")
 
-    assert same(whole, resumed)
+    assert same(full, resumed)
 
 
 VARYING = "shuffle_caption = true"
@@ -140,7 +140,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in the guides' commands; but something has to learn."""
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     both = ("--cache_text_encoder_outputs", "--network_module", "networks.lora")
 
     with caplog.at_level("INFO"):
@@ -157,7 +157,7 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 def test_an_encoder_that_is_told_to_learn_is_not_cached(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     both = ("--network_args", "train_t5xxl=True", "--text_encoder_lr", 1e-3, 1e-2)
 
     plain, asked = [
@@ -172,7 +172,7 @@ def test_an_encoder_that_is_told_to_learn_is_not_cached(
 def test_rates_of_encoders_that_do_not_learn_stop_no_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     rates = ("--text_encoder_lr", 1e-3, 1e-2)
 
     plain, given = [train_image_toy(tmp_path, UNET_ONLY, *more) for more in ((), rates)]
@@ -205,7 +205,7 @@ def test_captions_that_vary_are_encoded_as_they_are_drawn(tmp_path: Path) -> Non
 
 def test_samples_show_the_text_encoder_that_learns(tmp_path: Path) -> None:
     """Their texts are encoded anew each time; the other encoder's once."""
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     prompts = write_prompts(tmp_path, "a sample --w 32 --h 32 --f 1 --s 2\n")
     family = TextFamily()
 
@@ -217,7 +217,7 @@ def test_samples_show_the_text_encoder_that_learns(tmp_path: Path) -> None:
 
 
 def test_validation_encodes_its_captions(tmp_path: Path) -> None:
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     family = TextFamily()
 
     train_image_toy(tmp_path, UNET_ONLY, "--validation_split", 0.25, family=family)
@@ -228,7 +228,7 @@ def test_validation_encodes_its_captions(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_memory_plan_counts_the_text_encoders(tmp_path: Path) -> None:
     """And what is trained in them."""
-    write_pictures(tmp_path)
+    write_images(tmp_path)
     family, options = TextFamily(), image_toy_options(tmp_path)
     with prepare_run(family, options) as run:
         batch = run.feed.read((0, 0))

@@ -172,10 +172,10 @@ def test_a_mask_of_a_clip_weights_each_latent_and_the_mean_is_over_all(loss_type
     rule = LossRule(LossOptions.usual(loss_type=loss_type, huber_schedule="constant"))
     mask = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]], dtype=torch.float16)
 
-    whole = errors_of(noisy_batch(), rule=rule)
+    full = errors_of(noisy_batch(), rule=rule)
     masked = errors_of(noisy_batch(**{LOSS_MASK: mask}), rule=rule)
 
-    torch.testing.assert_close(masked, whole * torch.tensor([1.5 / 4, 1.0]))
+    torch.testing.assert_close(masked, full * torch.tensor([1.5 / 4, 1.0]))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS[1:])  # the first one is the output itself

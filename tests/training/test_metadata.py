@@ -280,8 +280,8 @@ def test_it_begins_with_the_weights_of_a_state_that_has_none(tmp_path: Path) -> 
 
 def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
-    pictures: list[Tensor] = []
-    family = toy.ToyFamily(on_decode=pictures.append)
+    images: list[Tensor] = []
+    family = toy.ToyFamily(on_decode=images.append)
     samples = ["--sample_prompts", toy.write_prompts(tmp_path)]
     shown = toy.train_toy(
         tmp_path, *EMA, *samples, "--sample_every_n_steps", 4, "--sample_ema", family=family
@@ -292,7 +292,7 @@ def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
         tmp_path, *samples, "--sample_at_first", *start, "--output_dir", tmp_path / "o", family=family
     )
 
-    assert torch.equal(pictures[1], pictures[2])  # after the last step, and of the file
+    assert torch.equal(images[1], images[2])  # after the last step, and of the file
     assert toy.same(shown, toy.train_toy(tmp_path))
 
 
@@ -371,8 +371,8 @@ def test_files_and_samples_of_an_averaging_optimizer_are_the_average_whatever_it
     tmp_path: Path, kind: type[torch.optim.Optimizer]
 ) -> None:
     toy.write_caches(tmp_path)
-    pictures: list[Tensor] = []
-    family = toy.ToyFamily(on_decode=pictures.append)
+    images: list[Tensor] = []
+    family = toy.ToyFamily(on_decode=images.append)
     samples = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first"]
     words = ["--optimizer_type", f"{__name__}.{kind.__name__}", "--max_train_steps", 3]
     file = toy.train_toy(tmp_path, *words, *samples, "--sample_every_n_steps", 3, *STATES, family=family)
@@ -383,7 +383,7 @@ def test_files_and_samples_of_an_averaging_optimizer_are_the_average_whatever_it
     for name, tensor in states[0].items():
         mean = (tensor + states[1][name] + states[2][name]) / 3
         torch.testing.assert_close(file[name.removeprefix("network.")], mean)
-    assert torch.equal(pictures[1], pictures[2])
+    assert torch.equal(images[1], images[2])
     with pytest.raises(OptionError, match=f"{kind.__name__} saves an average"):
         toy.train_toy(tmp_path, *EMA, *words)
 

@@ -59,10 +59,10 @@ def test_it_starts_once_at_the_end_after_all_files(tmp_path: Path) -> None:
 
     train(tmp_path, has_page=True)
 
-    (facts,) = said(tmp_path)
-    assert facts.pop("words") == ["to", "me; $HOME"]  # no shell has read them
-    assert {"x.html", "x-history.jsonl", "x.safetensors"} <= {*facts.pop("files")}
-    assert facts == {
+    (info,) = said(tmp_path)
+    assert info.pop("words") == ["to", "me; $HOME"]  # no shell has read them
+    assert {"x.html", "x-history.jsonl", "x.safetensors"} <= {*info.pop("files")}
+    assert info == {
         "REELSMITH_STATE": "finished",
         "REELSMITH_EXIT_CODE": "0",
         "REELSMITH_OUTPUT_DIR": str(tmp_path / "output"),
@@ -115,19 +115,19 @@ def test_wrong_options_start_nothing_and_missing_caches_do(tmp_path: Path) -> No
     with pytest.raises(UserError):
         train(tmp_path)
 
-    (facts,) = said(tmp_path)
-    assert (facts["REELSMITH_STATE"], facts["REELSMITH_STEP"]) == ("failed", "0")
+    (info,) = said(tmp_path)
+    assert (info["REELSMITH_STATE"], info["REELSMITH_STEP"]) == ("failed", "0")
 
 
 def test_a_command_that_fails_or_does_not_end_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    facts = RunFacts(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
+    info = RunFacts(tmp_path, "x", step=1, steps=1, is_finished=True, page=None)
     for code in ("raise SystemExit(3)", "import time; time.sleep(20)"):
         words = [sys.executable, "-c", code]
         patience = 0.5 if "time" in code else 60
-        start_command("--on_end", words, facts, None, has_begun=True, patience=patience)
-    start_command("--on_end", [str(tmp_path / "gone")], facts, None, has_begun=True)
+        start_command("--on_end", words, info, None, has_begun=True, patience=patience)
+    start_command("--on_end", [str(tmp_path / "gone")], info, None, has_begun=True)
 
     failed, alone, gone = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
     assert "failed with exit code 3" in failed
@@ -172,11 +172,11 @@ def test_what_cannot_be_started_is_refused_when_it_is_typed(
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain").touch(mode=0o644)
 
-    with pytest.raises(OptionError) as refusal:
+    with pytest.raises(OptionError) as rejection:
         _ = EndOptions(on_end=typed).words
 
-    assert message in str(refusal.value)
-    assert refusal.value.exit_code == 2
+    assert message in str(rejection.value)
+    assert rejection.value.exit_code == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="commands of a Unix shell")
@@ -214,9 +214,9 @@ def test_the_script_keeps_its_exit_code_and_refuses_at_the_start(project: TinyPr
     done = run_script(script, *words, "--on_end", typed, folder=folder)
     refused = run_script(script, *words, "--on_end", "no-such-program", folder=folder, check=False)
 
-    (facts,) = said(folder)
-    assert facts["REELSMITH_STATE"] == "finished"
-    assert facts["REELSMITH_OUTPUT_DIR"] == "output"
+    (info,) = said(folder)
+    assert info["REELSMITH_STATE"] == "finished"
+    assert info["REELSMITH_OUTPUT_DIR"] == "output"
     assert "has failed with exit code 7" in done.stderr
     assert refused.returncode == 2
     assert_user_error(refused, "--on_end: no-such-program is no program", "Correct the name")
@@ -228,6 +228,6 @@ def test_of_several_processes_the_first_starts_it_once(project: TinyProject, tmp
 
     run_in_processes(2, script, *words, folder=project.folder)
 
-    (facts,) = said(tmp_path)
-    assert facts["REELSMITH_STEP"] == "3"
-    assert "RANK" not in facts
+    (info,) = said(tmp_path)
+    assert info["REELSMITH_STEP"] == "3"
+    assert "RANK" not in info

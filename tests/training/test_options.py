@@ -10,7 +10,7 @@ from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
 from modules.installation import import_own
-from modules.options import facts_of, read_options
+from modules.options import info_of, read_options
 from modules.parser import add_options
 from modules.script_options import parse_options
 from tests.training.toy import toy_options
@@ -30,9 +30,11 @@ def named(folder: Path, words: str, takes_guidance: bool = False, noise: NoiseSp
 
 
 def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
-    usual = "--timestep_sampling shift --discrete_flow_shift 3 --save_every_n_steps 2 --save_last_n_steps 4 "
-    usual += "--save_state --save_last_n_steps_state 2 --logging_dir logs --log_config"
-    assert named(tmp_path, usual) == set()
+    default = (
+        "--timestep_sampling shift --discrete_flow_shift 3 --save_every_n_steps 2 --save_last_n_steps 4 "
+    )
+    default += "--save_state --save_last_n_steps_state 2 --logging_dir logs --log_config"
+    assert named(tmp_path, default) == set()
 
 
 @pytest.mark.parametrize(
@@ -334,16 +336,16 @@ OWN = (WanTrainingOptions, HunyuanTrainingOptions, FramePackTrainingOptions)
 def test_every_option_of_training_says_whether_a_resumed_run_may_change_it(record: type) -> None:
     assert {
         name
-        for name, facts in facts_of(record).items()
-        if facts.get("resume") not in {"identity", "habit", "free", "names"}
+        for name, info in info_of(record).items()
+        if info.get("resume") not in {"identity", "habit", "free", "names"}
     } == set()
 
 
 def test_an_option_in_two_records_is_judged_alike() -> None:
-    shared = facts_of(TrainingOptions)
+    shared = info_of(TrainingOptions)
     for record in OWN:
-        for name, facts in facts_of(record).items():
-            assert name not in shared or shared[name]["resume"] == facts["resume"], name
+        for name, info in info_of(record).items():
+            assert name not in shared or shared[name]["resume"] == info["resume"], name
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ def write_pairs(folder: Path, more: str = PAIRS, **settings: Any) -> None:
     generator = torch.Generator().manual_seed(2)
     for path in sorted((folder / "cache").glob("*_toy.safetensors")):
         tensors = load_file(path)
-        worse = torch.randn(2, 1, 4, 4, generator=generator)
-        save_tensors(path, {**tensors, "latents_worse_1x4x4_float32": worse})
+        rejected = torch.randn(2, 1, 4, 4, generator=generator)
+        save_tensors(path, {**tensors, "latents_worse_1x4x4_float32": rejected})
 
 
 def error(step: Step, latents: Tensor, is_base: bool, mask: Tensor | float = 1.0) -> Tensor:
@@ -60,9 +60,9 @@ def test_the_loss_of_pairs_and_its_gradient(tmp_path: Path, data_weight: float, 
     def expected(step: Step) -> Tensor:
         better = step.latents
         assert step.noisy_batch.batch.worse is not None
-        worse = toy.LATENT.to_model(step.noisy_batch.batch.worse)
+        rejected = toy.LATENT.to_model(step.noisy_batch.batch.worse)
         margin = error(step, better, True) - error(step, better, False)
-        margin = margin + error(step, worse, False) - error(step, worse, True)
+        margin = margin + error(step, rejected, False) - error(step, rejected, True)
         return (-logsigmoid(margin * 50 / 2) + data_weight * error(step, better, False)).mean()
 
     words: list[object] = ["--preference", 50]
@@ -78,10 +78,10 @@ def test_masks_count_in_the_errors_of_both(tmp_path: Path) -> None:
     def expected(step: Step) -> Tensor:
         better = step.latents
         assert step.noisy_batch.batch.worse is not None
-        worse = toy.LATENT.to_model(step.noisy_batch.batch.worse)
+        rejected = toy.LATENT.to_model(step.noisy_batch.batch.worse)
         mask = masks_of(step)
         margin = error(step, better, True, mask) - error(step, better, False, mask)
-        margin = margin + error(step, worse, False, mask) - error(step, worse, True, mask)
+        margin = margin + error(step, rejected, False, mask) - error(step, rejected, True, mask)
         return -logsigmoid(margin * 50 / 2).mean()
 
     compare_steps(tmp_path, ["--preference", 50], expected)
@@ -91,16 +91,16 @@ def test_the_average_of_weights_is_that_of_the_steps_and_goes_on(tmp_path: Path)
     write_pairs(tmp_path)
     words = ("--preference", 2000, "--ema_decay", 0.5)
     state = ("--save_state", "--save_every_n_steps", 4)
-    whole = toy.train_toy(tmp_path, *words, *state, "--output_dir", tmp_path / "whole")
+    full = toy.train_toy(tmp_path, *words, *state, "--output_dir", tmp_path / "whole")
     plain = toy.train_toy(tmp_path, "--preference", 2000, "--output_dir", tmp_path / "plain")
     resume = ("--resume", tmp_path / "whole" / "x-step00000004-state")
     resumed = toy.train_toy(tmp_path, *words, *resume, "--output_dir", tmp_path / "resumed")
 
-    assert toy.same(whole, plain)
-    assert toy.same(resumed, whole)
+    assert toy.same(full, plain)
+    assert toy.same(resumed, full)
     first, second = (load_file(tmp_path / name / "x-ema.safetensors") for name in ("whole", "resumed"))
     assert toy.same(first, second)
-    assert not toy.same(first, whole)
+    assert not toy.same(first, full)
 
 
 def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
@@ -156,10 +156,10 @@ def test_accumulated_steps_and_a_resumed_run(tmp_path: Path) -> None:
     write_pairs(tmp_path)
     words = ("--preference", 2000, "--gradient_accumulation_steps", 2)
     state = ("--save_state", "--save_every_n_steps", 4)
-    whole = toy.train_toy(tmp_path, *words, *state, "--output_dir", tmp_path / "whole")
+    full = toy.train_toy(tmp_path, *words, *state, "--output_dir", tmp_path / "whole")
     resume = ("--resume", tmp_path / "whole" / "x-step00000004-state")
 
-    assert toy.same(toy.train_toy(tmp_path, *words, *resume, "--output_dir", tmp_path / "resumed"), whole)
+    assert toy.same(toy.train_toy(tmp_path, *words, *resume, "--output_dir", tmp_path / "resumed"), full)
 
 
 def test_pairs_change_nothing_of_a_usual_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

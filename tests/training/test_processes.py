@@ -51,7 +51,7 @@ def test_half_precision_on_a_cpu_is_one_clear_error() -> None:
 
 
 PLAIN = AcceleratorOptions.usual()
-USUAL = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+DEFAULT = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 CONFIG = ("--use_parallelism_config",)
 LAUNCHED = {  # options of the launcher -> what it asks for, and what does it here
     ("--use_fsdp",): ("accelerate's FSDP", "--shard_base"),
@@ -68,7 +68,7 @@ def test_a_launcher_that_would_split_the_model_is_refused(
     monkeypatch: pytest.MonkeyPatch, words: Sequence[str]
 ) -> None:
     """Also without the package that would split: accelerate ends in a traceback."""
-    given = launch_command_parser().parse_args([*USUAL, *words, "script.py"])
+    given = launch_command_parser().parse_args([*DEFAULT, *words, "script.py"])
     for name, value in prepare_multi_gpu_env(given).items():
         if "ACCELERATE_USE" in name or "PARALLELISM" in name:
             monkeypatch.setenv(name, value)

@@ -44,8 +44,8 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, moments: tuple[int, 
     expected = toy.train_toy(tmp_path, *EVERYTHING)
 
     assert toy.same(expected, toy.train_with_kills(tmp_path, *EVERYTHING, moments=moments))
-    whole, killed = (sorted(os.listdir(tmp_path / name)) for name in ("output", "killed"))
-    assert killed == whole
+    full, killed = (sorted(os.listdir(tmp_path / name)) for name in ("output", "killed"))
+    assert killed == full
 
 
 OPTIMIZERS = {  # and the package that has it
@@ -219,8 +219,8 @@ def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_
     toy.write_caches(tmp_path, count=3)
     prompts = toy.write_prompts(tmp_path, "a cat --s 2 --d 1\na dog --s 2 --d 2\n")
     options = ["--sample_prompts", prompts, *when.split(), "--max_train_steps", 5, "--resume", "latest"]
-    pictures: list[torch.Tensor] = []
-    whole = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=pictures.append))
+    images: list[torch.Tensor] = []
+    full = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=images.append))
     options += ["--output_dir", tmp_path / "stopped"]
 
     def interrupt(_: torch.Tensor) -> None:
@@ -230,8 +230,8 @@ def test_a_run_that_is_asked_to_end_while_sampling_makes_the_samples_later_with_
     assert not toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=interrupt))
     again = toy.train_toy(tmp_path, *options, family=toy.ToyFamily(on_decode=found.append))
 
-    assert all(torch.equal(here, there) for here, there in zip(found, pictures, strict=True))
-    assert toy.same(whole, again)
+    assert all(torch.equal(here, there) for here, there in zip(found, images, strict=True))
+    assert toy.same(full, again)
 
 
 def write_foreign(

@@ -76,9 +76,9 @@ def test_pictures_say_what_made_them_as_those_of_a_generation_do(
     train_toy(tmp_path, *words, "--sample_every_n_steps", 2, "--max_train_steps", 2)
 
     (path,) = (tmp_path / "output" / "sample").iterdir()
-    with Image.open(path) as picture:
-        assert {name: text for name, text in picture.info.items() if name in SAYS} == says
-        assert not any(name.endswith("_") for name in picture.info)
+    with Image.open(path) as image:
+        assert {name: text for name, text in image.info.items() if name in SAYS} == says
+        assert not any(name.endswith("_") for name in image.info)
 
 
 def test_a_run_with_prompts_alone_makes_samples_when_it_is_asked(
@@ -119,13 +119,13 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
 
     train_toy(tmp_path, "--sample_prompts", write_prompts(tmp_path, PROMPTS), "--sample_every_n_steps", 8)
 
-    (video,), (picture,) = ((tmp_path / "output" / "sample").glob(pattern) for pattern in ("*.mp4", "*.png"))
+    (video,), (image,) = ((tmp_path / "output" / "sample").glob(pattern) for pattern in ("*.mp4", "*.png"))
     info = video_info(video)
     assert (info.width, info.height, info.frames, info.fps) == (32, 64, 5, 16.0)
     assert read_tags(video)["bt_seeds"] == "11"
     assert read_tags(video)["bt_sampled_from"] == "x_000008"
-    assert "\nNegative prompt: " in read_tags(picture)["parameters"]
-    assert read_image(picture).shape == (32, 32, 3)
+    assert "\nNegative prompt: " in read_tags(image)["parameters"]
+    assert read_image(image).shape == (32, 32, 3)
 
 
 def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_missing_prompt_file_ends_the_run_before_the_network_is_loaded(tmp_pat
         train_toy(tmp_path, "--sample_prompts", tmp_path / "no.txt", "--sample_at_first")
 
 
-COLOURED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
+COLORED = replace(LATENT, preview_factors=((1.0, 0.5, 0.0), (0.0, 0.5, 1.0)))
 PREVIEWED = "a cat --w 32 --h 32 --f 9 --d 11 --s 4\na picture --w 32 --h 32 --f 1 --d 12 --s 3\n"
 
 
@@ -219,7 +219,7 @@ def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> N
         folder.mkdir()
         write_caches(folder)
         decoded: list[torch.Tensor] = []
-        family = ToyFamily(on_decode=decoded.append, latent=COLOURED)
+        family = ToyFamily(on_decode=decoded.append, latent=COLORED)
         samples_at = ["--sample_prompts", write_prompts(folder, PREVIEWED), "--sample_every_n_steps", 4]
         trained.append(train_toy(folder, *samples_at, *more, family=family))
         samples.append(decoded)
@@ -227,18 +227,18 @@ def test_samples_have_previews_and_the_training_is_the_same(tmp_path: Path) -> N
     for index in (1, 2):
         assert same(trained[0], trained[index])
         assert all(torch.equal(one, other) for one, other in zip(samples[0], samples[index], strict=True))
-    plain, colours, decoded_ones = (tmp_path / name / "output" / "sample" for name in kinds)
-    previews = sorted(path.name for path in colours.glob("latent_preview.*"))
+    plain, colors, decoded_ones = (tmp_path / name / "output" / "sample" for name in kinds)
+    previews = sorted(path.name for path in colors.glob("latent_preview.*"))
     assert previews == ["latent_preview.mp4", "latent_preview.png"]
-    assert len(list(colours.iterdir())) == 2 + len(list(plain.iterdir()))
-    shown = video_info(colours / "latent_preview.mp4")
+    assert len(list(colors.iterdir())) == 2 + len(list(plain.iterdir()))
+    shown = video_info(colors / "latent_preview.mp4")
     assert (shown.frames, shown.fps) == (3, 4.0)
     assert video_info(decoded_ones / "latent_preview.mp4").frames == 9
 
 
 def test_a_file_for_other_latents_ends_the_run_before_the_network_is_loaded(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    taehv, family = write_taehv(tmp_path / "taehv.pth"), ToyFamily(latent=COLOURED)
+    taehv, family = write_taehv(tmp_path / "taehv.pth"), ToyFamily(latent=COLORED)
     words = ["--sample_prompts", write_prompts(tmp_path), "--sample_at_first", "--preview_latent_every", 1]
 
     with pytest.raises(CheckpointError, match="decodes 16 channels"):

@@ -27,7 +27,7 @@ SIZE = ("--video_size", "32", "32", "--infer_steps", "2")
 RATE = ("--learning_rate", "1e-3")
 
 
-def whole_words(family: TinyFamily) -> list[str]:
+def full_words(family: TinyFamily) -> list[str]:
     end = next(place for place, word in enumerate(family.train) if word in ENDS)
     return [family.train_whole, *family.train[1:end], *OUTPUT, *RATE]
 
@@ -55,7 +55,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
 
 
-def find_pictures(folder: Path) -> list[bytes]:
+def find_images(folder: Path) -> list[bytes]:
     return [
         path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".mp4", ".wav")
     ]
@@ -73,7 +73,7 @@ def test_a_folder_of_shards_is_used_as_the_single_file_of_the_same_run(
 ) -> None:
     """Each save; a second training that begins with it, and a resumed one."""
     make_project(family, tmp_path)
-    words = [*whole_words(family), "--max_train_steps", "2"]
+    words = [*full_words(family), "--max_train_steps", "2"]
     succeed_here(*words, "--output_dir", "single", folder=tmp_path)
     single = load_file(tmp_path / "single" / "lora.safetensors")
     sharded = [*words, "--max_shard_size", "40kB", "--save_every_n_steps", "1", "--save_state"]
@@ -99,7 +99,7 @@ def test_a_folder_of_shards_is_used_as_the_single_file_of_the_same_run(
     if family.name not in ALL_IN_ONE:
         for trained, place in (("single/lora.safetensors", "a"), ("output/lora", "b")):
             succeed_here(*replace_dit(generate, trained), place, folder=tmp_path)
-        assert find_pictures(tmp_path / "a") == find_pictures(tmp_path / "b") != []
+        assert find_images(tmp_path / "a") == find_images(tmp_path / "b") != []
     state = "output/lora-step00000001-state"
     succeed_here(*sharded, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
     assert_equal(read_folder(tmp_path / "resumed" / "lora"), single)

@@ -33,7 +33,7 @@ from training.features.skip import (
     BAD,
     FATAL,
     LEAST,
-    MOST_SPIKES,
+    MAX_SPIKES,
     SPIKE,
     TAKEN,
     WINDOW,
@@ -166,11 +166,11 @@ def test_a_resumed_run_skips_the_same_steps_to_the_bit(tmp_path: Path) -> None:
     write_spike(tmp_path)
     words = ("--skip_spikes", 5, "--skip_bad_steps", 1, "--ema_decay", 0.9, "--max_train_steps", 40)
     words += ("--save_every_n_steps", 1, "--save_state", "--resume", "latest")
-    whole = toy.train_toy(tmp_path, *words)
+    full = toy.train_toy(tmp_path, *words)
 
     killed = toy.train_with_kills(tmp_path, *words, moments=(7, 26))
 
-    assert toy.same(whole, killed)
+    assert toy.same(full, killed)
     states = []
     for name in ("output", "killed"):
         state = read_state(tmp_path / name / "x-state")
@@ -262,8 +262,8 @@ def test_so_many_spikes_in_a_row_are_a_new_level() -> None:
     skipping = Skipping(SkipOptions(skip_spikes=3.0, skip_bad_steps=1), progress, has_scaler=False)
     for _ in range(LEAST):
         skipping.note(TAKEN, 1.0, "")
-    levels = [skipping.note(skipping.judge(1.0, 10.0, ""), 10.0, "") for _ in range(MOST_SPIKES)]
-    assert levels == [*[False] * (MOST_SPIKES - 1), True]
+    levels = [skipping.note(skipping.judge(1.0, 10.0, ""), 10.0, "") for _ in range(MAX_SPIKES)]
+    assert levels == [*[False] * (MAX_SPIKES - 1), True]
     assert skipping.judge(1.0, 10.0, "") == TAKEN
     assert skipping.judge(math.nan, 1.0, "") == BAD
 
@@ -277,9 +277,9 @@ def test_so_many_spikes_in_a_row_are_a_new_level() -> None:
     ],
 )
 def test_values_without_sense_are_refused(tmp_path: Path, words: tuple[object, ...], message: str) -> None:
-    with pytest.raises(OptionError) as refusal:
+    with pytest.raises(OptionError) as rejection:
         toy.toy_options(tmp_path, *words)
-    assert message in str(refusal.value)
+    assert message in str(rejection.value)
 
 
 @pytest.mark.parametrize("option", [("--skip_bad_steps", 1), ("--skip_spikes", 5)])

@@ -113,8 +113,8 @@ def test_the_first_step_at_a_strength_is_that_share_of_the_usual_one(tmp_path: P
         words = ["--max_train_steps", 1, "--optimizer_type", "SGD", "--max_grad_norm", 0]
         tensors = toy.train_toy(tmp_path, *words)
         gradients.append([tensor for name, tensor in sorted(tensors.items()) if "lora_up" in name])
-    for usual, scaled in zip(*gradients, strict=True):
-        torch.testing.assert_close(scaled, -0.5 * usual, rtol=1e-5, atol=1e-9)
+    for default, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, -0.5 * default, rtol=1e-5, atol=1e-9)
 
 
 def test_a_whole_model_has_no_strength(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from contract.data import HAS_SOUND, SOUND, Batch, Conditions, Joint
 from contract.family import FLOW, NoiseSpec
-from contract.rules import PICTURE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
+from contract.rules import IMAGE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
 from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
@@ -54,10 +54,10 @@ def batch_of(*has_sound: bool) -> Batch:
     return Batch(tensors, ("",) * count, tuple("abc"[:count]))
 
 
-AS_USUAL = SoundLearning()
+AS_DEFAULT = SoundLearning()
 
 
-def drawn(batch: Batch, learning: SoundLearning = AS_USUAL) -> NoisyBatch:
+def drawn(batch: Batch, learning: SoundLearning = AS_DEFAULT) -> NoisyBatch:
     timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
     return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), sound=learning).add(batch, 3, 0)
 
@@ -83,8 +83,8 @@ def test_the_streams_are_judged_apart_and_added(own: bool) -> None:
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
 
-    picture, heard = by_hand(noisy)
-    torch.testing.assert_close(loss, (0.5 * picture + 3 * heard).mean())  # float32, another order of sums
+    image, heard = by_hand(noisy)
+    torch.testing.assert_close(loss, (0.5 * image + 3 * heard).mean())  # float32, another order of sums
     fed, timesteps, tweaks = family.__dict__["told"]
     assert fed.shape == (2, 24 + 24)
     assert tweaks.joint == JOINT
@@ -125,11 +125,11 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
 
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 
-    for errors, usual, levels, scale in zip(
+    for errors, default, levels, scale in zip(
         streams, by_hand(noisy), (noisy.levels, noisy.sound.levels), (3.0, 2.0), strict=True
     ):
         factors = [scale**2 if level >= lowest else 1.0 for level in levels]
-        torch.testing.assert_close(errors, usual * torch.tensor(factors))
+        torch.testing.assert_close(errors, default * torch.tensor(factors))
     assert sum(level < lowest for level in noisy.levels) == 1
 
 
@@ -154,21 +154,21 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
     teaching = Teaching(TeacherTarget(1.0, split=Split(1.0, 0.25)), teach_as_base)
     rule = LossRule(as_base=as_base, targets=[teaching.compare])
 
-    picture, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
+    image, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
 
-    torch.testing.assert_close(picture, torch.full((1,), 0.25 * 0.25))
+    torch.testing.assert_close(image, torch.full((1,), 0.25 * 0.25))
     torch.testing.assert_close(heard, torch.full((1,), 0.25))
 
 
-@pytest.mark.parametrize(("given", "is_picture"), [(PICTURE_STREAM, True), (SOUND_STREAM, False)])
+@pytest.mark.parametrize(("given", "is_picture"), [(IMAGE_STREAM, True), (SOUND_STREAM, False)])
 def test_a_given_stream_is_clean_and_not_learned(given: str, is_picture: bool) -> None:
     noisy = drawn(batch_of(True), SoundLearning(given=given))
     family = Hearing()
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
 
-    picture, heard = by_hand(noisy)
-    assert torch.equal(loss, (heard if is_picture else picture).mean())
+    image, heard = by_hand(noisy)
+    assert torch.equal(loss, (heard if is_picture else image).mean())
     parts = JOINT.split(family.__dict__["told"][0])
     clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND))
     are_clean = [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)]

@@ -115,8 +115,8 @@ def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how:
 
     assert toy.same(found, expected)
     assert all(not torch.equal(one, other) for one, other in zip(plain, own, strict=True))
-    pictures = sorted((tmp_path / "output" / "sample").iterdir())
-    texts = {Image.open(picture).info["bt_sampled_from"] for picture in pictures}
+    images = sorted((tmp_path / "output" / "sample").iterdir())
+    texts = {Image.open(image).info["bt_sampled_from"] for image in images}
     assert "x_000002 + own style.safetensors:3" in texts
 
 

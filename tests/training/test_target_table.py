@@ -313,8 +313,8 @@ class ByHand:
     def of_pairs(self) -> Tensor:
         """Errors of the better and the worse one, with sound both in one."""
         sums = {"learned": [torch.zeros(4), torch.zeros(4)], "base": [torch.zeros(4), torch.zeros(4)]}
-        worse = replace(self.noisy_batch, batch=replace(self.batch, tensors=self.worse_tensors()))
-        for place, noisy_batch in enumerate((self.noisy_batch, worse)):
+        rejected = replace(self.noisy_batch, batch=replace(self.batch, tensors=self.rejected_tensors()))
+        for place, noisy_batch in enumerate((self.noisy_batch, rejected)):
             own = ByHand(self.names, noisy_batch)
             for index, (noisy, velocity, places, *_) in enumerate(own.streams()):
                 counts = torch.ones(4) if index == 0 else self.batch.tensor(HAS_SOUND).float()
@@ -327,7 +327,7 @@ class ByHand:
         losses = -torch.nn.functional.logsigmoid(PREFERENCE.beta / 2 * margin)
         return (self.noisy_batch.weights * (losses + PREFERENCE.data_weight * better)).mean()
 
-    def worse_tensors(self) -> dict[str, Any]:
+    def rejected_tensors(self) -> dict[str, Any]:
         assert self.batch.worse is not None
         return {**self.batch.tensors, "latents": self.batch.worse}
 
@@ -486,9 +486,9 @@ def test_a_new_record_of_options_is_entered_here() -> None:
 
 def test_every_option_of_a_target_is_in_the_table(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
-    usual = {"--guided_target": 3, "--mask_prior_weight": 1, "--blank_prior_weight": 1}
-    options = toy.toy_options(tmp_path, *itertools.chain.from_iterable(usual.items()))
+    default = {"--guided_target": 3, "--mask_prior_weight": 1, "--blank_prior_weight": 1}
+    options = toy.toy_options(tmp_path, *itertools.chain.from_iterable(default.items()))
     entered = {str(words[0]) for name, words in WORDS.items() if name != "slider"}
 
-    assert {target.option.partition(" ")[0] for target in options.joined.targets} == set(usual)
-    assert set(usual) | {"--teacher", "--preference"} == entered
+    assert {target.option.partition(" ")[0] for target in options.joined.targets} == set(default)
+    assert set(default) | {"--teacher", "--preference"} == entered

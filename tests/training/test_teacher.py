@@ -11,7 +11,7 @@ from checkpoints.writing import save_tensors
 from modules.errors import OptionError
 from tests.training import toy
 from tests.training.test_speed import COMPILED, KINDS, write_file
-from tests.training.toy_images import train_image_toy, write_pictures
+from tests.training.toy_images import train_image_toy, write_images
 from training.run import prepare_run
 from training.targets.passes import training_loss
 
@@ -89,9 +89,9 @@ def test_the_validation_loss_is_measured_without_the_teacher(tmp_path: Path) -> 
     words = ["--validation_split", 0.2]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         assert run.validation is not None
-        usual = run.validation.measure(run.model.dits.at, run.autocast)
+        default = run.validation.measure(run.model.dits.at, run.autocast)
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words, "--teacher", "base")) as run:
-        assert run.validation.measure(run.model.dits.at, run.autocast) == usual
+        assert run.validation.measure(run.model.dits.at, run.autocast) == default
 
 
 def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_model_that_can_be_told_nothing_else_is_refused(tmp_path: Path) -> Non
 
 
 def test_captions_that_are_encoded_while_training_are_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path, texts=True)
+    write_images(tmp_path, texts=True)
 
     with pytest.raises(OptionError, match="--teacher base: captions are encoded while training here, by"):
         train_image_toy(tmp_path, "--teacher", "base")

@@ -44,11 +44,11 @@ def test_the_focus_is_a_mixture_with_the_draws_of_every_sampler(sampler: str) ->
         generator = torch.Generator().manual_seed(1)
         return draw(options(words + more), 100_000, generator, noise=noise, shape=shape).sigmas
 
-    usual, focused = levels(""), levels(" --timestep_focus 0.3 --timestep_focus_range 200 450")
+    default, focused = levels(""), levels(" --timestep_focus 0.3 --timestep_focus_range 200 450")
     for low, high in ((0.0, 0.2), (0.2, 0.3), (0.3, 0.45), (0.45, 1.0)):
         overlap = max(0.0, min(high, 0.45) - max(low, 0.2)) / 0.25
         assert share(focused, low, high) == pytest.approx(
-            0.7 * share(usual, low, high) + 0.3 * overlap, abs=8e-3
+            0.7 * share(default, low, high) + 0.3 * overlap, abs=8e-3
         )
 
 
@@ -109,9 +109,9 @@ def test_the_balance_is_the_ratio_of_drawn_shares(experts: Expert | None) -> Non
         levels = levels[(levels >= expert.lowest) & (levels < expert.highest)]
         return share(levels, 200, 920)
 
-    usual, focused = inside(SHIFTED), inside(words)
-    assert balance.inside == pytest.approx(usual / focused, rel=0.02)
-    expected = 1.0 if math.isclose(focused, 1) else (1 - usual) / (1 - focused)
+    default, focused = inside(SHIFTED), inside(words)
+    assert balance.inside == pytest.approx(default / focused, rel=0.02)
+    expected = 1.0 if math.isclose(focused, 1) else (1 - default) / (1 - focused)
     assert balance.outside == pytest.approx(expected, rel=0.05)
 
 

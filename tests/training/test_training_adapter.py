@@ -93,17 +93,17 @@ def test_samples_and_validation_are_without_it_to_the_bit(tmp_path: Path, how: l
     path = write_file(tmp_path, KINDS["LoRA"])
     options = [*how, "--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first"]
     options += ["--validation_split", 0.2, "--learning_rate", 0, "--sample_every_n_steps", 3]
-    pictures: list[list[Tensor]] = []
+    images: list[list[Tensor]] = []
     told: list[list[dict[str, Any]]] = []
     for more in ([], ["--training_adapter", path, "--overwrite"]):
-        pictures.append([])
-        family = toy.ToyFamily(on_decode=pictures[-1].append)
+        images.append([])
+        family = toy.ToyFamily(on_decode=images[-1].append)
         toy.train_toy(tmp_path, *options, *more, family=family, has_page=True)
         history = (tmp_path / "output" / "x-history.jsonl").read_text(encoding="utf-8")
         told.append([json.loads(line) for line in history.splitlines()])
 
-    assert len(pictures[0]) >= 2
-    assert all(torch.equal(one, other) for one, other in zip(*pictures, strict=True))
+    assert len(images[0]) >= 2
+    assert all(torch.equal(one, other) for one, other in zip(*images, strict=True))
     validated, steps = (
         [[line[kind] for line in lines if kind in line] for lines in told] for kind in ("losses", "loss")
     )
@@ -116,13 +116,13 @@ def test_samples_with_a_lora_of_their_own_are_those_without_the_adapter(tmp_path
     (tmp_path / "other").mkdir()
     path, other = write_file(tmp_path, KINDS["LoRA"]), write_file(tmp_path / "other", KINDS["LoHa"])
     options = ["--sample_prompts", toy.write_prompts(tmp_path), "--sample_at_first", "--sample_lora", other]
-    pictures: list[Tensor] = []
-    family = toy.ToyFamily(on_decode=pictures.append)
+    images: list[Tensor] = []
+    family = toy.ToyFamily(on_decode=images.append)
 
     for more in ([], ["--training_adapter", path, "--overwrite"]):
         toy.train_toy(tmp_path, *options, "--max_train_steps", 1, *more, family=family)
 
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)
 
 
 def test_the_file_says_that_it_was_there_and_nothing_else(tmp_path: Path) -> None:

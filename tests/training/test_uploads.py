@@ -185,9 +185,7 @@ def test_a_repository_without_a_card_gets_one(tmp_path: Path, more: tuple[str, .
     assert sorted(api.uploaded) == ["README.md", "wan/x-000001.safetensors", "wan/x.safetensors"]
     assert api.uploaded["README.md"] == card_for(Path("x.safetensors")).encode()
     assert b"--lora_weight x.safetensors " in api.uploaded["README.md"]
-    cards = [
-        facts["path_or_fileobj"] for name, facts in api.calls if facts.get("path_in_repo") == "README.md"
-    ]
+    cards = [info["path_or_fileobj"] for name, info in api.calls if info.get("path_in_repo") == "README.md"]
     assert cards == [card_for(Path(name)).encode() for name in ("x-000001.safetensors", "x.safetensors")]
 
 

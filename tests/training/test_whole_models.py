@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.opening import open_checkpoint
 from contract.families import FAMILIES as FAMILIES_BY_NAME
-from flux.options import TRAINER, FluxWholeTrainingOptions, join_swapped
+from flux.options import TRAINER, FluxFullTrainingOptions, join_swapped
 from krea2.files import find_release
 from minimax_h3.dit_checkpoints import STACKED, read_header
 from minimax_h3.options import LAYOUT_KEY
@@ -40,7 +40,7 @@ OF_DIT = ("--dit", "--pretrained_model_name_or_path", "--ltx2_checkpoint")
 PREFIX = "model.diffusion_model."  # in files with all networks
 
 
-def whole_words(family: TinyFamily) -> list[str]:
+def full_words(family: TinyFamily) -> list[str]:
     ends = ("--network_module", "--network_dim")
     end = next(place for place, word in enumerate(family.train) if word in ends)
     return [family.train_whole, *family.train[1:end], *OUTPUT]
@@ -66,7 +66,7 @@ def project(
 ) -> tuple[TinyFamily, Path]:
     family, folder = BY_NAME[request.param], tmp_path_factory.mktemp("whole")
     make_project(family, folder)
-    path = folder / whole_words(family)[place_of_dit(whole_words(family))]
+    path = folder / full_words(family)[place_of_dit(full_words(family))]
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     narrow = {
@@ -80,7 +80,7 @@ def test_a_file_in_bf16_has_the_names_and_dtypes_of_its_source(project: tuple[Ti
     """Also layers that compute in float32; a resumed run ends with equal bytes."""
     family, folder = project
     words = [
-        *whole_words(family),
+        *full_words(family),
         *BF16,
         "--max_train_steps",
         "2",
@@ -112,7 +112,7 @@ def test_a_file_in_bf16_has_the_names_and_dtypes_of_its_source(project: tuple[Ti
 
 def test_a_base_in_8_bits_is_refused_at_once(project: tuple[TinyFamily, Path]) -> None:
     family, folder = project
-    words = whole_words(family)
+    words = full_words(family)
     path = folder / words[place_of_dit(words)]
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -139,7 +139,7 @@ def test_turbo_is_given_as_what_is_trained(tmp_path: Path) -> None:
     """Files say it to generation whatever they are called; samples on Turbo are refused by name."""
     family = family_called("krea2")
     make_project(family, tmp_path)
-    words = [*whole_words(family), "--max_train_steps", "1"]
+    words = [*full_words(family), "--max_train_steps", "1"]
 
     code, said = run_here(*words, "--turbo_dit", "model/turbo.safetensors", folder=tmp_path)
     assert_one_message(code, said, "--turbo_dit is refused", "does not contain", "--dit_variant turbo")
@@ -163,7 +163,7 @@ def test_a_trained_file_says_how_its_rows_are_ordered_and_its_positions(tmp_path
     """--h3_qkv_layout was that of the base; printed commands repeat it. No config.json lies next to it."""
     family = BY_NAME["minimax_h3"]
     make_project(family, tmp_path)
-    words = [*whole_words(family), "--max_train_steps", "1", "--h3_qkv_layout", "interleaved"]
+    words = [*full_words(family), "--max_train_steps", "1", "--h3_qkv_layout", "interleaved"]
 
     succeed_here(*words, folder=tmp_path)
 
@@ -175,14 +175,14 @@ def test_a_trained_file_says_how_its_rows_are_ordered_and_its_positions(tmp_path
 
 def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) -> None:
     """Options of LoRAs, of text encoders and of frozen models, in scripts of three kinds."""
-    picture, video, sound = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
+    image, video, sound = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
     ltx = ("--ltx2_checkpoint", "ltx.safetensors", "--dataset_config", "d.toml")
     ltx += ("--output_dir", "o", "--output_name", "x")
     for script, words, reasons in (
-        (picture, ("--unet_lr", "1e-5"), ("--unet_lr is refused", "--learning_rate")),
-        (picture, ("--text_encoder_lr", "1e-5"), ("--text_encoder_lr is refused", "are not trained")),
-        (picture, ("--save_model_as", "ckpt"), ("can hold code",)),
-        (picture, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
+        (image, ("--unet_lr", "1e-5"), ("--unet_lr is refused", "--learning_rate")),
+        (image, ("--text_encoder_lr", "1e-5"), ("--text_encoder_lr is refused", "are not trained")),
+        (image, ("--save_model_as", "ckpt"), ("can hold code",)),
+        (image, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
         (video, ("--h3_teacher_matching",), ("--h3_teacher_matching is refused", "no frozen one")),
         (sound, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
         (sound, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
@@ -197,7 +197,7 @@ def test_older_options_of_image_trainers_are_read_as_ours(caplog: pytest.LogCapt
     words += ["--double_blocks_to_swap", "3", "--single_blocks_to_swap", "5", "--blockwise_fused_optimizers"]
     defaults = ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped})
 
-    options, _, _ = read_image_training("", FluxWholeTrainingOptions, defaults, words, WholeDitOptions)
+    options, _, _ = read_image_training("", FluxFullTrainingOptions, defaults, words, WholeDitOptions)
 
     assert options.speed.swap.blocks_to_swap == 3 + 5 // 2
     assert options.is_fused
@@ -227,7 +227,7 @@ def test_a_disk_that_cannot_hold_the_file_is_named_before_the_first_step(
 
 def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
     """Options of a family and of a training of krea2_train.py."""
-    record = FAMILIES_BY_NAME["krea2"].options_record("WholeTraining")
+    record = FAMILIES_BY_NAME["krea2"].options_record("FullTraining")
     dit = str(folder / "model" / "dit.safetensors")
     words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
     options, own, _ = read_training(
@@ -240,16 +240,16 @@ def test_states_of_optimizers_wait_in_host_memory_on_request(tmp_path: Path) -> 
     """Files are equal on a CPU too, the plan counts them there, and optimizers that cannot are refused."""
     family = BY_NAME["krea2"]
     make_project(family, tmp_path)
-    words = [*whole_words(family), "--max_train_steps", "2", "--learning_rate", "1e-3"]
+    words = [*full_words(family), "--max_train_steps", "2", "--learning_rate", "1e-3"]
     offloaded = [*words, "--offload_optimizer_device", "cpu"]
 
     succeed_here(*words, folder=tmp_path)
-    usual = (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:]
+    default = (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:]
     succeed_here(*offloaded, "--overwrite", folder=tmp_path)
     printed = io.StringIO()
     assert run_here(*offloaded, "--plan", folder=tmp_path, printed=printed)[0] == 0
 
-    assert (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:] == usual
+    assert (tmp_path / "output" / "lora.safetensors").read_bytes()[-4096:] == default
     assert "all states of the optimizer" in printed.getvalue()
     for more, reasons in (
         (("--optimizer_type", "prodigy"), ("it finds one learning rate", "leave --offload_optimizer_device")),

@@ -285,9 +285,9 @@ def toy_options(
         "--max_data_loader_n_workers": 0,
     }
     # those that are given again would be warned of
-    usual = [word for name, value in values.items() if name not in arguments for word in (name, value)]
-    usual += [] if has_page else ["--no_page"]
-    argv = [str(one) for one in (*usual, *arguments)]
+    default = [word for name, value in values.items() if name not in arguments for word in (name, value)]
+    default += [] if has_page else ["--no_page"]
+    argv = [str(one) for one in (*default, *arguments)]
     return read_options(TrainingOptions, read_arguments(toy_parser(whole_dit), argv, {}))
 
 

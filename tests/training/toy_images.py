@@ -51,7 +51,7 @@ class MeanVae(nn.Module):
         return nn.functional.avg_pool2d(pixels, 8).unsqueeze(2)  # B C F H W
 
 
-class PictureDit(nn.Module):
+class ImageDit(nn.Module):
     """Tokens B L 12 -> B L 12. It wants times from 0 to 1 and remembers what it was fed."""
 
     spec = DitSpec(("blocks",))
@@ -73,7 +73,7 @@ class PictureDit(nn.Module):
 
 
 @dataclass(frozen=True)
-class PictureFamily(ToyFamily):
+class ImageFamily(ToyFamily):
     """Pictures with transparency.
 
     The network says which way the data lies; or the noise, if `noise` has a table.
@@ -83,10 +83,10 @@ class PictureFamily(ToyFamily):
     name: str = "pictures"
     cache_tag: str = "pic"
     latent: LatentSpec = LATENT
-    dit: DitSpec = PictureDit.spec
+    dit: DitSpec = ImageDit.spec
     defaults: SamplingDefaults = SamplingDefaults(3, 1.0, 5.0, None, 3.0, "euler", 32, 32, 1)
     media_identity: Mapping[str, str] = field(default_factory=lambda: {"vae": "means"})
-    network: PictureDit = field(default_factory=PictureDit)
+    network: ImageDit = field(default_factory=ImageDit)
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         return MediaEncoders(MeanVae())
@@ -101,7 +101,7 @@ class PictureFamily(ToyFamily):
         opaque = torch.full(media.frames.shape[2:4], 255).expand(len(latents), -1, -1)
         alpha = opaque if media.alpha is None else media.alpha
         made = zip(latents, alpha.float() / 255, strict=True)
-        return [[CacheEntry({"latents": picture, "alpha_mask": mask})] for picture, mask in made]
+        return [[CacheEntry({"latents": image, "alpha_mask": mask})] for image, mask in made]
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
         return self.network
@@ -119,7 +119,7 @@ class PictureFamily(ToyFamily):
         return factor * nn.functional.pixel_shuffle(found, 2).view(-1, channels, frames, height, width)
 
 
-_: tuple[type[Caches], type[Trains]] = PictureFamily, PictureFamily
+_: tuple[type[Caches], type[Trains]] = ImageFamily, ImageFamily
 
 
 class TinyText(nn.Module):
@@ -135,7 +135,7 @@ class TinyText(nn.Module):
             self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
 
     def forward(self, text: str) -> Tensor:
-        x = self.embed(torch.tensor([ord(letter) % 128 for letter in text or " "]))
+        x = self.embed(torch.tensor([ord(character) % 128 for character in text or " "]))
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         return x.mean(0)  # C
@@ -221,11 +221,11 @@ class TextFamily(ToyFamily):
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         texts = zip(cond["first"], cond["second"], strict=True)
-        letters = [first + 2 * second for first, second in texts]
-        return super().predict(dit, noisy, timesteps, {"letters": letters}, tweaks)
+        characters = [first + 2 * second for first, second in texts]
+        return super().predict(dit, noisy, timesteps, {"letters": characters}, tweaks)
 
 
-def write_pictures(folder: Path, count: int = 4, texts: bool = False, more: str = "") -> Path:
+def write_images(folder: Path, count: int = 4, texts: bool = False, more: str = "") -> Path:
     """Write pictures with captions, their latent caches and the dataset file; texts: with text caches."""
     generator = torch.Generator().manual_seed(1)
     (folder / "images").mkdir(parents=True)
@@ -252,7 +252,7 @@ def write_pictures(folder: Path, count: int = 4, texts: bool = False, more: str 
 
 def write_subset(folder: Path, keys: str) -> None:
     """Write pictures with all caches, as a subset of the image guides' form with these keys."""
-    path = write_pictures(folder, texts=True)
+    path = write_images(folder, texts=True)
     here = folder.as_posix()
     path.write_text(
         f"[[datasets]]\nresolution = 32\nenable_bucket = false\n[[datasets.subsets]]\n"
@@ -264,11 +264,11 @@ def write_subset(folder: Path, keys: str) -> None:
 
 def image_toy_options(folder: Path, *arguments: object, prediction: str = "raw") -> TrainingOptions:
     """Options as an image trainer reads them; output goes to `folder`/output under the name x."""
-    usual = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
-    usual += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", 6]
-    usual += ["--max_data_loader_n_workers", 0, "--no_page"]
+    default = ["--dataset_config", folder / "dataset.toml", "--output_dir", folder / "output"]
+    default += ["--output_name", "x", "--seed", 3, "--learning_rate", "1e-2", "--max_train_steps", 6]
+    default += ["--max_data_loader_n_workers", 0, "--no_page"]
     defaults = ImageTrainerDefaults("uniform", 3.0, prediction)
-    argv = [str(one) for one in (*usual, *arguments)]
+    argv = [str(one) for one in (*default, *arguments)]
     return read_image_training(None, NoOptions, defaults, argv)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blissful_tuner.guidance import make_guidance
-from blissful_tuner.guidance_formulas import NormalisedGuidance
+from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.data import Conditions
 from contract.requests import Request
@@ -224,7 +224,7 @@ def test_split_attention_and_a_second_text_keep_given_frames() -> None:
     model.attention = AttentionChoice("sdpa", True)
     torch.testing.assert_close(model(**inputs, tweaks=tweaks), plain, atol=1e-5, rtol=1e-5)
 
-    away = Away({"text": inputs["text"][::-1]}, NormalisedGuidance(5.0, 3.5, 0.5))
+    away = Away({"text": inputs["text"][::-1]}, NormalizedGuidance(5.0, 3.5, 0.5))
     steered = model(**inputs, tweaks=replace(tweaks, away=away))
 
     assert not steered[:, :, :1].any()

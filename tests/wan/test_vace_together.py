@@ -69,12 +69,12 @@ def test_a_lora_of_the_second_stack_fits_the_file_that_has_it(
     scene: Scene, apart: Path, lora: Path, plain: Tensor
 ) -> None:
     with_lora = ["--lora_weight", lora]
-    whole = made_by(scene, *with_lora, folder="whole")
+    full = made_by(scene, *with_lora, folder="whole")
     beside = ["--vace", apart / "vace.safetensors"]
 
     latents = generate(scene.folder / "beside", apart, "vace-1.3B", *ASK, *given(scene), *with_lora, *beside)
 
-    assert torch.equal(latents, whole)
+    assert torch.equal(latents, full)
     assert not torch.equal(latents, plain)
 
 
@@ -90,10 +90,10 @@ def test_files_that_stand_beside_each_other_are_merged_one_by_one(
     assert_one_message(code, message, "vace.safetensors", "merge_lora.py")
     succeed_here("merge_lora.py", "--dit", apart / "vace.safetensors", *merge, folder=scene.folder)
 
-    whole = made_by(scene, "--lora_weight", lora, folder="lora")
+    full = made_by(scene, "--lora_weight", lora, folder="lora")
     merged = ["--vace", scene.folder / "merged.safetensors"]
     latents = generate(scene.folder / "merged", apart, "vace-1.3B", *ASK, *given(scene), *merged)
-    assert_equal(latents, whole, "merged", 1e-6)  # W + BA is rounded to float32 once more
+    assert_equal(latents, full, "merged", 1e-6)  # W + BA is rounded to float32 once more
 
 
 @pytest.mark.parametrize(

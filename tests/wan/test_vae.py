@@ -200,9 +200,9 @@ def test_tiles_change_latents_and_pixels_only_a_little(tmp_path: Path, generatio
     difference = tiled.encode(pixels) - latents
     assert difference.shape == latents.shape
     assert 0 < difference.abs().mean() < 0.25 * latents.abs().mean()
-    whole, cut = joined(vae.decode(latents)), list(tiled.decode(latents))
+    full, cut = joined(vae.decode(latents)), list(tiled.decode(latents))
     assert [chunk.shape[2] for chunk in cut] == [1, 4]
-    assert 0 < (torch.cat(cut, dim=2) - whole).abs().mean() < 0.25 * whole.abs().mean()
+    assert 0 < (torch.cat(cut, dim=2) - full).abs().mean() < 0.25 * full.abs().mean()
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def test_what_is_not_said_is_as_in_the_known_tuner(family: ZImage) -> None:
     ],
 )
 def test_a_name_says_the_release(family: ZImage, path: str, expected: tuple[int, float]) -> None:
-    usual = replace(family, files=replace(family.files, dit=Path(path))).defaults
+    default = replace(family, files=replace(family.files, dit=Path(path))).defaults
 
-    assert (usual.steps, usual.guidance_scale) == expected
+    assert (default.steps, default.guidance_scale) == expected
 
 
 def test_what_is_typed_counts_also_if_it_is_what_stands_in_the_help() -> None:

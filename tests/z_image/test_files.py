@@ -25,8 +25,8 @@ def test_a_joined_weight_in_8_bits_is_cut_in_8_bits(tmp_path: Path, form: str) -
     wide = load_dit(path, CPU)
     x = torch.randn(3, CONFIG.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    for letter in "qkv":
-        name = f"layers.1.attention.to_{letter}"
+    for character in "qkv":
+        name = f"layers.1.attention.to_{character}"
         assert kept.get_parameter(f"{name}.weight").dtype == torch.float8_e4m3fn
         found, expected = kept.get_submodule(name)(x), wide.get_submodule(name)(x)
         assert (found - expected).abs().max() <= 0.02 * expected.abs().max()

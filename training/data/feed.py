@@ -24,16 +24,16 @@ from torch.utils.data import DataLoader
 
 from contract.data import HAS_SOUND, SOUND, Batch, Conditions, LatentSpec
 from contract.family import FLOW, NoiseSpec
-from contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
+from contract.rules import IMAGE_STREAM, ONE_EXPERT, SOUND_STREAM, Expert, SoundLearning
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPlace,
     change_captions,
-    choose_captions,
-    choose_sides,
     drops_references,
+    select_captions,
+    select_sides,
 )
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
@@ -47,11 +47,11 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
-MOST_KEPT = 50_000  # items of an epoch whose readers stay for the next one
+MAX_KEPT = 50_000  # items of an epoch whose readers stay for the next one
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
-class EncodesPictures(Protocol):
+class EncodesImages(Protocol):
     """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
@@ -65,7 +65,7 @@ class BatchSources:
     encoders: SameEncoders = field(default_factory=SameEncoders)  # that made the caches that were read
     stores: Stores = field(default_factory=Stores)
     tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
-    media: EncodesPictures | None = None  # None: all latents are cached
+    media: EncodesImages | None = None  # None: all latents are cached
     # whether batches must be made in the training process: what they need is not sent to others
     stays: bool = False
     empty_text: Mapping[str, Tensor] = field(default_factory=dict)  # of one sample, if not from caches
@@ -180,7 +180,7 @@ class Randomness:
         weights = self._weigh(batch, times)
         if self.sound is not None:
             weights = self.sound.picture_weight * weights
-        if self.sound is not None and self.sound.given == PICTURE_STREAM:
+        if self.sound is not None and self.sound.given == IMAGE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         drawn = NoisyBatch(
@@ -319,7 +319,7 @@ class Feed:
         Workers are kept over all epochs if these are short, because starting them takes longer than an epoch.
         If epochs are long they end with each, because every worker would hold its own copy of the next order.
         """
-        together = self.plan.num_epochs if self.order.num_items <= MOST_KEPT else 1
+        together = self.plan.num_epochs if self.order.num_items <= MAX_KEPT else 1
         most = 0 if self.sources.stays else min(self.workers, os.cpu_count() or 1)
         for number in range(epoch, self.plan.num_epochs, max(together, 1)):
             keys = self.plan.keys(self.process, number, position if number == epoch else 0, together)
@@ -371,13 +371,13 @@ class Feed:
         number = epoch * self.order.num_batches + index
         items = self.order.epoch(epoch)[index]
         seed, plan = self.randomness.seed, self.plan
-        captions = choose_captions(items, seed, number, epoch)
+        captions = select_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
         if any(item.table.augmentation.flip for item in items):
-            flips = choose_sides(items, seed, number)
+            flips = select_sides(items, seed, number)
         undropped: Sequence[int] = ()
         if self.reads_dropped:
-            undropped = choose_captions(items, seed, number, epoch, drops=False)
+            undropped = select_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(
             items,
             checks=self.checks,

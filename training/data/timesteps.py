@@ -100,13 +100,13 @@ def draw(
     if len(experts) == 1:
         return times_at(options, shares, noise)
     level = NUM_TIMESTEPS * float(shares[0])
-    index = _choose_expert(level, experts, options=options, noise=noise, flow_shift=flow_shift)
+    index = _select_expert(level, experts, options=options, noise=noise, flow_shift=flow_shift)
     side = experts[index]
     shares = draw_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
     return replace(times_at(options, shares, noise), expert=index)
 
 
-def _choose_expert(
+def _select_expert(
     level: float, experts: Sequence[Expert], *, options: TimestepOptions, noise: NoiseSpec, flow_shift: float
 ) -> int:
     """Return the index of the expert of a noise level.
@@ -203,8 +203,8 @@ def _focus_shares(
     """Return the shares of noise of uniform numbers with a focus. u: B, float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    usual = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
-    return torch.where(u < focus, in_range, usual)
+    default = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    return torch.where(u < focus, in_range, default)
 
 
 def takes_normal(options: TimestepOptions) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import OptionError
-from modules.options import Options, facts_of, find_reach, hints_of, option, record_of
+from modules.options import Options, find_reach, hints_of, info_of, option, record_of
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
 from training.features.hooks import JoinedRun, RunEnd
@@ -28,22 +28,22 @@ def options_at(place: str) -> type[Options]:
     return type("OptionsOfFeatures", (Options,), content)
 
 
-def list_facts() -> dict[str, Mapping[str, Any]]:
+def list_info() -> dict[str, Mapping[str, Any]]:
     """Return the facts of the options of all features, by name."""
     by_name: dict[str, Mapping[str, Any]] = {}
     for feature in FEATURES:
-        by_name |= facts_of(feature.options)
+        by_name |= info_of(feature.options)
     return by_name
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
     """Return the facts of the options of features that reach out of the program in these ways, by name."""
-    return {name: facts for name, facts in list_facts().items() if find_reach(facts) in reaches}
+    return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
 def options_of_blocks() -> list[str]:
     """Return the options of features that need the blocks of a transformer."""
-    return [name for name, facts in list_facts().items() if facts.get("of_blocks")]
+    return [name for name, info in list_info().items() if info.get("of_blocks")]
 
 
 def options_by_expert() -> list[type[Options]]:
@@ -52,10 +52,10 @@ def options_by_expert() -> list[type[Options]]:
     return [record for record in map(record_of, hints) if record is not None]
 
 
-def refused_for_whole() -> dict[str, str]:
+def refused_for_full() -> dict[str, str]:
     """Return the reasons why whole models refuse the options of a network's features, by option."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
-    return {name: record.why_not_whole for record in records for name in facts_of(record)}
+    return {name: record.why_not_whole for record in records for name in info_of(record)}
 
 
 def options_of_run() -> type[Options]:
@@ -68,7 +68,7 @@ def options_of_run() -> type[Options]:
 
 def bad_step_remedies() -> str:
     """Return the remedies of features for a loss or norm that is NaN or infinite, as sentences."""
-    remedies = [facts.get(AGAINST_BAD_STEPS, "") for facts in list_facts().values()]
+    remedies = [info.get(AGAINST_BAD_STEPS, "") for info in list_info().values()]
     return " ".join(filter(None, remedies))
 
 
@@ -88,7 +88,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
         own_options = options.of(feature.options)
         if feature.is_on(own_options) or feature.options.attribute in attributes:
             feature.join(run, own_options)
-    _refuse_targets(run.targets)
+    _reject_targets(run.targets)
     if attributes:
         _note_unread(tables)
     return run
@@ -105,7 +105,7 @@ def begin_run(
     return run
 
 
-def _refuse_targets(targets: Sequence[StepTarget]) -> None:
+def _reject_targets(targets: Sequence[StepTarget]) -> None:
     """Raise OptionError for targets of which a run can have only one."""
     replacing = [target.option for target in targets if target.replaces_clip]
     if len(replacing) > 1:

@@ -47,7 +47,7 @@ AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
 # of `JoinedRun.needs`: what batches have besides pictures and captions
-EMPTY_PROMPT, WORSE_ONES = "the empty prompt", "the worse one of each pair"
+EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
 # likewise: batches may need the model without the network
 BASE_MODEL = "the model without the network"

@@ -122,8 +122,8 @@ def make_average(
         raise OptionError(
             f"--ema_decay {decay}: {type(optimizer).__name__} saves an average already. Leave it out"
         )
-    is_whole = any(module in dits for module in trainable.modules.values())
-    if is_whole and not keeps:
+    is_full = any(module in dits for module in trainable.modules.values())
+    if is_full and not keeps:
         return None
     # a LoRA is never swapped: to settle the weights below it would empty the swap's slots after each step
-    return WeightAverage(decay, every, dits=dits if is_whole else (), trainable=trainable, on_host=is_whole)
+    return WeightAverage(decay, every, dits=dits if is_full else (), trainable=trainable, on_host=is_full)

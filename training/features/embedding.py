@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.new_words import MOST_VECTORS, TaughtWord, WordFlags, WordToLearn, find_fault, learns_words
+from contract.new_words import MAX_VECTORS, TaughtWord, WordFlags, WordToLearn, find_fault, learns_words
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
@@ -48,7 +48,7 @@ class EmbeddingOptions(
         "vectors of the word; each takes a place of a caption",
         default=1,
         least=1,
-        most=MOST_VECTORS,
+        most=MAX_VECTORS,
         needs="train_embedding",
         hint="1 to 4 are usual",
         known_as=("num_new_tokens_per_abstraction", "num_vectors_per_token"),
@@ -160,9 +160,9 @@ def _describe(options: EmbeddingOptions) -> str:
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
     word = options.train_embedding
     assert word is not None  # the feature is on
-    fault = find_fault(word)
-    if fault:
-        raise OptionError(f"--train_embedding {word!r} {fault}")
+    error = find_fault(word)
+    if error:
+        raise OptionError(f"--train_embedding {word!r} {error}")
     caching = run.options.caching
     if caching is not None and caching.caches_texts:
         raise OptionError(

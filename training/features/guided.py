@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
 
-MOST_GUIDANCE = 20
+MAX_GUIDANCE = 20
 THOUSAND = 1000
 
 
@@ -30,7 +30,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
         "the empty prompt: for models that were distilled with guidance. One more pass in each step, without "
         "gradients",
         above=1,
-        most=MOST_GUIDANCE,
+        most=MAX_GUIDANCE,
         metavar="SCALE",
         hint="3 to 4 are usual",
         known_as=("do_guidance_loss", "guidance_loss", "guidance_loss_target", "h3_guidance_loss_scale"),
@@ -47,7 +47,7 @@ class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, fac
     guided_target_sound: float | None = option(
         "SCALE of --guided_target for the sound of clips; default: that of the picture",
         above=1,
-        most=MOST_GUIDANCE,
+        most=MAX_GUIDANCE,
         needs="guided_target",
         hint="3 to 4 are usual",
         known_as=("h3_guidance_loss_scale_audio",),
@@ -87,21 +87,21 @@ def guide(
     batch = noisy_batch.batch
     is_empty = batch.has_empty_text or (False,) * len(batch)
     keeps = [empty or kept for empty, kept in zip(is_empty, kept_samples(passes, noisy_batch), strict=True)]
-    uses_picture = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
+    uses_image = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
     uses_sound: list[bool] = []
     if noisy_batch.sound is not None:
         uses_sound = _above(levels_of(noisy_batch.sound), guided.lowest_level, keeps)
-    if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
+    if not (any(uses_image) or any(uses_sound) or passes.rule.in_lockstep):
         return velocity
     unprompted = passes.frozen(replace(noisy_batch, batch=batch.with_empty_text()))
     passes.restart(noisy_batch)
     if noisy_batch.sound is None:
-        return choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
-    picture, sound = noisy_batch.joint.split(velocity)
+        return choose(uses_image, unprompted + guided.scale * (velocity - unprompted), velocity)
+    image, sound = noisy_batch.joint.split(velocity)
     away, sound_away = noisy_batch.joint.split(unprompted)
-    picture = choose(uses_picture, away + guided.scale * (picture - away), picture)
+    image = choose(uses_image, away + guided.scale * (image - away), image)
     sound = choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
-    return noisy_batch.joint.join(picture, sound)
+    return noisy_batch.joint.join(image, sound)
 
 
 def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:

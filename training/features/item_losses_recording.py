@@ -30,12 +30,12 @@ from training.reports.item_losses import (
     VERSION,
     ItemDraw,
     ItemPicture,
-    choose_shown,
     compare_items,
     read_draws,
     read_draws_of_file,
+    select_shown,
 )
-from training.reports.sections import items_path, pictures_path
+from training.reports.sections import images_path, items_path
 from training.steps import Progress
 from training.targets.passes import Streams, TargetComparison, TrainingPasses, levels_of
 
@@ -76,10 +76,10 @@ def _as_line(draw: ItemDraw) -> str:
     return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
 
 
-def write_pictures(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
+def write_images(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
     """Write small pictures of items, by their keys. Raises OutputError."""
-    values = {key: {"name": picture.name, "data": picture.data} for key, picture in pictures.items()}
-    write_text(pictures_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
+    values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
+    write_text(images_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ItemLossRecorder:
 
     def __exit__(self, *_: object) -> None:
         read = functools.partial(self._advance, self.progress.step)
-        self._attempt(read, self._write, self._write_pictures)
+        self._attempt(read, self._write, self._write_images)
         self._process = None
         if not self._count and self.progress.step > 0 and not self._is_lost:
             logger.warning(
@@ -174,7 +174,7 @@ class ItemLossRecorder:
         """Read and write losses up to a step, whose numbers the run has read."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the page of the run is written the last time
-            self._attempt(self._write, self._write_pictures)
+            self._attempt(self._write, self._write_images)
 
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
@@ -209,16 +209,16 @@ class ItemLossRecorder:
         if draws and self._process is not None:
             append_draws(self.folder, self.name, self._process, draws)
 
-    def _write_pictures(self) -> None:
+    def _write_images(self) -> None:
         """Write small pictures of the items that the page shows: the first process does, once."""
         if self._process != 0 or self._has_pictures:
             return
         self._has_pictures = True
-        keys = [item.key for item in choose_shown(compare_items(read_draws(self.folder, self.name)))]
-        pictures: dict[str, ItemPicture] = {}
+        keys = [item.key for item in select_shown(compare_items(read_draws(self.folder, self.name)))]
+        images: dict[str, ItemPicture] = {}
         for table in self._tables:
-            pictures |= _draw_items(table, self._tag, keys)
-        write_pictures(self.folder, self.name, pictures)
+            images |= _draw_items(table, self._tag, keys)
+        write_images(self.folder, self.name, images)
 
     def _attempt(self, *works: Callable[[], None]) -> None:
         """Do all of these. An error becomes a warning, and nothing is recorded from there on."""
@@ -242,17 +242,17 @@ def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str,
             by_stem.setdefault(name.stem, []).append(key)
     if not by_stem or table.is_of_sound:
         return {}
-    faults: list[Fault] = []
+    errors: list[Fault] = []
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training from caches does without the pictures
-        sources = find_sources(table, captions=False, faults=faults)
-    pictures: dict[str, ItemPicture] = {}
+        sources = find_sources(table, captions=False, faults=errors)
+    images: dict[str, ItemPicture] = {}
     for source in sources:
         if source.stem in by_stem:
             with contextlib.suppress(UserError, OSError, StopIteration):
-                picture = ItemPicture.of(source.path.name, _read_first_frame(source))
-                pictures |= dict.fromkeys(by_stem[source.stem], picture)
-    return pictures
+                image = ItemPicture.of(source.path.name, _read_first_frame(source))
+                images |= dict.fromkeys(by_stem[source.stem], image)
+    return images
 
 
 def _read_first_frame(source: MediaSource) -> Frame:

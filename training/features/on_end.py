@@ -37,7 +37,7 @@ def start_at_end(end: "RunEnd") -> None:
     options, progress = end.run.options, end.progress
     folder, name = options.saving.place
     step = 0 if progress is None else progress.step
-    facts = RunFacts(
+    info = RunFacts(
         folder=folder,
         name=name,
         step=step,
@@ -45,7 +45,7 @@ def start_at_end(end: "RunEnd") -> None:
         is_finished=progress is not None and end.total_steps is not None and step >= end.total_steps,
         page=None if options.logs.no_page else wait_for_page(history_path(folder, name)),
     )
-    start_command(FLAG, options.of(EndOptions).words, facts, end.error, has_begun=end.has_begun)
+    start_command(FLAG, options.of(EndOptions).words, info, end.error, has_begun=end.has_begun)
 
 
 def _join(run: "JoinedRun", options: EndOptions) -> None:

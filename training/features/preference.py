@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import HABIT, option
-from training.features.contract import AT_NETWORK, KEPT, WORSE_ONES, Feature, FeatureOptions, given_values
+from training.features.contract import AT_NETWORK, KEPT, REJECTED_ONES, Feature, FeatureOptions, given_values
 from training.features.hooks import Tally
 from training.features.step_targets import StepPasses, StepTarget
 from training.reports.shown_numbers import NumberChart, NumberTile
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from training.features.hooks import JoinedRun, PlannedRun
 
 # numbers of each step, by their names in logs
-BETTER, WORSE, RIGHT = "preference/better", "preference/worse", "preference/right"
+BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/right"
 
 
 class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, facts=HABIT):
@@ -95,12 +95,12 @@ def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
         joins_streams=True,
     )
     run.targets.append(target)
-    run.needs.add(WORSE_ONES)
+    run.needs.add(REJECTED_ONES)
     run.info.in_files |= given_values(options)
     tally = Tally(
-        (BETTER, WORSE, RIGHT),
+        (BETTER, REJECTED, RIGHT),
         charts=[
-            NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": WORSE}),
+            NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": REJECTED}),
             NumberChart("Share of pairs that are right", "share", {"right": RIGHT}),
         ],
         tiles=[NumberTile("Pairs that are right", RIGHT, "the better one is learned more")],

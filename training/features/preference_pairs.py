@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from contract.data import HAS_SOUND, WORSE_LATENTS
+from contract.data import HAS_SOUND, REJECTED_LATENTS
 from dataset.batches.items import CachingCommands, TrainingItem
-from dataset.batches.reading import explain_no_worse
+from dataset.batches.reading import explain_no_rejected
 from dataset.cache.store import Stores
 from modules.errors import CacheError, DatasetError
 from training.features.hooks import Tally
@@ -52,8 +52,8 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
                 f"encoded while training. Cache them first:\n  {commands.latents}"
             )
         header = stores.of(item.table).read(item.file_name, is_whole=False)
-        if WORSE_LATENTS not in header.keys:
-            raise CacheError(explain_no_worse(item.latent_path, commands))
+        if REJECTED_LATENTS not in header.keys:
+            raise CacheError(explain_no_rejected(item.latent_path, commands))
 
 
 def pair_passes(
@@ -121,11 +121,11 @@ def _repeat_sound(sound: NoisySound) -> NoisySound:
 
 def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
     """Return the error of each sample, B: of its picture, and of its sound if it has any."""
-    picture, *sounds = streams
+    image, *sounds = streams
     if not sounds:
-        return picture
-    has_sound = pairs.batch.tensor(HAS_SOUND).to(picture)
-    return picture + sounds[0] * has_sound
+        return image
+    has_sound = pairs.batch.tensor(HAS_SOUND).to(image)
+    return image + sounds[0] * has_sound
 
 
 def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -> tuple[Tensor, Tensor]:
@@ -139,11 +139,11 @@ def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -
 
     and a pair is right if its margin is above 0.
     """
-    better, worse = errors.chunk(2)
-    base_better, base_worse = base_errors.chunk(2)
-    margin = (base_better - better) + (worse - base_worse)
+    better, rejected = errors.chunk(2)
+    base_better, base_rejected = base_errors.chunk(2)
+    margin = (base_better - better) + (rejected - base_rejected)
     losses = -logsigmoid(preference.beta / 2 * margin)
     if preference.data_weight:
         losses = losses + preference.data_weight * better
-    numbers = torch.stack([better.mean(), worse.mean(), (margin > 0).float().mean()])
+    numbers = torch.stack([better.mean(), rejected.mean(), (margin > 0).float().mean()])
     return losses, numbers.detach()

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_FACTOR = 1_000_000.0  # beyond any spike
+MAX_FACTOR = 1_000_000.0  # beyond any spike
 TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; of several processes the largest counts
 NAMES = {BAD: "bad", SPIKE: "spike"}  # in the history
 WINDOW = 100  # norms of taken steps that the median is of
 LEAST = 20  # of them, before any step is a spike
-MOST_SPIKES = 20  # in a row; more of them are no spikes
+MAX_SPIKES = 20  # in a row; more of them are no spikes
 REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # of the error without it
 
 
@@ -45,7 +45,7 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
         "leave out a step whose gradient norm is above FACTOR times the median of the last 100 taken "
         "steps, from the 21st step on",
         above=1,
-        most=MOST_FACTOR,
+        most=MAX_FACTOR,
         metavar="FACTOR",
         hint="5 to 10 are usual",
         known_as=("skip_grad_norm",),
@@ -113,7 +113,7 @@ class Skipping:
             del norms[:-WINDOW]
             return False
         count = progress.spikes_in_a_row.get(kind, 0) + 1
-        is_level = count >= MOST_SPIKES
+        is_level = count >= MAX_SPIKES
         progress.spikes_in_a_row[kind] = 0 if is_level else count
         if is_level:
             progress.norms[kind] = []
@@ -169,7 +169,7 @@ def describe_skip(
     if limit is not None:
         text += f", above the limit of {limit:.4g} that --skip_spikes sets"
     if is_new_level:
-        text += f". {MOST_SPIKES} in a row are no spikes: steps are taken again, and the median begins anew"
+        text += f". {MAX_SPIKES} in a row are no spikes: steps are taken again, and the median begins anew"
     return f"{text}."
 
 

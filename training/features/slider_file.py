@@ -54,7 +54,7 @@ def read_sliders(path: Path) -> SliderFile:
         raise OptionError(
             f"{place}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows it"
         ) from None
-    _refuse_unknown(place, content, FILE_KEYS)
+    _reject_unknown(place, content, FILE_KEYS)
     tables = content.get("sliders")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise OptionError(
@@ -68,14 +68,14 @@ def read_sliders(path: Path) -> SliderFile:
     return SliderFile(guidance, tuple(sliders))
 
 
-def _refuse_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
+def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
         raise OptionError(f"{place}: unknown key {unknown[0]}. Use {', '.join(known)}")
 
 
 def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
-    _refuse_unknown(place, table, KEYS)
+    _reject_unknown(place, table, KEYS)
     for key in (*TEXTS, "anchor"):
         text = table.get(key)
         if text is None and key in TEXTS:

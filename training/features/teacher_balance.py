@@ -54,18 +54,18 @@ def find_balance(
     if focus is None:
         return NO_FOCUS
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
-    usual = _compute_usual_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
+    default = _compute_default_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
     in_range = _BandShares(
         inside=_share_of_range(options, max(low, lowest), min(high, highest)),
         trained=_share_of_range(options, lowest, highest),
     )
     focused = _BandShares(
-        inside=(1 - focus) * usual.inside + focus * in_range.inside,
-        trained=(1 - focus) * usual.trained + focus * in_range.trained,
+        inside=(1 - focus) * default.inside + focus * in_range.inside,
+        trained=(1 - focus) * default.trained + focus * in_range.trained,
     )
-    if not usual.trained:  # draws of the focus alone are trained
+    if not default.trained:  # draws of the focus alone are trained
         return NO_FOCUS
-    before, after = usual.inside / usual.trained, focused.inside / focused.trained
+    before, after = default.inside / default.trained, focused.inside / focused.trained
     return FocusBalance(inside=_ratio(before, after), outside=_ratio(1 - before, 1 - after))
 
 
@@ -77,13 +77,13 @@ class _BandShares:
     trained: float
 
 
-def _compute_usual_shares(
+def _compute_default_shares(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandShares:
     """Return the shares of the draws of the sampler without its focus."""
     defaults = TimestepOptions.usual()
-    usual = replace(options, timestep_focus=None, timestep_focus_range=defaults.timestep_focus_range)
-    _, shares = scan(usual, noise, flow_shift)
+    default = replace(options, timestep_focus=None, timestep_focus_range=defaults.timestep_focus_range)
+    _, shares = scan(default, noise, flow_shift)
     levels = NUM_TIMESTEPS * shares
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)

@@ -149,7 +149,7 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
     """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
     if not options.loras():
         return
-    from networks.added import refuse_magnitudes  # only with LoRA files
+    from networks.added import reject_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
     from networks.loading import read_use
 
@@ -157,7 +157,7 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
     with quiet():  # all warnings come again when they are added
         uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.loras()]
         for use in uses:
-            refuse_magnitudes(use.lora, "--teacher_lora")
+            reject_magnitudes(use.lora, "--teacher_lora")
         if model.dit_files:
             file = model.dit_files[0]
             check_loras_fit(file, uses, model.file_beside(file))

@@ -100,10 +100,10 @@ def check_trackers(options: TrackerOptions) -> None:
     """
     from modules.atomic_write import make_folder  # only with trackers, as what follows
     from modules.console import quiet
-    from modules.installation import describe_missing, refuses_code
+    from modules.installation import describe_missing, rejects_code
 
-    if refuses_code() is not None:
-        _refuse_settings_of_folder(options.trackers, Path.cwd())
+    if rejects_code() is not None:
+        _reject_settings_of_folder(options.trackers, Path.cwd())
     if options.logging_dir is not None:
         make_folder(options.logging_dir, "--logging_dir")
     for tracker in options.trackers:
@@ -115,7 +115,7 @@ def check_trackers(options: TrackerOptions) -> None:
         tracker_arguments(options)
 
 
-def _refuse_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
+def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
     """Raise OptionError if a working folder has settings that say where a tracker sends data, and as whom.
 
     Also keeps trackers from asking git about that folder: its settings can name programs.

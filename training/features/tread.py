@@ -86,12 +86,12 @@ def pass_by(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
     """Return the context in which tokens pass by the middle blocks. seed: of the run."""
-    from training.features.tread_routes import choose_places
+    from training.features.tread_routes import select_places
     from training.features.tread_runner import Route, routed  # torch: only with --tread
 
     first, last = options.tread_blocks
-    choose = partial(choose_places, noisy_batch, share=options.share, seed=seed)
-    return routed(dit, Route(first, last, choose))
+    select = partial(select_places, noisy_batch, share=options.share, seed=seed)
+    return routed(dit, Route(first, last, select))
 
 
 def _join(run: "JoinedRun", options: TreadOptions) -> None:

@@ -10,7 +10,7 @@ from modules.seeds import derive_seed
 from training.loss import NoisyBatch, place_weights
 
 
-def choose_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
+def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
     """Return the places of a grid of tokens that take part, B K on the CPU, rising.
 
     They are drawn for each sample. Given frames always take part, and so do places that a mask counts, if it
@@ -27,8 +27,8 @@ def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: 
     needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]
     given = _given_tokens(noisy_batch, sizes)
-    fewest_free = length - int(needed.sum(1).max())
-    num_left_out = min(round(share * (length - given)), fewest_free)
+    min_free = length - int(needed.sum(1).max())
+    num_left_out = min(round(share * (length - given)), min_free)
     generator = torch.Generator().manual_seed(derive_seed(seed, "tread", noisy_batch.number))
     order = torch.rand(needed.shape, generator=generator, dtype=torch.float64) + needed
     kept = order.argsort(dim=1, descending=True, stable=True)[:, : length - num_left_out]

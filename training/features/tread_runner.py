@@ -22,7 +22,7 @@ from contract.steps import Tweaks
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 # from the sizes of a grid of picture tokens to the places in it that take part, B K rising
-ChoosePlaces = Callable[[tuple[int, ...]], Tensor]
+SelectPlaces = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Route:
 
     first: int  # number of a block, from 0; negative: from the end
     last: int  # likewise; it belongs to the route
-    choose: ChoosePlaces
+    choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
         return range(block_number(self.first, count), block_number(self.last, count) + 1)

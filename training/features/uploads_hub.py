@@ -29,7 +29,7 @@ from training.saving.files import PublishedRun
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-MOST_PROMPTS = 8
+MAX_PROMPTS = 8
 _END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
 SETTINGS = {  # what the text says of a run: metadata -> words
     "ss_network_module": "network",
@@ -51,7 +51,7 @@ SETTINGS = {  # what the text says of a run: metadata -> words
 }
 # identifiers of the hub that a user may have meant
 # fmt: off
-HUB_LICENCES = {
+HUB_LICENSES = {
     "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "openrail", "cc0-1.0",
     "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m",
 }
@@ -131,8 +131,8 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
         if text not in ("None", "", "{}"):
             lines.append(f"{name}: {text}")
     for table in tables:
-        facts = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
-        lines.append(f"data: {', '.join(facts)}")
+        info = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
+        lines.append(f"data: {', '.join(info)}")
     return lines
 
 
@@ -157,7 +157,7 @@ def _front_matter(
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(tag for tag in tags if tag)),
-        "license": key if key in HUB_LICENCES else other_key,
+        "license": key if key in HUB_LICENSES else other_key,
     }
     if values["license"] == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
@@ -166,7 +166,7 @@ def _front_matter(
     if words:
         values["instance_prompt"] = ", ".join(words)
     if prompts:
-        values["widget"] = [{"text": prompt} for prompt in prompts[:MOST_PROMPTS]]
+        values["widget"] = [{"text": prompt} for prompt in prompts[:MAX_PROMPTS]]
     # ASCII: no character that ends a line for one reader of YAML and not for another
     return str(yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=False, width=10_000))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from networks.kinds import KINDS
-from networks.module_names import choose_family, number_modules, read_family
+from networks.module_names import number_modules, read_family, select_family
 from networks.names.layouts import OURS, TRAINED_ON
 from training.optimizers.optimizer import MOMENTS
 
@@ -67,7 +67,7 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
     modules = list(dict.fromkeys(module for _, module, _ in split.values()))
     known_family = read_family({TRAINED_ON: version})
     in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
-    family = choose_family(in_dit, None if known_family is None else known_family.name)
+    family = select_family(in_dit, None if known_family is None else known_family.name)
     numbered = number_modules(modules, family)
     if numbered is None:
         return []

@@ -21,7 +21,7 @@ from contract.family import DitSpec
 from modules.command import did_you_mean
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.installation import describe_missing, refuse_standard_module
+from modules.installation import describe_missing, reject_standard_module
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
 from training.trainable import Trainable
@@ -71,7 +71,7 @@ def make_optimizer(
     groups = [dict(group) for group in parameter_groups]
     rate: float | None = options.learning_rate
     if kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers"):
-        arguments, rate = _choose_adafactor_arguments(options, arguments, groups)
+        arguments, rate = _select_adafactor_arguments(options, arguments, groups)
     elif kind.__name__ == "Prodigy" and rate is not None and rate < 0.1:
         logger.warning(f"Prodigy finds its own rate and multiplies it by --learning_rate {rate}: 1 is usual.")
     described = ",".join(f"{key}={value}" for key, value in arguments.items())
@@ -109,15 +109,15 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, usual), *further = rates.items()
-    different = [option for option, rate in further if rate != usual] or [option for option, _ in further]
-    fault = _try_step(options, [*rates.values()])
-    if fault is None or _try_step(options, [usual]) is not None:
+    (_, default), *further = rates.items()
+    different = [option for option, rate in further if rate != default] or [option for option, _ in further]
+    error = _try_step(options, [*rates.values()])
+    if error is None or _try_step(options, [default]) is not None:
         return
     named = "it" if len(different) == 1 else "them"
     raise OptionError(
         f"{' and '.join(different)}: --optimizer_type {options.optimizer_type or 'AdamW'} takes one group of "
-        f"weights at one learning rate ({fault.rstrip('.')}).\n  Leave {named} out, or use an optimizer that "
+        f"weights at one learning rate ({error.rstrip('.')}).\n  Leave {named} out, or use an optimizer that "
         "takes several rates, such as AdamW"
     )
 
@@ -216,7 +216,7 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
     """
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise OptionError(f"{option} {name}: is not an import path. Write package.module.Class")
-    refuse_standard_module(option, name, module)
+    reject_standard_module(option, name, module)
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -254,7 +254,7 @@ def find_averaging(optimizer: Optimizer) -> Any:
     return next(averaging, None)
 
 
-def _choose_adafactor_arguments(
+def _select_adafactor_arguments(
     options: OptimizerOptions, arguments: dict[str, Any], groups: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], float | None]:
     """Return Adafactor's arguments and learning rate.

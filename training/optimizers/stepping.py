@@ -284,7 +284,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             "before any weight is stepped. Use one process, or leave it out"
         )
     if not steps_alone(find_optimizer(optimizer_type)):
-        _refuse("--fused_backward_pass", optimizer_type)
+        _reject("--fused_backward_pass", optimizer_type)
 
 
 def check_offload(optimizer_type: str) -> None:
@@ -297,7 +297,7 @@ def check_offload(optimizer_type: str) -> None:
             f"come to the GPU page by page. Leave {option} out"
         )
     if not steps_alone(kind):
-        _refuse(option, optimizer_type)
+        _reject(option, optimizer_type)
 
 
 def check_split(option: str, optimizer_type: str) -> None:
@@ -313,10 +313,10 @@ def check_split(option: str, optimizer_type: str) -> None:
         )
     kind = find_optimizer(optimizer_type)
     if not (steps_numbers(kind) or steps_alone(kind)):
-        _refuse(option, optimizer_type)
+        _reject(option, optimizer_type)
 
 
-def _refuse(option: str, optimizer_type: str) -> None:
+def _reject(option: str, optimizer_type: str) -> None:
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")

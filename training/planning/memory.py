@@ -31,7 +31,7 @@ from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
-from training.features.contract import EMPTY_PROMPT, WORSE_ONES
+from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -153,8 +153,8 @@ def predict(
     8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
-    quantisation = rehearsed(options.speed.fp8.quantisation)
-    placement = replace(placement_of(options, META, quantisation), attention=choice)
+    quantization = rehearsed(options.speed.fp8.quantisation)
+    placement = replace(placement_of(options, META, quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
     made = made_network_of(family)
@@ -245,7 +245,7 @@ def read_largest(
         checks=CacheChecks(),
         stream=("largest",),
         reads_empty=EMPTY_PROMPT in options.joined.needs,
-        reads_worse=WORSE_ONES in options.joined.needs,
+        reads_worse=REJECTED_ONES in options.joined.needs,
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
@@ -414,9 +414,9 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     shapes: list[tuple[str, str, Shape]] = []
     for number in list_halves(count):
         shapes.append(("batch_size", str(number), (number, frames, height, width)))
-    fewest_frames = frames
+    min_frames = frames
     if not latent.in_sections:
-        fewest_frames = 1
+        min_frames = 1
         shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
         for length in dict.fromkeys(shorter):
             shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
@@ -424,7 +424,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
         rows = token * max(1, round(height * factor / token))
         columns = token * max(1, round(width * factor / token))
         size = f"[{horizontal * columns}, {vertical * rows}]"
-        shapes.append(("resolution", size, (1, fewest_frames, rows, columns)))
+        shapes.append(("resolution", size, (1, min_frames, rows, columns)))
     return shapes
 
 

@@ -129,7 +129,7 @@ class Rehearsal:
         Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
         be rehearsed, or if weights step during the backward pass.
         """
-        whole_dit = self.options.whole_dit
+        full_dit = self.options.whole_dit
         max_norm = self.options.optimizer.max_grad_norm
         moments: dict[str, dry.Moment] = {}
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
@@ -151,7 +151,7 @@ class Rehearsal:
             with self.ledger.allocating(dry.OPTIMIZER):
                 size = state_bytes(self.optimizer, self.parameters)
                 self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
-        if whole_dit is None or not whole_dit.fused_backward_pass:
+        if full_dit is None or not full_dit.fused_backward_pass:
             return moments
         assert self.steps is not None
         # the weights step during the backward pass, so that no moment of a whole step exists
@@ -288,9 +288,9 @@ def _single_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
     """Return the steps of single weights; None if all are stepped at once."""
-    whole_dit = options.whole_dit
-    is_stepped_alone = whole_dit is not None and (
-        whole_dit.full_bf16 or whole_dit.fused_backward_pass or whole_dit.offloads_states
+    full_dit = options.whole_dit
+    is_stepped_alone = full_dit is not None and (
+        full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
     )
     if not (is_stepped_alone and steps_alone(type(optimizer))):
         return None

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 END = "-history.jsonl"
 BEFORE_TRAINING = ".run"  # behind the name of a run: what `run` did before its training
-MOST_WAITING = 2000  # lines in memory
-MOST_STEPS = 10**15
+MAX_WAITING = 2000  # lines in memory
+MAX_STEPS = 10**15
 LOSS = "validation/loss"
 NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
 AVERAGE = "-ema"  # in the name of a saved file: it is the average of the weights
@@ -88,7 +88,7 @@ class Start:
         unchanged = _pairs_of_texts(facts["unchanged"])
         total_steps = int(facts["total_steps"])
         listens = bool(facts["listens"])
-        if not 0 <= total_steps <= MOST_STEPS:
+        if not 0 <= total_steps <= MAX_STEPS:
             raise ValueError("no run has so many steps")
         return cls(
             model=str(facts["model"]),
@@ -158,8 +158,8 @@ class Story:
         elif "commands" in row:
             self.commands = [PageCommand(*map(str, command)) for command in row["commands"]]
         else:
-            facts = row.get("started")
-            self.starts[step] = Start.of(facts) if isinstance(facts, dict) else None
+            info = row.get("started")
+            self.starts[step] = Start.of(info) if isinstance(info, dict) else None
             self.ending = None
 
     def _add_step(self, step: int, row: Row) -> None:
@@ -220,7 +220,7 @@ class Story:
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss among those that still exist."""
-        best = choose_best(self.measured_files(folder)) if self.validations else None
+        best = select_best(self.measured_files(folder)) if self.validations else None
         return None if best is None else best.name
 
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
@@ -264,7 +264,7 @@ class MeasuredFile:
     loss_step: int  # where it was measured, nearest to the step
 
 
-def choose_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
+def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
     Neighbours have equal losses, as each has the nearest one: then it is the file that was saved nearest to
@@ -308,7 +308,7 @@ class History:
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
         self._waiting += [line] if self.is_written else []
-        if len(self._waiting) >= MOST_WAITING:
+        if len(self._waiting) >= MAX_WAITING:
             try:
                 self.flush()
             finally:
@@ -400,7 +400,7 @@ def parse_row(line: bytes) -> Row | None:
         if not (line.endswith(b"\n") and isinstance(row, dict)):
             return None
         number = row.get("session", row.get("step"))
-        if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MOST_STEPS):
+        if type(number) is not int or ("step" in row and not 0 <= row["step"] <= MAX_STEPS):
             return None
         names = [row["saved"]] if "saved" in row else row.get("files", {}).values()
         if not all(Path(name).name == name and "\\" not in name for name in names):

@@ -31,16 +31,16 @@ from modules.pages.language import counted, say
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, read_text, require_regular_file
 from training.reports.history import Story
-from training.reports.sections import PageSection, is_section_file, items_path, pictures_path
+from training.reports.sections import PageSection, images_path, is_section_file, items_path
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 LEVELS = 10  # ranges of noise levels that are compared
 MOST_BYTES = 256 << 20  # of a file; of a larger one only the end is read
-MOST_HARD, MOST_EASY = 20, 5  # items on the page
+MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small picture
-MOST_PICTURE = 64 << 10  # characters of one
+MAX_IMAGE = 64 << 10  # characters of one
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
 
@@ -164,36 +164,35 @@ def _range_of(level: float) -> int:
 
 def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -> ItemLoss:
     total = sum(draw.loss for draw in draws)
-    usual = sum(means[_range_of(draw.level)] for draw in draws)
-    hardness = total / usual if usual > 0 else 1.0
+    default = sum(means[_range_of(draw.level)] for draw in draws)
+    hardness = total / default if default > 0 else 1.0
     error = None
-    if len(draws) > 1 and usual > 0:
+    if len(draws) > 1 and default > 0:
         # of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
         squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
-        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / usual
+        error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / default
     return ItemLoss(key, len(draws), total / len(draws), hardness, error)
 
 
-def choose_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
+def select_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
     """Return the items on the page: the hardest, then the easiest, without repeats."""
-    hard = list(items[:MOST_HARD])
-    return [*hard, *items[max(len(hard), len(items) - MOST_EASY) :]]
+    hard = list(items[:MAX_HARD])
+    return [*hard, *items[max(len(hard), len(items) - MAX_EASY) :]]
 
 
-def read_pictures(folder: Path, name: str) -> dict[str, ItemPicture]:
+def read_images(folder: Path, name: str) -> dict[str, ItemPicture]:
     """Return the small pictures of items by their keys; of those that are well-formed."""
     try:
-        values = parse_json(read_text(pictures_path(folder, name)))
-        pictures = {
-            str(key): ItemPicture(str(picture["name"]), str(picture["data"]))
-            for key, picture in values.items()
+        values = parse_json(read_text(images_path(folder, name)))
+        images = {
+            str(key): ItemPicture(str(image["name"]), str(image["data"])) for key, image in values.items()
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
     return {
-        key: picture
-        for key, picture in pictures.items()
-        if len(picture.data) <= MOST_PICTURE and _BASE64.fullmatch(picture.data)
+        key: image
+        for key, image in images.items()
+        if len(image.data) <= MAX_IMAGE and _BASE64.fullmatch(image.data)
     }
 
 
@@ -212,15 +211,15 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
     items = _compare_files(folder, name, tuple(marks)) if marks else []
     if not items:
         return None
-    pictures = read_pictures(folder, name)
+    images = read_images(folder, name)
     rows: list[tuple[str | Markup, ...]] = []
-    for item in choose_shown(items):
-        picture = pictures.get(item.key)
+    for item in select_shown(items):
+        image = images.get(item.key)
         hardness = f"{item.hardness:.2f}" + ("" if item.error is None else f" ± {item.error:.2f}")
         rows.append(
             (
-                "" if picture is None else picture.tag,
-                item.key if picture is None else picture.name,
+                "" if image is None else image.tag,
+                item.key if image is None else image.name,
                 hardness,
                 f"{item.draws:,}",
                 f"{item.mean:.4g}",
@@ -239,8 +238,8 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
             len(items),
             "%(n)s picture or clip was learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
             "%(n)s pictures and clips were learned; the %(hard)s hardest and the %(easy)s easiest are shown.",
-            hard=min(MOST_HARD, len(items)),
-            easy=len(rows) - min(MOST_HARD, len(items)),
+            hard=min(MAX_HARD, len(items)),
+            easy=len(rows) - min(MAX_HARD, len(items)),
         ),
     ]
     return PageSection(

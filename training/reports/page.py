@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.rules import PICTURE_STREAM, SOUND_STREAM
+from contract.rules import IMAGE_STREAM, SOUND_STREAM
 from modules.console import as_size, count_of
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, say, say_duration
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 Tile = tuple[str, str, str]  # label, value and a note
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
-MOST_PROMPTS = 20
+MAX_PROMPTS = 20
 SMOOTHING = 0.9
-MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
+MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def page_values(
     story: Story,
     standing: Standing,
     load: "LoadClip | None" = None,
-    most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
+    most: tuple[int, int] = (MOST_COLUMNS, MAX_PROMPTS),
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def page_values(
     if load:
         from training.reports.sample_files import make_grid  # only with samples
 
-        most_columns, most_prompts = most
-        grid = make_grid(story, load, most_columns, most_prompts)
+        max_columns, max_prompts = most
+        grid = make_grid(story, load, max_columns, max_prompts)
     return {
         "live": None,
         "is_shared": False,  # by a link: its samples are the files themselves
@@ -106,10 +106,10 @@ def page_values(
     }
 
 
-def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
+def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
     """Return the diagrams of a run. most: about how many points a curve has."""
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
-    of_streams = experts.keys() <= {PICTURE_STREAM, SOUND_STREAM}
+    of_streams = experts.keys() <= {IMAGE_STREAM, SOUND_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
     rates = {
         name.removeprefix("lr/").replace("unet", "transformer"): points
@@ -164,7 +164,7 @@ def make_curves(
     return [curve for curve in curves if curve.x]
 
 
-def join_bins(points: Points, most: int = MOST_BINS) -> dict[float, list[float]]:
+def join_bins(points: Points, most: int = MAX_BINS) -> dict[float, list[float]]:
     """Return the values in each of about `most` equal ranges of steps, in order, by the middle of their
     steps.
     """

@@ -72,14 +72,14 @@ class StepClock:
             self.skips = False
             return None
         times = self._times.setdefault(sizes, deque(maxlen=KEPT))
-        usual = statistics.median(times) if len(times) >= SEEN else None
+        default = statistics.median(times) if len(times) >= SEEN else None
         times.append(seconds)
-        if usual is None or seconds < LEAST or seconds <= FACTOR * usual:
+        if default is None or seconds < LEAST or seconds <= FACTOR * default:
             return None
         if self._last_warned is not None and step - self._last_warned < PAUSE:
             return None
         self._last_warned = step
         return (
-            f"Step {step} took {seconds:.2f} s; {usual:.2f} s are usual for steps with items of this size. "
+            f"Step {step} took {seconds:.2f} s; {default:.2f} s are usual for steps with items of this size. "
             f"{CAUSES}"
         )

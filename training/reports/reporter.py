@@ -25,7 +25,7 @@ PAUSE = 120.0  # seconds between two pages without new samples at least
 SHARE = 0.003  # of the time, that writing the history to disk may take
 FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
 DOING_SECONDS = 10.0  # between two lines on what a pause does
-MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
+MAX_MESSAGES, MOST_CHARACTERS = 1000, 2000
 
 
 @dataclass
@@ -277,9 +277,9 @@ def find_best_file(story: Story, folder: Path, name: str) -> str | None:
     """
     if not scores_path(folder, name).is_file():
         return story.best_file(folder)
-    from training.reports.scores import choose_file  # it draws, too; most runs are scored after their end
+    from training.reports.scores import select_file  # it draws, too; most runs are scored after their end
 
-    return choose_file(folder, name, story)
+    return select_file(folder, name, story)
 
 
 def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
@@ -296,6 +296,6 @@ class _Messages(logging.Handler):
         self._note, self._count = note, 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._count < MOST_MESSAGES and threading.current_thread() is threading.main_thread():
+        if self._count < MAX_MESSAGES and threading.current_thread() is threading.main_thread():
             self._count += 1
             self._note(record.levelname.lower(), shorten_lines(record.getMessage(), MOST_CHARACTERS))

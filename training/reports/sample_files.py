@@ -27,8 +27,8 @@ LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
 GAP = 8  # pixels of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
-MOST_ROWS = 40  # a picture of more would be too tall to look at
-LEAST_WIDTH = 480  # so that a prompt can be read
+MAX_ROWS = 40  # a picture of more would be too tall to look at
+MIN_WIDTH = 480  # so that a prompt can be read
 # file of a sample, prompt, step -> the clip, or why there is none
 LoadClip = Callable[[str, str, int], Markup | str]
 
@@ -74,10 +74,10 @@ def read_reduced(path: Path) -> ReducedClip:
 
 def _draw_sound(path: Path) -> Frame:
     """Return a picture of a WAV file's amplitude over time."""
-    from modules.media.samples import read_track, track_facts  # of runs with sound alone
+    from modules.media.samples import read_track, track_info  # of runs with sound alone
 
-    facts = track_facts(path)
-    seconds = Fraction(1) if facts is None or facts.end is None else facts.end
+    info = track_info(path)
+    seconds = Fraction(1) if info is None or info.end is None else info.end
     num_samples = max(SIDE, int(seconds * SOUND_RATE))
     sound = read_track(path, Fraction(0), num_samples, rate=SOUND_RATE, channels=2)
     swing = np.zeros(SIDE)
@@ -104,13 +104,13 @@ def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Ma
 
     Raises OutputError if that fails.
     """
-    rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MOST_ROWS]]
+    rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MAX_ROWS]]
     if not rows:
         return
     text_height = TEXT_SIZE + GAP
     title_height = TITLE_SIZE + 3 * GAP
     row_heights = [text_height + strip.shape[0] + 2 * GAP for _, strip in rows]
-    width = max(LEAST_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
+    width = max(MIN_WIDTH, *(strip.shape[1] for _, strip in rows)) + 2 * GAP
     sheet = Image.new("RGB", (width, title_height + sum(row_heights)), (24, 24, 27))
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, GAP), _fit(title, width, TITLE_SIZE), font=_load_font(TITLE_SIZE), fill=(250, 250, 250))
@@ -143,7 +143,7 @@ def _load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-MOST_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
+MAX_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
 SMALL_SIDE = 128
 
 
@@ -176,11 +176,11 @@ class ClipStore:
         text = f"{prompt}, step {step}"  # for those who cannot see it
         for side in (SIDE, SMALL_SIDE):
             self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
-            if len(self.clips[name]) <= MOST_CLIP_BYTES:
+            if len(self.clips[name]) <= MAX_CLIP_BYTES:
                 break
 
 
-def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
+def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) -> list[SampleRow]:
     """Return at most `most` rows: the first, the last, the one nearest to the best step, and others evenly.
 
     "Evenly" is every 2nd, 4th, 8th, ... row, so that most of the chosen rows stay when the list grows.
@@ -196,7 +196,7 @@ def choose_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
     return [rows[index] for index in sorted(chosen)]
 
 
-def choose_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
+def select_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
     """Return the columns that a row shows first: the first, the last, the best, and others between them.
 
     best: index of the column nearest to the lowest validation loss.
@@ -209,21 +209,21 @@ def choose_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
     return chosen
 
 
-def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int) -> dict[str, Any]:
+def make_grid(story: Story, load: LoadClip, most_columns: int, max_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
     rows = [story.samples[key] for key in sorted(story.samples)]
     best_step = None if story.lowest is None else story.lowest[0]
-    columns = choose_columns(rows, best_step, most_columns)
+    columns = select_columns(rows, best_step, most_columns)
     best_column: SampleRow | None = None
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
     prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
-    shown = sorted(prompts)[:most_prompts]
+    shown = sorted(prompts)[:max_prompts]
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in shown:
         grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
     best_index = None if best_column is None else columns.index(best_column)
-    few = choose_few(len(columns), best_index)
+    few = select_few(len(columns), best_index)
     titles = []
     for index, row in enumerate(columns):
         title = _format_column_title(row)

@@ -14,12 +14,12 @@ from modules.atomic_write import make_storable, write_text
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
-from training.reports.history import MeasuredFile, Story, choose_best
+from training.reports.history import MeasuredFile, Story, select_best
 from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
 MOST_BYTES = 64 << 20
-MOST_ROWS = 10_000
+MAX_ROWS = 10_000
 MOST_SHOWN = 100  # rows of the page
 # means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
 SAME = 0.005
@@ -171,7 +171,7 @@ def read_scores(path: Path) -> RunScores | None:
         values = parse_json(read_text(path, MOST_BYTES))
         if values["version"] != VERSION:
             return None
-        rows = tuple(_read_row(row) for row in values["rows"][:MOST_ROWS])
+        rows = tuple(_read_row(row) for row in values["rows"][:MAX_ROWS])
         return RunScores(
             model=str(values["model"]),
             rows=rows,
@@ -230,7 +230,7 @@ def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tu
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best of the saved files; None if there is none.
 
-    With validation losses it is the one that `choose_best` chooses. Without, it is the one that is most like
+    With validation losses it is the one that `select_best` chooses. Without, it is the one that is most like
     the training pictures among those that fit their prompts as well as the best does, within SAME. Files with
     copied samples count only if all have some. unsampled: files without samples.
     """
@@ -242,7 +242,7 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
         for row in chosen
         if row.loss is not None and row.loss_step is not None
     }
-    lowest = choose_best([*measured, *unsampled])
+    lowest = select_best([*measured, *unsampled])
     if lowest is not None:
         best = measured.get(lowest) or StepScores(
             lowest.step, "", (), saved=lowest.name, loss=lowest.loss, loss_step=lowest.loss_step
@@ -419,7 +419,7 @@ def find_best_of_run(folder: Path, name: str, story: Story) -> BestFile | None:
     return None if scores is None else find_best(scores.rows, scores.unsampled)
 
 
-def choose_file(folder: Path, name: str, story: Story) -> str | None:
+def select_file(folder: Path, name: str, story: Story) -> str | None:
     """Return the best saved file of a run: by its scores and losses; None if neither tells.
 
     folder, name: --output_dir, --output_name.

@@ -37,7 +37,7 @@ def items_path(folder: Path, name: str, process: int = 0) -> Path:
     return folder / f"{name}-items{f'-{process}' if process else ''}.jsonl"
 
 
-def pictures_path(folder: Path, name: str) -> Path:
+def images_path(folder: Path, name: str) -> Path:
     """Return the file of small pictures of these items."""
     return folder / f"{name}-items.json"
 

@@ -29,7 +29,7 @@ WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names
 
 
 SAFETENSORS = ".safetensors"
-MOST_OF_WORD = 2 << 20  # bytes of a file with the vectors of a word
+MAX_OF_WORD = 2 << 20  # bytes of a file with the vectors of a word
 INDEX = "model_index.json"  # of a pipeline that is saved as a folder in diffusers' layout
 
 
@@ -54,13 +54,13 @@ class Names:
         """Return the further files of a save by the endings of their names: `x-000001_mycat`."""
         return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
-    def whole_stem(self, file: Path) -> str:
+    def full_stem(self, file: Path) -> str:
         """Return the name of a file without its ending."""
         return file.name.removesuffix(self.ending)
 
     def stem_of(self, file: Path) -> str:
         """Return the part of the name that all files of a save share."""
-        stem = self.whole_stem(file)
+        stem = self.full_stem(file)
         stems = (stem.removesuffix(f"_{end}") for end in (*self.parts, *self.beside))
         # the name of the run may itself end like that
         return next((short for short in stems if short != stem and short.startswith(self.name)), stem)
@@ -350,7 +350,7 @@ def is_saved_folder(folder: Path) -> bool:
 def _is_of_word(file: Path, name: str, word: str) -> bool:
     """Return whether a file has a word alone, by its metadata. name: of the run that saved it."""
     try:
-        if file.stat().st_size > MOST_OF_WORD:  # a LoRA with this name
+        if file.stat().st_size > MAX_OF_WORD:  # a LoRA with this name
             return False
         metadata = read_safetensors_texts(file)
     except (OSError, ValueError):

@@ -55,14 +55,14 @@ def train_split_dit(
 
     name_parts, part_rates, form: as for `train_dit`.
     """
-    usual = train_dit(dit, learning_rate, name_parts, part_rates, form)
-    rows = {weight: trained_rows(weight) for weight in usual.parameters if is_split(weight)}
+    default = train_dit(dit, learning_rate, name_parts, part_rates, form)
+    rows = {weight: trained_rows(weight) for weight in default.parameters if is_split(weight)}
     groups = [
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
-        for group in usual.groups
+        for group in default.groups
     ]
     return replace(
-        usual,
+        default,
         groups=groups,
         writes={"": partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)},
         split={part: weight for weight, part in rows.items()},

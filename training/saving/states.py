@@ -38,7 +38,7 @@ VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `rea
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 AVERAGE = "ema"  # of the weights, among the parts of a state
 MOST = 10**9  # of steps and epochs
-MOST_OF_CHECKSUM = 100  # bytes of that file
+MAX_OF_CHECKSUM = 100  # bytes of that file
 _LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
@@ -133,16 +133,16 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     Raises CheckpointError if it is damaged or holds no state; OptionError if it is not a folder.
     """
     if not folder.is_dir():
-        problem = "no such folder"
+        error = "no such folder"
         near = ""
         anew = ""
         if folder.is_file():
-            problem = "a file, and a state is a folder"
+            error = "a file, and a state is a folder"
             anew = f" To begin with the trained weights, give {FRESH_START}."
         else:
             near = explain_missing(folder)
         raise OptionError(
-            f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
+            f"--resume {folder}: {error}.{near} Give a ...-state folder, or the word latest.{anew}"
         )
     if not _is_own(folder):
         return _read_foreign(folder)
@@ -287,7 +287,7 @@ def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
         return read_old_state(folder, is_checked)
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
-    if is_checked and file_checksum(folder / FILE) != int(read_text(folder / CHECKSUM, MOST_OF_CHECKSUM), 16):
+    if is_checked and file_checksum(folder / FILE) != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
         raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:

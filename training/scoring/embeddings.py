@@ -18,7 +18,7 @@ from checkpoints.writing import save_tensors
 from modules.bars import Bar
 from modules.errors import MediaError
 from modules.media.reading import VIDEO_SUFFIXES, Frame, pick_frames, read_image
-from training.scoring.model import PictureTextModel
+from training.scoring.model import ImageTextModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class VectorStore:
             self._written = len(self.vectors)
 
 
-def vectors_path(folder: Path, model: PictureTextModel) -> Path:
+def vectors_path(folder: Path, model: ImageTextModel) -> Path:
     """Return the file of the vectors of a model, in the folder of runs."""
     return folder / f".scores-{model.identity}.safetensors"
 
@@ -76,7 +76,7 @@ def vectors_path(folder: Path, model: PictureTextModel) -> Path:
 class Embedder:
     """Compute the vectors of media that the store lacks."""
 
-    model: PictureTextModel
+    model: ImageTextModel
     store: VectorStore
     num_frames: int  # of a clip
     batch_size: int
@@ -115,7 +115,7 @@ class Embedder:
     def _embed_waiting(self) -> None:
         frames = [frame for _, frames_of_one in self._waiting for frame in frames_of_one]
         batches = [
-            self.model.embed_pictures(frames[start : start + self.batch_size])
+            self.model.embed_images(frames[start : start + self.batch_size])
             for start in range(0, len(frames), self.batch_size)
         ]
         if not batches:
@@ -131,11 +131,11 @@ class Embedder:
 def read_frames(path: Path, num_frames: int) -> list[Frame]:
     """Return a picture as one frame, H W 3, or evenly spaced frames of a clip. Raises MediaError."""
     if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
-        return pick_frames(path, lambda length: _choose_evenly(length, num_frames), lambda frame: frame)
+        return pick_frames(path, lambda length: _select_evenly(length, num_frames), lambda frame: frame)
     return [read_image(path)]
 
 
-def _choose_evenly(length: int, most: int) -> set[int]:
+def _select_evenly(length: int, most: int) -> set[int]:
     """Return the middle frame of each of `most` equal parts, or all frames."""
     if length <= most:
         return set(range(length))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints.model_folders import build_without_memory, check_settings, require_shown
 from modules.control_codes import shorten
-from modules.devices import choose_device
+from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
@@ -26,7 +26,7 @@ ENDS = 1 << 20  # bytes at both ends of a file of weights that tell it from othe
 
 
 @dataclass(frozen=True)
-class PictureTextKind:
+class ImageTextKind:
     """How transformers names a kind of model, and how its texts are filled up."""
 
     network: str  # class of transformers
@@ -34,14 +34,14 @@ class PictureTextKind:
 
 
 # by `model_type` of config.json
-KINDS: Mapping[str, PictureTextKind] = {
-    "clip": PictureTextKind("CLIPModel", "longest"),
-    "siglip": PictureTextKind("SiglipModel", "max_length"),
+KINDS: Mapping[str, ImageTextKind] = {
+    "clip": ImageTextKind("CLIPModel", "longest"),
+    "siglip": ImageTextKind("SiglipModel", "max_length"),
 }
 
 
 @dataclass(frozen=True)
-class PictureTextModel:
+class ImageTextModel:
     """A loaded model with what prepares its pictures and texts."""
 
     network: Any
@@ -52,10 +52,10 @@ class PictureTextModel:
     identity: str  # equal for folders with the same model
 
     @torch.no_grad()
-    def embed_pictures(self, frames: Sequence[Frame]) -> Tensor:
+    def embed_images(self, frames: Sequence[Frame]) -> Tensor:
         """Return a vector of length 1 for each frame, N D float32 on the CPU. frames: each H W 3."""
-        pictures = [Image.fromarray(frame) for frame in frames]
-        pixels = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        images = [Image.fromarray(frame) for frame in frames]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         output = self.network.get_image_features(pixel_values=pixels.to(self.network.device))
         return _with_length_one(output.pooler_output)
 
@@ -87,13 +87,13 @@ def _with_length_one(vectors: Tensor) -> Tensor:
     return (vectors / torch.pow(squares, 0.5)).float().cpu()
 
 
-def load_picture_text_model(folder: Path, device: str | None) -> PictureTextModel:
+def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
     """Load the model in a folder to a device, in float32. device: None is the best one available.
 
     Raises CheckpointError if the folder holds no such model.
     """
-    chosen = choose_device(device)
-    kind, most_tokens = _read_kind(folder)
+    chosen = select_device(device)
+    kind, max_tokens = _read_kind(folder)
     shapes = check_settings(folder, "--model")
     import transformers  # takes seconds; not for a wrong folder
 
@@ -122,17 +122,17 @@ def load_picture_text_model(folder: Path, device: str | None) -> PictureTextMode
             f"--model {folder}: transformers cannot load it as {kind.network}: {why}"
         ) from None
     network = network.eval().requires_grad_(False).to(chosen)
-    return PictureTextModel(
+    return ImageTextModel(
         network=network,
         processor=processor,
         tokenizer=tokenizer,
         padding=kind.padding,
-        most_tokens=most_tokens,
+        most_tokens=max_tokens,
         identity=_identify(folder),
     )
 
 
-def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
+def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
     """Return the kind of the model in a folder, and how many tokens of a text it reads.
 
     Raises CheckpointError if it is not one of `KINDS`, or lacks files.
@@ -162,10 +162,10 @@ def _read_kind(folder: Path) -> tuple[PictureTextKind, int]:
         )
     text = config.get("text_config")
     default = 64 if name == "siglip" else 77  # of transformers' configurations
-    most_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
-    if type(most_tokens) is not int or not 2 < most_tokens < 1 << 20:
-        raise CheckpointError(f"{folder / CONFIG}: max_position_embeddings of text_config is {most_tokens!r}")
-    return KINDS[name], most_tokens
+    max_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
+    if type(max_tokens) is not int or not 2 < max_tokens < 1 << 20:
+        raise CheckpointError(f"{folder / CONFIG}: max_position_embeddings of text_config is {max_tokens!r}")
+    return KINDS[name], max_tokens
 
 
 def _identify(folder: Path) -> str:

@@ -32,9 +32,9 @@ from training.reports.scores import (
 )
 from training.reports.sections import SAMPLES, page_path, scores_path
 from training.scoring.embeddings import Embedder, VectorStore, open_path, vectors_path
-from training.scoring.model import PictureTextModel, load_picture_text_model
+from training.scoring.model import ImageTextModel, load_image_text_model
 from training.scoring.training_pictures import (
-    LEAST_TO_COMPARE,
+    MIN_TO_COMPARE,
     NEAREST,
     TrainingVectors,
     is_copy,
@@ -113,14 +113,14 @@ def score_run(options: ScoreOptions) -> None:
         )
     notes: list[ScoreNote] = []
     config = _find_dataset(options, run, notes)
-    model = load_picture_text_model(options.model, options.device)
+    model = load_image_text_model(options.model, options.device)
     paths = [path for _, files in rows for path in files.values()]
     with VectorStore(vectors_path(run.folder, model)) as store:
         embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
         vectors = dict(
             zip(paths, embedder.embed([open_path(path) for path in paths], "samples"), strict=True)
         )
-        training = None if config is None else _embed_training_pictures(embedder, config)
+        training = None if config is None else _embed_training_images(embedder, config)
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames
     )
@@ -142,7 +142,7 @@ def score_run(options: ScoreOptions) -> None:
     _write_page_again(run)
 
 
-def _embed_training_pictures(embedder: Embedder, config: Path) -> TrainingVectors | None:
+def _embed_training_images(embedder: Embedder, config: Path) -> TrainingVectors | None:
     media = list_training_media(load_dataset_config(config))
     return TrainingVectors.of(media, embedder.embed(media, "training pictures"))
 
@@ -154,7 +154,7 @@ def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleCompariso
         notes.append(ScoreNote("unreadable", {"names": list_some(embedder.unreadable)}))
     training = comparison.training
     if training is not None and comparison.threshold is None:
-        few = {"n": str(len(training.media)), "least": str(LEAST_TO_COMPARE)}
+        few = {"n": str(len(training.media)), "least": str(MIN_TO_COMPARE)}
         notes.append(ScoreNote("few", few))
     if any(name.endswith(SOUND) for row in run.story.samples.values() for name in row.files.values()):
         notes.append(ScoreNote("sounds"))
@@ -212,7 +212,7 @@ def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote])
 
 
 def _embed_prompts(
-    model: PictureTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
+    model: ImageTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
 ) -> dict[str, Tensor]:
     """Return the vector of each prompt, D; empty prompts have none. Notes how many are cut."""
     texts = sorted({text for row in rows for text in row.prompts.values() if text.strip()})
@@ -243,22 +243,22 @@ class SampleComparison:
         )
         if self.training is None:
             return score
-        neighbours = self.training.find_nearest(vectors)
-        nearest = neighbours[0]
+        neighbors = self.training.find_nearest(vectors)
+        nearest = neighbors[0]
         is_copied = False
-        for neighbour in neighbours:
+        for neighbor in neighbors:
             try:
                 is_copied = is_copy(
-                    open_path(path).open(), self.training.media[neighbour.place], self.num_frames
+                    open_path(path).open(), self.training.media[neighbor.place], self.num_frames
                 )
             except (MediaError, OSError) as error:
                 logger.warning("%s is not looked at for copies: %s", path.name, error)
             if is_copied:
-                nearest = neighbour
+                nearest = neighbor
                 break
         return replace(
             score,
-            likeness=sum(neighbour.cosine for neighbour in neighbours) / len(neighbours),
+            likeness=sum(neighbor.cosine for neighbor in neighbors) / len(neighbors),
             nearest=Path(self.training.media[nearest.place].name).name,
             nearest_cosine=nearest.cosine,
             is_copied=is_copied,

@@ -26,11 +26,11 @@ NEAREST = 3  # training pictures that the likeness is the mean of, as far as the
 # A sample is very near to a training picture if so many of 100 training pictures are less like the training
 # picture that is most like them. A fixed cosine says little: in a dataset of one person all are alike.
 NEAR_SHARE = 0.99
-LEAST_TO_COMPARE = 8  # training pictures, below which this share says nothing
+MIN_TO_COMPARE = 8  # training pictures, below which this share says nothing
 ROWS = 1024  # of a product of all with all
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A training picture and its cosine to a sample."""
 
     place: int  # among the media
@@ -65,14 +65,14 @@ class TrainingVectors:
         largest.scatter_reduce_(1, self.owners.expand(len(frames), -1), cosines, "amax")
         return largest.mean(0)
 
-    def find_nearest(self, frames: Tensor) -> list[Neighbour]:
+    def find_nearest(self, frames: Tensor) -> list[Neighbor]:
         """Return the media that are most like a sample, the nearest first."""
         values, places = self.compare(frames).topk(min(NEAREST, len(self.media)))
-        return [Neighbour(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
+        return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
         """Return the cosine from which a sample is very near, see NEAR_SHARE; None for too few pictures."""
-        if len(self.media) < LEAST_TO_COMPARE:
+        if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
         for start in range(0, len(self.vectors), ROWS):
@@ -92,8 +92,8 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
     for table in config.datasets:
         if table.validation or table.is_reg or table.is_of_sound:
             continue
-        faults: list[Fault] = []
-        for source in find_sources(table, captions=False, faults=faults):
+        errors: list[Fault] = []
+        for source in find_sources(table, captions=False, faults=errors):
             media.append(Medium(str(source.path), partial(_open_source, source)))
     return media
 
@@ -118,5 +118,5 @@ def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
 
 def is_copy(sample: AbstractContextManager[Path], picture: Medium, num_frames: int) -> bool:
     """Return whether a sample copies a training picture, from their files. Raises MediaError or OSError."""
-    with sample as sample_path, picture.open() as picture_path:
-        return are_copies(read_frames(sample_path, num_frames), read_frames(picture_path, num_frames))
+    with sample as sample_path, picture.open() as image_path:
+        return are_copies(read_frames(sample_path, num_frames), read_frames(image_path, num_frames))

@@ -96,10 +96,10 @@ def test_a_plain_cast_saturates_rather_than_becoming_no_number() -> None:
 
 def test_large_weights_are_rounded_in_pieces_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = drawn(37, 24)
-    whole, _ = quantise(weight, ROWS)
+    full, _ = quantise(weight, ROWS)
     monkeypatch.setattr("checkpoints.stored.fp8._BLOCK_ELEMENTS", 100)  # four rows
     pieces, _ = quantise(weight, ROWS)
-    assert torch.equal(whole.view(torch.uint8), pieces.view(torch.uint8))
+    assert torch.equal(full.view(torch.uint8), pieces.view(torch.uint8))
 
 
 @pytest.mark.parametrize(

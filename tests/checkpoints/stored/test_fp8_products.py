@@ -26,12 +26,12 @@ from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
 from checkpoints.stored.fp8_products import (
     FEW_TOKENS,
-    FEWEST_ROWS,
+    MIN_ROWS,
     Product,
-    choose_product,
     fp8_linear,
-    quantise_rows,
+    quantize_rows,
     row_scaled_product,
+    select_product,
     suits_fp8,
     tensor_scaled_product,
 )
@@ -130,14 +130,14 @@ def test_sums_are_scaled_in_pieces_as_in_one(dtype: torch.dtype) -> None:
     """The float32 copies of a long clip would take gigabytes."""
     x, bias, (weight, scale) = random(M, K), random(N, seed=3), fp8_weight("rows")
     assert scale is not None
-    a, scale_a = quantise_rows(x)
+    a, scale_a = quantize_rows(x)
     inputs = a, weight.t(), scale_a, scale.t().contiguous(), bias, dtype, False
-    whole = tensor_scaled_product(*inputs)
+    full = tensor_scaled_product(*inputs)
 
     with _LargestFloat32() as largest:
         pieces = tensor_scaled_product(*inputs, piece=10 * N)
 
-    assert torch.equal(pieces, whole)
+    assert torch.equal(pieces, full)
     assert largest.values == 10 * N
 
 
@@ -202,7 +202,7 @@ def test_what_does_not_suit_is_told_from_shapes(
     assert suits_fp8(torch.empty(1, tokens, columns), torch.empty(rows, columns, dtype=dtype), scale) == suits
 
 
-@pytest.mark.parametrize("tokens", [FEWEST_ROWS, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [MIN_ROWS, FEW_TOKENS, FEW_TOKENS + 1])
 def test_torch_scales_no_rows_of_few_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Hopper cuBLAS cannot, for many features: the second linear layer of HunyuanVideo's texts."""
     x, (weight, scale) = random(tokens, K), fp8_weight("rows")
@@ -227,7 +227,7 @@ def test_what_torch_computes_is_compiled(product: Product) -> None:
     """For few and for more tokens; `functional.scaled_mm` is not in torch 2.10 and 2.11."""
     weight, scale = fp8_weight("rows")
     compiled = torch.compile(fp8_linear, backend="eager", fullgraph=True, dynamic=True)
-    for tokens in (FEWEST_ROWS, 40, FEW_TOKENS + 1):
+    for tokens in (MIN_ROWS, 40, FEW_TOKENS + 1):
         x = random(1, tokens, K)
         expected = fp8_linear(x, weight, scale, None, product)
         assert torch.equal(compiled(x, weight, scale, None, product), expected)
@@ -242,12 +242,12 @@ def wrong(a: Tensor, b: Tensor, *_: Any) -> Tensor:
 
 
 def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_product(CPU, lambda _: True) is row_scaled_product
+    assert select_product(CPU, lambda _: True) is row_scaled_product
     with caplog.at_level(logging.INFO):
-        assert choose_product(CPU, lambda _: True, (refusing, tensor_scaled_product)) is tensor_scaled_product
+        assert select_product(CPU, lambda _: True, (refusing, tensor_scaled_product)) is tensor_scaled_product
     assert "row-wise scaling is not built in" in caplog.text
     with pytest.raises(OptionError, match="fp8 on the device cpu: the product of two tiles of ones is 0.0"):
-        choose_product(CPU, lambda _: True, (refusing, wrong))
+        select_product(CPU, lambda _: True, (refusing, wrong))
 
 
 def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:
@@ -266,7 +266,7 @@ def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: s
         return emulated_product(a, *more)
 
     plain, fast = Quantisation(kind), Quantisation(kind, product=counted)
-    for tokens, rows, in_8_bits in ((M, N, True), (M, N + 1, False), (FEWEST_ROWS - 1, N, False)):
+    for tokens, rows, in_8_bits in ((M, N, True), (M, N + 1, False), (MIN_ROWS - 1, N, False)):
         calls.clear()
         x = random(1, tokens, K).requires_grad_()
         expected, out = in_fp8(plain, rows)(x), in_fp8(fast, rows)(x)

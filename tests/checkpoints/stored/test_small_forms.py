@@ -162,10 +162,10 @@ def test_a_layer_computes_nearly_as_in_16_bits(form: StoredForm, dtype: torch.dt
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_large_input_is_computed_in_parts_with_equal_numbers(form: StoredForm, monkeypatch: Any) -> None:
     x, bias = torch.randn(100, 256), torch.randn(4)
-    whole, value = run(form, x, bias), form.quantise(WEIGHT).value()
+    full, value = run(form, x, bias), form.quantise(WEIGHT).value()
     for name in ("int8", "nf4"):
         monkeypatch.setattr(f"checkpoints.stored.{name}.PIECE", 256 * 2)
-    assert torch.equal(run(form, x, bias), whole)
+    assert torch.equal(run(form, x, bias), full)
     assert torch.equal(form.quantise(WEIGHT).value(), value)
 
 
@@ -185,11 +185,11 @@ def test_every_shape_has_a_value_and_the_form_that_is_planned(
 
 
 def test_joined_rows_of_int8_are_those_of_the_parts() -> None:
-    whole = Int8().quantise(WEIGHT)
-    parts: Any = [whole.form.cut(whole, 0, 3), whole.form.cut(whole, 3, 1)]
-    joined: Any = whole.form.join(parts)
-    assert torch.equal(joined.value(), whole.value())
-    assert torch.equal(parts[1].value(), whole.value()[3:])
+    full = Int8().quantise(WEIGHT)
+    parts: Any = [full.form.cut(full, 0, 3), full.form.cut(full, 3, 1)]
+    joined: Any = full.form.join(parts)
+    assert torch.equal(joined.value(), full.value())
+    assert torch.equal(parts[1].value(), full.value()[3:])
 
 
 def test_int8_is_what_comfy_kitchen_makes() -> None:

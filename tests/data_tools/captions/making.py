@@ -21,8 +21,8 @@ def make_folder(folder: Path, captions: dict[str, str] | None = None, extension:
     """Three images, of which some have captions; returns the configuration."""
     images = folder / "im ages"
     images.mkdir()
-    for name, colour in COLOURS.items():
-        make_image(images / f"{name}.png", colour=colour)
+    for name, color in COLOURS.items():
+        make_image(images / f"{name}.png", colour=color)
     for name, text in (captions or {}).items():
         (images / f"{name}.txt").write_text(text, encoding="utf-8")
     config = folder / "data.toml"
@@ -33,8 +33,8 @@ def make_folder(folder: Path, captions: dict[str, str] | None = None, extension:
 
 def make_list(folder: Path, lines: list[str] | None = None, keys: str = "") -> Path:
     """The same as a JSONL list. lines: `{}` becomes the path of an image."""
-    for name, colour in COLOURS.items():
-        make_image(folder / f"{name}.png", colour=colour)
+    for name, color in COLOURS.items():
+        make_image(folder / f"{name}.png", colour=color)
     lines = ['{"image_path": {}}'] * 3 if lines is None else lines
     paths = [json.dumps(str(folder / f"{name}.png"), ensure_ascii=False) for name in COLOURS]
     text = "".join(f"{line.replace('{}', path)}\n" for line, path in zip(lines, paths, strict=True))

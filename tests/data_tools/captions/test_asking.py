@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_tools.captions import places
-from data_tools.captions.asking import Frames, caption_in, choose_frames, read_shown, reword
+from data_tools.captions.asking import Frames, caption_in, read_shown, reword, select_frames
 from data_tools.captions.local_model import LocalModel, load_model
 from data_tools.captions.options import AskOptions, CaptionModelOptions, WordingOptions
 from data_tools.captions.places import CaptionList, CaptionPlace, find_places
@@ -29,7 +29,7 @@ from tests.tiny.vision_model import TEMPLATE, WORDS, write_llava, write_qwen
     [(81, 3, (13, 40, 67)), (4, 8, (0, 1, 2, 3)), (0, 8, ())],
 )
 def test_frames_are_the_middles_of_equal_parts(num_frames: int, wanted: int, chosen: tuple[int, ...]) -> None:
-    assert choose_frames(num_frames, wanted) == chosen
+    assert select_frames(num_frames, wanted) == chosen
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ""])

@@ -11,7 +11,7 @@ from contract.families import caption_formats
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
-from fibo_2.captions import FORMAT, find_caption_faults
+from fibo_2.captions import FORMAT, find_caption_errors
 from modules.errors import DatasetError, OptionError
 from tests.data_tools.captions.making import (
     FakeServer,
@@ -66,7 +66,7 @@ def test_an_object_is_found_in_what_models_say_around_it(answer: str, tmp_path: 
     ask(make_folder(tmp_path), lambda *_: answer)
 
     for text in read_captions(tmp_path).values():
-        assert find_caption_faults(text) == []
+        assert find_caption_errors(text) == []
         assert "\n" not in text
 
 

@@ -146,11 +146,11 @@ def test_after_files_that_failed_only_these_are_made_anew(tmp_path: Path, server
     config = make_folder(tmp_path)
     run(config, server)
     image = tmp_path / "im ages" / "a.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:60])
+    full = image.read_bytes()
+    image.write_bytes(full[:60])
     with pytest.raises(DatasetError, match=r"1 of 3 got no caption; all others are done:\n.*a\.png"):
         run(config, server, "--overwrite")
-    image.write_bytes(whole)
+    image.write_bytes(full)
     before = len(server.bodies)
 
     run(config, server, "--overwrite")  # as the error says

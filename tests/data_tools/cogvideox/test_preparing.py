@@ -92,9 +92,9 @@ def test_the_folders_and_lists_are_those_of_the_form(models: Models, tmp_path: P
         assert len(stems) == 1
         assert uuid.UUID(stems.pop()).version == 4
         assert record["metadata"] == {"num_frames": 13, "height": 32, "width": 32}
-        facts = (output / record["video"]).with_suffix(".txt")
-        assert json.loads(facts.read_text(encoding="utf-8")) == record["metadata"]
-        assert (output / "prompts" / facts.name).read_text(encoding="utf-8") == record["prompt"]
+        info = (output / record["video"]).with_suffix(".txt")
+        assert json.loads(info.read_text(encoding="utf-8")) == record["metadata"]
+        assert (output / "prompts" / info.name).read_text(encoding="utf-8") == record["prompt"]
         assert torch.load(output / record["video_latent"]).shape == (32, 4, 4, 4)
         assert torch.load(output / record["image_latent"]).shape == (32, 1, 4, 4)
         assert torch.load(output / record["prompt_embed"]).dtype == torch.float32
@@ -176,10 +176,10 @@ def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(
     data, output = write_data(tmp_path / "data"), tmp_path / "prepared"
     words = ("--random_flip", "0.5", "--video_reshape_mode", "random")
     encode(data, output, models["wan"], *words)
-    whole = contents(output)
+    full = contents(output)
     times = {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")}
     encode(data, output, models["wan"], *words)
-    assert contents(output) == whole
+    assert contents(output) == full
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")} == times
 
     names = sorted(path.stem for path in (output / "videos").glob("*.mp4"))
@@ -190,7 +190,7 @@ def test_a_rerun_continues_what_was_stopped_and_equals_an_undisturbed_run(
         (output / name).unlink()
     encode(data, output, models["wan"], *words)
 
-    assert contents(output) == whole
+    assert contents(output) == full
     again = {path: path.stat().st_mtime_ns for path in output.rglob("*.pt")}
     changed = {path.relative_to(output).as_posix() for path in times if again[path] != times[path]}
     assert changed == {f"video_latents/{names[0]}.pt", f"prompt_embeds/{names[1]}.pt"}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import wan_cache_latents
-from data_tools.cogvideox.clips import Draws, choose_frames, choose_size, read_clip, shape_frame
+from data_tools.cogvideox.clips import Draws, read_clip, select_frames, select_size, shape_frame
 from data_tools.cogvideox.options import SIDES, ShapeOptions
 from dataset.cache.records import latent_record
 from dataset.cache_files import read_entry
@@ -43,14 +43,14 @@ def shape(**changes: object) -> ShapeOptions:
 def test_a_clip_takes_the_nearest_number_of_frames_that_it_has(
     available: int, buckets: tuple[int, ...], most: int, expected: int | None
 ) -> None:
-    assert choose_frames(available, buckets, most) == expected
+    assert select_frames(available, buckets, most) == expected
 
 
 @pytest.mark.parametrize("size", [(1920, 1080), (448, 352), (5000, 10)])
 def test_the_size_is_the_nearest_of_all_pairs(size: tuple[int, int]) -> None:
     pairs = list(itertools.product(SIDES, SIDES))
     height, width = min(pairs, key=lambda pair: abs(pair[0] - size[1]) + abs(pair[1] - size[0]))
-    assert choose_size(size, SIDES, SIDES) == (width, height)
+    assert select_size(size, SIDES, SIDES) == (width, height)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 from data_tools.controls.depth import DepthModel, load_depth_model
-from data_tools.controls.run import ControlPictureOptions, make_control_pictures
+from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.media.reading import read_image, read_tags
 from modules.script_options import parse_options
@@ -32,7 +32,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: object) -> None:
-    make_control_pictures(parse_options("", [str(folder), *map(str, words)], ControlPictureOptions)[0])
+    make_control_images(parse_options("", [str(folder), *map(str, words)], ControlImageOptions)[0])
 
 
 def write_depth_model(folder: Path, **settings: object) -> Path:
@@ -61,9 +61,9 @@ def test_edges_have_the_names_of_their_pictures(pictures: Path) -> None:
     assert f'conditioning_data_dir = "{output.as_posix()}"' in done.stdout + done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["cat.png", "dog.png", "tree.png"]
     for name in SIZES:
-        grey = cv2.cvtColor(read_image(pictures / name), cv2.COLOR_RGB2GRAY)
+        gray = cv2.cvtColor(read_image(pictures / name), cv2.COLOR_RGB2GRAY)
         edges = read_image((output / name).with_suffix(".png"))
-        assert np.array_equal(edges, np.stack([cv2.Canny(grey, 50, 150)] * 3, axis=2))
+        assert np.array_equal(edges, np.stack([cv2.Canny(gray, 50, 150)] * 3, axis=2))
         assert set(np.unique(edges)) == {0, 255}
 
 

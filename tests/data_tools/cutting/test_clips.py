@@ -15,7 +15,7 @@ import pytest
 from data_tools.cutting.clips import (
     BLURRED,
     SHORT,
-    PictureMeasures,
+    ImageMeasures,
     PlannedClip,
     VideoLook,
     plan_clips,
@@ -36,8 +36,8 @@ CHOICE = ChoiceOptions.usual(
 
 
 def lengths(**changes: Any) -> LengthOptions:
-    usual = LengthOptions(min_seconds=0.0, max_seconds=0.0, min_frames=0, max_frames=0, trim_frames=0)
-    return replace(usual, **changes)
+    default = LengthOptions(min_seconds=0.0, max_seconds=0.0, min_frames=0, max_frames=0, trim_frames=0)
+    return replace(default, **changes)
 
 
 def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> VideoLook:
@@ -46,11 +46,11 @@ def look_of(times: list[float], *cuts: int | tuple[int, int], **sample: Any) -> 
     look = VideoLook(64, 48, array("d", times[:-1]), times[-1], changes=changes)
     for number in range(0, len(times) - 1, 6):
         cells = np.full((4, 4, 3), number % 200, np.uint8)
-        look.samples.append(PictureMeasures(**{**USUAL, "cells": cells, **sample, "number": number}))
+        look.samples.append(ImageMeasures(**{**DEFAULT, "cells": cells, **sample, "number": number}))
     return look
 
 
-USUAL = {"number": 0, "brightness": 0.5, "sharpness": 0.1, "is_black": False, "is_flat": False}
+DEFAULT = {"number": 0, "brightness": 0.5, "sharpness": 0.1, "is_black": False, "is_flat": False}
 
 
 def at_rate(rate: float, frames: int) -> list[float]:

@@ -127,8 +127,8 @@ def test_the_list_is_a_table_that_is_cached_from_any_folder(
     assert cache_media(ToyFamily(), config, options()).written == 2
     line = lines_of(tmp_path / "out")[1]
     assert "caption" not in line
-    facts = {"scene": 2, "first_frame": 30, "frames": 26, "fps": 23.976024, "width": 128, "height": 72}
-    assert facts.items() <= line.items()
+    info = {"scene": 2, "first_frame": 30, "frames": 26, "fps": 23.976024, "width": 128, "height": 72}
+    assert info.items() <= line.items()
     assert line["source"] == str(film)
 
 

@@ -35,7 +35,7 @@ def draw(box: tuple[int, int, int, int] | None = BOX, size: tuple[int, int] = SI
     return image
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """cat.png and dog.webp with a rectangle, plain.png without, and a caption."""
     folder.mkdir(parents=True)
     draw().save(folder / "cat.png")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_tools.masks.places import (
     MADE,
-    Grey,
+    Gray,
     MaskPlace,
     accept_mask,
     find_mask_place,
@@ -48,7 +48,7 @@ def make(place: MaskPlace, moves: bool = False) -> MaskPlace:
     return place.listed_anew()
 
 
-def frames_of(place: MaskPlace) -> list[Grey]:
+def frames_of(place: MaskPlace) -> list[Gray]:
     place = place.listed_anew()
     assert place.mask is not None
     return list(read_frames(place.mask))

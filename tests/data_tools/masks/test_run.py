@@ -29,17 +29,17 @@ from tests.data_tools.masks.making import (
     write_background,
     write_clip,
     write_clipseg,
-    write_pictures,
+    write_images,
 )
 from tests.tiny.onnx_files import write_yolo
 from tests.tiny.stable_diffusion import vocabulary
 
-COLOUR = ("--colour", "fa1414")
+COLOR = ("--colour", "fa1414")
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "a b ü" / "pictures")
+    return write_images(tmp_path / "a b ü" / "pictures")
 
 
 def grown(pixels: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def grown(pixels: int) -> np.ndarray:
 
 
 def test_masks_are_those_that_the_dataset_reads(pictures: Path) -> None:
-    done = run_script("tools/mask.py", pictures, *COLOUR, "--expand_pixels", 3)
+    done = run_script("tools/mask.py", pictures, *COLOR, "--expand_pixels", 3)
 
     masks = pictures / "masks"
     assert sorted(path.name for path in masks.glob("*")) == [".before", "cat.png", "dog.png"]
@@ -70,8 +70,8 @@ def test_masks_are_those_that_the_dataset_reads(pictures: Path) -> None:
 
 
 def test_masks_beside_the_pictures_are_masks_and_no_pictures(pictures: Path) -> None:
-    make(pictures, *COLOUR, "--beside")
-    make(pictures, *COLOUR, "--beside")
+    make(pictures, *COLOR, "--beside")
+    make(pictures, *COLOR, "--beside")
     names = sorted(path.name for path in pictures.glob("[!.]*"))
     assert names == [
         *("cat-masklabel.png", "cat.png", "cat.txt", "dog-masklabel.png", "dog.webp", "plain.png"),
@@ -86,7 +86,7 @@ def test_a_clip_has_a_folder_of_frames_with_a_steady_edge(tmp_path: Path) -> Non
     write_clip(clips / "dance.mp4", boxes)
     write_clip(clips / "still.mp4", [None] * 3)
 
-    make(clips, *COLOUR, "--expand_pixels", 0, "--colour_distance", 0.3, "--steady_frames", 1)
+    make(clips, *COLOR, "--expand_pixels", 0, "--colour_distance", 0.3, "--steady_frames", 1)
 
     masks = clips / "masks"
     assert sorted(path.name for path in masks.glob("[!.]*")) == ["dance"]
@@ -95,7 +95,7 @@ def test_a_clip_has_a_folder_of_frames_with_a_steady_edge(tmp_path: Path) -> Non
     for frame in frames:
         assert (frame != rectangle(*BOX)).mean() < 0.01  # the codec blurs the edge
 
-    make(clips, *COLOUR, "--colour_distance", 0.3, "--steady_frames", 0, "--mode", "replace")
+    make(clips, *COLOR, "--colour_distance", 0.3, "--steady_frames", 0, "--mode", "replace")
     frames = [read(path) for path in sorted((masks / "dance").iterdir())]
     assert [bool(frame.any()) for frame in frames] == [box is not None for box in boxes]
 
@@ -174,7 +174,7 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
     pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     draw().save(pictures / "gone.png")
-    make(pictures, *COLOUR, "--expand_pixels", 1)
+    make(pictures, *COLOR, "--expand_pixels", 1)
     cat, dog, gone, _ = find_mask_places(pictures)
     drawn = rectangle(0, 0, 5, 5)
     replace_mask(cat, drawn)
@@ -183,19 +183,19 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
 
     make(pictures, "--colour", "#FA1414", "--expand_pixels", 1)  # the same colour
     assert "made with other options" not in caplog.text
-    make(pictures, *COLOUR, "--expand_pixels", 2)
+    make(pictures, *COLOR, "--expand_pixels", 2)
     assert "1 mask kept, made with other options. --overwrite makes them again: dog.webp" in caplog.text
     assert "1 mask kept, drawn or accepted by a person. --mode replace replaces them: cat.png" in caplog.text
     assert "1 mask removed before and not made again; --mode replace does: gone.png" in caplog.text
     assert dog.mask is not None
     np.testing.assert_array_equal(read(dog.mask), grown(1))
 
-    make(pictures, *COLOUR, "--expand_pixels", 2, "--overwrite")
+    make(pictures, *COLOR, "--expand_pixels", 2, "--overwrite")
     np.testing.assert_array_equal(read(dog.mask), grown(2))
     assert cat.mask is not None
     np.testing.assert_array_equal(read(cat.mask), drawn)
 
-    make(pictures, *COLOUR, "--expand_pixels", 3, "--mode", "replace")
+    make(pictures, *COLOR, "--expand_pixels", 3, "--mode", "replace")
     for place in (cat, dog, gone):
         assert place.mask is not None
         np.testing.assert_array_equal(read(place.mask), grown(3))
@@ -204,17 +204,17 @@ def test_what_a_person_did_is_kept_unless_masks_are_to_be_replaced(
 def test_a_run_that_changes_masks_changes_none_twice(pictures: Path) -> None:
     cat = find_mask_places(pictures)[0]
     replace_mask(cat, rectangle(0, 0, 60, 5))
-    words = (*COLOUR, "--expand_pixels", 0, "--mode", "blend", "--alpha", 0.5)
+    words = (*COLOR, "--expand_pixels", 0, "--mode", "blend", "--alpha", 0.5)
     make(pictures, *words)
     mask = pictures / "masks" / "cat.png"
     blended = np.rint((rectangle(0, 0, 60, 5) / 255 + 0.5 * (rectangle(*BOX) / 255)) / 1.5 * 255)
     np.testing.assert_array_equal(read(mask), blended)
     make(pictures, *words)
     np.testing.assert_array_equal(read(mask), blended)
-    make(pictures, *COLOUR, "--expand_pixels", 5, "--overwrite")  # a person drew a part of it
+    make(pictures, *COLOR, "--expand_pixels", 5, "--overwrite")  # a person drew a part of it
     np.testing.assert_array_equal(read(mask), blended)
 
-    make(pictures, *COLOUR, "--expand_pixels", 0, "--mode", "subtract")
+    make(pictures, *COLOR, "--expand_pixels", 0, "--mode", "subtract")
     np.testing.assert_array_equal(read(mask)[BOX[1], BOX[0] : BOX[2]], 0)
 
 
@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on_where_it_was(pictures: Path, monkeypatch: pytest.
                 raise KeyboardInterrupt
             return self.finder.find(frame)
 
-    words = (*COLOUR, "--colour_distance", 0.3, "--steady_frames", 0)
+    words = (*COLOR, "--colour_distance", 0.3, "--steady_frames", 0)
     with monkeypatch.context() as patched:
         patched.setattr(run, "_load_finder", Stopping)
         with pytest.raises(KeyboardInterrupt):
@@ -249,8 +249,8 @@ def test_a_stopped_run_goes_on_where_it_was(pictures: Path, monkeypatch: pytest.
 
 def test_folders_below_have_their_own_masks(pictures: Path) -> None:
     draw().save(pictures.parent / "top.png")
-    make(pictures.parent, *COLOUR, "--recursive")
-    make(pictures.parent, *COLOUR, "--recursive")
+    make(pictures.parent, *COLOR, "--recursive")
+    make(pictures.parent, *COLOR, "--recursive")
     assert (pictures.parent / "masks" / "top.png").is_file()
     assert (pictures / "masks" / "cat.png").is_file()
     assert not list(pictures.parent.glob("**/masks/masks"))
@@ -260,16 +260,16 @@ def test_files_that_cannot_be_read_are_told_after_the_others(pictures: Path) -> 
     (pictures / "bad.png").write_bytes(b"no picture")
     (pictures / "bad.mp4").write_bytes(b"no clip")
     with pytest.raises(DatasetError, match=r"bad\.mp4 and bad\.png would have the same mask"):
-        make(pictures, *COLOUR)
+        make(pictures, *COLOR)
     (pictures / "bad.mp4").rename(pictures / "worse.mp4")
     with pytest.raises(DatasetError, match=r"2 of the 5 files could not be used.*\n.*bad\.png(.|\n)*worse"):
-        make(pictures, *COLOUR)
+        make(pictures, *COLOR)
     assert (pictures / "masks" / "dog.png").is_file()
 
 
 def test_nothing_is_written_by_a_dry_run(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    make(pictures, *COLOUR, "--dry_run")
+    make(pictures, *COLOR, "--dry_run")
     assert not (pictures / "masks").exists()
     assert "3 masks would be made: cat.png, dog.webp, plain.png. Nothing is written" in caplog.text
 
@@ -279,11 +279,11 @@ def test_nothing_is_written_by_a_dry_run(pictures: Path, caplog: pytest.LogCaptu
     [
         ((), r"Say what to find: --what"),
         (("--what", " "), "--what is empty"),
-        (("--what", "a", *COLOUR), "--what"),
+        (("--what", "a", *COLOR), "--what"),
         (("--colour", "green"), "six hexadecimal digits"),
-        ((*COLOUR, "--overwrite", "--mode", "add"), "--overwrite is for --mode fill"),
-        ((*COLOUR, "--output", "{folder}"), "Give --beside"),
-        ((*COLOUR, "--output", "x", "--beside"), "--output"),
+        ((*COLOR, "--overwrite", "--mode", "add"), "--overwrite is for --mode fill"),
+        ((*COLOR, "--output", "{folder}"), "Give --beside"),
+        ((*COLOR, "--output", "x", "--beside"), "--output"),
         (("--background", "nothing.onnx"), "nothing.onnx"),
     ],
 )

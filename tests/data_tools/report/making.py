@@ -17,7 +17,7 @@ GENERAL = (
 )
 
 
-def save_picture(
+def save_image(
     path: Path, seed: int, size: tuple[int, int] = (96, 72), caption: str | None = "a cat"
 ) -> Path:
     Image.fromarray(picture(seed, size)).save(path, quality=95)

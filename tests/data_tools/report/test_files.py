@@ -11,7 +11,7 @@ from data_tools.report.files import MISSING, STALE, UNKNOWN, VALID
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError, OptionError
-from tests.data_tools.report.making import report, save_clip, save_picture, write_config
+from tests.data_tools.report.making import report, save_clip, save_image, write_config
 from tests.dataset.toy_family import ToyFamily, options
 
 TABLES = (
@@ -25,8 +25,8 @@ def config(tmp_path: Path) -> Path:
     """Two pictures and a clip, cached."""
     folder = tmp_path / "set"
     folder.mkdir()
-    save_picture(folder / "a.png", 1, (100, 40), caption=" a cat\n")
-    save_picture(folder / "b.png", 2)
+    save_image(folder / "a.png", 1, (100, 40), caption=" a cat\n")
+    save_image(folder / "b.png", 2)
     save_clip(folder / "c.mp4", 3, 9, caption="a dog\nan animal")
     return write_config(tmp_path, *TABLES)
 
@@ -61,7 +61,7 @@ def test_a_file_tells_its_crop_its_caption_and_its_lengths(config: Path) -> None
     ("change", "stem", "expected"),
     [
         (lambda folder: (folder / "set/c.txt").write_text("a dog\na pet"), "c", [VALID, STALE]),
-        (lambda folder: save_picture(folder / "set/b.png", 9, caption=None), "b", [STALE, VALID]),
+        (lambda folder: save_image(folder / "set/b.png", 9, caption=None), "b", [STALE, VALID]),
         (lambda folder: [one.unlink() for one in folder.glob("cache 0/b_*")], "b", [MISSING, MISSING]),
         (lambda folder: (folder / "set/b.png").write_bytes(b"x"), "b", [UNKNOWN, VALID]),
     ],

@@ -35,7 +35,7 @@ def check(tmp_path: Path, key: str, masks: str, more: str = "") -> list[str]:
     return [line.strip() for line in result.lines]
 
 
-def make_pictures(tmp_path: Path, *names: str) -> Path:
+def make_images(tmp_path: Path, *names: str) -> Path:
     folder = tmp_path / "media"
     folder.mkdir()
     for name in names:
@@ -45,7 +45,7 @@ def make_pictures(tmp_path: Path, *names: str) -> Path:
 
 
 def test_masks_are_measured_in_latents_and_useless_ones_are_named(tmp_path: Path) -> None:
-    make_pictures(tmp_path, "half", "black", "thin", "bare")
+    make_images(tmp_path, "half", "black", "thin", "bare")
     masks = tmp_path / "masks"
     draw_mask(masks / "half.png", slice(0, 32))
     draw_mask(masks / "black.png", slice(0, 0))
@@ -80,7 +80,7 @@ def test_masks_of_clips_are_measured_over_their_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("masks", ["masks", "media"])
 def test_masks_of_onetrainer_are_masks_and_no_pictures(tmp_path: Path, masks: str) -> None:
-    make_pictures(tmp_path, "cat")
+    make_images(tmp_path, "cat")
     draw_mask(tmp_path / masks / "cat-masklabel.png", slice(0, 64))
     draw_mask(tmp_path / masks / "gone-masklabel.png", slice(0, 64))
     lines = check(tmp_path, "image_directory", masks)

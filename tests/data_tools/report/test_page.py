@@ -12,7 +12,7 @@ from browser.run_views import share_page
 from data_tools.report.check import check_caching
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import draw_crop, show
-from data_tools.report.page import CHECK_STRIP, choose_sources, write_check_page
+from data_tools.report.page import CHECK_STRIP, select_sources, write_check_page
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
 from dataset.sources.media_source import Fault, MediaSource
@@ -22,7 +22,7 @@ from tests.data_tools.report.making import (
     report,
     save_clip,
     save_copy,
-    save_picture,
+    save_image,
     save_still_clip,
     write_config,
 )
@@ -34,7 +34,7 @@ def make_set(folder: Path) -> Path:
     for name in ("pictures", "clips"):
         (folder / name).mkdir()
     for seed in range(6):
-        save_picture(folder / f"pictures/{seed}.png", seed, caption=f"a cat, {'red ' * seed}")
+        save_image(folder / f"pictures/{seed}.png", seed, caption=f"a cat, {'red ' * seed}")
     save_copy(folder / "pictures/0.png", folder / "pictures/copy.jpg", (64, 48), caption="a cat,")
     (folder / "pictures/bad.png").write_bytes(b"damaged")
     save_clip(folder / "clips/a.mp4", 8, 11)
@@ -105,13 +105,13 @@ def test_the_page_shows_the_numbers_of_the_json(made: tuple[Path, dict[str, Any]
 def test_thumbnails_are_bounded_and_faults_come_first(
     made: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    whole, path = made[0].read_text(encoding="utf-8"), tmp_path / "page.html"
+    full, path = made[0].read_text(encoding="utf-8"), tmp_path / "page.html"
     report(made[0].with_name("data.toml"), "--output", str(path), "--items", "3")
 
     text = path.read_text(encoding="utf-8")
 
-    assert (text.count("<article"), whole.count("<article")) == (3, 10)
-    assert ("Shown are 3 of 10" in text, "Shown are" in whole) == (True, False)
+    assert (text.count("<article"), full.count("<article")) == (3, 10)
+    assert ("Shown are 3 of 10" in text, "Shown are" in full) == (True, False)
     assert {"bad.png", "night.mp4"} < set(re.findall(r"<h4>(\S+)</h4>", text))
 
 
@@ -175,7 +175,7 @@ def test_files_with_faults_are_shown_first_then_an_even_choice(
     found.faults = [Fault("cannot be read", name, name) for name in ("3", "7")]
     found.remarks = [Fault("have an empty caption", "5", "5")]
 
-    assert choose_sources([found], most)[0] == list(shown)
+    assert select_sources([found], most)[0] == list(shown)
 
 
 def test_the_crop_is_drawn_where_the_model_cuts() -> None:

@@ -25,8 +25,8 @@ def test_a_check_counts_references_and_names_the_missing(tmp_path: Path) -> None
 
     (found,) = result.tables
     assert "reference pictures: 1 image with 0, 3 images with 1, 1 image with 2" in found.caches
-    (fault,), (remark,) = found.faults, found.remarks
-    assert "a_0.png has 1x1 pixels, each side needs at least 16. Replace it" in fault.text
+    (error,), (remark,) = found.faults, found.remarks
+    assert "a_0.png has 1x1 pixels, each side needs at least 16. Replace it" in error.text
     assert (remark.kind, remark.stem) == ("have no reference picture, while others have", "c")
     lines = [line.strip() for line in found.lines()]
     assert "64x48 with 32x32: 2 items x 1, 1 batch of 2" in lines

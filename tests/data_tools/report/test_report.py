@@ -22,7 +22,7 @@ from tests.data_tools.report.making import (
     report,
     save_clip,
     save_copy,
-    save_picture,
+    save_image,
     save_still_clip,
     write_config,
 )
@@ -38,10 +38,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("a set \u00fc")
     for name in ("pictures", "clips", "held back"):
         (folder / name).mkdir()
-    save_picture(folder / "pictures/a.png", 1, caption="A red cat, sitting")
+    save_image(folder / "pictures/a.png", 1, caption="A red cat, sitting")
     save_copy(folder / "pictures/a.png", folder / "pictures/b.jpg", (64, 48), caption="")
-    save_picture(folder / "pictures/c.png", 2, (72, 96), caption="a dog's red ball")
-    save_picture(folder / "pictures/d.png", 3, (96, 32), caption="a dog's red ball")
+    save_image(folder / "pictures/c.png", 2, (72, 96), caption="a dog's red ball")
+    save_image(folder / "pictures/d.png", 3, (96, 32), caption="a dog's red ball")
     (folder / "pictures/e.png").write_bytes(b"no picture")
     save_clip(folder / "clips/long.mp4", 4, 11)
     save_clip(folder / "clips/short.mp4", 5, 6)
@@ -176,10 +176,10 @@ def test_items_are_those_that_caching_makes(tmp_path: Path) -> None:
 
 def test_blurred_pictures_are_told_from_sharp_ones_and_trigger_words_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/sharp.png", 1, (512, 384), caption="ohwx on a chair")
+    save_image(tmp_path / "p/sharp.png", 1, (512, 384), caption="ohwx on a chair")
     small = Image.fromarray(picture(2, (512, 384))).resize((40, 30), Image.Resampling.BOX)
     small.resize((512, 384), Image.Resampling.BICUBIC).save(tmp_path / "p/soft.png")
-    save_picture(tmp_path / "p/other.png", 2, caption="a chair")
+    save_image(tmp_path / "p/other.png", 2, caption="a chair")
     Image.fromarray(np.full((48, 64, 3), 128, np.uint8)).save(tmp_path / "p/flat.png")
 
     result = report(write_config(tmp_path, "image_directory = '{folder}/p'\ntrigger_word = 'ohwx'"))
@@ -205,7 +205,7 @@ def test_a_table_that_cannot_be_used_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "p").mkdir()
-    save_picture(tmp_path / "p/a.png", 1)
+    save_image(tmp_path / "p/a.png", 1)
     (tmp_path / "p/a.txt").write_bytes("девушка".encode("cp1251"))
     tables = ["image_directory = '{folder}/p'", "video_directory = '{folder}/nothing'\ntarget_frames = [5]"]
     odd = "image_directory = '{folder}/p'\nenable_bucket = false\nresolution = [50, 50]"

@@ -59,7 +59,7 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
         "sound: 5 of 6 clips have it: 4 with 2 channels at 48000 Hz, 1 with 1 channel at 44100 Hz",
         "caches of sound: 0 files are valid, 5 items need encoding",
     ]
-    told = {fault.stem: fault.text.rpartition(".mp4: ")[2] for fault in table.remarks if fault.stem}
+    told = {error.stem: error.text.rpartition(".mp4: ")[2] for error in table.remarks if error.stem}
     assert told == {
         "late": "its sound: begins 0.38 s late",  # with what the decoder needs to start
         "long": "its sound: continues for 1.00 s, which are cut off",
@@ -69,7 +69,7 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
     }
     assert found.exit_code == 0
     required = check_caching(family, change(config, audio="required"), 1, False)
-    assert [fault.stem for fault in required.tables[0].faults] == ["silent"]
+    assert [error.stem for error in required.tables[0].faults] == ["silent"]
     cache_media(family, config, options())
     again = check_caching(family, config, 1, False).tables[0].caches
     assert again[0] == "caches: 6 files are valid, 0 items need encoding"

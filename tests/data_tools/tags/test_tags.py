@@ -32,7 +32,7 @@ from tests.faults.messages import run_here
 pytest.importorskip("onnxruntime")
 
 # probability of a tag for a picture of one colour: red by R, 1girl by G, blue_eyes by B
-BY_COLOUR = first_pixel_weights(
+BY_COLOR = first_pixel_weights(
     red=(0, 0, 1 / 255), **{"1girl": (0, 1 / 255, 0), "blue_eyes": (1 / 255, 0, 0)}
 )
 
@@ -52,12 +52,12 @@ def texts_of(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Pictures of one colour, RGB, in a folder with blanks."""
-    pictures = tmp_path / "a b ü"
-    pictures.mkdir()
-    colours = {"red": (255, 0, 0), "pale": (200, 100, 0), "cyan": (0, 255, 255)}
-    for name, colour in colours.items():
-        make_image(pictures / f"{name}.png", colour=colour)
-    return pictures
+    images = tmp_path / "a b ü"
+    images.mkdir()
+    colors = {"red": (255, 0, 0), "pale": (200, 100, 0), "cyan": (0, 255, 255)}
+    for name, color in colors.items():
+        make_image(images / f"{name}.png", colour=color)
+    return images
 
 
 def load(tagger: Path, batch_size: int = 1, joins_by_mean: bool = False) -> Tagger:
@@ -66,7 +66,7 @@ def load(tagger: Path, batch_size: int = 1, joins_by_mean: bool = False) -> Tagg
 
 @pytest.mark.long
 def test_tags_are_those_of_the_colours_and_a_second_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     (folder / "red.txt").write_text("by hand", encoding="utf-8")
 
     tag(folder, tagger, "--remove_underscore", "--batch_size", 2)
@@ -104,8 +104,8 @@ def test_probabilities_are_the_runtimes_own(tmp_path: Path, batch: int | str) ->
 
     session = onnxruntime.InferenceSession(str(tmp_path / "tagger" / "model.onnx"))
     for start in (0, 2):
-        pictures = np.stack([frame[..., ::-1].astype(np.float32) for frame in frames[start : start + 2]])
-        (expected,) = session.run(None, {"picture": pictures})
+        images = np.stack([frame[..., ::-1].astype(np.float32) for frame in frames[start : start + 2]])
+        (expected,) = session.run(None, {"picture": images})
         assert np.array_equal(found[start : start + 2], expected)
     odd = tagger.probabilities([tagger.fit(frame) for frame in frames[:3]])
     assert odd.shape == (3, len(ROWS))
@@ -113,7 +113,7 @@ def test_probabilities_are_the_runtimes_own(tmp_path: Path, batch: int | str) ->
 
 
 def test_a_picture_lies_in_the_middle_of_white_in_bgr(tmp_path: Path) -> None:
-    tagger = load(write_tagger(tmp_path / "tagger", BY_COLOUR))
+    tagger = load(write_tagger(tmp_path / "tagger", BY_COLOR))
     wide = np.zeros((2, SIDE, 3), np.uint8)
     wide[..., 0] = 10
 
@@ -169,7 +169,7 @@ PROBABILITIES = [0.2, 0.7, 0.9, 0.5, 0.4, 0.1, 0.8, 0.6]  # of ROWS
     ],
 )
 def test_words_of_the_command_line_choose_and_order_the_tags(tmp_path: Path, words: str, tags: str) -> None:
-    labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOUR))
+    labels = read_labels(write_tagger(tmp_path / "tagger", BY_COLOR))
     choice = read_choice(options_of(tmp_path, *words.split()), sorts=False)
     assert ", ".join(choice.choose(labels, PROBABILITIES)) == tags
 
@@ -193,7 +193,7 @@ def test_faces_of_the_taggers_keep_their_underscores(tmp_path: Path, face: str) 
 
 
 def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     (folder / "pale.txt").write_text("by hand, red,", encoding="utf-8")
 
     tag(folder, tagger, "--append_tags")
@@ -207,11 +207,11 @@ def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Pat
 
 
 def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     clips = tmp_path / "clips" / "deep"
     clips.mkdir(parents=True)
     # red for one half, then green
-    frames = [np.full((32, 32, 3), colour, np.uint8) for colour in [(255, 0, 0)] * 6 + [(0, 255, 0)] * 2]
+    frames = [np.full((32, 32, 3), color, np.uint8) for color in [(255, 0, 0)] * 6 + [(0, 255, 0)] * 2]
     write_video(clips / "c.mp4", frames, 24, crf=1, preset="ultrafast")
     with pytest.raises(DatasetError, match="--recursive"):
         tag(tmp_path / "clips", tagger)
@@ -225,7 +225,7 @@ def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:
 def test_looking_writes_nothing_and_counts_tags(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     state = everything_in(folder)
     tag(folder, tagger, "--dry_run")
     assert "3 captions would be made, 0 are kept" in capsys.readouterr().out
@@ -258,7 +258,7 @@ def test_looking_writes_nothing_and_counts_tags(
 def test_a_damaged_tagger_is_named(
     folder: Path, tmp_path: Path, damage: dict[str, bytes | None], message: str
 ) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     for name, content in damage.items():
         (tagger / name).unlink(missing_ok=True)
         if content is not None:
@@ -269,8 +269,8 @@ def test_a_damaged_tagger_is_named(
 
 
 def test_a_model_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
-    (tagger / "model.onnx").write_bytes(make_model(("N", 48), BY_COLOUR))
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
+    (tagger / "model.onnx").write_bytes(make_model(("N", 48), BY_COLOR))
     with pytest.raises(CheckpointError, match="not square pictures"):
         load(tagger)
 
@@ -285,13 +285,13 @@ def test_a_model_of_other_shapes_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_mistyped_options_are_named(folder: Path, tmp_path: Path, words: str, message: str) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     with pytest.raises(OptionError, match=message):
         tag(folder, tagger, *words.split())
 
 
 def test_a_dataset_file_says_where_tags_go(folder: Path, tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     config = tmp_path / "data.toml"
     config.write_text(
         f"[[datasets]]\nimage_directory = {os.fspath(folder)!r}\ncaption_extension = '.tags'\n",
@@ -304,22 +304,22 @@ def test_a_dataset_file_says_where_tags_go(folder: Path, tmp_path: Path) -> None
 def test_a_tagger_that_makes_more_than_memory_holds_ends_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
-    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOUR, 1 << 29))  # 2 GiB
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
+    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOR, 1 << 29))  # 2 GiB
     monkeypatch.setattr(model, "MEMORY_BYTES", 1 << 28)
     if sys.platform.startswith("linux"):
         with pytest.raises(CheckpointError, match="cannot be loaded|the tagger fails"):
             load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)])
-    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOUR, 1 << 10))
+    (tagger / "model.onnx").write_bytes(make_growing_model(BY_COLOR, 1 << 10))
     assert load(tagger).probabilities([np.zeros((SIDE, SIDE, 3), np.uint8)]).shape == (1, len(ROWS))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, kind="Loop"), "an operator Loop, which may have no end"),
-        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, kind="Scan"), "an operator Scan"),
-        (make_model((1, SIDE, SIDE, 3), BY_COLOUR, is_outside=True), "numbers are in another file"),
+        (make_model((1, SIDE, SIDE, 3), BY_COLOR, kind="Loop"), "an operator Loop, which may have no end"),
+        (make_model((1, SIDE, SIDE, 3), BY_COLOR, kind="Scan"), "an operator Scan"),
+        (make_model((1, SIDE, SIDE, 3), BY_COLOR, is_outside=True), "numbers are in another file"),
         (b"", "no ONNX file"),
         (b"\x3a\xff\xff\xff\xff\x0f", "no ONNX file"),
         (b"\0" * 1000, "no ONNX file"),
@@ -328,20 +328,20 @@ def test_a_tagger_that_makes_more_than_memory_holds_ends_in_a_sentence(
 def test_graphs_that_could_have_no_end_or_read_other_files_are_refused(
     content: bytes, message: str, tmp_path: Path
 ) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     (tagger / "model.onnx").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         load(tagger)
 
 
 def test_a_tagger_that_takes_more_pictures_at_once_than_memory_holds_is_refused(tmp_path: Path) -> None:
-    tagger = write_tagger(tmp_path / "tagger", BY_COLOUR, batch=10**8)
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR, batch=10**8)
     with pytest.raises(CheckpointError, match="takes 100,000,000 pictures of 4 x 4 pixels at once"):
         load(tagger)
 
 
 @pytest.mark.parametrize("size", [(200_000, 8), (8, 200_000)])
 def test_a_strip_is_fitted_without_a_square_of_its_length(size: tuple[int, int], tmp_path: Path) -> None:
-    fitted = load(write_tagger(tmp_path / "tagger", BY_COLOUR)).fit(np.zeros((*size, 3), np.uint8))
+    fitted = load(write_tagger(tmp_path / "tagger", BY_COLOR)).fit(np.zeros((*size, 3), np.uint8))
     assert fitted.shape == (SIDE, SIDE, 3)
     assert 0 < (fitted == 0).sum() < fitted.size

@@ -11,7 +11,7 @@ from dataset.batches import reading, starting
 from dataset.batches.checks import SameEncoders
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
-from dataset.batches.order import BatchOrder, repeat_regularisation, split_validation
+from dataset.batches.order import BatchOrder, repeat_regularization, split_validation
 from dataset.batches.reading import read_batch
 from dataset.batches.starting import check_caches, compare_sources
 from dataset.cache.store import Stores
@@ -230,7 +230,7 @@ def test_subsets_of_a_dataset_share_batches_of_one_size(tmp_path: Path) -> None:
     ],
 )
 def test_regularisation_images_are_as_many_as_others(repeats, learned: int, expected: list[int]) -> None:
-    assert repeat_regularisation(repeats, learned) == expected
+    assert repeat_regularization(repeats, learned) == expected
 
 
 def test_regularisation_counts_in_its_own_dataset(tmp_path: Path) -> None:

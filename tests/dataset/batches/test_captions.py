@@ -11,7 +11,7 @@ import torch
 from data_tools.report.check import check_training
 from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands, ItemKind, TrainingItem
-from dataset.batches.order import RunPlace, change_captions, changed_caption, choose_captions
+from dataset.batches.order import RunPlace, change_captions, changed_caption, select_captions
 from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
@@ -84,7 +84,7 @@ def test_captions_are_dropped_in_every_nth_epoch(tmp_path: Path) -> None:
     table = subset_table(tmp_path, caption_dropout_every_n_epochs=3)
     item = TrainingItem("a_0064x0064_toy", 1, table, (64, 64), ItemKind("toy"))
 
-    chosen = [choose_captions([item], 3, 0, epoch=epoch)[0] for epoch in range(1, 6)]
+    chosen = [select_captions([item], 3, 0, epoch=epoch)[0] for epoch in range(1, 6)]
 
     assert chosen == [0, EMPTY, 0, 0, EMPTY]
 
@@ -206,16 +206,16 @@ def test_the_choice_follows_the_rate_and_depends_on_seed_number_and_place_alone(
     cache(config)
     items = find_items(config, "toy", LATENT).items
 
-    chosen = [choose_captions(items, 3, number) for number in range(2000)]
+    chosen = [select_captions(items, 3, number) for number in range(2000)]
 
     firsts, seconds = (Counter(one[place] for one in chosen) for place in (0, 1))
     assert firsts[EMPTY] / 2000 == pytest.approx(0.25, abs=0.04)
     assert firsts[0] / 2000 == pytest.approx(0.375, abs=0.04)
     assert seconds.keys() == {0, EMPTY}
     assert (
-        chosen[700] == choose_captions(items, 3, 700) == choose_captions(items[:1], 3, 700) + chosen[700][1:]
+        chosen[700] == select_captions(items, 3, 700) == select_captions(items[:1], 3, 700) + chosen[700][1:]
     )
-    assert chosen != [choose_captions(items, 4, number) for number in range(2000)]
+    assert chosen != [select_captions(items, 4, number) for number in range(2000)]
 
 
 def test_a_dropped_caption_is_known_to_a_teacher(tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_a_dropped_caption_is_known_to_a_teacher(tmp_path: Path) -> None:
     items = find_items(config, "toy", LATENT, frozenset({"t5"})).items
     dropped = set()
     for number in range(300):
-        without = choose_captions(items, 3, number, drops=False)
-        for chosen, other in zip(choose_captions(items, 3, number), without, strict=True):
+        without = select_captions(items, 3, number, drops=False)
+        for chosen, other in zip(select_captions(items, 3, number), without, strict=True):
             assert chosen in (EMPTY, other)
             dropped |= {other} if chosen == EMPTY else set()
     assert dropped == {0, 1}
@@ -238,8 +238,8 @@ def test_a_dropped_caption_is_known_to_a_teacher(tmp_path: Path) -> None:
     assert batch.captions == plain.captions == ("", "x")
     assert not plain.undropped
     assert [tuple(one.shape) for one in batch.tensors["t5"]] == [(0, 4), (1, 4)]
-    whole = read_batch(items, LATENT, captions=(0, 0))
-    for found, wanted in zip(batch.undropped["t5"], whole.tensors["t5"], strict=True):
+    full = read_batch(items, LATENT, captions=(0, 0))
+    for found, wanted in zip(batch.undropped["t5"], full.tensors["t5"], strict=True):
         assert torch.equal(found, wanted)
     assert not read_batch(items, LATENT, captions=(0, 0), undropped=(0, 0)).undropped
     path = tmp_path / "cache" / "a_toy_te.safetensors"

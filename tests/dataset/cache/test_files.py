@@ -122,14 +122,14 @@ def test_a_checksum_sees_name_shape_and_every_bit() -> None:
 def test_a_damaged_file_and_one_that_is_missing_are_named(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = tmp_path / "clip_wan.safetensors"
     write_tensors(path, {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {})
-    for is_whole in (False, True):
+    for is_full in (False, True):
         with pytest.raises(CacheError, match=r"other_wan\.safetensors: no such"):
-            read_entry(path.with_name("other_wan.safetensors"), is_whole)
+            read_entry(path.with_name("other_wan.safetensors"), is_full)
     path.write_bytes(path.read_bytes().replace(old, new))
 
-    for is_whole in (False, True):
+    for is_full in (False, True):
         with pytest.raises(CacheError, match=r"clip_wan\.safetensors: damaged"):
-            read_entry(path, is_whole)
+            read_entry(path, is_full)
 
 
 def test_equal_contents_are_equal_bytes(tmp_path: Path) -> None:

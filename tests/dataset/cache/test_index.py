@@ -244,8 +244,8 @@ def test_a_damaged_index_is_no_index_and_is_made_again(tmp_path: Path, damage: s
     config = make_config(tmp_path)
     cache(config)
     path = tmp_path / "cache" / NAME
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(DAMAGES[damage](whole), encoding="utf-8")
+    full = path.read_text(encoding="utf-8")
+    path.write_text(DAMAGES[damage](full), encoding="utf-8")
 
     found = find(config)
     assert len(found.items) == 2
@@ -254,7 +254,7 @@ def test_a_damaged_index_is_no_index_and_is_made_again(tmp_path: Path, damage: s
     cache(config)
 
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
-        json.loads(line) for line in whole.splitlines()
+        json.loads(line) for line in full.splitlines()
     ]
 
 

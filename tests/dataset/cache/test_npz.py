@@ -56,7 +56,7 @@ class NpzFamily(ToyFamily):
         return [[CacheEntry({"latents": one})] for one in latents]
 
 
-def make_pictures(folder: Path, count: int = 3, size: tuple[int, int] = (40, 40)) -> Path:
+def make_images(folder: Path, count: int = 3, size: tuple[int, int] = (40, 40)) -> Path:
     folder.mkdir(exist_ok=True)
     for number in range(count):
         path = folder / f"pic {number}.png"
@@ -72,11 +72,11 @@ def make_config(folder: Path, form: str = "npz", **changes: Any) -> DatasetConfi
 
 
 def of_tables(folder: Path, tables: Sequence[Mapping[str, Any]]) -> DatasetConfig:
-    usual = {"resolution": (32, 32), "caption_extension": ".txt", "batch_size": 2}
+    default = {"resolution": (32, 32), "caption_extension": ".txt", "batch_size": 2}
     found = []
     for index, changes in enumerate(tables):
         place = folder if changes.get("cache_format") == "npz" else folder / "cache"
-        fields = {"cache_directory": place, "index": index, **usual, **changes}
+        fields = {"cache_directory": place, "index": index, **default, **changes}
         found.append(make_table(folder, "image_directory", **fields))
     return DatasetConfig(folder / "data.toml", tuple(found))
 
@@ -102,11 +102,11 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return make_pictures(tmp_path / "pictures")
+    return make_images(tmp_path / "pictures")
 
 
 def test_plain_numpy_reads_what_is_written(tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "pictures", size=(100, 50))
+    folder = make_images(tmp_path / "pictures", size=(100, 50))
     config = make_config(folder, caption_dropout_rate=0.5)
     assert cache(config) == (3, 4)
     assert len(read_all(config, captions=[EMPTY])) == 3
@@ -355,7 +355,7 @@ def test_a_hostile_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:
-    other, listed = make_pictures(tmp_path / "other", 1), tmp_path / "list.json"
+    other, listed = make_images(tmp_path / "other", 1), tmp_path / "list.json"
     content = {str(place / "pic 0.png"): {"caption": "a picture"} for place in (folder, other)}
     listed.write_text(json.dumps(content), encoding="utf-8")
     (tmp_path / "lists").mkdir()

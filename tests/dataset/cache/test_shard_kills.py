@@ -11,7 +11,7 @@ import pytest
 
 from dataset.cache import catalog
 from dataset.cache.catalog import list_shards
-from dataset.cache.shards import ShardStore, merge_shards, shard_faults
+from dataset.cache.shards import ShardStore, merge_shards, shard_errors
 from tests.dataset.cache.entries import NAMES, ODD, WHOLE, contents, fill, make_shards, seen, write
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
@@ -58,7 +58,7 @@ def test_what_was_written_survives_kills_and_nothing_is_half_there(tmp_path: Pat
         state, done = found, done + count
     ShardStore(tmp_path).close(is_last=True)
     assert seen(tmp_path) == state
-    assert shard_faults(tmp_path) == []
+    assert shard_errors(tmp_path) == []
     assert done >= kills // 2
 
 
@@ -92,7 +92,7 @@ def test_several_writers_lose_nothing_when_some_are_killed(tmp_path: Path, round
                     assert found.get(f"shared_{step}") == step + 1, (writer, step)
             if not again:
                 ShardStore(folder).close(is_last=True)
-        assert shard_faults(folder) == []
+        assert shard_errors(folder) == []
         assert len(contents(folder)) == 1
 
 
@@ -117,7 +117,7 @@ def test_a_merge_that_stops_at_any_step_brings_nothing_back(tmp_path: Path) -> N
         assert seen(folder) == state, step
         ShardStore(folder).close(is_last=True)
         assert seen(folder) == state, step
-        assert shard_faults(folder) == []
+        assert shard_errors(folder) == []
         assert len(contents(folder)) == 1
     assert step > 6
 
@@ -139,7 +139,7 @@ def test_a_shard_that_was_left_is_used_at_once_by_its_own_machine(
 
     assert run_and_kill(work, 1.0) == (1, False)
     monkeypatch.setattr(catalog, "machine", lambda: here)
-    assert "has no end" in shard_faults(folder)[0]
+    assert "has no end" in shard_errors(folder)[0]
     expected = {**WHOLE, ODD[0]: 9, ODD[1]: 9} if is_here else WHOLE
     for _ in range(2):
         assert seen(folder) == expected

@@ -17,7 +17,7 @@ import pytest
 from dataset.cache import catalog
 from dataset.cache.catalog import list_shards
 from dataset.cache.old_shards import read_old_shard
-from dataset.cache.shards import ShardStore, merge_shards, shard_faults
+from dataset.cache.shards import ShardStore, merge_shards, shard_errors
 from dataset.cache.store import SingleFiles
 from modules.errors import OutputError
 from tests.dataset.cache.entries import (
@@ -110,7 +110,7 @@ def test_large_shards_stay_and_holes_are_reclaimed(tmp_path: Path) -> None:
     store.close(is_last=True)
     assert seen(tmp_path) == {"more_7": 13, "small": 1}
     assert sum(map(len, contents(tmp_path).values())) < 200_000
-    assert shard_faults(tmp_path) == []
+    assert shard_errors(tmp_path) == []
 
 
 def damages(data: bytes, step: int) -> Iterator[tuple[str, int, bytes]]:
@@ -135,12 +135,12 @@ def test_damage_is_noticed_and_mended(folder: Path, step: int) -> None:
         assert how != "flip" or len(alive) >= 5 or place < 3 * catalog.PAGE_BYTES, place
         gone = [name for name in NAMES if name not in alive]
         # training reads what the names promise, and asks for faults first
-        assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
+        assert not gone or shard_errors(folder) or set(store.names()) >= set(gone), (how, place)
         for name in gone:
             write(store, name, WHOLE[name])
         store.close(is_last=True)
         assert seen(folder) == WHOLE, (how, place)
-        assert shard_faults(folder) == [], (how, place)
+        assert shard_errors(folder) == [], (how, place)
         for name in contents(folder):
             (folder / name).unlink()
         for name, content in right.items():
@@ -184,7 +184,7 @@ def test_a_full_disk_is_an_error_and_the_store_stays_whole(folder: Path) -> None
     assert expected.items() <= seen(folder).items()
     ShardStore(folder).close(is_last=True)
     assert expected.items() <= seen(folder).items()
-    assert shard_faults(folder) == []
+    assert shard_errors(folder) == []
 
 
 def test_a_volume_without_locks_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +210,13 @@ def test_a_shard_of_a_later_version_is_left_alone(folder: Path) -> None:
     ShardStore(folder).close(is_last=True)
     assert later.exists()
     assert seen(folder) == WHOLE
-    assert "of a later version" in shard_faults(folder)[0]
+    assert "of a later version" in shard_errors(folder)[0]
 
 
 # --- shards of earlier versions
 
 OLD_NUMBERS = [("clip_0_toy", 10), ("clip_2_toy", 2), ("clip_3_toy", 3), ("ein Bär " + "x" * 100 + "_toy", 5)]
-OLD_WHOLE = {f"{stem}_te.safetensors": number for stem, number in OLD_NUMBERS}
+OLD_FULL = {f"{stem}_te.safetensors": number for stem, number in OLD_NUMBERS}
 
 
 @pytest.fixture
@@ -227,14 +227,14 @@ def tars(tmp_path: Path) -> Path:
 
 def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> None:
     before = contents(tars)
-    assert seen(tars) == OLD_WHOLE
-    assert shard_faults(tars) == []
+    assert seen(tars) == OLD_FULL
+    assert shard_errors(tars) == []
     store = ShardStore(tars)
     assert store.read("clip_2_toy_te.safetensors", is_whole=False).metadata["number"] == "2"
     write(store, "clip_2_toy_te.safetensors", 20)
     store.remove("clip_3_toy_te.safetensors")
     store.close(is_last=True)
-    state = {**OLD_WHOLE, "clip_2_toy_te.safetensors": 20}
+    state = {**OLD_FULL, "clip_2_toy_te.safetensors": 20}
     del state["clip_3_toy_te.safetensors"]
     assert seen(tars) == state
     assert {name for name in before if name.endswith(".tar")} <= contents(tars).keys()
@@ -251,8 +251,8 @@ def test_a_damaged_tar_costs_its_entries_and_is_mended(tars: Path) -> None:
             shutil.copytree(tars, folder)
             (folder / path.name).write_bytes(damaged)
             alive, store = seen(folder), ShardStore(folder)
-            gone = [name for name in OLD_WHOLE if name not in alive]
-            assert not gone or shard_faults(folder) or set(store.names()) >= set(gone), (how, place)
+            gone = [name for name in OLD_FULL if name not in alive]
+            assert not gone or shard_errors(folder) or set(store.names()) >= set(gone), (how, place)
             store.close(is_last=True)
             assert seen(folder) == alive, (how, place)
             shutil.rmtree(folder)
@@ -301,10 +301,10 @@ def test_a_hostile_shard_is_damaged_and_costs_no_other(what: str, folder: Path) 
         rows.commit()
 
     assert seen(folder) == WHOLE
-    assert any("is damaged" in fault for fault in shard_faults(folder))
+    assert any("is damaged" in error for error in shard_errors(folder))
     ShardStore(folder).close(is_last=True)
     assert seen(folder) == WHOLE
-    assert shard_faults(folder) == []
+    assert shard_errors(folder) == []
 
 
 def test_pages_that_name_one_page_many_times_end(folder: Path) -> None:

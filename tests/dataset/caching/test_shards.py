@@ -86,14 +86,14 @@ def family() -> ToyFamily:
 @pytest.mark.parametrize(("count", "form"), [(1, "files"), (7, "files"), (3, "shards")])
 def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, count: int, form: str) -> None:
     config = change(make_dataset(tmp_path), cache_format=form)
-    whole, shared = into(config, tmp_path / "whole"), into(config, tmp_path / "shared")
-    cache_media(family(), whole, options())
-    cache_texts(family(), whole, options())
+    full, shared = into(config, tmp_path / "whole"), into(config, tmp_path / "shared")
+    cache_media(family(), full, options())
+    cache_texts(family(), full, options())
 
     media = [cache_media(family(), shared, options(shard=shard(i, count))) for i in reversed(range(count))]
     texts = [cache_texts(family(), shared, options(shard=shard(i, count))) for i in range(count)]
 
-    assert entries(shared) == entries(whole)
+    assert entries(shared) == entries(full)
     assert sum(one.share for one in media) == len(CLIPS)
     assert sum(one.share for one in texts) == len(CLIPS) + 1  # and the empty prompt
     assert all(one.whole == len(CLIPS) for one in media)

@@ -13,7 +13,7 @@ from contract.families import FAMILIES
 from flux_2.vae import EPS, load_vae
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import TinyFamily, family_called
-from tests.tiny.project import write_plain_pictures
+from tests.tiny.project import write_plain_images
 
 MOSS, FLUX_2, FLUX_3 = (family_called(name) for name in ("moss_image", "flux_2", "flux_3"))
 TAGS = {"moss_image": "moss", "flux_2": "f2k4b", "flux_3": "f3"}
@@ -27,7 +27,7 @@ def prepare(folder: Path, family: TinyFamily, vae: bytes | None = None) -> Path:
     vae: content of that file, of another model.
     """
     family.prepare(folder)
-    write_plain_pictures(folder, side=48)
+    write_plain_images(folder, side=48)
     path = folder / "model" / "vae.safetensors"
     if vae is not None:
         path.write_bytes(vae)
@@ -38,7 +38,7 @@ def list_latents(folder: Path, family: TinyFamily) -> list[Path]:
     return sorted(path for path in folder.rglob(f"*_{TAGS[family.name]}.safetensors"))
 
 
-def read_facts(path: Path) -> Mapping[str, str]:
+def read_info(path: Path) -> Mapping[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata())
 
@@ -57,12 +57,10 @@ def test_latents_of_an_equal_autoencoder_are_taken_over_to_the_bit(
     ours = list_latents(tmp_path, second)
     assert len(ours) == len(theirs) > 0
     assert said.count(TAKEN) == 1
-    assert (
-        f"{len(ours)} pictures: the latents that {read_facts(theirs[0])['architecture']} has cached" in said
-    )
+    assert f"{len(ours)} pictures: the latents that {read_info(theirs[0])['architecture']} has cached" in said
     assert "VAE:" not in said  # it was not loaded
     taken = {path.name: load_file(path) for path in ours}
-    maker = read_facts(ours[0])["architecture"]
+    maker = read_info(ours[0])["architecture"]
     for path in (*ours, *theirs):
         path.unlink()
     succeed_here(*second.cache_latents, folder=tmp_path)
@@ -70,7 +68,7 @@ def test_latents_of_an_equal_autoencoder_are_taken_over_to_the_bit(
         encoded = load_file(path)
         assert encoded.keys() == taken[path.name].keys()
         assert all(torch.equal(tensor, taken[path.name][name]) for name, tensor in encoded.items())
-    assert read_facts(ours[0])["architecture"] == maker
+    assert read_info(ours[0])["architecture"] == maker
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_damaged_and_changed_latents_of_another_model_are_not_taken_over(tmp_pat
     prepare(tmp_path, MOSS, vae)
     damaged, *_ = list_latents(tmp_path, FLUX_2)
     tensors = {name: tensor + 1 for name, tensor in load_file(damaged).items()}
-    save_file(tensors, damaged, dict(read_facts(damaged)))
+    save_file(tensors, damaged, dict(read_info(damaged)))
 
     said = succeed_here(*MOSS.cache_latents, folder=tmp_path)
 

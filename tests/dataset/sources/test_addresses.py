@@ -18,11 +18,11 @@ import fsspec
 import pytest
 import requests
 
-from dataset.forms.tars_index import FOLDER, LEAST_SAMPLES, TarDamage, read_members
+from dataset.forms.tars_index import FOLDER, MIN_SAMPLES, TarDamage, read_members
 from dataset.forms.tars_listing import expand_braces
 from dataset.listing import find_sources
 from dataset.sources.decoding import decode_source
-from dataset.sources.downloads import download, protocol_problem
+from dataset.sources.downloads import download, protocol_error
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, local_name
 from modules.errors import DatasetError, MediaError
@@ -136,9 +136,9 @@ def test_fsspec_reads_all_other_addresses(tmp_path: Path) -> None:
         download("memory://bucket/b.png", tmp_path / "b.png", nothing)
     with pytest.raises(MediaError, match="memory://bucket cannot be downloaded: it is a folder"):
         download("memory://bucket", tmp_path / "c.png", nothing)
-    assert protocol_problem("reference") == "reference:// addresses are not read"
-    assert protocol_problem("nonsense") == "nonsense:// addresses are not read"
-    assert "s3fs" in str(protocol_problem("s3")) or protocol_problem("s3") is None
+    assert protocol_error("reference") == "reference:// addresses are not read"
+    assert protocol_error("nonsense") == "nonsense:// addresses are not read"
+    assert "s3fs" in str(protocol_error("s3")) or protocol_error("s3") is None
 
 
 def test_threads_that_want_the_same_file_download_it_once(tmp_path: Path, site: Site) -> None:
@@ -211,8 +211,8 @@ def table_of(folder: Path, *tars: str | Path, **changes: Any) -> Any:
 
 
 def listed(folder: Path, *tars: str | Path, **changes: Any) -> tuple[list[MediaSource], list[Fault]]:
-    faults: list[Fault] = []
-    return find_sources(table_of(folder, *tars, **changes), faults=faults), faults
+    errors: list[Fault] = []
+    return find_sources(table_of(folder, *tars, **changes), faults=errors), errors
 
 
 def content_of(source: MediaSource) -> bytes:
@@ -244,9 +244,9 @@ def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -
     )
     write_tar(tmp_path / "a-1.tar", {"x/1.jpg": b"again", "x/1.mask.png": b"m"})
 
-    sources, faults = listed(tmp_path, tmp_path / "a-*.tar")
+    sources, errors = listed(tmp_path, tmp_path / "a-*.tar")
 
-    assert faults == []
+    assert errors == []
     by_caption = {source.caption: source for source in sources}
     assert [by_caption[one].stem.split("-")[0] for one in ("first", "second")] == ["x_1", "x_2"]
     assert len({source.stem for source in sources}) == 4  # x/1 is in both tars
@@ -264,11 +264,11 @@ def test_samples_are_the_files_of_one_name_up_to_the_first_dot(tmp_path: Path) -
 
 def test_a_cut_tar_gives_what_is_before_the_cut_wherever_it_is(tmp_path: Path) -> None:
     files = {f"{index}.{end}": bytes([index]) * 700 for index in range(4) for end in ("png", "jpgx")}
-    whole = write_tar(tmp_path / "w.tar", files).read_bytes()
+    full = write_tar(tmp_path / "w.tar", files).read_bytes()
     for size in range(0, 4 * SAMPLE + 1, 256):
-        (tmp_path / "t.tar").write_bytes(whole[:size])
-        sources, faults = listed(tmp_path, tmp_path / "t.tar")
-        assert [fault.ends_run for fault in faults] == [False], size
+        (tmp_path / "t.tar").write_bytes(full[:size])
+        sources, errors = listed(tmp_path, tmp_path / "t.tar")
+        assert [error.ends_run for error in errors] == [False], size
         assert all(content_of(one) == bytes([int(one.stem)]) * 700 for one in sources)
         # whether the first one is whole is not known before the second begins
         expected = 0 if size < SAMPLE + 512 + 700 else (size + PADDING) // SAMPLE
@@ -290,9 +290,9 @@ def test_the_times_of_an_incremental_backup_are_no_part_of_its_names(tmp_path: P
     path = tmp_path / "t.tar"
     path.write_bytes(bytes(header) + bytes(1024))
 
-    sources, faults = listed(tmp_path, path)
+    sources, errors = listed(tmp_path, path)
 
-    assert faults == []
+    assert errors == []
     assert [one.path.name for one in sources] == ["1.png"]
 
 
@@ -317,9 +317,9 @@ def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
     path.write_bytes(content + bytes(1024))
     before = sorted(tmp_path.rglob("*"))
 
-    sources, faults = listed(tmp_path, path)
+    sources, errors = listed(tmp_path, path)
 
-    assert faults == []
+    assert errors == []
     assert len(sources) == len(names) - 1  # "..png" has no name before the dot
     for one in sources:
         assert one.path.is_relative_to(path)
@@ -333,9 +333,9 @@ def test_hostile_names_lead_nowhere(tmp_path: Path) -> None:
 
 def test_a_damaged_tar_never_gives_another_error(tmp_path: Path) -> None:
     rng, files = random.Random(0), {f"{LONG}{index}.png": b"x" * 99 for index in range(5)}
-    whole = write_tar(tmp_path / "w.tar", files).read_bytes()
+    full = write_tar(tmp_path / "w.tar", files).read_bytes()
     for _ in range(180):
-        content = bytearray(whole)
+        content = bytearray(full)
         for _ in range(rng.randint(1, 20)):
             content[rng.randrange(len(content))] = rng.randrange(256)
         with io.BytesIO(bytes(content)) as file:
@@ -347,7 +347,7 @@ def test_a_damaged_tar_never_gives_another_error(tmp_path: Path) -> None:
 
 
 def test_the_index_of_a_large_tar_is_kept_until_the_tar_changes(tmp_path: Path) -> None:
-    count = LEAST_SAMPLES
+    count = MIN_SAMPLES
     files = {f"{index:05d}.{end}": f"{end} {index}" for index in range(count) for end in ("png", "txt")}
     path = write_tar(tmp_path / "t.tar", files | {"00000.mask.png": "m"}, tarfile.USTAR_FORMAT)
     cache = tmp_path / "cache"

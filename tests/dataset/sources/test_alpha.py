@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.report.views import side_by_side
 from dataset.config import DatasetTable
 from dataset.listing import find_sources
-from dataset.sources.colours import find_colours
+from dataset.sources.colours import find_colors
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.table import Augmentation
 from modules.media.reading import add_alpha, join_alpha, split_alpha
@@ -34,7 +34,7 @@ def decode(table: DatasetTable, **asked: Any) -> DecodedMedia:
     return decode_source(source, 1.0, step=16, has_alpha=True, **asked)
 
 
-def picture_table(folder: Path, **keys: Any) -> DatasetTable:
+def image_table(folder: Path, **keys: Any) -> DatasetTable:
     return make_table(folder, "image_directory", resolution=(SIDE, SIDE), **keys)
 
 
@@ -44,18 +44,18 @@ def test_a_picture_keeps_its_alpha_at_its_own_size_and_gets_one_if_it_has_none(t
     clear = write_random(tmp_path / "a" / "clear.png", SIDE, SIDE)
     plain = write_random(tmp_path / "b" / "plain.png", SIDE, SIDE, channels=3)
 
-    decoded = decode(picture_table(tmp_path / "a"))
+    decoded = decode(image_table(tmp_path / "a"))
 
     np.testing.assert_array_equal(decoded.frames[0], clear)
     assert decoded.alpha is None  # which would mask the latents
-    np.testing.assert_array_equal(decode(picture_table(tmp_path / "b")).frames[0], add_alpha(plain))
+    np.testing.assert_array_equal(decode(image_table(tmp_path / "b")).frames[0], add_alpha(plain))
 
 
 def test_an_enlarged_picture_is_that_of_pillow(tmp_path: Path) -> None:
     """Pillow weighs colours by their alpha: what is transparent does not bleed into what is not."""
     clear = write_random(tmp_path / "clear.png", 16, 16)
 
-    decoded = decode(picture_table(tmp_path))
+    decoded = decode(image_table(tmp_path))
 
     expected = Image.fromarray(clear).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(decoded.frames[0], np.asarray(expected))
@@ -64,14 +64,14 @@ def test_an_enlarged_picture_is_that_of_pillow(tmp_path: Path) -> None:
 def test_a_reduced_and_cropped_picture_has_alpha_like_a_fourth_colour(tmp_path: Path) -> None:
     clear = write_random(tmp_path / "clear.png", 80, 64)
 
-    decoded = decode(picture_table(tmp_path, enable_bucket=True))
+    decoded = decode(image_table(tmp_path, enable_bucket=True))
 
     assert decoded.frames.shape[-1] == 4
     channels = []
     for number in range(4):
-        grey = np.repeat(clear[..., number : number + 1], 3, axis=2)
-        Image.fromarray(grey).save(tmp_path / "clear.png")
-        channels.append(decode(picture_table(tmp_path, enable_bucket=True)).frames[0, ..., 0])
+        gray = np.repeat(clear[..., number : number + 1], 3, axis=2)
+        Image.fromarray(gray).save(tmp_path / "clear.png")
+        channels.append(decode(image_table(tmp_path, enable_bucket=True)).frames[0, ..., 0])
     np.testing.assert_array_equal(decoded.frames[0], np.stack(channels, axis=-1))
 
 
@@ -79,7 +79,7 @@ def test_what_is_mirrored_and_recoloured_keeps_its_alpha_in_place(tmp_path: Path
     pixels = np.full((SIDE, SIDE, 4), 90, np.uint8)
     pixels[:, : SIDE // 2, 3] = 10
     Image.fromarray(pixels).save(tmp_path / "clear.png")
-    table = picture_table(tmp_path, augmentation=Augmentation(flip=True, color=True))
+    table = image_table(tmp_path, augmentation=Augmentation(flip=True, color=True))
 
     sides = set()
     for seed in range(8):
@@ -92,7 +92,7 @@ def test_what_is_mirrored_and_recoloured_keeps_its_alpha_in_place(tmp_path: Path
 def test_alpha_that_is_the_mask_of_the_loss_is_no_transparency(tmp_path: Path) -> None:
     clear = write_random(tmp_path / "clear.png", SIDE, SIDE)
 
-    decoded = decode(picture_table(tmp_path, alpha_mask=True))
+    decoded = decode(image_table(tmp_path, alpha_mask=True))
 
     np.testing.assert_array_equal(decoded.frames[0], add_alpha(clear[..., :3]))
     assert decoded.mask is not None
@@ -123,8 +123,8 @@ def test_without_it_pictures_and_references_are_on_white_as_ever(tmp_path: Path)
     decoded = decode_source(source, 1.0)
 
     for frames, folder in ((decoded.frames, "pics/a"), (decoded.control[0], "refs/a_0")):
-        picture = Image.open(tmp_path / f"{folder}.png")
-        on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        image = Image.open(tmp_path / f"{folder}.png")
+        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         assert frames.shape[-1] == 3
         # rounded in another way
         assert abs(frames[0].astype(int) - np.asarray(on_white, int)).max() <= 1
@@ -132,37 +132,37 @@ def test_without_it_pictures_and_references_are_on_white_as_ever(tmp_path: Path)
 
 def test_reports_show_transparency_and_do_not_call_it_filled(tmp_path: Path) -> None:
     write_random(tmp_path / "clear.png", SIDE, SIDE)
-    table = picture_table(tmp_path)
+    table = image_table(tmp_path)
     sources = find_sources(table)
 
     assert side_by_side(decode(table)).shape == (1, SIDE, SIDE, 3)
-    assert "filled with white" in str(find_colours(sources))
-    assert find_colours(sources, keeps_alpha=True) == []
+    assert "filled with white" in str(find_colors(sources))
+    assert find_colors(sources, keeps_alpha=True) == []
 
 
 @pytest.mark.parametrize("size", [(16, 24), (8, 12)])
 def test_alpha_is_split_off_and_joined_again(size: tuple[int, int]) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (24, 16, 4), np.uint8)
 
-    colours, alpha = split_alpha(frame)
+    colors, alpha = split_alpha(frame)
 
     assert alpha is not None
-    resized = np.asarray(Image.fromarray(colours).resize(size))
+    resized = np.asarray(Image.fromarray(colors).resize(size))
     joined = join_alpha(resized, alpha)
     np.testing.assert_array_equal(joined[..., :3], resized)
     if size == (16, 24):
         np.testing.assert_array_equal(joined, frame)
-    assert split_alpha(colours)[1] is None
-    assert join_alpha(colours, None) is colours
+    assert split_alpha(colors)[1] is None
+    assert join_alpha(colors, None) is colors
 
 
 def test_both_pictures_of_a_pair_have_alpha(tmp_path: Path) -> None:
     write_random(tmp_path / "better" / "a.png", SIDE, SIDE)
-    worse = write_random(tmp_path / "worse" / "a.png", SIDE, SIDE)
-    table = picture_table(tmp_path / "better", worse_directory=tmp_path / "worse")
+    rejected = write_random(tmp_path / "worse" / "a.png", SIDE, SIDE)
+    table = image_table(tmp_path / "better", worse_directory=tmp_path / "worse")
 
     decoded = decode(table)
 
     assert decoded.worse is not None
-    np.testing.assert_array_equal(decoded.worse[0], worse)
+    np.testing.assert_array_equal(decoded.worse[0], rejected)
     assert decoded.frames.shape == decoded.worse.shape

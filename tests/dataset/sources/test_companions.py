@@ -11,10 +11,10 @@ from contract.rules import ReferenceRules
 from dataset.caching.latents import batch_media
 from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.listing import find_sources
-from dataset.sources.companions import refuse_companions
+from dataset.sources.companions import reject_companions
 from dataset.sources.decoding import decode_source
 from modules.errors import DatasetError
-from tests.dataset.making import GREY_STEP, make_clip, make_frames, make_image, make_table
+from tests.dataset.making import GRAY_STEP, make_clip, make_frames, make_image, make_table
 
 RULES = ReferenceRules(2, clips=True, size_factor=2, control_masks=True)
 
@@ -56,11 +56,11 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
     media = decode_source(found["a"], 24.0, 32)
     item = media.cut((4, 5))
     batch = batch_media([item], ["a"])
-    picture, clip = batch.references
-    assert (picture.shape, clip.shape) == ((1, 1, 32, 32, 3), (1, 5, 32, 32, 3))
-    greys = clip[0, :, 0, 0, 0].tolist()
-    assert greys == [GREY_STEP * number for number in (5, 6, 6, 6, 6)]  # its last frame is repeated
-    assert int(picture.float().mean()) == 200
+    image, clip = batch.references
+    assert (image.shape, clip.shape) == ((1, 1, 32, 32, 3), (1, 5, 32, 32, 3))
+    grays = clip[0, :, 0, 0, 0].tolist()
+    assert grays == [GRAY_STEP * number for number in (5, 6, 6, 6, 6)]  # its last frame is repeated
+    assert int(image.float().mean()) == 200
     assert batch.control_mask is not None
     assert batch.control_mask.shape == (1, 5, 64, 64)
     assert bool((batch.control_mask == 255).all())
@@ -79,12 +79,12 @@ def test_lists_name_companions(tmp_path: Path) -> None:
 
     assert (source.references, source.control_mask) == ((Path("r0.mp4"), Path("r1.png")), Path("m.png"))
     with pytest.raises(DatasetError, match="no such clip.*control_path in a list"):
-        refuse_companions(table, [source])
-    refuse_companions(table, [replace(source, control=(Path("c.mp4"),))])
+        reject_companions(table, [source])
+    reject_companions(table, [replace(source, control=(Path("c.mp4"),))])
     for rules, words in ((None, "takes none"), (ReferenceRules(1, clips=True), "takes 1 at most")):
         other = make_table(tmp_path, "video_jsonl_file", clip_references=rules)
         with pytest.raises(DatasetError, match=words):
-            refuse_companions(other, find_sources(other))
+            reject_companions(other, find_sources(other))
 
 
 @pytest.mark.parametrize(
@@ -124,5 +124,5 @@ def test_target_fps_is_the_rate_that_clips_are_cut_to(tmp_path: Path) -> None:
     table = load_dataset_config(path).datasets[0]
     assert (table.target_fps, table.source_fps) == (12.0, "auto")
     media = decode_source(find_sources(table)[0], 16.0)
-    greys = media.frames[:5, 0, 0, 0].astype(int)
-    assert np.diff(greys).tolist() == pytest.approx([2 * GREY_STEP] * 4, abs=2)  # of a lossy codec
+    grays = media.frames[:5, 0, 0, 0].astype(int)
+    assert np.diff(grays).tolist() == pytest.approx([2 * GRAY_STEP] * 4, abs=2)  # of a lossy codec

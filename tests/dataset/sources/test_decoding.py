@@ -172,9 +172,9 @@ def test_a_plan_from_headers_equals_the_decoded_one(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("side", [64, 16])
 def test_transparency_of_an_image_is_kept_beside_its_colours(tmp_path: Path, side: int) -> None:
     """Made smaller or larger: colours are those of the image without its alpha."""
-    picture = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
-    Image.fromarray(picture).save(tmp_path / "clear.png")
-    Image.fromarray(picture[..., :3]).save(tmp_path / "opaque.png")
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
+    Image.fromarray(image).save(tmp_path / "clear.png")
+    Image.fromarray(image[..., :3]).save(tmp_path / "opaque.png")
 
     sources = find_sources(make_table(tmp_path, "image_directory", resolution=(32, 32)))
     clear, opaque = (decode_source(source, 16.0, keeps_alpha=True) for source in sources)
@@ -182,7 +182,7 @@ def test_transparency_of_an_image_is_kept_beside_its_colours(tmp_path: Path, sid
     assert opaque.alpha is None
     assert clear.alpha is not None
     assert np.array_equal(clear.frames, opaque.frames)
-    assert np.array_equal(clear.alpha, resize_cover(np.ascontiguousarray(picture[..., 3]), (32, 32)))
+    assert np.array_equal(clear.alpha, resize_cover(np.ascontiguousarray(image[..., 3]), (32, 32)))
 
 
 # --- GIF and WebP, and clips that are read by their times
@@ -258,7 +258,7 @@ def test_clips_far_from_the_rate_of_the_model_are_told(tmp_path: Path, rate: int
     found = find_far_rates(find_sources(make_table(tmp_path)), 16.0)
     stated = find_far_rates(find_sources(make_table(tmp_path, source_fps="auto")), 16.0)
 
-    assert [fault.text.partition("; ")[0] for fault in found] == [
+    assert [error.text.partition("; ")[0] for error in found] == [
         f"{tmp_path / 'a.mp4'}: {rate} frames a second, the model takes 16"
     ] * is_told
     assert stated == []
@@ -275,10 +275,10 @@ def test_an_mp4_that_is_cut_short_is_called_so(tmp_path: Path, share: float, ind
         frame = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    whole = path.read_bytes()
+    full = path.read_bytes()
     # a share of the index, if it is first, else of the whole file
-    length = whole.find(b"moov") + int(900 * share) if index_first else int(len(whole) * share)
-    path.write_bytes(whole[:length])
+    length = full.find(b"moov") + int(900 * share) if index_first else int(len(full) * share)
+    path.write_bytes(full[:length])
 
     with pytest.raises(MediaError, match="cut short"):
         list(video_frames(path))
@@ -287,12 +287,12 @@ def test_an_mp4_that_is_cut_short_is_called_so(tmp_path: Path, share: float, ind
 def test_animations_as_single_references_are_told(tmp_path: Path) -> None:
     (tmp_path / "references").mkdir()
     make_clip(tmp_path / "a.mp4", 5)
-    pictures = [Image.new("RGB", (32, 32), (grey,) * 3) for grey in (10, 200)]
-    pictures[0].save(tmp_path / "references" / "a.gif", save_all=True, append_images=pictures[1:])
+    images = [Image.new("RGB", (32, 32), (gray,) * 3) for gray in (10, 200)]
+    images[0].save(tmp_path / "references" / "a.gif", save_all=True, append_images=images[1:])
     keys = {"reference_directory": tmp_path / "references", "target_frames": (5,)}
 
     for on_white in (True, False):
         rules = ReferenceRules(most=1, clips=True, on_white=on_white)
         sources = find_sources(make_table(tmp_path, clip_references=rules, **keys))
-        texts = [fault.text for fault in find_moving_references(sources)]
+        texts = [error.text for error in find_moving_references(sources)]
         assert texts == [str(tmp_path / "references" / "a.gif")] * on_white

@@ -54,7 +54,7 @@ def test_an_animation_belongs_to_one_table_of_its_folder(tmp_path: Path) -> None
     for name in ("c.gif", "d.webp", "e.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "f.gif").write_bytes(b"GIF89a")  # damaged
-    pictures, clips = (
+    images, clips = (
         f'[[datasets]]\n{kind}_directory = "{tmp_path.as_posix()}"\n'
         f'cache_directory = "{tmp_path.as_posix()}/cache_{kind}"\n'
         for kind in ("image", "video")
@@ -66,8 +66,8 @@ def test_an_animation_belongs_to_one_table_of_its_folder(tmp_path: Path) -> None
         return [[source.path.name for source in find_sources(table)] for table in tables]
 
     moving, still = ["a.gif", "b.webp", "f.gif"], ["c.gif", "d.webp", "e.png"]
-    assert list_names(pictures + clips) == [still, moving]
-    assert list_names(pictures) == [sorted(moving + still)]
+    assert list_names(images + clips) == [still, moving]
+    assert list_names(images) == [sorted(moving + still)]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
@@ -214,12 +214,12 @@ def test_dead_links_pipes_and_folders_among_pictures_are_told(tmp_path: Path) ->
     (tmp_path / "good.png").symlink_to(tmp_path / "target.txt")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
-    faults: list[Fault] = []
+    errors: list[Fault] = []
 
-    sources = find_sources(make_table(tmp_path, "image_directory"), faults=faults)
+    sources = find_sources(make_table(tmp_path, "image_directory"), faults=errors)
 
     assert [source.path.name for source in sources] == ["a.png", "good.png"]
-    told = [fault.text for fault in faults if not fault.ends_run]
+    told = [error.text for error in errors if not error.ends_run]
     assert [line.partition(": ")[2] for line in told] == [
         f"the link leads to {tmp_path / 'gone.png'}, which is not there",
         "it is a folder",
@@ -247,8 +247,8 @@ def test_files_that_nothing_reads_are_counted_once_by_their_suffixes(
     folder = tmp_path / "set"
     (folder / "a" / "deep").mkdir(parents=True)
     touch(folder, "a.png", "a.txt", "b.tif", "c.jp2", "d.JP2", "e.HEIC", "f.mts", "g.mp4", "nobody.txt", "h")
-    usual = ("a.json", "a.npz", "x.safetensors", "Thumbs.db", ".DS_Store", "prompts.txt")
-    touch(folder, *usual)
+    default = ("a.json", "a.npz", "x.safetensors", "Thumbs.db", ".DS_Store", "prompts.txt")
+    touch(folder, *default)
     touch(folder / "a" / "deep", "z.tiff")
     Image.new("RGB", (8, 8)).save(folder / "b.tif")
     Image.new("RGB", (8, 8)).save(
@@ -382,10 +382,10 @@ def test_tensors_are_beside_the_folder_of_clips_which_may_be_absent(tmp_path: Pa
     (part / "prompt_embeds" / "a.pt").unlink()
     (part / "prompt_embeds").rmdir()
 
-    faults: list[Fault] = []
-    sources = list_cogvideox(table, faults)
+    errors: list[Fault] = []
+    sources = list_cogvideox(table, errors)
 
-    assert not faults
+    assert not errors
     assert [one.tensors.moments for one in sources if one.tensors] == [
         part / "video_latents" / f"{name}.pt" for name in "ab"
     ]

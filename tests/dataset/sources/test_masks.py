@@ -30,9 +30,9 @@ COMMANDS = CachingCommands("latents again", "texts again")
 
 def half(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
     """A picture whose left half is white."""
-    picture = Image.new("RGB", size)
-    picture.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
-    picture.save(path)
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))
+    image.save(path)
     return path
 
 
@@ -111,15 +111,15 @@ def test_a_mask_may_be_a_clip_or_a_folder_of_images(tmp_path: Path, kind: str) -
     mask = decode_source(source, 16.0).mask
 
     assert mask is not None
-    greys = [round(float(frame.mean()) / 4) - 1 for frame in mask]
-    assert greys == [0, 1, 2, 3, 4, *([4] * 4 if kind == "short clip" else [5, 6, 7, 8])]
+    grays = [round(float(frame.mean()) / 4) - 1 for frame in mask]
+    assert grays == [0, 1, 2, 3, 4, *([4] * 4 if kind == "short clip" else [5, 6, 7, 8])]
 
 
 def test_transparent_parts_of_images_are_not_learned(tmp_path: Path) -> None:
     make_image(tmp_path / "opaque.png")
-    picture = np.zeros((32, 32, 4), np.uint8)
-    picture[:, :16, 3] = 255
-    Image.fromarray(picture).save(tmp_path / "clear.png")
+    image = np.zeros((32, 32, 4), np.uint8)
+    image[:, :16, 3] = 255
+    Image.fromarray(image).save(tmp_path / "clear.png")
     table = make_table(tmp_path, "image_directory", resolution=(32, 32), alpha_mask=True)
 
     clear, opaque = (decode_source(source, 16.0) for source in find_sources(table))
@@ -127,7 +127,7 @@ def test_transparent_parts_of_images_are_not_learned(tmp_path: Path) -> None:
     assert opaque.mask is None
     assert clear.mask is not None
     assert clear.alpha is None  # else families would multiply latents by it
-    assert np.array_equal(clear.mask, picture[None, ..., 3])
+    assert np.array_equal(clear.mask, image[None, ..., 3])
 
 
 def test_transparent_parts_of_clips_are_not_learned(tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def test_a_folder_without_any_mask_and_two_masks_of_a_clip_are_errors(tmp_path: 
 def test_a_mask_is_cropped_and_mirrored_as_its_picture(tmp_path: Path) -> None:
     (tmp_path / "pics").mkdir()
     (tmp_path / "masks").mkdir()
-    grey = np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8)
+    gray = np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8)
     for folder in ("pics", "masks"):
-        Image.fromarray(np.repeat(grey[..., None], 3, axis=2)).save(tmp_path / folder / "a.png")
+        Image.fromarray(np.repeat(gray[..., None], 3, axis=2)).save(tmp_path / folder / "a.png")
     masks = str(tmp_path / "masks")
     table = subset_table(tmp_path, random_crop=True, flip_aug=True, mask_directory=masks)
     (source,) = find_sources(table, captions=False)
@@ -223,11 +223,11 @@ def test_a_mask_is_cropped_and_mirrored_as_its_picture(tmp_path: Path) -> None:
 
     for one in (plain, *drawn):
         np.testing.assert_array_equal(one.frames[0, ..., 0], one.mask[0])
-    np.testing.assert_array_equal(plain.frames[0, ..., 0], grey[:, 16:80])
+    np.testing.assert_array_equal(plain.frames[0, ..., 0], gray[:, 16:80])
     assert len({one.frames.tobytes() for one in drawn}) > 20
     again = decode_source(source, 1.0, numbers=random.Random(7))
     np.testing.assert_array_equal(again.frames, drawn[7].frames)
-    crops = {grey[:, left : left + 64].tobytes() for left in range(33)}
+    crops = {gray[:, left : left + 64].tobytes() for left in range(33)}
     sides = [one.frames[0, ..., 0].tobytes() in crops for one in drawn]
     assert 10 < sum(sides) < 30  # the others are mirrored
 

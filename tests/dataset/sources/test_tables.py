@@ -189,10 +189,10 @@ def test_files_in_a_column_are_read_row_by_row(tmp_path: Path) -> None:
 
 def test_a_row_that_cannot_be_used_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     rows = [{"path": "a.png", "captions": list(map(str, range(101)))}, {"path": "b.png"}, {"path": "x/b.png"}]
-    faults: list[Fault] = []
-    sources = find_sources(table_of(tmp_path, rows, "t.jsonl", multi_caption=True), faults=faults)
+    errors: list[Fault] = []
+    sources = find_sources(table_of(tmp_path, rows, "t.jsonl", multi_caption=True), faults=errors)
     assert [source.stem.split("-")[0] for source in sources] == ["b", "b"]
-    assert "101 captions, at most 100" in faults[0].text
+    assert "101 captions, at most 100" in errors[0].text
 
 
 ROWS = [{"path": "a.png", "caption": "one,\ntwo"}, {"path": "b c.png", "caption": 'say "ü"'}]
@@ -390,7 +390,7 @@ def test_columns_that_look_meant_are_told(
     make_image(tmp_path / "a.png")
     rows = [{"image_path": "a.png", "caption": "a cat", column: value}]
 
-    found = [fault.text for fault in find_unread(list_of(tmp_path, rows, form))]
+    found = [error.text for error in find_unread(list_of(tmp_path, rows, form))]
 
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
@@ -399,14 +399,14 @@ def test_columns_that_look_meant_are_told(
 def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> None:
     content = make_image(tmp_path / "a.png").read_bytes()
     row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
-    (fault,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
-    assert fault.text.startswith("'edit', which holds files: reference pictures and control media are read")
-    assert fault.kind.startswith("column of ")
-    assert fault.kind.endswith(" is not read")  # behind "1"
+    (error,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
+    assert error.text.startswith("'edit', which holds files: reference pictures and control media are read")
+    assert error.kind.startswith("column of ")
+    assert error.kind.endswith(" is not read")  # behind "1"
 
     both = table_of(tmp_path, [{**row, "control_path_1": {"bytes": b"GIF8"}}], control_column="edit")
-    (fault,) = find_unread(both)
-    assert fault.text == "'control_path_1': of such files the model takes 1 an item."
+    (error,) = find_unread(both)
+    assert error.text == "'control_path_1': of such files the model takes 1 an item."
 
     cell = {"bytes": content, "path": "c.png"}
     apart = [
@@ -416,11 +416,11 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
     assert find_unread(table_of(tmp_path, apart)) == []  # each row has one
 
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
-    (fault,) = find_unread(list_of(tmp_path, rows, "list"))
-    assert "'control_images', such as 'b.png'" in fault.text
+    (error,) = find_unread(list_of(tmp_path, rows, "list"))
+    assert "'control_images', such as 'b.png'" in error.text
 
-    (fault,) = find_unread(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
-    assert fault.text == "'prompt': did you mean 'caption'?"
+    (error,) = find_unread(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
+    assert error.text == "'prompt': did you mean 'caption'?"
 
     sounds = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
     assert find_unread(dataclasses.replace(sounds, kind="video", is_of_sound=True)) == []
@@ -429,8 +429,8 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
-    (fault,) = find_unread(list_of(tmp_path, rows, form))
-    assert fault.text == "'control_path_1': of such files the model takes 1 an item."
+    (error,) = find_unread(list_of(tmp_path, rows, form))
+    assert error.text == "'control_path_1': of such files the model takes 1 an item."
     assert find_unread(list_of(tmp_path, rows, form, references=ReferenceRules(most=2))) == []
 
 
@@ -439,9 +439,9 @@ def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
     assert table.jsonl_file is not None
     line = table.jsonl_file.read_text(encoding="utf-8").replace("}", ', "caption": "y"}')
     table.jsonl_file.write_text(line, encoding="utf-8")
-    faults: list[Fault] = []
-    assert find_sources(table, faults=faults) == []
-    assert "key 'caption' occurs twice" in faults[0].text
+    errors: list[Fault] = []
+    assert find_sources(table, faults=errors) == []
+    assert "key 'caption' occurs twice" in errors[0].text
 
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
@@ -457,8 +457,8 @@ def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> N
         rows = [{"image_path": "a.png", "caption": "x", "edit": ["/c.png", "/d.png"]}]
         (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
         assert one.control == (Path("/c.png"), Path("/d.png"))
-        (fault,) = find_unread(list_of(tmp_path, rows, form, control_column="edit"))
-        assert fault.text == "'edit': of such files the model takes 1 an item."
+        (error,) = find_unread(list_of(tmp_path, rows, form, control_column="edit"))
+        assert error.text == "'edit': of such files the model takes 1 an item."
     if form != "list":
         with pytest.raises(DatasetError, match="control_column = 'no' is not a column"):
             find_sources(list_of(tmp_path, rows, form, control_column="no"))

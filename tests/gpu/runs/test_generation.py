@@ -57,13 +57,13 @@ def test_pictures_in_float32_are_those_of_the_cpu(name: str, project_of: Find, d
     project = project_of(name)
     (path,) = project.make(CPU, "--output_type", "latent").glob("*_latent.safetensors")
     words = ("--latent_path", path, "--output_type", "images", "--vae_dtype", "float32")
-    ours, theirs = (pictures_in(project.decode(where, *words)) for where in (device, CPU))
+    ours, theirs = (images_in(project.decode(where, *words)) for where in (device, CPU))
     assert ours.shape == theirs.shape
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
     assert theirs.std() > 1  # a picture, not a ground
 
 
-def pictures_in(folder: Path) -> Frame:
+def images_in(folder: Path) -> Frame:
     return np.stack([read_image(path) for path in sorted(folder.rglob("*.png"))])
 
 
@@ -202,9 +202,9 @@ def test_latents_of_tiles_are_those_of_the_cpu(
         made.append(caches(project, where, tmp_path / folder, *tiles, side=side))
     assert_near(*made)
     (tmp_path / "whole").mkdir()
-    whole = caches(project, CPU, tmp_path / "whole", side=side)
-    latents = [next(iter(made[1][name].values())) for name in whole if "_te" not in name]
-    plain = [next(iter(tensors.values())) for name, tensors in whole.items() if "_te" not in name]
+    full = caches(project, CPU, tmp_path / "whole", side=side)
+    latents = [next(iter(made[1][name].values())) for name in full if "_te" not in name]
+    plain = [next(iter(tensors.values())) for name, tensors in full.items() if "_te" not in name]
     assert not any(torch.equal(*pair) for pair in zip(latents, plain, strict=True))  # there are tiles
 
 
@@ -221,8 +221,8 @@ def test_pictures_are_enlarged_as_on_the_cpu(kind: str, device: torch.device, tm
     made = []
     for where in (device, CPU):
         stage = make_upscaler(plain_clips.options(model), where)
-        pictures = plain_clips.run(stage, plain_clips.pictures(), plain_clips.clip())
-        made.append([picture.pixels for picture in pictures])
+        images = plain_clips.run(stage, plain_clips.pictures(), plain_clips.clip())
+        made.append([image.pixels for image in images])
     assert_levels(*made, levels=1)
 
 
@@ -233,7 +233,7 @@ def test_pictures_between_are_those_of_the_cpu(device: torch.device, tmp_path: P
     made = []
     for where in (device, CPU):
         stage = make_interpolation(interpolating.options(folder), where)
-        made.append([picture.pixels for picture in stage.run(interpolating.stream(frames, starts), clip)])
+        made.append([image.pixels for image in stage.run(interpolating.stream(frames, starts), clip)])
     assert len(made[0]) == 5
     assert_levels(*made, levels=2)
 

@@ -201,11 +201,11 @@ def test_a_picture_is_decoded_as_on_the_cpu(
     latents = made()
     project.make(CPU, latents, *one, "--infer_steps", 2, "--output_type", "latent")
     (path,) = latents.glob("*_latent.safetensors")
-    pictures = []
+    images = []
     for where in (device, CPU):
         folder = made()
         project.make(where, folder, "--latent_path", path, "--output_type", "images")
-        (picture,) = folder.rglob("*.png")
-        pictures.append(read_image(picture).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).max() <= 2
-    assert pictures[1].std() > 1
+        (image,) = folder.rglob("*.png")
+        images.append(read_image(image).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 2
+    assert images[1].std() > 1

@@ -52,7 +52,7 @@ WAYS = {"flash": "--flash_attn", "flash3": "--flash3", "xformers": "--xformers"}
 
 
 @dataclass(frozen=True)
-class PictureProject:
+class ImageProject:
     """A folder with a tiny checkpoint, and pictures with captions."""
 
     kind: str
@@ -72,7 +72,7 @@ class PictureProject:
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PictureProject:
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageProject:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "pictures").mkdir()
     generator = np.random.default_rng(0)
@@ -84,11 +84,11 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "plain.toml").write_text(DATASET.format(shuffles="false"), encoding="utf-8")
     tokenizer_folder(folder / "tokenizers")
     WRITERS[request.param](folder, name="model.safetensors")
-    return PictureProject(request.param, folder)
+    return ImageProject(request.param, folder)
 
 
 @pytest.mark.parametrize("case", PRECISIONS)
-def test_losses_are_those_of_the_cpu(project: PictureProject, device: torch.device, case: str) -> None:
+def test_losses_are_those_of_the_cpu(project: ImageProject, device: torch.device, case: str) -> None:
     words, bar = PRECISIONS[case]
     ours, theirs = (project.train(where, where.type, *words) for where in (device, CPU))
     assert ours.losses == pytest.approx(theirs.losses, rel=bar)
@@ -97,7 +97,7 @@ def test_losses_are_those_of_the_cpu(project: PictureProject, device: torch.devi
 
 @pytest.mark.usefixtures("repeatable")
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp8"])
-def test_checkpointing_changes_no_bit(project: PictureProject, device: torch.device, precision: str) -> None:
+def test_checkpointing_changes_no_bit(project: ImageProject, device: torch.device, precision: str) -> None:
     words, _ = PRECISIONS[precision]
     expected = project.train(device, "plain", *words)
     for options in (CHECKPOINTED, OFFLOADED):
@@ -107,7 +107,7 @@ def test_checkpointing_changes_no_bit(project: PictureProject, device: torch.dev
 
 
 @pytest.mark.parametrize("mode", WAYS)
-def test_losses_with_packages_for_attention(project: PictureProject, device: torch.device, mode: str) -> None:
+def test_losses_with_packages_for_attention(project: ImageProject, device: torch.device, mode: str) -> None:
     """Those of torch's own attention. Where a package is missing, nothing else is tested."""
     if device.type != "cuda":
         pytest.skip("these packages need CUDA")
@@ -118,13 +118,13 @@ def test_losses_with_packages_for_attention(project: PictureProject, device: tor
 
 
 @pytest.mark.usefixtures("repeatable")
-def test_samples_of_a_batch_one_by_one_change_no_loss(project: PictureProject, device: torch.device) -> None:
+def test_samples_of_a_batch_one_by_one_change_no_loss(project: ImageProject, device: torch.device) -> None:
     expected = project.train(device, "together", *CACHED)
     found = project.train(device, "split", *CACHED, "--split_attn")
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
-def test_compiled_blocks_give_the_losses_of_eager_ones(project: PictureProject, device: torch.device) -> None:
+def test_compiled_blocks_give_the_losses_of_eager_ones(project: ImageProject, device: torch.device) -> None:
     expected = project.train(device, "eager", *CACHED, *BF16, *CHECKPOINTED)
     found = project.train(device, "compiled", *CACHED, *BF16, *CHECKPOINTED, "--compile")
     assert found.losses == pytest.approx(expected.losses, rel=1e-2)
@@ -132,7 +132,7 @@ def test_compiled_blocks_give_the_losses_of_eager_ones(project: PictureProject, 
 
 @pytest.mark.parametrize("saves", [False, True], ids=["plain", "saves memory"])
 def test_training_waits_nowhere(
-    project: PictureProject,
+    project: ImageProject,
     device: torch.device,
     saves: bool,
     waits: Waits,  # noqa: F811
@@ -143,7 +143,7 @@ def test_training_waits_nowhere(
     assert waits.places == []
 
 
-def test_a_sample_is_drawn_while_training(project: PictureProject, device: torch.device) -> None:
+def test_a_sample_is_drawn_while_training(project: ImageProject, device: torch.device) -> None:
     """At the start, by the released text encoders, which then leave the device."""
     line = project.folder / "samples.txt"
     line.write_text("a (red:1.2) cat --w 64 --h 64 --s 3 --d 1\n", encoding="utf-8")

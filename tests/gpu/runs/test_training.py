@@ -69,12 +69,12 @@ def test_a_resumed_run_ends_with_equal_bytes(
 ) -> None:
     """Dropout and the optimizer's moments go on where they stopped, and so do the order and all noise."""
     random = ("--network_dropout", "0.2", "--lr_scheduler", "cosine", "--gradient_accumulation_steps", "2")
-    whole = project.train(device, "whole", *how, *random, steps=5)
+    full = project.train(device, "whole", *how, *random, steps=5)
     project.train(device, "stopped", *how, *random, "--save_every_n_steps", "2", "--save_state", steps=5)
     resumed = project.train(
         device, "resumed", *how, *random, "--resume", "output/stopped-step00000002-state", steps=5
     )
-    assert_same(resumed, Trained(whole.losses[2:], whole.tensors))
+    assert_same(resumed, Trained(full.losses[2:], full.tensors))
     output = project.folder / "output"
     assert tensor_bytes(output / "resumed.safetensors") == tensor_bytes(output / "whole.safetensors")
 
@@ -165,8 +165,8 @@ def test_a_state_goes_on_to_the_same_bits(
     if (package, device.type) == ("bitsandbytes", "cpu") and "Paged" in name:
         pytest.skip("paged memory is CUDA's")
     chosen = ("--optimizer_type", name, *more)
-    whole = wan.train(device, "whole", *chosen, steps=4)
+    full = wan.train(device, "whole", *chosen, steps=4)
     wan.train(device, "half", *chosen, "--save_state", steps=2)
     resumed = wan.train(device, "resumed", *chosen, "--resume", "output/half-state", steps=4)
-    assert resumed.losses == whole.losses[2:]
-    assert all(equal_bits(resumed.tensors[key], tensor) for key, tensor in whole.tensors.items())
+    assert resumed.losses == full.losses[2:]
+    assert all(equal_bits(resumed.tensors[key], tensor) for key, tensor in full.tensors.items())

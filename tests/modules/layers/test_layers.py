@@ -134,9 +134,9 @@ def test_a_slowed_frequency_equals_the_recorded_table(case: str, width: int, ind
 
 
 def test_a_slowed_frequency_is_one_of_the_first_axis_alone() -> None:
-    usual, slow = (exact_table(Grid((9, 3, 4), one), WIDTHS) for one in (None, Slow(5, 40.0)))
+    default, slow = (exact_table(Grid((9, 3, 4), one), WIDTHS) for one in (None, Slow(5, 40.0)))
 
-    changed = (usual != slow).any(dim=0).squeeze(0).any(dim=-1).nonzero().flatten().tolist()
+    changed = (default != slow).any(dim=0).squeeze(0).any(dim=-1).nonzero().flatten().tolist()
     expected = torch.tensor([math.cos(2 * math.pi / 40), math.sin(2 * math.pi / 40)])
     assert changed == [5]
     torch.testing.assert_close(slow[12, 0, 5], expected, atol=1e-7, rtol=0)

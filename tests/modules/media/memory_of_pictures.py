@@ -12,12 +12,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from modules.devices import release_heap  # noqa: E402
 from modules.errors import MediaError  # noqa: E402
-from modules.media.reading import media_colours, read_image, read_mask  # noqa: E402
+from modules.media.reading import media_colors, read_image, read_mask  # noqa: E402
 
 STATUS = Path("/proc/self/status")
 FORGET = Path("/proc/self/clear_refs")  # "5": the most is what there is now
 WAYS = {"read": read_image, "alpha": lambda path: read_image(path, alpha=True), "mask": read_mask}
-WAYS["look"] = media_colours  # type: ignore[assignment]
+WAYS["look"] = media_colors  # type: ignore[assignment]
 
 
 def read_number(name: str) -> int:

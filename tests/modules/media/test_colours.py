@@ -20,7 +20,7 @@ from modules.media.reading import (
     frame_size,
     image_size,
     image_suffixes,
-    media_colours,
+    media_colors,
     read_image,
     read_mask,
     video_frames,
@@ -112,18 +112,18 @@ def nearly(found: np.ndarray, right: np.ndarray, levels: float) -> None:
 
 def transparent(kind: str, path: Path) -> tuple[Path, np.ndarray]:
     """A transparent picture of a kind, and what it is on white."""
-    grey, both = COLOURS[..., 0], np.dstack([COLOURS, ALPHA])
-    greys = np.repeat(grey[..., None], 3, axis=2)
-    keyed = np.where(grey[..., None] == 0x33, 255, greys)
+    gray, both = COLOURS[..., 0], np.dstack([COLOURS, ALPHA])
+    grays = np.repeat(gray[..., None], 3, axis=2)
+    keyed = np.where(gray[..., None] == 0x33, 255, grays)
     wide = (both.astype(np.uint16) << 8 | 7).astype(">u2")
     if kind == "palette":
         levels = bytes(range(0, 256, 17))
         shades = b"".join(bytes([value] * 3) for value in levels)
-        path = png(path, 8, 3, (grey // 17).tobytes(), PLTE=shades, tRNS=levels)
-        return path, on_white(greys, grey)
+        path = png(path, 8, 3, (gray // 17).tobytes(), PLTE=shades, tRNS=levels)
+        return path, on_white(grays, gray)
     if kind == "one colour of a palette":
         shades = b"".join(bytes([value] * 3) for value in range(0, 256, 17))
-        return png(path, 4, 3, packed(grey // 17, 4), PLTE=shades, tRNS=b"\xff\xff\xff\x00"), keyed
+        return png(path, 4, 3, packed(gray // 17, 4), PLTE=shades, tRNS=b"\xff\xff\xff\x00"), keyed
     if kind == "RGB with a key":
         key = struct.pack(">3H", 0x33, 0x33, 0xFF - 0x33)
         right = COLOURS.copy()
@@ -138,17 +138,17 @@ def transparent(kind: str, path: Path) -> tuple[Path, np.ndarray]:
         return png(path, 16, 0, wide[..., 0].tobytes(), tRNS=b"\x33\x07"), keyed
     if kind in {"4 bit", "2 bit", "1 bit"}:
         bits = int(kind[0])
-        values = grey // 17 >> 4 - bits
+        values = gray // 17 >> 4 - bits
         right = np.repeat((values * (255 // (2**bits - 1)))[..., None], 3, axis=2)
         right[values == 1] = 255
         return png(path, bits, 0, packed(values, bits), tRNS=b"\0\1"), right
     if kind == "16 bit RGBA":
         return png(path, 16, 6, wide.tobytes()), on_white(COLOURS, ALPHA)
     if kind == "16 bit grey with alpha":
-        return png(path, 16, 4, wide[..., [0, 3]].tobytes()), on_white(greys, ALPHA)
+        return png(path, 16, 4, wide[..., [0, 3]].tobytes()), on_white(grays, ALPHA)
     if kind == "LA":
         Image.fromarray(both[..., [0, 3]]).save(path)
-        return path, on_white(greys, ALPHA)
+        return path, on_white(grays, ALPHA)
     path = path.with_suffix(kind)
     Image.fromarray(both).save(path, **{".webp": {"lossless": True, "exact": True}}.get(kind, {}))
     return path, on_white(COLOURS, ALPHA)
@@ -172,7 +172,7 @@ def test_what_is_transparent_is_white(tmp_path: Path, kind: str) -> None:
 
     np.testing.assert_array_equal(read_image(path), right)
     assert read_image(path, alpha=True).shape == (16, 16, 4)
-    assert media_colours(path).is_transparent
+    assert media_colors(path).is_transparent
     if kind == ".png":
         np.testing.assert_array_equal(read_image(path, alpha=True)[..., :3], COLOURS)
 
@@ -191,7 +191,7 @@ def test_colours_of_a_profile_become_srgb(tmp_path: Path, name: str, suffix: str
 
     nearly(found, converted(flat, to_xyz, gamma), 3 if side else 1.5)
     assert np.abs(found.astype(int) - flat).max() > 10
-    assert media_colours(path).is_converted
+    assert media_colors(path).is_converted
 
 
 def test_profiles_of_palettes_of_transparent_grey_and_of_cmyk_pictures_count(tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_profiles_of_palettes_of_transparent_grey_and_of_cmyk_pictures_count(tmp
     nearly(read_image(tmp_path / "p.png")[0, 0], converted(np.array([200, 30, 60]), XYZ_OF_P3, None), 1.5)
 
     white = xyz((0.9642, 1, 0.8249))
-    grey = profile(b"GRAY", wtpt=white, kTRC=gamma_curve(1))
+    gray = profile(b"GRAY", wtpt=white, kTRC=gamma_curve(1))
     right = encode(COLOURS[..., 0] / 255)
     for mode in ("L", "LA", "I;16"):
-        picture = Image.fromarray(COLOURS[..., 0])
+        image = Image.fromarray(COLOURS[..., 0])
         if mode == "I;16":
-            picture = Image.fromarray(COLOURS[..., 0].astype(np.uint16) << 8)
-        (picture.convert("LA") if mode == "LA" else picture).save(tmp_path / "g.png", icc_profile=grey)
+            image = Image.fromarray(COLOURS[..., 0].astype(np.uint16) << 8)
+        (image.convert("LA") if mode == "LA" else image).save(tmp_path / "g.png", icc_profile=gray)
         nearly(read_image(tmp_path / "g.png")[..., 1], right, 1.5)
     Image.fromarray(COLOURS[..., 0]).save(
         tmp_path / "g.png", icc_profile=matrix_profile(XYZ_OF_P3, gamma_curve(1))
@@ -248,15 +248,15 @@ def test_what_browsers_do_not_convert_keeps_its_numbers(
         Image.fromarray(COLOURS).save(tmp_path / name, icc_profile=data, exif=exif)
         np.testing.assert_array_equal(read_image(tmp_path / name), COLOURS)
 
-    colours = media_colours(tmp_path / "a.png")
+    colors = media_colors(tmp_path / "a.png")
     told = [one.getMessage() for one in caplog.records]
-    assert not colours.is_converted
+    assert not colors.is_converted
     if kind in ("broken", "of another kind"):
         assert len(told) == 1  # of both files
-        assert str(colours.fault) in told[0]
+        assert str(colors.fault) in told[0]
         assert "colour profile" in told[0]
     else:
-        assert (told, colours.fault) == ([], None)
+        assert (told, colors.fault) == ([], None)
 
 
 def hundred_thousandths(values: Sequence[float]) -> bytes:
@@ -288,13 +288,13 @@ def test_gamma_and_places_of_a_png_count_as_in_browsers(
     path = png(tmp_path / "a.png", 8, 2, COLOURS.tobytes(), **data)
 
     nearly(read_image(path), right, 0 if right is COLOURS else 1.5)
-    assert media_colours(path).is_converted == (right is not COLOURS)
+    assert media_colors(path).is_converted == (right is not COLOURS)
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "with alpha", "grey", "white is 0", "CMYK", "LAB", "floats"])
 def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
     path, wide = tmp_path / "a.tif", COLOURS.astype(np.uint16) * 257
-    greys = np.repeat(COLOURS[..., :1], 3, 2)
+    grays = np.repeat(COLOURS[..., :1], 3, 2)
     if kind in ("16 bits", "with alpha"):
         half = np.full((*wide.shape[:2], 1), 32768, np.uint16)
         cv2.imwrite(
@@ -303,9 +303,9 @@ def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
         half_white = on_white(COLOURS, np.full(COLOURS.shape[:2], 128))
         nearly(read_image(path), half_white if kind == "with alpha" else COLOURS, int(kind == "with alpha"))
     elif kind in ("grey", "white is 0"):
-        is_grey = kind == "grey"
-        Image.fromarray(wide[..., 0]).save(path, tiffinfo={262: int(is_grey)})
-        nearly(read_image(path), greys if is_grey else 255 - greys, 0)
+        is_gray = kind == "grey"
+        Image.fromarray(wide[..., 0]).save(path, tiffinfo={262: int(is_gray)})
+        nearly(read_image(path), grays if is_gray else 255 - grays, 0)
     elif kind == "CMYK":
         inks = np.dstack([COLOURS, np.full(COLOURS.shape[:2], 51, np.uint8)])
         Image.fromarray(inks, mode="CMYK").save(path, compression="tiff_lzw")
@@ -314,7 +314,7 @@ def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
         Image.new("LAB", (4, 4), (128, 128, 128)).save(path)
         nearly(read_image(path), np.full((4, 4, 3), encode(np.array(0.1855))), 2)
     else:
-        Image.fromarray(greys[..., 0] / np.float32(255)).save(path)
+        Image.fromarray(grays[..., 0] / np.float32(255)).save(path)
         for read in (read_image, image_size):  # `--check` reads headers
             with pytest.raises(MediaError, match=r"numbers of 32 bits, .* Convert it to PNG"):
                 read(path)
@@ -322,23 +322,23 @@ def test_a_tiff_is_what_a_viewer_shows(tmp_path: Path, kind: str) -> None:
 
 def drawn(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """A mask of a kind, H W 4, and what it is."""
-    picture = np.zeros((16, 16, 4), np.uint8)
-    picture[..., 3] = ALPHA
+    image = np.zeros((16, 16, 4), np.uint8)
+    image[..., 3] = ALPHA
     if kind == "white on nothing":
-        picture[ALPHA > 0, :3] = 255
+        image[ALPHA > 0, :3] = 255
     elif kind == "black and white":
-        picture[:8, :, :3] = 255
-        return picture, on_white(picture[..., :3], ALPHA)[..., 0]
+        image[:8, :, :3] = 255
+        return image, on_white(image[..., :3], ALPHA)[..., 0]
     elif kind == "opaque":
-        picture[..., 3], picture[4:] = 255, 255
-        return picture, picture[..., 0]
-    return picture, ALPHA
+        image[..., 3], image[4:] = 255, 255
+        return image, image[..., 0]
+    return image, ALPHA
 
 
 @pytest.mark.parametrize("kind", ["black on nothing", "white on nothing", "black and white", "opaque"])
 def test_a_mask_drawn_by_transparency_is_what_is_opaque(tmp_path: Path, kind: str) -> None:
-    picture, right = drawn(kind)
-    Image.fromarray(picture).save(tmp_path / "a.png")
+    image, right = drawn(kind)
+    Image.fromarray(image).save(tmp_path / "a.png")
 
     np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), np.repeat(right[..., None], 3, axis=2))
 
@@ -374,7 +374,7 @@ def test_clips_are_laid_on_white(tmp_path: Path, name: str, codec: str, kind: st
 
     for frame in (next(video_frames(path)), next(shown_frames(path)).pixels):
         nearly(frame[4:-4:8], right[4:-4:8], 0 if "ffv1" in codec or not is_white else 4)
-    assert media_colours(path).is_transparent == is_white
+    assert media_colors(path).is_transparent == is_white
 
 
 def test_folders_of_transparent_pictures_are_clips_on_white_and_hdr_is_known(
@@ -385,28 +385,28 @@ def test_folders_of_transparent_pictures_are_clips_on_white_and_hdr_is_known(
         Image.fromarray(np.dstack([COLOURS, ALPHA])).save(tmp_path / "clip" / f"{number}.png")
     for frame in video_frames(tmp_path / "clip"):
         np.testing.assert_array_equal(frame, on_white(COLOURS, ALPHA))
-    assert media_colours(tmp_path / "clip").is_transparent
+    assert media_colors(tmp_path / "clip").is_transparent
 
-    grey = np.full((64, 64, 3), 128, np.uint8)
+    gray = np.full((64, 64, 3), 128, np.uint8)
     for number, code in ((0, 16), (1, 18), (2, 1)):
-        path = encode_clip(tmp_path / f"{number}.mkv", "ffv1", "yuv420p", grey, color_trc=code)
-        assert media_colours(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
+        path = encode_clip(tmp_path / f"{number}.mkv", "ffv1", "yuv420p", gray, color_trc=code)
+        assert media_colors(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
         caplog.clear()
         video_pixels(path, "--control_path", 64, 64, 1)
         assert ("is HDR" in caplog.text) == (code != 1)
         path = png(tmp_path / "a.png", 8, 2, COLOURS.tobytes(), cICP=bytes([9, code, 0, 1]))
-        assert media_colours(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
+        assert media_colors(path).hdr == {16: "PQ", 18: "HLG"}.get(code)
 
 
 def test_nothing_is_said_of_plain_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for mode in ("RGB", "L", "P", "1", "CMYK", "RGBA"):
         path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-        picture = Image.fromarray(COLOURS).convert(mode)
-        picture.save(path)
+        image = Image.fromarray(COLOURS).convert(mode)
+        image.save(path)
         with caplog.at_level(logging.INFO):
-            np.testing.assert_array_equal(read_image(path), np.array(picture.convert("RGB")))
-        colours = media_colours(path)
-        assert (colours.is_transparent, colours.is_converted, caplog.records) == (False, False, [])
+            np.testing.assert_array_equal(read_image(path), np.array(image.convert("RGB")))
+        colors = media_colors(path)
+        assert (colors.is_transparent, colors.is_converted, caplog.records) == (False, False, [])
 
 
 @pytest.mark.skipif(".avif" not in image_suffixes(), reason="this Pillow reads no AVIF")
@@ -414,14 +414,14 @@ def test_nothing_is_said_of_plain_pictures(tmp_path: Path, caplog: pytest.LogCap
 def test_colours_that_an_avif_names_by_codes_become_srgb(
     tmp_path: Path, codes: tuple[int, int], to_xyz: np.ndarray | None
 ) -> None:
-    path, colour = tmp_path / "x.avif", np.array([200, 120, 90])
-    Image.new("RGB", (64, 64), tuple(colour.tolist())).save(path, quality=100, subsampling="4:4:4")
+    path, color = tmp_path / "x.avif", np.array([200, 120, 90])
+    Image.new("RGB", (64, 64), tuple(color.tolist())).save(path, quality=100, subsampling="4:4:4")
     before, box, rest = path.read_bytes().partition(b"colrnclx")
     path.write_bytes(before + box + struct.pack(">HH", *codes) + rest[4:])
 
-    expected = colour if to_xyz is None else converted(colour, to_xyz, None)
+    expected = color if to_xyz is None else converted(color, to_xyz, None)
     np.testing.assert_allclose(read_image(path)[5, 5], expected, atol=2)
-    assert media_colours(path).is_converted == (to_xyz is not None)
+    assert media_colors(path).is_converted == (to_xyz is not None)
 
 
 @pytest.mark.parametrize(
@@ -430,20 +430,20 @@ def test_colours_that_an_avif_names_by_codes_become_srgb(
 def test_wide_colours_of_clips_become_srgb(
     tmp_path: Path, codes: tuple[int, int], to_xyz: np.ndarray | None
 ) -> None:
-    path, colour = tmp_path / "x.mkv", np.array([200, 120, 90])
+    path, color = tmp_path / "x.mkv", np.array([200, 120, 90])
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream("ffv1", rate=8)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
         stream.codec_context.color_primaries, stream.codec_context.color_trc = codes
-        frame: Any = av.VideoFrame.from_ndarray(np.full((32, 32, 3), colour, np.uint8), format="rgb24")
+        frame: Any = av.VideoFrame.from_ndarray(np.full((32, 32, 3), color, np.uint8), format="rgb24")
         frame = frame.reformat(format="bgr0")
         frame.color_primaries, frame.color_trc = codes
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
-    expected = colour if to_xyz is None else converted(colour, to_xyz, None)
+    expected = color if to_xyz is None else converted(color, to_xyz, None)
     np.testing.assert_allclose(next(video_frames(path))[5, 5], expected, atol=2)
-    assert media_colours(path).is_converted == (to_xyz is not None)
+    assert media_colors(path).is_converted == (to_xyz is not None)
 
 
 @pytest.mark.parametrize("ratio", [Fraction(2), Fraction(1, 2), Fraction(1001, 1000)])
@@ -467,6 +467,6 @@ def test_pixels_of_clips_are_made_square(tmp_path: Path, ratio: Fraction) -> Non
 
 @pytest.mark.parametrize("params", ["tff=1:interlaced=1", "b-pyramid=none"])
 def test_interlaced_clips_are_told(tmp_path: Path, params: str) -> None:
-    grey, options = np.full((64, 64, 3), 9, np.uint8), {"x264-params": params}
-    path = encode_clip(tmp_path / "x.mp4", "libx264", "yuv420p", grey, options=options)
-    assert media_colours(path).is_interlaced == ("tff" in params)
+    gray, options = np.full((64, 64, 3), 9, np.uint8), {"x264-params": params}
+    path = encode_clip(tmp_path / "x.mp4", "libx264", "yuv420p", gray, options=options)
+    assert media_colors(path).is_interlaced == ("tff" in params)

@@ -230,13 +230,13 @@ def test_a_recording_of_a_broadcast_becomes_a_file_that_begins_at_zero(tmp_path:
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_the_cover_picture_is_kept(tmp_path: Path, suffix: str) -> None:
     source = tmp_path / "source.mp4"
-    picture = np.full((32, 32, 3), 200, np.uint8)
+    image = np.full((32, 32, 3), 200, np.uint8)
     with av.open(str(source), "w", format="mp4") as target:
         cover = target.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
         cover.disposition = 1 << 10
         add_black(target, 5)
-        target.mux(cover.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        target.mux(cover.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         target.mux(cover.encode())
 
     made = remake(source, suffix)

@@ -99,7 +99,7 @@ def test_a_folder_of_images_is_a_video_in_the_order_of_its_numbers(tmp_path: Pat
 @pytest.mark.parametrize("full_range", [False, True])
 @pytest.mark.parametrize("matrix", ["ITU601", "ITU709"])
 def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool, matrix: str) -> None:
-    colour = np.zeros((32, 32, 3), np.uint8) + np.array([200, 40, 90], np.uint8)
+    color = np.zeros((32, 32, 3), np.uint8) + np.array([200, 40, 90], np.uint8)
     path = tmp_path / "colour.mkv"
     space = av.video.reformatter.Colorspace[matrix]
     levels = av.video.reformatter.ColorRange["JPEG" if full_range else "MPEG"]
@@ -108,14 +108,14 @@ def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         stream.codec_context.color_range = levels.value
         stream.codec_context.colorspace = space.value
-        frame = av.VideoFrame.from_ndarray(colour, format="rgb24")
+        frame = av.VideoFrame.from_ndarray(color, format="rgb24")
         frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=levels)
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
     (back,) = video_frames(path)
 
-    assert np.abs(back.astype(int) - colour).max() <= 4
+    assert np.abs(back.astype(int) - color).max() <= 4
 
 
 def test_image_size_needs_only_the_header_and_is_upright(tmp_path: Path) -> None:
@@ -204,14 +204,14 @@ def test_joining_leaves_the_file_that_is_being_watched_alone(tmp_path: Path) -> 
     assert sum(1 for _ in video_frames(tmp_path / "joined.mp4")) == 12
 
 
-GREYS = (0, 40, 80, 120, 160, 200)
+GRAYS = (0, 40, 80, 120, 160, 200)
 
 
 def make_animation(path: Path, milliseconds: Sequence[int], clear: bool = False) -> Path:
     """Frame i is grey GREYS[i]; clear: a part of its right half is transparent."""
     frames = []
-    for grey, _ in zip(GREYS, milliseconds, strict=False):
-        frame = Image.new("RGBA", (32, 32), (grey, grey, grey, 255))
+    for gray, _ in zip(GRAYS, milliseconds, strict=False):
+        frame = Image.new("RGBA", (32, 32), (gray, gray, gray, 255))
         if clear:
             frame.paste((0, 0, 0, 0), (16, 4, 28, 28))
         frames.append(frame)
@@ -220,15 +220,15 @@ def make_animation(path: Path, milliseconds: Sequence[int], clear: bool = False)
     return path
 
 
-def make_video(path: Path, times: Sequence[int], codec: str = "ffv1", greys: Sequence[int] = GREYS) -> Path:
+def make_video(path: Path, times: Sequence[int], codec: str = "ffv1", grays: Sequence[int] = GRAYS) -> Path:
     """Frame i is grey greys[i] and begins at times[i] milliseconds; transparent in its right half."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height = 32, 32
         stream.pix_fmt = "yuva420p" if codec == "libvpx-vp9" else "bgra"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for grey, time in zip(greys, times, strict=False):
-            pixels = np.full((32, 32, 4), grey, np.uint8)
+        for gray, time in zip(grays, times, strict=False):
+            pixels = np.full((32, 32, 4), gray, np.uint8)
             pixels[..., 3] = 255
             pixels[:, 16:, 3] = 0
             frame = av.VideoFrame.from_ndarray(pixels, format="rgba").reformat(format=stream.pix_fmt)
@@ -242,7 +242,7 @@ def at_rate(path: Path, rate: float) -> Iterator[np.ndarray]:
     return (frame for frame, _, _ in frames_at(path, slots(rate)))
 
 
-def greys(frames: object) -> list[int]:
+def grays(frames: object) -> list[int]:
     return [round(float(frame[4:12, 4:12, 0].mean()) / 40) for frame in frames]  # type: ignore[attr-defined]
 
 
@@ -251,9 +251,9 @@ def test_frames_are_shown_as_long_as_the_file_says(tmp_path: Path, suffix: str) 
     path = make_animation(tmp_path / f"ä b{suffix}", [100, 50, 250])
 
     assert animation_durations(path) == pytest.approx((0.1, 0.05, 0.25))
-    assert greys(video_frames(path)) == [0, 1, 2]
-    assert greys(at_rate(path, 20)) == [0, 0, 1, 2, 2, 2, 2, 2]
-    assert greys(at_rate(path, 5)) == [0, 2]  # 0.06 s and 0.26 s
+    assert grays(video_frames(path)) == [0, 1, 2]
+    assert grays(at_rate(path, 20)) == [0, 0, 1, 2, 2, 2, 2, 2]
+    assert grays(at_rate(path, 5)) == [0, 2]  # 0.06 s and 0.26 s
     assert (video_info(path).frames, video_info(path).fps) == (3, pytest.approx(7.5))
     assert not is_animation(make_animation(tmp_path / f"still{suffix}", [100]))
     assert not is_animation(tmp_path / f"missing{suffix}")
@@ -277,9 +277,9 @@ def test_what_is_transparent_becomes_white_unless_it_is_asked_for(tmp_path: Path
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_every_cut_of_an_animation_is_one_error_that_names_it(tmp_path: Path, suffix: str) -> None:
     path = make_animation(tmp_path / f"a{suffix}", [100] * 3)
-    whole = path.read_bytes()
-    for length in range(1, len(whole)):
-        path.write_bytes(whole[:length])
+    full = path.read_bytes()
+    for length in range(1, len(full)):
+        path.write_bytes(full[:length])
         with pytest.raises(MediaError, match=rf"a\{suffix} (is|has|cannot)"):
             list(video_frames(path))
 
@@ -287,14 +287,14 @@ def test_every_cut_of_an_animation_is_one_error_that_names_it(tmp_path: Path, su
 def test_a_video_of_a_variable_rate_is_played_by_its_times(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", [0, 40, 80, 280, 320])
 
-    assert greys(video_frames(path)) == [0, 1, 2, 3, 4]
-    assert greys(at_rate(path, 25)) == [0, 1, 2, 2, 2, 2, 2, 3, 4]
+    assert grays(video_frames(path)) == [0, 1, 2, 3, 4]
+    assert grays(at_rate(path, 25)) == [0, 1, 2, 2, 2, 2, 2, 3, 4]
 
 
 @pytest.mark.parametrize("rate", [24, 12, 16, 30])
 def test_a_second_stays_a_second_at_every_rate(tmp_path: Path, rate: int) -> None:
     times = [round(1000 * index / 24) for index in range(24)]  # as Matroska rounds them
-    path = make_video(tmp_path / "a.mkv", times, greys=range(0, 240, 10))
+    path = make_video(tmp_path / "a.mkv", times, grays=range(0, 240, 10))
 
     found = [round(float(frame[:, :16].mean()) / 10) for frame in at_rate(path, rate)]
 
@@ -337,9 +337,9 @@ def test_pictures_and_animations_are_laid_as_their_exif_says(
     stored[:16, :16] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture, path = Image.fromarray(stored), tmp_path / f"a{suffix}"
+    image, path = Image.fromarray(stored), tmp_path / f"a{suffix}"
     more = {"save_all": True, "append_images": [Image.fromarray(255 - stored)]} if suffix == ".webp" else {}
-    picture.save(path, exif=exif if suffix == ".tif" else exif.tobytes(), quality=100, **more)
+    image.save(path, exif=exif if suffix == ".tif" else exif.tobytes(), quality=100, **more)
     turned = stored.swapaxes(0, 1) if orientation > 4 else stored
     turned = turned[:, ::-1] if orientation in (2, 3, 6, 7) else turned
     expected = turned[::-1] if orientation in (3, 4, 7, 8) else turned

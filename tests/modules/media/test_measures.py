@@ -109,8 +109,8 @@ def test_black_allows_some_light_and_noise() -> None:
     assert is_black(frame)
     frame[:10, :40] = 255
     assert (is_black(frame), is_black(frame, share=0.9)) == (False, True)
-    grey = np.full((10, 10, 3), 40, np.uint8)
-    assert (is_black(grey), is_black(grey, threshold=0.2)) == (False, True)
+    gray = np.full((10, 10, 3), 40, np.uint8)
+    assert (is_black(gray), is_black(gray, threshold=0.2)) == (False, True)
 
 
 def test_noise_and_compression_are_no_motion_but_a_small_part_that_moves_is() -> None:
@@ -190,8 +190,8 @@ def pan(seed: int, step: int) -> list[Pixels]:
 
 
 def flash(seed: int, gain: float) -> list[Pixels]:
-    usual = shown(scene(seed))
-    return [usual, shown(gain * scene(seed) + 0.1), usual]
+    default = shown(scene(seed))
+    return [default, shown(gain * scene(seed) + 0.1), default]
 
 
 def thing_that_moves_fast(seed: int) -> list[Pixels]:
@@ -230,9 +230,9 @@ NO_CUTS = {
 @pytest.mark.parametrize("kind", NO_CUTS)
 def test_what_is_no_cut_is_not_taken_for_one(kind: str) -> None:
     for seed in range(4):
-        pictures = NO_CUTS[kind](seed)
-        assert max(map(distance, pictures, pictures[1:])) < THRESHOLD
-        assert distance(pictures[0], pictures[0]) == 0
+        images = NO_CUTS[kind](seed)
+        assert max(map(distance, images, images[1:])) < THRESHOLD
+        assert distance(images[0], images[0]) == 0
 
 
 def test_the_measure_takes_16_bits_and_narrow_pictures() -> None:

@@ -28,7 +28,7 @@ SIDEWAYS = 6  # of EXIF's orientation
 SPARE = 2.0  # bytes for each pixel of this small size: bands, code that is loaded late
 
 
-def write_pictures(folder: Path) -> dict[str, Path]:
+def write_images(folder: Path) -> dict[str, Path]:
     """Write a picture of each kind, by its name."""
     turned = Image.Exif()
     turned[0x0112] = SIDEWAYS
@@ -55,7 +55,7 @@ def write_pictures(folder: Path) -> dict[str, Path]:
 
 @ON_LINUX
 def test_a_picture_takes_few_bytes_for_each_pixel_in_every_mode(tmp_path: Path) -> None:
-    paths = write_pictures(tmp_path)
+    paths = write_images(tmp_path)
     asked = [(way, name) for name in paths for way in ("read", "alpha")]
     asked += [(way, name) for name in ("RGBA.png", "P-clear.png", "LA.tif") for way in ("look", "mask")]
     script = ROOT / "tests" / "modules" / "media" / "memory_of_pictures.py"
@@ -119,21 +119,21 @@ def test_bands_give_the_pixels_of_the_whole(
     exif = Image.Exif()
     exif[0x0112] = SIDEWAYS
     if mode == "LAB":
-        picture = Image.frombytes("LAB", (23, 37), noise.convert("RGB").tobytes())
+        image = Image.frombytes("LAB", (23, 37), noise.convert("RGB").tobytes())
     elif mode == "I;16":
-        picture = Image.fromarray(random.integers(0, 65536, (37, 23)).astype(np.uint16))
+        image = Image.fromarray(random.integers(0, 65536, (37, 23)).astype(np.uint16))
     else:
-        picture = noise.convert("RGB").convert(mode) if mode in ("CMYK", "P") else noise.convert(mode)
+        image = noise.convert("RGB").convert(mode) if mode in ("CMYK", "P") else noise.convert(mode)
     packed: dict[str, Any] = {"compression": "tiff_deflate"} if path.suffix == ".tif" else clear
-    picture.save(path, exif=exif, **packed)
-    whole = read_image(path, alpha)
-    assert whole.shape[:2] == (23, 37)
+    image.save(path, exif=exif, **packed)
+    full = read_image(path, alpha)
+    assert full.shape[:2] == (23, 37)
 
     monkeypatch.setattr("modules.media.colours._BAND_PIXELS", 60)
 
-    np.testing.assert_array_equal(read_image(path, alpha), whole)
+    np.testing.assert_array_equal(read_image(path, alpha), full)
     monkeypatch.setattr("modules.media.colours._BAND_PIXELS", 1)  # a row at a time
-    np.testing.assert_array_equal(read_image(path, alpha), whole)
+    np.testing.assert_array_equal(read_image(path, alpha), full)
 
 
 def test_frames_are_laid_on_white_as_a_whole_would_be() -> None:

@@ -15,15 +15,15 @@ from PIL import Image
 
 from dataset.sources.decoding import fit_of
 from modules.errors import MediaError
-from modules.media.augmenting import Face, change_colours, crop_anywhere, fit_face
+from modules.media.augmenting import Face, change_colors, crop_anywhere, fit_face
 from modules.media.buckets import (
     Fit,
     bucket_sizes,
-    choose_bucket,
     fit_cover,
     how_to_resize,
     image_bucket_sizes,
     inner_box,
+    select_bucket,
 )
 from modules.media.reading import fit_frame, image_size, read_image, video_frames, video_info
 from tests.dataset.making import subset_table
@@ -177,7 +177,7 @@ def test_recorded_pictures_get_their_recorded_bucket_and_fit(selector: dict) -> 
         assert sizes == tuple(map(tuple, selector["all_buckets"]))
     for case in selector["cases"]:
         no_upscale = selector["bucket_no_upscale"]
-        bucket = choose_bucket(tuple(case["image"]), sizes, width * height, 16, no_upscale)
+        bucket = select_bucket(tuple(case["image"]), sizes, width * height, 16, no_upscale)
         sides = (tuple(case[name]) for name in ("resized", "crop_left_top", "bucket"))
         assert fit_cover(tuple(case["image"]), bucket) == Fit(*sides, case["interpolation"]), case["image"]
 
@@ -187,7 +187,7 @@ def test_every_bucket_is_its_own_nearest_bucket() -> None:
         sizes = bucket_sizes(*resolution, 16)
         area = resolution[0] * resolution[1]
         for no_upscale in (False, True):
-            assert [choose_bucket(size, sizes, area, 16, no_upscale) for size in sizes] == list(sizes)
+            assert [select_bucket(size, sizes, area, 16, no_upscale) for size in sizes] == list(sizes)
 
 
 def test_a_single_step_is_the_smallest_area_and_side() -> None:
@@ -195,7 +195,7 @@ def test_a_single_step_is_the_smallest_area_and_side() -> None:
     with pytest.raises(ValueError, match="smaller than one 16x16 bucket"):
         bucket_sizes(15, 16, 16)
     with pytest.raises(ValueError, match="side under 16"):
-        choose_bucket((10, 200), bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True)
+        select_bucket((10, 200), bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True)
 
 
 def test_the_short_side_just_above_the_root_has_its_bucket() -> None:
@@ -206,7 +206,7 @@ def test_the_short_side_just_above_the_root_has_its_bucket() -> None:
 
 @pytest.mark.parametrize(("size", "bucket"), [((1024, 64), (1024, 64)), ((1040, 64), (512, 128))])
 def test_without_enlarging_a_picture_of_exactly_the_area_keeps_its_size(size, bucket) -> None:
-    assert choose_bucket(size, bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True) == bucket
+    assert select_bucket(size, bucket_sizes(256, 256, 16), 256 * 256, 16, no_upscale=True) == bucket
 
 
 CASES = read_case("image_buckets")[0]["cases"]
@@ -242,7 +242,7 @@ PICTURE = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
 
 
 def test_a_third_of_the_pictures_change_their_colours_a_little() -> None:
-    changed = [change_colours(PICTURE, random.Random(seed)) for seed in range(300)]
+    changed = [change_colors(PICTURE, random.Random(seed)) for seed in range(300)]
 
     different = [one for one in changed if not np.array_equal(one, PICTURE)]
     assert 70 < len(different) < 130
@@ -251,9 +251,9 @@ def test_a_third_of_the_pictures_change_their_colours_a_little() -> None:
 
 
 def test_gamma_keeps_black_and_white_and_hue_keeps_grey() -> None:
-    grey = np.repeat(np.array([[[0], [255], [90]]], np.uint8), 3, axis=2)
+    gray = np.repeat(np.array([[[0], [255], [90]]], np.uint8), 3, axis=2)
 
-    changed = [change_colours(grey, random.Random(seed))[0, :, 0] for seed in range(60)]
+    changed = [change_colors(gray, random.Random(seed))[0, :, 0] for seed in range(60)]
 
     assert all(one[0] == 0 and one[1] == 255 for one in changed)
     assert {int(one[2]) for one in changed} > {90}
@@ -277,7 +277,7 @@ def test_a_crop_around_a_face_holds_it(anywhere: bool) -> None:
         fit = fit_face((640, 480), (128, 128), face, (2.0, 4.0), random.Random(seed), anywhere)
         scale = fit.resized[0] / 640
         assert 2.0 <= 128 / (50 * scale) <= 4.01 or scale == pytest.approx(128 / 480, abs=0.01)
-        for start, whole, middle, half in zip(fit.crop, fit.resized, (300, 120), (20, 25), strict=True):
-            assert 0 <= start <= whole - 128
+        for start, full, middle, half in zip(fit.crop, fit.resized, (300, 120), (20, 25), strict=True):
+            assert 0 <= start <= full - 128
             assert start / scale <= middle - half + 1
             assert (start + 128) / scale >= middle + half - 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modules.errors import MediaError
-from modules.media.samples import read_track, track_facts
+from modules.media.samples import read_track, track_info
 from tests.sound_media import LOUD, Track, clicks_in, write_media
 
 RATE = 16000
@@ -61,17 +61,17 @@ def test_sound_is_aligned_with_the_first_picture_and_filled_with_silence(tmp_pat
     film = write_media(tmp_path / f"film{suffix}", Track((1.0,)), first=Fraction(2, 5))
 
     late, ahead = (read_track(one, Fraction(0), 2 * RATE, RATE, 1) for one in (path, film))
-    facts = track_facts(path)
+    info = track_info(path)
 
     assert late is not None
     assert ahead is not None
-    assert facts is not None
-    assert facts.end is not None
+    assert info is not None
+    assert info.end is not None
     assert abs(clicks_in(late[0])[0] - 0.65 * RATE) <= RATE // 1000
     assert np.abs(late[0, : int(0.38 * RATE)]).max() == np.abs(late[0, RATE:]).max() == 0
     assert abs(clicks_in(ahead[0])[0] - 0.6 * RATE) <= RATE // 1000
-    assert (facts.rate, facts.channels, facts.tracks) == (48000, 2, 1)
-    assert (facts.start, facts.end) == pytest.approx((0.4, 0.9), abs=0.03)
+    assert (info.rate, info.channels, info.tracks) == (48000, 2, 1)
+    assert (info.start, info.end) == pytest.approx((0.4, 0.9), abs=0.03)
 
 
 def test_a_gap_in_the_times_is_silent(tmp_path: Path) -> None:
@@ -99,18 +99,18 @@ def test_of_two_tracks_the_one_with_more_channels_is_read(tmp_path: Path) -> Non
     """FFmpeg's choice, if neither is marked as the default."""
     path = write_media(tmp_path / "two.mp4", Track((0.3,), layout="mono"), Track((0.7,)))
 
-    found, facts = read_track(path, Fraction(0), RATE, RATE, 1), track_facts(path)
+    found, info = read_track(path, Fraction(0), RATE, RATE, 1), track_info(path)
 
     assert found is not None
-    assert facts is not None
+    assert info is not None
     assert len(clicks_in(found[0])) == 1
-    assert facts.tracks == 2
+    assert info.tracks == 2
 
 
 def test_a_file_without_a_track_has_none(tmp_path: Path) -> None:
     silent = write_media(tmp_path / "silent.mp4")
 
-    assert read_track(silent, Fraction(0), RATE, RATE, 1) is track_facts(silent) is None
+    assert read_track(silent, Fraction(0), RATE, RATE, 1) is track_info(silent) is None
 
 
 def test_damaged_sound_and_files_that_are_no_sound_are_named(tmp_path: Path) -> None:

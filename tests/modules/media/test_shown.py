@@ -140,9 +140,9 @@ def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
             # memory that is given back holds other values each time
             used = [np.full(size, attempt, np.uint8) for size in random.integers(1000, 3_000_000, 8)]
             del used
-            pictures = (Picture(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
+            images = (Picture(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
             path = tmp_path / ("a.mkv" if codec == "prores" else "a.mp4")
-            write_shown(path, pictures, rate, codec, crf=19, preset="medium", track=track)
+            write_shown(path, images, rate, codec, crf=19, preset="medium", track=track)
             files.add(path.read_bytes())
             shown_again.add(recompress(moving[0], 30).tobytes())
     finally:
@@ -154,18 +154,18 @@ def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])
 @pytest.mark.parametrize("deep", [False, True])
 def test_colours_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -> None:
-    picture = np.zeros((32, 192, 3), np.uint16 if deep else np.uint8)
-    for index, colour in enumerate(COLOURS.values()):
-        picture[:, 32 * index : 32 * index + 32] = np.array(colour) * (257 if deep else 1)
+    image = np.zeros((32, 192, 3), np.uint16 if deep else np.uint8)
+    for index, color in enumerate(COLOURS.values()):
+        image[:, 32 * index : 32 * index + 32] = np.array(color) * (257 if deep else 1)
     path = tmp_path / f"colours{suffix}"
-    frames = [Picture(picture, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
+    frames = [Picture(image, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
 
     write_shown(path, frames, Fraction(25), codec)
 
     back = list(shown_frames(path))[1].pixels
-    for index, (name, colour) in enumerate(COLOURS.items()):
+    for index, (name, color) in enumerate(COLOURS.items()):
         patch = back[8:24, 32 * index + 8 : 32 * index + 24].astype(int)
-        assert np.abs(patch - colour).max() <= 2, name
+        assert np.abs(patch - color).max() <= 2, name
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
         for source in (container.streams.video[0].codec_context, frame):
@@ -176,20 +176,20 @@ def test_colours_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) 
 
 def test_ten_bits_survive(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 128).round().astype(np.uint16)
-    picture = np.tile(ramp[None, :, None], (48, 1, 3))
-    frames: Iterable[Picture] = [Picture(picture, Fraction(0), Fraction(1, 25))]
+    image = np.tile(ramp[None, :, None], (48, 1, 3))
+    frames: Iterable[Picture] = [Picture(image, Fraction(0), Fraction(1, 25))]
 
     for path in (tmp_path / "first.mkv", tmp_path / "second.mkv"):
         write_shown(path, frames, Fraction(25), "prores")
         (back,) = frames = list(shown_frames(path, deep=True))
         assert back.pixels.dtype == np.uint16
-        assert np.abs(back.pixels.astype(float) - picture).max() * 1023 / 65535 <= 2
+        assert np.abs(back.pixels.astype(float) - image).max() * 1023 / 65535 <= 2
 
 
 @pytest.mark.parametrize("codec", ["h264", "prores"])
 def test_pictures_of_8_and_16_bits_may_be_mixed(tmp_path: Path, codec: str) -> None:
-    pictures = [np.full((48, 64, 3), 100, np.uint8), np.full((48, 64, 3), 100 * 257, np.uint16)] * 2
-    frames = [Picture(picture, Fraction(i, 25), Fraction(1, 25)) for i, picture in enumerate(pictures)]
+    images = [np.full((48, 64, 3), 100, np.uint8), np.full((48, 64, 3), 100 * 257, np.uint16)] * 2
+    frames = [Picture(image, Fraction(i, 25), Fraction(1, 25)) for i, image in enumerate(images)]
 
     write_shown(tmp_path / "mixed.mkv", frames, Fraction(25), codec)
 
@@ -241,7 +241,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException])
 
 
 SMALL, LOW = list(shown(at_rate(FILM, 2), 32, 48)), list(shown(at_rate(FILM, 2), 1, 64))
-USUAL = list(shown(at_rate(FILM, 2)))
+DEFAULT = list(shown(at_rate(FILM, 2)))
 WIDER = Picture(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
 
 
@@ -252,9 +252,9 @@ WIDER = Picture(np.zeros((48, 80, 3), np.uint8), 2 / FILM, 1 / FILM)
         ("clip.mkv", [], "h264", "", "no frame to write"),
         ("clip.mkv", SMALL, "h265", "", "h265 cannot be used for 48 x 32"),
         ("clip.mkv", LOW, "h264", "", "64 x 1 pixels are too few"),
-        ("clip.mkv", USUAL, "h264", "no such preset", "encoder libx264 fails"),
-        ("clip.mkv", [*USUAL, WIDER], "h264", "", "picture 3 has 80 x 48 pixels, those before it 64 x 48"),
-        ("clip.mkv", USUAL * 2, "h264", "", "the one before at"),
+        ("clip.mkv", DEFAULT, "h264", "no such preset", "encoder libx264 fails"),
+        ("clip.mkv", [*DEFAULT, WIDER], "h264", "", "picture 3 has 80 x 48 pixels, those before it 64 x 48"),
+        ("clip.mkv", DEFAULT * 2, "h264", "", "the one before at"),
     ],
 )
 def test_what_cannot_be_written_is_refused_by_name(

@@ -98,11 +98,11 @@ def test_coarse_ticks_are_not_snapped_to_an_average() -> None:
 
 def test_only_so_many_pictures_are_read_as_are_asked_for(tmp_path: Path) -> None:
     path = write_source(tmp_path / "clip.mkv", Source())
-    whole = [(frame.start, frame.seconds) for frame in shown_frames(path)]
+    full = [(frame.start, frame.seconds) for frame in shown_frames(path)]
 
     for limit in (0, 1, 5, 12, 50):
         part = [(frame.start, frame.seconds) for frame in shown_frames(path, limit=limit)]
-        assert part == whole[:limit]
+        assert part == full[:limit]
 
 
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True)])
@@ -110,18 +110,18 @@ def test_only_so_many_pictures_are_read_as_are_asked_for(tmp_path: Path) -> None
 def test_pictures_are_turned_and_mirrored_upright(
     tmp_path: Path, degrees: int, flips: tuple[bool, bool]
 ) -> None:
-    picture = np.zeros((32, 64, 3), np.uint8)
-    picture[:16, :32] = 255  # top left
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:16, :32] = 255  # top left
     with av.open(str(tmp_path / "phone.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=16, options=X264)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         stream.set_display_rotation(degrees, hflip=flips[0], vflip=flips[1])
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
     (shown,) = shown_frames(tmp_path / "phone.mp4", deep=True)
 
-    expected = np.rot90(picture, degrees // 90)
+    expected = np.rot90(image, degrees // 90)
     expected = expected[:, ::-1] if flips[0] else expected
     expected = expected[::-1] if flips[1] else expected
     assert np.abs(shown.pixels.astype(int) - expected).mean() < 8
@@ -132,18 +132,18 @@ def test_pictures_are_turned_and_mirrored_upright(
 
 
 def test_a_transparent_clip_is_turned_and_mirrored_as_its_container_says(tmp_path: Path) -> None:
-    picture = np.full((32, 64, 4), 255, np.uint8)
-    picture[:16, :32, :3] = 0  # top left
+    image = np.full((32, 64, 4), 255, np.uint8)
+    image[:16, :32, :3] = 0  # top left
     with av.open(str(tmp_path / "clear.webm"), "w") as container:
         stream = container.add_stream("libvpx-vp9", rate=16)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuva420p"
         stream.set_display_rotation(90, hflip=True)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgba")))
         container.mux(stream.encode())
 
     (read,) = video_frames(tmp_path / "clear.webm")
 
-    expected = np.rot90(picture)[:, ::-1, :3]
+    expected = np.rot90(image)[:, ::-1, :3]
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 8
 
@@ -152,14 +152,14 @@ def test_a_transparent_clip_is_turned_and_mirrored_as_its_container_says(tmp_pat
 def test_the_edit_list_of_a_clip_cuts_what_players_do_not_show(tmp_path: Path, shift: int) -> None:
     frames = [np.full((48, 64, 3), 15 * index, np.uint8) for index in range(12)]
     write_stream(tmp_path / "all.mp4", "mp4", "libx264", frames)
-    with av.open(str(tmp_path / "all.mp4")) as whole:
-        stream = whole.streams.video[0]
+    with av.open(str(tmp_path / "all.mp4")) as full:
+        stream = full.streams.video[0]
         assert stream.time_base is not None
         assert stream.average_rate is not None
         options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
         with av.open(str(tmp_path / "cut.mp4"), "w", options=options) as cut:
             copied = cut.add_stream_from_template(stream)
-            for packet in (one for one in whole.demux(stream) if one.size):
+            for packet in (one for one in full.demux(stream) if one.size):
                 assert packet.pts is not None
                 assert packet.dts is not None
                 ticks = round(shift / stream.average_rate / stream.time_base)
@@ -184,9 +184,9 @@ def test_more_than_eight_bits_are_read_only_where_they_are(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp"])
 def test_animations_are_read_as_everywhere_else(tmp_path: Path, name: str) -> None:
-    pictures = [Image.new("RGB", (32, 16), (40 * index, 0, 90)) for index in range(4)]
+    images = [Image.new("RGB", (32, 16), (40 * index, 0, 90)) for index in range(4)]
     durations = [40, 110, 70, 200]
-    pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], duration=durations)
+    images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=durations)
 
     shown = list(shown_frames(tmp_path / name))
 
@@ -214,8 +214,8 @@ def write_sound(path: Path, with_cover: bool = False) -> None:
 
 def write_cut(path: Path) -> None:
     times = [Fraction(index, 25) for index in range(60)]
-    whole = write_source(path.with_name("whole" + path.suffix), Source(MUXERS[path.suffix], times=times))
-    data = whole.read_bytes()
+    full = write_source(path.with_name("whole" + path.suffix), Source(MUXERS[path.suffix], times=times))
+    data = full.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 5])
 
 
@@ -254,10 +254,10 @@ def test_what_is_no_whole_video_is_named_with_the_reason(
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_a_cut_file_is_told_before_it_is_read(tmp_path: Path, suffix: str) -> None:
     source = Source(MUXERS[suffix], frames=60, sound="pcm_s16le", options=(("movflags", "faststart"),))
-    whole = write_source(tmp_path / f"whole{suffix}", source)
-    source_info(whole)
+    full = write_source(tmp_path / f"whole{suffix}", source)
+    source_info(full)
 
-    (tmp_path / f"cut{suffix}").write_bytes(whole.read_bytes()[:-5000])
+    (tmp_path / f"cut{suffix}").write_bytes(full.read_bytes()[:-5000])
 
     with pytest.raises(MediaError, match=rf"cut\{suffix} is cut short: it has .* bytes of"):
         source_info(tmp_path / f"cut{suffix}")

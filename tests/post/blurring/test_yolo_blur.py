@@ -224,9 +224,9 @@ def test_a_bounded_number_of_pictures_waits(detector: Path) -> None:
     taken: list[Picture] = []
 
     def noted() -> Iterator[Picture]:
-        for picture in pictures(frames):
-            taken.append(picture)
-            yield picture
+        for image in pictures(frames):
+            taken.append(image)
+            yield image
 
     for given, _ in enumerate(stage.run(noted(), clip_of(frames)), 1):
         assert len(taken) <= given + 6

@@ -12,7 +12,7 @@ import torch
 
 from modules import limits
 from modules.errors import CheckpointError
-from post.faces.boxes import FoundFace, choose_best
+from post.faces.boxes import FoundFace, select_best
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import read_onnx
 from post.faces.onnx_sizes import Constant, Node, input_count, output_count
@@ -24,10 +24,10 @@ from tests.tiny.taehv import write_taehv
 CPU = torch.device("cpu")
 
 
-def dotted(height: int, width: int, *centres: tuple[int, int], red: int = 255) -> np.ndarray:
+def dotted(height: int, width: int, *centers: tuple[int, int], red: int = 255) -> np.ndarray:
     """A grey picture with red dots of 8 x 8 pixels around x, y."""
     pixels = np.full((height, width, 3), 60, np.uint8)
-    for x, y in centres:
+    for x, y in centers:
         pixels[y - 4 : y + 4, x - 4 : x + 4] = (red, 0, 0)
     return pixels
 
@@ -102,10 +102,10 @@ def test_overlapping_boxes_give_way_to_the_best() -> None:
     boxes = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [20, 0, 30, 10], [0, 5, 10, 15]], np.float32)
     scores = np.array([0.8, 0.9, 0.7, 0.6], np.float32)
 
-    assert choose_best(boxes, scores, 0.4) == [1, 2, 3]
-    assert choose_best(boxes, scores, 0.2) == [1, 2]
-    assert choose_best(boxes, scores, 0.4, most=1) == [1]
-    assert choose_best(boxes[:0], scores[:0], 0.4) == []
+    assert select_best(boxes, scores, 0.4) == [1, 2, 3]
+    assert select_best(boxes, scores, 0.2) == [1, 2]
+    assert select_best(boxes, scores, 0.4, most=1) == [1]
+    assert select_best(boxes[:0], scores[:0], 0.4) == []
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
@@ -113,7 +113,7 @@ def test_a_box_that_is_not_finite_neither_hides_another_nor_is_hidden(broken: fl
     boxes = np.array([[0, 0, 10, 10], [broken, 0, broken, 10], [0, 0, 10, 10.5], [30, 0, 40, 10]], np.float32)
 
     with np.errstate(invalid="ignore"):
-        assert choose_best(boxes, np.array([0.9, 0.8, 0.7, 0.6], np.float32), 0.4) == [0, 1, 3]
+        assert select_best(boxes, np.array([0.9, 0.8, 0.7, 0.6], np.float32), 0.4) == [0, 1, 3]
 
 
 def test_a_yolo_that_gives_no_numbers_is_an_error_and_not_a_picture_without_a_face(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _pixels(*dots: tuple[int, int], dtype: type = np.uint8) -> Pixels:
     """A dark wave with red dots of 8 x 8 pixels, given by their left and top."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    grey = (40 + 20 * np.sin(x / 9) * np.cos(y / 7)).astype(np.uint8)
-    pixels = np.stack([grey] * 3, axis=-1)
+    gray = (40 + 20 * np.sin(x / 9) * np.cos(y / 7)).astype(np.uint8)
+    pixels = np.stack([gray] * 3, axis=-1)
     for left, top in dots:
         pixels[top : top + 8, left : left + 8] = (255, 0, 0)
     return pixels if dtype == np.uint8 else pixels.astype(np.uint16) * np.uint16(257)
@@ -77,10 +77,10 @@ def _stage(model: Path, *words: object) -> Facefix:
 def _run(stage: Facefix, frames: Sequence[Pixels], is_deep: bool = False) -> list[Pixels]:
     clip = Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
     made = list(stage.run(_pictures(frames), clip))
-    assert [picture.start for picture in made] == [Fraction(i, 10) for i in range(len(frames))]
+    assert [image.start for image in made] == [Fraction(i, 10) for i in range(len(frames))]
     size = stage.result(clip)
-    assert all(picture.pixels.shape == (size.height, size.width, 3) for picture in made)
-    return [picture.pixels for picture in made]
+    assert all(image.pixels.shape == (size.height, size.width, 3) for image in made)
+    return [image.pixels for image in made]
 
 
 def _changed(before: Pixels, after: Pixels) -> list[tuple[int, int, int, int]]:
@@ -223,8 +223,8 @@ def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loa
     with pytest.raises(CheckpointError, match="--detection_model .*a.onnx says where faces are, but not"):
         check_facefix(_options(folder, "--detection_model", str(boxes)))
 
-    whole = write_yolo(tmp_path / "b.onnx", notes={"names": "{0: 'face'}", "kpt_shape": "[5, 3]"})
-    check_facefix(_options(folder, "--detection_model", str(whole)))
+    full = write_yolo(tmp_path / "b.onnx", notes={"names": "{0: 'face'}", "kpt_shape": "[5, 3]"})
+    check_facefix(_options(folder, "--detection_model", str(full)))
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_the_script_gives_what_the_whole_clip_at_once_gives(folder: Path, tmp_pa
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the script has it: sums of more threads round differently
     try:
-        whole = _run(_stage(folder, *words), list(video_frames(clip)))
+        full = _run(_stage(folder, *words), list(video_frames(clip)))
     finally:
         torch.set_num_threads(threads)
     made = kept_frames(tmp_path)
     assert len(made) == len(dots) == len(list(video_frames(tmp_path / "b.mkv")))
     assert made[0].shape == (2 * HEIGHT, 2 * WIDTH, 3)
-    assert all(np.array_equal(one, other) for one, other in zip(made, whole, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(made, full, strict=True))
     assert np.abs(made[1].astype(int) - made[0]).max() > 40

@@ -16,7 +16,7 @@ from tests.golden_cases import read_case
 SIZE = 64
 
 
-def _picture(height: int = 80, width: int = 100, dtype: type = np.uint8) -> Pixels:
+def _image(height: int = 80, width: int = 100, dtype: type = np.uint8) -> Pixels:
     """A smooth picture, so that what is resampled twice is nearly as it was."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / 17 + c) * np.cos(y / (13 + c)) for c in range(3)]
@@ -46,8 +46,8 @@ def _face(pixels: Pixels, mask: float | None, points: NDArray[np.float32]) -> _F
     matrix = alignment(points, SIZE)
     assert matrix is not None
     face = (crops(pixels, [matrix], SIZE)[0].transpose(1, 2, 0) + 1) / 2
-    whole = soften(np.ones((SIZE, SIZE), dtype=bool))
-    return _Face(face, whole if mask is None else np.full((SIZE, SIZE), mask, np.float32), matrix)
+    full = soften(np.ones((SIZE, SIZE), dtype=bool))
+    return _Face(face, full if mask is None else np.full((SIZE, SIZE), mask, np.float32), matrix)
 
 
 def test_alignment_equals_the_reference() -> None:
@@ -64,12 +64,12 @@ def test_landmarks_that_are_no_face_give_no_alignment() -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_face_at_the_edge_is_filled_up_with_the_known_grey(dtype: type) -> None:
-    pixels = _picture(dtype=dtype)
+    pixels = _image(dtype=dtype)
     matrix = alignment(_points(0.2, (-50, -50)), SIZE)
 
     assert matrix is not None
-    grey = (132, 133, 135)  # R G B
-    assert tuple(crop(pixels, matrix, SIZE)[0, 0]) == tuple(v * np.iinfo(dtype).max // 255 for v in grey)
+    gray = (132, 133, 135)  # R G B
+    assert tuple(crop(pixels, matrix, SIZE)[0, 0]) == tuple(v * np.iinfo(dtype).max // 255 for v in gray)
 
 
 def test_faces_without_far_enough_eyes_or_landmarks_are_left_out() -> None:
@@ -99,7 +99,7 @@ def test_the_mask_is_soft_inside_and_free_at_the_edge() -> None:
 
 @pytest.mark.parametrize("upscale", [1, 1.5, 0.5])
 def test_an_unchanged_face_goes_back_to_its_place(upscale: float) -> None:
-    pixels = _picture()
+    pixels = _image()
     enlarged = enlarge(pixels, upscale)
 
     pasted = _pasted(pixels, [_face(pixels, None, _points())], upscale)
@@ -110,7 +110,7 @@ def test_an_unchanged_face_goes_back_to_its_place(upscale: float) -> None:
 
 
 def test_only_what_the_mask_covers_changes_and_it_is_rounded_once() -> None:
-    pixels = _picture(dtype=np.uint16)
+    pixels = _image(dtype=np.uint16)
     before = pixels.copy()
     face = _face(pixels, None, _points())
     white = _Face(np.ones_like(face.face), face.mask * np.float32(0.5), face.matrix)
@@ -130,12 +130,12 @@ def test_faces_that_overlap_are_pasted_one_above_the_other() -> None:
     pixels = np.zeros((80, 100, 3), np.uint8)
     first, second = (_face(pixels, None, _points(0.1, (20 + x, 10))) for x in (0, 9))
     white = _Face(np.ones_like(first.face), first.mask, first.matrix)
-    grey = _Face(np.full_like(first.face, 0.5), second.mask, second.matrix)
+    gray = _Face(np.full_like(first.face, 0.5), second.mask, second.matrix)
 
-    both = _pasted(pixels, [white, grey], 1)
+    both = _pasted(pixels, [white, gray], 1)
 
     alone = _pasted(pixels, [white], 1).astype(np.float64)
-    shown = _pasted(pixels, [_Face(np.ones_like(first.face), grey.mask, grey.matrix)], 1) / 255.0
+    shown = _pasted(pixels, [_Face(np.ones_like(first.face), gray.mask, gray.matrix)], 1) / 255.0
     np.testing.assert_allclose(both, shown * 127.5 + (1 - shown) * alone, atol=1.6)
 
 

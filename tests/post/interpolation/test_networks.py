@@ -15,7 +15,7 @@ from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.interpolation.files import read_gimm
 from post.interpolation.flowformer import FlowFormer, read_flowformer
-from post.interpolation.layers import Correlation, EncodedPicture, FlowEstimator, grid_of, splat, warp
+from post.interpolation.layers import Correlation, EncodedImage, FlowEstimator, grid_of, splat, warp
 from post.interpolation.motion import GimmVfi, Interpolation, MotionConfig, MotionField, normalised
 from post.interpolation.raft import Raft, read_raft
 from post.interpolation.synthesis import Compared
@@ -105,13 +105,13 @@ def test_another_network_is_named(tmp_path: Path, manifest: str, read: Any, said
 @pytest.mark.long
 def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
     """A plain computation of the last step at full size from what is found at half the size."""
-    whole = tiny_interpolation(ds_factor=0.5)
+    full = tiny_interpolation(ds_factor=0.5)
     images = [torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    first, second = map(whole.frame, images)
-    (found,) = whole.between(first, second, (0.25,))
+    first, second = map(full.frame, images)
+    (found,) = full.between(first, second, (0.25,))
 
     small = [interpolate(image, scale_factor=0.5, mode="bilinear") for image in images]
-    synthesis, motion = whole.network.synthesis, whole.network.motion
+    synthesis, motion = full.network.synthesis, full.network.motion
     alone = tiny_interpolation()
     one, two = map(alone.frame, small)
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
         before, after = (2 * image - 1 for image in images)
         made = []
         for k in range(3):
-            share, colours = large[1][:, k : k + 1], large[2][:, 3 * k : 3 * k + 3]
+            share, colors = large[1][:, k : k + 1], large[2][:, 3 * k : 3 * k + 3]
             to_before, to_after = large[0][:, 2 * k : 2 * k + 2], large[0][:, 6 + 2 * k : 8 + 2 * k]
             mixed = share * warp(before, to_before) + (1 - share) * warp(after, to_after)
-            made.append(mixed + colours)
+            made.append(mixed + colors)
         expected = torch.stack(made).mean(dim=0) + synthesis.amt_comb_block(torch.cat(made, dim=1))
 
     assert found.shape == (1, 3, 256, 256)
@@ -331,10 +331,10 @@ def check_recorded(
     """Compare flows, motion and, at these times or all, pictures of a whole network with those of a case."""
     times = times or case["times"]
     recording = Recording(estimator)
-    whole = Interpolation(network, recording)
-    first, second = (whole.frame(tensors[f"image{number}"] / 255) for number in (0, 1))
-    pictures = whole.between(first, second, times)
-    made = [next(pictures)]
+    full = Interpolation(network, recording)
+    first, second = (full.frame(tensors[f"image{number}"] / 255) for number in (0, 1))
+    images = full.between(first, second, times)
+    made = [next(images)]
     limit = {"rtol": 0, "atol": case["tolerance"]["flow"]["atol"]}
     forth, back = recording.flows
     torch.testing.assert_close(forth[..., ::4, ::4], tensors["flow01_every_4th"], **limit)
@@ -343,10 +343,10 @@ def check_recorded(
     for time in case["times"]:
         flow = network.motion.at(motion, time)
         torch.testing.assert_close(flow[..., ::4, ::4], tensors[f"flowt_t{time}_every_4th"], **limit)
-    for time, picture in zip(times, (*made, *pictures), strict=True):
+    for time, image in zip(times, (*made, *images), strict=True):
         # the case allows 5e-4; float32 is better than that
         torch.testing.assert_close(
-            picture[..., ::2, ::2], tensors[f"frame_t{time}_every_2nd"], rtol=0, atol=1e-4
+            image[..., ::2, ::2], tensors[f"frame_t{time}_every_2nd"], rtol=0, atol=1e-4
         )
 
 
@@ -357,9 +357,9 @@ class Recording:
         self.inner = inner
         self.flows: list[Tensor] = []
 
-    def encode(self, image: Tensor) -> EncodedPicture:
+    def encode(self, image: Tensor) -> EncodedImage:
         return self.inner.encode(image)
 
-    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         self.flows.append(self.inner.flow(first, second))
         return self.flows[-1]

@@ -17,7 +17,7 @@ from modules.errors import CheckpointError, MediaError, OptionError
 from modules.media.encoding import Picture, Pixels
 from post.contract import Clip, to_pixels, to_tensor
 from post.interpolation.files import find_files, load_networks, read_settings
-from post.interpolation.layers import EncodedPicture, FlowEstimator
+from post.interpolation.layers import EncodedImage, FlowEstimator
 from post.interpolation.motion import Interpolation
 from post.interpolation.raft import Raft
 from post.interpolation.stage import Interpolator, check_interpolation, make_interpolation
@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, **changes: object) -> InterpolationOptions:
     network = ToolNetworkOptions(model=folder)
-    usual = InterpolationOptions(network=network, mode="gimmvfi_r")
-    return replace(usual, **changes)  # type: ignore[arg-type]
+    default = InterpolationOptions(network=network, mode="gimmvfi_r")
+    return replace(default, **changes)  # type: ignore[arg-type]
 
 
 def moving(count: int, width: int = 130, height: int = 128) -> list[Pixels]:
@@ -62,7 +62,7 @@ class Counting:
         self.inner, self.encoded, self.flows = inner, 0, 0
         self.living = self.most_living = 0
 
-    def encode(self, image: Tensor) -> EncodedPicture:
+    def encode(self, image: Tensor) -> EncodedImage:
         self.encoded += 1
         self.living += 1
         self.most_living = max(self.most_living, self.living)
@@ -73,7 +73,7 @@ class Counting:
     def forget(self) -> None:
         self.living -= 1
 
-    def flow(self, first: EncodedPicture, second: EncodedPicture) -> Tensor:
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         self.flows += 1
         return self.inner.flow(first, second)
 
@@ -104,7 +104,7 @@ def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Pa
     assert (counting.encoded, counting.flows, counting.most_living) == (3, 4, 2)
     for index, pixels in enumerate(frames):
         assert made[3 * index].pixels is pixels
-    assert [picture.start for picture in made] == [
+    assert [image.start for image in made] == [
         *(starts[0] + (starts[1] - starts[0]) * Fraction(i, 3) for i in range(3)),
         *(starts[1] + (starts[2] - starts[1]) * Fraction(i, 3) for i in range(3)),
         starts[2],
@@ -125,7 +125,7 @@ def plain(
 ) -> list[Pixels]:
     """All pictures between, from the whole clip, each pair and each time for itself."""
     networks = load_networks(folder, kind, CPU, torch.float32)
-    whole = Interpolation(networks.gimm, networks.estimator)
+    full = Interpolation(networks.gimm, networks.estimator)
     height, width = frames[0].shape[:2]
     left, top = (-width % 32) // 2, (-height % 32) // 2
     edges = (left, -width % 32 - left, top, -height % 32 - top)
@@ -133,15 +133,15 @@ def plain(
     made = []
     for first, second in zip(images, images[1:], strict=False):
         for time in times:
-            (image,) = whole.between(whole.frame(first), whole.frame(second), (time,))
+            (image,) = full.between(full.frame(first), full.frame(second), (time,))
             made.append(to_pixels(image[..., top : top + height, left : left + width], is_deep))
     return made
 
 
 def test_a_factor_of_one_changes_nothing(folder: Path) -> None:
     stage = make_interpolation(options(folder, factor=1), CPU)
-    pictures = list(stream(moving(2), [Fraction(0), Fraction(1)]))
-    assert list(stage.run(iter(pictures), CLIP)) == pictures
+    images = list(stream(moving(2), [Fraction(0), Fraction(1)]))
+    assert list(stage.run(iter(images), CLIP)) == images
     assert stage.result(CLIP) is CLIP
 
 
@@ -159,7 +159,7 @@ def test_equal_neighbours_and_cuts_repeat_the_picture_before(
         made = list(stage.run(stream(frames, [Fraction(0), Fraction(1), Fraction(61)]), CLIP))
 
     assert counting.encoded == 0
-    assert [np.array_equal(picture.pixels, first) for picture in made] == [True] * 6 + [False]
+    assert [np.array_equal(image.pixels, first) for image in made] == [True] * 6 + [False]
     assert "A new scene begins at 1:01.000" in caplog.text
     stage = Interpolator(options(folder, scene_threshold=0.0), Interpolation(networks.gimm, counting), CPU)
     list(stage.run(stream(frames, [Fraction(0), Fraction(1), Fraction(61)]), CLIP))
@@ -170,7 +170,7 @@ def test_deep_clips_get_deep_pictures_and_keep_their_own(folder: Path) -> None:
     stage = make_interpolation(options(folder), CPU)
     frames: list[Pixels] = [pixels.astype(np.uint16) * 257 for pixels in moving(2)]
     made = list(stage.run(stream(frames, [Fraction(0), Fraction(1)]), replace(CLIP, is_deep=True)))
-    assert [picture.pixels.dtype for picture in made] == [np.uint16] * 3
+    assert [image.pixels.dtype for image in made] == [np.uint16] * 3
     assert made[0].pixels is frames[0]
     assert (made[1].pixels % 257).any()
 

@@ -49,7 +49,7 @@ def run(stage: Any, given: list[Picture], of: Clip) -> list[Picture]:
     return list(stage.run(iter(given), of))
 
 
-def whole_clip(model: Path, given: list[Picture], scale: float, most: int) -> Tensor:
+def full_clip(model: Path, given: list[Picture], scale: float, most: int) -> Tensor:
     """All pictures of a clip at once, in a few plain lines: F H W 3."""
     upscaler = load_upscaler(model, CPU, torch.float32)
     images = torch.stack([torch.from_numpy(each.pixels.astype(np.float32) / most) for each in given])

@@ -19,10 +19,10 @@ from tests.post.upscaling.plain_clips import (
     HEIGHT,
     WIDTH,
     clip,
+    full_clip,
     options,
     pictures,
     run,
-    whole_clip,
 )
 from tests.tiny.post_upscaling import write_rrdb
 
@@ -41,11 +41,11 @@ def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale:
 
     made = run(stage, given, of)
 
-    expected = whole_clip(model, given, scale, most).numpy()
+    expected = full_clip(model, given, scale, most).numpy()
     assert 0.05 * most < expected.std()  # of something to be seen
-    for picture, one, before in zip(made, expected, given, strict=True):
-        assert np.array_equal(picture.pixels, one.astype(before.pixels.dtype))
-        assert (picture.start, picture.seconds) == (before.start, before.seconds)
+    for image, one, before in zip(made, expected, given, strict=True):
+        assert np.array_equal(image.pixels, one.astype(before.pixels.dtype))
+        assert (image.start, image.seconds) == (before.start, before.seconds)
     found = stage.result(of)
     assert made[0].pixels.shape == (found.height, found.width, 3) == expected.shape[1:]
     assert (found.width, found.height) == (int(WIDTH * scale), int(HEIGHT * scale))
@@ -54,24 +54,24 @@ def test_a_stream_is_the_whole_clip_to_the_bit(tmp_path: Path, kind: str, scale:
 @pytest.mark.long
 def test_tiles_give_about_the_same_picture(tmp_path: Path) -> None:
     model = write_rrdb(tmp_path / "x.pth")
-    whole, tiled, large = (
+    full, tiled, large = (
         np.stack(
             [each.pixels for each in run(make_upscaler(options(model, tile=tile), CPU), pictures(), clip())]
         )
         for tile in (0, 24, 40)
     )
-    difference = np.abs(whole.astype(int) - tiled.astype(int))
+    difference = np.abs(full.astype(int) - tiled.astype(int))
     assert 0 < difference.mean() < 1.0
-    assert np.array_equal(whole, large)
+    assert np.array_equal(full, large)
 
 
 def test_a_stage_takes_only_the_pictures_that_it_computes(tmp_path: Path) -> None:
     taken: list[int] = []
 
     def given() -> Iterator[Picture]:
-        for index, picture in enumerate(pictures()):
+        for index, image in enumerate(pictures()):
             taken.append(index)
-            yield picture
+            yield image
 
     stage = make_upscaler(options(write_rrdb(tmp_path / "x.pth"), batch_size=3), CPU)
     results = stage.run(given(), clip())
@@ -89,12 +89,12 @@ def test_tiles_are_chosen_before_memory_ends(tmp_path: Path, caplog: pytest.LogC
     config = stage.upscaler.config
     per_pixel = bytes_per_pixel(stage.upscaler.kind, config, torch.float32)
     room = round(80 * 80 * per_pixel) + 100 + result_bytes(config, 100, 90)
-    picture = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
+    image = Picture(np.zeros((90, 100, 3), np.uint8), Fraction(0), Fraction(1))
     sizes = []
     stage.upscaler.network.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-2:]))
 
     for free in (room, None, 10**10):
-        run(replace(stage, room=lambda _, free=free: free), [picture], clip(width=100, height=90))
+        run(replace(stage, room=lambda _, free=free: free), [image], clip(width=100, height=90))
 
     tiles, wholes = sizes[:-2], sizes[-2:]
     assert len(tiles) == 4

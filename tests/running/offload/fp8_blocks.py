@@ -27,16 +27,16 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
         if scales == "blocks":  # as files may have them: two in each row
-            parts, quantisation = self.linear.weight.data.view(WIDTH, 2, -1), Quantisation("rows")
+            parts, quantization = self.linear.weight.data.view(WIDTH, 2, -1), Quantisation("rows")
             scale = parts.abs().amax(-1, keepdim=True) / 448
             weight = (parts / scale).to(torch.float8_e4m3fn).view(WIDTH, WIDTH)
-            attach(self.linear, Stored(Fp8(quantisation), (WIDTH, WIDTH), (weight, scale)))
+            attach(self.linear, Stored(Fp8(quantization), (WIDTH, WIDTH), (weight, scale)))
         elif scales in {"int8", "nf4"}:
-            quantisation = Quantisation(scales, form=scales)
-            attach(self.linear, form_of(quantisation).quantise(self.linear.weight.data))
+            quantization = Quantisation(scales, form=scales)
+            attach(self.linear, form_of(quantization).quantise(self.linear.weight.data))
         else:
-            quantisation = Quantisation(scales, product=emulated_product)
-            attach(self.linear, Fp8(quantisation).quantise(self.linear.weight.data))
+            quantization = Quantisation(scales, product=emulated_product)
+            attach(self.linear, Fp8(quantization).quantise(self.linear.weight.data))
 
     def forward(self, x: Tensor, _: Any) -> Tensor:
         return x + self.linear(self.norm(x))
@@ -59,14 +59,14 @@ class Network(nn.Module):
 
 def compare(scales: str) -> None:
     """Compare both for a kind of scales."""
-    whole, split = Network(scales), Network(scales)
+    full, split = Network(scales), Network(scales)
     ShardedBlocks(torch.device("cpu"), "--shard_base").finish(split)
     kept = split.blocks[0].get_submodule("linear").get_parameter("weight")
     assert kept.to_local().numel() * 2 == kept.numel()  # type: ignore[attr-defined]
     torch.manual_seed(1 + distributed.get_rank())
     found = []
     x = torch.randn(1, TOKENS, WIDTH)
-    for network in (whole, split):
+    for network in (full, split):
         given = x.clone().requires_grad_()
         out = network(given)
         out.square().sum().backward()

@@ -20,7 +20,7 @@ from modules.errors import OptionError
 from modules.script_options import parse_options
 from running.offload.block_swap import move_network, settle_all, swap_of
 from running.offload.checkpointing import checkpoint_blocks
-from running.offload.swap_plan import SwapPlan, check_swap, most_blocks, plan_list
+from running.offload.swap_plan import SwapPlan, check_swap, max_blocks, plan_list
 from running.options import SwapOptions
 from tests.modules.fake_device import FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
@@ -303,9 +303,9 @@ def test_the_device_holds_all_but_the_swapped_blocks_which_are_spread_evenly(num
 def test_numbers_count_as_in_the_known_tuners() -> None:
     assert WAN.swap_counts(39) == (39,)
     assert HUNYUAN.swap_counts(38) == (19, 39)
-    assert most_blocks([40], WAN.swap_counts) == 39
-    assert most_blocks([20, 40], HUNYUAN.swap_counts) == 38
-    assert most_blocks([2, 3], HUNYUAN.swap_counts) == 0
+    assert max_blocks([40], WAN.swap_counts) == 39
+    assert max_blocks([20, 40], HUNYUAN.swap_counts) == 38
+    assert max_blocks([2, 3], HUNYUAN.swap_counts) == 0
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_numbers_count_as_in_the_known_tuners() -> None:
 def test_as_many_blocks_are_swapped_as_the_known_tuners_allow(
     spec: DitSpec, blocks: list[int], most: int
 ) -> None:
-    assert most_blocks(blocks, spec.swap_counts, spec.unswapped) == most
+    assert max_blocks(blocks, spec.swap_counts, spec.unswapped) == most
     with pytest.raises(OptionError, match=f"at most {most} can be swapped. Use {most} or less"):
         check_swap(spec, most + 1, blocks)
 

@@ -109,8 +109,8 @@ def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
 
     assert same(output_of(WAN, dit), output_of(WAN, load_dit(path, Placement(CPU)).eval()))
     copy.leave()
-    whole, swapped_away = (sum(each.nbytes for each in some) for some in (dit.parameters(), held.values()))
-    assert copy.size_bytes == whole - swapped_away
+    full, swapped_away = (sum(each.nbytes for each in some) for some in (dit.parameters(), held.values()))
+    assert copy.size_bytes == full - swapped_away
     assert all(dit.get_parameter(name).data_ptr() == each.data_ptr() for name, each in held.items())
 
 

@@ -145,7 +145,7 @@ def asked(*gib: int) -> Cheaper:
         assert size, "not asked for"
         return Known(size)
 
-    return [(f"--{letter}", partial(predict, size)) for letter, size in zip("ab", gib, strict=False)]
+    return [(f"--{character}", partial(predict, size)) for character, size in zip("ab", gib, strict=False)]
 
 
 @pytest.mark.parametrize(

@@ -94,10 +94,10 @@ def test_each_table_is_trained_in_its_window(tmp_path: Path) -> None:
 def test_keys_of_a_table_come_before_general_and_that_before_the_command(tmp_path: Path) -> None:
     write_tables(tmp_path, "", "max_timestep = 1000\nmin_timestep = 0", general="max_timestep = 200")
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *UNIFORM, "--max_timestep", 900)) as run:
-        of_general, whole = (levels for _, levels in sorted(levels_by_table(run).items()))
+        of_general, full = (levels for _, levels in sorted(levels_by_table(run).items()))
 
     assert max(of_general) <= 200
-    assert max(whole) > 900
+    assert max(full) > 900
 
 
 def test_a_table_is_squeezed_or_drawn_again_as_the_run_is(tmp_path: Path) -> None:

@@ -193,11 +193,11 @@ def test_keeping_the_shape_means_the_distribution_cut_to_the_range(sampling: str
     low, high = (0.55, 0.7) if sampling == "sigma" else (0.3, 0.45)
 
     kept = drawn(options(base + limits), 20_000)
-    whole = drawn(options(base), 100_000)
+    full = drawn(options(base), 100_000)
 
     assert float(kept.min()) >= low - 1e-6
     assert float(kept.max()) <= high + 1e-6
-    middle = whole[(whole >= low) & (whole <= high)].median()
+    middle = full[(full >= low) & (full <= high)].median()
     torch.testing.assert_close(kept.median(), middle, atol=5e-3, rtol=0)
 
 

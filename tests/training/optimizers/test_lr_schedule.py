@@ -87,20 +87,20 @@ def test_each_group_keeps_its_own_rate() -> None:
     ],
 )
 def test_a_restored_schedule_goes_on_to_the_same_bits(words: str) -> None:
-    whole, inner = schedule(words, total=20)
+    full, inner = schedule(words, total=20)
     for _ in range(7):
         inner.step()
-        whole.step()
-    state, groups = json.loads(json.dumps(whole.state_dict())), inner.state_dict()
+        full.step()
+    state, groups = json.loads(json.dumps(full.state_dict())), inner.state_dict()
 
     resumed, other = schedule(words, total=20)
     other.load_state_dict(groups)
     resumed.load_state_dict(state)
 
     for _ in range(6):
-        assert resumed.get_last_lr() == whole.get_last_lr()
+        assert resumed.get_last_lr() == full.get_last_lr()
         assert other.param_groups[0]["lr"] == inner.param_groups[0]["lr"]
-        for each in (inner, whole, other, resumed):
+        for each in (inner, full, other, resumed):
             each.step()
 
 

@@ -15,7 +15,7 @@ from tests.faults.messages import run_here, succeed_here
 from tests.moss_image.making import tiny_model
 from tests.tiny.families import family_called
 from tests.tiny.runs import make_project
-from tests.training.test_whole_models import whole_words
+from tests.training.test_whole_models import full_words
 from training.optimizers.muon import BETAS, LIKE_ADAM, PARTS, MuonWithAdam, arrange_groups
 from training.trainable import train_dit
 
@@ -52,9 +52,9 @@ def test_a_fused_weight_is_stepped_as_separate_matrices_are(parts: int, adjustme
     moved = (expected - start).abs().max()
     assert (fused.detach() - expected).abs().max() < NEAR * moved
     if parts > 1:
-        whole = Parameter(start.clone())
-        take_steps(torch.optim.Muon([whole], **settings), [whole], [slice(None)])
-        assert (whole.detach() - expected).abs().max() > 5 * NEAR * moved
+        full = Parameter(start.clone())
+        take_steps(torch.optim.Muon([full], **settings), [full], [slice(None)])
+        assert (full.detach() - expected).abs().max() > 5 * NEAR * moved
 
 
 @pytest.mark.parametrize(("shape", "group"), [((7,), {}), ((3, 2, 3, 3), {}), ((6, 5), {PARTS: 0})])
@@ -102,7 +102,7 @@ def test_a_whole_transformer_is_trained_with_muon_as_its_page_says(tmp_path: Pat
     """Every weight moves, in float32 and in bf16; a resumed run ends with equal bytes; the plan counts it."""
     family = family_called("moss_image")
     make_project(family, tmp_path)
-    words = [*whole_words(family), "--optimizer_type", "muon", "--learning_rate", "1e-2"]
+    words = [*full_words(family), "--optimizer_type", "muon", "--learning_rate", "1e-2"]
     words += ["--optimizer_args", "weight_decay=0.01", f"adjust_lr_fn={LIKE_ADAM}", "--max_train_steps", "2"]
     saved = ("--save_state", "--save_every_n_steps", "1")
     before = load_file(tmp_path / "model" / "dit.safetensors")

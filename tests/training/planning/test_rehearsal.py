@@ -114,8 +114,8 @@ def counted(
 
 
 def placement(options: TrainingOptions, device: str) -> Placement:
-    whole = options.whole_dit
-    dtype = None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32
+    full = options.whole_dit
+    dtype = None if full is None else torch.bfloat16 if full.full_bf16 else torch.float32
     return Placement(torch.device(device), storage_dtype=dtype)
 
 
@@ -238,13 +238,13 @@ def test_feed_forwards_in_pieces_take_what_was_predicted_and_less_than_whole_one
 ) -> None:
     # on a CPU, what waits there would count as on the device
     monkeypatch.setattr(checkpointing, "offload_to_host", lambda device: None)
-    family, whole = wan(tmp_path, *CHECKPOINTED)
-    options = replace(whole, loop=replace(whole.loop, gradient_checkpointing_cpu_offload=True))
+    family, full = wan(tmp_path, *CHECKPOINTED)
+    options = replace(full, loop=replace(full.loop, gradient_checkpointing_cpu_offload=True))
     batch = wan_batch(1, (8, 64, 72))  # 9216 tokens, three pieces
 
     in_pieces = assert_takes_what_was_predicted(family, options, batch, monkeypatch)
 
-    least, most = (sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, whole, batch)))
+    least, most = (sum(largest(each)[1].values()) for each in (in_pieces, predicted(family, full, batch)))
     assert least < 0.9 * most
 
 

@@ -19,10 +19,10 @@ DIM = 128  # of tiny Wan: numbers of a token
 def test_half_of_the_tokens_takes_what_a_clip_of_half_the_size_does(tmp_path: Path) -> None:
     family, options = wan(tmp_path, *CHECKPOINTED)
     counter = TokenCounter()
-    whole = predict(family, options, wan_batch(1, (3, 128, 128)), CPU, watch=counter.watch)
+    full = predict(family, options, wan_batch(1, (3, 128, 128)), CPU, watch=counter.watch)
     half = predict(family, options, wan_batch(1, (3, 64, 128)), CPU)
 
-    found = divide_tokens(whole.moments, 2, counter)
+    found = divide_tokens(full.moments, 2, counter)
 
     buffers = EXCHANGED * 3 * 64 * 64 * DIM * 2 // 2
     inside = [name for name in found if name.startswith(IN_BLOCKS)]

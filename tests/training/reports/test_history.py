@@ -9,7 +9,7 @@ import pytest
 
 from modules.errors import OutputError
 from training.reports.history import LOSS, History, Story, read_story
-from training.reports.page import MOST_BINS, join_bins
+from training.reports.page import MAX_BINS, join_bins
 
 SESSION = 7
 
@@ -78,8 +78,8 @@ def test_a_run_that_begins_anew_and_another_run_have_no_past(tmp_path: Path, ses
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path, left: int) -> None:
     path = tmp_path / "h.jsonl"
     write_history(path, steps=4)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: whole.rstrip(b"\n").rfind(b"\n") + 1 + left])
+    full = path.read_bytes()
+    path.write_bytes(full[: full.rstrip(b"\n").rfind(b"\n") + 1 + left])
 
     resumed = History(path, SESSION, 4)
     assert steps_of(resumed) == [1, 2, 3]
@@ -181,7 +181,7 @@ def test_a_long_curve_is_joined_and_keeps_its_extremes() -> None:
     values = {55_555: 1000.0, 77_777: -1000.0, 5: None}
     bins = join_bins({step: values.get(step, 1.0) for step in range(1, 100_001)})
 
-    assert len(bins) <= MOST_BINS
+    assert len(bins) <= MAX_BINS
     assert max(map(max, bins.values())) == 1000.0
     assert min(map(min, bins.values())) == -1000.0
     assert sum(map(len, bins.values())) == 99_999

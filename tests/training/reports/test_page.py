@@ -37,13 +37,13 @@ from training.reports.page import Standing, list_charts, list_tiles, write_train
 from training.reports.reporter import RunReporter
 from training.reports.sample_files import (
     GAP,
-    LEAST_WIDTH,
+    MIN_WIDTH,
     TEXT_SIZE,
     TITLE_SIZE,
-    choose_columns,
-    choose_few,
     find_samples,
     read_reduced,
+    select_columns,
+    select_few,
     write_sheet,
 )
 
@@ -179,12 +179,12 @@ def test_the_page_lists_the_options_that_were_typed(tmp_path: Path) -> None:
 
 
 def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path: Path) -> None:
-    clock, written, whole = [0.0], list[float](), list[bool]()
+    clock, written, full = [0.0], list[float](), list[bool]()
     history, start = History(tmp_path / "x-history.jsonl", 1), Start("toy", 4)
 
     def commands(best: Path | None, is_finished: bool) -> list[PageCommand]:
         written.append(clock[0])  # asked for by each page
-        whole.append(history.path.exists() and "a-ema" in history.path.read_text(encoding="utf-8"))
+        full.append(history.path.exists() and "a-ema" in history.path.read_text(encoding="utf-8"))
         return []
 
     reporter = RunReporter(history, start, 0, commands, list, now=lambda: clock[0])
@@ -198,7 +198,7 @@ def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path
         clock[0] = 7000.0
 
     assert written == [0, 1000, 3000, 4000, 7000]
-    assert whole == [False, True, True, True, True]
+    assert full == [False, True, True, True, True]
 
 
 def test_a_training_loads_nothing_that_draws_pages() -> None:
@@ -367,7 +367,7 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
     rows = [SampleRow(10 * index, f"{index:06d}", {}, {}) for index in range(count)]
     best = 10 * (count * 2 // 3)
 
-    chosen = [row.step for row in choose_columns(rows, best, 10)]
+    chosen = [row.step for row in select_columns(rows, best, 10)]
 
     assert min(count, 5) <= len(chosen) <= 10
     assert {0, 10 * (count - 1), min(best, 10 * (count - 1))} <= set(chosen)
@@ -387,7 +387,7 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
 def test_a_row_shows_the_first_the_best_the_last_and_one_between(
     count: int, best: int | None, few: set[int]
 ) -> None:
-    assert choose_few(count, best) == few
+    assert select_few(count, best) == few
 
 
 def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
@@ -395,10 +395,10 @@ def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
 ) -> None:
     train_toy(tmp_path, *sampling, "--max_train_steps", 3, has_page=True)
 
-    video, picture, sheet = sorted((tmp_path / "output" / "sample").iterdir())
+    video, image, sheet = sorted((tmp_path / "output" / "sample").iterdir())
     assert sheet.name == "x_000003_sheet.png"
     shown = read_image(sheet).astype(int)
-    for row, frame in zip((0, 1), (next(iter(video_frames(video))), read_image(picture)), strict=True):
+    for row, frame in zip((0, 1), (next(iter(video_frames(video))), read_image(image)), strict=True):
         top = TITLE_SIZE + 3 * GAP + TEXT_SIZE + GAP + row * (TEXT_SIZE + GAP + 32 + 2 * GAP)
         assert abs(shown[top : top + 32, GAP : GAP + 32] - frame).mean() < 3
 
@@ -408,7 +408,7 @@ def test_a_sheet_of_any_prompt_can_be_drawn(tmp_path: Path) -> None:
 
     write_sheet(tmp_path / "s.png", HOSTILE, strips, {0: HOSTILE, 1: "\u732b " * 5000, 2: "\ud800 \n\0"})
 
-    assert read_image(tmp_path / "s.png").shape[1] == LEAST_WIDTH + 2 * GAP
+    assert read_image(tmp_path / "s.png").shape[1] == MIN_WIDTH + 2 * GAP
 
 
 @pytest.mark.long
@@ -433,8 +433,8 @@ def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -
     write_wav(path, (np.stack([sound, sound]), rate))
 
     assert find_samples(tmp_path, "x", "000004") == {0: path}
-    (picture,) = read_reduced(path).frames
-    light = (picture[..., 0] > 200).mean(axis=0)  # of each moment
+    (image,) = read_reduced(path).frames
+    light = (image[..., 0] > 200).mean(axis=0)  # of each moment
     assert light[:120].max() < 0.05
     assert 0.45 < light[140:250].min() < 0.55
 

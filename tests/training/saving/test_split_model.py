@@ -31,12 +31,18 @@ STEP = 3  # of the state that others go on from
 
 def train(folder: Path, count: int, output: str, *words: object, **place: Any) -> dict[str, Tensor]:
     """Train the toy in several processes, with two micro-batches a step; return the model that it saves."""
-    usual = ("--output_dir", folder / output, "--overwrite", "--gradient_accumulation_steps", 2 // count or 1)
+    default = (
+        "--output_dir",
+        folder / output,
+        "--overwrite",
+        "--gradient_accumulation_steps",
+        2 // count or 1,
+    )
     if count == 1:
-        return toy.train_toy(folder, *usual, *words, whole_dit=True)
+        return toy.train_toy(folder, *default, *words, whole_dit=True)
     environment = {"TOY_WHOLE_DIT": "1", **place.pop("environment", {})}
     script = "tests/training/train_toy.py"
-    run_in_processes(count, script, folder, *usual, *words, folder=folder, environment=environment, **place)
+    run_in_processes(count, script, folder, *default, *words, folder=folder, environment=environment, **place)
     path = folder / output / "x.safetensors"
     return load_file(path) if path.exists() else {}
 

@@ -74,8 +74,8 @@ def test_a_part_of_another_kind_is_damage(tmp_path: Path, name: str, value: obje
     "change", [{"plan_epoch": 10**18}, {"plan_step": 5, "step": 4}, {"epoch": 10**18}, {"plan_epoch": -1}]
 )
 def test_counts_that_no_run_has_are_damage(tmp_path: Path, change: dict[str, int]) -> None:
-    whole = state()
-    write_state(tmp_path / "x-state", replace(whole, progress=replace(whole.progress, **change)))
+    full = state()
+    write_state(tmp_path / "x-state", replace(full, progress=replace(full.progress, **change)))
 
     with pytest.raises(CheckpointError, match="its counts of steps and epochs do not go together"):
         read_state(tmp_path / "x-state")

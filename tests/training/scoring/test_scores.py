@@ -30,15 +30,15 @@ from training.reports.scores import (
     RunScores,
     SampleScore,
     StepScores,
-    choose_file,
     find_best,
     list_unsampled,
     make_section,
     read_scores,
+    select_file,
     write_scores,
 )
 from training.reports.sections import scores_path
-from training.scoring.model import load_picture_text_model
+from training.scoring.model import load_image_text_model
 from training.scoring.run import open_run
 from training.summary import describe_best
 
@@ -65,10 +65,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("write", "exact"), [(write_clip, True), (write_siglip, False)])
 def test_vectors_are_those_of_transformers(tmp_path: Path, write: Any, exact: bool) -> None:
     original = write(tmp_path)
-    model = load_picture_text_model(tmp_path, "cpu")
+    model = load_image_text_model(tmp_path, "cpu")
     frames = [draw(CIRCLE), draw(SQUARE, size=50)]
 
-    pictures = model.embed_pictures(frames)
+    images = model.embed_images(frames)
     texts = model.embed_texts([CIRCLE, "an old film"])
 
     pixels = model.processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
@@ -79,7 +79,7 @@ def test_vectors_are_those_of_transformers(tmp_path: Path, write: Any, exact: bo
     with torch.no_grad():
         expected = original(**tokens, pixel_values=pixels["pixel_values"])
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 0.0, "atol": 1e-6}
-    torch.testing.assert_close(pictures, expected.image_embeds, **tolerance)
+    torch.testing.assert_close(images, expected.image_embeds, **tolerance)
     torch.testing.assert_close(texts, expected.text_embeds, **tolerance)
 
 
@@ -122,8 +122,8 @@ def test_likeness_is_the_mean_cosine_to_the_three_nearest(tmp_path: Path, knowin
 
     score(tmp_path, "--model", knowing, "--batch_size", 2)
 
-    model = load_picture_text_model(knowing, "cpu")
-    vectors = model.embed_pictures([draw(CIRCLE), *photos.values()])
+    model = load_image_text_model(knowing, "cpu")
+    vectors = model.embed_images([draw(CIRCLE), *photos.values()])
     cosines = sorted((vectors[1:] @ vectors[0]).tolist(), reverse=True)
     (row,) = read_rows(tmp_path)
     assert row["likeness"] == pytest.approx(sum(cosines[:3]) / 3, abs=1e-5)
@@ -312,11 +312,11 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
     typed = f"python wan_generate_video.py --lora_weight {tmp_path / 'x-50.safetensors'}"
     history.add(100, commands=[["Generate with it", typed, typed]])
     story = history.story
-    assert choose_file(tmp_path, "x", story) == "x-50.safetensors"
+    assert select_file(tmp_path, "x", story) == "x-50.safetensors"
     write_scores(scores_path(tmp_path, "x"), RunScores("clip", tuple(rows)))
 
     best = "x-100.safetensors"
-    assert choose_file(tmp_path, "x", story) == best
+    assert select_file(tmp_path, "x", story) == best
     values = page_values(tmp_path, story, Standing(Start("toy", 100), 100), name="x")
     assert [file["name"] for file in values["files"] if file["is_best"]] == [best]
     assert f"Best file: {best}" in str(values["advice"])
