@@ -206,6 +206,16 @@ def test_tags_are_put_behind_captions_that_lack_them(folder: Path, tmp_path: Pat
     assert extend_caption("a ||| b", ["a", "b", "c"], ", ") == "a ||| b, c"  # two kinds of tags, not one tag
 
 
+def test_tags_break_no_caption_that_is_a_json_object(folder: Path, tmp_path: Path) -> None:
+    tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
+    caption = '{"short_description": "a pale square"}'
+    (folder / "pale.txt").write_text(caption, encoding="utf-8")
+
+    with pytest.raises(OptionError, match=r"pale.*: its caption is a JSON object"):
+        tag(folder, tagger, "--append_tags")
+    assert texts_of(folder)["pale"] == caption
+
+
 def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
     clips = tmp_path / "clips" / "deep"
