@@ -13,7 +13,7 @@ from browser.runs import Runs
 from dataset.subset_options import KEPT
 from modules.errors import OptionError
 from modules.pages.language import counted, join, say
-from modules.text_files import bad_character, real_path
+from modules.text_files import bad_character, read_if_object, real_path
 
 SEPARATOR = ","
 MOST_LETTERS = 200  # of a tag
@@ -151,7 +151,8 @@ class TagEditor:
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
         """Yield each caption file of a folder that is below the roots, once, with its text and its mark.
 
-        Files that are not UTF-8 or cannot be read are left out: the page says so at each. Raises OSError.
+        Files that are not UTF-8 or cannot be read are left out: the page says so at each. JSON objects have
+        no tags. Raises OSError.
         """
         for place in list_media_folders_of(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
@@ -161,7 +162,8 @@ class TagEditor:
                 path = real_path(path)
                 try:
                     caption, mark, _ = self.captions.read(path)
-                    yield CaptionEdit(path, caption.text, mark)
+                    if read_if_object(caption.text) is None:
+                        yield CaptionEdit(path, caption.text, mark)
                 except (OSError, ValueError):
                     continue
 

@@ -210,6 +210,14 @@ def read_object(text: str) -> dict[str, Any]:
     return content
 
 
+def read_if_object(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a text is; None if it is a plain one, such as a choice {a|b} of words."""
+    try:
+        return read_object(text) if looks_like_object(text) else None
+    except ValueError:
+        return None
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

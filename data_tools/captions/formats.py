@@ -115,13 +115,6 @@ def write_object(caption: dict[str, Any]) -> str:
     return json.dumps(caption, ensure_ascii=False)
 
 
-def read_if_object(caption: str) -> dict[str, Any] | None:
-    """Return the object that a caption is; None if it is a plain text."""
-    with contextlib.suppress(ValueError):
-        return read_object(caption) if looks_like_object(caption) else None
-    return None
-
-
 def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
     """Return a caption with texts replaced in all its values, and words put around the text of key `main`."""
     replacing = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")

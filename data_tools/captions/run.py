@@ -22,7 +22,7 @@ from data_tools.captions.asking import (
     read_shown,
     reword,
 )
-from data_tools.captions.formats import ObjectAsker, read_if_object, reword_object, write_object
+from data_tools.captions.formats import ObjectAsker, reword_object, write_object
 from data_tools.captions.local_model import load_model
 from data_tools.captions.options import (
     TOKENS,
@@ -55,6 +55,7 @@ from modules.bars import Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError, OptionError, UserError
+from modules.text_files import read_if_object
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, OptionError
 from modules.run_limits import temporary_folder
-from modules.text_files import looks_like_object, real_path
+from modules.text_files import read_if_object, real_path
 
 MOST_PIXELS = 4096**2  # of a frame that is looked at
 
@@ -49,7 +49,7 @@ def tag_folder(options: TaggingOptions) -> None:
     def finish(place: CaptionPlace, answer: str) -> str:
         if not options.append_tags or not place.caption:
             return answer
-        if looks_like_object(place.caption):
+        if read_if_object(place.caption) is not None:
             raise OptionError(
                 f"{place.media}: its caption is a JSON object, which --append_tags would break. Tag a folder "
                 "without such captions, or write them with tools/caption_dataset.py --caption_format"

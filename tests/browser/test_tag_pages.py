@@ -274,6 +274,20 @@ def test_tags_that_are_kept_in_front_are_counted_and_never_lost(pictures: Path) 
     assert texts_of(pictures)["1.txt"] == "||| red_hat"
 
 
+def test_captions_that_are_json_objects_have_no_tags(pictures: Path) -> None:
+    caption = '{"short_description": "cat, red_hat", "style": "cat, red_hat"}'
+    (pictures / "0.txt").write_text(caption, encoding="utf-8")
+    (pictures / "2.txt").write_text("{red_hat|cap}, cat", encoding="utf-8")  # a choice of words is none
+    with serve_runs(pictures.parent) as served:
+        shown = served.ask("/new/tags?folder=pictures").text
+        assert "<span>red_hat</span> <small>1</small>" in shown
+        assert "<span>cat</span> <small>1</small>" in shown
+        assert "short_description" not in shown
+        press(served, "rename", tag="cat", name="dog")
+    assert texts_of(pictures)["0.txt"] == caption
+    assert texts_of(pictures)["2.txt"] == "{red_hat|cap}, dog"
+
+
 def test_many_captions_are_flushed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk takes some 10 ms for each flush: 400 captions and their backups took 12 s."""
     folder = tmp_path / "root" / "pictures"

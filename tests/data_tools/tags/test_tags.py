@@ -215,6 +215,10 @@ def test_tags_break_no_caption_that_is_a_json_object(folder: Path, tmp_path: Pat
         tag(folder, tagger, "--append_tags")
     assert texts_of(folder)["pale"] == caption
 
+    (folder / "pale.txt").write_text("{by hand|drawn}", encoding="utf-8")  # a choice of words is none
+    tag(folder, tagger, "--append_tags")
+    assert texts_of(folder)["pale"] == "{by hand|drawn}, 1girl, red"
+
 
 def test_the_tags_of_a_clips_frames_are_joined(tmp_path: Path) -> None:
     tagger = write_tagger(tmp_path / "tagger", BY_COLOR)
