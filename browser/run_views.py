@@ -28,7 +28,7 @@ from modules.media.reading import image_size, video_info
 from modules.pages.language import language, say
 from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.reports.history import SHOWN, Points, Start, Story
+from training.reports.history import BEFORE_TRAINING, SHOWN, Points, Start, Story
 from training.reports.page import (
     TEMPLATE,
     Standing,
@@ -392,7 +392,9 @@ def share_page(page: Path, copy: Path) -> None:
 
 def export_run(runs: Runs, path: Path) -> None:
     """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
-    candidates = runs.list_all()
+    listed = runs.list_all()
+    # what `run` did before a training has a history of its own, which few want to give away
+    candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed
     if not candidates:
         raise OptionError(f"--export {path}: no run there")
     if len(candidates) > 1:

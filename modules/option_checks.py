@@ -85,9 +85,9 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
         OptionError: If a path is unusable, or if a file would replace one of those that it spares.
     """
     for path in list_paths(value):
-        check_path(flag, path, facts["place"], facts.get("hint", ""))
         for name in facts.get("spares", ()):
             reject_replacing(flag, path, list_paths(value_of(name)))
+        check_path(flag, path, facts["place"], facts.get("hint", ""))  # warns of a file that is replaced
 
 
 def list_paths(value: Any) -> list[Path]:

@@ -256,6 +256,16 @@ def test_an_exported_page_shows_what_the_run_s_own_page_shows_but_no_folder(tmp_
     assert shared == own
 
 
+def test_of_a_folder_with_a_training_and_its_preparations_the_training_is_exported(tmp_path: Path) -> None:
+    write_run(tmp_path / "output", "mine", 2)
+    write_run(tmp_path / "output", "mine.run", 1)  # what `run` did before it
+    target = tmp_path / "shared.html"
+
+    run_browser(BrowserOptions(folders=(tmp_path,), export=target))
+
+    assert "<title>mine: training</title>" in target.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

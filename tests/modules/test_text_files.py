@@ -28,6 +28,7 @@ from modules.errors import OptionError, OutputError
 from modules.limits import MAX_DEPTH
 from modules.option_values import read_literals
 from modules.output_files import check_output_file, check_output_name, reject_replacing
+from modules.script_options import parse_options
 from modules.text_encodings import guess_encoding, guess_encodings
 from modules.text_files import (
     bad_character,
@@ -39,6 +40,7 @@ from modules.text_files import (
     real_path,
     require_regular_file,
 )
+from networks.resizing import ResizeOptions
 from tests.commands import ROOT
 
 
@@ -349,6 +351,17 @@ def test_a_file_is_not_replaced_without_a_word(tmp_path: Path, caplog: pytest.Lo
     file.touch()
     check_output_file("--output", file)
     assert f"--output {file} is there already: it will be replaced" in caplog.text
+
+
+def test_a_file_that_may_not_be_replaced_is_not_said_to_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "x.safetensors"
+    file.touch()
+    words = ["--model", str(file), "--save_to", str(file), "--new_rank", "2"]
+    with pytest.raises(OptionError, match="is one of the files to read"):
+        parse_options("", words, ResizeOptions)
+    assert not caplog.text
 
 
 def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) -> None:
