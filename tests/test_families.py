@@ -28,6 +28,7 @@ CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
     "framepack": "diffusers",
     "qwen_image_21": "comfyui",
+    "fibo_2": "comfyui",
     "flux_3": "diffusers",
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
