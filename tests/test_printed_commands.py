@@ -35,7 +35,12 @@ def ending_where_work_begins() -> Iterator[None]:
         return own(name)
 
     with ExitStack() as stack:
-        for place in ("contract.families.FamilyEntry.make_family", "stable_diffusion.run.generate"):
+        for place in (
+            "contract.families.FamilyEntry.make_family",
+            "networks.convert.convert",
+            "networks.convert.convert_flux",
+            "stable_diffusion.run.generate",
+        ):
             stack.enter_context(patch(place, side_effect=WasReadError))
         stack.enter_context(patch("contract.families.import_own", import_own))
         yield
