@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.waiting import MILLISECONDS, PATIENCE
@@ -96,6 +97,13 @@ def is_used_by(test_file: ModuleType | None) -> bool:
     return test_file is not None and any(
         value is open_page or value is open_tabs for value in vars(test_file).values()
     )
+
+
+def is_of_browser(process: psutil.Process) -> bool:
+    """Return whether a process is Playwright's, or one that it has started."""
+    with contextlib.suppress(psutil.Error):  # it has just ended
+        return any("playwright" in Path(one.exe()).parts for one in (process, *process.parents()))
+    return False
 
 
 def end_browser() -> None:

@@ -56,6 +56,8 @@ def main(words: list[str]) -> None:
     if "--noisy" in words:
         print("Welcome to a library")  # noqa: T201
         print([1, 2])  # noqa: T201
+    # as `generation/driven.py`: who starts tests in the background of a script lets processes ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tell("ready")
     for line in sys.stdin:
         try:

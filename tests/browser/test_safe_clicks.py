@@ -40,6 +40,7 @@ from browser.site import Site
 from project.new_options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
+from tests.chromium import is_of_browser
 from tests.commands import ROOT
 from tests.waiting import PATIENCE
 
@@ -435,14 +436,16 @@ def check_answer(served: Served, address: str, method: str, text: str, body: str
 def list_children() -> set[psutil.Process]:
     """The processes that this one and its servers have started, and that have not ended.
 
-    The processes that run scripts for all tests are left out, and those that Python keeps for what earlier
-    tests started with multiprocessing.
+    The processes that run scripts for all tests are left out, the browser, which files of tests share, and
+    those that Python keeps for what earlier tests started with multiprocessing.
     """
     warm = {server.pid for server in warm_processes.SERVERS}
     warm.add(getattr(forkserver, "_forkserver")._forkserver_pid)  # noqa: B009
     warm.add(getattr(resource_tracker, "_resource_tracker")._pid)  # noqa: B009
     alive = set()
-    for child in psutil.Process().children(recursive=True):
+    started = psutil.Process().children(recursive=True)
+    warm |= {process.pid for process in started if is_of_browser(process)}
+    for child in started:
         with contextlib.suppress(psutil.Error):  # it has just ended
             if child.pid not in warm and child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
                 alive.add(child)
