@@ -141,7 +141,8 @@ DROPPING = ["--network_dropout", 0.3, "--network_args", "module_dropout=0.2"]
 @pytest.mark.slow
 def test_a_killed_run_ends_with_equal_bytes_and_a_file_begins_another(tmp_path: Path) -> None:
     write_caches(tmp_path)
-    words = [*OFT, *DROPPING, "--ema_decay", 0.9, "--mixed_precision", "bf16"]
+    precision = ["--mixed_precision", "bf16"]  # one for all runs of a process, as accelerate keeps it
+    words = [*OFT, *DROPPING, "--ema_decay", 0.9, *precision]
     words += ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
     expected = train_toy(tmp_path, *words)
     metadata = _metadata(tmp_path / "output" / "x.safetensors")
@@ -151,6 +152,7 @@ def test_a_killed_run_ends_with_equal_bytes_and_a_file_begins_another(tmp_path: 
 
     path = tmp_path / "output" / "x.safetensors"
     still = ["--learning_rate", 0, "--max_train_steps", 1, "--network_weights", path, "--output_name", "y"]
+    still += precision
     assert same(train_toy(tmp_path, *OFT, *still), expected)
     assert same(train_toy(tmp_path, *OFT[:2], *still, "--dim_from_weights"), expected)
 
