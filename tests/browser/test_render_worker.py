@@ -124,7 +124,7 @@ def test_a_render_job_tells_its_steps_and_shows_a_preview_that_goes_with_it(
     worker.cancel(1)
     wait_for_states(worker, STOPPED)
     wait_for(lambda: worker.preview is None)
-    assert not (worker.folder / "preview" / "latent_preview.png").exists()
+    wait_for(lambda: not (worker.folder / "preview" / "latent_preview.png").exists())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there the process is killed")
