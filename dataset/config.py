@@ -431,15 +431,14 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     """Return the reasons why keys cannot stand in a table with this source, by key."""
     misplaced = {}
-    for name in KEYS.keys() - KEYS_OF_SOURCE[source_key] - {*SOURCES}:
+    for name in KEYS.keys() - KEYS_OF_SOURCE[source_key]:
+        if name in SOURCES and kind in KEYS[name].kinds:
+            continue  # two sources are a mistake of their own
         fitting = [
             source for source, keys in KEYS_OF_SOURCE.items() if name in keys and kind in KEYS[source].kinds
         ]
         misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
         if not fitting:
-            misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
-    for name in SOURCES:
-        if kind not in KEYS[name].kinds:
             misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
     return misplaced
 

@@ -13,7 +13,7 @@ class Parquet(RowFormat):
     is_text = False
 
     def reads(self, path: Path) -> bool:
-        return path.is_dir() or path.suffix.lower() in self.suffixes
+        return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
         return [*self.suffixes, "a folder of .parquet parts"]

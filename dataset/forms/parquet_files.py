@@ -15,13 +15,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from dataset.forms.composing import FORMAT_OF_SUFFIX, row_format
 from dataset.forms.contract import FindCell
 from modules.errors import DatasetError, MediaError
 from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYTES
 from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
-SUFFIXES = (".parquet", ".pq")
 ROW_BYTES, VALUE_BYTES = 256, 16  # memory of a row, and of a value, besides its content
 # bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
@@ -42,7 +42,8 @@ def parquet_parts(path: Path) -> list[Path]:
     parts = sorted(
         part
         for part in path.iterdir()
-        if part.suffix.lower() in SUFFIXES and not part.name.startswith((".", "_"))
+        if FORMAT_OF_SUFFIX.get(part.suffix.lower()) is row_format(path)
+        and not part.name.startswith((".", "_"))
     )
     if not parts:
         raise DatasetError(

@@ -13,7 +13,7 @@ from contract.rules import TokenCount
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
-from modules.text_files import bad_character, looks_like_object, read_content, read_object, read_text
+from modules.text_files import bad_character, read_content, read_if_object, read_text
 
 if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
     from modules.text_encodings import EncodingGuess
@@ -143,7 +143,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
     A JSON object of a model's format has the words around its main text.
     """
-    if looks_like_object(caption) and (trigger or prefix or suffix):
+    if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
         if full is not None:
             return full
@@ -155,12 +155,11 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
     """Return a caption that is a JSON object with the words in its text; None if it has no known format."""
+    content = read_if_object(caption)
+    if content is None:
+        return None
     import json  # only with such a caption
 
-    try:
-        content = read_object(caption)
-    except ValueError:
-        return None
     keys = [key for format in caption_formats().values() for key in (format.main, format.instruction)]
     key = next((key for key in keys if isinstance(content.get(key), str)), None)
     if key is None:
