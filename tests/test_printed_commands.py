@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,18 @@ class WasReadError(BaseException):
 
 
 @contextmanager
+def imported_anew(name: str) -> Iterator[None]:
+    """Let a script that another one imports take the functions that are patched here, and nobody after it."""
+    imported = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        sys.modules.pop(name, None)
+        if imported:
+            sys.modules[name] = imported
+
+
+@contextmanager
 def ending_where_work_begins() -> Iterator[None]:
     """Of a family's script, of gen_img.py, and of scripts about LoRA files."""
     own = contract.families.import_own
@@ -42,6 +55,7 @@ def ending_where_work_begins() -> Iterator[None]:
             "stable_diffusion.run.generate",
         ):
             stack.enter_context(patch(place, side_effect=WasReadError))
+        stack.enter_context(imported_anew("networks.convert_flux_lora"))
         stack.enter_context(patch("contract.families.import_own", import_own))
         yield
 

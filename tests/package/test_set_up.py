@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -284,12 +285,13 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     """The address of a server that has a stand-in for uv's archive."""
     until = 'while [ "$1" != set_up.py ]; do shift; done'
-    text = f'#!/bin/sh\n[ "$1" = python ] && exit\n{until}\necho {sys.executable} "$@"\n'
+    text = f'#!/bin/sh\n[ "$1" = python ] && exit\n{until}\necho {shlex.quote(sys.executable)} "$@"\n'
+    content = text.encode()
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         entry = tarfile.TarInfo("uv-any/uv")
-        entry.size, entry.mode = len(text), 0o755
-        archive.addfile(entry, io.BytesIO(text.encode()))
+        entry.size, entry.mode = len(content), 0o755
+        archive.addfile(entry, io.BytesIO(content))
     Server.content, Server.breaks, Server.starts = packed.getvalue(), False, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
