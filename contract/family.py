@@ -337,7 +337,7 @@ class Abilities:
     train_checkpoint: bool = False  # it is a `contract.whole.TrainsCheckpoint`
     make_network: bool = False  # it is a `contract.made_networks.MakesNetwork`
     take_words: bool = False  # it is a `contract.brought_words.TakesWords`
-    learn_words: bool = False  # it is a `contract.new_words.LearnsWords`
+    learn_words: bool = False  # it is a `LearnsWords` of the feature embedding
     fit_captions: bool = False  # it is a `FitsCaptions`
 
 

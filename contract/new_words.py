@@ -1,15 +1,10 @@
-"""What a training asks of a family whose text encoders can learn the vectors of a new word.
+"""A new word whose vectors text encoders learn: its options and what it may be.
 
 Standard library only, as options are checked by it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeGuard
-
-if TYPE_CHECKING:  # --help does without torch
-    from contract.family import Described, Family
-    from contract.made_networks import MadeNetwork
 
 MAX_VECTORS = 75  # a text encoder reads so many tokens at a time
 STRANGE = '()[]{}|,:\\/<>*?"'  # in a word: prompts or names of files read them otherwise
@@ -40,28 +35,6 @@ class WordToLearn:
     # next to another network that learns
     rate: float | None = None  # of its vectors; None: as the network
     until: float = 1.0  # share of the steps in which they learn
-
-
-@dataclass(frozen=True)
-class TaughtWord:
-    """A word that the text encoders of a family learn next to another network."""
-
-    word: WordToLearn
-    network: "MadeNetwork"  # of its vectors
-
-
-class LearnsWords(Protocol):
-    """A family whose text encoders can learn the vectors of a new word next to a network."""
-
-    def with_new_word(self, word: WordToLearn) -> "Family": ...  # they have rows for it
-
-    @property
-    def taught_word(self) -> TaughtWord | None: ...  # None: none is learned
-
-
-def learns_words(family: "Described") -> TypeGuard[LearnsWords]:
-    """Return whether a family is a `LearnsWords`."""
-    return family.can.learn_words
 
 
 def find_fault(word: str) -> str:

@@ -32,7 +32,7 @@ from contract.data import (
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
 from contract.made_networks import MadeNetwork
-from contract.new_words import TaughtWord, WordToLearn
+from contract.new_words import WordToLearn
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
@@ -162,7 +162,6 @@ class StableDiffusion(ModelOfImages):
     learning_texts: LearningTexts | None = None  # of a training of all weights
     # what a training makes in place of a LoRA
     made_network: MadeNetwork | None = None
-    taught_word: TaughtWord | None = None  # next to a LoRA
     stores_controls: bool = False  # latents are cached together with the control pictures of a table
     lora_module: str = "networks.lora"
     bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
@@ -339,12 +338,11 @@ class StableDiffusion(ModelOfImages):
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
 
-    def with_new_word(self, word: WordToLearn) -> "StableDiffusion":
-        """Return the model of a LoRA training that learns a word too."""
+    def word_network(self, word: WordToLearn) -> MadeNetwork:
+        """Return the network of the vectors of a word that is learned."""
         from stable_diffusion.inversion_learning import Inversion  # only to train one
 
-        taught = TaughtWord(word, Inversion(word, self.files).describe())
-        return replace(self.with_word_in_texts(word), taught_word=taught)
+        return Inversion(word, self.files).describe()
 
     @property
     def text_keys(self) -> frozenset[str]:
@@ -603,9 +601,9 @@ def family_for_training(
 
 def with_inversion(model: StableDiffusion) -> StableDiffusion:
     """Return the model of a training of textual inversion, whose word its options name."""
-    from stable_diffusion.inversion_learning import MODULE, describe_inversion  # only to train one
+    from stable_diffusion.inversion_learning import MODULE, learn_alone  # only to train one
 
-    made = describe_inversion(model.options, model.files)
+    made = learn_alone(model.word_network(model.options.word), model.options)
     taught = model.with_word_in_texts(model.options.word)
     return replace(taught, made_network=made, lora_module=MODULE)
 

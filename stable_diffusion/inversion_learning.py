@@ -7,7 +7,8 @@ Source: Gal et al. 2022, arXiv 2208.01618, whose code (MIT) has the sentences.
 # Letters: V vectors of the word, C width of a text encoder
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -132,9 +133,6 @@ def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadat
     stream_tensors(path, infos, lambda name: tensors[name].to(infos[name].dtype), metadata)
 
 
-SaysGeneration = Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]  # of `MadeNetwork`
-
-
 def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
     """Return the command of a sample unchanged: the file of the LoRA next to the word brings the word."""
     return base
@@ -153,13 +151,8 @@ class Inversion:
         """Return the names of the vectors in files, by text encoder."""
         return SEVERAL if self.files.kind is SDXL else (SINGLE,)
 
-    def describe(
-        self, sentences: Sequence[str] = (), generate: SaysGeneration = _leave_command
-    ) -> MadeNetwork:
-        """Return it as the network that a training makes.
-
-        sentences: with the word, which are learned in place of captions. generate: see `MadeNetwork`.
-        """
+    def describe(self) -> MadeNetwork:
+        """Return it as a network that a training makes next to a LoRA."""
         word = self.word
         encoders = "both text encoders" if self.files.kind is SDXL else "the text encoder"
         return MadeNetwork(
@@ -168,7 +161,7 @@ class Inversion:
             ending="textual-inversion",
             make=self.make,
             check=self.check,
-            generate=generate,
+            generate=_leave_command,
             usual_rate=DEFAULT_RATE,
             write=write_rows,
             report=report_rows,
@@ -180,7 +173,6 @@ class Inversion:
             },
             in_texts=True,
             check_captions=self.check_captions,
-            sentences=tuple(sentence.format(word.text) for sentence in sentences),
         )
 
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
@@ -298,14 +290,19 @@ class Inversion:
         return f"{len(without)} of {count} lack the word {word} and teach it nothing, such as {without[0]!r}."
 
 
-def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeNetwork:
-    """Return what a training of textual inversion makes. Raises OptionError if there is no word."""
+def learn_alone(network: MadeNetwork, options: InversionOptions) -> MadeNetwork:
+    """Return the network of a word as what a training of textual inversion makes."""
     sentences: tuple[str, ...] = ()
     if options.use_object_template:
         sentences = OBJECT_SENTENCES
     elif options.use_style_template:
         sentences = STYLE_SENTENCES
-    return Inversion(options.word, files).describe(sentences, partial(_say_generation, options))
+    word = options.word.text
+    return replace(
+        network,
+        sentences=tuple(sentence.format(word) for sentence in sentences),
+        generate=partial(_say_generation, options),
+    )
 
 
 def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:

@@ -126,10 +126,10 @@ FLOORS = {
         {"scripts"},
     ),
     "training": (
-        {"kohya_page"},
+        {"kohya_page", "learner"},
         {
             *{"config_options", "learning_options", "noise_options", "run_options"},
-            *{"made_networks", "other_families", "steps", "trainable"},
+            *{"other_families", "steps", "trainable"},
         },
         {"bad_steps", "processes", "reports", "run_end", "word_captions"},
         {"loss", "saving"},

@@ -12,11 +12,11 @@ following: command lines that can follow a training
 image_metadata: what files of image trainers say besides
 image_options: compose the options of image trainers
 kohya_page: keys in --config_file that no training script declares
+learner: what a run trains: LoRA, family's network, or model
 learning: load networks, make optimizer, put the run together
 learning_options: options of the trained part, its optimizer and rate
 loop: batches, loss, gradients, steps; then log, sample, save
 loss: flow matching: add noise, predict velocity, compare
-made_networks: the network that learns: a LoRA, or the family's own
 metadata: what saved files say of their training
 noise_options: options of noise levels, loss and weighting
 optimizers/: optimizers, learning rates, and how weights are stepped

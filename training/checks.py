@@ -12,7 +12,6 @@ from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
 from contract.family import Family, LearningEncoder
-from contract.made_networks import DefaultRate, MadeNetwork, made_network_of
 from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
@@ -31,8 +30,8 @@ from running.offload.swap_plan import check_swap
 from running.ways.contract import RunUses
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
+from training.learner import Learner
 from training.learning_options import FIND_RATE
-from training.made_networks import check_made_networks
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
@@ -43,13 +42,16 @@ from training.unused_options import list_without_effect
 if TYPE_CHECKING:  # only with LoRA files
     from networks.loading import LoraFile
 
-DEFAULT_RATES = {"a LoRA": DefaultRate(2e-5, "1e-4", 5e-3), "a whole model": DefaultRate(5e-8, "1e-5", 4e-5)}
-
 logger = logging.getLogger(__name__)
 
 
-def check_before_loading(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> None:
-    """Raise UserError for a run that is impossible. others: models besides the trained one."""
+def check_before_loading(
+    family: Family, options: TrainingOptions, learner: Learner, others: OtherFamilies = NO_OTHERS
+) -> None:
+    """Raise UserError for a run that is impossible.
+
+    learner: what it trains. others: models besides the trained one.
+    """
     sampling = others.sampling
     family.check_given_files()
     reject_quantized_bases(family, options)
@@ -71,8 +73,10 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
-        select_lora_format(family, options)
-    check_networks(family, options)
+        select_lora_format(family, learner.lora)
+    learner.check()
+    if learner.lora is not None:
+        check_networks(family, options)
     check_rates(options.optimizer, _list_rates(options))
     _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
@@ -194,8 +198,6 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
 
 def check_networks(family: Family, options: TrainingOptions) -> None:
     """Check the module, its settings, and the LoRAs that the networks start from."""
-    if check_made_networks(family) is not None:
-        return
     counts = family.block_counts()
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
@@ -255,17 +257,17 @@ def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
 
 
 def select_lora_format(
-    family: Family, options: TrainingOptions, texts: Sequence[LearningEncoder] = ()
+    family: Family, lora: NetworkOptions | None, texts: Sequence[LearningEncoder] = ()
 ) -> LoraFormat | None:
-    """Return the format of saved LoRAs, as `select_format`; None if there is no network of ours.
+    """Return the format of saved LoRAs, as `select_format`; None if no LoRA is trained.
 
-    texts: text encoders that learn, as far as they are known.
+    lora: its options. texts: text encoders that learn, as far as they are known.
     """
-    if options.network is None or made_network_of(family) is not None:
+    if lora is None:
         return None
-    module = options.network.network_module or family.lora_module
+    module = lora.network_module or family.lora_module
     names = {encoder.lora_prefix: encoder.name for encoder in texts}
-    return select_format(options.network, family.name, module, names)
+    return select_format(lora, family.name, module, names)
 
 
 def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
@@ -329,23 +331,21 @@ def list_unused_options(
     return list_without_effect(options, family_options, reasons)
 
 
-def judge_rate(options: TrainingOptions, made: MadeNetwork | None = None) -> str:
+def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     """Return the learning rate, and the usual one if it is far from that.
 
-    made: trained in place of a LoRA.
+    learner: what is trained.
     """
     optimizer = options.optimizer
     parts = options.parts
-    is_full = options.network is None
+    is_full = learner.make is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()
-    what = "a whole model" if is_full else "a LoRA"
-    default = DEFAULT_RATES[what]
-    if made is not None:
-        what, default = made.called, made.usual_rate
+    default = learner.default_rate
     finds_rate = name.startswith(FIND_RATE) and optimizer.arguments().get("relative_step") is not False
     is_comparable = "adam" in name or (is_full and name == "adafactor")
     if not is_comparable or finds_rate or default.low <= rate <= default.high:
         return text
-    return f"{text}, which is {'LOW' if rate < default.low else 'HIGH'} for {what}: {default.usual} is usual"
+    how = "LOW" if rate < default.low else "HIGH"
+    return f"{text}, which is {how} for {learner.has_rate_of}: {default.usual} is usual"

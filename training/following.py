@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from contract.families import HIGH_NOISE, FamilyEntry
 from contract.family import Family
-from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from dataset.batches.example import find_example
 from dataset.batches.items import NO_COMMANDS, CachingCommands
@@ -156,11 +155,10 @@ class NextSteps:
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
-        network = self.options.network
-        if network is None and saved is not None and self._can_extract:
+        lora = self.plan.learner.lora
+        if self.plan.learner.make is None and saved is not None and self._can_extract:
             commands.append(self._extract(file))
-        is_made = made_network_of(self.plan.family) is not None
-        if network is not None and not is_made and (_plain_kind(network) or self._needs_conversion(network)):
+        if lora is not None and (_plain_kind(lora) or self._needs_conversion(lora)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -243,9 +241,7 @@ class NextSteps:
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
-        made = made_network_of(self.plan.family)
-        of_network = "network_weights" if made is None else made.start_option
-        option = of_network if is_network else self._trained_option()
+        option = self.plan.learner.start_option or self._trained_option()
         parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
@@ -293,9 +289,9 @@ class NextSteps:
             *say_sample(self.sample, self.command.spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
-        made = made_network_of(self.plan.family)
-        if made is not None:
-            words = [*made.generate(file, self.sample, [*words, *of_sample])]
+        generate = self.plan.learner.generate
+        if generate is not None:
+            words = [*generate(file, self.sample, [*words, *of_sample])]
             return _command("Generate with it", [*launcher, *words], note)
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)

@@ -16,7 +16,6 @@ from checkpoints.shards import SavedForm
 from contract.data import CAPTION
 from contract.family import Family, hears_sound, part_rates_of
 from contract.loading import BlockPlace
-from contract.made_networks import made_network_of
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
@@ -34,7 +33,6 @@ from training.data.table_times import times_by_group
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
 from training.features.hooks import LearnerBeside
 from training.loss import LossRule
-from training.made_networks import make_trained_network, written_by
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import arrange_weights, check_rates, find_averaging, make_optimizer
@@ -254,7 +252,6 @@ def _make_feed(model: TrainedModel) -> Feed:
     """Return the feed that prepares the micro-batches of this process."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
-    made = made_network_of(family)
     joined = plan.joined
     randomness = Randomness(
         options.timesteps,
@@ -266,7 +263,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
         on_batch=tuple(joined.on.batch),
-        sentences=() if made is None else made.sentences,
+        sentences=plan.learner.sentences,
         view=joined.view,
     )
     return Feed(
@@ -468,13 +465,13 @@ class Learners:
         (--lora_per_expert).
         """
         options, device = self.plan.options, self.plan.accelerator.device
-        if options.network is None:
+        learner = self.plan.learner
+        if options.network is None or learner.make is None:
             self.parts.append(self._train_full(dit))
             return
         network_options = experts.network_for(options, expert) or options.network
         texts = self.plan.texts
-        network = make_trained_network(
-            self.plan.family,
+        network = learner.make(
             network_options,
             dit,
             self.plan.progress.seed,
@@ -491,7 +488,7 @@ class Learners:
             max_norm=network_options.scale_weight_norms,
             device=device,
             lora_format=self.plan.lora_format,
-            write=written_by(self.plan.family),
+            learner=learner,
             list_beside=self._list_beside,
         )
         self.parts.append(trainable)

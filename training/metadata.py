@@ -12,7 +12,6 @@ from typing import Any
 
 from checkpoints.file_hashes import full_hash, short_hash
 from contract.family import Family
-from contract.made_networks import made_network_of
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from modules.options import option_values, options_with
@@ -38,9 +37,11 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     part: whose file it is, see `Trainable.writes`.
     """
     options = model.plan.options
-    network = options.network
-    starts = network is not None and (network.network_weights or options.by_expert.network_weights_high_noise)
-    if network is None or made_network_of(model.plan.family) or not (starts or model.plan.saved):
+    network = model.plan.learner.lora
+    if network is None:
+        return {}
+    starts = network.network_weights or options.by_expert.network_weights_high_noise
+    if not (starts or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.sizes(part)
     rank = network.rank
@@ -71,19 +72,18 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     we do; `modelspec.*` that loading needs; trained_for if a model has several uses that its files do not
     distinguish; `ss_*` that its known trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
     """
-    network, family = plan.options.network, plan.family
+    lora, family = plan.learner.lora, plan.family
     info = family.metadata
     values: dict[str, Any] = {"ss_base_model_version": info.get("base_model_version", family.name)}
-    made = made_network_of(family)
-    if made is not None:
-        values |= {"ss_network_module": plan.network_module, **made.values}
-    elif network is not None:
+    if plan.network_module:
+        values["ss_network_module"] = plan.network_module
+    if lora is not None:
         values |= {
-            "ss_network_module": plan.network_module,
-            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.rank,
-            "ss_network_alpha": _alpha_in_words(network),
-            "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
+            "ss_network_dim": "Dynamic" if lora.dim_from_weights else lora.rank,
+            "ss_network_alpha": _alpha_in_words(lora),
+            "ss_network_args": json.dumps(lora.arguments(), ensure_ascii=False),
         }
+    values |= plan.learner.values
     values |= plan.joined.info.for_loading
     values |= {key: value for key, value in info.items() if key.startswith(("reference_", "modelspec."))}
     if not plan.options.metadata.no_metadata:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from contract.family import Family, brings_empty_text, sound_of
-from contract.made_networks import made_network_of
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
@@ -40,7 +39,7 @@ from training.experts import check_computing, module_of, note_experts
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, KEPT, REJECTED_ONES
 from training.features.hooks import JoinedRun
-from training.made_networks import check_data, list_caption_readers
+from training.learner import Learner
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
@@ -69,6 +68,7 @@ class TrainingPlan:
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     joined: JoinedRun  # by features that are on
+    learner: Learner
     others: OtherFamilies
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
@@ -119,6 +119,8 @@ def make_plan(
     family: Family,
     options: TrainingOptions,
     commands: CachingCommands,
+    *,
+    learner: Learner,
     config: DatasetConfig,
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
@@ -128,14 +130,14 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantization = check_computing(family, options, device)
-    check_before_loading(family, options, others)  # before minutes of encoding
+    check_before_loading(family, options, learner, others)  # before minutes of encoding
     joined = begin_run(options, family, config.datasets)
     _check_tables(options, config)
     _check_batch_sizes(family, config)
     texts = _find_texts(family, options, config)
     for check_texts in joined.on.texts:
         check_texts(texts)
-    lora_format = select_lora_format(family, options, () if texts is None else texts.learning)
+    lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
     sources = _find_sources(
         family,
         options,
@@ -156,7 +158,7 @@ def make_plan(
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(joined, family, training)
+    _check_items(joined, learner, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -181,6 +183,7 @@ def make_plan(
         family=family,
         options=options,
         joined=joined,
+        learner=learner,
         others=others,
         accelerator=accelerator,
         quantisation=quantization,
@@ -200,9 +203,9 @@ def make_plan(
     )
 
 
-def _check_items(joined: JoinedRun, family: Family, training: Sequence[TrainingItem]) -> None:
+def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:
     """Raise UserError for items that what has joined the run cannot learn; log what is learned of none."""
-    for read in (*joined.read_captions, *list_caption_readers(family)):
+    for read in (*joined.read_captions, *learner.read_captions):
         from training.word_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
@@ -309,10 +312,11 @@ def join_processes(
         yield accelerator, processes
 
 
-def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
+def read_config(options: TrainingOptions, family: Family, learner: Learner) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions.
 
-    Raises UserError if they cannot be used, or if the noise levels of a table cannot be trained.
+    learner: what learns from it. Raises UserError if they cannot be used, or if the noise levels of a table
+    cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
     if subset is not None and subset.replaces_toml and path is None:
@@ -325,7 +329,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     if EMPTY_PROMPT in options.joined.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
-    return for_family(check_data(made_network_of(family), config, KEPT), family)
+    return for_family(learner.check_data(config, KEPT), family)
 
 
 def _find_items(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.family import Family, sound_of
-from contract.made_networks import MadeNetwork
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -28,8 +27,8 @@ from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times
 from training.features.composing import begin_run
+from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
-from training.made_networks import ReadCaptions, check_made_networks, list_caption_readers
 from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
@@ -44,43 +43,48 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 
 
 def show_preview(
-    family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies = NO_OTHERS
+    family: Family,
+    options: TrainingOptions,
+    learner: Learner,
+    commands: CachingCommands,
+    others: OtherFamilies = NO_OTHERS,
 ) -> int:
     """Show the preview that the options ask for instead of training; returns the exit code.
 
-    commands: commands to show if caches are missing. others: models besides the trained one.
+    learner: what the training would train. commands: commands to show if caches are missing. others: models
+    besides the trained one.
     """
     show = options.joined.show
     if show is not None:
-        show(options, family, partial(_tables_of, family, options))
+        show(options, family, partial(_tables_of, family, options, learner))
         return 0
     if options.subset is not None and options.subset.debug_dataset:
         from data_tools.report.views import show_datasets  # only with --debug_dataset
 
-        config = read_config(options, family)
+        config = read_config(options, family, learner)
         conclude(show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
-        return _check(family, options, commands)
+        return _check(family, options, learner, commands)
     if os.environ.get("RANK", "0") == "0":  # only one process prints
-        _plan(family, options, commands, others)
+        _plan(family, options, learner, commands=commands, others=others)
     return 0
 
 
-def _tables_of(family: Family, options: TrainingOptions) -> Sequence[DatasetTable]:
+def _tables_of(family: Family, options: TrainingOptions, learner: Learner) -> Sequence[DatasetTable]:
     """Return the tables of the dataset; nothing if none is given."""
     is_of_folders = options.subset is not None and options.subset.replaces_toml
     if options.loop.dataset_config is None and not is_of_folders:
         return ()
-    return read_config(options, family).datasets
+    return read_config(options, family, learner).datasets
 
 
-def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
+def _check(family: Family, options: TrainingOptions, learner: Learner, commands: CachingCommands) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
     from data_tools.report import check, findings  # only with --check
 
     workers = max(1, os.cpu_count() or 1)
-    config = read_config(options, family)
+    config = read_config(options, family, learner)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
     joined = begin_run(options, family, config.datasets)
@@ -88,7 +92,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         check_texts(texts)
     for check_model in joined.on.check:
         check_model(family, family.block_counts() if family.dit_files else ())
-    made = check_made_networks(family)
+    learner.check()
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:
@@ -120,9 +124,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    for read in (*joined.read_captions, *list_caption_readers(family)):
+    for read in (*joined.read_captions, *learner.read_captions):
         _add_words(read, result.tables)
-    lines = describe_run(options, num_validation=result.num_held, made=made)
+    lines = describe_run(options, learner=learner, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
     targets = joined.describe_targets()
     if targets:
@@ -157,10 +161,10 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
     return lines
 
 
-def describe_run(options: TrainingOptions, num_validation: int, made: MadeNetwork | None = None) -> list[str]:
+def describe_run(options: TrainingOptions, learner: Learner, num_validation: int) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
-    num_validation: how many items it has. made: trained in place of a LoRA.
+    learner: what it trains. num_validation: how many items it has.
     """
     lines = []
     if num_validation:
@@ -168,17 +172,24 @@ def describe_run(options: TrainingOptions, num_validation: int, made: MadeNetwor
         measured = num_validation if most is None else min(num_validation, most)
         limit = "" if most is None else f" (--max_validation_steps {most})"
         lines.append(f"Each validation measures {count_of(measured, 'batch')} of one item{limit}")
-    rate = judge_rate(options, made)
+    rate = judge_rate(options, learner)
     if "HIGH" in rate or "LOW" in rate:
         lines.append(f"Learning rate: {rate}")
     return lines
 
 
-def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies) -> None:
+def _plan(
+    family: Family,
+    options: TrainingOptions,
+    learner: Learner,
+    *,
+    commands: CachingCommands,
+    others: OtherFamilies,
+) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
     reject_quantized_bases(family, options)
-    config = read_config(options, family)
+    config = read_config(options, family, learner)
     texts = find_live_texts(family, options, config)
     for check_texts in options.joined.on.texts:
         check_texts(texts)

@@ -25,6 +25,7 @@ from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
 from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
+from training.learner import find_learner
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
@@ -59,15 +60,16 @@ def train_network(
     """
     for change in options.joined.on.family:
         family = change(family)
+    learner = find_learner(family, options.network)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
-        read_config(options, family)
-        check_before_loading(family, options, others)
+        read_config(options, family, learner)
+        check_before_loading(family, options, learner, others)
         return 0
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
 
         commands = command.caching_commands(options.loop.dataset_config, family)
-        return show_preview(family, options, commands, others)
+        return show_preview(family, options, learner, commands, others)
     dynamo()  # the first step of any optimizer imports it; imported here, it is frozen too
     freeze_libraries()
     with end_of_run(options.joined) as end:
@@ -97,7 +99,8 @@ def prepare_run(
     end: notes how far the run has come.
     """
     end = end or RunEnd(options.joined)
-    config = read_config(options, family)  # faults in it are reported before anything is started
+    learner = find_learner(family, options.network)
+    config = read_config(options, family, learner)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
         end.is_due = accelerator.is_main_process
@@ -107,6 +110,7 @@ def prepare_run(
             family,
             options,
             command.caching_commands(options.loop.dataset_config, family),
+            learner=learner,
             config=config,
             accelerator=accelerator,
             others=others,

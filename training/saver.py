@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.made_networks import made_network_of
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
@@ -42,11 +41,13 @@ def _collect_metadata(model: TrainedModel) -> dict[str, Mapping[str, str]]:
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
     times = list_times(plan.options.timesteps, plan.config.datasets)
     metadata: dict[str, Mapping[str, str]] = {}
+    of_transformers = {"", *(expert.name for expert in plan.family.experts)}
     for part in model.trainable.writes:
-        of_part = continued_sizes(model, part) | expert_metadata(plan.family, plan.options, times, part)
-        metadata[part] = of_run | of_part
-    for part in model.trainable.writes_beside:
-        metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
+        if part in of_transformers:
+            of_part = continued_sizes(model, part) | expert_metadata(plan.family, plan.options, times, part)
+            metadata[part] = of_run | of_part
+        else:  # of a word: with these entries it would be taken for a LoRA
+            metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
     return metadata
 
 
@@ -69,29 +70,26 @@ def make_saver(
         return None
     dtype = file_dtype(options, model.dits.networks[0])
     metadata = _collect_metadata(model)
-    writes_beside = {part: beside.write for part, beside in trainable.writes_beside.items()}
-    writes = {**trainable.writes, **writes_beside}
-    made = made_network_of(plan.family)
-    endings = dict.fromkeys(trainable.writes, "lora" if made is None else made.ending)
-    endings |= {part: beside.ending for part, beside in trainable.writes_beside.items()}
+    writes = trainable.writes
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
-            writes[part](path, dtype, _metadata_now(plan, metadata[part], endings[part]))
+            writes[part].write(path, dtype, _metadata_now(plan, metadata[part], writes[part].ending))
 
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
             of_average = {} if options.metadata.no_metadata else average.metadata
-            writes[part](path, dtype, _metadata_now(plan, metadata[part], endings[part]) | of_average)
+            of_file = _metadata_now(plan, metadata[part], writes[part].ending)
+            writes[part].write(path, dtype, of_file | of_average)
 
     if publisher is not None and is_first:
         published = PublishedRun(
             names=plan.names,
             is_lora=options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values())), next(iter(endings.values()))),
+            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.ending),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.about(published)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.made_networks import MadeNetwork, made_network_of
 from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
@@ -23,6 +22,7 @@ from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
 from training.following import NextSteps, describe_elsewhere
+from training.learner import Learner
 from training.metadata import continued_sizes
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -93,30 +93,29 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     """Return the lines about what is learned, and how. parameters: the trained ones."""
     plan = run.plan
     options = run.options
-    network = options.network
+    lora = plan.learner.lora
     sizes = _sizes_of_file(run)
-    made = made_network_of(plan.family)
     num_weights = sum(parameter.numel() for parameter in parameters)
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
-        ("alpha", None if network is None or made is not None else judge_alpha(network, sizes)),
+        ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("targets", "\n".join(plan.joined.describe_targets()) or None),
         ("steps", _describe_length(plan)),
-        ("learning rate", _describe_rates(options, run.model.trainable, made)),
+        ("learning rate", _describe_rates(options, run.model.trainable, plan.learner)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
     ]
 
 
-def _describe_rates(options: TrainingOptions, trainable: Trainable, made: MadeNetwork | None) -> str:
-    """Return the learning rate, and those of the parts if they differ. made: as in `judge_rate`."""
+def _describe_rates(options: TrainingOptions, trainable: Trainable, learner: Learner) -> str:
+    """Return the learning rate, and those of the parts if they differ. learner: as in `judge_rate`."""
     default = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
         names.setdefault(group.get("lr", default), []).append(name)
-    judged = judge_rate(options, made)
+    judged = judge_rate(options, learner)
     is_replaced = options.network is None and bool(names) and default not in names
     if len(names) < 2 and not is_replaced and (default != 0 or default in names):
         return judged
@@ -187,10 +186,9 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     """Return the trained network with its rank, or the trained parts of the model, in words. sizes: of a
     file.
     """
-    network, full_dit = plan.options.network, plan.options.whole_dit
-    made = made_network_of(plan.family)
-    if made is not None:
-        return made.words
+    network, full_dit = plan.learner.lora, plan.options.whole_dit
+    if plan.learner.words:
+        return plan.learner.words
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"

@@ -15,13 +15,13 @@ from torch.nn import Parameter
 from checkpoints.shards import IN_ONE_FILE, SavedForm
 from checkpoints.unused import OpenedTensors, UnusedTensors
 from contract.loading import TensorInfo
-from contract.made_networks import WritesNetwork
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.formats import LoraFormat
 from networks.metadata import save_network
+from training.learner import Learner
 
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
 Rates = tuple[float, float | None, Sequence[float] | None]
@@ -37,11 +37,14 @@ class Strength:
 
 
 @dataclass(frozen=True)
-class FileBeside:
-    """A file of a form of its own that a save writes next to the others."""
+class WrittenFile:
+    """A file that a save writes."""
 
     write: Write
-    ending: str  # of the architecture in its metadata, as "lora" is that of a LoRA
+    ending: str = (
+        ""  # of the architecture in its metadata, as "lora" is that of a LoRA; "": of a model's file
+    )
+    network: TrainableNetwork | None = None  # whose ranks and alphas it has
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Trainable:
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
     group_names: tuple[str, ...]  # "unet", "unet plus": for logs
-    # what a save writes, by the last part of the file's name: "", or the name of an expert
-    writes: Mapping[str, Write]
+    # what a save writes, by the last part of the file's name: "", the name of an expert, or a word
+    writes: Mapping[str, WrittenFile]
     networks: Sequence[TrainableNetwork] = ()  # that learn; none if the DiT itself does
     tied: Sequence[TrainableNetwork] = ()  # in further DiTs; they compute with the same parameters
     max_norm: float | None = None  # of --scale_weight_norms
@@ -60,8 +63,6 @@ class Trainable:
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
-    # what a save writes next to that, likewise: files of a form of their own
-    writes_beside: Mapping[str, FileBeside] = field(default_factory=dict)
     # how many steps a part of `modules` learns; those without an entry learn to the end
     until: Mapping[str, int] = field(default_factory=dict)
 
@@ -89,9 +90,8 @@ class Trainable:
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
         """Return all ranks and alphas of the networks, or only those in one file. part: a key of `writes`."""
-        pairs = zip(self.writes, self.networks, strict=True)
-        chosen = [network.module for name, network in pairs if part in (None, name)]
-        return sizes_of([module.state_dict() for module in chosen])
+        files = [file for name, file in self.writes.items() if part in (None, name)]
+        return sizes_of([file.network.module.state_dict() for file in files if file.network is not None])
 
     def start_epoch(self) -> None:
         for network in self.all_networks:
@@ -154,15 +154,15 @@ def train_network(
     rates: Rates,
     max_norm: float | None,
     device: torch.device,
+    learner: Learner,
     lora_format: LoraFormat | None = None,
-    write: WritesNetwork | None = None,
     list_beside: ListTensors = dict,
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
-    lora_format: of its files; None: under the names of the network itself. write: of a network with files of
-    its own form. list_beside: returns what else a file of a LoRA holds when it is saved. Raises OptionError
-    if it has no parameters to train, or modules that the format cannot hold.
+    learner: that it is. lora_format: of its files; None: under the names of the network itself. list_beside:
+    returns what else a file of a LoRA holds when it is saved. Raises OptionError if it has no parameters to
+    train, or modules that the format cannot hold.
     """
     if lora_format is not None:
         lora_format.check(network.module)
@@ -177,8 +177,8 @@ def train_network(
     save_lora = save_network if lora_format is None else lora_format.save
 
     def save(path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if write is not None:
-            write(network.module, path, dtype, metadata)
+        if learner.write is not None:
+            learner.write(network.module, path, dtype, metadata)
         else:
             save_lora(network.module, path, dtype, metadata, list_beside())
 
@@ -186,7 +186,7 @@ def train_network(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        writes={"": save},
+        writes={"": WrittenFile(save, learner.ending, network)},
         networks=[network],
         max_norm=max_norm,
     )
@@ -252,7 +252,7 @@ def train_dit(
         {"dit": dit},
         groups=groups,
         group_names=tuple(names[rate] for rate in by_rate),
-        writes={"": partial(_write_dit, dit, dtypes, unused, form)},
+        writes={"": WrittenFile(partial(_write_dit, dit, dtypes, unused, form))},
     )
 
 

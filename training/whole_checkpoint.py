@@ -13,7 +13,7 @@ from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoi
 from modules.errors import OptionError
 from training.data.live import LiveTexts
 from training.options import TrainingOptions
-from training.trainable import Trainable, Write, learns_by_name, reject_no_match, train_dit
+from training.trainable import Trainable, WrittenFile, learns_by_name, reject_no_match, train_dit
 
 
 def train_whole(
@@ -98,9 +98,9 @@ def _train_checkpoint(
     if not groups.params:
         given = "a part" if parts.have_own_rates else "--learning_rate"
         raise OptionError(f"nothing learns: all learning rates are 0. Give a rate above 0 to {given}")
-    writes: dict[str, Write] = {}
+    writes: dict[str, WrittenFile] = {}
     if as_folder is not None:
-        writes[""] = family.checkpoint_writer(networks, as_folder, shard_bytes).write
+        writes[""] = WrittenFile(family.checkpoint_writer(networks, as_folder, shard_bytes).write)
     return Trainable(
         modules=networks,
         groups=groups.list(),

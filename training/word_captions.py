@@ -7,7 +7,7 @@ from dataset.batches.items import TrainingItem
 from dataset.sources.captions import complete_caption, lines_of
 from dataset.sources.media_source import MediaSource
 from dataset.table import DatasetTable
-from training.made_networks import ReadCaptions
+from training.learner import ReadCaptions
 
 logger = logging.getLogger(__name__)
 

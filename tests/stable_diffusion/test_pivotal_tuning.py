@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from contract.loading import Placement
+from networks.options import NetworkOptions
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
 from stable_diffusion.towers import LearningTexts, TowerEncoder
@@ -34,6 +35,7 @@ from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 from training.data.live import LiveTexts
 from training.features.embedding import EmbeddingOptions
 from training.features.embedding_rows import make_word_rows
+from training.learner import find_learner
 from training.saving.files import Names, find_results
 from training.targets.passes import training_loss
 from training.trainable import train_network
@@ -47,7 +49,8 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     """Two groups of SGD, one norm of all gradients; the plain encoders are those of transformers."""
     options = EmbeddingOptions.usual(train_embedding=WORD, embedding_vectors=2, embedding_lr=3.0)
     base = make_family(kind, tmp_path, learning_texts=LearningTexts({}))
-    family = base.with_new_word(options.word())
+    word = options.word()
+    family = base.with_word_in_texts(word)
     noisy_batch = with_captions(make_batch(replace(base, learning_texts=None), (20, 500)))
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
     twin_unet = copy.deepcopy(unet)
@@ -62,9 +65,10 @@ def test_two_steps_are_those_of_plain_torch(kind: str, tmp_path: Path) -> None:
     texts = LiveTexts(encoders, taught=encoders)
     texts.load(CPU)
     assert texts.networks == {}
-    assert family.taught_word is not None
-    rows = make_word_rows(family.taught_word, False, texts.taught_networks, seed=3, with_values=True)
-    trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU)
+    of_word = base.word_network(word)
+    rows = make_word_rows(word, of_word, False, texts.taught_networks, seed=3, with_values=True)
+    learner = find_learner(family, NetworkOptions.usual())
+    trainable = train_network(network, (1.0, None, None), max_norm=None, device=CPU, learner=learner)
     trainable = rows.add_to(trainable, learning_rate=1.0, total_steps=2, device=CPU)
     plain_rows = {name: Parameter(tensor.detach().clone()) for name, tensor in rows.module.named_parameters()}
     plain_parameters = [*twin.parameters(), *plain_rows.values()]

@@ -28,6 +28,7 @@ from training.caching_inside import Where, plan_tables, prepare_sources
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.image_options import ImageTrainerDefaults, read_image_training
+from training.learner import FULL_MODEL
 from training.options import TrainingOptions
 from training.plan import read_config
 from training.run import train_network
@@ -76,7 +77,7 @@ def train(folder: Path, *arguments: object) -> dict[str, torch.Tensor]:
 
 
 def config_of(folder: Path, *arguments: object) -> DatasetConfig:
-    return read_config(read(folder, *arguments), ImageFamily())
+    return read_config(read(folder, *arguments), ImageFamily(), FULL_MODEL)
 
 
 def cache(config: DatasetConfig) -> None:
@@ -88,7 +89,7 @@ def cache(config: DatasetConfig) -> None:
 def prepare(folder: Path, *arguments: object, live: bool = False) -> BatchSources:
     options, made = read(folder, *arguments), family()
     texts = LiveTexts(made.text_encoders()) if live else None
-    return prepare_sources(made, read_config(options, ImageFamily()), options.caching, CPU, texts)
+    return prepare_sources(made, read_config(options, ImageFamily(), FULL_MODEL), options.caching, CPU, texts)
 
 
 def items_of(folder: Path, sources: BatchSources) -> list[TrainingItem]:
@@ -182,7 +183,7 @@ def test_a_model_without_npz_files_refuses_them(tmp_path: Path) -> None:
     options = read(tmp_path, "--cache_latents_to_disk")
 
     with pytest.raises(OptionError, match="--cache_latents_to_disk: this model has no npz files"):
-        plan_tables(ImageFamily(), read_config(options, ImageFamily()), options.caching)
+        plan_tables(ImageFamily(), read_config(options, ImageFamily(), FULL_MODEL), options.caching)
 
 
 def test_live_pictures_are_a_function_of_seed_and_micro_batch(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_texts_that_are_encoded_while_training_have_the_remarks_of_caching(
     make(tmp_path, keys)
     (tmp_path / "pictures/1.txt").write_text("a {b|c}", encoding="utf-8")
     options = read(tmp_path)
-    config = read_config(options, ImageFamily())
+    config = read_config(options, ImageFamily(), FULL_MODEL)
 
     prepare_sources(family(), config, options.caching, CPU, LiveTexts([OneCharacter()]))
 
@@ -307,7 +308,7 @@ def test_pictures_that_are_encoded_while_training_have_the_remarks_of_caching(
     make(tmp_path, "random_crop = true")
     Image.new("RGBA", (48, 40), (200, 20, 20, 90)).save(tmp_path / "pictures/1.png")
     options = read(tmp_path)
-    config = read_config(options, ImageFamily())
+    config = read_config(options, ImageFamily(), FULL_MODEL)
     made = dataclasses.replace(family(), latent=dataclasses.replace(NPZ, masks_latents=False))
 
     prepare_sources(made, config, options.caching, CPU)

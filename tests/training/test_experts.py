@@ -16,6 +16,7 @@ from contract.loading import Placement
 from contract.rules import Expert
 from modules.errors import OptionError
 from networks.adapter import make_network
+from networks.options import NetworkOptions
 from running.offload.turns import HostCopy
 from tests.modules.fake_device import FakeDevice
 from tests.run_pages import read_run_page
@@ -23,6 +24,7 @@ from tests.running.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks
+from training.learner import find_learner
 from training.loop import take_step
 from training.run import prepare_run, train_network
 from training.trainable import share_network
@@ -68,7 +70,9 @@ def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module
     )
     first, second = (make_network(options, BOTH.lora_module, dit, seed=3) for dit in (low, high))
 
-    trainable = make_trainable(first, (1e-2, None, None), None, torch.device("cpu"))
+    trainable = make_trainable(
+        first, (1e-2, None, None), None, torch.device("cpu"), find_learner(BOTH, NetworkOptions.usual())
+    )
     trainable = share_network(trainable, second, torch.device("cpu"))
 
     theirs = dict(second.module.named_parameters())

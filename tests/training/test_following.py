@@ -20,6 +20,7 @@ from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import following
 from training.following import NextSteps, TrainingCommand
+from training.learner import find_learner
 from training.learning_options import WholeDitOptions
 from training.options import (
     ScriptOption,
@@ -51,13 +52,17 @@ def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[Sc
 
 def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video", processes: int = 1) -> Any:
     """The facts of a plan that stand in commands."""
+    model: Any = SimpleNamespace(
+        name=family, experts=ONE_EXPERT, dit_files=(), can=Abilities(), lora_module="networks.lora"
+    )
     return SimpleNamespace(
         options=options,
         joined=options.joined,
+        learner=find_learner(model, options.network),
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),
         accelerator=SimpleNamespace(num_processes=processes),
-        family=SimpleNamespace(name=family, experts=ONE_EXPERT, dit_files=(), can=Abilities()),
+        family=model,
         lora_format=None,
     )
 

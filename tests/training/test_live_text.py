@@ -20,6 +20,7 @@ from tests.training.toy_images import (
 )
 from training.caching_inside import find_live_texts
 from training.data.live import LiveTexts
+from training.learner import FULL_MODEL
 from training.plan import read_config
 from training.planning.memory import predict
 from training.run import prepare_run
@@ -145,13 +146,13 @@ def test_encoders_whose_outputs_are_all_cached_do_not_learn(
 
     with caplog.at_level("INFO"):
         options = image_toy_options(tmp_path, *both)
-        texts = find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
+        texts = find_live_texts(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
 
     assert texts is None
     assert "Text encoders do not learn (clip and t5)" in caplog.text
     options = image_toy_options(tmp_path, *both, "--network_train_text_encoder_only")
     with pytest.raises(OptionError, match="outputs of clip and t5 change"):
-        find_live_texts(TextFamily(), options, read_config(options, TextFamily()))
+        find_live_texts(TextFamily(), options, read_config(options, TextFamily(), FULL_MODEL))
 
 
 def test_an_encoder_that_is_told_to_learn_is_not_cached(

@@ -19,6 +19,7 @@ from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
 from training.features.ema_weights import make_average
+from training.learner import find_learner
 from training.learning_options import WholeDitOptions
 from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
@@ -39,17 +40,20 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
     """The facts of a plan that stand in metadata."""
     module = "" if options.network is None else "networks.lora_wan"
     table = SimpleNamespace(describe=lambda: {"resolution": [64, 64], "image_directory": folder})
+    model: Any = SimpleNamespace(
+        name=name,
+        metadata={**FAMILY, **family},
+        options=NO_OPTIONS,
+        hashed_files={},
+        noise=SimpleNamespace(keeps_variance=False),
+        can=Abilities(),
+        lora_module=module,
+    )
     return SimpleNamespace(
         options=options,
         joined=options.joined,
-        family=SimpleNamespace(
-            name=name,
-            metadata={**FAMILY, **family},
-            options=NO_OPTIONS,
-            hashed_files={},
-            noise=SimpleNamespace(keeps_variance=False),
-            can=Abilities(),
-        ),
+        learner=find_learner(model, options.network),
+        family=model,
         progress=Progress(42, 7, 12.5),
         steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
         order=SimpleNamespace(num_items=6),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.toy import toy_options, train_toy, write_caches, write_prompts
+from tests.training.toy import ToyFamily, toy_options, train_toy, write_caches, write_prompts
+from training.learner import FULL_MODEL, find_learner
 from training.previews import describe_run
 from training.reports.history import History
 from training.reports.pauses import StepClock
@@ -91,7 +92,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     # 2e-6 is the default
     options = toy_options(tmp_path, "--learning_rate", "2e-6", "--network_dim", 32, *words.split())
 
-    said = judge_rate(options)
+    said = judge_rate(options, find_learner(ToyFamily(), options.network))
     assert said == rate if "which" not in rate else said.startswith(rate)
     assert options.network is not None
     assert alpha in str(judge_alpha(options.network))
@@ -110,7 +111,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     ],
 )
 def test_a_loras_rate_is_high_for_a_whole_model(tmp_path: Path, words: str, expected: str) -> None:
-    assert judge_rate(toy_options(tmp_path, *words.split(), whole_dit=True)) == expected
+    assert judge_rate(toy_options(tmp_path, *words.split(), whole_dit=True), FULL_MODEL) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,8 @@ def test_a_loras_rate_is_high_for_a_whole_model(tmp_path: Path, words: str, expe
 def test_a_check_tells_of_validation_and_of_an_unusual_rate(
     tmp_path: Path, words: str, held: int, lines: list[str]
 ) -> None:
-    assert describe_run(toy_options(tmp_path, *words.split()), held) == lines
+    options = toy_options(tmp_path, *words.split())
+    assert describe_run(options, find_learner(ToyFamily(), options.network), held) == lines
 
 
 def test_a_resumed_run_counts_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

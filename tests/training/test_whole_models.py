@@ -23,6 +23,7 @@ from tests.tiny.further_families import FURTHER
 from tests.tiny.runs import make_project
 from training.checks import check_before_loading
 from training.image_options import ImageTrainerDefaults, read_image_training
+from training.learner import FULL_MODEL
 from training.learning_options import WholeDitOptions
 from training.options import TrainingOptions, read_training
 
@@ -220,9 +221,9 @@ def test_a_disk_that_cannot_hold_the_file_is_named_before_the_first_step(
     least = bytes_each * blocks + SPARE_BYTES
     monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least - 1)
     with pytest.raises(OutputError, match="Free some space"):
-        check_before_loading(model, options)
+        check_before_loading(model, options, FULL_MODEL)
     monkeypatch.setattr("modules.atomic_write.free_bytes", lambda folder: least)
-    check_before_loading(model, options)
+    check_before_loading(model, options, FULL_MODEL)
 
 
 def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:

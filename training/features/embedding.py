@@ -7,9 +7,9 @@ They are saved in the LoRA's file, as `networks/bundled_words.py` names them.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
-from contract.new_words import MAX_VECTORS, TaughtWord, WordFlags, WordToLearn, find_fault, learns_words
+from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_fault
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
@@ -18,7 +18,8 @@ from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
     from contract.family import Described, Family
-    from training.features.hooks import JoinedRun, OptionsOfRun
+    from contract.made_networks import MadeNetwork
+    from training.features.hooks import JoinedRun
 
 FLAGS = WordFlags(
     word="--train_embedding",
@@ -27,6 +28,18 @@ FLAGS = WordFlags(
     weights="--embedding_weights",
     rate="--embedding_lr",
 )
+
+
+class LearnsWords(Protocol):
+    """A family whose text encoders can learn the vectors of a new word next to a network."""
+
+    def with_word_in_texts(self, word: WordToLearn) -> "Family": ...  # they have rows for it
+
+    def word_network(self, word: WordToLearn) -> "MadeNetwork": ...  # of the vectors
+
+
+def _learns_words(family: "Described") -> TypeGuard[LearnsWords]:
+    return family.can.learn_words
 
 
 class EmbeddingOptions(
@@ -108,7 +121,7 @@ class EmbeddingOptions(
         )
 
 
-def _teach(options: "OptionsOfRun", family: "Family") -> "Family":
+def _teach(word: WordToLearn, family: "Family") -> "Family":
     """Return the model with rows for the word in its text encoders. Raises OptionError if it cannot be."""
     from contract.made_networks import made_network_of  # torch: only with a word
 
@@ -118,37 +131,31 @@ def _teach(options: "OptionsOfRun", family: "Family") -> "Family":
             f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
             "out"
         )
-    if not learns_words(family):
+    if not _learns_words(family):
         raise OptionError(
             f"--train_embedding: the text encoders of {family.name} take no new words in a training here. "
             "Leave it out, and describe in captions what is to be learned"
         )
-    lora = None if options.network is None else options.network.network_weights
-    return family.with_new_word(options.of(EmbeddingOptions).word(lora))
+    return family.with_word_in_texts(word)
 
 
-def _taught_by(family: "Described") -> TaughtWord:
-    """Return the word of a model that `_teach` has returned."""
-    assert learns_words(family)
-    assert family.taught_word is not None
-    return family.taught_word
-
-
-def _check(family: "Family", counts: Sequence[int]) -> None:
+def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     """Raise UserError for a file that the word cannot begin with."""
-    _taught_by(family).network.check()
+    assert _learns_words(family)  # `_teach` has seen to that
+    family.word_network(word).check()
 
 
-def _start(options: EmbeddingOptions, run: "JoinedRun") -> None:
+def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
     assert run.family is not None  # it is known here
-    taught = _taught_by(run.family)
-    if options.embedding_file:
-        run.files_beside.append(taught.word.text)
-    run.read_captions.append(taught.network.check_captions)
-    run.info.for_loading |= taught.network.values
-    run.on.beside.append(partial(make_word_rows, taught, options.embedding_file))
+    assert _learns_words(run.family)
+    network = run.family.word_network(word)
+    if has_file:
+        run.files_beside.append(word.text)
+    run.read_captions.append(network.check_captions)
+    run.info.for_loading |= network.values
+    run.on.beside.append(partial(make_word_rows, word, network, has_file))
 
 
 def _describe(options: EmbeddingOptions) -> str:
@@ -158,11 +165,11 @@ def _describe(options: EmbeddingOptions) -> str:
 
 
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
-    word = options.train_embedding
-    assert word is not None  # the feature is on
-    error = find_fault(word)
+    text = options.train_embedding
+    assert text is not None  # the feature is on
+    error = find_fault(text)
     if error:
-        raise OptionError(f"--train_embedding {word!r} {error}")
+        raise OptionError(f"--train_embedding {text!r} {error}")
     caching = run.options.caching
     if caching is not None and caching.caches_texts:
         raise OptionError(
@@ -172,9 +179,10 @@ def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
     run.info.at_start["new word"] = _describe(options)
     run.needs.add(LIVE_TEXTS)
     run.info.in_files |= given_values(options)
-    run.on.family.append(partial(_teach, run.options))
-    run.on.check.append(_check)
-    run.on.start.append(partial(_start, options))
+    word = options.word(None if run.options.network is None else run.options.network.network_weights)
+    run.on.family.append(partial(_teach, word))
+    run.on.check.append(partial(_check, word))
+    run.on.start.append(partial(_start, word, options.embedding_file))
 
 
 EMBEDDING = Feature(

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
-from contract.new_words import TaughtWord
+from contract.made_networks import MadeNetwork
+from contract.new_words import WordToLearn
 from modules.seeds import derive_seed
 from networks.bundled_words import bundle_word, word_of
-from training.trainable import FileBeside, Trainable
+from training.trainable import Trainable, WrittenFile
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,18 @@ WORD = "word"  # their part in states
 class WordRows:
     """The vectors of a word that text encoders learn next to a network."""
 
-    taught: TaughtWord
+    word: WordToLearn
+    network: MadeNetwork  # of its vectors
     module: nn.Module  # its state dict is what a file of the word alone holds
     has_file: bool = False  # they are saved alone too
 
     def list_in_lora(self) -> dict[str, Tensor]:
         """Return the vectors by their names in a LoRA's file; log what there is to say of them."""
-        self.taught.network.report(self.module)
+        self.network.report(self.module)
         return self.tensors()
 
     def tensors(self) -> dict[str, Tensor]:
-        return bundle_word(self.taught.word.text, self.module.state_dict())
+        return bundle_word(self.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a file of the word alone. dtype: of its vectors; None: as trained."""
@@ -46,7 +48,7 @@ class WordRows:
 
     def group(self, learning_rate: float) -> dict[str, Any]:
         """Return the group of the optimizer. learning_rate: of the network."""
-        rate = self.taught.word.rate
+        rate = self.word.rate
         # no decay: it would pull the word towards zero, where no known word is
         return {
             "params": [*self.module.parameters()],
@@ -61,25 +63,32 @@ class WordRows:
 
         learning_rate, total_steps: of the run.
         """
-        word, ending = self.taught.word, self.taught.network.ending
+        word, ending = self.word, self.network.ending
+        files = {word.text: WrittenFile(self.write, ending)} if self.has_file else {}
         self.module.to(device=device, dtype=torch.float32)
         return replace(
             trainable,
             modules={**trainable.modules, WORD: self.module},
             groups=[*trainable.groups, self.group(learning_rate)],
             group_names=(*trainable.group_names, f"the word {word.text}"),
-            writes_beside={word.text: FileBeside(self.write, ending)} if self.has_file else {},
+            writes={**trainable.writes, **files},
             until={**trainable.until, WORD: math.ceil(word.until * total_steps)},
         )
 
 
 def make_word_rows(
-    taught: TaughtWord, has_file: bool, encoders: Mapping[str, nn.Module], seed: int, with_values: bool
+    word: WordToLearn,
+    network: MadeNetwork,
+    has_file: bool,
+    encoders: Mapping[str, nn.Module],
+    seed: int,
+    with_values: bool,
 ) -> WordRows:
     """Make the vectors of a word, on the CPU, and let text encoders read them.
 
     Args:
-        taught: The word, and the network of its vectors.
+        word: That is learned.
+        network: Of its vectors.
         has_file: Whether they are saved alone too.
         encoders: The loaded networks of the text encoders that learn it, by the prefixes of their names in
             LoRA files.
@@ -87,16 +96,15 @@ def make_word_rows(
         with_values: Whether they begin with the values of a file, as in `make_trained_network`.
     """
     if with_values:
-        _note_beginning(taught)
+        _note_beginning(word)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, WORD))
-        module = taught.network.make(nn.ModuleDict(encoders), with_values)
-    return WordRows(taught, module.requires_grad_(True), has_file)
+        module = network.make(nn.ModuleDict(encoders), with_values)
+    return WordRows(word, network, module.requires_grad_(True), has_file)
 
 
-def _note_beginning(taught: TaughtWord) -> None:
+def _note_beginning(word: WordToLearn) -> None:
     """Log that the vectors continue from those in the LoRA that the training continues from."""
-    word = taught.word
     if word.lora is None or word.weights is not None:
         return
     with open_checkpoint(word.lora) as checkpoint:

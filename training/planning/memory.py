@@ -14,7 +14,6 @@ from torch import nn
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
 from contract.family import Described, Family, Trains
-from contract.made_networks import made_network_of
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
@@ -32,6 +31,7 @@ from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of
 from training.features.contract import EMPTY_PROMPT, REJECTED_ONES
+from training.learner import find_learner
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
@@ -157,7 +157,6 @@ def predict(
     placement = replace(placement_of(options, META, quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
-    made = made_network_of(family)
     processes = memory_plan.sharing_processes(options.speed)
     swaps = memory_plan.swaps_of(dit, family.dit, options.speed.swap, processes)
     weights = memory_plan.dtypes_of(dit)
@@ -200,7 +199,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network="LoRA" if made is None else made.called,
+        network=find_learner(family, options.network).called,
     )
 
 

@@ -25,8 +25,8 @@ from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
+from training.learner import find_learner
 from training.loss import Autocast, LossRule, NoisyBatch
-from training.made_networks import make_trained_network
 from training.optimizers.optimizer import arrange_weights, find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
@@ -307,15 +307,15 @@ def _make_learning_groups(
     texts: LiveTexts | None,
 ) -> list[dict[str, Any]]:
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
-    if options.network is None:
+    make_network = find_learner(family, options.network).make
+    if options.network is None or make_network is None:
         trainable = train_whole(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:
         network_options = replace(network_options, network_weights=None)  # the file is not read
-    network = make_trained_network(
-        family,
+    network = make_network(
         network_options,
         dit,
         0,

@@ -33,6 +33,7 @@ from running.offload.sharding import as_split, gather_rows, is_split, rows_here,
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import (
     Trainable,
+    WrittenFile,
     open_unused,
     saved_dtypes,
     train_dit,
@@ -61,10 +62,11 @@ def train_split_dit(
         {**group, "params": [rows.get(weight, weight) for weight in group["params"]]}
         for group in default.groups
     ]
+    write = partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)
     return replace(
         default,
         groups=groups,
-        writes={"": partial(_write_model, dit, rows, written_dtypes(dit), open_unused(dit), form)},
+        writes={"": WrittenFile(write)},
         split={part: weight for weight, part in rows.items()},
     )
 

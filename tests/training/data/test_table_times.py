@@ -19,6 +19,7 @@ from tests.training.test_resume import train_in_two_processes
 from training.checks import list_unused_options
 from training.data.feed import Feed
 from training.data.table_times import times_by_group
+from training.learner import FULL_MODEL
 from training.plan import read_config
 from training.run import prepare_run, train_network
 from training.training_run import TrainingRun
@@ -298,7 +299,7 @@ def test_keys_that_cannot_be_are_explained_before_anything_is_loaded(
     write_tables(tmp_path, "", keys)
     options = toy.toy_options(tmp_path, *words)
     with pytest.raises(UserError, match=message) as raised:
-        read_config(options, toy.ToyFamily())
+        read_config(options, toy.ToyFamily(), FULL_MODEL)
     assert "[[datasets]] 2" in str(raised.value)
 
 
@@ -317,7 +318,7 @@ def test_a_focus_below_the_trained_levels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         OptionError, match="--timestep_focus_range 100 600: only levels from 600 on are trained"
     ):
-        read_config(toy.toy_options(tmp_path, *words), high_alone)
+        read_config(toy.toy_options(tmp_path, *words), high_alone, FULL_MODEL)
 
 
 def test_a_table_of_validation_in_a_file_with_general_windows_is_measured_as_ever(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_a_table_of_validation_in_a_file_with_general_windows_is_measured_as_eve
 def test_options_that_all_tables_replace_are_named(tmp_path: Path) -> None:
     write_tables(tmp_path, LOW, "max_timestep = 500\ndiscrete_flow_shift = 5")
     options = toy.toy_options(tmp_path, *SHIFT, "--max_timestep", 900, "--preserve_distribution_shape")
-    tables = read_config(options, toy.ToyFamily()).datasets
+    tables = read_config(options, toy.ToyFamily(), FULL_MODEL).datasets
 
     lines = list_unused_options(options, takes_guidance=True, shifts_table=False, tables=tables)
     assert lines == ["--max_timestep has no effect: each table of the dataset has its own."]
@@ -350,7 +351,7 @@ def test_without_keys_nothing_is_counted_for_a_table(tmp_path: Path) -> None:
     write_tables(tmp_path, "", "validation = true")
     options = toy.toy_options(tmp_path, *UNIFORM)
 
-    assert times_by_group(options.timesteps, read_config(options, toy.ToyFamily()).datasets) == {}
+    assert times_by_group(options.timesteps, read_config(options, toy.ToyFamily(), FULL_MODEL).datasets) == {}
 
 
 def test_every_distribution_of_a_dataset_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

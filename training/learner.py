@@ -1,0 +1,170 @@
+"""What a run trains: a LoRA, a network that the family makes in its place, or the model itself.
+
+`find_learner` resolves it once for a run; whoever asks afterwards reads the record.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from contract.family import Trains
+from contract.made_networks import DefaultRate, MadeNetwork, WritesNetwork, made_network_of
+from dataset.table import DatasetConfig
+from modules.errors import DatasetError
+from modules.seeds import derive_seed
+from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
+from networks.options import NetworkOptions
+
+ReadCaptions = Callable[[Sequence[str]], str]
+LORA_RATE = DefaultRate(2e-5, "1e-4", 5e-3)
+FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
+
+
+class MakeNetwork(Protocol):
+    """Put the network that learns into a loaded model, and return it.
+
+    with_values: it begins with those of its file. The rest as in `networks.adapter.make_network`.
+    """
+
+    def __call__(
+        self,
+        options: NetworkOptions,
+        dit: nn.Module,
+        seed: int,
+        *,
+        encoders: Mapping[str, nn.Module],
+        in_dit: bool,
+        resumed: Mapping[str, Tensor] | None = None,
+        with_values: bool = True,
+    ) -> TrainableNetwork: ...
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a run trains, as those read it who check, load, save and describe the run."""
+
+    called: str  # "LoRA", "ControlNet-LLLite"
+    has_rate_of: str  # "a LoRA": what `default_rate` is usual for
+    default_rate: DefaultRate
+    make: MakeNetwork | None  # None: the model itself learns
+    lora: NetworkOptions | None = None  # None: what learns has no ranks, arguments and formats of a LoRA
+    words: str = ""  # with its sizes, for boxes; "": they follow from the options
+    ending: str = "lora"  # of the architecture in metadata
+    values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
+    write: WritesNetwork | None = None  # None: its files have the form of LoRAs, or of the model
+    check: Callable[[], None] = lambda: None  # raises UserError for a file that it cannot begin with
+    # given the tables, and the attribute of those whose samples stay as the model without a network predicts
+    # them: the tables that it learns from. Raises DatasetError
+    check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, kept: config
+    read_captions: Sequence[ReadCaptions] = ()  # each says of which captions nothing is learned
+    sentences: Sequence[str] = ()  # in place of captions
+    start_option: str = "network_weights"  # of the file that it begins with; "": that of the model's file
+    # see `MadeNetwork.generate`; None: the model's own script generates with it
+    generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
+
+
+FULL_MODEL = Learner(
+    called="model", has_rate_of="a whole model", default_rate=FULL_RATE, make=None, start_option=""
+)
+
+
+def find_learner(family: Trains, network: NetworkOptions | None) -> Learner:
+    """Return what a run trains. network: of its options; None: the model itself."""
+    if network is None:
+        return FULL_MODEL
+    made = made_network_of(family)
+    if made is not None:
+        return _describe_made(made)
+    return Learner(
+        called="LoRA",
+        has_rate_of="a LoRA",
+        default_rate=LORA_RATE,
+        make=partial(_make_lora, family.lora_module),
+        lora=network,
+    )
+
+
+def _describe_made(made: MadeNetwork) -> Learner:
+    """Return the network of a family's own as what a run trains."""
+    reads_captions = made.in_texts and not made.sentences
+    return Learner(
+        called=made.called,
+        has_rate_of=made.called,
+        default_rate=made.usual_rate,
+        make=partial(_make_own, made),
+        words=made.words,
+        ending=made.ending,
+        values=made.values,
+        write=made.write,
+        check=made.check,
+        check_data=partial(_check_data, made),
+        read_captions=(made.check_captions,) if reads_captions else (),
+        sentences=made.sentences,
+        start_option=made.start_option,
+        generate=made.generate,
+    )
+
+
+def _make_lora(
+    module: str,
+    options: NetworkOptions,
+    dit: nn.Module,
+    seed: int,
+    *,
+    encoders: Mapping[str, nn.Module],
+    in_dit: bool,
+    resumed: Mapping[str, Tensor] | None = None,
+    with_values: bool = True,
+) -> TrainableNetwork:
+    """Make a LoRA, see `MakeNetwork`. module: that the family's LoRAs are made by."""
+    return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
+
+
+def _make_own(
+    made: MadeNetwork,
+    options: NetworkOptions,
+    dit: nn.Module,
+    seed: int,
+    *,
+    encoders: Mapping[str, nn.Module],
+    in_dit: bool,
+    resumed: Mapping[str, Tensor] | None = None,
+    with_values: bool = True,
+) -> TrainableNetwork:
+    """Make a network of the family's own, see `MakeNetwork`; what it is made of is in its record."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "network"))
+        module = made.make(nn.ModuleDict(encoders) if made.in_texts else dit, with_values)
+    return ForeignNetwork(module.requires_grad_(True), dit)
+
+
+def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
+    """Check the tables of a made network: its control pictures, or that all pictures are of what it learns.
+
+    With sentences in place of captions, pictures need none. See `Learner.check_data`.
+    """
+    if not made.in_texts:
+        from dataset.control_pairs import check_pairs  # other trainings read caches alone
+
+        check_pairs(config, made.called)
+        return config
+    for table in config.datasets:
+        if table.is_reg:
+            raise DatasetError(
+                f"{table.name}: {made.called} learns nothing from regularisation pictures, as their captions "
+                "lack the word. Leave them out"
+            )
+        if kept in table.attributes:
+            raise DatasetError(
+                f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
+                f"{made.called} has none there. Leave it out"
+            )
+    if not made.sentences:
+        return config
+    tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
+    return replace(config, datasets=tables)
