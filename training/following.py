@@ -23,10 +23,10 @@ from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
 from running.options import say_for_generation
-from training.options import ScriptOption, TrainingOptions
+from training.options import ScriptOption
 from training.plan import TrainingPlan
 from training.reports.history import AVERAGE, PageCommand
-from training.saving.files import Names, state_pattern
+from training.saving.files import state_pattern
 from training.saving.options import LATEST_ONLY
 
 if TYPE_CHECKING:  # it is loaded only if there are prompts
@@ -120,14 +120,6 @@ class NextSteps:
     is_of_caches: bool = False  # the run makes no samples: the files that made the caches are named
 
     @property
-    def options(self) -> TrainingOptions:
-        return self.plan.options
-
-    @property
-    def names(self) -> Names:
-        return self.plan.names
-
-    @property
     def converted_for(self) -> str:
         """Return the tool that reads LoRAs of this family, with the names of the known tuners, only once they
         are converted; empty if there is none.
@@ -142,11 +134,11 @@ class NextSteps:
         saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
         whole run.
         """
-        file = saved or [*self.names.files(self.names.name).values()][0]
+        file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
         here = f"Commands here are typed in the folder {Path.cwd()}."
-        values = option_values(self.options)
-        for name in options_with(type(self.options), "reach", STARTS["reach"]):
+        values = option_values(self.plan.options)
+        for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
             if values[name] is not None:
                 here += f" --{name} is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
@@ -159,7 +151,7 @@ class NextSteps:
         if self.plan.learner.make is None and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         if lora is not None and (_plain_kind(lora) or self._needs_conversion(lora)):
-            files = self.names.files(self.names.stem_of(file)).values()
+            files = self.plan.names.files(self.plan.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
 
@@ -174,7 +166,7 @@ class NextSteps:
 
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
-        network = self.options.network
+        network = self.plan.options.network
         ending = self.converted_for.lower()
         ending = ending if ending.isalpha() else "converted"
         title = f"Convert the LoRA for {self.converted_for}"
@@ -194,11 +186,11 @@ class NextSteps:
     def _can_extract(self) -> bool:
         """Return whether a LoRA can be extracted: of whole checkpoints only between single files."""
         family = self.plan.family
-        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.names.ending))
+        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.plan.names.ending))
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""
-        output = file.with_name(f"{self.names.full_stem(file)}_lora.safetensors")
+        output = file.with_name(f"{self.plan.names.full_stem(file)}_lora.safetensors")
         files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
         words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
         note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
@@ -209,7 +201,7 @@ class NextSteps:
         dit_files = self.plan.family.dit_files  # little noise first
         if not dit_files:
             return FillIn("DIT_FILE")
-        is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
+        is_high = bool(self.plan.names.parts) and file.stem.endswith(HIGH_NOISE)
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
@@ -232,17 +224,19 @@ class NextSteps:
             options = self._start_options()
             left_out = RESUMING | STARTING | {*options}
             ending = []
-            for option, file in zip(options, self.names.files(self.names.name).values(), strict=False):
+            for option, file in zip(
+                options, self.plan.names.files(self.plan.names.name).values(), strict=False
+            ):
                 ending += [f"--{option}", str(file)]
-            if not self.options.saving.saves_state_at_end:
+            if not self.plan.options.saving.saves_state_at_end:
                 ending.append("--save_state_on_train_end")
         return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
 
     def _start_options(self) -> list[str]:
         """Return the options that start a run from trained files, one for each file."""
-        is_network = self.options.network is not None
+        is_network = self.plan.options.network is not None
         option = self.plan.learner.start_option or self._trained_option()
-        parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
+        parts = self.plan.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
     def _trained_option(self) -> str:
@@ -274,13 +268,13 @@ class NextSteps:
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
 
     def _has_state(self) -> bool:
-        entries = [entry.name for entry in self.names.folder.iterdir()]
-        return any(map(state_pattern(self.names.name).fullmatch, entries))
+        entries = [entry.name for entry in self.plan.names.folder.iterdir()]
+        return any(map(state_pattern(self.plan.names.name).fullmatch, entries))
 
     def _generate(self, file: Path) -> PageCommand:
-        shows_sample = self.options.samples.are_made and self.sample
+        shows_sample = self.plan.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        speed = self.options.speed
+        speed = self.plan.options.speed
         launcher = self._launcher() if speed.joined.for_generation else ["python"]
         generation = self.command.generation_words(self.sample, with_caches=self.is_of_caches)
         words = [*generation, *option_words(say_for_generation(speed))]
@@ -303,7 +297,7 @@ class NextSteps:
         """Return the files saved with one: of the expert for much noise, and of the others."""
         average = self.plan.joined.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
-        files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
+        files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
         high_files = []
         other_files = []
         for index, expert in enumerate(self.plan.family.experts):
@@ -321,7 +315,7 @@ class NextSteps:
         """
         words = [*words]
         loras: list[tuple[Path, float]] = []
-        if self.options.network is not None:
+        if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
             assert self.command.entry is not None

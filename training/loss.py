@@ -159,22 +159,6 @@ def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
     return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
 
 
-def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
-    """Return the picture of a prediction, B C F H W, and its sound if the batch has any.
-
-    Given frames are left out, and the picture is multiplied by the root of its masks: so the squared norm of
-    a difference counts places as `sample_errors` does.
-    """
-    sounds = []
-    if noisy_batch.sound is not None:
-        prediction, sound = noisy_batch.joint.split(prediction)
-        sounds.append(sound)
-    weights = place_weights(noisy_batch.batch, prediction)
-    if weights is not None:
-        prediction = prediction * weights.sqrt()
-    return (prediction[:, :, noisy_batch.given_frames :], *sounds)
-
-
 def sample_errors(
     spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule
 ) -> tuple[Tensor, ...]:

@@ -69,6 +69,8 @@ class TrainingPlan:
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     joined: JoinedRun  # by features that are on
     learner: Learner
+    network_module: str  # of the network; empty if the model itself is trained
+    names: Names  # of its files
     others: OtherFamilies
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
@@ -92,22 +94,16 @@ class TrainingPlan:
         return self.others.sampling or self.family
 
     @property
-    def names(self) -> Names:
-        """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
-        has_parts = self.options.by_expert.lora_per_expert
-        parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
-        full_dit = self.options.whole_dit
-        ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
-        return Names(*self.options.saving.place, parts, ending, tuple(self.joined.files_beside))
-
-    @property
-    def network_module(self) -> str:
-        """Return the module of the network; empty if the model itself is trained."""
-        return module_of(self.family, self.options)
-
-    @property
     def splits_model(self) -> bool:
         return splits_full_model(self.options)
+
+
+def _name_files(family: Family, options: TrainingOptions, joined: JoinedRun) -> Names:
+    """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
+    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
+    full_dit = options.whole_dit
+    ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
+    return Names(*options.saving.place, parts, ending, tuple(joined.files_beside))
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
@@ -184,6 +180,8 @@ def make_plan(
         options=options,
         joined=joined,
         learner=learner,
+        network_module=module_of(family, options),
+        names=_name_files(family, options, joined),
         others=others,
         accelerator=accelerator,
         quantisation=quantization,

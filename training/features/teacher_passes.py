@@ -16,7 +16,7 @@ from training.features.hooks import JoinedRun
 from training.features.teacher_balance import find_balance
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
-from training.loss import NoisyBatch, split_streams
+from training.loss import NoisyBatch, place_weights
 from training.targets.passes import (
     Measure,
     Streams,
@@ -161,12 +161,28 @@ def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
 
 def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
     """Return the errors of `split_errors`, of places as far as they count."""
-    outputs = split_streams(output, noisy_batch)
-    targets = split_streams(target, noisy_batch)
+    outputs = _split_streams(output, noisy_batch)
+    targets = _split_streams(target, noisy_batch)
     errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
     for sound_output, sound_target in zip(outputs[1:], targets[1:], strict=True):
         errors.append(split_errors(sound_output, sound_target, split, has_channels=False))
     return tuple(errors)
+
+
+def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
+    """Return the picture of a prediction, B C F H W, and its sound if the batch has any.
+
+    Given frames are left out, and the picture is multiplied by the root of its masks: so the squared norm of
+    a difference counts places as `sample_errors` does.
+    """
+    sounds = []
+    if noisy_batch.sound is not None:
+        prediction, sound = noisy_batch.joint.split(prediction)
+        sounds.append(sound)
+    weights = place_weights(noisy_batch.batch, prediction)
+    if weights is not None:
+        prediction = prediction * weights.sqrt()
+    return (prediction[:, :, noisy_batch.given_frames :], *sounds)
 
 
 def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
