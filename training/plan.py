@@ -1,7 +1,7 @@
 """Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -122,10 +122,10 @@ def make_plan(
     others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
     """Find state, items and steps; check what can be known before loading. others: see `train_network`."""
-    is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
+    is_main, saving = accelerator.is_main_process, options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
-    quantization = check_computing(family, options, device)
+    quantization = check_computing(family, options, accelerator.device)
     check_before_loading(family, options, learner, others)  # before minutes of encoding
     joined = begin_run(options, family, config.datasets)
     _check_tables(options, config)
@@ -138,12 +138,11 @@ def make_plan(
         family,
         options,
         config=config,
-        device=device,
+        device=accelerator.device,
         texts=texts,
         commands=commands,
+        needs=joined.needs,
     )
-    if EMPTY_PROMPT in joined.needs and brings_empty_text(family):
-        sources = replace(sources, empty_text=family.empty_text())
     items = _find_items(
         family,
         config,
@@ -234,20 +233,25 @@ def _find_sources(
     device: torch.device,
     texts: LiveTexts | None,
     commands: CachingCommands,
+    needs: Collection[str],
 ) -> BatchSources:
-    """Return the sources of those parts of batches that `texts` does not encode."""
-    if not _may_encode(options, config):
-        return BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
-    from training.caching_inside import prepare_sources  # most runs read caches alone
+    """Return the sources of those parts of batches that `texts` does not encode. needs: see `JoinedRun`."""
+    if _may_encode(options, config):
+        from training.caching_inside import prepare_sources  # most runs read caches alone
 
-    return prepare_sources(
-        family,
-        config,
-        options.caching,
-        device=device,
-        texts=texts,
-        commands=commands,
-    )
+        sources = prepare_sources(
+            family,
+            config,
+            options.caching,
+            device=device,
+            texts=texts,
+            commands=commands,
+        )
+    else:
+        sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
+    if EMPTY_PROMPT in needs and brings_empty_text(family):
+        return replace(sources, empty_text=family.empty_text())
+    return sources
 
 
 @contextmanager
