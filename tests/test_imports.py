@@ -261,9 +261,8 @@ _TOOLS = {
         "sdxl_merge_lora",
     ),
 }
-# lines, docstrings not counted, that a training of caches reads at its start, without the family's; 500 parse
-# and check by tables before them, 200 are the form and names of models in parts, 210 read the index of the
-# caches
+# lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and
+# check by tables before them, 200 are the form and names of models in parts, 210 read the index of the caches
 MAX_READ = 37_850
 # 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
 # name the formats of captions and prompts in JSON files
@@ -311,6 +310,19 @@ def _reached_from(*places: str, at_start: bool = False) -> set[Path]:
         files = {ROOT / f"{name.replace('.', '/')}.py" for name in _imported(path, at_start)}
         waiting |= {file for file in files if file.is_file()} - reached
     return reached
+
+
+def _count_lines(path: Path) -> int:
+    """Return the number of lines of a file without its docstrings, which explain code and load none."""
+    text = path.read_text(encoding="utf-8")
+    count = text.count("\n")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            assert docstring.end_lineno is not None
+            count -= docstring.end_lineno - docstring.lineno + 1
+    return count
 
 
 def _is_light(path: Path) -> bool:
@@ -361,18 +373,6 @@ def test_a_training_loads_no_tool_for_finished_videos() -> None:
     reached = _reached_from("wan_train_network.py", "training/run.py", at_start=True)
     tools = (ROOT / "post", ROOT / "data_tools")
     assert [path for path in reached if any(map(path.is_relative_to, tools))] == []
-
-
-def _count_lines(path: Path) -> int:
-    """Return the lines of a file without those of docstrings, which make no start slower."""
-    text = path.read_text(encoding="utf-8")
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = [
-        node.body[0]
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, documented) and ast.get_docstring(node) is not None
-    ]
-    return text.count("\n") - sum((each.end_lineno or 0) - each.lineno + 1 for each in docstrings)
 
 
 def test_a_training_of_caches_reads_neither_sources_nor_shards() -> None:
