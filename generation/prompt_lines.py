@@ -109,10 +109,12 @@ def _read_side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
+    """Return a path without quotation marks around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
+    """Return a name unchanged; it exists because every line option has a reader."""
     return text
 
 
@@ -204,6 +206,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
+    """Return the option that a word means, by its letters or its full name; None if it is unknown."""
     option = options.get(word)
     if option is not None:
         return option
@@ -217,6 +220,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
+    """Store the value of an option, and unset the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -430,6 +434,15 @@ _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", r
 
 
 def read_prompt_file(path: Path, option: str) -> str:
+    """Read a file of prompts.
+
+    Args:
+        path: The text file.
+        option: Option that names it, for messages.
+
+    Raises:
+        OptionError: If it cannot be read, is no UTF-8 text, or is a web page or a Git LFS pointer.
+    """
     try:
         text = read_text(path)
         if _NO_PROMPTS.match(text):
