@@ -81,6 +81,7 @@ def sound_tag(tag: str) -> str:
 
 
 def sound_file_name(latent_file: str, tag: str) -> str:
+    """Return the name of the cache of a clip's sound, which is next to that of its latents."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
 
 
@@ -145,6 +146,7 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
 
 
 def empty_text_name(tag: str) -> str:
+    """Return the name of the cache of the empty prompt, which all items of a folder share."""
     return f"{tag}_te.empty{SUFFIX}"
 
 
@@ -167,20 +169,24 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
+    """Return whether a file is a cache of the empty prompt, also one with a name in front."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
+    """Return the stem of the source whose caption a file is the cache of; None if it is no text cache."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
 def is_cache_name(name: str) -> bool:
+    """Return whether a name is that of a cache of any family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
 def is_safe_name(name: str) -> bool:
+    """Return whether a name can be used as a file name on every system."""
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
@@ -242,18 +248,22 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
+        """Make an entry from tensors by their names in the file."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property
     def path(self) -> Path:
+        """Path of the file, made only when it is asked for, as there may be millions of entries."""
         return Path(self.place)
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the tensors without sizes and dtype."""
         return frozenset(map(tensor_key, self.shapes))
 
     @property
     def grids(self) -> frozenset[Grid]:
+        """Sizes in the names of latents: frames, height and width."""
         return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property
@@ -266,12 +276,15 @@ class Entry:
 
     @property
     def variable(self) -> frozenset[str]:
+        """Names of the tensors whose length differs per item."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
 class CacheStore(Protocol):
-    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
-    at once, and other processes may write other entries of the same folder meanwhile.
+    """The entries of one cache folder.
+
+    An entry exists completely or not at all. Several threads may use the store at once, and other processes
+    may write other entries of the same folder meanwhile.
     """
 
     @property
@@ -383,10 +396,12 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
-    """Return whether the tensor names are those of a latent cache of the family `architecture`, not of a
-    LoRA.
+    """Return whether the tensor names are those of a latent cache of a family, not of a LoRA.
 
-    sound: check for a cache of a clip's sound.
+    Args:
+        entry: Entry or its header.
+        architecture: The family's name.
+        sound: Check for a cache of a clip's sound.
     """
     return (
         (SOUND in entry.keys if sound else bool(entry.grids))
@@ -396,6 +411,7 @@ def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> boo
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
+    """Return whether the tensor names are those of a text cache of the family `architecture`."""
     return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 

@@ -405,8 +405,10 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
-    """Return the key that says where a table's items are; None, with a line in `problems`, if there is not
-    exactly one.
+    """Return the key that says where a table's items are.
+
+    Returns:
+        None, with a line in `problems`, if there is not exactly one.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:

@@ -337,10 +337,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats; warn about others with
-    pictures.
+    """Return a subset for each folder whose name begins with a number of repeats.
 
-    known: a folder that another option reads.
+    A warning names other folders with pictures. `known` is a folder that another option reads.
     """
     try:
         with os.scandir(folder) as entries:

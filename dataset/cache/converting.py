@@ -136,8 +136,15 @@ Form = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: Form, target: Form, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
-    """Copy entries that the target lacks or has with other contents. what: word for an entry of the source.
-    damaged: gets a line for each entry that cannot be read.
+    """Copy entries that the target lacks or has with other contents.
+
+    Args:
+        names: Names of the entries.
+        source: Form to read.
+        target: Form to write.
+        what: Word for an entry of the source.
+        dry_run: Count only.
+        damaged: List that gets a line for each entry that cannot be read.
     """
     copied = unchanged = size_bytes = 0
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):

@@ -57,8 +57,9 @@ def is_heard_apart(table: DatasetTable, sound: SoundSpec | None) -> bool:
 
 
 def is_indexed(table: DatasetTable, sound: SoundSpec | None) -> bool:
-    """Return whether a table can have an index: a folder or a JSONL list, cached in single files, whose texts
-    are of captions alone.
+    """Return whether a table can have an index.
+
+    It is a folder or a JSONL list, cached in single files, whose texts are of captions alone.
     """
     has_other_parts = is_heard_apart(table, sound) or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
@@ -124,8 +125,10 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     """Return the index of a table's caches; None if there is none, or if anything is not as it was.
 
     Args:
+        table: Table of the dataset.
         names: Names of the files in the cache folder.
         tag: The family's cache_tag.
+        latent: The family's latent space.
     """
     if NAME not in names:
         return None

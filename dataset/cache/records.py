@@ -135,8 +135,11 @@ def _clip_info(content: Any) -> ClipInfo:
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
     """Split the record of a latent cache into the texts around its checksums and files, and the files.
-    Records with equal texts differ in checksums and files only. None if the record cannot be split that
-    simply.
+
+    Records with equal texts differ in checksums and files only.
+
+    Returns:
+        None if the record cannot be split that simply.
     """
     text = entry.metadata.get(RECORD_KEY, "")
     parts = _OF_ITEM.split(text)
@@ -281,8 +284,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _content(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield the value of a key in an entry's record; None if there is no record. Errors of the block that
-    show a damaged record become CacheError.
+    """Yield the value of a key in an entry's record; None if there is no record.
+
+    Errors of the block that show a damaged record become CacheError.
     """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:
@@ -309,6 +313,7 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
+    """Return the number of pixel frames of a section whose window has so many latent frames."""
     return latent.count_frames(window)
 
 
@@ -339,8 +344,9 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that passed; if there are too many, the older ones are forgotten and checked
-        again.
+        """Remember an item that passed.
+
+        If there are too many, the older ones are forgotten and checked again.
         """
         if len(self.checked) >= self.most_checked:
             self.checked.clear()

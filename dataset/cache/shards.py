@@ -68,6 +68,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
+        """Return the names of all entries, after looking for new shards."""
         with self._lock:
             return self._read_catalog(is_new=True).names()
 
@@ -97,6 +98,7 @@ class ShardStore:
         return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write tensors as the bytes of a safetensors file, into this process's shard."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
@@ -115,6 +117,7 @@ class ShardStore:
             catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
 
     def remove(self, name: str) -> None:
+        """Write that an entry is gone; its bytes are freed when shards are rewritten."""
         with self._lock:
             if name in self:
                 self.write_bytes(name, None)
@@ -221,6 +224,7 @@ def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) ->
 
 
 def shard_errors(folder: Path) -> list[str]:
+    """Return a line for each shard of a folder that cannot be read."""
     return Catalog(folder).faults
 
 
@@ -250,8 +254,9 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
-    """Write the valid entries of some shards to new ones, then remove the old ones: after a kill every entry
-    is in one shard or in two.
+    """Write the valid entries of some shards to new ones, then remove the old ones.
+
+    After a kill every entry is in one shard or in two.
     """
     sizes = catalog.entry_bytes()
     opened: dict[str, sqlite3.Connection] = {}

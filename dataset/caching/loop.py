@@ -50,6 +50,7 @@ class NextCommand:
 
     @property
     def line(self) -> str:
+        """The command as the user types it."""
         return as_typed(self.words)
 
     @property

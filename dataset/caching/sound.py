@@ -60,8 +60,10 @@ class _SoundJob(NamedTuple):
 
 
 class SoundWork:
-    """Encode the sound of a dataset. The networks are loaded when they are first needed and stay until
-    `free`, or until the encoders of pictures take their place.
+    """Encode the sound of a dataset.
+
+    The networks are loaded when they are first needed and stay until `free`, or until the encoders of
+    pictures take their place.
     """
 
     def __init__(
@@ -145,13 +147,15 @@ class SoundWork:
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
+        """Release the networks, if they are loaded."""
         if self._networks is not None:
             self._networks = None
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
-        """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"`
-        nothing changes.
+        """Compare a clip's entries of sound with those that this run would write.
+
+        With `audio = "ignore"` existing entries are kept and none is missing.
         """
         existing = self._existing[source.table.index].of(source.stem)
         valid: list[str] = []

@@ -1,5 +1,6 @@
-"""List the texts to encode, and plan their caches: which outputs of the encoders are valid, in finished and
-unfinished files, and which are missing.
+"""List the texts to encode, and plan their caches.
+
+The plan says which outputs of the encoders are valid, in finished and partial caches.
 """
 
 import logging
@@ -40,6 +41,7 @@ BLIND = Sight()
 
 
 def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
+    """Return whether any encoder sees the frames of a clip, and whether any sees the media of a row."""
     abilities = [encoder.can for encoder in encoders]
     return Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
 
@@ -227,8 +229,9 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Describe how a record differs from the current text, encoder, settings, or reference pictures; None if
-    it does not.
+    """Describe how a record differs from what is encoded now; None if it does not.
+
+    Compared are text, encoder, settings and reference pictures.
     """
     changed = (
         difference(record.encoder, identity)

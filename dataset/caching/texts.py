@@ -204,6 +204,7 @@ class TextWork:
         return further
 
     def free(self) -> None:
+        """Release the encoder that is loaded, if there is one."""
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None

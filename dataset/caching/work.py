@@ -86,8 +86,9 @@ def _check_table(
     companions: Sequence[MediaSource],
     shown: tuple[tuple[ShownMedium, ...], ...],
 ) -> None:
-    """Raise DatasetError if a family cannot use a table. companions: sources with references or masks of
-    control clips.
+    """Raise DatasetError if a family cannot use a table.
+
+    `companions` are sources with references or masks of control clips, `shown` the media of rows.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
@@ -117,8 +118,10 @@ def _check_sound(table: DatasetTable, learns_sound_alone: bool) -> None:
 
 
 class MediaWork:
-    """Encode the latents of a dataset. The encoders are loaded when they are first needed and stay until
-    `free`; encoders of media and of sound replace each other on the device.
+    """Encode the latents of a dataset.
+
+    The encoders are loaded when they are first needed and stay until `free`. Encoders of media and of sound
+    replace each other on the device.
     """
 
     def __init__(
@@ -263,6 +266,7 @@ class MediaWork:
         return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
+        """Release the encoders of media and of sound, if they are loaded."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
@@ -277,8 +281,9 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
-        to `finished`, and sources that cannot be read to `failures`.
+        """Yield the missing items of the plans, while threads decode the next ones.
+
+        Completed plans are added to `finished`, and sources that cannot be read to `failures`.
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
@@ -304,8 +309,9 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and pass its files to `write`; then files of sections that an item no longer has are
-        removed. Return table index and name of each file.
+        """Encode a batch and pass its files to `write`; return table index and name of each file.
+
+        Files of sections that an item no longer has are removed afterwards.
         """
         if self._encoders is None and not batch[0].moments:
             self.free()  # the networks of pictures and of sound take turns
@@ -432,8 +438,9 @@ def _report_of(
     share: int,
     total: int,
 ) -> prefetch.CacheReport:
-    """Return the report of a share of the sources. share, total: how many sources it has, and how many there
-    are.
+    """Return the report of a share of the sources.
+
+    `share` and `total` are how many sources it has, and how many there are.
     """
     valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized, silent = [], [], [], []

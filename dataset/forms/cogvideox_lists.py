@@ -191,17 +191,21 @@ class CogVideoXTensors:
 
     @property
     def moments(self) -> Path:
+        """File of the moments of the clip."""
         return self.folder / MOMENTS / f"{self.name}.pt"
 
     @property
     def image(self) -> Path | None:
+        """File of the moments of the first frame; None if the family does not use them."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property
     def embeds(self) -> Path | None:
+        """File of the encoded prompt; None if the prompt is encoded here."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":
+        """Return the tensors without the moments of the first frame."""
         return replace(self, uses_image=False)
 
 

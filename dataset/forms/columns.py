@@ -23,6 +23,11 @@ def table_lines(path: Path) -> Iterator[str]:
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
+    """Check the names of a table's columns.
+
+    Raises:
+        DatasetError: If there are too many columns, or if a name occurs twice.
+    """
     if len(names) > MAX_COLUMNS:
         raise DatasetError(f"{path} has {len(names):,} columns, at most {MAX_COLUMNS:,} are read")
     twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)

@@ -79,6 +79,7 @@ SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda
 
 
 def form_of(table: DatasetTable) -> DataForm:
+    """Return the form of data of a table, by the keys that it has."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
@@ -118,11 +119,13 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None: all of them. A name that is not a column is
-    left out.
+    """Yield the rows of a table with the columns `names`; None for all of them.
 
-    A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
-    file is missing, does not fit its suffix, or is not UTF-8.
+    A name that is not a column is left out. A row that cannot be read has a `fault` and no values; the next
+    ones follow.
+
+    Raises:
+        DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
     """
     yield from row_format(path).read_rows(path, names)
 

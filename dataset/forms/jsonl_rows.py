@@ -31,6 +31,7 @@ def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def look_at_lines(table: DatasetTable) -> LookedAt:
+    """Return the rows of a list and the names that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
     return LookedAt(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)

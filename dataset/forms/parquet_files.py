@@ -103,11 +103,23 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes); 0 if
-    there is none. Each row may unpack to a value as large as that page.
+    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes).
 
-    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all nested ones.
-    Raises DatasetError if the pages unpack to too much, ValueError if they are damaged, OSError.
+    Each row may unpack to a value as large as that page.
+
+    Args:
+        file: A `ParquetFile`.
+        pages: Counter for the pages of this row group.
+        group: Index of the row group.
+        columns: Names of columns, with all nested ones.
+
+    Returns:
+        0 if there is no such page.
+
+    Raises:
+        DatasetError: If the pages unpack to too much.
+        ValueError: If the pages are damaged.
+        OSError: If the file cannot be read.
     """
     chunks = file.metadata.row_group(group)
     largest = 0
@@ -220,6 +232,7 @@ class ParquetCell:
         yield read_cell(self)
 
     def describe(self) -> dict[str, Any]:
+        """Return the file that the cell is in, as a cache records it."""
         return {"in": str(self.container)}
 
 
@@ -254,11 +267,16 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return a function: row number, from 1 -> place of the cell in a Parquet file. column: from
-    `cell_column`.
+    """Return a function of a row number, from 1, that returns the cell in a Parquet file.
 
-    finds_nulls: return None for a cell that is null and names no file; a row group with such cells is read.
-    Raises DatasetError if its row groups are too large to read one at a time.
+    Args:
+        path: A file or part.
+        column: Name that `cell_column` returned.
+        finds_nulls: Return None for a cell that is null and names no file. A row group with such cells is
+            read.
+
+    Raises:
+        DatasetError: If row groups are too large to be read one at a time.
     """
     may_be_null: list[bool] = []  # by row group: whether some cells may be null
     starts = [0]  # rows before each row group, and before the end

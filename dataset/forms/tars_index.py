@@ -358,8 +358,10 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return the name of a member without times: GNU tar writes times into incremental archives where other
-    archives have the beginning of a name, and `tarfile` reads them as such.
+    """Return the name of a member without times.
+
+    GNU tar writes times into incremental archives where other archives have the beginning of a name, and
+    `tarfile` reads them as a name.
     """
     if not info.name[0].isdigit():
         return info.name

@@ -60,17 +60,25 @@ class TarMember:
                 yield piece
 
     def describe(self) -> dict[str, Any]:
+        """Return the tar and the bytes in it that the member has, as a cache records them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 
 def list_tars(
     table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of the table, in any order; add errors to `faults`. patterns: paths, globs or
-    addresses of its tars, with braces.
+    """Return the sources of a table of tars, in any order, and add errors to `faults`.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
-    run. Raises DatasetError if no tar is named.
+    run.
+
+    Args:
+        table: Table of the dataset.
+        patterns: Paths, globs or addresses of its tars, with braces.
+        faults: List that gets a fault for each tar or sample that cannot be used.
+
+    Raises:
+        DatasetError: If no tar is named.
     """
     samples: list[tuple[Path, TarSample]] = []
     suffixes, spare_suffixes = media_suffixes(table.kind)
@@ -163,6 +171,7 @@ def _part(tar: Path, member: Member) -> Part:
 
 
 def name_parts(path: Path, name: str) -> Path:
+    """Return a path inside `path` for a member's name, without "..", so that it stays inside."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
@@ -200,8 +209,11 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
-    cannot be downloaded.
+    """Yield the tars of a name without braces.
+
+    Raises:
+        DatasetError: If there is none.
+        MediaError: If a tar cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
         name = url2pathname(split_address(name).path)
@@ -241,6 +253,7 @@ def _list_local_tars(name: str) -> list[Path]:
 
 
 def has_wildcard(name: str) -> bool:
+    """Return whether a name is a glob."""
     return any(mark in name for mark in "*?[")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
 
 
 def caption_path(media: Path, extension: str) -> Path:
+    """Return the path of the caption next to an image or a clip."""
     return media.with_name(media.stem + extension)
 
 
@@ -170,6 +171,7 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def lines_of(text: str) -> list[str]:
+    """Return the lines of a text that are not blank, without blanks at their ends."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -180,6 +182,7 @@ def join_parts(text: str, changes: CaptionChanges) -> str:
 
 
 def add_trigger(caption: str, trigger: str) -> str:
+    """Put the trigger word in front of a caption that does not have it as a word."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
@@ -220,6 +223,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
+    """Return the message for a caption that is longer than an encoder reads, with the text that is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

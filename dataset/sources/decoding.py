@@ -112,6 +112,7 @@ class DecodedMedia:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
+        """All arrays that encoders take: frames, control media, masks, references, rejected clip, moments."""
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
         rejected = [] if self.worse is None else [self.worse]
         return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
@@ -125,6 +126,7 @@ class DecodedMedia:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes that the item takes in memory."""
         mask_bytes = 0 if self.mask is None else self.mask.nbytes
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
@@ -257,8 +259,9 @@ def _read_control_clips(
     clock: Sequence[tuple[int, float]],
     changes: list[str],
 ) -> list[Clip]:
-    """Read the control clips of a fetched clip of `count` frames; add a line to `changes` for each whose
-    frames change their size. clock: see `companion_frames`.
+    """Read the control clips of a fetched clip of `count` frames.
+
+    A line is added to `changes` for each whose frames change their size. `clock` is as in `companion_frames`.
     """
     clips = []
     for path in here.control:
@@ -412,8 +415,10 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random
 
 
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
-    """Read a control image, 1 H W 3 or 4: alpha is kept apart from the colours, because Pillow would darken
-    the colours by it, and generation does not.
+    """Read a control image, 1 H W 3 or 4.
+
+    Alpha is kept apart from the colors, because Pillow would darken the colors by it, and generation does
+    not.
     """
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [place(colors)]
@@ -502,8 +507,9 @@ def _repeat_first(frames: Iterator[Frame]) -> Clip:
 
 
 def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
-    never copied.
+    """Collect frames at bucket size, and their transparency if any.
+
+    The array grows in place, so that a clip is never copied.
     """
     width, height = bucket
     room = min(wanted_frames or GROWTH, GROWTH)

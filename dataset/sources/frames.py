@@ -157,8 +157,13 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 
 
 def file_rate(path: Path) -> float | None:
-    """Return a video's frames per second, from its header; None for folders and animations, which are timed
-    otherwise. Raises MediaError if it cannot be read.
+    """Return a video's frames per second, from its header.
+
+    Returns:
+        None for folders and animations, which are timed in another way.
+
+    Raises:
+        MediaError: If the video cannot be read.
     """
     if path.is_dir() or is_animation(path):
         return None
@@ -262,8 +267,9 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 def read_moving(
     path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer clip is cut, a shorter one repeats its
-    last frame.
+    """Turn the frames of a mask clip, H W 3 or 4, into masks.
+
+    A longer clip is cut, a shorter one repeats its last frame.
     """
     look = MaskLook()
     masks: list[Frame] = []

@@ -138,10 +138,15 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
-    """Return the sizes that the reference pictures of an image get, from their headers; () if they are not
-    on disk.
+    """Return the sizes that the reference pictures of an image get, from their headers.
 
-    bucket: of the image. Raises MediaError if one cannot be used.
+    `bucket` is that of the image.
+
+    Returns:
+        () if the pictures are not on disk.
+
+    Raises:
+        MediaError: If one cannot be used.
     """
     if source.origins:
         return ()
@@ -153,6 +158,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
 
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
+    """Return the error for a reference picture that cannot be used."""
     text = f"a reference picture of {source.path.name} cannot be used: {error}"
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 

@@ -30,10 +30,13 @@ class NoSound(MediaError):
 
 
 def find_sound(source: MediaSource) -> Path:
-    """Return the file with the sound of a clip, downloaded if it is at an address. The file may still have no
-    track.
+    """Return the file with the sound of a clip, downloaded if it is at an address.
 
-    source: fetched. Raises NoSound if no file fits, MediaError if a file is missing or unreadable.
+    `source` has been fetched. The file may still have no track.
+
+    Raises:
+        NoSound: If no file fits.
+        MediaError: If a file is missing or unreadable.
     """
     table, path = source.table, source.path
     stated = table.stated_fps
