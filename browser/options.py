@@ -112,7 +112,7 @@ class BrowserOptions(Options, title="browser"):
             )
 
     def _check_folder(self, folder: Path) -> None:
-        """Raise OptionError if a folder does not exist, or is a file of an unknown kind."""
+        """Raise OptionError if a folder does not exist, or is a file without a history or a dataset."""
         # the output folder of a described folder does not exist before its first training
         is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
         if not folder.exists() and not (is_described and self.export is None):
