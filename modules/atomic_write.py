@@ -265,7 +265,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_storable(text: str) -> str:
-    """Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\\udce9`."""
+    r"""Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -322,6 +322,7 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
+    """Return the path that this process writes to before it renames the file to `path`."""
     return path.with_name(f".{path.name}.{_mark_of_writer()}.tmp")
 
 

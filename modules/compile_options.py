@@ -209,6 +209,7 @@ class GenerationCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
+        """How to compile; None if --compile is off."""
         return self.compilation(GENERATION_ARGS) if self.compile else None
 
 

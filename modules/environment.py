@@ -177,10 +177,13 @@ def _install(
 def _install_lines(
     python: Path, lines: list[str], flags: list[str], uv: str | None, is_shown: bool = False
 ) -> None:
-    """Install packages, with pip if there is no uv or if uv fails: settings of pip may name an index that uv
-    does not know. Raises UserError if that fails too.
+    """Install packages, with pip if there is no uv or if uv fails.
 
-    is_shown: show uv's progress; if it fails, it runs once more and what it says is read for the cause.
+    Settings of pip may name an index that uv does not know. With `is_shown` uv's progress is shown; if it
+    fails, it runs once more, and its output is read for the cause.
+
+    Raises:
+        UserError: If pip fails too.
     """
     what = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
     if uv is not None:

@@ -23,6 +23,7 @@ class NvidiaCard:
 
     @property
     def series(self) -> int:
+        """Series of the driver: 535 for 535.104.05."""
         return int(self.driver.partition(".")[0])
 
 

@@ -41,6 +41,11 @@ class FillIn(str):
 
 
 def check_characters(option: str, value: Any) -> None:
+    """Check that the texts of an option's value hold no character that no text or file name can have.
+
+    Raises:
+        OptionError: If one does.
+    """
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
         if isinstance(text, Path) and "\0" in str(text):  # other bytes that are not UTF-8 may be in a name
@@ -97,6 +102,11 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
 
 
 def check_numbers(option: str, value: Any) -> None:
+    """Check that the numbers of an option's value are finite and not absurdly large.
+
+    Raises:
+        OptionError: If one is not.
+    """
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(number, (int, float)) or option in UNBOUNDED:
             continue
@@ -107,6 +117,7 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def show_number(number: float) -> str:
+    """Return a number for messages; a very long one is described by its number of digits."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
@@ -118,6 +129,11 @@ def as_shape(sizes: Iterable[int]) -> str:
 
 
 def convert_value(value: Any, hint: Any, option: str) -> Any:
+    """Convert a typed or given value to the type of its option's field.
+
+    Raises:
+        OptionError: If it cannot be that type.
+    """
     if value is None:
         return None
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -286,16 +302,22 @@ def read_full(text: str) -> int:
 
 
 def few_digits(text: str) -> int:
+    """Return a text as a whole number.
+
+    Raises:
+        ValueError: If it is none, or has more digits than any number of an option; Python takes long for
+            these.
+    """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
     return int(text)
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line: True is a switch; None, False and an empty sequence leave
-    one out.
+    """Return options as words of a command line.
 
-    One text that begins with - goes behind an equals sign.
+    True is a switch; None, False and an empty sequence leave an option out. One text that begins with - goes
+    behind an equals sign.
     """
     words: list[str] = []
     for name, value in values.items():

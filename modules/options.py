@@ -181,6 +181,7 @@ class Rejection(NamedTuple):
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
+    """Return why an argument is not supported; None if it is."""
     return vars(action).get("refusal")
 
 
@@ -253,6 +254,7 @@ class Options:
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
+        """Make the record with its default values, except for the given ones."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -340,6 +342,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none
@@ -375,11 +378,11 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their default values and have no effect, as another option is
-    missing.
+    """Warn of options that are typed with their default values and have no effect.
 
-    Other values are refused or reported by `_check_info`. Default values change nothing, and commands of
-    other programs contain them. typed: names of the typed arguments.
+    Another option is missing for them. Other values are rejected or reported by `_check_info`. Default values
+    change nothing, and commands of other programs contain them. `typed` holds the names of the typed
+    arguments.
     """
     fields = _fields_by_name(type(record))
     for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
@@ -392,10 +395,9 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect, as another option is
-    missing.
+    """Return the public names of options with default values that have no effect.
 
-    written: names of the arguments that the user wrote.
+    Another option is missing for them. `written` holds the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -554,6 +556,7 @@ def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
+    """Return the names of a record's options for which a fact has a value."""
     return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 
@@ -576,6 +579,7 @@ def record_of(hint: Any) -> Any:
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
+    """Return the public name of a field's option, without --."""
     return str(field.metadata.get("option", field.name))
 
 

@@ -111,10 +111,12 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
+    """Return whether a person at a terminal can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_on_terminal(question: str) -> str:
+    """Write a question to standard error and return the line that is typed."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()
@@ -140,6 +142,7 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
+    """Ask whether to overwrite, without the offer of another name; None if there is no terminal."""
     return ask_at_console(question, offers_name=False)
 
 

@@ -160,6 +160,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
+        """The back end that is switched on, sdpa if none is."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
@@ -179,10 +180,12 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
+        """The back end of --attn_mode."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
 def flag_of(mode: str, training: bool) -> str:
+    """Return the option, with its value, that chooses a back end in training or generation scripts."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -273,6 +276,7 @@ class TrainingFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
+        """Form in which the frozen model's weights are stored; None for that of the file."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
             return Quantisation("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")

@@ -1,7 +1,7 @@
-"""Text files that a user names: regular, of a bounded size, parsed without recursion errors. Standard library
-only.
+"""Text files that a user names: regular, of a bounded size, parsed without recursion errors.
 
-Faults are raised as OSError or ValueError; callers make a UserError of them that names the option or table.
+Standard library only. Errors are raised as OSError or ValueError; callers make a UserError of them that names
+the option or table.
 """
 
 import errno
@@ -31,8 +31,9 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links resolved. Links in a circle stay, and so does a path that no file can have;
-    `Path.resolve` would raise.
+    """Return the path with links resolved.
+
+    Links in a circle stay, and so does a path that no file can have; `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -41,11 +42,13 @@ def real_path(path: Path) -> Path:
 
 
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
-    """Check that `path` is a regular file, or a link to one: reading anything else could wait or continue for
-    ever.
+    """Check that `path` is a regular file, or a link to one, and return its size in bytes.
 
-    Returns its size. Raises OSError whose `strerror` names its kind, as `open` does for a folder or a missing
-    file, or says that it is larger than `limit_bytes`.
+    Reading anything else could wait or continue forever.
+
+    Raises:
+        OSError: If it is of another kind, missing, or larger than `limit_bytes`. `strerror` says which, as
+            `open` does for a folder or a missing file.
     """
     try:
         status = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
@@ -196,6 +199,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
 
 
 def looks_like_object(text: str) -> bool:
+    """Return whether a text begins as a JSON object does."""
     return text.lstrip().startswith("{")
 
 
@@ -297,10 +301,10 @@ def _explain_json(following: str, before: str) -> str:
 
 
 def bad_character(text: str) -> str | None:
-    """Describe the first character that no text can hold: NUL, or half of a surrogate pair. None if there is
-    none.
+    r"""Describe the first character that no text can hold: NUL, or half of a surrogate pair.
 
-    Halves come from a JSON escape such as \\ud800, or from a name that is not UTF-8.
+    Halves come from a JSON escape such as \ud800, or from a name that is not UTF-8. None if there is no such
+    character.
     """
     if "\0" in text:
         return "the character NUL (\\u0000)"

@@ -73,6 +73,7 @@ class Media:
 
     @property
     def is_clip(self) -> bool:
+        """Whether it is a video."""
         return self.kind == "video"
 
 
@@ -852,6 +853,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
+    """Return the references of a medium in a folder; empty if there are none or their names do not fit."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -934,6 +936,7 @@ def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
 
 
 def is_narrow(item: Media) -> bool:
+    """Return whether a picture is far longer than wide, or wider than long."""
     return max(item.size) > LONG * min(item.size)
 
 

@@ -67,6 +67,7 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the file, or of the content that takes its place in the pack."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 

@@ -76,6 +76,7 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
+        """Files that the run needs and that are not there."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -523,8 +524,10 @@ def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> N
 
 
 def _require_script(words: Sequence[str]) -> Path:
-    """Return the script of a command. Raises OptionError if it is not one that a run needs: run.toml may come
-    from somebody else.
+    """Return the script of a command.
+
+    Raises:
+        OptionError: If it is not one that a run needs: run.toml may come from somebody else.
     """
     script = _find_script(words)
     if script is None or script not in _scripts_of_runs():

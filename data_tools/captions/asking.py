@@ -109,6 +109,7 @@ def answer_in_batches(
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
+    """Return the question for a source: that of its own, that of the options, or the default for its kind."""
     if place.question is not None:
         return place.question
     return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]

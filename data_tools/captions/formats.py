@@ -112,6 +112,7 @@ class ObjectAsker:
 
 
 def write_object(caption: dict[str, Any]) -> str:
+    """Return a caption that is a JSON object as one line of text."""
     return json.dumps(caption, ensure_ascii=False)
 
 

@@ -184,6 +184,7 @@ class RowNoise:
         self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores B V with noise, in float32. `input_ids` are not used."""
         # scores: B V
         uniform = torch.stack(
             [

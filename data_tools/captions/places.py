@@ -85,6 +85,7 @@ class CaptionList:
         waiting.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
+        """Return the object in an entry's line; empty if the list has no such entry."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
@@ -197,6 +198,7 @@ class CaptionPlace:
 
     @property
     def media(self) -> str:
+        """The image or clip for messages, without passwords of an address."""
         return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
 
     def __str__(self) -> str:
@@ -325,6 +327,7 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
+        """Return whether this program wrote this text as the caption of this name."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
@@ -339,6 +342,7 @@ class MadeCaptions:
         return self._of_pass if self._pass == what else set()
 
     def begin_pass(self, what: str) -> None:
+        """Record that a pass over all captions begins, unless the last one recorded is the same."""
         if self._pass != what:
             self._append({"begin": what})
 
@@ -359,6 +363,7 @@ def _hash_of(text: str) -> str:
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
+    """Return the record of each folder that has captions, by folder."""
     folders = {place.file.parent for place in places}
     return {folder: MadeCaptions(folder) for folder in folders}
 

@@ -280,7 +280,6 @@ def _make_captions(
     Returns the failures, and how many captions were left alone because they changed meanwhile.
     Raises UserError if the server or the model fails again and again.
     """
-
     failures: list[Failure] = []
     num_changed = 0
     rejections = _Rejections()

@@ -76,10 +76,12 @@ class PreparedItem:
     folder: Path
 
     def file(self, kind: str) -> Path:
+        """Return the path of a file that is made from the clip, by its kind: videos, tensors, ..."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
     def facts(self) -> Path:
+        """Path of the file with the clip's size and number of frames, which is written last and marks it as done."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:

@@ -212,6 +212,7 @@ class CogTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
+        """Load tokenizer and T5 onto `device`."""
         _, transformers = _import_packages()
         self._tokenizer = self._load_tokenizer()
         model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
@@ -236,6 +237,7 @@ class CogTextEncoder:
         return [{KEY: state.clone()} for state in states]
 
     def free(self) -> None:
+        """Release tokenizer and T5."""
         self._model = self._tokenizer = None
 
 

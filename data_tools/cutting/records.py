@@ -48,6 +48,7 @@ class CutRecord:
     lists: tuple[str, ...] = ()  # lists that its lines were written to
 
     def is_of(self, source: Path) -> bool:
+        """Return whether the source has the size and time that it had when it was cut."""
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 

@@ -76,6 +76,7 @@ class PySceneDetect:
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
+        """Return the cuts, each as a change without pictures of its own."""
         if self._count:
             self._cuts += self._detector.post_process(self._time(self._count - 1))
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]

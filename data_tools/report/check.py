@@ -561,8 +561,9 @@ def _compare_sources(
     counters: Counters,
     hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
-    all: training does not need them.
+    """Add remarks about sources without a cache, a caption or cached sound.
+
+    There are none if the sources are gone: training does not need them.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing the sources would download them
         name = form_of(findings.table).name

@@ -331,8 +331,9 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N hashes as -1 or 1: a product of two rows is the number of equal bits minus that
-    of different ones.
+    """Return the bits of N hashes as -1 or 1.
+
+    A product of two rows is the number of equal bits minus that of different ones.
     """
     hashes = np.array([measured.hashes for measured in measures], np.uint64)
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)

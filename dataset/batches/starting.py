@@ -55,8 +55,8 @@ def check_caches(
 ) -> None:
     """Read caches before training begins: of a small data set all, of a large one a sample.
 
-    At most MAX_READ items and captions and MOST_READ_BYTES are read, further captions of an item last. What is
-    encoded while training is not read.
+    At most MAX_READ items and captions and MOST_READ_BYTES are read, further captions of an item last.
+    What is encoded while training is not read.
 
     Args:
         family: Family that is trained.

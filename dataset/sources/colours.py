@@ -51,9 +51,9 @@ def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> st
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
-    """Describe the first reference on disk that was read differently when the cache was made; None without one.
+    """Describe the first reference on disk that was read differently when it was cached.
 
-    `as_shown` is the version of reading that the cache records.
+    `as_shown` is the version of reading that the cache records. None if no reference was.
     """
     return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
 

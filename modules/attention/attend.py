@@ -40,6 +40,7 @@ class Lengths:
 
     @property
     def longest(self) -> int:
+        """Number of tokens of the longest sample."""
         return max(self.counts)
 
     def without(self, count: int) -> "Lengths":
@@ -65,8 +66,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to a batch B `length` N D. Uses one concatenation, so that tokens are copied
-    once.
+    """Pad samples, each n N D, to a batch B `length` N D.
+
+    One concatenation makes the batch, so that tokens are copied once.
     """
     pieces = []
     for sample in samples:

@@ -34,6 +34,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
+        """Number of steps of the solver."""
         return len(self.timesteps)
 
 
@@ -81,8 +82,10 @@ def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> 
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
-    """Move noise levels towards 1 (flow_shift > 1: more steps where the picture is laid out); 0 and 1 stay.
-    Any shape and dtype.
+    """Move noise levels towards 1 if flow_shift is above 1; 0 and 1 stay.
+
+    More steps are then spent where the composition of the picture is decided. `sigmas` have any shape and
+    dtype.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
     """

@@ -87,10 +87,13 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets of at most the resolution's area, ascending: a square, and every width by `step`
-    from `shortest` to `longest` with the greatest height that fits, each also turned.
+    """Return the buckets of at most the resolution's area, ascending.
 
-    Sides are multiples of `step`, as `shortest` and `longest` are. Raises ValueError if there is none.
+    They are a square, and every width by `step` from `shortest` to `longest` with the greatest height that
+    fits, each also turned. Sides are multiples of `step`, as `shortest` and `longest` are.
+
+    Raises:
+        ValueError: If there is none.
     """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
@@ -105,6 +108,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
+    """Return the bucket of equal size, else the one whose aspect ratio is nearest."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -143,6 +147,7 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def how_to_resize(size: Size, resized: Size) -> str:
+    """Return the filter for resizing: area if both sides get smaller, else lanczos; none for equal sizes."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

@@ -164,6 +164,7 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
 def has_alpha(frame: Any) -> bool:
+    """Return whether the pixels of FFmpeg's frame have transparency."""
     return any(part.is_alpha for part in frame.format.components)
 
 
@@ -243,6 +244,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
+    """Return whether a frame is shown with width and height exchanged."""
     return read_orientation(frame).is_transposed
 
 

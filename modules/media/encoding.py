@@ -44,12 +44,14 @@ class Picture:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
+    """Return pixels in 8 bits; those in 16 bits are divided by 257 and rounded."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
+    """Return pixels in 16 bits; those in 8 bits are multiplied by 257, so that white stays white."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -107,6 +109,7 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def select_encoder(codec: str, width: int, height: int) -> str:
+    """Return the codec, or h264 for pictures that are too small for an encoder of h265."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
@@ -291,4 +294,5 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
+    """Return whether MP4 has no place of its own for one of the tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

@@ -101,8 +101,10 @@ def _check_memory(path: Path, image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a video: the container and its video stream. Raises MediaError, also for errors inside the
-    block.
+    """Open a video: the container and its video stream.
+
+    Raises:
+        MediaError: If it cannot be read, also for errors inside the block.
     """
     with reading(path), _open_full(path) as container:
         stream = container.streams.best("video")
@@ -228,6 +230,7 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
+    """Return whether a stream is the cover picture of a song."""
     return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 

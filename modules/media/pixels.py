@@ -68,6 +68,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> "Size":
+    """Return width and height of an image, from its header."""
     from modules.media.reading import frame_size
 
     return frame_size(path)

@@ -81,8 +81,9 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the image suffixes that can be read here, lower case; .avif, .heic and .jxl if Pillow decodes
-    them.
+    """Return the image suffixes that can be read here, lower case.
+
+    .avif, .heic and .jxl are among them if Pillow decodes them here.
     """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
@@ -180,8 +181,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskLook:
-    """Evidence that a mask is drawn by transparency: it has transparent parts, and all visible parts have one
-    colour.
+    """Evidence that a mask is drawn by transparency.
+
+    That is so if it has transparent parts, and all visible parts have one color.
     """
 
     def __init__(self) -> None:
@@ -207,6 +209,7 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
+        """Whether the frames so far are a mask drawn by transparency."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 
@@ -264,6 +267,7 @@ def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
 
 
 def resize_stretched(frame: Frame, size: Size) -> Frame:
+    """Resize a frame to a size, without keeping its aspect ratio."""
     if (frame.shape[1], frame.shape[0]) == size:
         return frame
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
@@ -382,10 +386,12 @@ def frames_at(
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Return size, number of frames, rate and duration; decodes one frame. A folder has the size of its first
-    image.
+    """Return size, number of frames, rate and duration; one frame is decoded.
 
-    Raises MediaError as `video_frames` does.
+    A folder has the size of its first image.
+
+    Raises:
+        MediaError: As `video_frames` does.
     """
     if path.is_dir():
         images = folder_images(path)
@@ -414,11 +420,13 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def is_laid_otherwise(path: Path) -> bool:
-    """Return whether earlier versions, which knew only the angle of a display matrix, oriented a clip
-    differently.
+    """Return whether earlier versions oriented a clip differently.
 
-    That is so for mirrored clips, and for those with transparency, which were read as stored. One frame is
-    decoded. Raises MediaError if it cannot be read.
+    They knew only the angle of a display matrix. Mirrored clips differ, and those with transparency, which
+    were read as stored. One frame is decoded.
+
+    Raises:
+        MediaError: If the clip cannot be read.
     """
     if path.suffix.lower() not in VIDEO_SUFFIXES or path.is_dir():
         return False

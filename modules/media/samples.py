@@ -156,10 +156,18 @@ def _find_origin(container: Any) -> Fraction:
 def filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
-    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time, with silence where there
-    is no sound.
+    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
 
-    index: of the stream. lenient: fill with silence after damage, and warn; else raise FFmpegError.
+    Where there is no sound, the samples are silence.
+
+    Args:
+        path: The file.
+        index: Index of the stream.
+        begin: Time of the first sample in seconds.
+        seconds: Duration.
+        rate: Samples per second to resample to.
+        layout: FFmpeg's name of the channels.
+        lenient: Fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)
     position = 0

@@ -189,8 +189,9 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown. time: as the file states it, None if it states
-        none.
+        """Return the time at which the next picture is shown.
+
+        `time` is what the file states; None if it states none.
         """
         if time is None:
             time = self._previous + self._step - self._shift

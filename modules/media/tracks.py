@@ -31,6 +31,7 @@ class TrackSound:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
+        """Add a stream of AAC to the new file."""
         from modules.media.sound import add_aac_stream  # few models make sound
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)

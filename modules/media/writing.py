@@ -131,6 +131,7 @@ class Timing:
 
     @property
     def seconds(self) -> Fraction:
+        """Duration of the pictures so far."""
         return self._end - self._begin
 
     def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
@@ -346,11 +347,11 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield the writer of all streams other than pictures, and again the same object if it copies a whole
-    video, else None.
+    """Yield the writer of all streams other than pictures, and that of a whole copied video.
 
-    The writer adds a generated track, or streams of a video that is opened here. Both are None if there is
-    neither, or if the video is a GIF or WebP animation.
+    The writer adds a generated track, or streams of a video that is opened here. The second one is the same
+    object if it copies a whole video, else None. Both are None if there is neither, or if the video is a GIF
+    or WebP animation.
     """
     path = video if section is None else section.path
     if generated is not None:

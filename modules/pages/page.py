@@ -66,8 +66,9 @@ _FOLDERS = re.compile(
 
 
 def mark_folders(value: Any) -> Any:
-    """Return a value of a page with the folders of absolute paths marked as private, and with control codes,
-    which could hide or reorder the text, written out.
+    """Return a value of a page with the folders of absolute paths marked as private.
+
+    Control codes, which could hide or reorder the text, are written out.
     """
     if isinstance(value, Words):
         value = value.shown()
@@ -208,4 +209,5 @@ def link(*parts: str) -> str:
 
 
 def as_url(kind: str, data: bytes) -> str:
+    """Return data as a data: URL of a media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -93,6 +93,7 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
 
 
 def is_empty(value: Any) -> bool:
+    """Return whether a value says as much as a missing key."""
     return value is None or value in ("", [])
 
 
