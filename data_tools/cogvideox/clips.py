@@ -81,7 +81,7 @@ class PreparedItem:
 
     @property
     def facts(self) -> Path:
-        """Path of the file with the clip's size and number of frames, which is written last and marks it as done."""
+        """Path of the file with size and number of frames, which is written last: it marks the clip as done."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
