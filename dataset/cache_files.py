@@ -67,7 +67,11 @@ class LatentName:
     section: int | None = None  # FramePack videos
 
     def file_name(self, tag: str) -> str:
-        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
+        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`.
+
+        Args:
+            tag: The family's cache_tag.
+        """
         parts = [self.stem]
         if self.span is not None:
             section = "" if self.section is None else f"-{self.section:04d}"
@@ -308,7 +312,8 @@ class CacheStore(Protocol):
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
 
-        Raises CacheError if it is missing or damaged.
+        Raises:
+            CacheError: If it is missing or damaged.
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -323,15 +328,19 @@ class CacheStore(Protocol):
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives, as the last act of a writer; more may follow.
 
-        is_last: all writers of a run have finished, and this process puts the store in order. Raises
-        OutputError if there is no room for it; nothing is lost then.
+        Args:
+            is_last: All writers of a run have finished, and this process puts the store in order.
+
+        Raises:
+            OutputError: If there is no room for it; nothing is lost then.
         """
 
 
 def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
     """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
 
-    Raises CacheError if the file is missing or damaged.
+    Raises:
+        CacheError: If the file is missing or damaged.
     """
     at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
     try:
@@ -352,7 +361,10 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
 def unpack(path: Path | str, data: bytes) -> Entry:
     """Return the tensors of a cache file's bytes, sorted by name.
 
-    path: for messages. Raises CacheError if they are not safetensors.
+    path: for messages.
+
+    Raises:
+        CacheError: If they are not safetensors.
     """
     try:
         tensors = load(data)
@@ -366,7 +378,10 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns the next N bytes of the file. Raises CacheError if they are not safetensors.
+    read: returns the next N bytes of the file.
+
+    Raises:
+        CacheError: If they are not safetensors.
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)

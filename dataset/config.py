@@ -285,7 +285,10 @@ def with_references(
 ) -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    instead: `Abilities.references`. Raises DatasetError if the family has no use for a key.
+    instead: `Abilities.references`.
+
+    Raises:
+        DatasetError: If the family has no use for a key.
     """
     flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:

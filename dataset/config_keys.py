@@ -332,7 +332,11 @@ BAD = object()  # marks a value that has been reported
 
 
 def parse_config(path: Path) -> dict[str, Any]:
-    """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
+    """Return the content of a .toml or .json file.
+
+    Raises:
+        DatasetError: If it cannot be read or parsed.
+    """
     if path.is_dir():
         raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
     if path.suffix.lower() not in {".toml", ".json"}:

@@ -51,10 +51,13 @@ def find_sources(
     """Return all sources of a table, sorted by path.
 
     captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
-    checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
-    empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
-    misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
-    faults instead; then all usable sources are returned.
+    checked whether files named by a JSONL list exist. faults: a list that takes the faults instead; then all
+    usable sources are returned.
+
+    Raises:
+        DatasetError: If a folder or list is missing or empty, and with all faults if captions cannot be read,
+            lines are malformed, control media are missing or misnamed, or two sources have the same stem and
+            would share a cache file.
     """
     errors: list[Fault] = []
     with pause_collection():

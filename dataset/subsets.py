@@ -313,7 +313,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
     """Return the dataset that --train_data_dir and its companions describe: one group of tables.
 
-    Raises DatasetError if there is no folder to train on, or with all values that are not allowed.
+    Raises:
+        DatasetError: If there is no folder to train on, or with all values that are not allowed.
     """
     folder = typed.train_data_dir
     assert folder is not None  # `typed.replaces_toml`

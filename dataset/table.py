@@ -374,7 +374,8 @@ class DatasetTable:
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
 
-        has_control: None takes it from control_directory.
+        Args:
+            has_control: None takes it from control_directory.
         """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),

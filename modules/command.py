@@ -131,7 +131,8 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
+    Args:
+        names: Flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield
@@ -313,7 +314,11 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
 
 
 def message_of(errors: str) -> str:
-    """Return the message, without its kind, of the error that ended a program of ours. errors: its stderr."""
+    """Return the message, without its kind, of the error that ended a program of ours.
+
+    Args:
+        errors: Its stderr.
+    """
     last = errors.rpartition("Traceback (most recent call last):")[2]
     match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
     if match is None:

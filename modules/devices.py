@@ -59,7 +59,9 @@ def select_device(name: str | None) -> torch.device:
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
     synchronising act on the current GPU, and would otherwise also use memory of the first one.
-    Raises OptionError if the device does not exist.
+
+    Raises:
+        OptionError: If the device does not exist.
     """
     torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, not for matrix products
     if name is None:
@@ -192,7 +194,8 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
-    Raises OptionError if the name is unknown or an fp8 dtype.
+    Raises:
+        OptionError: If the name is unknown or an fp8 dtype.
     """
     if name is None:
         return usual

@@ -67,10 +67,12 @@ def prepare_environment(
 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
-    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed.
-    build: which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew
-    after an installation that was ended half way, and the output of the installation is shown. Raises
-    UserError if it fails.
+    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed. build: which
+    torch; then the environment is always `.venv`, sees no packages of this Python, is made anew after an
+    installation that was ended half way, and the output of the installation is shown.
+
+    Raises:
+        UserError: If it fails.
     """
     torch_line = TORCH if build is None else build.torch
     runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
@@ -112,7 +114,8 @@ def python_of(folder: Path) -> Path:
 def create_environment(folder: Path, may_inherit: bool = True) -> None:
     """Make a virtual environment without pip. may_inherit: it sees this Python's packages if torch is there.
 
-    Raises UserError if that fails.
+    Raises:
+        UserError: If that fails.
     """
     shutil.rmtree(folder, ignore_errors=True)  # the incomplete one of an interrupted run
     try:
@@ -133,7 +136,8 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
 def provide_pip(python: Path) -> None:
     """Install pip into an environment without it: a new or incomplete one, or one made by uv.
 
-    Raises UserError if that fails.
+    Raises:
+        UserError: If that fails.
     """
     if _succeeds(python, "-m", "pip", "--version"):
         return

@@ -279,7 +279,8 @@ def reject_starting(option: str, deed: str = "starts a program") -> None:
 def reject_in_queue(option: str) -> None:
     """Raise OptionError if the command of this program is a job of the browser's queue.
 
-    option: names a file that no page shows, and that can say where another library sends data.
+    Args:
+        option: Names a file that no page shows, and that can say where another library sends data.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(

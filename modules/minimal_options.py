@@ -27,7 +27,11 @@ class MinimalLoraOptions(Options):
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Return path and strength of each LoRA. Raises OptionError if a strength is not a number."""
+        """Return path and strength of each LoRA.
+
+        Raises:
+            OptionError: If a strength is not a number.
+        """
         return [_read_lora_word(text) for text in self.lora_weights]
 
     @property

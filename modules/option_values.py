@@ -60,7 +60,8 @@ def check_characters(option: str, value: Any) -> None:
 def to_path(option: str, text: str) -> Path:
     """Return the path with `~` resolved.
 
-    Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
+    Raises:
+        OptionError: For a name that no file can have, and for usual mistakes in one that is not there.
     """
     try:
         path = expand_path(text)
@@ -166,7 +167,11 @@ def check_seed(option: str, seed: int | None) -> None:
 
 
 def gibibytes(text: str) -> float:
-    """Parse an amount of memory in GiB: 12, 12GB, 12 gib. Raises ArgumentTypeError for anything else."""
+    """Parse an amount of memory in GiB: 12, 12GB, 12 gib.
+
+    Raises:
+        ArgumentTypeError: For anything else.
+    """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
@@ -176,7 +181,8 @@ def gibibytes(text: str) -> float:
 def int_or_float(text: str) -> int | float:
     """Parse a number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
 
-    Raises ArgumentTypeError if the text is neither, such as "1.5".
+    Raises:
+        ArgumentTypeError: If the text is neither, such as "1.5".
     """
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -198,7 +204,8 @@ def int_or_float(text: str) -> int | float:
 def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     """Parse `key=value` texts to a dictionary; the value may contain further `=`.
 
-    Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
+    Raises:
+        OptionError: If an item has no `=` or no key, or if it is too long to be meant.
     """
     pairs: dict[str, str] = {}
     for item in items:
@@ -262,8 +269,10 @@ def _parse_literal(text: str) -> Any:
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """Return the seed that a text stands for: a whole number itself, other text hashed to `bits` bits.
 
-    Raises ValueError for a number of more digits than any seed has.
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
+
+    Raises:
+        ValueError: For a number of more digits than any seed has.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return few_digits(text.strip())

@@ -233,7 +233,12 @@ class Options:
             field.metadata = types.MappingProxyType({"option": name, **field.metadata})
 
     def __init__(self, **values: Any) -> None:
-        """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
+        """Make the record.
+
+        Raises:
+            OptionError: For a wrong value.
+            TypeError: For a name that no field has.
+        """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}
         if unknown:
@@ -323,7 +328,11 @@ NO_OPTIONS = NoOptions()
 
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
-    """Return the default of a record's field. Raises TypeError if it must be given."""
+    """Return the default of a record's field.
+
+    Raises:
+        TypeError: If it must be given.
+    """
     declared = field.metadata.get("declared")
     hint = hints_of(cls)[field.name]
     if declared is not None and declared.default is not _UNSET:
@@ -465,9 +474,12 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
-    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
-    user's. Warns of options that are typed with their usual values and do nothing.
+    Warns of options that are typed with their usual values and do nothing.
+
+    Raises:
+        OptionError: If a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+            number is infinite or beyond all sense.
+        TypeError: If a field has no argument: that is our mistake, not the user's.
     """
     hints = hints_of(cls)
     records = _list_records(cls)

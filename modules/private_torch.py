@@ -49,9 +49,13 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **set
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sums of products of int8 values, int32. a: M K. b: K N, column-major.
+    """Return the sums of products of int8 values, int32.
 
     CUDA wants more than 16 rows and multiples of 32 (on Turing; later ones of 8): zeros are added there.
+
+    Args:
+        a: M K.
+        b: K N, column-major.
     """
     rows, columns = len(a), b.shape[1]
     if a.device.type == "cuda":

@@ -97,7 +97,11 @@ class TextEncoderOptions(Options):
 
 
 def take_ae(args: argparse.Namespace) -> None:
-    """Put --ae into --vae. Raises OptionError if both are given and differ."""
+    """Put --ae into --vae.
+
+    Raises:
+        OptionError: If both are given and differ.
+    """
     if args.ae is not None and args.vae not in (None, args.ae):
         raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
     args.vae = args.ae if args.vae is None else args.vae

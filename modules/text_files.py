@@ -105,8 +105,10 @@ def read_tensor_header(
     """Read the header of a safetensors file.
 
     read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
-    if most headers are short. no_repeats: see `parse_json`. Raises ValueError if the header is wrong;
-    entries are not looked at.
+    if most headers are short. no_repeats: see `parse_json`.
+
+    Raises:
+        ValueError: If the header is wrong; entries are not looked at.
     """
     start = read(min(size, first))
     length = int.from_bytes(start[:8], "little")
@@ -141,7 +143,8 @@ def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
 def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`.
+    Raises:
+        OSError: If the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
     most = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
     size = require_regular_file(path, limit_bytes) + 1
@@ -161,8 +164,9 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
     """Yield the lines of a regular file in UTF-8, without their ends; only one is in memory at a time.
 
-    Raises OSError if the file cannot be read, is not regular or has a line of more than `limit` characters,
-    UnicodeDecodeError if it is not UTF-8.
+    Raises:
+        OSError: If the file cannot be read, is not regular or has a line of more than `limit` characters.
+        UnicodeDecodeError: If it is not UTF-8.
     """
     require_regular_file(path)
     with path.open(encoding="utf-8-sig") as file:
@@ -285,7 +289,9 @@ def _explain_toml(text: str, error: str) -> str:
 def _explain_json(following: str, before: str) -> str:
     """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
 
-    following: the part that the parser cannot read. before: the text before it.
+    Args:
+        following: The part that the parser cannot read.
+        before: The text before it.
     """
     hints = (
         (r"None", "For nothing write null, or leave the key out"),

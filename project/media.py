@@ -125,8 +125,10 @@ def collect_content(
     name: of the model, for messages. kind: what is trained; control_kind: what would learn control pictures.
     edits: name of a model of its family that edits, if this one does not. hearing: models that learn sounds
     alone. silent: task of the family that learns clips without their sound.
-    Raises DatasetError if there are no media, no references for a model that needs them, no control pictures
-    for what sees them, or no sound for a model that learns it.
+
+    Raises:
+        DatasetError: If there are no media, no references for a model that needs them, no control pictures
+            for what sees them, or no sound for a model that learns it.
     """
     content = FolderContent()
     content.masks = read_kept_masks(folder)
@@ -645,7 +647,11 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFac
 
 
 def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: list[str]) -> Media:
-    """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
+    """Return a clip or picture with its caption.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:

@@ -92,8 +92,10 @@ class CaptionList:
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
         """Write values into lines, except lines that have changed on disk meanwhile; return their number.
 
-        changes: (old values, new values) by the path in the line. is_foreign: a person wrote the replaced
-        values; then the first write of a run keeps the old list as .bak. Raises OutputError.
+        Args:
+            changes: (old values, new values) by the path in the line.
+            is_foreign: A person wrote the replaced values; then the first write of a run keeps the old list
+                as .bak. Raises OutputError.
         """
         for _ in range(TRIES):
             try:
@@ -207,8 +209,10 @@ class CaptionPlace:
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically and return True; return False if it has changed meanwhile.
 
-        is_foreign: a person wrote the caption that is replaced. record: of the folder. Raises OutputError if
-        it cannot be written.
+        is_foreign: a person wrote the caption that is replaced. record: of the folder.
+
+        Raises:
+            OutputError: If it cannot be written.
         """
         if self.lines is not None:
             record.add(self.name, text)
@@ -231,8 +235,10 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
     """Return the places of the captions of all sources, each once. texts: also read captions in files.
 
     Sources are listed as for caching, without control media and masks. A caption that tables share is one
-    place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
-    written.
+    place.
+
+    Raises:
+        DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
     """
     unwritable = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
     if unwritable:
@@ -298,7 +304,11 @@ class MadeCaptions:
     """A record of the captions of a folder that this program wrote."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the record of a folder, if there is one. Raises DatasetError if it cannot be read."""
+        """Read the record of a folder, if there is one.
+
+        Raises:
+            DatasetError: If it cannot be read.
+        """
         self.path = folder / MADE
         self._written: set[tuple[str, str]] = set()  # names, and hashes of texts
         self._pass: str | None = None  # identifies an unfinished run that remakes captions
@@ -331,13 +341,18 @@ class MadeCaptions:
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
-        """Record a caption that is about to be written. Raises OutputError if that fails."""
+        """Record a caption that is about to be written.
+
+        Raises:
+            OutputError: If that fails.
+        """
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def done_before(self, what: str) -> set[str]:
         """Return the names that an interrupted pass has already remade.
 
-        what: identifies passes with equal options.
+        Args:
+            what: Identifies passes with equal options.
         """
         return self._of_pass if self._pass == what else set()
 

@@ -32,7 +32,8 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
     """Return a function that makes a detector for a given number of pictures per second.
 
-    Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
+    Raises:
+        InstallationError: If PySceneDetect is asked for and missing, or older than 0.7.
     """
     if options.detector == OWN:
         return lambda rate: OwnDetector(options.threshold, rate)

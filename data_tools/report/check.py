@@ -303,7 +303,11 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check what a table has. Raises DatasetError for what it cannot cache."""
+    """Let the family check what a table has.
+
+    Raises:
+        DatasetError: For what it cannot cache.
+    """
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)

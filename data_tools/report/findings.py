@@ -210,7 +210,11 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` for the regularisation images of each dataset. tables: all of a configuration."""
+    """Set `times` for the regularisation images of each dataset.
+
+    Args:
+        tables: All of a configuration.
+    """
     learned = Counter[int]()
     regularization = Counter[int]()
     for findings in tables:
@@ -356,7 +360,10 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
     encoding: Python's name, or GUESS: a file of uncertain encoding is left unchanged. Returns lines about
-    what was done. Raises OutputError if a file cannot be written.
+    what was done.
+
+    Raises:
+        OutputError: If a file cannot be written.
     """
     converted: list[str] = []
     left: list[str] = []

@@ -402,7 +402,11 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
-    """Return the texts that several files have, the most frequent first. repeated: their paths by text."""
+    """Return the texts that several files have, the most frequent first.
+
+    Args:
+        repeated: Their paths by text.
+    """
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [
         {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}

@@ -52,7 +52,9 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
 
-    Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
+    Raises:
+        DatasetError: If there is nothing to report on.
+        OutputError: If a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)

@@ -130,7 +130,8 @@ def _take_inner_sound(
 ) -> None:
     """Name the sound of caches of latents as that of caches of its own. path: of one of them.
 
-    Raises CacheError if there is none.
+    Raises:
+        CacheError: If there is none.
     """
     sound, is_heard = tensors.pop(data.INNER_SOUND, None), tensors.pop(data.IS_HEARD, None)
     if not isinstance(sound, Tensor) or not isinstance(is_heard, Tensor):
@@ -144,7 +145,11 @@ def _take_inner_sound(
 
 
 def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
-    """Leave out the latents of worse ones if they are not read. Raises CacheError if an item has none."""
+    """Leave out the latents of worse ones if they are not read.
+
+    Raises:
+        CacheError: If an item has none.
+    """
     for part in media:
         if not reads_worse:
             part.tensors.pop(data.REJECTED_LATENTS, None)

@@ -97,7 +97,9 @@ def _hash(text: str) -> str:
 def _list_path(path: Path, only_files: bool) -> list[str]:
     """Return the names in a folder, sorted, without those of caching; of a file, its size and time.
 
-    Raises OSError if it cannot be read, ValueError if the folder has too many entries.
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If the folder has too many entries.
     """
     if not path.is_dir():
         return [repr(stamp_of(path))]
@@ -176,7 +178,8 @@ def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
     """Return how many captions of each source are cached, without a gap in their numbers.
 
-    Raises KeyError if one has a further caption only.
+    Raises:
+        KeyError: If one has a further caption only.
     """
     numbers: dict[str, set[int]] = {}
     for line in lines:

@@ -106,7 +106,8 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
 def latent_record(entry: Entry) -> LatentRecord | None:
     """Return the record of a latent cache; None if it has none (made by another program).
 
-    Raises CacheError if the record is damaged.
+    Raises:
+        CacheError: If the record is damaged.
     """
     record = None
     with _content(entry, "latents") as data:
@@ -155,7 +156,8 @@ def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
     """Return the records of a text cache by encoder name; empty if it has none.
 
-    Raises CacheError if they are damaged.
+    Raises:
+        CacheError: If they are damaged.
     """
     records: dict[str, TextRecord] = {}
     with _content(entry, "texts") as data:
@@ -232,8 +234,11 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Return whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    A removed download of the same address counts as unchanged and is not downloaded again. Raises OSError if
-    the file is missing, MediaError if a folder has no images any more.
+    A removed download of the same address counts as unchanged and is not downloaded again.
+
+    Raises:
+        OSError: If the file is missing.
+        MediaError: If a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address
@@ -246,8 +251,11 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
 
-    origin: of a file inside a tar or table, which has the time of the whole. Raises OSError if the file is
-    missing, MediaError if a folder has no images.
+    origin: of a file inside a tar or table, which has the time of the whole.
+
+    Raises:
+        OSError: If the file is missing.
+        MediaError: If a folder has no images.
     """
     if origin is not None and not isinstance(origin, Remote):
         # a third faster than a Path, a million times

@@ -78,7 +78,11 @@ class ShardStore:
             return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
-        """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
+        """Read an entry to the CPU.
+
+        Raises:
+            CacheError: If it is missing or damaged.
+        """
         path = self.folder / name
         if is_whole:
             return unpack(path, self.read_bytes(name))
@@ -94,7 +98,11 @@ class ShardStore:
         return self._with_row(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of an entry's file. Raises CacheError if it is missing or damaged."""
+        """Read the bytes of an entry's file.
+
+        Raises:
+            CacheError: If it is missing or damaged.
+        """
         return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -125,8 +133,12 @@ class ShardStore:
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives; more begins another shard.
 
-        is_last: all writers of a run have finished. Then small shards are merged, and removed and damaged
-        entries are reclaimed. Raises OutputError if there is no room for it; nothing is lost then.
+        Args:
+            is_last: All writers of a run have finished. Then small shards are merged, and removed and damaged
+                entries are reclaimed.
+
+        Raises:
+            OutputError: If there is no room for it; nothing is lost then.
         """
         with self._lock:
             self._finish()
@@ -232,8 +244,10 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
     """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
 
     One process at a time does this. Shards that other processes are writing are left alone. with_tars: turn
-    those of earlier versions into SQLite files. Raises OutputError if there is no room for it; nothing is
-    lost then.
+    those of earlier versions into SQLite files.
+
+    Raises:
+        OutputError: If there is no room for it; nothing is lost then.
     """
     if not folder.is_dir():
         return

@@ -60,7 +60,11 @@ class SingleFiles:
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read all bytes of a file. Raises CacheError if it cannot be read."""
+        """Read all bytes of a file.
+
+        Raises:
+            CacheError: If it cannot be read.
+        """
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
@@ -127,7 +131,10 @@ class MemoryStore:
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
-    names: of the family. Raises DatasetError if it has none and the form is npz.
+    names: of the family.
+
+    Raises:
+        DatasetError: If it has none and the form is npz.
     """
     if table.cache_format == "files":
         return SingleFiles(table.cache_directory)
@@ -141,8 +148,10 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
     """Return the store of caches that other programs share, in one of `SHARED_CACHES`.
 
-    folder: of these caches, except those of pictures that a list names anywhere. Raises DatasetError if the
-    family, of which `names` are, has none in this form.
+    folder: of these caches, except those of pictures that a list names anywhere.
+
+    Raises:
+        DatasetError: If the family, of which `names` are, has none in this form.
     """
     return SHARED_CACHES[cache_format].open_store(table, names, folder, partial(_list_images, table))
 

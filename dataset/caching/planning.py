@@ -290,7 +290,8 @@ class Planning:
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
 
-        Raises MediaError if the header of the source cannot be read.
+        Raises:
+            MediaError: If the header of the source cannot be read.
         """
         table, latent, recipe = self.table, self.recipe.latent, self.recipe
         unknown = SourcePlan(self.source, frozenset(), 0, None)

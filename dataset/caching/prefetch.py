@@ -103,7 +103,8 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results. rows, commands: further lines of the box, in a run of several steps without commands.
 
-    Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
+    Raises:
+        DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
     """
     code = DatasetError.exit_code
     if os.environ.get(RUN_GOES_ON):

@@ -93,8 +93,11 @@ class SoundWork:
         """Encode the sound of all items of some sources that have latents and no valid entry of sound.
 
         latents: the valid entries of latents. A clip whose sound cannot be read, or is missing but needed,
-        becomes a failure of the report. Raises CheckpointError if a network cannot be loaded, OutputError if
-        an entry cannot be written.
+        becomes a failure of the report.
+
+        Raises:
+            CheckpointError: If a network cannot be loaded.
+            OutputError: If an entry cannot be written.
         """
         items = self._items_of(latents)
         jobs: list[_SoundJob] = []
@@ -180,7 +183,11 @@ class SoundWork:
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items of clips by table and stem. latents: names of entries."""
+        """Return the items of clips by table and stem.
+
+        Args:
+            latents: Names of entries.
+        """
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -192,7 +199,11 @@ class SoundWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check an entry; return whether it lacks a record. Raises CacheError if it has to be made again."""
+        """Check an entry; return whether it lacks a record.
+
+        Raises:
+            CacheError: If it has to be made again.
+        """
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
         record = records.latent_record(entry)
         if record is None:

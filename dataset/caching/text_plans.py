@@ -211,7 +211,8 @@ def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
     """Return the texts without those that an earlier table has in the same shared file.
 
-    Raises DatasetError if their captions differ.
+    Raises:
+        DatasetError: If their captions differ.
     """
     by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
@@ -290,8 +291,10 @@ def find_outputs(
 
     in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
     caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
-    header is read. The entry is None if the file is missing or damaged. Raises CacheError if a file that
-    another program made is kept, and says that it is for something else.
+    header is read. The entry is None if the file is missing or damaged.
+
+    Raises:
+        CacheError: If a file that another program made is kept, and says that it is for something else.
     """
     store = stores.of_texts(file.table)
     right: dict[str, bool] = {}

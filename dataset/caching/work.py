@@ -134,7 +134,9 @@ class MediaWork:
     ) -> None:
         """List entries and sources. stores: where entries are kept, if not where the tables say.
 
-        Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
+        Raises:
+            DatasetError: If the dataset cannot be used.
+            CheckpointError: If a file of an encoder is wrong.
         """
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
@@ -191,8 +193,11 @@ class MediaWork:
         """Encode every item of some sources that has no valid entry.
 
         A source that cannot be read becomes a failure of the report and does not stop the run. who: name of
-        this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
-        cannot be loaded, OutputError if an entry cannot be written.
+        this share of the work, for progress bars; None: show none.
+
+        Raises:
+            CheckpointError: If an encoder cannot be loaded.
+            OutputError: If an entry cannot be written.
         """
         workers = prefetch.workers_of(self._options)
         shows = who is not None

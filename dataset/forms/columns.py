@@ -11,7 +11,11 @@ from modules.text_files import read_lines
 
 
 def table_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file without their ends. Raises DatasetError if it cannot be read as UTF-8."""
+    """Yield the lines of a file without their ends.
+
+    Raises:
+        DatasetError: If it cannot be read as UTF-8.
+    """
     number = 0
     try:
         for number, line in enumerate(read_lines(path), 1):  # noqa: B007

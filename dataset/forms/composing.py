@@ -100,7 +100,11 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, by its name. Raises DatasetError if it is in no format."""
+    """Return the format of a table's rows, by its name.
+
+    Raises:
+        DatasetError: If it is in no format.
+    """
     for rows in ROWS:
         if rows.reads(path):
             return rows
@@ -113,7 +117,8 @@ def row_format(path: Path) -> RowFormat:
 def column_names(path: Path) -> tuple[str, ...]:
     """Return the names of a table's columns; of JSONL the keys of its first lines.
 
-    Raises DatasetError if the file cannot be read or has no columns.
+    Raises:
+        DatasetError: If the file cannot be read or has no columns.
     """
     return row_format(path).column_names(path)
 

@@ -65,7 +65,8 @@ class NpzArray(NamedTuple):
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
     """Return the arrays of a file whose names are wanted.
 
-    Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
+    Raises:
+        CacheError: If it is missing or damaged, or if an array holds something else than numbers.
     """
     arrays = {}
     with _open(path) as file:
@@ -82,7 +83,11 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
 
 
 def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
+    """Return the names of the arrays of a file.
+
+    Raises:
+        CacheError: If it is missing or damaged.
+    """
     with _open(path) as file:
         return _names(file)
 

@@ -406,7 +406,11 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `SAID_SIZES` of another program's latents. Raises CacheError if it is not in the file."""
+    """Return `SAID_SIZES` of another program's latents.
+
+    Raises:
+        CacheError: If it is not in the file.
+    """
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
         if name not in arrays or arrays[name].tensor.numel() != count:

@@ -36,7 +36,11 @@ _ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and
 
 
 def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, by name. Raises DatasetError if it has none."""
+    """Return the file itself, or the parts in a folder, by name.
+
+    Raises:
+        DatasetError: If it has none.
+    """
     if not path.is_dir():
         return [path]
     parts = sorted(
@@ -57,7 +61,8 @@ def parquet_parts(path: Path) -> list[Path]:
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
     """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
 
-    Raises DatasetError if it cannot be read, there or in the block.
+    Raises:
+        DatasetError: If it cannot be read, there or in the block.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -88,11 +93,19 @@ class Unpacking:
 
     @staticmethod
     def of(path: Path) -> "Unpacking":
-        """Begin for a file. Raises OSError if it is gone."""
+        """Begin for a file.
+
+        Raises:
+            OSError: If it is gone.
+        """
         return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
+        """Count bytes about to be unpacked.
+
+        Raises:
+            DatasetError: If they are far too many for the file.
+        """
         self.found_bytes += size_bytes
         if self.found_bytes > self.most_bytes:
             raise DatasetError(
@@ -228,7 +241,11 @@ class ParquetCell:
     has_suffix = False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes at once. Raises MediaError if it is empty or cannot be read."""
+        """Yield its bytes at once.
+
+        Raises:
+            MediaError: If it is empty or cannot be read.
+        """
         yield read_cell(self)
 
     def describe(self) -> dict[str, Any]:
@@ -331,7 +348,11 @@ def _may_have_nulls(chunks: Sequence[Any]) -> bool:
 
 
 def read_cell(origin: ParquetCell) -> bytes:
-    """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
+    """Return the bytes of a cell.
+
+    Raises:
+        MediaError: If it is empty or cannot be read.
+    """
     where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
         content = _column(origin.container, origin.group, origin.column)[origin.row].as_py()

@@ -442,7 +442,11 @@ def _show(value: Any) -> str:
 
 
 def require_file(table: DatasetTable) -> Path:
-    """Return the file of a list or table. Raises DatasetError if there is none."""
+    """Return the file of a list or table.
+
+    Raises:
+        DatasetError: If there is none.
+    """
     path = table.source
     if not path.exists():
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")

@@ -48,7 +48,11 @@ class TarMember:
     has_suffix = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes. Raises OSError if the tar is gone, or shorter than it was."""
+        """Yield its bytes.
+
+        Raises:
+            OSError: If the tar is gone, or shorter than it was.
+        """
         left = self.size_bytes
         with self.container.open("rb") as file:
             file.seek(self.offset)
@@ -148,7 +152,11 @@ def _sources(
 
 
 def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Return the source of a sample. Raises DatasetError if it cannot be used."""
+    """Return the source of a sample.
+
+    Raises:
+        DatasetError: If it cannot be used.
+    """
     media = _part(tar, sample.media)
     controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
     masks = [_part(tar, member) for role, _, member in sample.extras if role == MASK]
@@ -260,7 +268,8 @@ def has_wildcard(name: str) -> bool:
 def expand_braces(pattern: str, where: str) -> list[str]:
     """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
 
-    Raises DatasetError if they are too many.
+    Raises:
+        DatasetError: If they are too many.
     """
     names = [pattern]
     while _BRACES.search(names[0]):

@@ -52,8 +52,10 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     """Return the text and encoding of a caption file; None if there is no file.
 
     A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
-    editor saves it. Raises DatasetError if it is in another encoding, too large, no regular file, or cannot
-    be read.
+    editor saves it.
+
+    Raises:
+        DatasetError: If it is in another encoding, too large, no regular file, or cannot be read.
     """
     encoding = None
     try:
@@ -123,7 +125,11 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 def first_and_more(
     captions: tuple[str, ...] | None, where: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the remaining ones. Raises DatasetError if there are too many."""
+    """Split captions into the first and the remaining ones.
+
+    Raises:
+        DatasetError: If there are too many.
+    """
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
             f"{where}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = true "

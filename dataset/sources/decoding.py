@@ -174,9 +174,12 @@ def decode_source(
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
     rate, reached by dropping frames if the table has source_fps. step, lengths, keeps_alpha, has_alpha: of
-    the family's LatentSpec. numbers: draws how a picture differs this time, as its table's
-    `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
-    small, DatasetError if the resolution is not a multiple of `step`.
+    the family's LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation`
+    says; without them it does not differ.
+
+    Raises:
+        MediaError: If a file is unreadable or too small.
+        DatasetError: If the resolution is not a multiple of `step`.
     """
     with fetch(source) as here:
         if source.tensors is not None:
@@ -283,7 +286,8 @@ def _lengthen(clip: Clip, count: int) -> Clip:
 def planned_bytes(source: MediaSource) -> int:
     """Return about what decoding a picture and its control pictures takes, by their headers; 0 if little.
 
-    source: fetched. What cannot be read counts as nothing: decoding says why.
+    Args:
+        source: Fetched. What cannot be read counts as nothing: decoding says why.
     """
     total = 0
     for path in (source.path, *source.control, *filter(None, (source.worse,)), *source.layers):
@@ -466,7 +470,8 @@ def _count_kept(source: MediaSource, fps: float) -> int:
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
     """Yield the frames of a source that are used, H W 3, at their own size: one of an image.
 
-    Raises MediaError if the file cannot be read.
+    Raises:
+        MediaError: If the file cannot be read.
     """
     with fetch(source) as here:
         if source.table.kind == "image":

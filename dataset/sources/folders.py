@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table's folder; add a fault for each file that cannot be used.
 
-    captions: read them. Raises DatasetError if the folder cannot be listed.
+    captions: read them.
+
+    Raises:
+        DatasetError: If the folder cannot be listed.
     """
     paths = _leave_out_results(table, _media_in(table, faults))
     paths = _leave_out_bad_names(table, paths, faults)
@@ -97,7 +100,8 @@ def _sound_of(
 def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
     """Return the one file of sound that is named like a clip, next to it, if there is any.
 
-    Raises DatasetError if there are several.
+    Raises:
+        DatasetError: If there are several.
     """
     paths = [clip.with_suffix(suffix) for suffix in sorted(SOUND_SUFFIXES)]
     files = [path for path in paths if path.exists()]
@@ -364,8 +368,10 @@ class ControlFolder:
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image; None: all but those named like another image.
 
-        `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
-        if there are fewer, or if a name that begins with `stem` has no number.
+        `<stem>.*` comes first, the others follow by the number after the last underscore.
+
+        Raises:
+            DatasetError: If there are fewer, or if a name that begins with `stem` has no number.
         """
         ranked = self._images_of(stem)
         if count is None:
@@ -398,7 +404,10 @@ class ControlFolder:
         """Return the control clip of a video.
 
         It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
-        in this order. Raises DatasetError if there is none.
+        in this order.
+
+        Raises:
+            DatasetError: If there is none.
         """
         if video.name in self._by_name:
             return self._by_name[video.name]

@@ -174,8 +174,13 @@ def file_rate(path: Path) -> float | None:
 def kept_rate(source: MediaSource, fps: float) -> float:
     """Return the rate of the kept frames, per second. Only the header of a clip is read.
 
-    source: fetched. fps: the family's rate, to which frames are dropped; pictures and folders of images have
-    this rate too. Raises MediaError if a clip cannot be read.
+    Args:
+        source: Fetched.
+        fps: The family's rate, to which frames are dropped; pictures and folders of images have this rate
+            too.
+
+    Raises:
+        MediaError: If a clip cannot be read.
     """
     table, stated = source.table, source.table.stated_fps
     fps = table.target_fps or fps
@@ -313,8 +318,9 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
     """Return the size that an image of `size` is resized to: of given latents its own. path: for messages.
 
-    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
-    `step`.
+    Raises:
+        MediaError: If the image is too small to keep its size.
+        DatasetError: If the resolution does not fit `step`.
     """
     if table.gives_latents:
         return size

@@ -236,7 +236,9 @@ class _Prediction:
 def _solve_weights(step: float, ratios: list[float]) -> list[float]:
     """Return the weights of the differences to other predictions (paper, equation 9), solved in float64.
 
-    step: h of this step. ratios: distances of the predictions from its start, in units of h; one weight each.
+    Args:
+        step: H of this step.
+        ratios: Distances of the predictions from its start, in units of h; one weight each.
     """
     phi = math.expm1(-step) / -step - 1
     factorial = 1.0

@@ -46,7 +46,10 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
     width: channels that belong to the axis, even. slow: index and value of a frequency that replaces the
-    trained one. Raises ValueError if the axis lacks that frequency.
+    trained one.
+
+    Raises:
+        ValueError: If the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:

@@ -417,7 +417,8 @@ def _encode_xyz(values: Any) -> bytes:
 def _make_colorants(places: tuple[float, ...]) -> Any:
     """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
 
-    places: x y of the white point, red, green and blue.
+    Args:
+        places: X y of the white point, red, green and blue.
     """
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():

@@ -129,7 +129,11 @@ def settle_codec(codec: str, width: int, height: int) -> str:
 
 
 def select_codec(path: Path, codec: str) -> Codec:
-    """Return the codec for `path` by its name. Raises MediaError if it does not fit the suffix."""
+    """Return the codec for `path` by its name.
+
+    Raises:
+        MediaError: If it does not fit the suffix.
+    """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
@@ -174,7 +178,10 @@ def add_video_stream(
 ) -> Any:
     """Add a stream for pictures of the size of `first`. rate: pictures a second.
 
-    crf: quality; bit_rate: bits per second in place of it. Raises MediaError if FFmpeg lacks the encoder.
+    crf: quality; bit_rate: bits per second in place of it.
+
+    Raises:
+        MediaError: If FFmpeg lacks the encoder.
     """
     try:
         stream = container.add_stream(kind.encoder, rate=rate)
@@ -204,7 +211,10 @@ def add_video_stream(
 def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     """Encode pictures and yield packets, whose times are the pictures' numbers, in units of 1 / rate.
 
-    An odd last row or column is cropped. Raises MediaError if the encoder fails.
+    An odd last row or column is cropped.
+
+    Raises:
+        MediaError: If the encoder fails.
     """
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value

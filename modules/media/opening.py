@@ -123,7 +123,11 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _limit_frames(path: Path, codec: Any) -> None:
-    """Bound the memory of a decoder, which holds many frames. Raises MediaError if one is too large."""
+    """Bound the memory of a decoder, which holds many frames.
+
+    Raises:
+        MediaError: If one is too large.
+    """
     stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
     most = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
     taken = codec.width * codec.height * _pixel_bits(codec) // 8
@@ -148,7 +152,11 @@ def select_thread_type(codec: Any) -> str:
 
 
 def _open_full(path: Path) -> Any:
-    """Open a container of pictures. Raises MediaError for an MP4 that is cut short, else FFmpegError."""
+    """Open a container of pictures.
+
+    Raises:
+        MediaError: For an MP4 that is cut short, else FFmpegError.
+    """
     try:
         return open_container(path)
     except av.FFmpegError:
@@ -194,7 +202,9 @@ def reject_cut(path: Path) -> None:
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """Open a container if it has one of these formats, without opening any other file.
 
-    Raises MediaError for a list of files, FFmpegError for other faults.
+    Raises:
+        MediaError: For a list of files.
+        FFmpegError: For other faults.
     """
     options = {"format_whitelist": ",".join(formats), **_ALONE}
     try:

@@ -104,8 +104,10 @@ def is_still(path: Path) -> bool:
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    alpha: H W 4 if the image has transparency, with the colours below it. Raises MediaError if the image
-    cannot be read.
+    alpha: H W 4 if the image has transparency, with the colours below it.
+
+    Raises:
+        MediaError: If the image cannot be read.
     """
     with open_image(path) as file:
         return shown_pixels(path, upright(file), alpha)
@@ -137,8 +139,10 @@ def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 def media_colors(path: Path) -> Colors:
     """Return the facts about the colours of an image, a clip (by its first frame) or a folder of images.
 
-    Animated GIF and WebP files never count as transparent: they are laid on white. Raises MediaError if it
-    cannot be read.
+    Animated GIF and WebP files never count as transparent: they are laid on white.
+
+    Raises:
+        MediaError: If it cannot be read.
     """
     if path.is_dir():
         of_images = [media_colors(image) for image in folder_images(path)]
@@ -214,7 +218,11 @@ class MaskLook:
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, by its header. Raises MediaError if it cannot be read."""
+    """Return (width, height) of the upright image, by its header.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     with open_image(path) as image:
         width, height = image.size
         if image.format == "TIFF":  # whose size Pillow has turned already
@@ -279,7 +287,11 @@ def first_frame(path: Path, alpha: bool = False) -> Frame:
 
 
 def frame_size(path: Path) -> Size:
-    """Return (width, height) of an image or of a clip's frames. Raises MediaError if it cannot be read."""
+    """Return (width, height) of an image or of a clip's frames.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     if not _plays(path):
         return image_size(path)
     info = video_info(path)
@@ -294,8 +306,11 @@ def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
     """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
     alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's
-    choice. Raises MediaError if the file is missing, empty, without a video stream, not decodable, or
-    truncated (an interrupted download).
+    choice.
+
+    Raises:
+        MediaError: If the file is missing, empty, without a video stream, not decodable, or truncated (an
+            interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
@@ -444,7 +459,8 @@ def count_frames(path: Path, threads: int = 0) -> int:
 def folder_images(folder: Path) -> list[Path]:
     """Return the images of a folder that is used as a video, in the order of `sort_by_numbers`.
 
-    Raises MediaError if there are none.
+    Raises:
+        MediaError: If there are none.
     """
     images = sort_by_numbers(
         path
@@ -459,7 +475,10 @@ def folder_images(folder: Path) -> list[Path]:
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
     """Return two neighbouring images of a folder that swap places if names are compared as plain text.
 
-    None if both orders are the same. Raises MediaError if the folder has no images.
+    None if both orders are the same.
+
+    Raises:
+        MediaError: If the folder has no images.
     """
     for earlier, later in itertools.pairwise(folder_images(folder)):
         if earlier.name > later.name:
@@ -490,7 +509,9 @@ def read_tags(path: Path) -> dict[str, str]:
 
     Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
     `tracks.write_wav` writes it.
-    Raises MediaError if the file cannot be read.
+
+    Raises:
+        MediaError: If the file cannot be read.
     """
     if path.suffix.lower() in image_suffixes():
         with open_image(path) as image:
@@ -534,8 +555,10 @@ def pick_frames(
     """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
     choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
-    exact: choose again if the header's count is wrong, else only if chosen frames are missing. Raises
-    MediaError if the clip cannot be read.
+    exact: choose again if the header's count is wrong, else only if chosen frames are missing.
+
+    Raises:
+        MediaError: If the clip cannot be read.
     """
     number = count_frames(path, threads)
     for _ in range(TRIES):

@@ -41,7 +41,8 @@ class TrackInfo:
 def track_info(path: Path) -> TrackInfo | None:
     """Return facts about the track of sound that `read_track` reads; None if there is none.
 
-    Raises MediaError if the file cannot be opened.
+    Raises:
+        MediaError: If the file cannot be opened.
     """
     with reading(path), open_container(path, SOUND_FORMATS) as container:
         stream = _track(container)
@@ -67,8 +68,10 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
     start: seconds from the first picture of the file; without pictures, from its first sound. Before the
     sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
     channels; several are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
-    default one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read,
-    or its sound is damaged.
+    default one, or the best. Returns None if there is no track.
+
+    Raises:
+        MediaError: If the file cannot be read, or its sound is damaged.
     """
     with reading(path):
         with open_container(path, SOUND_FORMATS) as container:

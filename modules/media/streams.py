@@ -42,8 +42,9 @@ class SourceInfo:
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
-    Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
-    shorter than its header says.
+    Raises:
+        MediaError: If it is missing, empty, no video, without a video stream, without any picture, or shorter
+            than its header says.
     """
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)

@@ -57,8 +57,10 @@ class TrackSound:
 def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
     """Write a track with 16 bits a sample, completely or not at all.
 
-    tags: written as the file's comment, as JSON: a WAV has names for a few facts alone. Raises OutputError if
-    the file cannot be written.
+    tags: written as the file's comment, as JSON: a WAV has names for a few facts alone.
+
+    Raises:
+        OutputError: If the file cannot be written.
     """
     samples, rate = track
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")

@@ -177,7 +177,10 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
 def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
     """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
 
-    Frames with a longer side than `largest_side` pixels are reduced. Raises MediaError if there is no frame.
+    Frames with a longer side than `largest_side` pixels are reduced.
+
+    Raises:
+        MediaError: If there is no frame.
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
