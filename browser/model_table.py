@@ -58,7 +58,7 @@ def describe_kind(model: ModelSet) -> str:
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_hear = "sound_alone" in model.data and "without sound" not in model.about
+    may_hear = model.data.get("sound_alone") and "without sound" not in model.about
     hears = may_hear or "with sound" in model.about
     return say("clips and sound") if hears else say("clips")
 

@@ -6,6 +6,7 @@ letters or by a long name (`line_options`). Unknown options are ignored with a w
 """
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -273,14 +274,29 @@ def _cut_options(line: str) -> list[str]:
     """Return what comes before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    place = line.find(" --")
+    place = line.find(" --", _end_of_object(line, 0))
     while place >= 0:
         parts.append(line[start:place])
         start = place + len(" --")
         value = _WORD.match(line, start)
         quoted = None if value is None else _QUOTED.match(line, value.end())
-        place = line.find(" --", start if quoted is None else quoted.end())
+        end = start if value is None else _end_of_object(line, value.end())
+        place = line.find(" --", end if quoted is None else quoted.end())
     return [*parts, line[start:]]
+
+
+def _end_of_object(line: str, start: int) -> int:
+    """Return the place behind the JSON object that begins at `start`; `start` if none does.
+
+    Dashes in its texts are no options.
+    """
+    object_start = len(line) - len(line[start:].lstrip())
+    if not line.startswith("{", object_start):
+        return start
+    try:
+        return json.JSONDecoder().raw_decode(line, object_start)[1]
+    except (ValueError, RecursionError):  # such as {red|blue}
+        return start
 
 
 def unquote(text: str) -> str:
