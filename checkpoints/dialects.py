@@ -98,7 +98,11 @@ def load_planned(
 
 
 def text_quantization(form: str) -> Quantisation:
-    """Return the `Quantisation` of a text encoder. form: name of a module of `checkpoints.stored`."""
+    """Return the `Quantisation` of a text encoder.
+
+    Args:
+        form: Name of a module of `checkpoints.stored`.
+    """
     return Quantisation("rows", float32_scales=True, form=form)
 
 
@@ -208,7 +212,8 @@ class DitShapes:
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with this many axes; leading sides of 1 may be left out in the file.
 
-        Raises CheckpointError if the file has no tensor of that name, or one with other axes.
+        Raises:
+            CheckpointError: If the file has no tensor of that name, or one with other axes.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -241,7 +246,8 @@ class DitShapes:
 def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
     """Return the error for a file that does not fit its option. give: the files of the right kind.
 
-    Raises CheckpointError for a quantised file, whose tensors may have other names.
+    Raises:
+        CheckpointError: For a quantised file, whose tensors may have other names.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)

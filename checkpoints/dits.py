@@ -115,7 +115,8 @@ class DitFormat(Generic[Config, Dit]):
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
         """Read dimensions, dialect and dtype of an open file.
 
-        Raises CheckpointError if the file is not a supported transformer.
+        Raises:
+            CheckpointError: If the file is not a supported transformer.
         """
         checkpoint = bare_names(checkpoint)
         # first, since some have all the tensors of a network of ours

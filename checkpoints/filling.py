@@ -209,7 +209,11 @@ def load_module(
 
 
 def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
-    """Log forms and errors of rounding. Raises CheckpointError if one is NaN or infinite."""
+    """Log forms and errors of rounding.
+
+    Raises:
+        CheckpointError: If one is NaN or infinite.
+    """
     for form, number in Counter(filling.kept_forms).items():
         logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
     by_how: dict[str, list[str]] = {}

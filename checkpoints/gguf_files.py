@@ -154,7 +154,8 @@ class GgufFile(HeaderFile):
     def _name_like_transformers(self) -> None:
         """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
 
-        Raises CheckpointError for models whose weights it changes otherwise.
+        Raises:
+            CheckpointError: For models whose weights it changes otherwise.
         """
         if "token_embd.weight" not in self.tensors:
             return
@@ -227,7 +228,11 @@ class _Header:
         return self.take(length).decode("utf-8")
 
     def full_numbers(self) -> tuple[int, ...]:
-        """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
+        """Return a short list of whole numbers, such as a shape.
+
+        Raises:
+            ValueError: For another list.
+        """
         inner = self.number("I")
         count = self.number("Q")
         if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:

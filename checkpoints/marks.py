@@ -158,7 +158,11 @@ class _Layer:
         return size
 
     def pair(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return rows and columns of the weight in the file. Raises ValueError if its dtype is another."""
+        """Return rows and columns of the weight in the file.
+
+        Raises:
+            ValueError: If its dtype is another.
+        """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
             raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
@@ -167,9 +171,12 @@ class _Layer:
     def companion(
         self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of a companion tensor. Raises ValueError for another dtype.
+        """Return the shape of a companion tensor.
 
         Tensors of plain bytes (uint8) count as the first dtype of the list.
+
+        Raises:
+            ValueError: For another dtype.
         """
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
@@ -203,7 +210,11 @@ _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Return a scale of a layer, whole or by row, as N 1 float32. Raises ValueError if it is not positive."""
+    """Return a scale of a layer, whole or by row, as N 1 float32.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
     if scale.device.type != "meta" and not (scale.float().isfinite() & (scale > 0)).all():
         raise ValueError("has scales that are zero, negative, NaN or infinite")
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()

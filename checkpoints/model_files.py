@@ -26,7 +26,9 @@ Found = TypeVar("Found")
 def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
     """Return the path. default: the option's default, so that the error can say that it was not typed.
 
-    Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
+    Raises:
+        OptionError: If none was given.
+        CheckpointError: If it does not exist; both name the option.
     """
     existing = require(
         path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
@@ -73,8 +75,11 @@ def _read_once(
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
 
-    patterns: names of the files to download, with wildcards. Raises CheckpointError if it is neither a folder
-    nor the name of a repository, DownloadError if the hub does not give it.
+    patterns: names of the files to download, with wildcards.
+
+    Raises:
+        CheckpointError: If it is neither a folder nor the name of a repository.
+        DownloadError: If the hub does not give it.
     """
     folder = to_path(option, name)
     if folder.is_dir():
@@ -112,8 +117,10 @@ class SavedLatents:
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
 
-    only_shape: read only the file's header and return latents on the meta device. Raises CheckpointError if
-    the file is damaged or has no latents.
+    only_shape: read only the file's header and return latents on the meta device.
+
+    Raises:
+        CheckpointError: If the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
     latents: Any = None

@@ -33,8 +33,9 @@ def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[
 
     option: by which the folder is named, for messages. most_side: of the pictures that its network looks at.
 
-    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
-    settings have numbers that no network with these weights has.
+    Raises:
+        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
+            settings have numbers that no network with these weights has.
     """
     shapes = read_shapes(folder, option)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
@@ -54,8 +55,9 @@ def check_language_settings(folder: Path, option: str) -> list[Shape]:
     Its settings have numbers that no weights show, as the length of a text: `require_shown` compares the
     network that they make. option: by which the folder is named, for messages.
 
-    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
-    settings have more layers than the weights, or larger pictures than any such model looks at.
+    Raises:
+        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
+            settings have more layers than the weights, or larger pictures than any such model looks at.
     """
     shapes = read_shapes(folder, option)
     for path, content in _read_settings(folder):

@@ -72,7 +72,8 @@ class Checkpoint(contextlib.ExitStack):
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Read a tensor to the CPU: into memory of its own, or into `tensor`, which is contiguous.
 
-        Raises CheckpointError if the file ends too soon.
+        Raises:
+            CheckpointError: If the file ends too soon.
         """
         info = self.tensors[name]
         if tensor is None:
@@ -163,7 +164,9 @@ def open_checkpoint(
 
     parts: the files that are this model, if `path` does not name them all. are_equal: given two files that
     have a tensor of the same name, returns whether it is the same in both; then the first counts.
-    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
+
+    Raises:
+        CheckpointError: If it is missing, incomplete, damaged, of another kind, or holds code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
@@ -195,7 +198,8 @@ def open_checkpoint(
 def checkpoint_paths(path: Path) -> list[Path]:
     """Return the files that belong to the path that the user gave, in order.
 
-    Raises CheckpointError if one is missing.
+    Raises:
+        CheckpointError: If one is missing.
     """
     if path.is_dir():  # the files of an index, else all shards, else the only model file
         indexes = sorted(path.glob("*.index.json"))
@@ -431,7 +435,10 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
 
-    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
+    The scales are left out.
+
+    Raises:
+        CheckpointError: If the file's quantisation is not supported.
     """
     reject_quantized(checkpoint)
     scales = find_scales(checkpoint.tensors)

@@ -89,8 +89,11 @@ class SavedForm:
     ) -> None:
         """Write a model, completely or not at all; what has this name already is replaced.
 
-        path: the file or the folder. read, metadata: as for `stream_tensors`. Raises OutputError if it cannot
-        be written, OptionError if there would be too many files.
+        path: the file or the folder. read, metadata: as for `stream_tensors`.
+
+        Raises:
+            OutputError: If it cannot be written.
+            OptionError: If there would be too many files.
         """
         if not self.max_bytes:
             stream_tensors(path, tensors, read, metadata)

@@ -147,7 +147,11 @@ class Batch:
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with dropped tensors restored. names: kinds to restore, CAPTION and REFERENCE."""
+        """Return the batch with dropped tensors restored.
+
+        Args:
+            names: Kinds to restore, CAPTION and REFERENCE.
+        """
         parts = {
             name: value
             for name, value in self.undropped.items()
@@ -165,7 +169,9 @@ class Batch:
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError if a tensor is missing.
 
-        needed: name -> the options to cache again with. purpose: "--task i2v-14B".
+        Args:
+            needed: Name -> the options to cache again with.
+            purpose: "--task i2v-14B".
         """
         for name, remedy in needed.items():
             if name not in self.tensors:
@@ -198,7 +204,11 @@ class Batch:
                     )
 
     def tensor(self, name: str) -> Tensor:
-        """Return the stacked tensor of that name. Raises KeyError if the caches have none."""
+        """Return the stacked tensor of that name.
+
+        Raises:
+            KeyError: If the caches have none.
+        """
         value = self.tensors[name]
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a list of tensors of different lengths")
@@ -307,7 +317,11 @@ class CacheEntry:
 
 
 def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
-    """Return an entry for each item of a batch. tensors: B ... each."""
+    """Return an entry for each item of a batch.
+
+    Args:
+        tensors: B ... each.
+    """
     batch_size = len(next(iter(tensors.values())))
     entries = []
     for item in range(batch_size):

@@ -100,7 +100,8 @@ class FamilyEntry:
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
         """Return the options that name the text encoders' files, each with a placeholder for the path.
 
-        family_options: options of the command that caches latents.
+        Args:
+            family_options: Options of the command that caches latents.
         """
         by_release = vars(self.options).get("text_encoder_options")
         if by_release is not None:

@@ -100,7 +100,11 @@ class NoiseSpec:
 
 
 def count_image_tokens(shape: Sequence[int]) -> int:
-    """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
+    """Return the tokens of one latent frame: its height and width are halved.
+
+    Args:
+        shape: B C F H W.
+    """
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
@@ -163,7 +167,11 @@ class DitSpec:
     teacache_coefficients: tuple[float, ...] = ()
 
     def count_matrices(self, weight: str) -> int:
-        """Return how many matrices a weight in a block holds. weight: its name."""
+        """Return how many matrices a weight in a block holds.
+
+        Args:
+            weight: Its name.
+        """
         path = f".{weight.removesuffix('.weight')}"
         return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
 

@@ -260,7 +260,9 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
     """Return the request without media that cannot be used, and warn about those.
 
     usable: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError if a usable file or folder does not exist or cannot be read.
+
+    Raises:
+        OptionError: If a usable file or folder does not exist or cannot be read.
     """
     for name, is_usable in usable.items():
         media = getattr(request, name)
@@ -319,7 +321,8 @@ def check_frames(option: str, path: Path, needed: int) -> None:
 def count_frames_up_to(path: Path, most: int) -> int:
     """Decode frames of a video or a folder of images, at most so many, and return how many there are.
 
-    Raises MediaError if it cannot be decoded.
+    Raises:
+        MediaError: If it cannot be decoded.
     """
     return _decode_frames(path, most, *_stat_file(path))
 

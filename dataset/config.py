@@ -285,7 +285,10 @@ def with_references(
 ) -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    instead: `Abilities.references`. Raises DatasetError if the family has no use for a key.
+    instead: `Abilities.references`.
+
+    Raises:
+        DatasetError: If the family has no use for a key.
     """
     flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:
@@ -405,8 +408,10 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
-    """Return the key that says where a table's items are; None, with a line in `problems`, if there is not
-    exactly one.
+    """Return the key that says where a table's items are.
+
+    Returns:
+        None, with a line in `problems`, if there is not exactly one.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:

@@ -313,7 +313,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
     """Return the dataset that --train_data_dir and its companions describe: one group of tables.
 
-    Raises DatasetError if there is no folder to train on, or with all values that are not allowed.
+    Raises:
+        DatasetError: If there is no folder to train on, or with all values that are not allowed.
     """
     folder = typed.train_data_dir
     assert folder is not None  # `typed.replaces_toml`
@@ -337,10 +338,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats; warn about others with
-    pictures.
+    """Return a subset for each folder whose name begins with a number of repeats.
 
-    known: a folder that another option reads.
+    A warning names other folders with pictures. `known` is a folder that another option reads.
     """
     try:
         with os.scandir(folder) as entries:

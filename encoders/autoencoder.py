@@ -73,7 +73,8 @@ def read_autoencoder(
 ) -> dialects.LoadPlan[AutoencoderConfig]:
     """Plan how to load an autoencoder: released file, diffusers layout, or a part of an all-in-one file.
 
-    Raises CheckpointError for any other file.
+    Raises:
+        CheckpointError: For any other file.
     """
     prefixes = ("first_stage_model.", "vae.")
     other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
@@ -187,7 +188,10 @@ class ImageVae(nn.Module):
 
         pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
         generators: one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on the
-        VAE's device. Raises ValueError for other sizes.
+        VAE's device.
+
+        Raises:
+            ValueError: For other sizes.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
@@ -203,7 +207,11 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles. latents: B Z 1 h w."""
+        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles.
+
+        Args:
+            latents: B Z 1 h w.
+        """
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -278,7 +286,9 @@ def load_autoencoder(
     """Load FLUX's autoencoder from any of its file layouts.
 
     path: file, or folder of a release that holds it as `vae`. tile: as for `Autoencoder`.
-    Raises CheckpointError if the file is damaged or holds another model.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     path = inside(path, "vae")
     with open_checkpoint(path) as checkpoint:
@@ -298,7 +308,9 @@ def load_autoencoder(
 def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
     """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
 
-    Only headers are read. option: that names the file, for messages. Raises CheckpointError if it is missing,
-    damaged or another model.
+    Only headers are read. option: that names the file, for messages.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or another model.
     """
     return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

@@ -50,7 +50,8 @@ class ClipWords:
 def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
     """Load CLIP's tokenizer from a file that was found, without truncation.
 
-    Raises CheckpointError if it cannot be read or has no start or end token.
+    Raises:
+        CheckpointError: If it cannot be read or has no start or end token.
     """
     tokenizer = _read_clip(files, file)
     start, end = _start_and_end(tokenizer, files, file)
@@ -64,7 +65,11 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the tokens around a text. Raises CheckpointError if the tokenizer lacks one."""
+    """Return the ids of the tokens around a text.
+
+    Raises:
+        CheckpointError: If the tokenizer lacks one.
+    """
     start = tokenizer.token_to_id(CLIP_START)
     end = tokenizer.token_to_id(CLIP_END)
     if start is None or end is None:

@@ -185,9 +185,11 @@ class ClipText(nn.Module):
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Return the pooled state B C, or B P projected.
 
-        ids: B L. ends: B, position of the first end token of each prompt.
-
         Attention is causal, so padding after the end token changes nothing.
+
+        Args:
+            ids: B L.
+            ends: B, position of the first end token of each prompt.
         """
         hidden = Hidden(self.embeddings(ids), None)
         self._run(hidden, range(self.num_layers))
@@ -198,11 +200,12 @@ class ClipText(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
-        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
-        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for
-        `forward`; without it the layers behind `layer` do not run. One pass in either case.
+        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the result
+        `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for `forward`;
+        without it the layers behind `layer` do not run. One pass in either case.
 
-        Raises ValueError if the layer does not exist.
+        Raises:
+            ValueError: If the layer does not exist.
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
@@ -225,7 +228,11 @@ class ClipText(nn.Module):
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower, fp8 weights dequantized. Raises CheckpointError for a damaged or another file."""
+    """Load the text tower, fp8 weights dequantized.
+
+    Raises:
+        CheckpointError: For a damaged or another file.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
@@ -268,7 +275,11 @@ class ClipVision(nn.Module):
         self.visual_projection = nn.Linear(config.dim, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the projected state of the class token, B P. pixels: B 3 S S, as `prepare` returns them."""
+        """Return the projected state of the class token, B P.
+
+        Args:
+            pixels: B 3 S S, as `prepare` returns them.
+        """
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
 
@@ -315,8 +326,10 @@ def load_clip_vision(
 ) -> ClipVision:
     """Load an image tower with its projection; fp8 weights are dequantized.
 
-    option, release: for messages: the option that needs it, and the files that have it. Raises
-    CheckpointError if the file is damaged or holds another model.
+    option, release: for messages: the option that needs it, and the files that have it.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)

@@ -118,8 +118,10 @@ class TransformerFiles(ABC):
     def check(self, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.
 
-        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or its network
-        has a kind or size that the transformer cannot use.
+        Raises:
+            OptionError: If a needed one is not given.
+            CheckpointError: If a file is missing, or its network has a kind or size that the transformer
+                cannot use.
         """
         config = self.dit_header().config if self.dit is not None or "dit" in needed else None
         if self.vae is not None or "vae" in needed:

@@ -84,7 +84,11 @@ _QWEN_TOKENS = (
 
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
+    """Read tokenizer.json, or vocab.json with merges.txt.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     merges = find_merges(file)
     if merges is None:
         return files.read(file)
@@ -123,7 +127,11 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message. thinks: its `enable_thinking`."""
+    """Return the text around a prompt, Qwen3's chat of one message.
+
+    Args:
+        thinks: Its `enable_thinking`.
+    """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
@@ -342,7 +350,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
-        """Return the id of a token. Raises CheckpointError if the tokenizer does not have it."""
+        """Return the id of a token.
+
+        Raises:
+            CheckpointError: If the tokenizer does not have it.
+        """
         number = tokenizer.number(token)
         if number is None:
             raise self.source.files.unreadable(tokenizer.file, ValueError(f"it has no {token}"))
@@ -483,8 +495,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode as `FileTextEncoder.encode`, with the pictures of prompts that the family shows.
 
-        Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
-        CheckpointError if the tokenizer has no token for pictures.
+        Picture tokens do not count towards `most`.
+
+        Raises:
+            MediaError: If a picture cannot be shown.
+            CheckpointError: If the tokenizer has no token for pictures.
         """
         encoded = self._encode_prompts(prompts)
         key = self.use.hashes_key
@@ -501,7 +516,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def load_tower(self, device: torch.device) -> None:
         """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
 
-        Raises CheckpointError if the file has none, or one of another model.
+        Raises:
+            CheckpointError: If the file has none, or one of another model.
         """
         network, _ = self._loaded.get()
         if self.use.pictures is not None and not hasattr(network, "visual"):

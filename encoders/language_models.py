@@ -249,7 +249,9 @@ def read_language_model(
     states are read, each as the number of layers before it, ascending; negative numbers count from the end
     (-1: the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is not -1.
     pre_norm: never norm it.
-    Raises CheckpointError for any other file, or one with fewer layers.
+
+    Raises:
+        CheckpointError: For any other file, or one with fewer layers.
     """
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."
@@ -344,7 +346,11 @@ def _check_heads(
 
 
 def _count_layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
-    """Return the number of layers before a state. Raises CheckpointError if the file has fewer."""
+    """Return the number of layers before a state.
+
+    Raises:
+        CheckpointError: If the file has fewer.
+    """
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
@@ -383,7 +389,8 @@ def _read_constants(
 ) -> RotaryConstants:
     """Read what the tensors do not show, from the config.json or from the facts about the released model.
 
-    Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
+    Raises:
+        CheckpointError: If the frequencies are stretched, as in Llama 3.1 and later.
     """
     try:
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
@@ -513,10 +520,12 @@ def load_language_model(
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
-    form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
-    layers that do not fit stay in host memory, and each is copied to the device before it runs. None: all
-    fit. blocks: takes each layer. model, states, final_norm, pre_norm: as for `read_language_model`. Raises
-    CheckpointError if the file is damaged, holds another model, or has its weights in another form.
+    form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device; layers
+    that do not fit stay in host memory, and each is copied to the device before it runs. None: all fit.
+    blocks: takes each layer. model, states, final_norm, pre_norm: as for `read_language_model`.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)

@@ -31,7 +31,11 @@ MAX_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Tensor:
-    """Read a picture in its own size, or covering `size`: H W 3 uint8. Raises MediaError if it cannot."""
+    """Read a picture in its own size, or covering `size`: H W 3 uint8.
+
+    Raises:
+        MediaError: If it cannot.
+    """
     frame = read_image(path)
     return torch.from_numpy(frame if size is None else resize_cover(frame, size))
 
@@ -101,7 +105,8 @@ class VisionConfig:
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
     """Plan how to load the vision tower of a model, which may stand under any prefix.
 
-    Raises CheckpointError if the file has none, or one of another model.
+    Raises:
+        CheckpointError: If the file has none, or one of another model.
     """
     path = checkpoint.path
     tower = model.tower
@@ -191,7 +196,10 @@ def read_images(
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
     pictures: each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
-    (`VisionTower.colours`). Raises MediaError if one is 200 times as long as it is wide.
+    (`VisionTower.colours`).
+
+    Raises:
+        MediaError: If one is 200 times as long as it is wide.
     """
     from PIL import Image
 

@@ -114,8 +114,10 @@ def encode_images(
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
-    patch: latent pixels along a side of a token. remedy: the command that caches again. Raises CacheError for
-    other shapes.
+    patch: latent pixels along a side of a token. remedy: the command that caches again.
+
+    Raises:
+        CacheError: For other shapes.
     """
     references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -260,7 +262,8 @@ class ModelOfImages(OneTransformer):
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without media that the model does not take. who: the model, for messages.
 
-        Raises OptionError if the model takes reference pictures, and these cannot be used.
+        Raises:
+            OptionError: If the model takes reference pictures, and these cannot be used.
         """
         rules = self.references
         takes = {**NO_MEDIA, "control_images": rules is not None}

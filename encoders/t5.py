@@ -184,7 +184,8 @@ BYT5 = T5Kind(
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
     """Load a ByT5 encoder of any size. dtype: compute dtype; None: the file's, and bfloat16 for fp8.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     return load_t5(path, device, BYT5, dtype)
 

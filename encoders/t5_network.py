@@ -93,7 +93,9 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
 
     Reads Wan's official names (also Kijai's) and Hugging Face's (ComfyUI, transformers), alone or in an
     all-in-one file.
-    Raises CheckpointError for any other file.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
     # only with the official names: in Hugging Face's the same prefix is part of the name
@@ -319,9 +321,11 @@ def load_t5(
 ) -> T5Network:
     """Load an encoder of that kind.
 
-    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: see `load_planned`; without
-    one fp8 weights are dequantized. blocks: takes each block. Raises CheckpointError if the file is damaged,
-    holds another model, or has its weights in another form.
+    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: see `load_planned`; without one
+    fp8 weights are dequantized. blocks: takes each block.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)

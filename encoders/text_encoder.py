@@ -89,7 +89,10 @@ class TokenizerSource:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
         The file is `path` (of its option), else one next to the checkpoint; None for those inside or on the
-        hub. Raises CheckpointError if `path` is given and is not a tokenizer.
+        hub.
+
+        Raises:
+            CheckpointError: If `path` is given and is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -110,7 +113,8 @@ class TokenizerSource:
     ) -> TextTokenizer:
         """Load the tokenizer. path: as for `find`. what: the encoder, for the log.
 
-        Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
+        Raises:
+            CheckpointError: If there is none, it cannot be read, or the hub cannot be reached.
         """
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
@@ -293,7 +297,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def identity(self) -> Mapping[str, str]:
         """Return the facts on which an output depends in addition to the text. Reads a few MB.
 
-        Raises CheckpointError if the file holds another model.
+        Raises:
+            CheckpointError: If the file holds another model.
         """
 
     @property
@@ -323,7 +328,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those around it; weights are not loaded.
 
-        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        Raises:
+            CheckpointError: If there is no tokenizer here; none is downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         dropped = self.count_dropped(tokenizer)
@@ -379,8 +385,10 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
-        The states of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the
-        tokenizer has more tokens than the network.
+        The states of a part's tokens are multiplied by the part's weight.
+
+        Raises:
+            CheckpointError: If the tokenizer has more tokens than the network.
         """
         return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
 

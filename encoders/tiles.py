@@ -199,8 +199,9 @@ def decode_in_tiles(
 def posterior_generator(owner: int | str) -> torch.Generator:
     """Return the generator for the posterior sample of a clip or a picture.
 
-    owner: the name of the cached item, or the seed of the generation. So an item's cache does not depend on
-    the other items of a run, and a generation depends only on its seed.
+    Args:
+        owner: The name of the cached item, or the seed of the generation. So an item's cache does not depend
+            on the other items of a run, and a generation depends only on its seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))
 

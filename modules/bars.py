@@ -56,6 +56,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def update(self, amount: float = 1) -> None:
+        """Count `amount` more units as done, and show the progress if its time has come."""
         self.done += amount
         if not self.shown:
             return

@@ -37,7 +37,10 @@ def render_chat(
 
     tokenizer: of transformers, whose special tokens the template may use. template: its text, or a mapping
     with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: after which it
-    is stopped. more: further variables. Raises TemplateError if it fails or goes beyond a bound.
+    is stopped. more: further variables.
+
+    Raises:
+        TemplateError: If it fails or goes beyond a bound.
     """
     if template is None:
         template = tokenizer.get_chat_template()

@@ -97,6 +97,7 @@ def draw_box(
 
 
 def show_traceback() -> None:
+    """Print the current exception with its traceback, for an error in this program."""
     from rich.console import Console  # slow, and only for an error of ours on a terminal
 
     Console(stderr=True).print_exception()
@@ -133,6 +134,7 @@ def count_of(number: int, what: str) -> str:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
+    """Return the first names, and how many more there are."""
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail
 

@@ -59,7 +59,9 @@ def select_device(name: str | None) -> torch.device:
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
     synchronising act on the current GPU, and would otherwise also use memory of the first one.
-    Raises OptionError if the device does not exist.
+
+    Raises:
+        OptionError: If the device does not exist.
     """
     torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, not for matrix products
     if name is None:
@@ -192,7 +194,8 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
-    Raises OptionError if the name is unknown or an fp8 dtype.
+    Raises:
+        OptionError: If the name is unknown or an fp8 dtype.
     """
     if name is None:
         return usual
@@ -211,6 +214,7 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
+    """Return the dtype that a network computes in: its `compute_dtype`, else that of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
@@ -242,6 +246,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
+    """Return unused memory of Python and of the device's allocator to the system."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -286,6 +291,7 @@ _GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the device or the host has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
@@ -367,6 +373,7 @@ class Failures:
 
 
 def gib(size: int) -> str:
+    """Return a size in GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
@@ -383,5 +390,6 @@ def host_peak() -> int:
 
 
 def peak_in_words(device: torch.device) -> str:
+    """Return the most memory that was in use so far: on CUDA that of the device, else that of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{gib(used)} GiB"

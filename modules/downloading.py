@@ -119,7 +119,11 @@ def receive(
 
 
 def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a site's answer at its place; return where it ends. Raises BrokenTry if it comes too slowly."""
+    """Write a site's answer at its place; return where it ends.
+
+    Raises:
+        BrokenTry: If it comes too slowly.
+    """
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
@@ -145,7 +149,11 @@ def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int]
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return a thread's connections, kept open between files. thread: its number."""
+    """Return a thread's connections, kept open between files.
+
+    Args:
+        thread: Its number.
+    """
     import requests
 
     return requests.Session()
@@ -226,7 +234,8 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
     """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
 
-    Raises RefusedBySite if the answer begins elsewhere.
+    Raises:
+        RefusedBySite: If the answer begins elsewhere.
     """
     if answer.status_code != 206:
         return 0

@@ -91,6 +91,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
 
 
 def list_paths(value: Any) -> list[Path]:
+    """Return the paths in the value of an option, which may be a tuple."""
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
 

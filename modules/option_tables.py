@@ -33,7 +33,11 @@ def list_option_names() -> tuple[str, ...]:
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
-    """Return the table of a script; None if it has none. script: its path in the checkout or the package."""
+    """Return the table of a script; None if it has none.
+
+    Args:
+        script: Its path in the checkout or the package.
+    """
     if script is None:
         return None
     name = script.with_suffix("").as_posix()

@@ -181,6 +181,7 @@ class Rejection(NamedTuple):
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
+    """Return why an argument is not supported; None if it is."""
     return vars(action).get("refusal")
 
 
@@ -232,7 +233,12 @@ class Options:
             field.metadata = types.MappingProxyType({"option": name, **field.metadata})
 
     def __init__(self, **values: Any) -> None:
-        """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
+        """Make the record.
+
+        Raises:
+            OptionError: For a wrong value.
+            TypeError: For a name that no field has.
+        """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}
         if unknown:
@@ -253,6 +259,7 @@ class Options:
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
+        """Make the record with its default values, except for the given ones."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -321,7 +328,11 @@ NO_OPTIONS = NoOptions()
 
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
-    """Return the default of a record's field. Raises TypeError if it must be given."""
+    """Return the default of a record's field.
+
+    Raises:
+        TypeError: If it must be given.
+    """
     declared = field.metadata.get("declared")
     hint = hints_of(cls)[field.name]
     if declared is not None and declared.default is not _UNSET:
@@ -340,6 +351,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none
@@ -375,11 +387,11 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their default values and have no effect, as another option is
-    missing.
+    """Warn of options that are typed with their default values and have no effect.
 
-    Other values are refused or reported by `_check_info`. Default values change nothing, and commands of
-    other programs contain them. typed: names of the typed arguments.
+    Another option is missing for them. Other values are rejected or reported by `_check_info`. Default values
+    change nothing, and commands of other programs contain them. `typed` holds the names of the typed
+    arguments.
     """
     fields = _fields_by_name(type(record))
     for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
@@ -392,10 +404,9 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect, as another option is
-    missing.
+    """Return the public names of options with default values that have no effect.
 
-    written: names of the arguments that the user wrote.
+    Another option is missing for them. `written` holds the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -463,9 +474,12 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
-    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
-    user's. Warns of options that are typed with their usual values and do nothing.
+    Warns of options that are typed with their usual values and do nothing.
+
+    Raises:
+        OptionError: If a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+            number is infinite or beyond all sense.
+        TypeError: If a field has no argument: that is our mistake, not the user's.
     """
     hints = hints_of(cls)
     records = _list_records(cls)
@@ -554,6 +568,7 @@ def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
+    """Return the names of a record's options for which a fact has a value."""
     return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 
@@ -576,6 +591,7 @@ def record_of(hint: Any) -> Any:
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
+    """Return the public name of a field's option, without --."""
     return str(field.metadata.get("option", field.name))
 
 

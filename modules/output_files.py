@@ -111,10 +111,12 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
+    """Return whether a person at a terminal can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_on_terminal(question: str) -> str:
+    """Write a question to standard error and return the line that is typed."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()
@@ -140,6 +142,7 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
+    """Ask whether to overwrite, without the offer of another name; None if there is no terminal."""
     return ask_at_console(question, offers_name=False)
 
 
@@ -148,7 +151,10 @@ def ask_to_replace(
 ) -> None:
     """Ask whether files that exist may be replaced; do nothing if there are none, or `yes` is set.
 
-    ask: as `ask_yes_or_no`. Raises OutputError if the answer is no, or if there is nobody to ask.
+    ask: as `ask_yes_or_no`.
+
+    Raises:
+        OutputError: If the answer is no, or if there is nobody to ask.
     """
     existing = [path for path in paths if path.exists()]
     if not existing or yes:

@@ -99,12 +99,14 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
+        """Return the help of --help: all options."""
         from modules.help_text import full_help  # only -h and --help need it
 
         return full_help(self)
 
     def format_short_help(self) -> str:
-        from modules.help_text import short_help  # likewise
+        """Return the help of -h: the options that are needed often."""
+        from modules.help_text import short_help  # only -h needs it
 
         return short_help(self)
 
@@ -527,6 +529,7 @@ def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Reject
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Return the parser's group with a title, which is added if it is not there."""
     for group in parser._action_groups:
         if group.title == title:
             return group
@@ -572,8 +575,9 @@ def _add_option(
 def reject_unsupported(
     parser: argparse.ArgumentParser, args: argparse.Namespace, tells_unneeded: bool = True
 ) -> None:
-    """Raise OptionError if an option that is refused is used; with `tells_unneeded` log those that are not
-    needed.
+    """Raise OptionError if an option that is not supported is used.
+
+    With `tells_unneeded`, options that are not needed are logged.
     """
     for action in parser._actions:
         rejection = find_rejection(action)

@@ -45,6 +45,7 @@ class RepeatedOption(NamedTuple):
 
     @property
     def is_switch(self) -> bool:
+        """Whether the option takes no value."""
         return isinstance(self.value, bool)
 
 
@@ -160,8 +161,10 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
 
 
 def types_of(option: AcceptedOption) -> tuple[Any, ...]:
+    """Return the types that an option's value may have."""
     return typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
 
 
 def is_path_option(option: AcceptedOption) -> bool:
+    """Return whether an option's value is a path."""
     return Path in types_of(option)

@@ -80,6 +80,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
+    """Return whether this process runs a described folder, so that the limits hold."""
     return bool(os.environ.get(FOLDERS))
 
 

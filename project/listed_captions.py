@@ -45,7 +45,9 @@ class ListedCaptions:
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
     """Return the captions that lists in folders have for media.
 
-    files: folder -> its media. ignored: names of files that are no lists.
+    Args:
+        files: Folder -> its media.
+        ignored: Names of files that are no lists.
     """
     listed = ListedCaptions()
     by_name = _by_name([path for media in files.values() for path in media])
@@ -183,7 +185,11 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table. path: for messages. Raises DatasetError if it lacks a column."""
+    """Yield the rows of a table. path: for messages.
+
+    Raises:
+        DatasetError: If it lacks a column.
+    """
     columns = column_names(table)
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
@@ -220,7 +226,11 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
 
 
 def _decode_table(path: Path, remarks: list[str]) -> str:
-    """Return the text of a table. Raises DatasetError if its encoding cannot be guessed."""
+    """Return the text of a table.
+
+    Raises:
+        DatasetError: If its encoding cannot be guessed.
+    """
     content = read_content(path, MAX_METADATA_BYTES)
     try:
         return content.decode("utf-8-sig")

@@ -73,6 +73,7 @@ class Media:
 
     @property
     def is_clip(self) -> bool:
+        """Whether it is a video."""
         return self.kind == "video"
 
 
@@ -124,8 +125,10 @@ def collect_content(
     name: of the model, for messages. kind: what is trained; control_kind: what would learn control pictures.
     edits: name of a model of its family that edits, if this one does not. hearing: models that learn sounds
     alone. silent: task of the family that learns clips without their sound.
-    Raises DatasetError if there are no media, no references for a model that needs them, no control pictures
-    for what sees them, or no sound for a model that learns it.
+
+    Raises:
+        DatasetError: If there are no media, no references for a model that needs them, no control pictures
+            for what sees them, or no sound for a model that learns it.
     """
     content = FolderContent()
     content.masks = read_kept_masks(folder)
@@ -644,7 +647,11 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFac
 
 
 def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: list[str]) -> Media:
-    """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
+    """Return a clip or picture with its caption.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:
@@ -852,6 +859,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
+    """Return the references of a medium in a folder; empty if there are none or their names do not fit."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -934,6 +942,7 @@ def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
 
 
 def is_narrow(item: Media) -> bool:
+    """Return whether a picture is far longer than wide, or wider than long."""
     return max(item.size) > LONG * min(item.size)
 
 

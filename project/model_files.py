@@ -16,7 +16,8 @@ from project.new_options import NewOptions
 def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option.
 
-    Raises OptionError if there are two for one option.
+    Raises:
+        OptionError: If there are two for one option.
     """
     texts: dict[str, str] = {}
     for typed in options.model_files:
@@ -32,7 +33,8 @@ def typed_files(options: NewOptions) -> dict[str, str]:
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """Return the path of each file of the model by its option.
 
-    Raises OptionError if a file is given for an unknown option, or does not exist.
+    Raises:
+        OptionError: If a file is given for an unknown option, or does not exist.
     """
     parts = {part.option.lstrip("-"): part for part in model.components if part.option}
     files = {name: options.models / part.path for name, part in parts.items()}
@@ -46,7 +48,11 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
-    """Return the path that --model_file gives. Raises OptionError if there is no such file."""
+    """Return the path that --model_file gives.
+
+    Raises:
+        OptionError: If there is no such file.
+    """
     path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(

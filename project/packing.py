@@ -67,14 +67,16 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the file, or of the content that takes its place in the pack."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
 def pack_folder(options: PackOptions) -> None:
     """Write the packed file and print what it holds, what is left out, and the command for the other machine.
 
-    Raises OptionError if the folder is not described, or if its texts name places outside of it; OutputError
-    if the file exists or cannot be written.
+    Raises:
+        OptionError: If the folder is not described, or if its texts name places outside of it.
+        OutputError: If the file exists or cannot be written.
     """
     folder = options.folder
     output = options.output or real_path(folder).with_name(f"{real_path(folder).name}-pack.zip")
@@ -106,7 +108,11 @@ def pack_folder(options: PackOptions) -> None:
 
 
 def read_described(folder: Path) -> PackSource:
-    """Read run.toml. Raises OptionError if there is none, or if it is not as `new` writes it."""
+    """Read run.toml.
+
+    Raises:
+        OptionError: If there is none, or if it is not as `new` writes it.
+    """
     path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
@@ -181,7 +187,8 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
     """Yield the files to pack, following links. hidden: takes the names of what is left out for its kind.
 
-    Raises OptionError for a name that the other machine could not have.
+    Raises:
+        OptionError: For a name that the other machine could not have.
     """
     walked: set[Path] = set()
     for place, folders, files in os.walk(described.folder, followlinks=True):
@@ -228,7 +235,8 @@ def _relocate_texts(
 ) -> tuple[list[PackMember], list[str]]:
     """Return the members with the paths of texts replaced, and the secret options that were left out.
 
-    Raises OptionError for texts that name other places of this machine.
+    Raises:
+        OptionError: For texts that name other places of this machine.
     """
     secret = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
@@ -260,7 +268,11 @@ def _relocate_texts(
 def _relocate_file(
     relocate: Callable[..., RelocatedText], places: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Return the text of a file as `relocate` makes it. Raises OptionError if it cannot be read."""
+    """Return the text of a file as `relocate` makes it.
+
+    Raises:
+        OptionError: If it cannot be read.
+    """
     try:
         return relocate(read_text(path), places, *without)
     except (OSError, ValueError) as error:

@@ -76,6 +76,7 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
+        """Files that the run needs and that are not there."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -95,9 +96,12 @@ def run_project(options: RunOptions) -> None:
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     """Check, download, cache and train; end with the path of the training's page.
 
-    Files that cannot be read are left out, and listed at the end. Raises OptionError if the folder is not
-    described, or if files of the model are missing and may not be downloaded. Exits with the code of the
-    first command that fails.
+    Files that cannot be read are left out, and listed at the end. Exits with the code of the first command
+    that fails.
+
+    Raises:
+        OptionError: If the folder is not described, or if files of the model are missing and may not be
+            downloaded.
     """
     typed = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
@@ -171,8 +175,10 @@ def _print_command(words: Sequence[str], folder: Path) -> None:
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
     """Run commands and return the files that are left out, as the check of media reports them.
 
-    Raises OptionError if files of the model are still missing after their download. Exits with the code of
-    the first command that fails.
+    Exits with the code of the first command that fails.
+
+    Raises:
+        OptionError: If files of the model are still missing after their download.
     """
     left_out: list[str] = []
     is_checked = was_checked(project.folder, project.commands, project.files)
@@ -198,7 +204,10 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 def check_project(project: Project) -> None:
     """Make all checks that a run begins with, and print what they find; cache and train nothing.
 
-    Exits with 1 if there are faults that end a run. Raises OptionError for wrong options of the training.
+    Exits with 1 if there are faults that end a run.
+
+    Raises:
+        OptionError: For wrong options of the training.
     """
     print_lines([f"In the folder {project.folder}:"])
     if project.missing:
@@ -261,10 +270,14 @@ def _run_or_exit(
 
 
 def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
-    """Read the run.toml of a folder. typed: options of its training, which count before those of the file.
+    """Read the run.toml of a folder.
 
-    place: the folder, or its run.toml. Raises OptionError if it is not as `new` writes it, or if results
-    would lie outside of what is allowed.
+    Args:
+        place: The folder, or its run.toml.
+        typed: Options of its training, which count before those of the file.
+
+    Raises:
+        OptionError: If it is not as `new` writes it, or if results would lie outside of what is allowed.
     """
     folder = _find_described_folder(place)
     path = folder / RUN_FILE
@@ -300,7 +313,11 @@ def _extend_training(project: Project, words: Sequence[str]) -> Project:
 
 
 def _find_described_folder(place: Path) -> Path:
-    """Return the folder of a run.toml. Raises OptionError for another file."""
+    """Return the folder of a run.toml.
+
+    Raises:
+        OptionError: For another file.
+    """
     if place.name == RUN_FILE and not place.is_dir():
         return place.parent
     if place.is_file():
@@ -356,7 +373,8 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
 def _report_trained(project: Project, options: RunOptions) -> bool:
     """Return whether the run is finished, and if so print what can be done next. Loads nothing.
 
-    Raises OptionError if the trained file is of another model.
+    Raises:
+        OptionError: If the trained file is of another model.
     """
     file = project.output / f"{project.name}.safetensors"
     if not file.exists():  # a model in diffusers' layout, which says it in its U-Net
@@ -523,8 +541,10 @@ def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> N
 
 
 def _require_script(words: Sequence[str]) -> Path:
-    """Return the script of a command. Raises OptionError if it is not one that a run needs: run.toml may come
-    from somebody else.
+    """Return the script of a command.
+
+    Raises:
+        OptionError: If it is not one that a run needs: run.toml may come from somebody else.
     """
     script = _find_script(words)
     if script is None or script not in _scripts_of_runs():
@@ -550,8 +570,10 @@ def run_command(words: Sequence[str], folder: Path, progress: Path | None = None
 
     progress: file in which the program is to note how far it is.
 
-    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end. Raises
-    OptionError if it is not one of our scripts.
+    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end.
+
+    Raises:
+        OptionError: If it is not one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []

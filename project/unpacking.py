@@ -40,8 +40,11 @@ LATEST_NS = 1 << 62  # of the time of a file: the year 2116
 def unpack_folder(options: UnpackOptions) -> None:
     """Write the folder, then print the command that trains.
 
-    Raises OptionError if the file is no packed folder, whole and harmless; OutputError if the folder exists
-    or cannot be written. Then there is no folder.
+    Then there is no folder.
+
+    Raises:
+        OptionError: If the file is no packed folder, whole and harmless.
+        OutputError: If the folder exists or cannot be written.
     """
     path = options.file
     try:
@@ -188,7 +191,11 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _place_models(text: str, models: Path) -> str:
-    """Return a run.toml with this machine's folder of models in it. Raises ValueError if it is no TOML."""
+    """Return a run.toml with this machine's folder of models in it.
+
+    Raises:
+        ValueError: If it is no TOML.
+    """
     parse_toml(text)  # with limits, which the next one lacks
     try:
         document = tomlkit.parse(text)

@@ -110,7 +110,8 @@ def form_of(quantisation: Quantisation) -> StoredForm:
 def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
 
-    Raises OptionError if the device or the libraries lack it.
+    Raises:
+        OptionError: If the device or the libraries lack it.
     """
     result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
     return result

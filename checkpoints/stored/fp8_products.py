@@ -125,7 +125,9 @@ def select_product(
     """Return the first of `products` that works on the device; each is tried once on a small tile.
 
     Logs the reason if it is not the first one.
-    Raises OptionError if the device has no fp8 units, or torch cannot use them.
+
+    Raises:
+        OptionError: If the device has no fp8 units, or torch cannot use them.
     """
     remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
     if not supported(device):
@@ -166,7 +168,12 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Return whether `fp8_linear` supports this layer and input.
 
     It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
-    tokens. Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
+    tokens. Depends on shapes and dtypes only.
+
+    Args:
+        x: ... K.
+        weight: N K.
+        scale: One number, N 1, or None.
     """
     rows, columns = weight.shape
     is_by_tensor = scale is None or scale.numel() == 1

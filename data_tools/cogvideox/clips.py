@@ -76,10 +76,12 @@ class PreparedItem:
     folder: Path
 
     def file(self, kind: str) -> Path:
+        """Return the path of a file that is made from the clip, by its kind: videos, tensors, ..."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
     def facts(self) -> Path:
+        """Path of the file with size and number of frames, written last: it marks the clip as done."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
@@ -154,7 +156,8 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the texts of the lists by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: finished items with their `read_info`. Missing files are null in data.jsonl.
+    Args:
+        items: Finished items with their `read_info`. Missing files are null in data.jsonl.
     """
     lines = []
     for item, info in items:
@@ -242,7 +245,8 @@ def prepare_clips(
 ) -> list[Failure]:
     """Read, encode (if there is an encoder) and write all clips; return the failures.
 
-    Raises OutputError if a file cannot be written.
+    Raises:
+        OutputError: If a file cannot be written.
     """
     failures: list[Failure] = []
     settings = options.encoding
@@ -338,7 +342,10 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
     name: of the item; seeds the random choices, so that they are the same in every run. threads: for
-    decoding. Raises MediaError if the clip cannot be read or is too short.
+    decoding.
+
+    Raises:
+        MediaError: If the clip cannot be read or is too short.
     """
     chance = random.Random(derive_seed(options.seed, "prepare", name))
     place = (chance.random(), chance.random())

@@ -84,8 +84,10 @@ class Plan:
 def make_control_images(options: ControlImageOptions) -> None:
     """Write a control picture for each picture of a folder that has none.
 
-    Each is complete or not there, so the same command continues after a stop. Raises UserError if nothing can
-    be done, and DatasetError at the end if pictures could not be read.
+    Each is complete or not there, so the same command continues after a stop.
+
+    Raises:
+        UserError: If nothing can be done, and DatasetError at the end if pictures could not be read.
     """
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)

@@ -66,7 +66,8 @@ class CutResult:
 def cut_footage(options: CuttingOptions) -> None:
     """Run the work of a command line.
 
-    Raises UserError if nothing can be done, and DatasetError at the end if some sources could not be cut.
+    Raises:
+        UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
     started = time.monotonic()
     load_detector(options.scenes)  # first: it says what is missing before anything is read
@@ -152,8 +153,10 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
     """Return a video, or all videos below a folder sorted by path, each with a stem.
 
     The stem, made of the path below the folder, names the clips, unless another source has it. Files in
-    `output` and in other folders that clips were cut into are left out. Raises MediaError if there is no
-    video.
+    `output` and in other folders that clips were cut into are left out.
+
+    Raises:
+        MediaError: If there is no video.
     """
     if not path.is_dir():
         return {real_path(path): readable_stem(path.stem)}
@@ -281,7 +284,8 @@ class Workshop:
     def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
         """Remove the clips of an earlier cut and their lines; `_check_untouched` must have passed.
 
-        Raises OutputError if a new clip would overwrite a file that is not ours.
+        Raises:
+            OutputError: If a new clip would overwrite a file that is not ours.
         """
         ours = set() if old is None else {clip.name for clip in old.clips}
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]

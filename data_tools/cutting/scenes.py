@@ -32,7 +32,8 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
     """Return a function that makes a detector for a given number of pictures per second.
 
-    Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
+    Raises:
+        InstallationError: If PySceneDetect is asked for and missing, or older than 0.7.
     """
     if options.detector == OWN:
         return lambda rate: OwnDetector(options.threshold, rate)
@@ -76,6 +77,7 @@ class PySceneDetect:
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
+        """Return the cuts, each as a change without pictures of its own."""
         if self._count:
             self._cuts += self._detector.post_process(self._time(self._count - 1))
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]

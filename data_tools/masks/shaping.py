@@ -84,7 +84,10 @@ def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
     """Yield for each frame of a clip the median of its values and those of its neighbours.
 
     v'[t] = median(v[t - frames], ..., v[t + frames]) at each place, where the first and the last frame stand
-    for those beyond the ends. Raises MediaError if the frames change their size.
+    for those beyond the ends.
+
+    Raises:
+        MediaError: If the frames change their size.
     """
     window: deque[Values] = deque(maxlen=2 * frames + 1)
     for value in _repeat_ends(values, frames):

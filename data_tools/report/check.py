@@ -303,7 +303,11 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check what a table has. Raises DatasetError for what it cannot cache."""
+    """Let the family check what a table has.
+
+    Raises:
+        DatasetError: For what it cannot cache.
+    """
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
@@ -561,8 +565,9 @@ def _compare_sources(
     counters: Counters,
     hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
-    all: training does not need them.
+    """Add remarks about sources without a cache, a caption or cached sound.
+
+    There are none if the sources are gone: training does not need them.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing the sources would download them
         name = form_of(findings.table).name

@@ -102,18 +102,22 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
+        """Percentage of the resized picture that the bucket cuts off."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
     def enlarged(self) -> float:
+        """Factor by which the picture is enlarged; below 1 it is reduced."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
     def seconds(self) -> float | None:
+        """Duration; None if the rate is not known."""
         return self.frames / self.fps if self.frames and self.fps else None
 
 
 def cut_percent(fit: Fit) -> float:
+    """Return the percentage of the resized picture that the bucket cuts off."""
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
@@ -328,6 +332,10 @@ class EvenFrames:
         self._step = 1
 
     def add(self, frame: Frame) -> None:
+        """Keep the frame if its number is a multiple of the step.
+
+        With too many frames the step is doubled, and every second one is dropped.
+        """
         if self._count % self._step == 0:
             self.frames.append(self._reduce(frame))
             if len(self.frames) > 2 * MOST_FRAMES:

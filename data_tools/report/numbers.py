@@ -273,8 +273,7 @@ def summarize(values: Sequence[float]) -> Numbers | None:
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
-    """Return a histogram: `from` (included), `to` (not included except in the last bin) and `count` of each
-    bin.
+    """Return a histogram: `from` (included), `to` (excluded except in the last bin), `count` of each bin.
 
     All bins have one width (1, 2 or 5 times a power of ten), and there are at most about 16. A few far larger
     values share the last bin, so that they do not squeeze the rest into one.
@@ -403,7 +402,11 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
-    """Return the texts that several files have, the most frequent first. repeated: their paths by text."""
+    """Return the texts that several files have, the most frequent first.
+
+    Args:
+        repeated: Their paths by text.
+    """
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [
         {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}

@@ -76,7 +76,10 @@ def write_check_page(
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    hears: the model learns sound. Raises OutputError if the page cannot be written.
+    hears: the model learns sound.
+
+    Raises:
+        OutputError: If the page cannot be written.
     """
     tables = result.tables
     drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
@@ -101,7 +104,8 @@ def write_report_page(
 ) -> None:
     """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
 
-    Raises OutputError if the page cannot be written.
+    Raises:
+        OutputError: If the page cannot be written.
     """
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)

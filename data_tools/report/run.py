@@ -52,7 +52,9 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
 
-    Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
+    Raises:
+        DatasetError: If there is nothing to report on.
+        OutputError: If a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
@@ -331,8 +333,9 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N hashes as -1 or 1: a product of two rows is the number of equal bits minus that
-    of different ones.
+    """Return the bits of N hashes as -1 or 1.
+
+    A product of two rows is the number of equal bits minus that of different ones.
     """
     hashes = np.array([measured.hashes for measured in measures], np.uint64)
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)

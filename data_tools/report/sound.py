@@ -39,6 +39,7 @@ class Heard:
 
 
 def is_heard(table: DatasetTable) -> bool:
+    """Return whether a table's clips are learned with their sound."""
     return table.kind == "video" and table.audio != IGNORE
 
 

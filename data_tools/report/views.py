@@ -179,6 +179,7 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
+    """Return evenly chosen frames side by side as one picture."""
     return np.concatenate(select_evenly(list(frames), most), axis=1)
 
 

@@ -72,7 +72,11 @@ class TagChoice:
 
 
 def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
-    """Return the choice that options ask for. Raises OptionError for a bad --tag_replacement."""
+    """Return the choice that options ask for.
+
+    Raises:
+        OptionError: For a bad --tag_replacement.
+    """
     limits, words = options.thresholds, options.words
     separator = words.caption_separator.strip()
     thresholds = {}

@@ -79,6 +79,7 @@ def check_channels(
 
 
 def other_space(channels: int, latent: data.LatentSpec) -> str:
+    """Return the message for latents whose number of channels is not the model's."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -400,6 +401,7 @@ class SameEncoders:
     _warned: set[str] = field(default_factory=set)  # parts
 
     def warn(self, made_by: Iterable[data.MadeBy]) -> None:
+        """Log a warning if the batch's encoders differ from those of earlier batches."""
         warning = self.difference(made_by)
         if warning is not None:
             logger.warning(warning)
@@ -444,10 +446,12 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
+    """Return a text with its fingerprints cut to their first characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
+    """Return a line for each part of an encoder's identity, with short fingerprints."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()

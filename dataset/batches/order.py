@@ -92,6 +92,7 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
+        """Return the number of items trained before batch `index` of an epoch, earlier epochs included."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 
@@ -130,10 +131,12 @@ class Grouped(Protocol):
     """Protocol of what an epoch is made of: an item of a table, and those that it can share a batch with."""
 
     @property
-    def table(self) -> DatasetTable: ...
+    def table(self) -> DatasetTable:
+        """Table of the dataset file, whose keys say how often the item occurs."""
 
     @property
-    def group(self) -> tuple[int, ...]: ...
+    def group(self) -> tuple[int, ...]:
+        """Values that the items of one batch have in common."""
 
 
 G = TypeVar("G", bound=Grouped)
@@ -218,12 +221,20 @@ S = TypeVar("S", bound=OfSource)
 
 
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
-    """Split into (training, validation): tables marked `validation`, and a fraction of the sources of all
-    other tables.
+    """Split items into those for training and those for validation.
 
-    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
-    takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
-    itself, by their own fraction and seed if they state any. seed: chooses for those that do not.
+    The latter are tables marked `validation`, and a fraction of the sources of all other tables. Sources are
+    chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0 takes at
+    least one source and leaves at least one. Subsets of the image guides' form are split each by itself, by
+    their own fraction and seed if they state any.
+
+    Args:
+        items: Items of all tables.
+        fraction: Fraction of the sources that is held out.
+        seed: Chooses the sources of subsets that state no seed.
+
+    Returns:
+        Items for training, and items for validation.
     """
     if any(item.table.group is not None for item in items):
         return _split_subsets(items, fraction, seed)

@@ -11,8 +11,14 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Raise DatasetError, with the command that converts, if caches of a family are in the other form than
-    the `cache_format` of their table. tables: those that `may_be_mixed`. tag: the family's cache_tag.
+    """Check that caches are in the form that the `cache_format` of their table names.
+
+    Args:
+        tables: Tables that `may_be_mixed`.
+        tag: The family's cache_tag.
+
+    Raises:
+        DatasetError: If they are in the other form; the message has the command that converts.
     """
     errors = [line for table in tables for line in other_form(table, tag)]
     if errors:

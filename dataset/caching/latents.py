@@ -109,7 +109,11 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Return the media encoders of a family. Raises CheckpointError if they cannot be loaded."""
+    """Return the media encoders of a family.
+
+    Raises:
+        CheckpointError: If they cannot be loaded.
+    """
     loaded = family.media_encoders(device)
     weight = next(loaded.vae.parameters(), None) if isinstance(loaded.vae, nn.Module) else None
     if weight is not None:

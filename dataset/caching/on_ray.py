@@ -97,8 +97,10 @@ class CachingActor:
 def run_on_ray(main: Main, options: RayOptions) -> None:
     """Cache all shards on a cluster, and show the results.
 
-    Raises InstallationError if Ray is missing, OptionError if the command cannot be run on a cluster,
-    DatasetError if the cluster cannot be reached, a shard could not be done or a source not be used.
+    Raises:
+        InstallationError: If Ray is missing.
+        OptionError: If the command cannot be run on a cluster.
+        DatasetError: If the cluster cannot be reached, a shard could not be done or a source not be used.
     """
     words = options.command[1:]
     main(words, _reject_looks)  # a wrong option is found before anything starts

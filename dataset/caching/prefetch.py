@@ -90,6 +90,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
+    """Return the report of several shares of the sources together, with failures sorted by path."""
     fields: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)
@@ -102,7 +103,8 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results. rows, commands: further lines of the box, in a run of several steps without commands.
 
-    Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
+    Raises:
+        DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
     """
     code = DatasetError.exit_code
     if os.environ.get(RUN_GOES_ON):
@@ -148,6 +150,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], most: int) -> list[str]:
+    """Return the first lines of a long list, indented, and a line that counts those that are left out."""
     lines = [f"  {line}" for line in things[:most]]
     if len(things) > most:
         lines.append(f"  ... and {len(things) - most} more")
@@ -173,6 +176,7 @@ AT_ONCE = 64  # values that a thread of `map_ahead` takes
 
 
 def workers_of(options: CachingOptions) -> int:
+    """Return the number of threads that decode: the option's, else one less than the processor has."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
@@ -239,10 +243,10 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 
 @contextlib.contextmanager
 def write_behind(threads: int = 1) -> Iterator[Write]:
-    """Yield a function that runs writes in threads, while the next items are encoded. It waits while too many
-    writes are pending.
+    """Yield a function that runs writes in threads, while the next items are encoded.
 
-    An error is raised by a later call, or at the end of the block.
+    It waits while too many writes are pending. An error is raised by a later call, or at the end of the
+    block.
     """
     waiting: collections.deque[Future[object]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
@@ -264,8 +268,10 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     most_bytes: int,
 ) -> Iterator[list[T]]:
-    """Yield items of one group together, as soon as there are `max_of` them. If all waiting items take more
-    than `most_bytes`, yield the largest group; at the end, yield the rest.
+    """Yield items of one group together, as soon as there are `max_of` them.
+
+    If all waiting items take more than `most_bytes`, the largest group is yielded. At the end the remaining
+    groups are yielded.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:

@@ -79,6 +79,7 @@ SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda
 
 
 def form_of(table: DatasetTable) -> DataForm:
+    """Return the form of data of a table, by the keys that it has."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
@@ -99,7 +100,11 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, by its name. Raises DatasetError if it is in no format."""
+    """Return the format of a table's rows, by its name.
+
+    Raises:
+        DatasetError: If it is in no format.
+    """
     for rows in ROWS:
         if rows.reads(path):
             return rows
@@ -112,17 +117,20 @@ def row_format(path: Path) -> RowFormat:
 def column_names(path: Path) -> tuple[str, ...]:
     """Return the names of a table's columns; of JSONL the keys of its first lines.
 
-    Raises DatasetError if the file cannot be read or has no columns.
+    Raises:
+        DatasetError: If the file cannot be read or has no columns.
     """
     return row_format(path).column_names(path)
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None: all of them. A name that is not a column is
-    left out.
+    """Yield the rows of a table with the columns `names`; None for all of them.
 
-    A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
-    file is missing, does not fit its suffix, or is not UTF-8.
+    A name that is not a column is left out. A row that cannot be read has a `fault` and no values; the next
+    ones follow.
+
+    Raises:
+        DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
     """
     yield from row_format(path).read_rows(path, names)
 

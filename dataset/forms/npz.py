@@ -17,7 +17,8 @@ def open_store(
 ) -> "NpzStore":
     """Return the npz files of a table. folder: of its images, but for those that `list_images` returns.
 
-    Raises DatasetError if the family has no caches in npz files.
+    Raises:
+        DatasetError: If the family has no caches in npz files.
     """
     if names is None or names[1].npz is None:
         raise DatasetError(

@@ -13,12 +13,20 @@ BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # in memory at a time
 
 
 def columns_of_parts(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns. Raises DatasetError if the file cannot be read."""
+    """Return the names of the columns.
+
+    Raises:
+        DatasetError: If the file cannot be read.
+    """
     return _find_columns(parquet_files.parquet_parts(path)[0], None).names
 
 
 def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows of a file, or of the parts in a folder. Raises DatasetError if it cannot be read."""
+    """Yield the rows of a file, or of the parts in a folder.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
     for part in parquet_files.parquet_parts(path):
         yield from _read_rows(part, names)
 

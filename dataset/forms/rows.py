@@ -67,10 +67,16 @@ class RowReader:
     def read(
         self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
     ) -> media_source.MediaSource:
-        """Return the source of a row. where: `list.jsonl, line 3`. contained: name and place of a file in the
-        row.
+        """Return the source of a row.
 
-        Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
+        Args:
+            values: Cells of the row by column, or the object of a line.
+            where: Words for messages, such as `list.jsonl, line 3`.
+            contained: Name and position of a file that the row holds itself.
+
+        Raises:
+            DatasetError: If a value cannot be used.
+            RefusedAddress: For an address that is not followed.
         """
         if contained is None:
             media = self._media(values, where)
@@ -210,6 +216,7 @@ class RowReader:
 
     @property
     def unit(self) -> str:
+        """Word for a row in messages."""
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
@@ -387,6 +394,7 @@ def control_number(name: str, start: str = "control_path") -> int | None:
 
 
 def download_folder(table: DatasetTable) -> Path:
+    """Return the folder for files of addresses: the table's key, else one in the cache folder."""
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
@@ -434,7 +442,11 @@ def _show(value: Any) -> str:
 
 
 def require_file(table: DatasetTable) -> Path:
-    """Return the file of a list or table. Raises DatasetError if there is none."""
+    """Return the file of a list or table.
+
+    Raises:
+        DatasetError: If there is none.
+    """
     path = table.source
     if not path.exists():
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
@@ -463,6 +475,7 @@ def is_layer(table: DatasetTable, name: str) -> bool:
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
+    """Return whether a column holds control media."""
     return name == table.control_column or control_number(name) is not None
 
 

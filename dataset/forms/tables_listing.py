@@ -27,7 +27,10 @@ MOST_SHOWN = 20  # columns in a message
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table, in any order; add errors to `faults`, with numbers of rows.
 
-    path_column: as the dataset file has it. Raises DatasetError if the file cannot be read or has no paths.
+    path_column: as the dataset file has it.
+
+    Raises:
+        DatasetError: If the file cannot be read or has no paths.
     """
     path = require_file(table)
     columns = column_names(path)
@@ -56,7 +59,8 @@ class _ReadColumns(NamedTuple):
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
     """Return the columns that are read. path_column: as the dataset file has it.
 
-    Raises DatasetError if the column of the media, or a column that a key names, is missing.
+    Raises:
+        DatasetError: If the column of the media, or a column that a key names, is missing.
     """
     named = {
         "path_column": path_column,

@@ -78,11 +78,20 @@ def companion_frames(
     clock: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
-    """Yield a frame of a control clip or mask for each kept frame of its clip; fewer if it ends earlier, but
-    at least one.
+    """Yield a frame of a control clip or mask for each kept frame of its clip.
 
-    clock: number and second of each kept frame. alpha: see `kept_frames`. Raises MediaError as `video_frames`
-    does.
+    If the companion ends earlier there are fewer frames, but at least one.
+
+    Args:
+        path: Control clip or mask.
+        clip: Clip that it belongs to.
+        table: Table of both.
+        fps: Frame rate of the kept frames.
+        clock: Number and second of each kept frame.
+        alpha: Keep transparency, as in `kept_frames`.
+
+    Raises:
+        MediaError: As `video_frames` does.
     """
     numbers = [number for number, _ in clock]
     if not _Pair(path, clip, table, fps).is_numbered:

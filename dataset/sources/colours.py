@@ -51,12 +51,18 @@ def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> st
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
+    """Describe the first reference on disk that was read differently when it was cached.
+
+    `as_shown` is the version of reading that the cache records. None if no reference was.
+    """
     return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether a file may name its colours by codes, have pixels that are not square, or have an order
-    or a direction of its frames: clips, AVIFs, and folders, by their name.
+    """Return whether a file may need a look at its header to know how it is shown.
+
+    Clips, AVIFs and folders (by their name) may name their colors by codes, have pixels that are not square,
+    or have an order or a direction of their frames.
     """
     suffix = path.suffix.lower()
     return suffix == ".avif" or suffix not in image_suffixes()

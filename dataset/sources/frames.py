@@ -157,8 +157,13 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 
 
 def file_rate(path: Path) -> float | None:
-    """Return a video's frames per second, from its header; None for folders and animations, which are timed
-    otherwise. Raises MediaError if it cannot be read.
+    """Return a video's frames per second, from its header.
+
+    Returns:
+        None for folders and animations, which are timed in another way.
+
+    Raises:
+        MediaError: If the video cannot be read.
     """
     if path.is_dir() or is_animation(path):
         return None
@@ -169,8 +174,13 @@ def file_rate(path: Path) -> float | None:
 def kept_rate(source: MediaSource, fps: float) -> float:
     """Return the rate of the kept frames, per second. Only the header of a clip is read.
 
-    source: fetched. fps: the family's rate, to which frames are dropped; pictures and folders of images have
-    this rate too. Raises MediaError if a clip cannot be read.
+    Args:
+        source: Fetched.
+        fps: The family's rate, to which frames are dropped; pictures and folders of images have this rate
+            too.
+
+    Raises:
+        MediaError: If a clip cannot be read.
     """
     table, stated = source.table, source.table.stated_fps
     fps = table.target_fps or fps
@@ -262,8 +272,9 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 def read_moving(
     path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer clip is cut, a shorter one repeats its
-    last frame.
+    """Turn the frames of a mask clip, H W 3 or 4, into masks.
+
+    A longer clip is cut, a shorter one repeats its last frame.
     """
     look = MaskLook()
     masks: list[Frame] = []
@@ -307,8 +318,9 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
     """Return the size that an image of `size` is resized to: of given latents its own. path: for messages.
 
-    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
-    `step`.
+    Raises:
+        MediaError: If the image is too small to keep its size.
+        DatasetError: If the resolution does not fit `step`.
     """
     if table.gives_latents:
         return size

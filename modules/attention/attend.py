@@ -40,6 +40,7 @@ class Lengths:
 
     @property
     def longest(self) -> int:
+        """Number of tokens of the longest sample."""
         return max(self.counts)
 
     def without(self, count: int) -> "Lengths":
@@ -65,8 +66,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to a batch B `length` N D. Uses one concatenation, so that tokens are copied
-    once.
+    """Pad samples, each n N D, to a batch B `length` N D.
+
+    One concatenation makes the batch, so that tokens are copied once.
     """
     pieces = []
     for sample in samples:
@@ -216,7 +218,10 @@ def attend(
     how many of the L tokens of each sample are real, for self-attention; if S > L, the S - L additional keys,
     in front, are all real. Padding is not computed: its keys are ignored, its queries give zeros, and the
     gradients of both are zero. repeats: S float32, how many equal keys each key stands for; sdpa only, not
-    together with lengths. Returns B L N D. Raises ValueError if the arguments do not go together.
+    together with lengths. Returns B L N D.
+
+    Raises:
+        ValueError: If the arguments do not go together.
     """
     if choice.in_float32:
         with torch.autocast(query.device.type, enabled=False):
@@ -257,9 +262,15 @@ def attend(
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice = SDPA) -> Tensor:
     """Compute attention as `attend`, but each query sees no key behind its own.
 
-    query: B L N D, those of the last L of the S keys. key, value: B S N D. choice: only its `in_float32`
-    counts. Torch's own kernels compute it, whatever the back end: packages align the triangle differently,
-    and models have few such queries, those of texts. Raises ValueError if there are fewer keys than queries.
+    Args:
+        query: B L N D, those of the last L of the S keys.
+        key: B S N D.
+        value: B S N D.
+        choice: Only its `in_float32` counts. Torch's own kernels compute it, whatever the back end: packages
+            align the triangle differently, and models have few such queries, those of texts.
+
+    Raises:
+        ValueError: If there are fewer keys than queries.
     """
     if key.shape[1] < query.shape[1]:
         raise ValueError(f"{query.shape[1]} causal queries and only {key.shape[1]} keys")

@@ -70,6 +70,7 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a CUDA device, which has the kernels."""
     return tensor.device.type == "cuda"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
+    """Return the dtype that a layer computes in: that of autocast if it is on, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
@@ -53,6 +54,7 @@ class TwoLayers(nn.Module):
         self._run = run_float32 if in_float32 else in_own_dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result of both layers, ... C' for ... C."""
         hidden = self._activation(self._run(getattr(self, self._first), x))
         return self._run(getattr(self, self._second), hidden)
 
@@ -70,6 +72,7 @@ class NamedFeedForward(nn.Module):
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result of both layers, ... C' for ... C."""
         first, _, last = self.net
         return in_own_dtype(last, self._activation(in_own_dtype(first["proj"], x)))  # type: ignore[index]
 
@@ -85,6 +88,7 @@ class Float32LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in float32."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
@@ -99,6 +103,7 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -110,6 +115,7 @@ class CenteredRMSNorm(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return centered_norm(x, self.weight, self.eps)
 
 
@@ -122,6 +128,7 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return rms_norm(x, self.scale, self.eps)
 
 
@@ -133,6 +140,7 @@ class CenteredNorm(ScaleNorm):
         nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return centered_norm(x, self.scale, self.eps)
 
 

@@ -46,7 +46,10 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
     width: channels that belong to the axis, even. slow: index and value of a frequency that replaces the
-    trained one. Raises ValueError if the axis lacks that frequency.
+    trained one.
+
+    Raises:
+        ValueError: If the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -98,6 +101,7 @@ def exact_table(
 
 
 def turns(angles: Tensor) -> Tensor:
+    """Return cosine and sine of angles, in a new last axis of 2."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -109,7 +113,8 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": flo
 class TableMaker(Protocol[Asked]):
     """Make a table on a device from the tokens' layout, such as the numbers of frames, rows and columns."""
 
-    def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
+    def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
+        """Make the table of a layout."""
 
 
 def table_maker(
@@ -139,6 +144,7 @@ class GridTable(Generic[Layout]):
         self._last: tuple[Layout, Tensor] | None = None
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
+        """Return the table of a grid on a device, made only if the last call was for another one."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)

@@ -94,4 +94,5 @@ def fit_face(
 
 
 def mirror(frame: Frame) -> Frame:
+    """Return a frame with left and right exchanged, as a copy in contiguous memory."""
     return np.ascontiguousarray(frame[:, ::-1])

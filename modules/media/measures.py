@@ -46,6 +46,7 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
+    """Return the mean gray value of a frame, 0 to 255."""
     return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
@@ -132,8 +133,10 @@ def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Return the frames of a clip to hash, first to last; a single frame alone. Raises ValueError without
-    any.
+    """Return the frames of a clip to hash, first to last; a single frame alone.
+
+    Raises:
+        ValueError: If there is no frame.
     """
     if not len(frames):
         raise ValueError("no frame to measure")

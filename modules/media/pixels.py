@@ -68,6 +68,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> "Size":
+    """Return width and height of an image, from its header."""
     from modules.media.reading import frame_size
 
     return frame_size(path)
@@ -119,7 +120,9 @@ def video_pixels(
 
     option: "--video_path", for messages. end_frames (E): further frames for an end image; at least one of
     them must exist, and the last existing one is repeated for the missing ones.
-    Raises MediaError if the video is too short.
+
+    Raises:
+        MediaError: If the video is too short.
     """
     from modules.media.reading import FrameSizes, media_colors, resize_cover, video_frames
 

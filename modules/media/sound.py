@@ -26,6 +26,7 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def name_layout(channels: int) -> str:
+    """Return FFmpeg's name for a number of channels; stereo for numbers that it has no common name for."""
     return _LAYOUTS.get(channels, "stereo")
 
 
@@ -168,6 +169,7 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
+    """Return whether a stream holds subtitles as text."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 

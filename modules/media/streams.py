@@ -42,8 +42,9 @@ class SourceInfo:
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
-    Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
-    shorter than its header says.
+    Raises:
+        MediaError: If it is missing, empty, no video, without a video stream, without any picture, or shorter
+            than its header says.
     """
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
@@ -189,8 +190,9 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown. time: as the file states it, None if it states
-        none.
+        """Return the time at which the next picture is shown.
+
+        `time` is what the file states; None if it states none.
         """
         if time is None:
             time = self._previous + self._step - self._shift

@@ -67,7 +67,11 @@ def _as_plain(value: Any, usual: Any) -> Any:
 
 
 def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
-    """Take the value of an option. is_chosen: `new` writes another one. Raises ValueError if it cannot be."""
+    """Take the value of an option. is_chosen: `new` writes another one.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
     is_switched_off = option.kind == "switch" and (is_chosen or option.default is True)

@@ -69,6 +69,7 @@ class ForeignProject:
 
     @property
     def title(self) -> str:
+        """Name of the program that the file is of."""
         return self.program.title
 
     def key_of(self, name: str) -> str:
@@ -151,4 +152,5 @@ def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
 
 
 def show(value: Any) -> str:
+    """Return a value on one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)
