@@ -314,9 +314,9 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
-    path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
-    replaced; `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which is refused
-    when opened, but never files of two models.
+    `path` is the name of a single file. `read` is as for `stream_tensors`. Files of an earlier model of this
+    name are replaced. `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which
+    is refused when opened, but never files of two models.
 
     Raises:
         OutputError: If a file cannot be written.

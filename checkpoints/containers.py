@@ -104,7 +104,10 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_places`. size: of the file in bytes."""
+        """Fill `tensors`, `metadata` and `_places`.
+
+        `size` is that of the file in bytes.
+        """
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def find_network(
 ) -> Checkpoint | None:
     """Return the checkpoint of the network that has both tensors, without its prefix; None if there is none.
 
-    embeddings, layer: names of the tensors without prefix. excluded: name prefixes of other networks, which
-    are left out.
+    `embeddings` and `layer` are the names of the tensors without prefix. `excluded` are the name prefixes of
+    other networks, which are left out.
 
     Raises:
         CheckpointError: If the file holds tensors of an unknown network.
@@ -101,9 +101,9 @@ def read_network_config(
 ) -> Mapping[str, Any]:
     """Return the settings of the network from the config.json in its folder.
 
-    Empty if the file is missing or belongs to another model. part: key of the network's own settings if the
-    model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
-    missing keys. written: the config.json that the model's file holds.
+    Empty if the file is missing or belongs to another model. `part` is the key of the network's own settings
+    if the model has several. `kind` is the prefix of its model_type. `dim` is the width by the tensors.
+    `defaults` are the values of missing keys. `written` is the config.json that the model's file holds.
 
     Raises:
         CheckpointError: If config.json cannot be read.
@@ -132,8 +132,8 @@ def check_state_width(
 ) -> None:
     """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `dit_width`.
 
-    path: of the encoder, which `option` gave. dit_width: None if there is no transformer to fit. give: the
-    files that fit.
+    `path` is that of the encoder, which `option` gave. `dit_width` is None if there is no transformer to fit.
+    `give` is the files that fit.
     """
     if dit_width not in (None, width):
         raise CheckpointError(
@@ -145,7 +145,7 @@ def check_state_width(
 def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
     """Return the path and the settings of the config.json next to the file; {} if it is another model's.
 
-    classes: names that `_class_name` has for this model.
+    `classes` are the names that `_class_name` has for this model.
 
     Raises:
         CheckpointError: If the file cannot be read.

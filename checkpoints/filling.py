@@ -74,7 +74,7 @@ def find_stored_weights(
 ) -> frozenset[str]:
     """Return the names of the weights that stay in the form they have in the file.
 
-    form_is_given: whether an option gives a form; if not, only forms with `stays` count.
+    `form_is_given` says whether an option gives a form; if not, only forms with `stays` count.
     """
     staying = set()
     for name in names:

@@ -97,7 +97,7 @@ class GgufFile(HeaderFile):
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
         """Compute the position of each tensor in the file, and check that none overlap.
 
-        starts: offsets from `data`, the end of the header. size: of the file.
+        starts: offsets from `data`, the end of the header. `size` is that of the file.
         """
         places = []
         for name, start in starts.items():

@@ -35,7 +35,7 @@ def find_packed(
 ) -> dict[str, TensorInfo]:
     """Return new facts about packed weights, and about companions whose bytes are floats of 8 bits.
 
-    read: returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
+    `read` returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
     """
     new_infos: dict[str, TensorInfo] = {}
     for stem, settings in _read_marks(tensors, metadata, read).items():
@@ -376,7 +376,10 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
 
 
 def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
-    """Set the packing of a 4-bit weight of bitsandbytes. ends: of the names of its companions."""
+    """Set the packing of a 4-bit weight of bitsandbytes.
+
+    `ends` are those of the names of its companions.
+    """
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
     nested = layer.number("nested_blocksize", 256)

@@ -24,7 +24,9 @@ Found = TypeVar("Found")
 
 
 def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
-    """Return the path. default: the option's default, so that the error can say that it was not typed.
+    """Return the path.
+
+    `default` is the option's default, so that the error can say that it was not typed.
 
     Raises:
         OptionError: If none was given.
@@ -54,7 +56,7 @@ def inside(path: Path, folder: str) -> Path:
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
     """Return the result of `read` for the open file and the further arguments, such as dimensions.
 
-    The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
+    The result is cached while the file stays the same. `read` is a function of a module, such as `read_vae`.
     arguments: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
     """
     stat = path.stat()
@@ -75,7 +77,7 @@ def _read_once(
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
 
-    patterns: names of the files to download, with wildcards.
+    `patterns` are the names of the files to download, with wildcards.
 
     Raises:
         CheckpointError: If it is neither a folder nor the name of a repository.
@@ -115,9 +117,11 @@ class SavedLatents:
 
 
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
+    """Read a latent file: safetensors, or a pickled tensor.
 
-    only_shape: read only the file's header and return latents on the meta device.
+    `option` is the names it in messages.
+
+    With `only_shape`, read only the file's header and return latents on the meta device.
 
     Raises:
         CheckpointError: If the file is damaged or has no latents.

@@ -103,8 +103,8 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
 def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
     """Raise CheckpointError if a network that was built without memory is not that of the weights.
 
-    network: on the device "meta". is_exact: the tensors of the file are those of the network, one by one;
-    else some may be cut or joined when they are loaded.
+    network: on the device "meta". `is_exact` says that the tensors of the file are those of the network, one
+    by one; else some may be cut or joined when they are loaded.
     """
     parameters = dict(network.named_parameters())
     held = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))

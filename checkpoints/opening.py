@@ -86,7 +86,7 @@ class Checkpoint(contextlib.ExitStack):
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor on the CPU; copy it before anything else is read.
 
-        scratch: bytes (uint8) that may be used. Raises CheckpointError as `read`.
+        `scratch` is the bytes (uint8) that may be used. Raises CheckpointError as `read`.
         """
         file, stored = self._places[name]
         try:
@@ -102,8 +102,8 @@ class Checkpoint(contextlib.ExitStack):
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return the same tensors without prefixes, each removed in turn if all names begin with it.
 
-        others: prefixes of other networks in an all-in-one file; their tensors are dropped once a prefix was
-        removed. The files stay shared: close one of the two.
+        `others` are the prefixes of other networks in an all-in-one file; their tensors are dropped once a
+        prefix was removed. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:
@@ -162,8 +162,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
 
-    parts: the files that are this model, if `path` does not name them all. are_equal: given two files that
-    have a tensor of the same name, returns whether it is the same in both; then the first counts.
+    `parts` are the files that are this model, if `path` does not name them all. `are_equal` gets two files
+    that have a tensor of the same name and returns whether it is the same in both; then the first counts.
 
     Raises:
         CheckpointError: If it is missing, incomplete, damaged, of another kind, or holds code.

@@ -183,7 +183,9 @@ def _is_narrow(info: TensorInfo) -> bool:
 
 
 def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
-    """Recognise the network of a file. form: value of --form, on which the set of layers depends.
+    """Recognise the network of a file.
+
+    `form` is the value of --form, on which the set of layers depends.
 
     Raises:
         CheckpointError: If it is neither a known transformer nor a text encoder.
@@ -223,7 +225,10 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognized:
-    """Find the layers of a family's transformer that a form quantises. bare: the file without prefixes."""
+    """Find the layers of a family's transformer that a form quantises.
+
+    `bare` is the file without prefixes.
+    """
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)

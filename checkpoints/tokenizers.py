@@ -41,7 +41,7 @@ class TokenizerFiles:
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file next to or inside the encoder's folder, else None.
 
-        path: the option's value.
+        `path` is the option's value.
 
         Raises:
             CheckpointError: If `path` is given and is not a tokenizer.
@@ -116,7 +116,7 @@ class TokenizerFiles:
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        content: the bytes of the tokenizer.json, if it is inside `file`.
+        `content` is the bytes of the tokenizer.json, if it is inside `file`.
 
         Raises:
             CheckpointError: If it cannot be read.

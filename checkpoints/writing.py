@@ -29,9 +29,10 @@ def stream_tensors(
 ) -> None:
     """Write `path`, completely or not at all.
 
-    tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
-    called once for each, largest element size first, then by name, as the safetensors library orders its
-    files. late_metadata: returns more metadata when all tensors are written, of up to `LATE_BYTES`.
+    `tensors` are those of the new file; the header is made from it. `read` returns the tensor of a name, on
+    any device; called once for each, largest element size first, then by name, as the safetensors library
+    orders its files. `late_metadata` returns more metadata when all tensors are written, of up to
+    `LATE_BYTES`.
 
     Raises:
         ValueError: If `read` returns another dtype or shape.

@@ -90,7 +90,7 @@ def name_text_and_mask(
 ) -> dict[str, Tensor]:
     """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
 
-    argument: of the network. name: in caches.
+    `argument` is that of the network. name: in caches.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
     arguments = name_texts(conditions, {argument: name}, device)
@@ -183,8 +183,8 @@ class Batch:
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
         """Raise CacheError if tensors were made by another encoder than the network was trained with.
 
-        widths: name -> size of the last axis that the network in the file `taker` expects. remedy: the
-        options to cache again with.
+        `widths` are the name -> size of the last axis that the network in the file `taker` expects. `remedy`
+        is the options to cache again with.
         """
         for name, expected in widths.items():
             value = self.tensors[name]
@@ -504,8 +504,8 @@ class SamplingDefaults:
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
     """Multiply the first rows by their weights; the rest do not change.
 
-    rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
-    float32 and rounded once, so that rows of weight 1 keep every bit.
+    `rows` is L C or L n C, of one prompt. `weights` are those of the prompt's tokens, at most L. The product
+    is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
     """
     assert isinstance(rows, Tensor)
     weighed = rows.clone()

@@ -91,7 +91,10 @@ class NoiseSpec:
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
+        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W.
+
+        `sigmas` is B.
+        """
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
             shares = self.data_shares(sigmas).view(rows)
@@ -180,7 +183,9 @@ class DitSpec:
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
     def order(self, counts: Sequence[int]) -> list[int]:
-        """Return the places of all blocks in the order in which they run. counts: of each list.
+        """Return the places of all blocks in the order in which they run.
+
+        `counts` are those of each list.
 
         Places are counted over all lists, in the order of `block_lists`.
         """

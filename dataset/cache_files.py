@@ -140,9 +140,9 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
 
-    number: which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names that
-    other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source whose
-    reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
+    `number` is which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names
+    that other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source
+    whose reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -199,7 +199,7 @@ def tensor_name(
 ) -> str:
     """Return the name in a file of the tensor that is `key` in batches.
 
-    grid: F, H, W to write instead of the latents' own. has_frames: write F too.
+    `grid` is F, H, W to write instead of the latents' own. With `has_frames`, write F too.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
@@ -378,7 +378,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns the next N bytes of the file.
+    `read` returns the next N bytes of the file.
 
     Raises:
         CacheError: If they are not safetensors.

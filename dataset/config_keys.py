@@ -86,7 +86,10 @@ def one_of(values: tuple[str, ...]) -> Form:
 
 
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
-    """Return the form of a list of at least one value. or_one: a single value may stand without its list."""
+    """Return the form of a list of at least one value.
+
+    `or_one` says that a single value may stand without its list.
+    """
 
     def read(value: Any) -> tuple[Any, ...]:
         value = [value] if or_one and not isinstance(value, list) else value
@@ -242,7 +245,10 @@ class TableKey:
 
 
 def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
-    """Return a field of `DatasetTable` that is a key of its own name. facts: of `TableKey`."""
+    """Return a field of `DatasetTable` that is a key of its own name.
+
+    `facts` is that of `TableKey`.
+    """
     return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
 
 
@@ -408,8 +414,8 @@ def read_keys(
 
     Each mistake adds a line to `problems`.
 
-    misplaced: key that cannot stand in this table -> reason, which follows the value in the message. names:
-    other names of keys. ignored: keys that are read elsewhere.
+    `misplaced` are the key that cannot stand in this table -> reason, which follows the value in the message.
+    names: other names of keys. `ignored` are the keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # the name that each key has in the table

@@ -25,7 +25,9 @@ def _log(remark: str) -> None:
 
 
 def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
-    """Check the control pictures of all tables before anything is loaded. taker: what sees them.
+    """Check the control pictures of all tables before anything is loaded.
+
+    `taker` is what sees them.
 
     remark: takes what `describe_shapes` returns; default: logs it. Tables whose pictures are not on this
     machine, as their caches were copied, are left out.

@@ -51,8 +51,8 @@ def find_sources(
     """Return all sources of a table, sorted by path.
 
     captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
-    checked whether files named by a JSONL list exist. faults: a list that takes the faults instead; then all
-    usable sources are returned.
+    checked whether files named by a JSONL list exist. `faults` are a list that takes the faults instead; then
+    all usable sources are returned.
 
     Raises:
         DatasetError: If a folder or list is missing or empty, and with all faults if captions cannot be read,
@@ -173,8 +173,8 @@ def find_all_sources(
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
     skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
-    folders: of the whole configuration, if `config` has only some of its tables: its other tables read files
-    too.
+    `folders` is that of the whole configuration, if `config` has only some of its tables: its other tables
+    read files too.
     """
     sources: list[MediaSource] = []
     problems = []

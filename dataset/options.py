@@ -243,7 +243,10 @@ class DebugOptions(Options, title="looking at the dataset"):
 def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
-    """Read the options of a script that caches latents. record: the family's own."""
+    """Read the options of a script that caches latents.
+
+    `record` is the family's own.
+    """
     caching, debug, family_options, _ = read_spelled_caching(description, record, argv)
     return caching, debug, family_options
 

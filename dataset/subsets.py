@@ -49,7 +49,7 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return the tables of a file's subsets, in order. Errors are added to `problems`.
 
-    typed: the values of the command line; None: the keys' defaults.
+    `typed` is the values of the command line; None means the keys' defaults.
     """
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
@@ -105,7 +105,10 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of one [[datasets]]. defaults: values of keys that it lacks."""
+    """Yield the subsets of one [[datasets]].
+
+    `defaults` is the values of keys that it lacks.
+    """
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, problems)
     subsets = dataset.get("subsets")
@@ -212,7 +215,10 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
 
 
 def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
-    """Return the rule with limits that are multiples of its step. warns: log if they change."""
+    """Return the rule with limits that are multiples of its step.
+
+    With `warns`, log if they change.
+    """
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = -(-rule.maximum // step) * step

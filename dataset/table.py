@@ -312,7 +312,7 @@ class DatasetTable:
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings that decide how text encoders see reference pictures, if they see encoded ones.
 
-        bucket: width and height of their item. The values are JSON.
+        `bucket` are the width and height of their item. The values are JSON.
         """
         if self.references is None or not self.references.as_encoded:
             return {}
@@ -323,8 +323,8 @@ class DatasetTable:
     ) -> dict[str, Any]:
         """Return the settings that decide what text encoders see of a clip and of the references in its row.
 
-        sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
-        further_text: of the row, with `shown`. The values are JSON.
+        sees_clip: they see its frames. `shown` are the references, in their order; None means they see none
+        of them. `further_text` is that of the row, with `shown`. The values are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:

@@ -169,8 +169,8 @@ def download_file(
     """Download `remote` to `target`; do nothing if another run has just done it.
 
     A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
-    target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
-    note: called with the bytes that have arrived, and the size.
+    target appears when size, checksum and kind are right. `wait` is called with seconds before a new attempt.
+    `note` is called with the bytes that have arrived, and the size.
 
     Raises:
         DownloadError: If the connection stays broken, if the data are damaged twice, or if they are not of

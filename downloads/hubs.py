@@ -119,7 +119,7 @@ def unreachable(page: str, error: Exception) -> DownloadError:
 def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file of a release on GitHub, which has no checksums.
 
-    endpoint: a mirror; None: that of GITHUB_ENDPOINT.
+    `endpoint` is a mirror; None means that of GITHUB_ENDPOINT.
 
     Raises:
         DownloadError: If the site cannot be reached or does not have the file.
@@ -187,7 +187,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
     """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
 
-    address: of the repository. page: for messages.
+    `address` is that of the repository. page: for messages.
 
     Raises:
         DownloadError: If the site refuses the list.

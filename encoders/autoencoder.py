@@ -186,9 +186,9 @@ class ImageVae(nn.Module):
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Return a sample of the posterior, or its mean if `generators` is None.
 
-        pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
-        generators: one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on the
-        VAE's device.
+        `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
+        `generators` are one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on
+        the VAE's device.
 
         Raises:
             ValueError: For other sizes.
@@ -285,7 +285,7 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load FLUX's autoencoder from any of its file layouts.
 
-    path: file, or folder of a release that holds it as `vae`. tile: as for `Autoencoder`.
+    `path` is the file, or folder of a release that holds it as `vae`. `tile` is as for `Autoencoder`.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.

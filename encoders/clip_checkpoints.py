@@ -32,7 +32,10 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 
 
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
-    """Return the places to look for CLIP's tokenizer. option, folders: as in `TokenizerFiles`."""
+    """Return the places to look for CLIP's tokenizer.
+
+    `option` and `folders` are as in `TokenizerFiles`.
+    """
     return TokenizerFiles(
         option=option,
         names=("tokenizer.json", "vocab.json"),
@@ -90,7 +93,7 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    config_json: the network's settings; None: from a config.json next to the file.
+    `config_json` are the network's settings; None means from a config.json next to the file.
 
     Raises:
         CheckpointError: For any other file.
@@ -120,8 +123,8 @@ def plan_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors are found.
 
-    network: the file without prefix. sources: how its tensors are made, by our names. config_json: its
-    settings; may be empty.
+    `network` is the file without prefix. `sources` are how its tensors are made, by our names. `config_json`
+    are its settings; may be empty.
 
     Raises:
         CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.

@@ -129,9 +129,11 @@ class PooledClip(FileTextEncoder[ClipText]):
         tokenizer: Path | None = None,
         use: ClipUse = CLIP_L,
     ) -> None:
-        """Set up the encoder; `load` reads the files. dtype: compute dtype. use: the family's names for it.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a release's folder that holds it as `use.folder`.
+        `load` reads the files. dtype: compute dtype. `use` is the family's names for it.
+
+        `path` is the file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
         super().__init__(inside(path, use.folder), tokenizer)
         self.name = use.name

@@ -78,7 +78,10 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError for an unknown activation in config.json. usual: one to name in the message."""
+    """Raise CheckpointError for an unknown activation in config.json.
+
+    `usual` is one to name in the message.
+    """
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
@@ -200,9 +203,9 @@ class ClipText(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
-        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the result
-        `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for `forward`;
-        without it the layers behind `layer` do not run. One pass in either case.
+        `ids` is B L. `layer` is counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
+        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. `ends` is as for
+        `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
         Raises:
             ValueError: If the layer does not exist.
@@ -222,7 +225,10 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Tweaks(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C; B P if projected. x: B L C of the last layer."""
+        """Return the normed states of the end tokens, B C; B P if projected.
+
+        `x` is B L C of the last layer.
+        """
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 

@@ -32,7 +32,9 @@ CONTROL = "--cn"  # of a line of samples
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
-    """Return a table for the checks of other pictures. taker: what sees the control pictures.
+    """Return a table for the checks of other pictures.
+
+    `taker` is what sees the control pictures.
 
     Raises:
         DatasetError: If it has none.
@@ -66,7 +68,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    stride: pixels on a side of a latent. taker: what sees them.
+    stride: pixels on a side of a latent. `taker` is what sees them.
 
     Raises:
         CacheError: If they are missing or of another size than the pictures.
@@ -127,7 +129,7 @@ def strength_in(cond: Conditions) -> float:
 def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
     """Return the request as `keep` returns it, but with its control picture if something sees it.
 
-    keep: `ModelOfImages.keep_media`. Warns of a sample without one.
+    `keep` is `ModelOfImages.keep_media`. Warns of a sample without one.
 
     Raises:
         OptionError: If one cannot be read.

@@ -220,10 +220,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. form: see `load_planned`. on_cpu: compute there, whatever the device.
+        `load` reads the files.
+
+        `path` is the file or folder of the model, or a release's folder that holds it as `text_encoder`.
+        dtype: compute dtype. For `form` see `load_planned`. With `on_cpu`, compute there, whatever the
+        device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use
@@ -375,7 +378,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
         If stacked, n C instead of nC. L: tokens of the prompt and of the template behind it. n: number of
-        states. pictures: of each prompt.
+        states. `pictures` are those of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -413,8 +416,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        states: of the prompt's tokens, L C, possibly with padding after them. ids: L. sides: rows and columns
-        of tokens of each picture.
+        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. sides:
+        rows and columns of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -481,7 +484,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
-        length: number of its tokens, including the filling up to a multiple.
+        `length` is the number of its tokens, including the filling up to a multiple.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:

@@ -245,10 +245,10 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load the language model up to the last of the states that are read.
 
-    Reads files with all published prefixes, in 16 or 8 bits. model: the kind that it has to be. states: which
-    states are read, each as the number of layers before it, ascending; negative numbers count from the end
-    (-1: the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is not -1.
-    pre_norm: never norm it.
+    Reads files with all published prefixes, in 16 or 8 bits. `model` is the kind that it has to be. `states`
+    are which states are read, each as the number of layers before it, ascending; negative numbers count from
+    the end (-1 means the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is
+    not -1. pre_norm: never norm it.
 
     Raises:
         CheckpointError: For any other file, or one with fewer layers.
@@ -311,7 +311,10 @@ def read_language_model(
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
-    """Return patterns of the file's tensors that are not loaded. all_layers: how many the file has."""
+    """Return patterns of the file's tensors that are not loaded.
+
+    `all_layers` is how many the file has.
+    """
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
     names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]
@@ -520,9 +523,10 @@ def load_language_model(
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
-    form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device; layers
-    that do not fit stay in host memory, and each is copied to the device before it runs. None: all fit.
-    blocks: takes each layer. model, states, final_norm, pre_norm: as for `read_language_model`.
+    For `form` see `load_planned`; without one fp8 weights are dequantized. `room` is the bytes free on the
+    device; layers that do not fit stay in host memory, and each is copied to the device before it runs. None
+    means all fit. blocks: takes each layer. `model`, `states`, `final_norm` and `pre_norm` are as for
+    `read_language_model`.
 
     Raises:
         CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
@@ -561,7 +565,8 @@ def streamed_layers(
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
-    dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
+    `dtype` and `form` are those of the weights on the device. `room` is the bytes free there; None means
+    enough for all.
     """
 
     def size(name: str) -> int:

@@ -111,7 +111,9 @@ class TokenizerSource:
     def load(
         self, path: Path | None, checkpoint_path: Path, what: str, may_download: bool = True
     ) -> TextTokenizer:
-        """Load the tokenizer. path: as for `find`. what: the encoder, for the log.
+        """Load the tokenizer.
+
+        `path` is as for `find`. `what` is the encoder, for the log.
 
         Raises:
             CheckpointError: If there is none, it cannot be read, or the hub cannot be reached.
@@ -165,7 +167,10 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Read a SentencePiece model; add begin and end token if wanted. origin: its file, for messages."""
+        """Read a SentencePiece model; add begin and end token if wanted.
+
+        `origin` is its file, for messages.
+        """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             check_sentencepiece(model)
@@ -222,7 +227,7 @@ def fill_rows(
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
     """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, has embeddings.
 
-    rows: token ids of texts. vocabulary: tokens of the encoder. option: of the tokenizer.
+    rows: token ids of texts. vocabulary: tokens of the encoder. `option` is that of the tokenizer.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
@@ -278,9 +283,12 @@ class FileTextEncoder(ABC, Generic[Network]):
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        tokenizer: path from its option; None: search the usual places. form: see `load_planned`.
+        `load` reads the files.
+
+        `tokenizer` is the path from its option; None means search the usual places. For `form` see
+        `load_planned`.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -380,7 +388,10 @@ class FileTextEncoder(ABC, Generic[Network]):
     def compute(
         self, network: Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return prompts' results, on the CPU. rows: their tokens, with `dropped` ones in front of each."""
+        """Return prompts' results, on the CPU.
+
+        `rows` are their tokens, with `dropped` ones in front of each.
+        """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
@@ -397,7 +408,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     ) -> list[Conditions]:
         """Return the conditions of prompts that are already written out, as `encode` does.
 
-        compute: `self.compute`, or the same with further inputs bound.
+        `compute` is `self.compute`, or the same with further inputs bound.
         """
         if not written:
             return []
@@ -453,7 +464,10 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token of a prompt. places: position of each token in the text."""
+    """Return the weight of each token of a prompt.
+
+    `places` are the position of each token in the text.
+    """
     prompt_characters = range(written.start, written.start + len(written.prompt))
     # tokens around the prompt have the weight 1
     prompt_places = [place if place and place[0] in prompt_characters else None for place in places]

@@ -35,7 +35,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path next to `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. size_bytes: size of the whole file, compared with the free space first.
+    runs are removed. `size_bytes` is the size of the whole file, compared with the free space first.
 
     Raises:
         OutputError: If the folder cannot be written or the disk is full; an existing file then stays
@@ -99,7 +99,7 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
     If the block succeeds, move its files next to `path` too. Use it for files that belong together: none
     appears before all are written, and then they appear in the order of their names. No file is replaced.
-    size_bytes: as for `atomic_path`.
+    `size_bytes` is as for `atomic_path`.
 
     Raises:
         OutputError: If they cannot be written or one of their names is taken.
@@ -213,9 +213,9 @@ def remove_leftovers(
 ) -> None:
     """Remove temporary files and folders of killed runs. Files of living processes are left alone.
 
-    of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
-    must have been unchanged if its name does not show whether its writer lives. Machines that share the
-    folder need clocks that agree to within an hour.
+    `of` gets the final name of a temporary file and returns whether to remove it. `older_seconds` is how long
+    a file must have been unchanged if its name does not show whether its writer lives. Machines that share
+    the folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
@@ -362,8 +362,8 @@ def _mark_of_writer() -> str:
 def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
-    writer: the match of a mark. -inf if the process that wrote it has ended; `older_seconds` if it runs on
-    another machine or an unknown one.
+    `writer` is the match of a mark. -inf if the process that wrote it has ended. `older_seconds` if it runs
+    on another machine or an unknown one.
     """
     is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there

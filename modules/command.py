@@ -161,7 +161,10 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Return a message with other spellings of options. names: see `name_as_typed`."""
+    """Return a message with other spellings of options.
+
+    For `names` see `name_as_typed`.
+    """
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
@@ -181,8 +184,8 @@ def command_line(
 ) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
-    explain: given the file of a CheckpointError, returns its real kind, or None; printed as a hint.
-    needs_packages: end at once if a package of requirements.txt is missing, but show the help without it.
+    `explain` gets the file of a CheckpointError and returns its real kind, or None; printed as a hint. With
+    `needs_packages`, end at once if a package of requirements.txt is missing, but show the help without it.
     """
     start_logging()
     try:
@@ -304,7 +307,7 @@ def wait_for_first_process() -> None:
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     """Return a message as a console can show it: control codes are written out, long lines shortened.
 
-    typed: words of the command line; in the message each is one line, and a long one is shortened.
+    `typed` are the words of the command line; in the message each is one line, and a long one is shortened.
     """
     for word in typed:
         for part in (word, word.partition("=")[2]):

@@ -61,8 +61,8 @@ def draw_box(
 ) -> str:
     """Return the box for a terminal, with lines below it.
 
-    colour: use ANSI colours. unicode: draw with line characters instead of ASCII. columns: of the terminal,
-    asked from the system if None.
+    With `colour`, use ANSI colours. With `unicode`, draw with line characters instead of ASCII. `columns` is
+    that of the terminal, asked from the system if None.
     """
     from rich import box  # slow, and only for a terminal
     from rich.console import Console

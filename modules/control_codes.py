@@ -60,7 +60,7 @@ _COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|ba
 def fold(text: str, columns: int | None) -> str:
     """Return the text with lines of a terminal's width, broken at blanks; commands and long words stay whole.
 
-    columns: None if there is no terminal: nothing changes.
+    `columns` is None if there is no terminal: nothing changes.
     """
     lines = []
     for line in text.split("\n") if columns else [text]:

@@ -206,7 +206,10 @@ def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.d
 
 
 def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """Return float32 for float16 on a CPU, where it is slow; else `dtype`. what: the network, for the log."""
+    """Return float32 for float16 on a CPU, where it is slow; else `dtype`.
+
+    `what` is the network, for the log.
+    """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
     logger.info("%s computes in float32: the CPU has no fast float16", what)
@@ -230,7 +233,7 @@ def emulates_bfloat16() -> bool:
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
     """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
 
-    what: name of the network.
+    `what` is the name of the network.
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and emulates_bfloat16():
         logger.warning(

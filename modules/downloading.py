@@ -78,10 +78,11 @@ def receive(
 ) -> None:
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
-    tries: how many attempts in a row may bring little. wait: called with the seconds before another attempt.
-    first_wait: in seconds, doubled with each such attempt. size_bytes: of the file; None: the site says it.
-    check: called with each answer before its data are read. progress: called with the number of bytes that
-    the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
+    `tries` is how many attempts in a row may bring little. `wait` is called with the seconds before another
+    attempt. first_wait: in seconds, doubled with each such attempt. `size_bytes` is that of the file; None
+    means the site says it. `check` is called with each answer before its data are read. `progress` is called
+    with the number of bytes that the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if
+    the file cannot be written.
     """
     path.touch()  # also of an empty file
     most = path.stat().st_size  # bytes of the file at the last attempt that brought much

@@ -67,9 +67,9 @@ def prepare_environment(
 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
-    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed. build: which
-    torch; then the environment is always `.venv`, sees no packages of this Python, is made anew after an
-    installation that was ended half way, and the output of the installation is shown.
+    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed. `build` is
+    which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew after
+    an installation that was ended half way, and the output of the installation is shown.
 
     Raises:
         UserError: If it fails.
@@ -112,7 +112,9 @@ def python_of(folder: Path) -> Path:
 
 
 def create_environment(folder: Path, may_inherit: bool = True) -> None:
-    """Make a virtual environment without pip. may_inherit: it sees this Python's packages if torch is there.
+    """Make a virtual environment without pip.
+
+    `may_inherit` says that it sees this Python's packages if torch is there.
 
     Raises:
         UserError: If that fails.
@@ -221,7 +223,7 @@ def _run_installer(command: Sequence[str]) -> str | None:
 def find_cause(said: str, python: Path) -> str:
     """Return why an installation failed, from what the installer said; "" if that does not tell.
 
-    python: of the environment.
+    `python` is that of the environment.
     """
     if FULL_DISK.search(said):
         free = shutil.disk_usage(python.parent).free / 1e9

@@ -113,7 +113,7 @@ def own_name(name: str) -> str:
 def command_words(words: Sequence[str]) -> list[str]:
     """Return a command of ours as this copy has it, and as it can be typed where this program was.
 
-    words: as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    `words` are as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
     wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
     `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
@@ -265,7 +265,7 @@ def reject_starting(option: str, deed: str = "starts a program") -> None:
     """Raise OptionError if an option that starts another program was not typed, but read from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
-    deed: the effect of the option, for the message.
+    `deed` is the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"

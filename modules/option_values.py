@@ -82,8 +82,8 @@ def height_width(joined: re.Match[str]) -> tuple[str, str]:
 def check_path(option: str, path: Path, place: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
-    place: what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder", "new
-    file", or "safetensors" for a new file of that kind). hint: advice for a path that has to exist.
+    `place` is what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder",
+    "new file", or "safetensors" for a new file of that kind). hint: advice for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)
@@ -234,7 +234,7 @@ _JOINED = (
 def _check_single_pair(option: str, item: str, value: str) -> None:
     """Raise OptionError for two settings in one word, and for a separator behind the value.
 
-    item: the whole word. value: what follows its first `=`.
+    `item` is the whole word. `value` is what follows its first `=`.
     """
     if '"' in value or "'" in value:
         return

@@ -68,7 +68,7 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something
 def of_request(name: str) -> dict[str, str]:
     """Return the facts of an option that belongs to a single request; the family reads its value as text.
 
-    name: its key in `Request.extra`. A prompt line may give it too.
+    `name` is its key in `Request.extra`. A prompt line may give it too.
     """
     return {**OF_REQUEST, "extra": name}
 
@@ -110,21 +110,21 @@ def option(
 ) -> Any:
     """Return a field of an `Options` record, with the facts of its option.
 
-    default: False for a switch, else None, when not given. name: the public name if the field has another;
-    flags: further spellings. often: -h shows it. positional: given by its place, without a flag. by_place:
-    taken also from words that belong to no option, if its flag is not given.
-    title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
-    or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
-    be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
-    replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
-    excludes: options that cannot be given together with it. only_with: likewise as `needs`, but without it
-    this one is ignored, with a warning. A usual value that is typed has a warning in both cases. acts_if:
-    why it may do nothing -> whether the record lets it act.
-    hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
-    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. known_as: its
-    names in other programs, for the message on a name that no option has. facts: FREE, NO_PIXELS and the
-    like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its options,
-    and settings are those of `add_options`.
+    default: False for a switch, else None, when not given. `name` is the public name if the field has
+    another; flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
+    by_place: taken also from words that belong to no option, if its flag is not given. `title` is the heading
+    of its group, if not that of the record. least, most, above, below: limits of a number, or of each of a
+    tuple. `one_of` are its values, where the parser is not to know them. `place` is what a path has to be, or
+    each of a tuple, as `check_path` says. `spares` is the options of this record whose files must not be
+    replaced by this one. `needs` is an option of this record that has to be given too; of a tuple, one of
+    them. `excludes` is the options that cannot be given together with it. only_with: likewise as `needs`, but
+    without it this one is ignored, with a warning. A usual value that is typed has a warning in both cases.
+    acts_if: why it may do nothing -> whether the record lets it act. hint: follows the message on a wrong
+    value, or on `needs` or `excludes` if nothing else limits the value; of a `place` the text behind "Give".
+    `refused` are the values of `choices` -> why they are refused. `known_as` are its names in other programs,
+    for the message on a name that no option has. facts: FREE, NO_PIXELS and the like. settings: further ones
+    of `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
+    `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
     metadata |= {

@@ -151,7 +151,7 @@ def ask_to_replace(
 ) -> None:
     """Ask whether files that exist may be replaced; do nothing if there are none, or `yes` is set.
 
-    ask: as `ask_yes_or_no`.
+    `ask` is as `ask_yes_or_no`.
 
     Raises:
         OutputError: If the answer is no, or if there is nobody to ask.

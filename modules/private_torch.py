@@ -84,7 +84,7 @@ def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> Non
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
     """Send row i of each tensor, P ..., to process i of a group; return the rows that the P processes send.
 
-    group: its name. All rows are sent at the same time. Not differentiable; unlike public functions it
+    `group` is its name. All rows are sent at the same time. Not differentiable; unlike public functions it
     compiles.
     """
     functional = torch.ops._c10d_functional

@@ -108,8 +108,9 @@ def join_options(
 ) -> dict[str, Any]:
     """Return the options of a command by flag: the chosen ones, then those of earlier commands that it has.
 
-    record: of the command. chosen: value by flag; None and False leave an option out, and it is not repeated
-    either. A chosen option is spelled as the user typed it, and a `FillIn` takes the repeated value.
+    `record` is that of the command. `chosen` are the value by flag; None and False leave an option out, and
+    it is not repeated either. A chosen option is spelled as the user typed it, and a `FillIn` takes the
+    repeated value.
     """
     accepted = accepted_options(record)
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

@@ -31,8 +31,8 @@ def limit_variables(
 ) -> dict[str, str]:
     """Return the variables that limit a process, and those that it starts, to writing below these folders.
 
-    folders: at least one. typed: names of the options that may send something. command: of a run, for
-    messages; empty for commands of which no option widens the limits.
+    folders: at least one. `typed` are the names of the options that may send something. `command` is that of
+    a run, for messages; empty for commands of which no option widens the limits.
     """
     import json  # here: all options import this file
 

@@ -104,8 +104,8 @@ def read_tensor_header(
 ) -> TensorHeader:
     """Read the header of a safetensors file.
 
-    read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
-    if most headers are short. no_repeats: see `parse_json`.
+    `read` returns the next bytes of the file. `size` is that of the file in bytes. `first` is the bytes to
+    read at once, more if most headers are short. For `no_repeats` see `parse_json`.
 
     Raises:
         ValueError: If the header is wrong; entries are not looked at.
@@ -260,7 +260,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 def _explain_toml(text: str, error: str) -> str:
     """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
 
-    error: of the parser; it names a line.
+    `error` is that of the parser; it names a line.
     """
     match = re.search(r"at line (\d+)", error)
     lines = text.splitlines()

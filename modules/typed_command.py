@@ -21,7 +21,9 @@ VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
 
 def read_command(option: str, text: str) -> list[str]:
-    """Return the words of a command, split as this system's command line is. option: the flag of its option.
+    """Return the words of a command, split as this system's command line is.
+
+    `option` is the flag of its option.
 
     Raises:
         OptionError: If no program of this name can be started from the current folder, if its script is not

@@ -70,7 +70,10 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
-    """Yield each import of ours. lines: of the source."""
+    """Yield each import of ours.
+
+    `lines` are those of the source.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:

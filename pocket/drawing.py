@@ -191,7 +191,10 @@ def pick(random: np.random.Generator, values: Sequence[str]) -> str:
 
 
 def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0) -> NDArray[np.float64]:
-    """Return points on a circle. turn: place of the first one, in whole turns from the right."""
+    """Return points on a circle.
+
+    `turn` is the place of the first one, in whole turns from the right.
+    """
     angles = 2 * np.pi * (np.arange(points) / points + turn)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 

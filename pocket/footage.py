@@ -53,7 +53,10 @@ def real_clips() -> dict[str, Path]:
 
 
 def read_folder(about: str | None) -> Path:
-    """Return the folder that a script is given as its only argument; about: the script's docstring."""
+    """Return the folder that a script is given as its only argument.
+
+    `about` is the script's docstring.
+    """
     parser = Parser(description=about)
     parser.add_argument("folder", type=Path, help="where it works")
     return Path(parser.parse_args().folder)

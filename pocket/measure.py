@@ -100,7 +100,10 @@ def model_options(folder: Path) -> list[str]:
 
 
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
-    """Return prompts to ask for, by seed. concept: its colour or form is in every prompt."""
+    """Return prompts to ask for, by seed.
+
+    `concept` is its colour or form is in every prompt.
+    """
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))

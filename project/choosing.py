@@ -77,7 +77,10 @@ class ModelChoice:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
-    """Return the facts of a model; imports its family. files: its files by option; they need not exist."""
+    """Return the facts of a model; imports its family.
+
+    `files` are its files by option; they need not exist.
+    """
     family = _make_family_for_caching(model)
     rules = family.references
     references = 0 if rules is None or rules.clips else rules.most
@@ -195,7 +198,8 @@ def _names_of(parser: argparse.ArgumentParser) -> set[str]:
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
     """Return those options of a command that have one of the names, with their values.
 
-    files: paths that stand for words such as {vae}. An option whose file is not among them is left out.
+    `files` are the paths that stand for words such as {vae}. An option whose file is not among them is left
+    out.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -393,7 +397,7 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
     """Return the task to take if nobody can be asked.
 
-    text: what was given as --task, which fits all of `tasks`; None: nothing.
+    `text` is what was given as --task, which fits all of `tasks`; None means nothing.
 
     Raises:
         OptionError: If several are as good.

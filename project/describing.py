@@ -625,7 +625,10 @@ def _training_words(choice: Choice) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of typed options by name. files: paths for words such as {vae}. A flag is True."""
+    """Return the values of typed options by name.
+
+    `files` are the paths for words such as {vae}. A flag is True.
+    """
     values: dict[str, Any] = {}
     name = ""
     for word in words:

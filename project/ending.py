@@ -42,8 +42,8 @@ class EndCommand:
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunFacts:
     """Return the known facts of a run, from the files that its training has written.
 
-    output, name: of the training. steps: in total; None: not known. began: when the run began, in seconds
-    since 1970. Older files are of an earlier run.
+    `output` and `name` are those of the training. steps: in total; None: not known. began: when the run
+    began, in seconds since 1970. Older files are of an earlier run.
     """
     story = _read_story(output, name, began)
     page = wait_for_page(history_path(output, name))

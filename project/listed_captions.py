@@ -101,7 +101,10 @@ def _add_rows(
     rows: Sequence[tuple[str, Any]],
     by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list. rows: names as the list has them, and captions. by_name: of `_by_name`."""
+    """Add the captions of a list.
+
+    `rows` are the names as the list has them, and captions. `by_name` are those of `_by_name`.
+    """
     missing: list[str] = []
     without_text: list[str] = []
     count = 0
@@ -151,10 +154,12 @@ def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]])
 def _read_rows(
     path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions of a list. subject: the file that a JSON file of its name is about.
+    """Yield the names and captions of a list.
 
-    names: of the media in its folder. remarks: takes lines about what is read in another way. Raises
-    DatasetError, OSError or ValueError if it cannot be read.
+    `subject` is the file that a JSON file of its name is about.
+
+    `names` are those of the media in its folder. remarks: takes lines about what is read in another way.
+    Raises DatasetError, OSError or ValueError if it cannot be read.
     """
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
@@ -165,7 +170,10 @@ def _read_rows(
 
 
 def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions in the content of a JSON file. subject: as `_read_rows` takes it."""
+    """Yield the names and captions in the content of a JSON file.
+
+    `subject` is as `_read_rows` takes it.
+    """
     if isinstance(content, dict) and subject is not None:
         yield subject.name, _first_text(content)
     elif isinstance(content, dict):
@@ -243,7 +251,10 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Return the text of a table with a first line of columns. names: of the media in its folder."""
+    """Return the text of a table with a first line of columns.
+
+    `names` are those of the media in its folder.
+    """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text
     first_line = text.split("\n", 1)[0]

@@ -122,9 +122,9 @@ def collect_content(
 ) -> FolderContent:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
-    name: of the model, for messages. kind: what is trained; control_kind: what would learn control pictures.
-    edits: name of a model of its family that edits, if this one does not. hearing: models that learn sounds
-    alone. silent: task of the family that learns clips without their sound.
+    `name` is that of the model, for messages. `kind` is what is trained. `control_kind` is what would learn
+    control pictures. `edits` is the name of a model of its family that edits, if this one does not. hearing:
+    models that learn sounds alone. silent: task of the family that learns clips without their sound.
 
     Raises:
         DatasetError: If there are no media, no references for a model that needs them, no control pictures
@@ -202,8 +202,8 @@ def _describe_control_pairs(
 ) -> dict[Path, str]:
     """Return a line for each folder of control pictures: in the folder, in those learned, or next to it.
 
-    kind: what is trained. control_kind: what learns control pictures; None: nothing of the model does, and
-    there is no line.
+    `kind` is what is trained. `control_kind` is what learns control pictures; None means nothing of the model
+    does, and there is no line.
     """
     if control_kind is None:
         return {}
@@ -225,7 +225,7 @@ def _describe_unused_sources(
 ) -> list[str]:
     """Return lines about folders of references, for a model that does not edit.
 
-    described: folders that another line is about.
+    `described` are the folders that another line is about.
     """
     inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
     return [
@@ -304,7 +304,7 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
-    reason: why it is one. kind: what is trained.
+    reason: why it is one. `kind` is what is trained.
     """
     images = _files_in(place, image_suffixes())
     if not images:
@@ -584,7 +584,7 @@ def _describe_other_files(
 ) -> list[str]:
     """Return lines about captions without a file, and about files that are left out.
 
-    other_files: by suffix; no clips and no pictures. media: files that captions may belong to.
+    other_files: by suffix; no clips and no pictures. `media` are the files that captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
@@ -686,7 +686,10 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
 
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
-    """Put the first frame of each clip in its place, as a picture that `new` writes. name: of the model."""
+    """Put the first frame of each clip in its place, as a picture that `new` writes.
+
+    `name` is that of the model.
+    """
     images: list[Media] = []
     for clip in content.media:
         if clip.is_clip:
@@ -804,7 +807,10 @@ def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) 
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Leave out clips, which have no control pictures. kind: what is trained."""
+    """Leave out clips, which have no control pictures.
+
+    `kind` is what is trained.
+    """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
         content.lines.append(f"{name_some(clips)}: left out, as {kind.title} learns pictures alone")
@@ -1001,8 +1007,9 @@ def _require_media(
 ) -> None:
     """Raise DatasetError if a folder lacks what a model learns.
 
-    name: of the model. kind: what is trained. alone, instead: what else could be done with such a folder.
-    has_sounds: sounds lie next to the clips, which `audio_directory` in dataset.toml joins with them.
+    `name` is that of the model. `kind` is what is trained. `alone` and `instead` are what else could be done
+    with such a folder. has_sounds: sounds lie next to the clips, which `audio_directory` in dataset.toml
+    joins with them.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
     if not content.media:

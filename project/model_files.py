@@ -69,7 +69,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
     """Return the networks that a named file of the model has too, unless a file is named for them.
 
-    typed: as `typed_files` returns them. The result has that file, as typed, by the network's option.
+    `typed` are as `typed_files` returns them. The result has that file, as typed, by the network's option.
     """
     holders = {}
     for part in model.components:
@@ -92,7 +92,10 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, which its commands do not name then. names: of options."""
+    """Return a model without some of its files, which its commands do not name then.
+
+    `names` are those of options.
+    """
     placeholders = {f"{{{name}}}" for name in names}
     commands = {}
     for step, command in model.commands.items():

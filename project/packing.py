@@ -164,7 +164,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
     """Return the paths of model files in the packed folder by those here, and which no download brings.
 
-    target: the folder that a download fills, as run.toml has it.
+    `target` is the folder that a download fills, as run.toml has it.
     """
     names: dict[str, str] = {} if target is None else {target: MODELS_PART}
     own: list[str] = []

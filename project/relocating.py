@@ -76,7 +76,7 @@ class RelocatedText(NamedTuple):
 def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
     """Return a TOML text with relative paths, its comments kept.
 
-    without: keys to remove, wherever they stand.
+    `without` are the keys to remove, wherever they stand.
 
     Raises:
         ValueError: For a text that is no TOML.

@@ -157,7 +157,10 @@ def _print_ending(project: Project, left_out: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the message for files of the model that are missing. models: as `_download_words` takes it."""
+    """Return the message for files of the model that are missing.
+
+    `models` is as `_download_words` takes it.
+    """
     size = _download_size(project.download)
     options = _download_words(project, models)
     return (
@@ -239,7 +242,7 @@ def check_project(project: Project) -> None:
 def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
     """Check the training's options and the media. Returns the files that are left out.
 
-    Exits with 1 if there are faults that end the run. words: of the command that checks media.
+    Exits with 1 if there are faults that end the run. `words` are those of the command that checks media.
     """
     _check_training(project)
     outcome = _check_media(words, project.folder, project.validation)
@@ -256,8 +259,8 @@ def _run_or_exit(
 ) -> None:
     """Run a command; exit with its code if it fails.
 
-    may_leave_out: a command that leaves files out has not failed, as the check has found which these are.
-    progress: see `run_command`.
+    `may_leave_out` says that a command that leaves files out has not failed, as the check has found which
+    these are. For `progress` see `run_command`.
     """
     code = run_command(words, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
@@ -420,7 +423,10 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options of `run` that let it download. models: the folder that --download alone may fill."""
+    """Return the options of `run` that let it download.
+
+    `models` is the folder that --download alone may fill.
+    """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
     return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
@@ -518,7 +524,10 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
 
 
 def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print what helps if a check fails. kinds: of the faults that it found."""
+    """Print what helps if a check fails.
+
+    `kinds` are those of the faults that it found.
+    """
     if "--check" not in words:
         return
     print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
@@ -568,7 +577,7 @@ def _scripts_of_runs() -> set[Path | None]:
 def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
 
-    progress: file in which the program is to note how far it is.
+    `progress` is the file in which the program is to note how far it is.
 
     The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end.
 

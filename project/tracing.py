@@ -64,7 +64,10 @@ class RunTrace:
         self._since = 0.0  # when it began
 
     def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start a trace. again: words after `reelsmith` that repeat the run. The rest: of its training."""
+        """Start a trace.
+
+        `again` are the words after `reelsmith` that repeat the run. The rest: of its training.
+        """
         words = command_words(["python", FRONT_SCRIPT, *again])
         note = "It continues where it ended."
         command = ["Run it again", shlex.join(words), quote_for_powershell(words), note]

@@ -113,7 +113,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
     """Raise ValueError for members that lead out of the folder, are no files, or hold more than there is.
 
-    size_bytes: of the archive.
+    `size_bytes` is that of the archive.
     """
     names: set[str] = set()
     for entry in entries:
@@ -215,7 +215,7 @@ def _place_models(text: str, models: Path) -> str:
 def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
     """Return the lines about an unpacked folder: its size, missing models, the command that trains.
 
-    models: paths that run.toml lists.
+    `models` are the paths that run.toml lists.
     """
     paths = [path for path in folder.rglob("*") if path.is_file()]
     size = as_size(sum(path.stat().st_size for path in paths))

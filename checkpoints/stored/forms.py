@@ -156,7 +156,10 @@ def stored_in(layer: nn.Module) -> Stored | None:
 
 
 def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the value of a layer's weight, in float32 if it is stored. weight: the layer's own, whole."""
+    """Return the value of a layer's weight, in float32 if it is stored.
+
+    `weight` is the layer's own, whole.
+    """
     stored = stored_in(layer)
     if stored is None:
         return weight

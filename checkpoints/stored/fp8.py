@@ -63,7 +63,7 @@ def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return weight * scale, multiplied in float32 and rounded once to `dtype`.
 
-    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
+    weight: rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x 1).
     """
     plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
     if scale is None:

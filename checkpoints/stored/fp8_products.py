@@ -192,9 +192,9 @@ def fp8_linear(
 ) -> Tensor:
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only. Needs `suits_fp8`.
 
-    x: ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. weight: N K e4m3.
-    scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype if it is on, else in
-    the dtype of x.
+    x: ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. `weight` is N K e4m3.
+    `scale` is one number, N 1, or None for 1. `bias` is N. Returns ... N in autocast's dtype if it is on,
+    else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -249,9 +249,9 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
     """Quantise x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
 
-    x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or
-    infinite value makes the scale NaN or infinite, and so the row of any product NaN. piece: how many values
-    have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
+    `x` is M K. `fold` is 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros;
+    a NaN or infinite value makes the scale NaN or infinite, and so the row of any product NaN. `piece` is how
+    many values have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
     """
     parts = _split_rows(x, piece)
     if len(parts) == 1:

@@ -253,7 +253,7 @@ def _by_parts(
 ) -> Tensor:
     """Apply `make` to parts of the rows of x, and return the result in a dtype.
 
-    columns: those of x if None.
+    `columns` is those of x if None.
     """
     parts = _split_rows(x)
     if len(parts) == 1:

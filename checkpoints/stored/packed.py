@@ -186,7 +186,10 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 @cache
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that decodes rows of bitsandbytes' nf4 or fp4. values: of the codes 0 to 15."""
+    """Return the function that decodes rows of bitsandbytes' nf4 or fp4.
+
+    `values` are those of the codes 0 to 15.
+    """
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block

@@ -94,7 +94,7 @@ def answer_in_batches(
 ) -> Answers:
     """Yield what a model here answers for each place, in order; threads read files ahead.
 
-    item_bytes: of the frames of a place. answer_batch: answers for at most `batch_size` places.
+    `item_bytes` is that of the frames of a place. answer_batch: answers for at most `batch_size` places.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []
@@ -121,7 +121,7 @@ def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
 def caption_in(answer: str, was_cut: bool) -> str:
     """Return the caption in a model's answer: one line without thoughts, quotation marks and special tokens.
 
-    was_cut: the answer was ended by --max_new_tokens.
+    `was_cut` says that the answer was ended by --max_new_tokens.
 
     Raises:
         NoCaptionError: If it is empty.

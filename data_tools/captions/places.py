@@ -209,7 +209,7 @@ class CaptionPlace:
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically and return True; return False if it has changed meanwhile.
 
-        is_foreign: a person wrote the caption that is replaced. record: of the folder.
+        `is_foreign` says that a person wrote the caption that is replaced. `record` is that of the folder.
 
         Raises:
             OutputError: If it cannot be written.

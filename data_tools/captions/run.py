@@ -149,8 +149,8 @@ def _pass_of(options: CaptioningOptions) -> str:
 def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
     """Write the missing captions of a dataset, and those that the maker is to make again.
 
-    dry_run: print what would be made instead. The model is loaded only if there is something to write. Each
-    caption is written as soon as it is made, so the same command continues after a kill.
+    With `dry_run`, print what would be made instead. The model is loaded only if there is something to write.
+    Each caption is written as soon as it is made, so the same command continues after a kill.
 
     Raises:
         DatasetError: If the dataset cannot be used, and at the end if there are sources without a caption.
@@ -260,7 +260,10 @@ def _show_start(
     num_kept: int,
     num_done: int,
 ) -> None:
-    """Show what is captioned with what. num_done: captions that an interrupted run has remade."""
+    """Show what is captioned with what.
+
+    `num_done` is the captions that an interrupted run has remade.
+    """
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
@@ -373,8 +376,8 @@ def edit_captions(
 ) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print the changes instead. format: of captions that are JSON objects. A caption that would become
-    empty does not change.
+    With `dry_run`, print the changes instead. `format` is that of captions that are JSON objects. A caption
+    that would become empty does not change.
 
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if captions would become empty.
@@ -477,7 +480,10 @@ def _edit_line(
     is_several: bool,
     reword_text: Callable[[CaptionPlace, str], str],
 ) -> _Edit | None:
-    """Return the edit of a line of a list; None if nothing changes. is_several: it may have "captions"."""
+    """Return the edit of a line of a list; None if nothing changes.
+
+    `is_several` says that it may have "captions".
+    """
     old: dict[str, Any] = {}
     new: dict[str, Any] = {}
     keys = ("caption", "captions") if is_several else ("caption",)

@@ -192,7 +192,7 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
 def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
     """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
 
-    frames: F H W 3. Raises OutputError, or CacheError if a value is NaN.
+    `frames` is F H W 3. Raises OutputError, or CacheError if a value is NaN.
     """
     item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
     write_video(item.file(VIDEOS), list(frames), fps)
@@ -341,7 +341,7 @@ def _encode_clips(
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
-    name: of the item; seeds the random choices, so that they are the same in every run. threads: for
+    `name` is that of the item; seeds the random choices, so that they are the same in every run. threads: for
     decoding.
 
     Raises:

@@ -163,7 +163,10 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 
 
 def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> Plan:
-    """Return what to do. overwrite: make again what this program has made."""
+    """Return what to do.
+
+    With `overwrite`, make again what this program has made.
+    """
     existing: dict[str, Path] = {}
     if output.is_dir():
         existing = {path.stem.casefold(): path for path in _find_images(output)}

@@ -172,8 +172,8 @@ class ClipList:
     def add(self, record: CutRecord, is_new: bool) -> None:
         """Add the lines of a source; existing lines of its clips are kept.
 
-        is_new: it was cut in this run, so that its lines are written at once. Otherwise a user may have
-        removed clips.
+        `is_new` says that it was cut in this run, so that its lines are written at once. Otherwise a user may
+        have removed clips.
         """
         if is_new or str(self._path) not in record.lists or not self._was_there:
             with self._lock:

@@ -174,7 +174,10 @@ class OwnDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """End a run of one-colour pictures before `end`. is_other: whether another scene follows."""
+        """End a run of one-colour pictures before `end`.
+
+        `is_other` says whether another scene follows.
+        """
         begin, self._plain_since = self._plain_since, None
         assert begin is not None
         if is_other or end - begin >= self._plain:
@@ -201,7 +204,10 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`. is_break: it follows a cut, or has one colour."""
+        """Look at picture `number`.
+
+        `is_break` says that it follows a cut, or has one colour.
+        """
         self._pictures.append(now)
         self._variances.append(float(now.grey.var()))
         if is_break:

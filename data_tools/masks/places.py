@@ -95,8 +95,8 @@ class MaskPlace:
 def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
     """Return a place for each picture and clip of a folder, sorted; folders in it are not looked into.
 
-    masks: the folder of masks; None: FOLDER/masks. If it is the folder of the pictures, masks lie next to
-    them.
+    `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the pictures, masks lie
+    next to them.
 
     Raises:
         DatasetError: If the folder cannot be listed.
@@ -105,7 +105,10 @@ def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]
 
 
 def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
-    """Return the place of one picture's or clip's mask. masks: see `find_mask_places`."""
+    """Return the place of one picture's or clip's mask.
+
+    For `masks` see `find_mask_places`.
+    """
     folder = medium.parent / FOLDER_NAME if masks is None else masks
     return _list_places([(medium, _kind_of(medium))], folder)[0]
 
@@ -199,8 +202,8 @@ class _AllBlackError(Exception):
 def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
     """Write a mask in place of the one that is there, which is kept; return whether it was written.
 
-    frames: H W each; without `moves` one. If all of them are black, nothing changes, for such a mask teaches
-    nothing. texts: for the PNG, of a folder for its first.
+    `frames` are H W each; without `moves` one. If all of them are black, nothing changes, for such a mask
+    teaches nothing. texts: for the PNG, of a folder for its first.
 
     Raises:
         OutputError: If it cannot be written, and what `frames` raise.
@@ -307,8 +310,8 @@ def remove_mask(place: MaskPlace) -> None:
 def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
     """Put a mask that a person drew in place of the one that is there, or where there was none.
 
-    pixels: H W or H W 3, white is learned. number: of the one frame of a clip that it is for, counted from 0;
-    None: for the whole picture or clip.
+    `pixels` is H W or H W 3, white is learned. `number` is that of the one frame of a clip that it is for,
+    counted from 0; None means for the whole picture or clip.
 
     Raises:
         DatasetError: If it has another shape than its picture or clip, if the clip has no mask with such a

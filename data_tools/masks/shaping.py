@@ -60,7 +60,9 @@ class MaskShape:
 
 
 def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
-    """Return a mask in which the new one counts `alpha` times, H W, 0..1. old: None if there is none.
+    """Return a mask in which the new one counts `alpha` times, H W, 0..1.
+
+    `old` is None if there is none.
 
     Without an old mask everything is learned, so that `subtract` begins with white; the other modes give the
     new mask alone.

@@ -67,7 +67,10 @@ class TableFindings:
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
-        """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: add kinds."""
+        """Return the texts of `faults` or `remarks` by the stem of their source.
+
+        With `with_kind`, add kinds.
+        """
         texts: dict[str | None, list[str]] = {}
         errors: list[Fault] = getattr(self, name)
         for error in errors:
@@ -251,7 +254,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files next to them.
 
-    folders: of all tables. Remarks name unused files that look as if they were meant to be used.
+    `folders` is that of all tables. Remarks name unused files that look as if they were meant to be used.
     """
     findings = TableFindings(table)
     try:
@@ -324,7 +327,7 @@ def check_captions(
 ) -> None:
     """Add the faults of the captions of a table's sources, except for unreadable ones.
 
-    are_cached: the outputs of text encoders are kept, so that their size is reported.
+    `are_cached` says that the outputs of text encoders are kept, so that their size is reported.
     """
     missing = [source for source in findings.sources if source.caption is None and not is_unread(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):

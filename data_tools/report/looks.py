@@ -167,7 +167,8 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
-    hears: draw the sound of a clip too. `problem` says what cannot be read; the frames before it are shown.
+    With `hears`, draw the sound of a clip too. `problem` says what cannot be read; the frames before it are
+    shown.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.picture_height
@@ -412,7 +413,7 @@ class ShownReference:
 def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
     """Draw the control images of an image; () for clips. image: fit of the image; None: it is unreadable.
 
-    sizes: its picture_height is used.
+    `sizes` is its picture_height is used.
     """
     if source.table.kind == "video" or not source.control:
         return ()
@@ -430,7 +431,10 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
 def _show_reference(
     table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
 ) -> ShownReference:
-    """Draw a control image. path: where it is here. name: to show. image: fit of the image."""
+    """Draw a control image.
+
+    `path` is where it is here. name: to show. image: fit of the image.
+    """
     bucket = None if image is None else image.bucket
     fit = None
     try:

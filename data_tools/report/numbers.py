@@ -154,7 +154,10 @@ def _items_per_epoch(findings: TableFindings) -> int:
 
 
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
-    """Return the numbers of a table. epoch: items of an epoch, of all tables."""
+    """Return the numbers of a table.
+
+    `epoch` is the items of an epoch, of all tables.
+    """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
     share = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0

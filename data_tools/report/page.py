@@ -102,7 +102,9 @@ def write_report_page(
     latent: LatentSpec,
     workers: int,
 ) -> None:
-    """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
+    """Write the page of the report.
+
+    `numbers` is the result of `collect_numbers`; the page shows nothing else.
 
     Raises:
         OutputError: If the page cannot be written.
@@ -136,7 +138,10 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    """Write a page with the values that both templates need. values: of this page."""
+    """Write a page with the values that both templates need.
+
+    `values` are those of this page.
+    """
     filters = []
     for mark, words in FILTERS:
         count = sum(mark in card.marks for card in cards)

@@ -128,7 +128,10 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 
 
 def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return remarks that headers and listings tell. fps: of the model."""
+    """Return remarks that headers and listings tell.
+
+    `fps` is that of the model.
+    """
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
         # a card shows only the text
@@ -237,7 +240,10 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
 
 
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
-    """Return groups of measured files that are near duplicates. tables: of one kind."""
+    """Return groups of measured files that are near duplicates.
+
+    `tables` are those of one kind.
+    """
     files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
     for findings in tables:
         for source, look in zip(findings.sources, findings.looks, strict=False):

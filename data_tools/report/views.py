@@ -131,7 +131,10 @@ def _select_way(debug: DebugOptions, folder: Path) -> str:
 
 
 def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
-    """Show frames F H W 3 of an item; return the user's answer. file: path without suffix."""
+    """Show frames F H W 3 of an item; return the user's answer.
+
+    `file` is the path without suffix.
+    """
     if way == "console":
         image = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(colored_text(image, debug.console_width, debug.console_back))

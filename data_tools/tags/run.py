@@ -112,7 +112,7 @@ def _pass_of(options: TaggingOptions) -> str:
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
     """Return the dataset of a file, or of a folder as a file would name it.
 
-    temporary: an empty folder, in which that file is written.
+    `temporary` is an empty folder, in which that file is written.
 
     Raises:
         DatasetError: If there is nothing to tag.

@@ -48,8 +48,8 @@ def check_channels(
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes. Warns of caches without a frame rate. stores: of the run. Items that are encoded while
-    training are skipped.
+    in their sizes. Warns of caches without a frame rate. `stores` is that of the run. Items that are encoded
+    while training are skipped.
     """
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
@@ -162,7 +162,7 @@ def latent_faults(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents are not what the table and the model ask for.
 
-    record: None if it has none. is_shared: another program may have made them.
+    `record` is None if it has none. is_shared: another program may have made them.
     """
     table = item.table
     shape = list(tensors["latents"].shape)
@@ -235,7 +235,10 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
+    """Yield a line if what goes with latents has another shape.
+
+    `shape` and `expected` are those of the latents, C F H W.
+    """
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield f"the latents of its worse one are {as_shape(rejected.shape)}, its own are {as_shape(shape)}"
@@ -307,7 +310,10 @@ def sound_faults(
 def _source_errors(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the differences between an item's sources and its record. folders: of each file in the record."""
+    """Yield the differences between an item's sources and its record.
+
+    `folders` are those of each file in the record.
+    """
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:

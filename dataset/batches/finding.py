@@ -468,7 +468,10 @@ def _explain_empty(table: DatasetTable) -> str:
 
 
 def _explain_others(folder: Path, name: str) -> str:
-    """Explain why a text cache of another model does not count. name: its file."""
+    """Explain why a text cache of another model does not count.
+
+    `name` is its file.
+    """
     return (
         f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
         "of the caption, which this model cannot read"

@@ -128,7 +128,9 @@ def _list_makers(
 def _take_inner_sound(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Name the sound of caches of latents as that of caches of its own. path: of one of them.
+    """Name the sound of caches of latents as that of caches of its own.
+
+    `path` is that of one of them.
 
     Raises:
         CacheError: If there is none.
@@ -266,7 +268,10 @@ class _Reader:
         return part
 
     def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
-        """Read a caption of each item. numbers: of the captions."""
+        """Read a caption of each item.
+
+        `numbers` are those of the captions.
+        """
         return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
@@ -377,7 +382,8 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
     """Return `data.SIZES` of a picture, without batch dimension.
 
-    said: `data.SAID_SIZES` of its cache, which go before what follows from the sizes. flip: it is mirrored.
+    `said` is `data.SAID_SIZES` of its cache, which go before what follows from the sizes. `flip` says that it
+    is mirrored.
     """
     bucket = item.bucket[0], item.bucket[1]
     if said is None:
@@ -437,7 +443,10 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
 
 
 def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
-    """Raise CacheError if a text cache lacks tensors. keys: of all encoders of the model."""
+    """Raise CacheError if a text cache lacks tensors.
+
+    `keys` are those of all encoders of the model.
+    """
     absent = sorted(keys - entry.tensors.keys())
     if absent:
         maker = entry.metadata.get("architecture", "")

@@ -139,7 +139,10 @@ def _count_batch_bytes(batch: Batch) -> int:
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches that earlier versions made and that would be different now. origins: of each item."""
+    """Warn of caches that earlier versions made and that would be different now.
+
+    `origins` are those of each item.
+    """
     by_own_clocks = [item for item, origin in origins if origin.own_clocks]
     if by_own_clocks:
         _compare_clocks(by_own_clocks, family.defaults.fps, commands)
@@ -188,7 +191,7 @@ def _compare_reading(
 ) -> None:
     """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
 
-    items: each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
+    `items` are each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
     MOST_LOOKED_AT clips are looked at; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}

@@ -45,9 +45,9 @@ def remember_options(
 ) -> None:
     """Write the options of a caching command into the cache folders of all tables.
 
-    family: by name. kind: one of KINDS. family_options: the family's options of the command. typed: how the
-    user spelled them, by public name. training: options that a training from these caches needs, by flag. A
-    folder that cannot be written to is left unchanged: the caches are what counts.
+    family: by name. `kind` is one of KINDS. `family_options` is the family's options of the command. `typed`
+    are how the user spelled them, by public name. `training` are the options that a training from these
+    caches needs, by flag. A folder that cannot be written to is left unchanged: the caches are what counts.
     """
     accepted = accepted_options(type(family_options))
     options = {
@@ -97,7 +97,10 @@ def recall_options(
 
 
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
-    """Yield the options of a remembered command that are known and still valid. key: which of them."""
+    """Yield the options of a remembered command that are known and still valid.
+
+    `key` is which of them.
+    """
     accepted = accepted_options(record)
     folder = command.get("folder")
     options = command.get(key)

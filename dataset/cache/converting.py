@@ -70,8 +70,8 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Put the single files of a folder into shards. Files that are not caches do not change.
 
-    Shards of earlier versions, in tars, are made again. keep: leave the files too. dry_run: change nothing.
-    Raises CacheError, OutputError.
+    Shards of earlier versions, in tars, are made again. With `keep`, leave the files too. With `dry_run`,
+    change nothing. Raises CacheError, OutputError.
     """
     names = list(single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
@@ -93,7 +93,7 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    keep: leave the shards too. dry_run: change nothing.
+    With `keep`, leave the shards too. With `dry_run`, change nothing.
 
     Raises:
         CacheError: If entries are damaged (all other entries are written, and the shards are kept).

@@ -64,7 +64,10 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry is one of a family's: latents, sound or texts. tag: the family's cache_tag."""
+    """Return whether an entry is one of a family's: latents, sound or texts.
+
+    `tag` is the family's cache_tag.
+    """
     for latent_tag in (tag, cache_files.sound_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
             return True

@@ -225,7 +225,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    origin: of a source's part; files at an address have to be downloaded.
+    `origin` is that of a source's part; files at an address have to be downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -251,7 +251,7 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
 
-    origin: of a file inside a tar or table, which has the time of the whole.
+    `origin` is that of a file inside a tar or table, which has the time of the whole.
 
     Raises:
         OSError: If the file is missing.
@@ -363,7 +363,7 @@ class CacheChecks:
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first existing source that has changed.
 
-        folders: of each file; None if unknown.
+        `folders` are those of each file; None if unknown.
         """
         for folder, file in zip(folders, files, strict=True):
             if folder is None:

@@ -214,7 +214,9 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
 
 
 def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
-    """Return the bytes of an entry. rows: its open shard; None for a tar.
+    """Return the bytes of an entry.
+
+    `rows` is its open shard; None for a tar.
 
     Raises OSError or sqlite3.Error, CacheError if the bytes are missing or differ from those written.
     """
@@ -243,8 +245,8 @@ def shard_errors(folder: Path) -> list[str]:
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
     """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
 
-    One process at a time does this. Shards that other processes are writing are left alone. with_tars: turn
-    those of earlier versions into SQLite files.
+    One process at a time does this. Shards that other processes are writing are left alone. With `with_tars`,
+    turn those of earlier versions into SQLite files.
 
     Raises:
         OutputError: If there is no room for it; nothing is lost then.

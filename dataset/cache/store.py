@@ -131,7 +131,7 @@ class MemoryStore:
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
-    names: of the family.
+    `names` is that of the family.
 
     Raises:
         DatasetError: If it has none and the form is npz.
@@ -148,7 +148,7 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
     """Return the store of caches that other programs share, in one of `SHARED_CACHES`.
 
-    folder: of these caches, except those of pictures that a list names anywhere.
+    `folder` is that of these caches, except those of pictures that a list names anywhere.
 
     Raises:
         DatasetError: If the family, of which `names` are, has none in this form.
@@ -242,7 +242,10 @@ class LatentNames:
     """The latent caches of a table by the stem of their source. There may be millions."""
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List the latent caches without opening any. kind: of the table, "image" or "video"."""
+        """List the latent caches without opening any.
+
+        `kind` is that of the table, "image" or "video".
+        """
         self._endings: dict[str, LatentName] = {}  # by the end of a name
         self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
         for file, stem, ending in latent_names(store.names(), tag, kind):

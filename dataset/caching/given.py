@@ -149,7 +149,10 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of the file `embeds_note`. identities: of the encoders by name. tensors: by key."""
+    """Return the content of the file `embeds_note`.
+
+    `identities` are those of the encoders by name. tensors: by key.
+    """
     return {
         "caption": caption,
         "architecture": architecture,

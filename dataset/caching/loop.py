@@ -126,10 +126,10 @@ def cache(
 ) -> CacheReport:
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
-    kind: LATENTS or TEXTS. stores: where caches are kept, if not where the tables say. A source that cannot
-    be read becomes a failure of the report and does not stop the run. Encoders are loaded only if there is
-    something to encode. A text cache is written when all of its encoders have run; until then there is a
-    `.part`, which a later run continues.
+    kind: LATENTS or TEXTS. `stores` is where caches are kept, if not where the tables say. A source that
+    cannot be read becomes a failure of the report and does not stop the run. Encoders are loaded only if
+    there is something to encode. A text cache is written when all of its encoders have run; until then there
+    is a `.part`, which a later run continues.
 
     Raises:
         DatasetError: If the dataset cannot be used or a caption is missing.
@@ -175,7 +175,10 @@ def _write_indexes(
     report: CacheReport,
     marks: Mapping[int, str | None],
 ) -> None:
-    """Write what a run cached into the index of each table. marks: of the tables, by index."""
+    """Write what a run cached into the index of each table.
+
+    `marks` are those of the tables, by index.
+    """
     for table in config.datasets:
         if not is_indexed(table, sound_of(family)):
             continue
@@ -204,7 +207,7 @@ def run_caching(
 ) -> None:
     """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
 
-    following: what comes next, if no shard is missing.
+    `following` is what comes next, if no shard is missing.
 
     Raises:
         UserError: If caching fails, and SystemExit with the result of a check.

@@ -51,8 +51,8 @@ class CachingActor:
     ) -> None:
         """Keep the work; the first batch begins it.
 
-        main, words: a caching script and its arguments. threads: how many read ahead, if the arguments do not
-        say. folder: where the command was typed; the actor's process changes to it.
+        `main` and `words` are a caching script and its arguments. `threads` is how many read ahead, if the
+        arguments do not say. `folder` is where the command was typed; the actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards

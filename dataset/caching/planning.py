@@ -78,7 +78,10 @@ class Recipe:
     sound: SoundSpec | None = None  # of a family that hears
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
-        """Return the options in the record of an item of a source. sizes: its size, bucket and span."""
+        """Return the options in the record of an item of a source.
+
+        `sizes` are its size, bucket and span.
+        """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
@@ -355,7 +358,7 @@ class Planning:
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
-        kept_frames: of a clip, if that was decoded. reason: why there is no span.
+        `kept_frames` is that of a clip, if that was decoded. reason: why there is no span.
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)

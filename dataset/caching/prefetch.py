@@ -40,7 +40,10 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the failure of a source. reason: a text or the exception."""
+        """Make the failure of a source.
+
+        `reason` is a text or the exception.
+        """
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -80,7 +83,10 @@ class SourceListing(NamedTuple):
 
 
 def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
-    """List all sources. captions: read them."""
+    """List all sources.
+
+    With `captions`, read them.
+    """
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
@@ -158,7 +164,10 @@ def first_lines(things: Sequence[object], most: int) -> list[str]:
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error at the end of a run for its failures. things: a word for them."""
+    """Return the error at the end of a run for its failures.
+
+    `things` is a word for them.
+    """
     lines = "\n".join(first_lines(failures, LISTED))
     return DatasetError(
         f"{len(failures)} of the {things} could not be used; all others are done:\n{lines}\n"

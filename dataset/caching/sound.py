@@ -74,7 +74,10 @@ class SoundWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List entries. before_loading: called to free the device before the networks are loaded."""
+        """List entries.
+
+        `before_loading` is called to free the device before the networks are loaded.
+        """
         assert family.sound is not None
         self._family, self.spec = family, family.sound
         self._stores, self._device = stores, device
@@ -92,8 +95,8 @@ class SoundWork:
     ) -> CacheReport:
         """Encode the sound of all items of some sources that have latents and no valid entry of sound.
 
-        latents: the valid entries of latents. A clip whose sound cannot be read, or is missing but needed,
-        becomes a failure of the report.
+        `latents` is the valid entries of latents. A clip whose sound cannot be read, or is missing but
+        needed, becomes a failure of the report.
 
         Raises:
             CheckpointError: If a network cannot be loaded.
@@ -141,7 +144,7 @@ class SoundWork:
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
         """Remove the entries of sound of a table that are not among `valid`; return how many there were.
 
-        failed: stems of sources whose entries stay.
+        `failed` are the stems of sources whose entries stay.
         """
         if table.index not in self._existing:
             return 0
@@ -177,7 +180,10 @@ class SoundWork:
         return SoundPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return the number of a clip's latents with a valid entry of sound. files: names of the latents."""
+        """Return the number of a clip's latents with a valid entry of sound.
+
+        `files` are the names of the latents.
+        """
         items = self._items_of(frozenset((source.table.index, file) for file in files))
         names = items.get((source.table.index, source.stem), ())
         return len(self.plan(source, names, self._stores.verify).kept)

@@ -98,8 +98,8 @@ def list_caption_files(
 ) -> list[CaptionFile]:
     """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
 
-    sight: of the text encoders. fit: `caption_fitter`. First captions come first, so that their batches are
-    those of a table without more texts.
+    `sight` is that of the text encoders. `fit` is `caption_fitter`. First captions come first, so that their
+    batches are those of a table without more texts.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -267,7 +267,7 @@ def plan_texts(
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
     """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
 
-    reads_values: compare them with their checksums too.
+    With `reads_values`, compare them with their checksums too.
     """
     store = stores.of_texts(file.table)
     if stores.trusts and store.is_shared and file.file_name in store:
@@ -289,9 +289,9 @@ def find_outputs(
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
 
-    in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
-    caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
-    header is read. The entry is None if the file is missing or damaged.
+    With `in_part`, look at the unfinished file. If anything in it is from a run with other encoders or
+    another caption, nothing is found, as joining it would corrupt valid outputs. Without `reads_values`, only
+    the header is read. The entry is None if the file is missing or damaged.
 
     Raises:
         CacheError: If a file that another program made is kept, and says that it is for something else.

@@ -83,7 +83,9 @@ class TextWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and captions. stores: see `MediaWork`.
+        """List entries and captions.
+
+        For `stores` see `MediaWork`.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
@@ -130,8 +132,8 @@ class TextWork:
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
 
-        An encoder without work is not loaded. who: name of this share of the work, for progress bars; None:
-        show none.
+        An encoder without work is not loaded. `who` is the name of this share of the work, for progress bars;
+        None means show none.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
@@ -183,7 +185,7 @@ class TextWork:
     ) -> int:
         """Remove the entries of a table that belong to no caption; return how many there were.
 
-        keep_cache: remove only further captions of sources that now have fewer captions.
+        With `keep_cache`, remove only further captions of sources that now have fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # unfinished ones too
@@ -346,9 +348,11 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Pass the cache file of a caption to `write`. identity: of the encoder, for the record.
+        """Pass the cache file of a caption to `write`.
 
-        conditions: the encoder's outputs by name; one whose length varies is a list of one tensor.
+        `identity` are those of the encoder, for the record.
+
+        `conditions` is the encoder's outputs by name; one whose length varies is a list of one tensor.
         """
         named = {}
         for key, output in conditions.items():
@@ -410,7 +414,8 @@ class TextWork:
     def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
 
-        encoders: those whose valid outputs are in the entry. A changed caption is replaced with a warning.
+        `encoders` are those whose valid outputs are in the entry. A changed caption is replaced with a
+        warning.
 
         Raises:
             OutputError: If writing fails.
@@ -442,7 +447,10 @@ class TextWork:
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Return consecutive texts of one table and kind together. size: of a batch; None: that of its table."""
+    """Return consecutive texts of one table and kind together.
+
+    `size` is that of a batch; None means that of its table.
+    """
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
         texts = tuple(group)

@@ -132,7 +132,9 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and sources. stores: where entries are kept, if not where the tables say.
+        """List entries and sources.
+
+        `stores` is where entries are kept, if not where the tables say.
 
         Raises:
             DatasetError: If the dataset cannot be used.
@@ -192,8 +194,8 @@ class MediaWork:
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the run. who: name of
-        this share of the work, for progress bars; None: show none.
+        A source that cannot be read becomes a failure of the report and does not stop the run. `who` is the
+        name of this share of the work, for progress bars; None means show none.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
@@ -258,7 +260,8 @@ class MediaWork:
     ) -> int:
         """Remove the entries of a table that belong to no item; return how many there were.
 
-        right: valid files of all processes. failed: stems of sources that failed; their entries stay.
+        right: valid files of all processes. `failed` are the stems of sources that failed; their entries
+        stay.
         """
         if keep_cache:
             return 0
@@ -374,7 +377,10 @@ class MediaWork:
     def _remove_surplus(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
-        """Have the files of sections removed that an item no longer has. files: those that it has."""
+        """Have the files of sections removed that an item no longer has.
+
+        `files` are those that it has.
+        """
         existing = self._existing[item.source.table.index].of(item.source.stem)
         surplus = []
         for file, existing_name in existing.items():
@@ -387,7 +393,10 @@ class MediaWork:
             write(partial(remove_caches, store, surplus, is_ours))
 
     def _show(self, to_do: Sequence[SourcePlan], num_sources: int, who: str) -> None:
-        """Show the plan of a share of the work. who: its name."""
+        """Show the plan of a share of the work.
+
+        `who` is its name.
+        """
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),

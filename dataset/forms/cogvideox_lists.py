@@ -70,7 +70,7 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
     """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
 
-    name: of the data set, for messages. It is not checked whether the clips exist.
+    `name` is that of the data set, for messages. It is not checked whether the clips exist.
 
     Raises:
         DatasetError: If a list is missing, the two lists differ in length, or a column is missing.
@@ -105,7 +105,10 @@ def _text_in(row: TableRow, column: str) -> str:
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
-    """Return a fault for each clip that does not exist. name: of the data set."""
+    """Return a fault for each clip that does not exist.
+
+    `name` is that of the data set.
+    """
     kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
@@ -141,7 +144,10 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing. key: of the data set, which names another one."""
+    """Raise DatasetError if a list is missing.
+
+    `key` is that of the data set, which names another one.
+    """
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "

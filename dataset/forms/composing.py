@@ -86,7 +86,10 @@ def form_of(table: DatasetTable) -> DataForm:
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only a form has; None: it has none. values: of all keys."""
+    """Return the record of the keys that only a form has; None: it has none.
+
+    `values` are those of all keys.
+    """
     if form.keys is None:
         return None
     own = {name: values[name] for name in declared_keys(form.keys)}
@@ -138,7 +141,7 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
-    finds_nulls: return None for a cell that is null and names no file.
+    With `finds_nulls`, return None for a cell that is null and names no file.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

@@ -69,7 +69,10 @@ class DataForm:
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
-        """Change fields that depend on others, with a warning. where: the table's place in the file."""
+        """Change fields that depend on others, with a warning.
+
+        `where` is the table's place in the file.
+        """
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Return the sources of a table; errors go to the list.

@@ -53,7 +53,7 @@ def first_keys(path: Path) -> tuple[str, ...]:
 def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
     """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
-    example: of a line, which faults then show.
+    `example` is that of a line, which faults then show.
 
     Raises:
         DatasetError: If it cannot be read, and for a file of another form: an array, an object over several

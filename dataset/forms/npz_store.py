@@ -197,7 +197,7 @@ class NpzStore:
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
-        stems: of pictures that a list names, by their paths without suffix.
+        `stems` are those of pictures that a list names, by their paths without suffix.
         """
         finished = file.removesuffix(cache_files.PART)
         if not finished.endswith(NPZ):
@@ -292,7 +292,10 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return another program's mask, 1 H W of latents. mask: H W of latents or of pixels."""
+        """Return another program's mask, 1 H W of latents.
+
+        `mask` is H W of latents or of pixels.
+        """
         stride = self.latent.stride
         pixels = grid[0] * stride[1], grid[1] * stride[2]
         if mask.shape == grid:

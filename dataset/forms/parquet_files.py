@@ -256,7 +256,7 @@ class ParquetCell:
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
-    finds_nulls: see `cells_of`.
+    For `finds_nulls` see `cells_of`.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)

@@ -186,7 +186,10 @@ class RowReader:
     def _add_parts(
         self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
     ) -> None:
-        """Add the files in a column by their numbers. column: its usual name. name: its name in this row."""
+        """Add the files in a column by their numbers.
+
+        `column` is its usual name. `name` is its name in this row.
+        """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
             part = self._part(name, path, where)
@@ -204,7 +207,7 @@ class RowReader:
     ) -> list[media_source.MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
 
-        sources: all that `read` made, in order.
+        `sources` are all that `read` made, in order.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
@@ -290,7 +293,7 @@ class RowReader:
     def _part(self, name: str, value: Any, where: str) -> Part | None:
         """Return the file in a column of control media, masks or sound; None if there is none.
 
-        value: a path, or the place of a file that is in the row.
+        `value` is a path, or the place of a file that is in the row.
         """
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):
@@ -399,7 +402,10 @@ def download_folder(table: DatasetTable) -> Path:
 
 
 def locate(text: str, base: Path | None, where: str) -> Path:
-    """Return the path that a row names. base: where a relative one starts; None: in the working folder."""
+    """Return the path that a row names.
+
+    `base` is where a relative one starts; None means in the working folder.
+    """
     try:
         return expand_path(text, base)
     except ValueError as error:
@@ -482,7 +488,7 @@ def is_control(table: DatasetTable, name: str) -> bool:
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
     """Return the folder that relative paths start in; None: the working folder, also if no file is found.
 
-    rows: those of the list or table at `path`, with the column of its media.
+    `rows` are those of the list or table at `path`, with the column of its media.
     """
     folder = path if path.is_dir() else path.parent
     for row in itertools.islice(rows, FIRST_ROWS):

@@ -113,7 +113,7 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    sizes: of the clip, and of its bucket. clock: see `companion_frames`. Raises MediaError.
+    `sizes` are those of the clip, and of its bucket. For `clock` see `companion_frames`. Raises MediaError.
     """
     size, bucket = sizes
     place = functools.partial(reading.resize_cover, bucket=bucket)

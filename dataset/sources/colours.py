@@ -73,7 +73,10 @@ def _may_differ(path: Path, as_shown: int) -> bool:
 
 
 def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
-    """Describe the first part that was read differently. parts: path, `keeps_transparency`."""
+    """Describe the first part that was read differently.
+
+    `parts` are the path, `keeps_transparency`.
+    """
     for path, keeps in parts:
         if not _may_differ(path, as_shown):
             continue
@@ -95,7 +98,8 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
     """Name the part of a file's colours that an earlier version ignored; None if there is none.
 
-    keeps_transparent: the colours of transparent pixels are used. had_profiles: the version read profiles.
+    `keeps_transparent` says that the colours of transparent pixels are used. had_profiles: the version read
+    profiles.
     """
     if colours.is_transparent and not keeps_transparent and not had_profiles:
         return "its transparency"

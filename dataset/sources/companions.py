@@ -128,7 +128,7 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError for references, and masks of controls, that the model does not take.
 
-    sources: those of the table that have some.
+    `sources` are those of the table that have some.
     """
     rules = table.clip_references
     for source in sources:

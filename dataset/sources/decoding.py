@@ -172,10 +172,10 @@ def decode_source(
 ) -> DecodedMedia:
     """Read a source and its control media.
 
-    Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, lengths, keeps_alpha, has_alpha: of
-    the family's LatentSpec. numbers: draws how a picture differs this time, as its table's `augmentation`
-    says; without them it does not differ.
+    Memory holds the whole clip at bucket size, and one frame at a time at its own size. `fps` is the family's
+    rate, reached by dropping frames if the table has source_fps. `step`, `lengths`, `keeps_alpha` and
+    `has_alpha` are those of the family's LatentSpec. numbers: draws how a picture differs this time, as its
+    table's `augmentation` says; without them it does not differ.
 
     Raises:
         MediaError: If a file is unreadable or too small.
@@ -197,7 +197,10 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media. here: the source with files that can be opened."""
+    """Read a clip and its control media.
+
+    `here` is the source with files that can be opened.
+    """
     table = source.table
     clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
@@ -373,7 +376,10 @@ def _read_controls(
     keeps_alpha: bool,
     has_alpha: bool,
 ) -> list[Clip]:
-    """Read the control images of a picture, each 1 H W C. bucket, place, is_mirrored: of the picture."""
+    """Read the control images of a picture, each 1 H W C.
+
+    `bucket`, `place` and `is_mirrored` are those of the picture.
+    """
     if source.table.references is None:
         return [_read_control(path, place, keeps_alpha) for path in source.control]
     references = []
@@ -391,7 +397,10 @@ def _read_controls(
 
 
 def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
-    """Read the worse picture of a pair, 1 H W C. size: of the better one, before it is placed."""
+    """Read the worse picture of a pair, 1 H W C.
+
+    `size` is that of the better one, before it is placed.
+    """
     from dataset.sources.pairs import require_equal_size  # few pictures have any
 
     assert source.worse is not None
@@ -402,7 +411,10 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
-    """Return the crop of a picture for this time. fit: its crop without augmentation."""
+    """Return the crop of a picture for this time.
+
+    `fit` is its crop without augmentation.
+    """
     changes = source.table.augmentation
     if changes.face_crop_range is not None:
         face = face_in_name(source.stem)

@@ -58,7 +58,9 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless it is there. wait: called with seconds before another try.
+    """Download `address` to `target`, unless it is there.
+
+    `wait` is called with seconds before another try.
 
     check: looks at the file before it gets its name; if it raises MediaError, nothing stays.
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table's folder; add a fault for each file that cannot be used.
 
-    captions: read them.
+    With `captions`, read them.
 
     Raises:
         DatasetError: If the folder cannot be listed.
@@ -84,7 +84,7 @@ def _sound_of(
 ) -> tuple[Path, None] | None:
     """Return the file with the sound of a clip; None: it has none besides its track.
 
-    sounds: files of audio_directory by clip. Adds a fault if there are several.
+    `sounds` are the files of audio_directory by clip. Adds a fault if there are several.
     """
     if clip in sounds:
         return sounds[clip], None
@@ -312,7 +312,7 @@ def _warn_unused_controls(
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     """Log the control images of each folder that belong to no image of any table.
 
-    sources: of all tables, which may share a folder.
+    `sources` are those of all tables, which may share a folder.
     """
     stems: dict[Path, set[str]] = {}
     names: dict[Path, str] = {}  # of the first table with the folder

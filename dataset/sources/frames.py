@@ -40,8 +40,8 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    lengths: of the family, to which "full" rounds down. Spans are sorted by target, then by start, without
-    duplicates.
+    `lengths` is that of the family, to which "full" rounds down. Spans are sorted by target, then by start,
+    without duplicates.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -55,7 +55,10 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the first frames of spans of `target` frames. last: the last frame at which one can begin."""
+    """Return the first frames of spans of `target` frames.
+
+    `last` is the last frame at which one can begin.
+    """
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -233,8 +236,8 @@ FAR = 2.0  # times by which a clip is faster or slower than a model sees others
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return a remark for each clip without source_fps whose rate is far from that of the model.
 
-    fps: of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable
-    files are reported elsewhere.
+    `fps` is that of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips.
+    Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
@@ -261,7 +264,9 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 
 
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
-    """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
+    """Read an image as the mask of `num_frames` frames.
+
+    `size` is that of the item; its shape has to be the same.
 
     place: resizes and crops it like its picture.
     """
@@ -291,8 +296,8 @@ def read_moving(
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    stride, clip: of the family's LatentSpec. In time, the first frame of a video, or of each clip, is a
-    latent frame of its own, and after it each group of `stride[0]` frames is one.
+    `stride` and `clip` are those of the family's LatentSpec. In time, the first frame of a video, or of each
+    clip, is a latent frame of its own, and after it each group of `stride[0]` frames is one.
     """
     frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255

@@ -316,7 +316,10 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder. suffixes: of its files."""
+    """Describe the contents of a folder.
+
+    `suffixes` are those of its files.
+    """
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)
@@ -326,7 +329,10 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder, or one inside it, has such files. used: folders to leave out."""
+    """Return whether a folder, or one inside it, has such files.
+
+    `used` are the folders to leave out.
+    """
     num_names = 0
     for place, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, LOOKED_INTO))

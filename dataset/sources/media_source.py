@@ -211,8 +211,8 @@ def readable_stem(name: str) -> str:
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
     """Return the stems; if several are equal (ignoring case), each gets a hash of its identity.
 
-    identities: texts that differ if the sources do. A stem that occurs once depends neither on order nor on
-    other rows. Equal sources keep equal stems, which the listing reports.
+    `identities` are the texts that differ if the sources do. A stem that occurs once depends neither on order
+    nor on other rows. Equal sources keep equal stems, which the listing reports.
     """
     counts = Counter(stem for stem, _ in {*zip(map(str.casefold, stems), identities, strict=True)})
     return [

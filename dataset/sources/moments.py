@@ -49,7 +49,9 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
-    """Read moments 2C F h w, mapped. latent: of the model that they are for.
+    """Read moments 2C F h w, mapped.
+
+    `latent` is that of the model that they are for.
 
     A leading axis of size 1, which some tools leave, is removed. Raises MediaError as `read_tensor`, and if
     the shape is another.
@@ -71,7 +73,10 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Describe the channels that the model needs. channels: those of the file."""
+    """Describe the channels that the model needs.
+
+    `channels` is those of the file.
+    """
     plain = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."

@@ -109,8 +109,8 @@ def read_reference(
 ) -> NDArray[np.uint8]:
     """Read a reference picture of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
-    bucket: of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that
-    keeps its size or shape too.
+    `bucket` is that of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror
+    one that keeps its size or shape too.
 
     Raises:
         MediaError: If it cannot be used.
@@ -170,8 +170,8 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return the resizing and the crop of a reference picture of `size`; None: like its image.
 
-    bucket: of the image; None: not known yet. What keeps its size loses pixels at the right and below only,
-    as in other tuners' caches.
+    `bucket` is that of the image; None means not known yet. What keeps its size loses pixels at the right and
+    below only, as in other tuners' caches.
 
     Raises:
         MediaError: If it is too small.

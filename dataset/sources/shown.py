@@ -20,7 +20,9 @@ MOST_SHOWN = 80  # characters of a value in a message
 
 
 def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
-    """Return the references of a row. file: the list. where: `list.jsonl, line 3`.
+    """Return the references of a row.
+
+    `file` is the list. `where` is `list.jsonl, line 3`.
 
     A relative path begins in the working folder, or if there is no such file, in the folder of the list.
 

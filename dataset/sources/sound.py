@@ -71,7 +71,7 @@ class SpanSounds:
 def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundSpec) -> SpanSounds:
     """Return the sound of spans of a clip, or silence if it has none.
 
-    here: fetched. fps: of the family.
+    here: fetched. `fps` is that of the family.
 
     Raises:
         MediaError: If a file that its list or folder names has no sound, or none is there and the table needs
@@ -119,8 +119,8 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have sound although none is cached.
 
-    silent: stems of clips without cached sound. At most MOST_OPENED files are opened, none is downloaded, and
-    unreadable ones are skipped.
+    `silent` are the stems of clips without cached sound. At most MOST_OPENED files are opened, none is
+    downloaded, and unreadable ones are skipped.
     """
     local = (source for source in sources if source.stem in silent and not any(source.origins))
     unheard = []
@@ -137,7 +137,7 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
     """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
 
-    path: from `find_sound`. rate: from `kept_rate`. The track is decoded once.
+    `path` comes from `find_sound`. `rate` comes from `kept_rate`. The track is decoded once.
 
     Raises:
         NoSound: If there is no track.

@@ -182,7 +182,7 @@ class UniPC:
     def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
         """Return the change of the prediction over a step from the level of the last one to `following`.
 
-        after: the prediction at `following`, if it is known. The change is a weighted sum of the other
+        `after` is the prediction at `following`, if it is known. The change is a weighted sum of the other
         predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
         far away in lambda.
         """

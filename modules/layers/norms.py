@@ -44,7 +44,7 @@ class TwoLayers(nn.Module):
     ) -> None:
         """names: of the two layers in files, such as "fc1 fc2".
 
-        sizes: C, the width between the layers, C'.
+        `sizes` are C, the width between the layers, C'.
         """
         super().__init__()
         self._first, self._second = names.split()
@@ -145,12 +145,18 @@ class CenteredNorm(ScaleNorm):
 
 
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x. scale: C."""
+    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x.
+
+    `scale` is C.
+    """
     return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x. weight: C."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
+
+    `weight` is C.
+    """
     # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
     # a float32 copy of x, which autograd would keep
     with torch.autocast(x.device.type, enabled=False):

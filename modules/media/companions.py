@@ -80,7 +80,7 @@ class Companions:
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
 
-        video: the stream of the new pictures, which gets the tags of the old ones.
+        `video` is the stream of the new pictures, which gets the tags of the old ones.
         """
         if self._main is not None:
             self._describe(video, self._main)

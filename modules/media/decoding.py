@@ -83,7 +83,7 @@ class TimedFrame:
 def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFrame]:
     """Yield the frames of a video in playing order.
 
-    container, stream: from `open_video(path)`.
+    `container` and `stream` come from `open_video(path)`.
 
     Raises:
         MediaError: If the file is damaged, ends before the length that it states, or has no frame.
@@ -177,7 +177,7 @@ def has_alpha(frame: Any) -> bool:
 def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
     """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
 
-    deep: return 16 bits a channel, else 8.
+    With `deep`, return 16 bits a channel, else 8.
     """
     kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
     # in one thread: with several, swscale at times damages rows

@@ -293,7 +293,7 @@ def name_write_errors() -> Iterator[None]:
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
     """Copy the aspect ratio of pixels that are not square, as on DVDs, to a new video.
 
-    source: the stream of pictures of the file at `path`. video: that of a new file.
+    `source` is the stream of pictures of the file at `path`. video: that of a new file.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:

@@ -208,7 +208,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     from 0 to 1. Cells that are white in either do not count: a flash hides them. If less than a quarter is
     left, or the rest has a single grey in either, the structure counts 0. colours: half the absolute
     difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
-    grey values. least: a distance below that may be given as 0, which takes less time.
+    grey values. `least` is a distance below that may be given as 0, which takes less time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())

@@ -236,9 +236,9 @@ def resize_cover(
 ) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the centre.
 
-    Lanczos when enlarging, else area average, as the cache format requires; shrink: "lanczos" for that, too.
-    place: where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely as
-    another.
+    Lanczos when enlarging, else area average, as the cache format requires. `shrink` is "lanczos" for that,
+    too. `place` are where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely
+    as another.
     """
     size = frame.shape[1], frame.shape[0]
     if size == bucket:
@@ -248,7 +248,10 @@ def resize_cover(
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
-    """Resize and crop a frame, as `fit` says. place: see `resize_cover`."""
+    """Resize and crop a frame, as `fit` says.
+
+    For `place` see `resize_cover`.
+    """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
@@ -262,7 +265,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, without keeping its proportions.
 
-    interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
+    `interpolation` is "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -282,7 +285,10 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image or a clip's first frame, H W 3. alpha: see `read_image`. Raises MediaError."""
+    """Read an image or a clip's first frame, H W 3.
+
+    For `alpha` see `read_image`. Raises MediaError.
+    """
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
@@ -367,8 +373,8 @@ def frames_at(
 ) -> Iterator[tuple[Frame, int, float]]:
     """Yield the frame that a video file shows at each of these seconds, its number, and the second.
 
-    seconds: ascending, from its first frame on. At least one frame is yielded; otherwise they end where the
-    file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
+    `seconds` are ascending, from its first frame on. At least one frame is yielded; otherwise they end where
+    the file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
     moment = next(moments)
@@ -530,7 +536,7 @@ def read_tags(path: Path) -> dict[str, str]:
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags without those that may hold a picture, such as XMP with its thumbnails; log their names.
 
-    path: of the file that has them.
+    `path` is that of the file that has them.
     """
     left_out = [
         name
@@ -554,8 +560,8 @@ def pick_frames(
 ) -> list[Frame]:
     """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
-    choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
-    exact: choose again if the header's count is wrong, else only if chosen frames are missing.
+    `choose` gets the number of frames and returns which to take. threads: that decode; 0: FFmpeg's choice.
+    With `exact`, choose again if the header's count is wrong, else only if chosen frames are missing.
 
     Raises:
         MediaError: If the clip cannot be read.

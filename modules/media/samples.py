@@ -65,8 +65,8 @@ def track_info(path: Path) -> TrackInfo | None:
 def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
     """Read `count` samples of a file's sound from a second on: channels S, float32, at `rate`.
 
-    start: seconds from the first picture of the file; without pictures, from its first sound. Before the
-    sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
+    `start` is the seconds from the first picture of the file; without pictures, from its first sound. Before
+    the sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
     channels; several are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
     default one, or the best. Returns None if there is no track.
 

@@ -176,8 +176,8 @@ def is_text(stream: Any) -> bool:
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add a subtitle stream to `target`, for the subtitles of `source`, a stream of another file.
 
-    suffix: of the target. Returns the new stream, and a function from packets of `source` to packets of the
-    new stream.
+    `suffix` is that of the target. Returns the new stream, and a function from packets of `source` to packets
+    of the new stream.
     """
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER

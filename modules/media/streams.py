@@ -211,7 +211,10 @@ class Clock:
         return self._previous
 
     def _find_origin(self, time: Fraction) -> Fraction:
-        """Return the origin of the grid of pictures. time: of the first one, by the file."""
+        """Return the origin of the grid of pictures.
+
+        `time` is that of the first one, by the file.
+        """
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
         if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not

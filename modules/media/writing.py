@@ -48,7 +48,10 @@ class SectionSound:
         self._waiting: Any = None
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add a stream of sound to the new file, if there is any. video: the stream of pictures."""
+        """Add a stream of sound to the new file, if there is any.
+
+        `video` is the stream of pictures.
+        """
         main = self._source.streams.best("video")
         if main is not None:
             encoding.keep_proportions(self._section.path, main, video)
@@ -229,9 +232,9 @@ def write_video(
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
     codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    tags: text to store by name; .mkv shows names in upper case. track: sound, which begins with the first
-    frame; it is cut, or silent from its end on, to last as long as the pictures. The last row or column of an
-    odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is written.
+    `tags` are the text to store by name; .mkv shows names in upper case. track: sound, which begins with the
+    first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row or column
+    of an odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is written.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix, or the frames are too small for
@@ -272,11 +275,11 @@ def write_shown(
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, other times to a twentieth of a millisecond, in .mkv to
-    half of one. codec, crf, preset, bit_rate: see `write_video`. list_companions: a video whose sound,
-    subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts that the
-    format cannot hold are logged. covers: whether its cover pictures go too, and whatever else may show the
-    old pictures. section_of: a part of a video whose sound goes into this one, in place of all that. track:
-    generated sound, likewise. tags: see `write_video`; they replace the video's own.
+    half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`. `list_companions` is a video
+    whose sound, subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts
+    that the format cannot hold are logged. `covers` says whether its cover pictures go too, and whatever else
+    may show the old pictures. `section_of` is a part of a video whose sound goes into this one, in place of
+    all that. track: generated sound, likewise. For `tags` see `write_video`; they replace the video's own.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the pictures, or their size
@@ -411,7 +414,9 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join segments of `encode_segment` to one .mp4, completely or not at all. tags: as in `write_video`.
+    """Join segments of `encode_segment` to one .mp4, completely or not at all.
+
+    `tags` are as in `write_video`.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
     the earlier one.

@@ -149,7 +149,10 @@ def say_duration(seconds: float) -> Words:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Return a text of a template, which may hold HTML. values: what is not Markup is escaped."""
+    """Return a text of a template, which may hold HTML.
+
+    `values` is what is not Markup is escaped.
+    """
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown
 

@@ -207,7 +207,10 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
 
 
 def link(*parts: str) -> str:
-    """Return the relative address of a file. parts: folders and the file's name."""
+    """Return the relative address of a file.
+
+    `parts` is the folders and the file's name.
+    """
     return "./" + "/".join(quote(_encode_name(part), safe="") for part in parts)
 
 

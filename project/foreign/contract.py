@@ -201,7 +201,10 @@ def read_switch(value: Any) -> bool:
 
 
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
-    """Return a reader of names that are spelled in any way. instead: what to do with other names."""
+    """Return a reader of names that are spelled in any way.
+
+    `instead` is what to do with other names.
+    """
 
     def read(value: Any) -> str:
         name = table.get(plain_name(str(value)))

@@ -141,7 +141,10 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Write the warm-up in steps of this run, and a schedule that has one. steps: of the run."""
+    """Write the warm-up in steps of this run, and a schedule that has one.
+
+    `steps` is that of the run.
+    """
     training = project.training
     if project.warmup_share is not None:
         key, share = project.warmup_share

@@ -19,7 +19,7 @@ _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # 
 def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
     """Take keys that are options of the script that trains, or keys of dataset.toml, under the same name.
 
-    chosen: options for which `new` writes a value of its own.
+    `chosen` are the options for which `new` writes a value of its own.
     """
     places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     for key, value in project.others.items():

@@ -85,7 +85,10 @@ class ForeignProject:
         self.left.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
-        """Note a key whose value is another one here. result: what it has become."""
+        """Note a key whose value is another one here.
+
+        `result` is what it has become.
+        """
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
     def forget(self, key: str) -> None:

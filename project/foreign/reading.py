@@ -33,7 +33,7 @@ _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_pa
 def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """Read the project of another trainer.
 
-    trains: the kind of run that is typed.
+    `trains` is the kind of run that is typed.
 
     Raises:
         OptionError: If the file is none of those that are known, or if it trains what `new` does not set up

@@ -161,7 +161,7 @@ def _set(
 ) -> None:
     """Set an option or key, unless another key of the file has set it otherwise.
 
-    keys: of the target -> the key of the file that has set it.
+    `keys` are those of the target -> the key of the file that has set it.
     """
     name = said.rule.name
     first = keys.setdefault(name, said.key)
