@@ -185,7 +185,7 @@ class MediaFiles:
     pictures: int = 0
     clips: int = 0
     sounds: int = 0
-    first: Path | None = None  # picture or clip, by name
+    first: Path | None = None  # image or clip, by name
 
     @property
     def total(self) -> int:

@@ -267,7 +267,7 @@ class SettingsView:
     rows: Sequence[SettingRow]
     is_chosen_known: bool
     is_asking: bool  # what `new` chose is being found out
-    batch: str = ""  # pictures of a step, as text; "": not known
+    batch: str = ""  # images of a step, as text; "": not known
     chosen_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(part=""))

@@ -41,9 +41,9 @@ from modules.pages.page import encode_address, reduce_frame
 from modules.text_files import real_path
 
 ADDRESS = "/masks"
-LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have all of theirs
 LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MAX_SHOTS = 60  # pictures in memory, some 200 KB each
+MAX_SHOTS = 60  # images in memory, some 200 KB each
 MAX_UNDONE = 1000
 # states of masks
 NONE, OF_PROGRAM, TAKEN, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"

@@ -579,7 +579,7 @@ class NewPages:
             "download": download,
             "load_command": format_command(load_words) if load_words else "",
             "licences": licenses,
-            "is_gated": is_gated,  # a function: the template asks it of each licence
+            "is_gated": is_gated,  # a function: the template asks it of each license
             "has_login": any(map(is_gated, licenses)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
         }

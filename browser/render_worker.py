@@ -378,7 +378,7 @@ class RenderWorker:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
                     continue
-                with contextlib.suppress(OptionError):  # it was cancelled just now
+                with contextlib.suppress(OptionError):  # it was canceled just now
                     self.store.take_cancel(render_job.id)
                     self._cancels = 0
                     self._current = self.store.change(

@@ -105,7 +105,7 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
-    stale: beginnings of metadata keys that are true of the old tensors only.
+    `stale` are beginnings of metadata keys that are true of the old tensors only.
 
     Raises:
         OptionError: If a selection or a prefix fits no name, or two tensors would have one name;

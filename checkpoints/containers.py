@@ -141,7 +141,7 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, it describes {described}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the facts of a tensor. entry: in the header.
+        """Return the facts of a tensor. `entry` is the tensor's object in the header.
 
         Raises:
             ValueError: If they do not agree.
@@ -251,8 +251,8 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 def load_pickled(path: Path, times: int = 1) -> Any:
     """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
-    times: factor on the allowed length of its pickled program, 1 for files of weights. Code in the file is
-    refused, not run.
+    `times` is a factor on the allowed length of its pickled program, 1 for files of weights. Code in the file
+    is refused, not run.
 
     Raises:
         CheckpointError: If there is code, if a tensor is not a plain one, or if the file is damaged.

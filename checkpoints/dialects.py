@@ -60,11 +60,11 @@ def load_planned(
 ) -> Network:
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
-    build: makes the network from the plan's dimensions; called on the meta device. `dtype` and `what` are as
-    for `load_module`; a single dtype is used for all tensors. `form` is the module of `checkpoints.stored` in
-    whose form linear layers are kept; None means the file's form, except that fp8 is dequantised. `host` is
-    as for `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`,
-    and if the file has another form.
+    `build` makes the network from the plan's dimensions; it is called on the meta device. `dtype` and `what`
+    are as for `load_module`; a single dtype is used for all tensors. `form` is the module of
+    `checkpoints.stored` in whose form linear layers are kept; None means the file's form, except that fp8 is
+    dequantised. `host` is as for `load_module`. `blocks` takes each block when it is loaded. Raises
+    CheckpointError as `load_module`, and if the file has another form.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -272,9 +272,9 @@ def join_parts(
 ) -> dict[str, TensorSource]:
     """Map each of our names to how its tensor is made from those of a file.
 
-    stored: by the file's names. `table` is that of the file's dialect; a name that ends in #n is the nth of
-    the parts that are stacked by rows in our tensor. swapped: our names of tensors whose halves are in the
-    other order in the file.
+    `stored` has the file's names. `table` is that of the file's dialect; a name that ends in #n is the nth of
+    the parts that are stacked by rows in our tensor. `swapped` are our names of tensors whose halves are in
+    the other order in the file.
     """
     parts: dict[str, dict[int, TensorSource]] = {}
     for theirs, source in stored.items():

@@ -54,7 +54,7 @@ def linear_weights(
 ) -> frozenset[str]:
     """Return the names of the weights of linear layers.
 
-    lists: only layers below these names. exclude: skip names that contain one of these.
+    With `lists`, only layers below these names count. Names that contain one of `exclude` are skipped.
     """
     begin = None if lists is None else tuple(f"{name}." for name in lists)
     return frozenset(

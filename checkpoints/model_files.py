@@ -57,7 +57,8 @@ def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
     """Return the result of `read` for the open file and the further arguments, such as dimensions.
 
     The result is cached while the file stays the same. `read` is a function of a module, such as `read_vae`.
-    arguments: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
+    `arguments` are hashable. Raises CheckpointError as `read` does, if the file holds another kind of
+    network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)
@@ -69,7 +70,7 @@ def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
 def _read_once(
     path: Path, where: Path, stamp: tuple[int, int], *, read: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    """Read the file. where, stamp: identify it; path: as messages name it."""
+    """Read the file. `where` and `stamp` identify the file; `path` is what messages name."""
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint, *arguments)
 

@@ -52,7 +52,7 @@ class Checkpoint(contextlib.ExitStack):
         files: Sequence[TensorFile],
         refusal: str = "",
     ) -> None:
-        """files: are closed with it. refusal: why the packed weights cannot be read."""
+        """files: are closed with it. `refusal` says why the packed weights cannot be read."""
         super().__init__()
         for file in files:
             self.callback(file.close)

@@ -94,7 +94,9 @@ def _lay_out(
     what: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and its header. spare_bytes: room for later metadata.
+    """Return the names in the order of the file, and its header.
+
+    `spare_bytes` is room for later metadata.
 
     Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
     huggingface.co/docs/safetensors.

@@ -66,8 +66,8 @@ LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of late
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
     """Return the conditions that texts give, under the names of the network's arguments, on its device.
 
-    names: argument -> name in caches. Texts of different lengths are padded with zeros. Masks are on the
-    host: the network reads them there, and must not wait for the device.
+    `names` are the names in caches, by argument. Texts of different lengths are padded with zeros. Masks are
+    on the host: the network reads them there, and must not wait for the device.
     """
     arguments = {}
     for argument, name in names.items():
@@ -90,7 +90,7 @@ def name_text_and_mask(
 ) -> dict[str, Tensor]:
     """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
 
-    `argument` is that of the network. name: in caches.
+    `argument` is that of the network. `name` is the one in caches.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
     arguments = name_texts(conditions, {argument: name}, device)

@@ -94,7 +94,10 @@ class FamilyEntry:
         return import_own(f"{self.room}.{self.captions}").FORMAT if self.captions else None
 
     def options_record(self, kind: str) -> Any:
-        """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
+        """Return an option record of the family.
+
+        `kind` is LatentCaching, TextCaching, Training or Generation.
+        """
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
@@ -113,8 +116,8 @@ class FamilyEntry:
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
         """Return the options that a training from caches of latents needs, by flag.
 
-        `family_options` is the options of the command that cached the latents. family: as that command built
-        it.
+        `family_options` is the options of the command that cached the latents. `family` is the one that this
+        command built.
         """
         by_caches = vars(self.options).get("training_options")
         return {} if by_caches is None else dict(by_caches(family_options, family))
@@ -128,8 +131,8 @@ class FamilyEntry:
     ) -> tuple[str, str]:
         """Return the commands that make missing caches of latents and of texts, for a training.
 
-        `family_options` is the options of the training. switches: further options for the command that caches
-        latents. `typed` are how the user spelled the options, by public name.
+        `family_options` is the options of the training. `switches` are additional options for the command
+        that caches latents. `typed` are how the user spelled the options, by public name.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -233,7 +236,7 @@ def read_names() -> list[ModuleType]:
 def list_same_latents(name: str) -> frozenset[str]:
     """Return the names of all models that share the latent space of a model, including itself.
 
-    name: as outputs name the model.
+    `name` is what outputs call the model.
     """
     spaces: dict[str, str] = {}  # model -> the family whose latent space it has
     for family, entry in FAMILIES.items():
@@ -335,7 +338,7 @@ def plain_script(
 
     `about` is the script's docstring. `work` is the function; its name, as `networks.merging.merge_flux`,
     where the record is in a light file and its import loads torch. `without` are as for `add_options`.
-    prepare: makes the function's arguments from the record. `going_on` is the advice that is printed after
+    `prepare` makes the function's arguments from the record. `going_on` is the advice that is printed after
     Ctrl-C.
     """
 

@@ -45,7 +45,7 @@ class TensorInfo:
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
         """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
 
-        path, name: for the message.
+        `path` and `name` are for the message.
 
         Raises:
             CheckpointError: If the file ends too soon.

@@ -259,7 +259,8 @@ def settle(
 def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
     """Return the request without media that cannot be used, and warn about those.
 
-    usable: by name of the field, `image_path`. `why_not` is "--task t2v-1.3B does not take it".
+    `usable` is found by the name of the field, such as `image_path`. `why_not` is "--task t2v-1.3B does not
+    take it".
 
     Raises:
         OptionError: If a usable file or folder does not exist or cannot be read.
@@ -309,7 +310,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 def check_frames(option: str, path: Path, needed: int) -> None:
     """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
 
-    option: as the user typed it, for messages.
+    `option` is what the user typed, for messages.
     """
     from modules.media.pixels import too_short
 

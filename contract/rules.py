@@ -304,7 +304,7 @@ CountTokens = Callable[[str], TokenCount]
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
     """Return how many of a text's `length` characters are covered by its first `most` tokens.
 
-    ends: for each token of the text, the position after its last character.
+    `ends` has for each token of the text the position after its last character.
     """
     return length if len(ends) <= most else max(ends[:most], default=0)
 

@@ -317,7 +317,7 @@ class CacheStore(Protocol):
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, in place of one of the same name. tensors: by their names in the file.
+        """Write an entry, in place of one of the same name. `tensors` have the names that the file gets.
 
         Equal contents give equal bytes. Raises OutputError.
         """
@@ -361,7 +361,7 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
 def unpack(path: Path | str, data: bytes) -> Entry:
     """Return the tensors of a cache file's bytes, sorted by name.
 
-    path: for messages.
+    `path` is for messages only.
 
     Raises:
         CacheError: If they are not safetensors.
@@ -395,7 +395,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, completely or not at all. tensors: by their names in the file.
+    """Write a cache file, completely or not at all. `tensors` have the names that the file gets.
 
     Equal contents give equal bytes; the safetensors library would write the metadata in varying order.
     """

@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Return the form of values of some types. fits: whether one of them is allowed."""
+    """Return the form of values of some types. `fits` says whether a value is allowed."""
 
     def read(value: Any) -> Any:
         is_switch = isinstance(value, bool) and kinds is not bool
@@ -415,7 +415,7 @@ def read_keys(
     Each mistake adds a line to `problems`.
 
     `misplaced` are the key that cannot stand in this table -> reason, which follows the value in the message.
-    names: other names of keys. `ignored` are the keys that are read elsewhere.
+    `names` are other names of keys. `ignored` are the keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # the name that each key has in the table

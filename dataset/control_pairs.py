@@ -29,7 +29,7 @@ def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None]
 
     `taker` is what sees them.
 
-    remark: takes what `describe_shapes` returns; default: logs it. Tables whose pictures are not on this
+    `remark` takes what `describe_shapes` returns; the default logs it. Tables whose pictures are not on this
     machine, as their caches were copied, are left out.
 
     Raises:

@@ -172,9 +172,9 @@ def find_all_sources(
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
-    skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
-    `folders` is that of the whole configuration, if `config` has only some of its tables: its other tables
-    read files too.
+    `skipped` gets unreadable parts that are left out, with their table; without it they are logged as a
+    warning. `folders` is that of the whole configuration, if `config` has only some of its tables: its other
+    tables read files too.
     """
     sources: list[MediaSource] = []
     problems = []

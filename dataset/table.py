@@ -323,8 +323,9 @@ class DatasetTable:
     ) -> dict[str, Any]:
         """Return the settings that decide what text encoders see of a clip and of the references in its row.
 
-        sees_clip: they see its frames. `shown` are the references, in their order; None means they see none
-        of them. `further_text` is that of the row, with `shown`. The values are JSON.
+        `sees_clip` says that text encoders see the frames of the clip. `shown` are the references, in their
+        order; None means they see none of them. `further_text` is that of the row, with `shown`. The values
+        are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:

@@ -124,7 +124,7 @@ class ModelSet:
 
 @cache
 def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
-    """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
+    """Return all sets. With `fp8_encoders`, text encoders are those in 8 bits."""
     catalog = _read_catalogue()
     components = known_components()
     sets = []
@@ -181,7 +181,7 @@ def known_components() -> dict[str, Component]:
 
 
 def _read_file(entry: Mapping[str, Any], path: str, licence: Licence) -> ReleasedFile:
-    """Return a file of a component's entry. path: in its repository."""
+    """Return a file of a component's entry. `path` is the one in its repository."""
     folder = PurePosixPath(entry.get("folder", ""))
     return ReleasedFile(
         repository=entry["repository"],

@@ -187,7 +187,7 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
     """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
 
-    `address` is that of the repository. page: for messages.
+    `address` is that of the repository. `page` is for messages.
 
     Raises:
         DownloadError: If the site refuses the list.

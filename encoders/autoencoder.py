@@ -141,7 +141,10 @@ def _our_name(name: str, levels: int) -> str:
 
 
 def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
-    """Turn 1x1 convolutions of a file into linear layers. layers: pattern of their weights' names."""
+    """Turn 1x1 convolutions of a file into linear layers.
+
+    `layers` is a pattern of their weights' names.
+    """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
             sources[name] = source.then(lambda weight: weight.flatten(1))
@@ -226,7 +229,7 @@ class ImageVae(nn.Module):
     ) -> Tensor:
         """Apply `compute` to x, B C 1 H W, in tiles if x is larger than one. Returns B C' 1 H' W'.
 
-        unit_in, unit_out: pixels of the input and of the result for one latent pixel.
+        `unit_in` and `unit_out` are the pixels of input and result for one latent pixel.
         """
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
@@ -308,7 +311,7 @@ def load_autoencoder(
 def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
     """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
 
-    Only headers are read. option: that names the file, for messages.
+    Only headers are read. `option` is the one that names the file, for messages.
 
     Raises:
         CheckpointError: If it is missing, damaged or another model.

@@ -189,7 +189,7 @@ class ClipVisionConfig:
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
     """Plan how to load an image tower with its projection: alone or with the text tower.
 
-    option, release: for messages: the option that needs it, and the files that have it.
+    `option` and `release` are for messages: the option that needs it, and the files that have it.
 
     Raises:
         CheckpointError: For any other file.

@@ -204,8 +204,8 @@ class ClipText(nn.Module):
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
         `ids` is B L. `layer` is counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
-        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. `ends` is as for
-        `forward`; without it the layers behind `layer` do not run. One pass in either case.
+        result `hidden_states[-layer]`. With `final_norm`, the tower's last norm is applied to it. `ends` is
+        as for `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
         Raises:
             ValueError: If the layer does not exist.
@@ -332,7 +332,7 @@ def load_clip_vision(
 ) -> ClipVision:
     """Load an image tower with its projection; fp8 weights are dequantized.
 
-    option, release: for messages: the option that needs it, and the files that have it.
+    `option` and `release` are for messages: the option that needs it, and the files that have it.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.

@@ -68,7 +68,7 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    stride: pixels on a side of a latent. `taker` is what sees them.
+    `stride` is the pixels on a side of a latent. `taker` is what sees them.
 
     Raises:
         CacheError: If they are missing or of another size than the pictures.
@@ -85,7 +85,7 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError if a control picture cannot be read. option: that names it."""
+    """Raise OptionError if a control picture cannot be read. `option` is the one that names it."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)

@@ -416,8 +416,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. sides:
-        rows and columns of tokens of each picture.
+        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. `sides`
+        are rows and columns of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -463,7 +463,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> ImageTokens:
         """Return embeddings of tokens, with pictures in place of the tokens for them.
 
-        ids, mask: on the CPU; the mask is 1 for real tokens.
+        `ids` and `mask` are on the CPU; the mask is 1 for real tokens.
         """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))

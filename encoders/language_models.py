@@ -247,8 +247,8 @@ def read_language_model(
 
     Reads files with all published prefixes, in 16 or 8 bits. `model` is the kind that it has to be. `states`
     are which states are read, each as the number of layers before it, ascending; negative numbers count from
-    the end (-1 means the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is
-    not -1. pre_norm: never norm it.
+    the end (-1 means the last state, normed); or ALL_STATES. With `final_norm`, the last of them is normed
+    even if it is not -1. With `pre_norm` it never is.
 
     Raises:
         CheckpointError: For any other file, or one with fewer layers.
@@ -372,7 +372,8 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
     """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well.
 
-    layer: beginning of the names of the first layer with attention; LINEAR is a mark of layers without.
+    `layer` is the beginning of the names of the first layer with attention; LINEAR is a mark of layers
+    without.
     """
     marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
@@ -444,7 +445,7 @@ class HostAngles(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
         """Return cosine and sine in the dtype of x, on its device.
 
-        position_ids: on the CPU. layers: NEAR or FAR, if these have frequencies of their own.
+        `position_ids` are on the CPU. `layers` is NEAR or FAR, if these have frequencies of their own.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -525,7 +526,7 @@ def load_language_model(
 
     For `form` see `load_planned`; without one fp8 weights are dequantized. `room` is the bytes free on the
     device; layers that do not fit stay in host memory, and each is copied to the device before it runs. None
-    means all fit. blocks: takes each layer. `model`, `states`, `final_norm` and `pre_norm` are as for
+    means all fit. `blocks` takes each layer. `model`, `states`, `final_norm` and `pre_norm` are as for
     `read_language_model`.
 
     Raises:

@@ -21,10 +21,10 @@ def language_states(
 ) -> Tensor:
     """Run the layers and return the states that are read, joined: B L nC.
 
-    tokens: embeddings, B L C. `mask` is B L, 1 for real tokens. States of padding are computed from the real
-    tokens before them, as in the released pipelines. states: as the network was loaded with. `places` is the
-    positions of the tokens, 3 B L on the CPU; None means 0, 1, 2, ... `added` are each B L C, added to the
-    outputs of the first layers in turn, after their states are read.
+    `tokens` are embeddings, B L C. `mask` is B L, 1 for real tokens. States of padding are computed from the
+    real tokens before them, as in the released pipelines. `states` are those that the network was loaded
+    with. `places` is the positions of the tokens, 3 B L on the CPU; None means 0, 1, 2, ... `added` are each
+    B L C, added to the outputs of the first layers in turn, after their states are read.
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))

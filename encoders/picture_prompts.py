@@ -77,7 +77,7 @@ class ImageUse:
     def write(self, number: int, tokens: int, count: int = 2) -> str:
         """Return the text of a picture.
 
-        `number` is counted from 1. tokens: that it takes. `count` is that of the pictures.
+        `number` is counted from 1. `tokens` is how many it takes. `count` is that of the pictures.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -198,7 +198,7 @@ def read_images(
 ) -> ReadImages:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
-    `pictures` are each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
+    `pictures` are each H W 3 uint8 RGB. `colours` are mean and deviation, in place of the tower's own
     (`VisionTower.colours`).
 
     Raises:
@@ -258,8 +258,8 @@ def embed_images(
 ) -> ImageTokens:
     """Put pictures in place of the tokens for them.
 
-    tokens: embeddings, B L C. `ids` is B L, on the CPU. `pictures` are those of each prompt. `token` is the
-    id for a picture.
+    `tokens` are embeddings, B L C. `ids` is B L, on the CPU. `pictures` are those of each prompt. `token` is
+    the id for a picture.
     """
     states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])

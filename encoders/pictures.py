@@ -114,7 +114,7 @@ def encode_images(
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
-    patch: latent pixels along a side of a token. `remedy` is the command that caches again.
+    `patch` is the latent pixels along a side of a token. `remedy` is the command that caches again.
 
     Raises:
         CacheError: For other shapes.
@@ -145,7 +145,7 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
     """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the centre.
 
-    area: None keeps its size. `step` is its sides become multiples of this. Source: the released code of
+    `area` None keeps the picture's size. Its sides become multiples of `step`. Source: the released code of
     FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
@@ -253,7 +253,7 @@ class ModelOfImages(OneTransformer):
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
-        flow_shift, negative: defaults for the request.
+        `flow_shift` and `negative` are defaults for the request.
         """
         self.files.check()
         request = self.keep_media(request, self.called)

@@ -184,7 +184,9 @@ BYT5 = T5Kind(
 
 
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
-    """Load a ByT5 encoder of any size. dtype: compute dtype; None: the file's, and bfloat16 for fp8.
+    """Load a ByT5 encoder of any size.
+
+    `dtype` is the compute dtype; None means the file's, and bfloat16 for fp8.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.

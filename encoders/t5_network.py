@@ -326,8 +326,8 @@ def load_t5(
 ) -> T5Network:
     """Load an encoder of that kind.
 
-    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. For `form` see `load_planned`; without
-    one fp8 weights are dequantized. blocks: takes each block.
+    `dtype` is the compute dtype; None means that of the file, and bfloat16 for fp8. For `form` see
+    `load_planned`; without one fp8 weights are dequantized. `blocks` takes each block.
 
     Raises:
         CheckpointError: If the file is damaged, holds another model, or has its weights in another form.

@@ -227,7 +227,8 @@ def fill_rows(
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
     """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, has embeddings.
 
-    rows: token ids of texts. vocabulary: tokens of the encoder. `option` is that of the tokenizer.
+    `rows` are token ids of texts. `vocabulary` is the number of the encoder's tokens. `option` is that of the
+    tokenizer.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:

@@ -159,7 +159,7 @@ def add_in_tiles(
     """Add the weighted results for the tiles of x, B C F H W, to `out`, B C' F' H' W' of zeros.
 
     `compute` returns the frames of a tile in order, in one or several pieces. `cuts` are those of height and
-    width. units: pixels of a latent pixel in x and in `out`.
+    width. `units` are the pixels of a latent pixel in x and in `out`.
     """
     unit_in, unit_out = units
     rows, columns = cuts
@@ -184,8 +184,8 @@ def decode_in_tiles(
 ) -> Iterator[Tensor]:
     """Yield pixels B 3 F H W in playing order; with several tiles in host memory, after the last is done.
 
-    `latents` is B Z f h w. `cuts` are those of height and width. stride: pixels of a latent: frames, height,
-    width.
+    `latents` is B Z f h w. `cuts` are those of height and width. `stride` is the pixels of a latent: frames,
+    height, width.
     """
     if all(len(cut) == 1 for cut in cuts):
         yield from decode(latents)

@@ -187,7 +187,7 @@ class Flux3(pictures.ModelOfImages):
 
         None if it fills the canvas.
         """
-        from flux_3.references import canvas_of, fit_among  # only with reference pictures
+        from flux_3.references import canvas_of, fit_among  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
@@ -198,7 +198,7 @@ class Flux3(pictures.ModelOfImages):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from flux_3.references import read_among, read_on_canvas  # only with reference pictures
+        from flux_3.references import read_among, read_on_canvas  # only with reference images
 
         paths = prepared.request.control_images
         read = read_on_canvas if len(paths) == 1 else read_among

@@ -37,7 +37,7 @@ def render_chat(
 
     `tokenizer` is that of transformers, whose special tokens the template may use. `template` is its text, or
     a mapping with one called default; None means the tokenizer's. `turns` are `role` and `content` each.
-    seconds: after which it is stopped. more: further variables.
+    Rendering is stopped after `seconds`. `more` are additional variables.
 
     Raises:
         TemplateError: If it fails or goes beyond a bound.

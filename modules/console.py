@@ -26,8 +26,8 @@ MAX_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
-    commands: (what it does, command) below the box, never wrapped, so that they can be copied. All texts are
-    shown verbatim: markup is not interpreted and control codes are written out.
+    `commands` (what it does, command) are shown below the box and never wrapped, so that they can be copied.
+    All texts are shown verbatim: markup is not interpreted and control codes are written out.
     """
     filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)

@@ -172,7 +172,10 @@ def leave_cudnn_out(device: torch.device) -> None:
 
 
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
-    """Return whether an option that is for CUDA devices acts, and warn if it does not. what: it changes."""
+    """Return whether an option that is for CUDA devices acts, and warn if it does not.
+
+    `what` is what the option changes.
+    """
     if device.type == "cuda":
         return True
     logger.warning(
@@ -362,7 +365,7 @@ class Failures:
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing the failures. where: begins the message, as "prompts.txt: ".
+        """Raise UserError listing the failures. `where` begins the message, such as "prompts.txt: ".
 
         If all failures share an exit code that says more than 1 or 2, the error has that code.
         """

@@ -79,10 +79,10 @@ def receive(
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
     `tries` is how many attempts in a row may bring little. `wait` is called with the seconds before another
-    attempt. first_wait: in seconds, doubled with each such attempt. `size_bytes` is that of the file; None
-    means the site says it. `check` is called with each answer before its data are read. `progress` is called
-    with the number of bytes that the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if
-    the file cannot be written.
+    attempt. `first_wait` is in seconds, and doubled with each such attempt. `size_bytes` is that of the file;
+    None means the site says it. `check` is called with each answer before its data are read. `progress` is
+    called with the number of bytes that the file has. Raises BrokenTry after the last try, RefusedBySite,
+    OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
     most = path.stat().st_size  # bytes of the file at the last attempt that brought much
@@ -164,7 +164,7 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Ask for a file by http or https, as `Ask`. headers: further ones, such as a token."""
+    """Ask for a file by http or https, as `Ask`. `headers` are additional ones, such as a token."""
     import requests  # 0.1 s that a dataset without addresses does without
     import urllib3
 

@@ -107,7 +107,7 @@ def _find_relation_hint(facts: Info) -> str:
 
 
 def _check_limits(option: str, number: Any, facts: Info, hint: str) -> None:
-    """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
+    """Raise OptionError if a number is not within the limits among the facts. `hint` ends the message."""
     if not isinstance(number, (int, float)):
         return
     limits = {fact: facts[fact] for fact in LIMITS if fact in facts}

@@ -83,7 +83,7 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
     `place` is what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder",
-    "new file", or "safetensors" for a new file of that kind). hint: advice for a path that has to exist.
+    "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)

@@ -188,7 +188,7 @@ def find_rejection(action: argparse.Action) -> Rejection | None:
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
-    reason: completes "--flag is refused: ...". It is a switch unless `settings` give its values.
+    `reason` completes "--flag is refused: ...". The option is a switch unless `settings` give its values.
     """
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason=reason, instead="", values=values, settings=settings)
@@ -556,7 +556,8 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with synonyms replaced, such as "va" with "av", so that equal meanings compare equal.
 
-    values: by public names. The fact `same_as` of an option maps each synonym to the value that replaces it.
+    `values` have public names. The fact `same_as` of an option maps each synonym to the value that replaces
+    it.
     """
     info = info_of(cls)
     plain = dict(values)

@@ -28,8 +28,8 @@ OTHER_KINDS = {
 def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
 
-    is_new: refuse also what Windows cannot have, on every machine: LoRAs and runs are copied from one to
-    another. A run that has begun under such a name can continue.
+    With `is_new`, names that Windows cannot have are rejected on every machine: LoRAs and runs are copied
+    from one to another. A run that has begun under such a name can continue.
     """
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
@@ -128,9 +128,11 @@ def ask_at_console(
     is_terminal: Callable[[], bool] = has_terminal,
     offers_name: bool = True,
 ) -> Answer | None:
-    """Ask whether to overwrite; return None without a terminal. An empty answer leaves the files untouched.
+    """Ask whether to overwrite; return None without a terminal.
 
-    offers_name: "free" can be answered, which is to find a free name.
+    An empty answer leaves the files untouched.
+
+    With `offers_name`, "free" can be answered, which asks for a free name.
     """
     if not is_terminal():
         return None

@@ -54,7 +54,7 @@ def accepted_options(
 ) -> dict[str, AcceptedOption]:
     """Return the options of a record, and of the records in it, by public name.
 
-    flags: further spellings by public name, as the field that holds the record declares them.
+    `flags` are additional spellings by public name, as the field that holds the record declares them.
     """
     extra_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}
@@ -83,8 +83,8 @@ def accepted_options(
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
     """Return the options of a record that differ from their defaults.
 
-    typed: spelling of the given options by public name; options not in it are left out, as a script may have
-    defaults of its own. None: all are given.
+    `typed` is the spelling of the given options by public name; options not in it are left out, as a script
+    may have defaults of its own. None means that all are given.
     """
     accepted = accepted_options(type(options))
     return [

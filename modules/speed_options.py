@@ -86,7 +86,10 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that encode texts in the same way. stand_in: for a file that is not given."""
+        """Return the options that encode texts in the same way.
+
+        `stand_in` takes the place of a file that is not given.
+        """
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
             "--text_encoder": self.text_encoder or FillIn(stand_in),

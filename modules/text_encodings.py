@@ -126,7 +126,10 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Return the guess for two or four bytes a character. marked: by a byte order mark."""
+    """Return the guess for two or four bytes a character.
+
+    `marked` says that there is a byte order mark.
+    """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)
     # without a mark only ASCII is recognised, half of whose bytes are 0

@@ -40,7 +40,7 @@ def package_name(name: str) -> str:
 def rewrite_imports(source: str, ours: Collection[str]) -> str:
     """Change every absolute import of our modules to names below `reelsmith`; line numbers stay the same.
 
-    ours: top-level names of the checkout.
+    `ours` are top-level names of the checkout.
 
     Raises:
         ValueError: For `import modules.errors` if the text uses the name `modules` that this binds: in the

@@ -125,7 +125,7 @@ def paint(
 ) -> None:
     """Fill a form into a picture that is FINE times larger than the clip.
 
-    centre, pixels: in pixels of the clip.
+    `centre` and `pixels` are in pixels of the clip.
     """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
     contours = [

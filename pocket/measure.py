@@ -102,7 +102,7 @@ def model_options(folder: Path) -> list[str]:
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
     """Return prompts to ask for, by seed.
 
-    `concept` is its colour or form is in every prompt.
+    The color or form of `concept` is in every prompt.
     """
     asked = {}
     for seed in range(first_seed, first_seed + count):

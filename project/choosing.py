@@ -308,7 +308,7 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
 def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
-    memory: GiB of the card. before_asking: raises what would make questions vain.
+    `memory` is the GiB of the card. `before_asking` raises errors that would make questions useless.
 
     Raises:
         OptionError: If the model is unknown, or nobody can be asked.

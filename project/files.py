@@ -310,7 +310,7 @@ def _write_content(content: FolderContent) -> None:
 def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    `dataset` is the text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is
+    `dataset` is the text of dataset.toml. `remarks` gets lines about odd things that end no run. Nothing is
     found for pictures that a --dry_run does not write. Missing captions are left out, as other lines report
     them, except those of files that cannot be read.
     """
@@ -362,7 +362,10 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
-    """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
+    """Return lines about the folder, the model, and how well they fit.
+
+    `remarks` are about the model's choice.
+    """
     lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
     if reason and "resolution" not in choice.data:

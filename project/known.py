@@ -48,7 +48,10 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the user's file about a folder, as far as there is a place for it. kind: as of `user_file_of`."""
+    """Write the user's file about a folder, as far as there is a place for it.
+
+    `kind` is as in `user_file_of`.
+    """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
         return

@@ -131,7 +131,7 @@ def _add_rows(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is a text that a caption file may hold. place: for messages."""
+    """Return whether a caption is a text that a caption file may hold. `place` is for messages."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:
@@ -158,7 +158,7 @@ def _read_rows(
 
     `subject` is the file that a JSON file of its name is about.
 
-    `names` are those of the media in its folder. remarks: takes lines about what is read in another way.
+    `names` are those of the media in its folder. `remarks` gets lines about what is read in another way.
     Raises DatasetError, OSError or ValueError if it cannot be read.
     """
     if path.suffix.lower() == JSON:
@@ -193,7 +193,7 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table. path: for messages.
+    """Yield the rows of a table. `path` is for messages only.
 
     Raises:
         DatasetError: If it lacks a column.

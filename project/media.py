@@ -123,8 +123,9 @@ def collect_content(
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
     `name` is that of the model, for messages. `kind` is what is trained. `control_kind` is what would learn
-    control pictures. `edits` is the name of a model of its family that edits, if this one does not. hearing:
-    models that learn sounds alone. silent: task of the family that learns clips without their sound.
+    control pictures. `edits` is the name of a model of its family that edits, if this one does not. `hearing`
+    are models that learn sounds alone. `silent` is the task of the family that learns clips without their
+    sound.
 
     Raises:
         DatasetError: If there are no media, no references for a model that needs them, no control pictures
@@ -304,7 +305,7 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
-    reason: why it is one. `kind` is what is trained.
+    `reason` says why it is one. `kind` is what is trained.
     """
     images = _files_in(place, image_suffixes())
     if not images:
@@ -522,7 +523,10 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return the line that makes dataset.toml use the masks in a place. folder: that of dataset.toml."""
+    """Return the line that makes dataset.toml use the masks in a place.
+
+    `folder` is that of dataset.toml.
+    """
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
@@ -584,7 +588,8 @@ def _describe_other_files(
 ) -> list[str]:
     """Return lines about captions without a file, and about files that are left out.
 
-    other_files: by suffix; no clips and no pictures. `media` are the files that captions may belong to.
+    `other_files` are counted by suffix; clips and pictures are not among them. `media` are the files that
+    captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
@@ -664,7 +669,7 @@ def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: l
 def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str | None:
     """Return the caption of a file on one line: of its caption file, else of a list; None if there is none.
 
-    remarks: takes a line about a file that is not UTF-8.
+    `remarks` gets a line about a file that is not UTF-8.
     """
     place = caption_path(path, content.captions)
     try:
@@ -1008,8 +1013,8 @@ def _require_media(
     """Raise DatasetError if a folder lacks what a model learns.
 
     `name` is that of the model. `kind` is what is trained. `alone` and `instead` are what else could be done
-    with such a folder. has_sounds: sounds lie next to the clips, which `audio_directory` in dataset.toml
-    joins with them.
+    with such a folder. `has_sounds` says that sounds lie next to the clips, which `audio_directory` in
+    dataset.toml joins with them.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
     if not content.media:

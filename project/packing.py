@@ -185,7 +185,9 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
 
 
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
-    """Yield the files to pack, following links. hidden: takes the names of what is left out for its kind.
+    """Yield the files to pack, following links.
+
+    `hidden` gets the names of files that are left out for their kind.
 
     Raises:
         OptionError: For a name that the other machine could not have.
@@ -282,7 +284,7 @@ def _relocate_file(
 
 
 def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive. name: that of the folder. Raises OutputError; then there is no such file."""
+    """Write the archive. `name` is that of the folder. Raises OutputError; then there is no such file."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)

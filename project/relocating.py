@@ -100,7 +100,7 @@ def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Change all texts in tables and lists. change: gets the key, or that of the list, and the text."""
+    """Change all texts in tables and lists. `change` gets the key, or that of the list, and the text."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key

@@ -493,7 +493,10 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check media with the script that caches latents. validation: share and seed of the training."""
+    """Check media with the script that caches latents.
+
+    `validation` is the fraction and the seed of the training.
+    """
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:

@@ -97,7 +97,7 @@ def _read_default(option: DescribedOption) -> Any:
 def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
     """Return the message of a script that refuses its options; None if it takes them.
 
-    It reads them and ends, before torch loads. folder: in which it runs.
+    It reads them and ends, before torch loads. `folder` is where it runs.
     """
     process = _run_script(
         name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"}

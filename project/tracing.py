@@ -129,7 +129,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Note how the run ended, unless its training notes that itself. kind: as of a history's end."""
+        """Note how the run ended, unless its training notes that itself. `kind` is as in a history's end."""
         if self._history is None or not self._step:
             return
         with self._guarded():

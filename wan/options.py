@@ -72,7 +72,7 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single pictures: their places, and those of control images
+PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 

@@ -192,9 +192,9 @@ def fp8_linear(
 ) -> Tensor:
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only. Needs `suits_fp8`.
 
-    x: ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. `weight` is N K e4m3.
-    `scale` is one number, N 1, or None for 1. `bias` is N. Returns ... N in autocast's dtype if it is on,
-    else in the dtype of x.
+    `x` is ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. `weight` is N K
+    e4m3. `scale` is one number, N 1, or None for 1. `bias` is N. Returns ... N in autocast's dtype if it is
+    on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

@@ -194,7 +194,7 @@ def _multiply_dequantised(
 def rotate(x: Tensor, group: int | None) -> Tensor:
     """Multiply each group of columns by H, in float32: bf16 would change 9 % of the codes. group 0: none.
 
-    x: rows x columns.
+    `x` is rows x columns.
     """
     x = x.float()
     if not group:

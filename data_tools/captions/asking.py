@@ -94,7 +94,7 @@ def answer_in_batches(
 ) -> Answers:
     """Yield what a model here answers for each place, in order; threads read files ahead.
 
-    `item_bytes` is that of the frames of a place. answer_batch: answers for at most `batch_size` places.
+    `item_bytes` is that of the frames of a place. `answer_batch` answers for at most `batch_size` places.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []

@@ -232,7 +232,9 @@ class CaptionPlace:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
-    """Return the places of the captions of all sources, each once. texts: also read captions in files.
+    """Return the places of the captions of all sources, each once.
+
+    With `texts`, captions in files are read too.
 
     Sources are listed as for caching, without control media and masks. A caption that tables share is one
     place.
@@ -400,7 +402,7 @@ def plan_captions(
 ) -> tuple[dict[CaptionPlace, str], int]:
     """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
-    pass_id: identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
+    `pass_id` identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
     be kept as .bak). Nothing is written.
     """
     jobs = {}

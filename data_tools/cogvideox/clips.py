@@ -217,8 +217,8 @@ def write_texts(
 ) -> None:
     """Write the results for a caption: embeddings, if any, the note of their origin, and last the caption.
 
-    tensors: by their keys in caches; a single one is stored alone, as trainers of this form read it. Raises
-    OutputError, or CacheError if a value is NaN.
+    `tensors` have their keys in caches; a single one is stored alone, as trainers of this form read it.
+    Raises OutputError, or CacheError if a value is NaN.
     """
     path = item.file(EMBEDS)
     item.file(PROMPTS).unlink(missing_ok=True)
@@ -341,8 +341,8 @@ def _encode_clips(
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
-    `name` is that of the item; seeds the random choices, so that they are the same in every run. threads: for
-    decoding.
+    `name` is that of the item; seeds the random choices, so that they are the same in every run. `threads` is
+    their number for decoding.
 
     Raises:
         MediaError: If the clip cannot be read or is too short.

@@ -62,7 +62,7 @@ def _gives_distances(config: Any) -> bool:
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:
-    """Load the model in a folder to a device, in float32. device: None is the best one available.
+    """Load the model in a folder to a device, in float32. `device` None is the best one available.
 
     Raises:
         CheckpointError: If the folder holds no such model.

@@ -115,7 +115,10 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
-    """Return a job for each source, whose stem no other source has. stems: wanted, by source."""
+    """Return a job for each source, whose stem no other source has.
+
+    `stems` are those that are wanted, by source.
+    """
     # without capitals, because file systems of Windows and macOS ignore them
     used_stems = {record.stem.casefold() for record in records.values()}
     jobs = []
@@ -239,7 +242,10 @@ class Workshop:
             return look_at(info, frames, detector, self.options.choice.black_threshold)
 
     def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
-        """Record how a source is cut, and remove the clips of an earlier cut. why: it is cut again."""
+        """Record how a source is cut, and remove the clips of an earlier cut.
+
+        `why` says why it is cut again.
+        """
         record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
         if job.record is not None:
             self._check_untouched(job.source, job.record, why)  # again: reading takes long
@@ -250,7 +256,8 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        Work is a file next to a clip, a caption in the list, or a changed clip. why: reason to cut again.
+        Work is a file next to a clip, a caption in the list, or a changed clip. `why` says why it is cut
+        again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]

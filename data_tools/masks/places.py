@@ -203,7 +203,7 @@ def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Map
     """Write a mask in place of the one that is there, which is kept; return whether it was written.
 
     `frames` are H W each; without `moves` one. If all of them are black, nothing changes, for such a mask
-    teaches nothing. texts: for the PNG, of a folder for its first.
+    teaches nothing. `texts` are written into the PNG, of a folder into its first.
 
     Raises:
         OutputError: If it cannot be written, and what `frames` raise.

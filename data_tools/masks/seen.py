@@ -168,7 +168,7 @@ class ColorFinder:
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a colour. text: six hexadecimal digits, as the options have checked."""
+    """Return the finder of a colour. `text` is six hexadecimal digits, which the options have checked."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

@@ -30,7 +30,9 @@ class MaskShape:
     inverts: bool
 
     def find(self, values: Values, size: tuple[int, int]) -> Values:
-        """Return where something is found, H W, 1 or, at a fading edge, less. size: (W, H) of the picture.
+        """Return where something is found, H W, 1 or, at a fading edge, less.
+
+        `size` is width and height of the picture.
 
         Not inverted: `finish` does that.
         """

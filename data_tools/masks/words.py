@@ -113,7 +113,7 @@ def read_kind(folder: Path) -> str:
 def load_word_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
 ) -> WordFinder:
-    """Load the model in a folder to a device, in float32. device: None is the best one available.
+    """Load the model in a folder to a device, in float32. `device` None is the best one available.
 
     Raises:
         CheckpointError: If the folder holds no such model.

@@ -159,8 +159,9 @@ def check_caching(
     With `verify`, read all cache files again. parts: MEDIA checks the sources; those whose records are
     missing or outdated are decoded. LATENTS checks their caches; it needs a family made with the options of
     latent caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the
-    encoders' files only the captions. validation: share and seed for tables that do not give their own.
-    `counters` is that of the text encoders of a training that encodes captions; None means TEXTS loads them.
+    encoders' files only the captions. `validation` is the fraction and the seed for tables that do not state
+    their own. `counters` is that of the text encoders of a training that encodes captions; None means TEXTS
+    loads them.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
@@ -460,7 +461,7 @@ def check_training(
 
     `accumulation` and `processes` are their product is the number of batches per optimizer step. `files` are
     the lines about the checkpoints that the caller recognised. `text_keys` are the keys of a complete text
-    cache. sound: spec of a family that learns sound.
+    cache. `sound` is the spec of a family that learns sound.
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)

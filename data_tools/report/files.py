@@ -38,7 +38,7 @@ States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TE
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[Numbers]:
-    """Return all files as JSON values, table by table. tables: measured."""
+    """Return all files as JSON values, table by table. `tables` have been measured."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)

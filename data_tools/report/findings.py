@@ -202,7 +202,10 @@ class _PlacedItem:
 
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held_back` with the split of a training. share, seed: for tables that do not give their own."""
+    """Fill `held_back` with the split of a training.
+
+    `share` and `seed` are for tables that do not state their own.
+    """
     places = [
         _PlacedItem(findings.table, stem, bucket) for findings in tables for stem, bucket in findings.places
     ]
@@ -362,8 +365,8 @@ def is_unread(source: MediaSource) -> bool:
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
-    encoding: Python's name, or GUESS: a file of uncertain encoding is left unchanged. Returns lines about
-    what was done.
+    `encoding` is Python's name, or GUESS: then a file of uncertain encoding is left unchanged. Returns lines
+    about what was done.
 
     Raises:
         OutputError: If a file cannot be written.

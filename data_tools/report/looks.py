@@ -207,7 +207,7 @@ def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw frames of equal height side by side, as many as fit in `width`. fit: None draws no crop."""
+    """Draw frames of equal height side by side, as many as fit in `width`. `fit` None draws no crop."""
     widest = max(frame.shape[1] for frame in frames)
     most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
@@ -411,9 +411,11 @@ class ShownReference:
 
 
 def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
-    """Draw the control images of an image; () for clips. image: fit of the image; None: it is unreadable.
+    """Draw the control images of an image; () for clips.
 
-    `sizes` is its picture_height is used.
+    `image` is the fit of the image, None if it is unreadable.
+
+    Of `sizes` its picture_height is used.
     """
     if source.table.kind == "video" or not source.control:
         return ()
@@ -433,7 +435,7 @@ def _show_reference(
 ) -> ShownReference:
     """Draw a control image.
 
-    `path` is where it is here. name: to show. image: fit of the image.
+    `path` is where it is here. `name` is shown below it. `image` is the fit of the image.
     """
     bucket = None if image is None else image.bucket
     fit = None

@@ -51,8 +51,8 @@ def collect_numbers(
 ) -> Numbers:
     """Return the report as JSON values.
 
-    tables: measured. copies: groups of near duplicates. decodes: False if only headers were
-    read.
+    `tables` have been measured. `copies` are groups of near duplicates. `decodes` is False if only headers
+    were read.
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]

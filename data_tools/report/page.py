@@ -76,7 +76,7 @@ def write_check_page(
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    hears: the model learns sound.
+    `hears` says that the model learns sound.
 
     Raises:
         OutputError: If the page cannot be written.

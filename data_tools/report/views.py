@@ -211,7 +211,10 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
-    """Return a pixel as a character of SHADES in its colour. back: terminal code of the background."""
+    """Return a pixel as a character of SHADES in its colour.
+
+    `back` is the terminal code of the background.
+    """
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
     return f"\033[{back};38;2;{_rgb(pixel)}m{shade}"
 

@@ -91,7 +91,7 @@ def text_faults(
 ) -> Iterator[str]:
     """Yield the changes of the table or the caption file since a caption was encoded.
 
-    is_shared: another program may have made the cache, which keeps no record.
+    `is_shared` says that another program, which keeps no record, may have made the cache.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
@@ -162,7 +162,7 @@ def latent_faults(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents are not what the table and the model ask for.
 
-    `record` is None if it has none. is_shared: another program may have made them.
+    `record` is None if it has none. `is_shared` says that another program may have made them.
     """
     table = item.table
     shape = list(tensors["latents"].shape)
@@ -250,7 +250,10 @@ def _find_companion_errors(
 def _key_errors(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield the changed keys of sections, references and their factors. options: recorded ones."""
+    """Yield the changed keys of sections, references and their factors.
+
+    `options` are those that the cache records.
+    """
     sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:
@@ -266,7 +269,10 @@ def _key_errors(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield a fault if the factors of a clip's references have changed. recorded: count, then factors."""
+    """Yield a fault if the factors of a clip's references have changed.
+
+    `recorded` are the count of references, then their factors.
+    """
     _, *factors = recorded
     if factors != [*factors_now]:
         yield (

@@ -31,7 +31,10 @@ class ItemKind:
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source that is read, as its file has it. number: EMPTY for the empty one."""
+        """Return a caption of a source that is read, as its file has it.
+
+        `number` is EMPTY for the empty caption.
+        """
         if number == EMPTY:
             return ""
         source = self.sources[stem]

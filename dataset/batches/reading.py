@@ -221,7 +221,10 @@ class _Reader:
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
-        """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
+        """Read latents, and sound if there is any.
+
+        `place` is the item's index in the batch. With `flip`, read the mirrored latents.
+        """
         encoded = self.encoded.get(place)
         if encoded is not None:
             part = _Part(item.latent_path, dict(encoded))

@@ -154,7 +154,10 @@ def _warn_of_earlier(
 def _warn_of_fewer(
     cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than they have windows. windows: by table index and stem."""
+    """Warn of clips with fewer cached items than they have windows.
+
+    `windows` are counted by table index and stem.
+    """
     counts = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]
     if fewer:
@@ -191,8 +194,8 @@ def _compare_reading(
 ) -> None:
     """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
 
-    `items` are each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
-    MOST_LOOKED_AT clips are looked at; missing files are skipped.
+    `items` are each with the mark of how its clip was read. `keeps_alpha` is that of the family's LatentSpec.
+    At most MOST_LOOKED_AT clips are looked at; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():

@@ -74,7 +74,10 @@ def list_shards(folder: Path) -> dict[str, int]:
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
-    """Open an SQLite address; threads may share the connection. seconds: to wait for locks."""
+    """Open an SQLite address; threads may share the connection.
+
+    `seconds` is the time to wait for locks.
+    """
     connection = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cache_size = -1024")
@@ -245,7 +248,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
-        """Write a row in place of an earlier one. data: None marks the entry as removed."""
+        """Write a row in place of an earlier one. `data` None marks the entry as removed."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:

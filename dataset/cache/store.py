@@ -271,7 +271,7 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
 
-    names: listed before the run listed its sources.
+    `names` were listed before the run listed its sources.
     """
     count = 0
     for name in () if store.is_shared else names:

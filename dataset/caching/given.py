@@ -151,7 +151,7 @@ def describe_embeds(
 ) -> dict[str, Any]:
     """Return the content of the file `embeds_note`.
 
-    `identities` are those of the encoders by name. tensors: by key.
+    `identities` are those of the encoders by name. `tensors` are stored by their keys.
     """
     return {
         "caption": caption,

@@ -260,7 +260,7 @@ def write_entry(
 ) -> None:
     """Write a cache of latents with its record.
 
-    `named` are the tensors by their names in the file. facts: metadata.
+    `named` are the tensors by their names in the file. `facts` are metadata.
 
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """

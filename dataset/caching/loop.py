@@ -126,7 +126,7 @@ def cache(
 ) -> CacheReport:
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
-    kind: LATENTS or TEXTS. `stores` is where caches are kept, if not where the tables say. A source that
+    `kind` is LATENTS or TEXTS. `stores` is where caches are kept, if not where the tables say. A source that
     cannot be read becomes a failure of the report and does not stop the run. Encoders are loaded only if
     there is something to encode. A text cache is written when all of its encoders have run; until then there
     is a `.part`, which a later run continues.

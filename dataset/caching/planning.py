@@ -358,7 +358,7 @@ class Planning:
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
-        `kept_frames` is that of a clip, if that was decoded. reason: why there is no span.
+        `kept_frames` is that of a clip, if that was decoded. `reason` says why there is no span.
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)

@@ -107,7 +107,9 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results. rows, commands: further lines of the box, in a run of several steps without commands.
+    """Show the results.
+
+    `rows` and `commands` are further lines of the box; a run of several steps has no commands.
 
     Raises:
         DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
@@ -195,9 +197,9 @@ def run_ahead(
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
     Threads are enough: FFmpeg, OpenCV and hashing release the interpreter's lock, and frames need no copy
-    between processes. size_bytes: of a result; called just before a job starts. A job starts if all results
-    that are in progress, waiting or in use (until the next one is requested) stay under `limit_bytes`; a
-    single one may be larger.
+    between processes. `size_bytes` returns the size of a job's result, and is called just before the job
+    starts. A job starts if all results that are in progress, waiting or in use (until the next one is
+    requested) stay under `limit_bytes`; a single one may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used = 0  # bytes of all results in progress, waiting or in use
@@ -311,7 +313,8 @@ def read_ahead(
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs.
 
-    decodes: `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads little.
+    With `decodes`, `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads
+    little.
     """
     ahead = run_ahead(
         jobs,

@@ -387,8 +387,8 @@ class TextWork:
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        marks: further metadata. Tensors with other names, other metadata and other encoders' records are
-        kept.
+        `marks` are additional metadata. Tensors with other names, other metadata and other encoders' records
+        are kept.
 
         Raises:
             OutputError: If writing fails, CacheError as `_finish`.

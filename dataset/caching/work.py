@@ -260,8 +260,8 @@ class MediaWork:
     ) -> int:
         """Remove the entries of a table that belong to no item; return how many there were.
 
-        right: valid files of all processes. `failed` are the stems of sources that failed; their entries
-        stay.
+        `right` are the valid files of all processes. `failed` are the stems of sources that failed; their
+        entries stay.
         """
         if keep_cache:
             return 0

@@ -240,8 +240,8 @@ def _find_tensors(
 ) -> CogVideoXTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
-    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
-    to `faults` and returns None if a file is missing.
+    Without a folder of embeddings, captions are encoded as always. `folders` are the known ones, by kind.
+    Adds to `faults` and returns None if a file is missing.
     """
     place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
     folder = folders.get(place)

@@ -91,7 +91,7 @@ TO_LINES = (
 def _reject_other_form(path: Path, line: str) -> None:
     """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
 
-    line: not empty, and no object.
+    `line` is not empty, and no JSON object.
     """
     start = line.strip()
     form = "a list has one object on each line, with nothing around or between them (JSONL)"

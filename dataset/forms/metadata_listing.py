@@ -71,7 +71,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
 def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
     """Return the picture of a key of a metadata file.
 
-    listed: by folder, its pictures by name without suffix; a folder that is missing there is added.
+    `listed` are the pictures of folders by name without suffix; a folder that is missing there is added.
 
     Raises:
         ValueError: If there is none.

@@ -141,7 +141,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
     """Return a tensor as other programs read it: numbers of less than 32 bits become float32.
 
-    keep_half: float16 stays float16.
+    With `keep_half`, float16 stays float16.
     """
     if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()

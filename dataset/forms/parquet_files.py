@@ -59,7 +59,9 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
+    """Open a Parquet file (a pyarrow `ParquetFile`).
+
+    `repeating` are columns whose equal texts are held once.
 
     Raises:
         DatasetError: If it cannot be read, there or in the block.
@@ -374,7 +376,10 @@ def _column(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group. mtime_ns: only a cache key, so that a changed file is read again."""
+    """Return a column of a row group.
+
+    `mtime_ns` is only a cache key, so that a changed file is read again.
+    """
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
         pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)

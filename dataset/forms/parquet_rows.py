@@ -65,7 +65,10 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.Unpacking
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of rows by column, some rows at a time. limit: counts the memory that they take."""
+    """Yield the values of rows by column, some rows at a time.
+
+    `limit` counts the memory that they take.
+    """
     for group in range(file.metadata.num_row_groups):
         largest = parquet_files.largest_value(file, parquet_files.Unpacking.of(path), group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))

@@ -316,7 +316,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
 
-    cells: finders of the files in rows, by column.
+    `cells` find the files in rows, by column.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -331,7 +331,7 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. cells: by column, finders of files in rows. Raises DatasetError."""
+    """Return the source of a row. `cells` find the files in rows, by column. Raises DatasetError."""
     if row.fault is not None:
         raise DatasetError(f"{row.where}: {row.fault}")
     if not cells:
@@ -364,7 +364,7 @@ def make_source(
     worse: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Return the source made from one row, or from one sample of a tar. where: for messages."""
+    """Return the source made from one row, or from one sample of a tar. `where` is for messages only."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)

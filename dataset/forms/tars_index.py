@@ -117,7 +117,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
 
 def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
-    """Write an index. made_for: version, tar and rules that it is of."""
+    """Write an index. `made_for` is its version, its tar and its rules."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
@@ -126,7 +126,7 @@ def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
-    """Return a sample of a kept index. media, extras: as JSON values."""
+    """Return a sample of a kept index. `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
     return TarSample(key, Member(*media), caption, members)
 
@@ -328,7 +328,9 @@ class _HeaderFile:
 
 
 def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
-    """Yield the regular files of a tar in order. file: not buffered, at its beginning; may be read between.
+    """Yield the regular files of a tar in order.
+
+    `file` is not buffered and at its beginning; it may be read between two members.
 
     Raises TarDamage where the tar is cut or damaged, after all members before that, OSError.
     """

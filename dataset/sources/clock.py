@@ -43,7 +43,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
 
     With source_fps = "auto", and for GIF and WebP, these are the frames shown at that rate. If source_fps is
     a number, GIF and WebP are played at it, as clips of that rate. A folder of images has no times: all of
-    them are frames. alpha: with their transparency, if they have any.
+    them are frames. With `alpha`, they keep their transparency.
     """
     fps = table.target_fps or fps
     if table.is_of_sound:

@@ -25,7 +25,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colours of transparent pixels.
 
-    keeps_alpha: of the family's LatentSpec.
+    `keeps_alpha` is that of the family's LatentSpec.
     """
     by_family = keeps_alpha and source.table.kind == "image"
     return by_family or source.table.alpha_mask, by_family
@@ -98,8 +98,8 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
     """Name the part of a file's colours that an earlier version ignored; None if there is none.
 
-    `keeps_transparent` says that the colours of transparent pixels are used. had_profiles: the version read
-    profiles.
+    `keeps_transparent` says that the colours of transparent pixels are used. `had_profiles` says that the
+    earlier version read profiles.
     """
     if colours.is_transparent and not keeps_transparent and not had_profiles:
         return "its transparency"

@@ -174,8 +174,8 @@ def decode_source(
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. `fps` is the family's
     rate, reached by dropping frames if the table has source_fps. `step`, `lengths`, `keeps_alpha` and
-    `has_alpha` are those of the family's LatentSpec. numbers: draws how a picture differs this time, as its
-    table's `augmentation` says; without them it does not differ.
+    `has_alpha` are those of the family's LatentSpec. `numbers` draw how a picture is varied this time, as its
+    table's `augmentation` says; without them it is not.
 
     Raises:
         MediaError: If a file is unreadable or too small.
@@ -303,7 +303,10 @@ def planned_bytes(source: MediaSource) -> int:
 def _decode_image(
     source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read a picture and its control pictures. source: fetched. has_alpha: all get four channels."""
+    """Read a picture and its control pictures.
+
+    `source` has been fetched. With `has_alpha`, all get four channels.
+    """
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])

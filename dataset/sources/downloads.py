@@ -62,7 +62,7 @@ def download(
 
     `wait` is called with seconds before another try.
 
-    check: looks at the file before it gets its name; if it raises MediaError, nothing stays.
+    `check` looks at the file before it gets its name; if it raises MediaError, no file is kept.
 
     Raises:
         MediaError: If the file cannot be had, after several tries if that may help.

@@ -268,7 +268,7 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 
     `size` is that of the item; its shape has to be the same.
 
-    place: resizes and crops it like its picture.
+    `place` resizes and crops it like its picture.
     """
     mask = _gray(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
@@ -321,7 +321,9 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size that an image of `size` is resized to: of given latents its own. path: for messages.
+    """Return the size that an image of `size` is resized to: of given latents its own.
+
+    `path` is for messages only.
 
     Raises:
         MediaError: If the image is too small to keep its size.

@@ -109,8 +109,8 @@ def read_reference(
 ) -> NDArray[np.uint8]:
     """Read a reference picture of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
-    `bucket` is that of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror
-    one that keeps its size or shape too.
+    `bucket` is that of the image. `place` resizes, crops and mirrors it like the image. With `is_mirrored`,
+    one that keeps its size or shape is mirrored too.
 
     Raises:
         MediaError: If it cannot be used.

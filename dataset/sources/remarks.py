@@ -101,7 +101,7 @@ def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _find_marks(caption: str, draws: bool) -> Iterator[str]:
-    """Yield the kinds of remarks about a caption. draws: choices are drawn."""
+    """Yield the kinds of remarks about a caption. `draws` says that choices in captions are drawn."""
     if draws:
         lines = lines_of(caption)
         if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
@@ -117,7 +117,7 @@ def find_cut_captions(
 ) -> tuple[list[Fault], dict[str, list[int]]]:
     """Return a remark for each caption that an encoder cuts off, and the bytes of all text caches by encoder.
 
-    counters: by the names of the encoders.
+    `counters` are found by the names of the encoders.
     """
     remarks = []
     sizes_bytes: dict[str, list[int]] = {}

@@ -71,7 +71,7 @@ class SpanSounds:
 def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundSpec) -> SpanSounds:
     """Return the sound of spans of a clip, or silence if it has none.
 
-    here: fetched. `fps` is that of the family.
+    `here` is the fetched source. `fps` is that of the family.
 
     Raises:
         MediaError: If a file that its list or folder names has no sound, or none is there and the table needs

@@ -349,7 +349,8 @@ def refusal(
 ) -> str | None:
     """Return the reason why a package cannot serve a run, worded to follow "--flag"; None if it can.
 
-    `package` is the back end that needs it; it need not be installed. capability: None without a CUDA device.
+    `package` is the back end that needs it; it need not be installed. `capability` is None without a CUDA
+    device.
     """
     if training and not package.learns:
         return "has no backward pass, so nothing would be learned: it is for generation only."

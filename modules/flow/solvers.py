@@ -30,7 +30,7 @@ class Solver(Protocol):
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the sample at the next sigma.
 
-        velocity, sample: at `schedule.sigmas[index]`, both float32, as the result.
+        `velocity` and `sample` are those at `schedule.sigmas[index]`. Both are float32, as is the result.
         """
         ...
 

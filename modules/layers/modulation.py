@@ -60,7 +60,10 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 
 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment. rows: at least one, B S C."""
+    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment.
+
+    `rows` are at least one, each B S C.
+    """
     count = rows[0].shape[1]
     if count == 1:
         return [(*tokens, *rows)]

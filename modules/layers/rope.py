@@ -189,7 +189,9 @@ LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
 
 
 def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
+    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32.
+
+    `width` is even.
 
     `dtype` is that of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in
     the fourth digit.

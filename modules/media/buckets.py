@@ -45,7 +45,8 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
 def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
     """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
-    no_upscale: a picture with at most `area` pixels keeps its own size, rounded down to multiples of `step`.
+    With `no_upscale`, a picture with at most `area` pixels keeps its own size, rounded down to multiples of
+    `step`.
 
     Raises:
         ValueError: If its shorter side is below `step`.
@@ -74,7 +75,7 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
     """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its centre.
 
-    area: None keeps the size. step: sides become multiples of this.
+    `area` None keeps the size. Sides become multiples of `step`.
     """
     width, height = size
     how = "none"

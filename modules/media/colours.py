@@ -106,7 +106,7 @@ def _note_info(file: Image.Image) -> None:
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
     """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the picture has transparency.
 
-    `image` comes from `upright`. path: for messages.
+    `image` comes from `upright`. `path` is for messages only.
     """
     image.load()  # which may change the mode
     keeps_alpha = alpha and _may_be_transparent(image)

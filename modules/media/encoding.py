@@ -159,7 +159,10 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
 def create_container(
     path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
 ) -> Any:
-    """Open a file to write, without random ids and with tags. options: further ones of the container."""
+    """Open a file to write, without random ids and with tags.
+
+    `options` are additional ones of the container.
+    """
     options = {"fflags": "+bitexact", **(options or {})}
     container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)
     container.metadata.update(tags or {})
@@ -176,9 +179,9 @@ def add_video_stream(
     preset: str,
     bit_rate: int | None = None,
 ) -> Any:
-    """Add a stream for pictures of the size of `first`. rate: pictures a second.
+    """Add a stream for pictures of the size of `first`. `rate` is the number of pictures a second.
 
-    crf: quality; bit_rate: bits per second in place of it.
+    `crf` is the quality; `bit_rate` is bits per second in place of it.
 
     Raises:
         MediaError: If FFmpeg lacks the encoder.
@@ -293,7 +296,7 @@ def name_write_errors() -> Iterator[None]:
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
     """Copy the aspect ratio of pixels that are not square, as on DVDs, to a new video.
 
-    `source` is the stream of pictures of the file at `path`. video: that of a new file.
+    `source` is the stream of pictures of the file at `path`. `video` is that of a new file.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:

@@ -104,7 +104,7 @@ def is_still(path: Path) -> bool:
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    alpha: H W 4 if the image has transparency, with the colours below it.
+    With `alpha` it is H W 4 if the image has transparency, with the colors below it.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -311,8 +311,8 @@ def _plays(path: Path) -> bool:
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
-    alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's
-    choice.
+    With `alpha` they are H W 4 if they have transparency, with the colors below it. `threads` decode; 0
+    leaves their number to FFmpeg.
 
     Raises:
         MediaError: If the file is missing, empty, without a video stream, not decodable, or truncated (an
@@ -560,8 +560,8 @@ def pick_frames(
 ) -> list[Frame]:
     """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
-    `choose` gets the number of frames and returns which to take. threads: that decode; 0: FFmpeg's choice.
-    With `exact`, choose again if the header's count is wrong, else only if chosen frames are missing.
+    `choose` gets the number of frames and returns which to take. `threads` decode; 0 leaves their number to
+    FFmpeg. With `exact`, choose again if the header's count is wrong, else only if chosen frames are missing.
 
     Raises:
         MediaError: If the clip cannot be read.

@@ -76,9 +76,9 @@ def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> in
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
     """Yield the pictures of a video file in playing order, upright, each until the next one is shown.
 
-    deep: 16 bits a channel if the file has more than 8. limit: pictures to read at most. No two pictures have
-    equal or falling times. Raises MediaError as `source_info` does, and if the file is damaged or cut short,
-    or if the pictures' size changes.
+    With `deep`, pictures have 16 bits a channel if the file has more than 8. At most `limit` pictures are
+    read. No two pictures have equal or falling times. Raises MediaError as `source_info` does, and if the
+    file is damaged or cut short, or if the pictures' size changes.
     """
     if limit is not None and limit < 1:
         return
@@ -181,7 +181,7 @@ class Clock:
     """Give pictures exact and rising times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: pictures a second. tick: rounding of the file's times, in seconds."""
+        """rate: pictures a second. `tick` is the rounding of the file's times, in seconds."""
         self._step = 1 / rate
         # coarser ticks are the grid of the pictures themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
@@ -222,7 +222,10 @@ class Clock:
         return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 
     def duration(self, seconds: Fraction | None) -> Fraction:
-        """Return the seconds for which a picture is shown, if no other follows it. seconds: by the file."""
+        """Return the seconds for which a picture is shown, if no other follows it.
+
+        `seconds` is what the file states.
+        """
         if seconds is None or abs(seconds - self._step) <= self._tolerance:
             return self._step
         return seconds

@@ -57,7 +57,7 @@ class TrackSound:
 def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
     """Write a track with 16 bits a sample, completely or not at all.
 
-    tags: written as the file's comment, as JSON: a WAV has names for a few facts alone.
+    `tags` are written as JSON in the file's comment, as a WAV has names for a few facts only.
 
     Raises:
         OutputError: If the file cannot be written.

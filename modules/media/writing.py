@@ -193,7 +193,10 @@ class Timing:
         yield waiting
 
     def _set_last_times(self, packet: Any, first: int) -> None:
-        """Set the times of the last packet. first: when the first packet is stored, in ticks."""
+        """Set the times of the last packet.
+
+        `first` is the time at which the first packet is stored, in ticks.
+        """
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
         end = first + round(self.seconds * self._ticks)
@@ -231,10 +234,11 @@ def write_video(
 ) -> None:
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
-    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    `tags` are the text to store by name; .mkv shows names in upper case. track: sound, which begins with the
-    first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row or column
-    of an odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is written.
+    `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
+    crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
+    with the first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row
+    or column of an odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is
+    written.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix, or the frames are too small for
@@ -273,13 +277,14 @@ def write_shown(
 ) -> WrittenVideo:
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
-    frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
-    come evenly; places n / rate are kept exactly, other times to a twentieth of a millisecond, in .mkv to
-    half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`. `list_companions` is a video
-    whose sound, subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts
-    that the format cannot hold are logged. `covers` says whether its cover pictures go too, and whatever else
-    may show the old pictures. `section_of` is a part of a video whose sound goes into this one, in place of
-    all that. track: generated sound, likewise. For `tags` see `write_video`; they replace the video's own.
+    `frames` are read one at a time; 8 and 16 bits may be mixed. Their times rise. `rate` is the number of
+    pictures a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
+    millisecond, in .mkv to half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`.
+    `list_companions` is a video whose sound, subtitles, attachments, chapters and tags are copied into this
+    one without re-encoding; parts that the format cannot hold are logged. `covers` says whether its cover
+    pictures go too, and whatever else may show the old pictures. `section_of` is a part of a video whose
+    sound goes into this one, in place of all that. `track` is generated sound. For `tags` see `write_video`;
+    they replace the video's own.
 
     Raises:
         MediaError: If there is no frame, the codec does not fit the suffix or the pictures, or their size

@@ -151,7 +151,7 @@ def say_duration(seconds: float) -> Words:
 def fill_template(text: str, /, **values: Any) -> Markup:
     """Return a text of a template, which may hold HTML.
 
-    `values` is what is not Markup is escaped.
+    Values that are not Markup are escaped.
     """
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown

@@ -26,8 +26,8 @@ def check_run(
 ) -> None:
     """Take values back that the script refuses, each with its message as the reason.
 
-    `write` returns the texts of the files of a run with these keys of the training, by name. folder: that is
-    described.
+    `write` returns the texts of the files of a run with these keys of the training, by name. `folder` is the
+    one that is described.
     """
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))

@@ -67,7 +67,7 @@ def _as_plain(value: Any, usual: Any) -> Any:
 
 
 def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
-    """Take the value of an option. is_chosen: `new` writes another one.
+    """Take the value of an option. `is_chosen` says that `new` writes another one.
 
     Raises:
         ValueError: If it cannot be.

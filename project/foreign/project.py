@@ -109,7 +109,7 @@ class ForeignProject:
             self.leave_value(key, value, reason)
 
     def lines(self, folder: Path) -> list[str]:
-        """Return what is told of the file: every key once. folder: that is described."""
+        """Return what is told of the file: every key once. `folder` is the one that is described."""
         is_here = {key: is_same_folder(self.path, place, folder) for key, place in self.folders.items()}
         taken = [*self.taken, *(key for key, is_same in is_here.items() if is_same)]
         elsewhere = [

@@ -181,7 +181,7 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield the values of a file by their keys with dots.
 
-    counter: counts tables and lists too, which may be empty.
+    `counter` counts tables and lists too, which may be empty.
 
     Raises:
         ValueError: If there are too many.

@@ -63,7 +63,7 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
 def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
-    memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
+    `memory` is the GiB of the card; 0 means a CPU, on which the weights stay in float32.
     """
     kept = drop_lora_options(values, memory)
     kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
