@@ -367,7 +367,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
 def compare_memory(folder: Path, args: argparse.Namespace) -> float:
     """Print the peaks of both, and return the ratio of ours to theirs.
 
-    0 if the system does not report them.
+    Returns 0 if the system does not report them.
     """
     if is_known():
         run_child("modules", folder)

@@ -250,7 +250,8 @@ class DatasetPages:
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
         """Return the address of a small image of one part of a file.
 
-        None if the file may not be shown, or if it lies in an archive that does not say at which offset.
+        Returns None if the file may not be shown, or if it lies in an archive that does not say at which
+        offset.
         """
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
@@ -274,7 +275,7 @@ class DatasetPages:
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
         """Return the real path of a caption file, which need not exist.
 
-        None if it is outside the shown folders.
+        Returns None if it is outside the shown folders.
         """
         if file["caption_file"] is None:
             return None

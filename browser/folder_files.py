@@ -268,7 +268,7 @@ class FolderFiles:
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
 
-        0 for a folder with more than MOST_COUNTED files.
+        Returns 0 for a folder with more than MOST_COUNTED files.
         """
         try:
             names = list_names(folder)

@@ -211,7 +211,7 @@ def name_dataset_field(key: str) -> str:
 def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
     """Return the keys of a dataset.toml.
 
-    None if it is missing or not TOML, which its own text box reports.
+    Returns None if it is missing or not TOML, which its own text box reports.
     """
     if draft.content is None:
         return None

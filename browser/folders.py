@@ -151,8 +151,8 @@ def _has_text(entry: "os.DirEntry[str]") -> bool:
 def read_outer_folder(folder: Path) -> MediaFolder | None:
     """Count the media in the subfolders of a folder that `new` describes as one dataset.
 
-    None if it is no such folder: it has to be described, or to have subfolders named as image trainers name
-    them (`10_name`), directly or in a subfolder `img`.
+    Returns None if it is no such folder: it has to be described, or to have subfolders named as image
+    trainers name them (`10_name`), directly or in a subfolder `img`.
     """
     inside = folder / INSIDE
     inner = _read_inner(folder)

@@ -89,7 +89,7 @@ class MaskReview:
     def find(self, folder: Path, id: str) -> MaskPlace | None:
         """Return an image or clip by its id.
 
-        None if it does not exist, or a file of it is outside the roots.
+        Returns None if it does not exist, or a file of it is outside the roots.
         """
         for place in self.places(folder):
             if name_id(place) == id:

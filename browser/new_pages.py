@@ -707,8 +707,8 @@ class NewPages:
     def find_files_to_load(self, described: DescribedFolder) -> TaskFiles | None:
         """Return the model files of a described folder if some are missing and a download can provide them.
 
-        None if no file is missing, or if run.toml names a file that is not a released file in this page's
-        models folder: only `run` knows where to download that.
+        Returns None if no file is missing, or if run.toml names a file that is not a released file in this
+        page's models folder: only `run` knows where to download that.
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}

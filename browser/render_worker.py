@@ -488,7 +488,7 @@ class RenderWorker:
     def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
-        None if loading fails; the render job then records the failure.
+        Returns None if loading fails; the render job then records the failure.
         """
         with self._lock:
             session = self.session

@@ -185,7 +185,7 @@ class Flux3(pictures.ModelOfImages):
     def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the size of the first reference, and its region on the canvas.
 
-        None if it fills the canvas.
+        The region is None if the reference fills the canvas.
         """
         from flux_3.references import canvas_of, fit_among  # only with reference images
 

@@ -458,7 +458,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
     """Describe the family for samples with a transformer that is not trained (--sample_dit_other).
 
-    None if the option is not given.
+    Returns None if the option is not given.
     """
     sample_dit, experts = options.sample_dit_other, options.experts
     if sample_dit is None:
