@@ -137,7 +137,7 @@ class DenoisedReferences:
 
         Args:
             velocity: B C N of the references' tokens, then the video's.
-            image: Latents of the video, B C F H W, for their shape.
+            picture: Latents of the video, B C F H W, for their shape.
             sigma: The video's noise level, B.
         """
         counts = [self.clean.shape[2], picture[0, 0].numel()]
