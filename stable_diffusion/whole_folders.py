@@ -122,9 +122,9 @@ class FolderWriter:
         """Return a tensor of a network's file.
 
         Args:
-            states: Weights of the trained networks.
+            states: Weights of the trained networks, by network.
             network: Name of the network.
-            announced: Dtype and shape of the tensor.
+            announced: Dtype and shape of each tensor, by name.
             name: Name of the tensor.
         """
         weight = read_weight(self.plans, states, network, self.files[network].weights[name])
