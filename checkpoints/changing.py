@@ -54,6 +54,10 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
+        """Return whether a tensor is chosen: its name has a part of `targets` and none of `excluded`.
+
+        Without targets, every name has one.
+        """
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 
@@ -83,6 +87,7 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all tensors of the file."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
@@ -100,9 +105,12 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
-    stale: beginnings of metadata keys that are true of the old tensors only. Raises OptionError if a
-    selection or a prefix fits no name, or two tensors would have one name; CheckpointError as
-    `reject_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
+    `stale` are beginnings of metadata keys that are true of the old tensors only.
+
+    Raises:
+        OptionError: If a selection or a prefix fits no name, or two tensors would have one name;
+            CheckpointError as `reject_packed`, or if the file's quantisation is unknown and a dtype is to be
+            changed.
     """
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
@@ -173,7 +181,11 @@ def _check_pairs(
 
 
 def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Map each new tensor name to the old one. Raises OptionError if two tensors would have one name."""
+    """Map each new tensor name to the old one.
+
+    Raises:
+        OptionError: If two tensors would have one name.
+    """
     old_names: dict[str, str] = {}
     for name in names:
         new_name = rename(name, change)
@@ -186,6 +198,7 @@ def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str
 
 
 def rename(name: str, change: CheckpointChange) -> str:
+    """Return the name that a tensor has after prefixes are stripped and one is added."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name
@@ -301,10 +314,13 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
-    path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
-    replaced; `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which is refused
-    when opened, but never files of two models. Raises OutputError if a file cannot be written, OptionError if
-    there would be too many.
+    `path` is the name of a single file. `read` is as for `stream_tensors`. Files of an earlier model of this
+    name are replaced. `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which
+    is refused when opened, but never files of two models.
+
+    Raises:
+        OutputError: If a file cannot be written.
+        OptionError: If there would be too many.
     """
     plan = plan_shards(path, tensors, most_bytes, "--shard_size")
     paths = [path.with_name(name) for name in plan.files]

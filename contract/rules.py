@@ -21,6 +21,7 @@ class Expert:
 
     @property
     def words(self) -> str:
+        """The network's name in messages, such as "low-noise transformer"."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -51,8 +52,8 @@ def named_expert(name: str) -> str | None:
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
     """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
 
-    folders: names of sibling folders in a model of several experts -> the expert of each. Such a name counts
-    only if the sibling folder exists too.
+    `folders` are the names of sibling folders in a model of several experts -> the expert of each. Such a
+    name counts only if the sibling folder exists too.
     """
     for part in (path, path.absolute().parent):
         expert = named_expert(part.name if part.is_dir() else part.stem)
@@ -111,7 +112,10 @@ class NegativeSkips:
     option: str = ""  # that asks for it, for messages; "": none does
 
     def acts(self, index: int, num_steps: int) -> bool:
-        """Return whether a step leaves them out. index: from 0."""
+        """Return whether a step leaves them out.
+
+        `index` is counted from 0.
+        """
         return bool(self.blocks) and self.start <= index / num_steps < self.end
 
 
@@ -204,10 +208,12 @@ class Source:
 
     @property
     def extra_option(self) -> str:
+        """Option that adds noise to this source."""
         return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
 
     @property
     def needs_vae(self) -> bool:
+        """Whether the source is encoded first, which latents are not."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
@@ -280,10 +286,12 @@ class TokenCount:
 
     @property
     def is_cut(self) -> bool:
+        """Whether the encoder does not read the whole text."""
         return self.num_read < len(self.text)
 
     @property
     def cut_text(self) -> str:
+        """End of the text that the encoder does not read."""
         return self.text[self.num_read :]
 
 
@@ -296,16 +304,20 @@ CountTokens = Callable[[str], TokenCount]
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
     """Return how many of a text's `length` characters are covered by its first `most` tokens.
 
-    ends: for each token of the text, the position after its last character.
+    `ends` has for each token of the text the position after its last character.
     """
     return length if len(ends) <= most else max(ends[:most], default=0)
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the weight of each token: that of the span that holds its first character, 1 outside of all
-    spans.
+    """Return the weight of each token: that of the span that holds its first character.
 
-    Blanks at the start of a token are ignored. spans: (start, end, weight) in characters, as in `Prompt`.
+    It is 1 outside of all spans. Blanks at the start of a token are ignored.
+
+    Args:
+        text: Text that was tokenized.
+        places: First character and end of each token in `text`; None for special tokens.
+        spans: Start, end and weight in characters, sorted, as in `Prompt`.
     """
     starts = [start for start, _, _ in spans]
     weights = []
@@ -396,6 +408,7 @@ class ReferenceRules:
 
     @property
     def factors(self) -> tuple[int, int, int]:
+        """Size factor, time factor and largest number of frames, which caches record to notice a change."""
         return self.size_factor, self.time_factor, self.frames
 
 

@@ -38,6 +38,7 @@ from running.run_blocks import Hidden, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
+    """Return x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -52,21 +53,35 @@ class LayerConfig(Protocol):
     """The part of a tower's configuration that its layers need."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Channels of a token, C."""
+
     @property
-    def ffn_dim(self) -> int: ...
+    def ffn_dim(self) -> int:
+        """Channels between the two linear layers of the feed-forward part."""
+
     @property
-    def num_heads(self) -> int: ...
+    def num_heads(self) -> int:
+        """Number of attention heads, N."""
+
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Number of layers of the tower."""
+
     @property
-    def activation(self) -> str: ...
+    def activation(self) -> str:
+        """Name of the feed-forward part's activation, as in the files' configurations."""
+
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float:
+        """Number that layer norms add to the variance."""
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError for an unknown activation in config.json. usual: one to name in the message."""
+    """Raise CheckpointError for an unknown activation in config.json.
+
+    `usual` is one to name in the message.
+    """
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
@@ -86,6 +101,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attended tokens, B L C as the input."""
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -110,6 +126,7 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
+        """Return the tokens after the layer, B L C as the input."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -122,6 +139,7 @@ class ClipLayers(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config, is_causal) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens after all layers, B L C as the input."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -139,6 +157,7 @@ class ClipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.positions, config.dim)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embedded tokens, B L C, for token ids B L."""
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
@@ -158,18 +177,22 @@ class ClipText(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.final_layer_norm.weight.device
 
     @property
     def num_layers(self) -> int:
+        """Number of layers of the text tower."""
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Return the pooled state B C, or B P projected.
 
-        ids: B L. ends: B, position of the first end token of each prompt.
-
         Attention is causal, so padding after the end token changes nothing.
+
+        Args:
+            ids: B L.
+            ends: B, position of the first end token of each prompt.
         """
         hidden = Hidden(self.embeddings(ids), None)
         self._run(hidden, range(self.num_layers))
@@ -180,11 +203,12 @@ class ClipText(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
-        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
-        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for
-        `forward`; without it the layers behind `layer` do not run. One pass in either case.
+        `ids` is B L. `layer` is counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
+        result `hidden_states[-layer]`. With `final_norm`, the tower's last norm is applied to it. `ends` is
+        as for `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
-        Raises ValueError if the layer does not exist.
+        Raises:
+            ValueError: If the layer does not exist.
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
@@ -201,13 +225,20 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Tweaks(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C; B P if projected. x: B L C of the last layer."""
+        """Return the normed states of the end tokens, B C; B P if projected.
+
+        `x` is B L C of the last layer.
+        """
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower, fp8 weights dequantized. Raises CheckpointError for a damaged or another file."""
+    """Load the text tower, fp8 weights dequantized.
+
+    Raises:
+        CheckpointError: For a damaged or another file.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
@@ -231,6 +262,7 @@ class ClipVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(positions, config.dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the class token and all patches, B L C, for pixels B 3 H W."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # B L-1 C
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         return x + self.position_embedding.weight
@@ -249,7 +281,11 @@ class ClipVision(nn.Module):
         self.visual_projection = nn.Linear(config.dim, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the projected state of the class token, B P. pixels: B 3 S S, as `prepare` returns them."""
+        """Return the projected state of the class token, B P.
+
+        Args:
+            pixels: B 3 S S, as `prepare` returns them.
+        """
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
 
@@ -296,8 +332,10 @@ def load_clip_vision(
 ) -> ClipVision:
     """Load an image tower with its projection; fp8 weights are dequantized.
 
-    option, release: for messages: the option that needs it, and the files that have it. Raises
-    CheckpointError if the file is damaged or holds another model.
+    `option` and `release` are for messages: the option that needs it, and the files that have it.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)

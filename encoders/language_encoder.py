@@ -84,7 +84,11 @@ _QWEN_TOKENS = (
 
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
+    """Read tokenizer.json, or vocab.json with merges.txt.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     merges = find_merges(file)
     if merges is None:
         return files.read(file)
@@ -104,8 +108,11 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return the places to look for a Qwen tokenizer. option: the option that names it. repository: on the
-    hub.
+    """Return the places to look for a Qwen tokenizer.
+
+    Args:
+        option: Option that names the tokenizer.
+        repository: Repository on the hub that has it.
     """
     files = TokenizerFiles(
         option,
@@ -120,7 +127,11 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message. thinks: its `enable_thinking`."""
+    """Return the text around a prompt, Qwen3's chat of one message.
+
+    Args:
+        thinks: Its `enable_thinking`.
+    """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
@@ -168,14 +179,17 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
+        """Indices of the layers whose states are taken."""
         return self.stacked or self.states
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the conditions that the encoder returns."""
         return frozenset({self.states_key, self.mask_key, self.slots_key, self.sizes_key} - {""})
 
     @property
     def template(self) -> str:
+        """The text around a prompt, with `{}` in the place of the prompt."""
         images = self.pictures.text if self.pictures else ""
         return f"{self.before}{images}{{}}{self.after}"
 
@@ -186,6 +200,7 @@ class LanguageUse:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the template, for cache records."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 
@@ -205,10 +220,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. form: see `load_planned`. on_cpu: compute there, whatever the device.
+        `load` reads the files.
+
+        `path` is the file or folder of the model, or a release's folder that holds it as `text_encoder`.
+        dtype: compute dtype. For `form` see `load_planned`. With `on_cpu`, compute there, whatever the
+        device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use
@@ -238,10 +256,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def token_bytes(self) -> int:
+        """Bytes of the states that one token gives."""
         return self._config.dim * len(self.use.numbers) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What states depend on in addition to the text: network, dtype, template and form of the weights."""
         config = self._config
         return self.identify(
             self.use.record or self.name,
@@ -255,6 +275,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def write(self, prompt: Prompt) -> Written:
+        """Put the template around a prompt, and move the spans of its weights with the text."""
         use = self.use
         start = len(use.before)
         text = prompt.text.strip() if use.strips else prompt.text
@@ -269,6 +290,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
+        """Return how many tokens at the start are dropped from the states: those of the template's start."""
         if self.use.dropped is not None:
             return self.use.dropped
         return len(tokenizer.read(self.use.system or self.use.before).ids)
@@ -287,6 +309,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
 
     def load(self, device: torch.device) -> None:
+        """Load the model onto `device`, or onto the CPU if the options ask for that."""
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
@@ -320,6 +343,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def waiting_bytes(self, room: int) -> int:
+        """Return the bytes of layers that stay in host memory if the device has `room` free bytes."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -329,13 +353,18 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
-        """Return the id of a token. Raises CheckpointError if the tokenizer does not have it."""
+        """Return the id of a token.
+
+        Raises:
+            CheckpointError: If the tokenizer does not have it.
+        """
         number = tokenizer.number(token)
         if number is None:
             raise self.source.files.unreadable(tokenizer.file, ValueError(f"it has no {token}"))
         return number
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
+        """Return the id of the padding token; 0 for a model without one."""
         return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
 
     def compute(
@@ -349,7 +378,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
         If stacked, n C instead of nC. L: tokens of the prompt and of the template behind it. n: number of
-        states. pictures: of each prompt.
+        states. `pictures` are those of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -387,8 +416,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        states: of the prompt's tokens, L C, possibly with padding after them. ids: L. sides: rows and columns
-        of tokens of each picture.
+        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. `sides`
+        are rows and columns of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -434,7 +463,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> ImageTokens:
         """Return embeddings of tokens, with pictures in place of the tokens for them.
 
-        ids, mask: on the CPU; the mask is 1 for real tokens.
+        `ids` and `mask` are on the CPU; the mask is 1 for real tokens.
         """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
@@ -455,7 +484,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
-        length: number of its tokens, including the filling up to a multiple.
+        `length` is the number of its tokens, including the filling up to a multiple.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:
@@ -469,8 +498,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode as `FileTextEncoder.encode`, with the pictures of prompts that the family shows.
 
-        Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
-        CheckpointError if the tokenizer has no token for pictures.
+        Picture tokens do not count towards `most`.
+
+        Raises:
+            MediaError: If a picture cannot be shown.
+            CheckpointError: If the tokenizer has no token for pictures.
         """
         encoded = self._encode_prompts(prompts)
         key = self.use.hashes_key
@@ -487,7 +519,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def load_tower(self, device: torch.device) -> None:
         """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
 
-        Raises CheckpointError if the file has none, or one of another model.
+        Raises:
+            CheckpointError: If the file has none, or one of another model.
         """
         network, _ = self._loaded.get()
         if self.use.pictures is not None and not hasattr(network, "visual"):
@@ -528,6 +561,7 @@ class LanguageModelFiles(TransformerFiles):
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
+        """Return the files with those of the text encoder's options."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -539,6 +573,7 @@ class LanguageModelFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
+        """Path of the language model, which exists."""
         model = self.text_use.model
         return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
 
@@ -554,6 +589,7 @@ class LanguageModelFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the language model as the only text encoder."""
         return [self.language_model()]
 
     def text_width(self) -> int:
@@ -561,6 +597,12 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _measure_states, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the language model's files and that its states have the width that the transformer takes.
+
+        Args:
+            config: Dimensions of the transformer; None if it is not given.
+            needed: Whether the language model has to be given.
+        """
         use = self.text_use
         model = use.model
         if self.text_encoder is not None or needed:

@@ -85,9 +85,11 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
+        """Load FLUX's autoencoder with the dtype and tile of the options."""
         return load_autoencoder(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
+        """Check that the VAE's file is FLUX's autoencoder, from its header."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -96,7 +98,7 @@ def encode_images(
 ) -> list[list[CacheEntry]]:
     """Return the cache entry of each picture, with its references as `latents_control_0`, ...
 
-    encode: B 1 H W 3 uint8 -> latents B C 1 h w.
+    `encode` is B 1 H W 3 uint8 -> latents B C 1 h w.
     """
     entries = []
     for part in media.split_for(device):
@@ -112,8 +114,10 @@ def encode_images(
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
-    patch: latent pixels along a side of a token. remedy: the command that caches again. Raises CacheError for
-    other shapes.
+    `patch` is the latent pixels along a side of a token. `remedy` is the command that caches again.
+
+    Raises:
+        CacheError: For other shapes.
     """
     references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -141,7 +145,8 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
     """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the centre.
 
-    area: None keeps its size. step: its sides become multiples of this. Source: the released code of FLUX.2.
+    `area` None keeps the picture's size. Its sides become multiples of `step`. Source: the released code of
+    FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
 
@@ -151,7 +156,10 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
-    """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
+    """Return the request with its reference pictures in all prompts.
+
+    `size` are `Prompt.picture_size`.
+    """
     paths = prepared.request.control_images
     texts = prepared.prompts[0]
 
@@ -188,19 +196,23 @@ class ModelOfImages(OneTransformer):
 
         @property
         @abstractmethod
-        def name(self) -> str: ...
+        def name(self) -> str:
+            """Name of the family, as in `Described.name`."""
 
         @property
         @abstractmethod
-        def called(self) -> str: ...  # in messages
+        def called(self) -> str:
+            """The model's name in messages."""
 
         @property
         @abstractmethod
-        def latent(self) -> LatentSpec: ...
+        def latent(self) -> LatentSpec:
+            """The latent space of the VAE."""
 
         @property
         @abstractmethod
-        def defaults(self) -> SamplingDefaults: ...
+        def defaults(self) -> SamplingDefaults:
+            """Values of a request that does not set them."""
 
     # encoding
 
@@ -241,7 +253,7 @@ class ModelOfImages(OneTransformer):
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
-        flow_shift, negative: defaults for the request.
+        `flow_shift` and `negative` are defaults for the request.
         """
         self.files.check()
         request = self.keep_media(request, self.called)
@@ -252,9 +264,12 @@ class ModelOfImages(OneTransformer):
         return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that the model does not take. who: the model, for messages.
+        """Return the request without media that the model does not take.
 
-        Raises OptionError if the model takes reference pictures, and these cannot be used.
+        `who` is the model, for messages.
+
+        Raises:
+            OptionError: If the model takes reference pictures, and these cannot be used.
         """
         rules = self.references
         takes = {**NO_MEDIA, "control_images": rules is not None}
@@ -271,6 +286,7 @@ class ModelOfImages(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether the request has control images, the only media that the network takes."""
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -279,14 +295,19 @@ class ModelOfImages(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
+        """Families whose latent files can be read, as they have the same autoencoder."""
         return list_same_latents(self.name)
 
     @property
     def source(self) -> SourceRules:
+        """Denoising may start from a picture or a latent file."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. seed: where latents are drawn."""
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
+
+        `seed` is where latents are drawn.
+        """
         clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
         vae = encoders.vae
         latents: Tensor
@@ -309,12 +330,14 @@ class ModelOfImages(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section of a picture, with embedded guidance if the model takes it."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents to pixels, 1 C F H W; a VAE of clips brings them in chunks."""
         decoded = encoders.vae.decode(latents)
         yield from decoded if self.vae_of_clips else (decoded,)
 
@@ -341,7 +364,10 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
 def image_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **changes: Any
 ) -> SamplingDefaults:
-    """Return defaults of square pictures, with Euler's method. changes: of `SamplingDefaults`."""
+    """Return defaults of square pictures, with Euler's method.
+
+    `changes` is that of `SamplingDefaults`.
+    """
     defaults = SamplingDefaults(
         steps=steps,
         fps=1.0,

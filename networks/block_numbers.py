@@ -34,6 +34,7 @@ class BlockSettings:
 
     @property
     def has_convolutions(self) -> bool:
+        """Whether convolutions have ranks of their own."""
         return CONV_DIMS in self.texts
 
     @property
@@ -42,7 +43,11 @@ class BlockSettings:
         return float(self.texts.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
-        """Return the settings for a model. Raises OptionError for lists of a wrong length."""
+        """Return the settings for a model.
+
+        Raises:
+            OptionError: For lists of a wrong length.
+        """
         first = next(iter(self.texts))
         if numbered is None:
             raise OptionError(
@@ -64,6 +69,7 @@ class BlockSettings:
         return replace(self, factors=tuple(factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
+        """Return the index of the block that a module lies in; None if it lies in none, or before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def factor_of(self, path: str) -> float:
@@ -72,6 +78,7 @@ class BlockSettings:
         return 1.0 if number is None or not self.factors else self.factors[number]
 
     def is_left_out(self, path: str) -> bool:
+        """Whether a module gets no LoRA because its block's factor on the learning rate is too small."""
         return bool(self.factors) and self.factor_of(path) <= self.threshold
 
     def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
@@ -87,7 +94,8 @@ class BlockSettings:
 def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
     """Return the settings of numbered blocks among --network_args; None if there are none.
 
-    Raises OptionError for texts that are no numbers.
+    Raises:
+        OptionError: For texts that are no numbers.
     """
     texts = {key: str(arguments[key]) for key in KEYS if arguments.get(key) is not None}
     if not texts:

@@ -34,11 +34,17 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
+        """Return the geometry of a convolution; its padding must be given in numbers."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of x, B in H W. weight: out in * kernel, or out in kernel."""
+        """Return the convolution of x, B in H W.
+
+        Args:
+            x: Input, B in H W.
+            weight: Weight, out in * kernel, or out in kernel.
+        """
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         return functional.conv2d(x, shaped, None, self.stride, self.padding, self.dilation)
 
@@ -77,9 +83,14 @@ class FactoredLayer(nn.Module):
     alpha: Tensor
 
     def __init__(self, original: Factored, shapes: Shapes, rank: int, alpha: float, product: Product) -> None:
-        """shapes: of the factors by name. alpha: 0 means rank.
+        """Make uninitialized factors for a frozen module; a Conv2d must have one group and pad with zeros.
 
-        A Conv2d is one of a single group that pads with zeros.
+        Args:
+            original: The frozen module.
+            shapes: Shapes of the factors by name.
+            rank: Rank of the factors.
+            alpha: Numerator of the scale alpha / rank; 0 means the rank.
+            product: Computes with the factors.
         """
         super().__init__()
         self.kind = product.kind
@@ -107,10 +118,12 @@ class FactoredLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
+        """Replace the forward of the frozen module by that of this layer."""
         self._before = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the frozen module plus that of the product of factors."""
         # x: ... in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.dtype == torch.float32:
@@ -128,6 +141,7 @@ class FactoredLayer(nn.Module):
         return self._norm({name: self.get_parameter(name) for name in self.factors}) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
+        """Scale the change by `ratio`: one factor is enough, because the change is a product of all."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 

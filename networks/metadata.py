@@ -1,6 +1,4 @@
-"""Metadata of LoRA files: their expert, the checksums that model browsers look up, and a one-line
-description.
-"""
+"""Metadata of LoRA files: their expert, the checksums that model browsers look up, a one-line description."""
 
 import hashlib
 import math
@@ -47,13 +45,15 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
+    """Return an expert's name as words, such as "high-noise expert"."""
     return f"{expert.replace('_', '-')} expert"
 
 
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     """Return the metadata for one expert's part of a file; they name the expert.
 
-    Raises ValueError if the file's metadata of its parts are unreadable.
+    Raises:
+        ValueError: If the file's metadata of its parts are unreadable.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
     of_expert = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
@@ -89,6 +89,7 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
+    """Return 16 hexadecimal digits of a hash of names, dtypes and shapes, to recognize our own files."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 
@@ -114,7 +115,12 @@ def save_network(
 ) -> None:
     """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
-    dtype: of the tensors in the file; None: as trained. beside: further tensors, by their names there.
+    Args:
+        module: The module.
+        path: Path of the file.
+        dtype: Dtype of the tensors in the file; None keeps that of training.
+        metadata: Metadata of the file.
+        beside: Further tensors, by their names in the file.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
@@ -157,7 +163,10 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
     """Describe the LoRA of one expert, or of a model without experts; None if it is not a LoRA.
 
-    names: of its tensors. part: the expert, if the file has a LoRA for each.
+    Args:
+        checkpoint: The opened checkpoint.
+        names: Names of its tensors.
+        part: Expert, if the file has a LoRA for each; else None.
     """
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words

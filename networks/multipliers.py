@@ -11,7 +11,12 @@ from modules.paths import explain_missing
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
     """Return the file and the multiplier of each `FILE[:MULTIPLIER]`.
 
-    option: that they are from. Raises OptionError if a file is missing or a multiplier is not finite.
+    Args:
+        option: Option that gives the texts, for messages.
+        texts: The texts.
+
+    Raises:
+        OptionError: If a file is missing or a multiplier is not finite.
     """
     files = [split_multiplier(option, text) for text in texts]
     for path, _ in files:
@@ -23,7 +28,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""
+    r"""Split `FILE:0.8`; the multiplier is 1 without a number. A drive's colon (C:\x) belongs to the name."""
     name, colon, number = str(text).rpartition(":")
     if not colon or text.exists():
         return text, 1.0

@@ -24,13 +24,20 @@ class RankMask:
     """Which ranks of the LoRAs of one size act in the current pass of a network."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
-        """num_parts: of equal ranks, one after the other, whose first ranks act. rank: of all together."""
+        """Start without a mask; `set_levels` computes it before each pass.
+
+        Args:
+            rule: How many ranks act at a noise level.
+            rank: Rank of all parts together.
+            num_parts: Number of parts of equal ranks, one after the other; the first ranks of each act.
+        """
         self.rule = rule
         self.rank = rank
         self.num_parts = num_parts
         self.rows: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
 
     def set_levels(self, levels: Tensor) -> None:
+        """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
         rank = self.rank // self.num_parts
         numbers = torch.arange(rank, device=levels.device)
         rows = numbers < self.rule.active(rank, levels)[:, None]
@@ -39,7 +46,10 @@ class RankMask:
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return values between the factors with those of the ranks that do not act set to 0.
 
-        hidden: B ... R, or B R ... with `axis` 1. B is S, or S times the rows that each sample has.
+        Args:
+            hidden: Values, B ... R, or B R ... if `axis` is 1. B is S, or S times the rows that each sample
+                has.
+            axis: Axis of the ranks.
         """
         rows = self.rows
         assert rows is not None, "the levels of a pass are set before it"
@@ -62,7 +72,9 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
 def set_levels(network: nn.Module, levels: Tensor) -> None:
     """Set the levels of the next pass of a network; do nothing if it has no masks.
 
-    levels: S, the share of noise of each sample; a single one is for all.
+    Args:
+        network: The network.
+        levels: Noise level of each sample, S; a single one is for all.
     """
     # its own fields: a module looks for what it lacks in three more places, in each step of every training
     masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
@@ -71,15 +83,26 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
 
 
 def set_level(network: nn.Module, level: float, device: torch.device) -> None:
-    """Set the same level for all samples of the next pass, as `set_levels`. device: to compute on."""
+    """Set the same level for all samples of the next pass, as `set_levels`.
+
+    Args:
+        network: The network.
+        level: Noise level, 0 to 1.
+        device: Device to compute on.
+    """
     if network.__dict__.get(_MASKS):
         set_levels(network, torch.full((1,), level, device=device))
 
 
 def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
-    """Return the rule that a LoRA was trained with, as its metadata say; None: all ranks act.
+    """Return the rule that a LoRA was trained with, as its metadata say; None if all ranks act.
 
-    path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
+    Args:
+        metadata: Metadata of the file.
+        path: Path of the file, for messages.
+
+    Raises:
+        CheckpointError: If its numbers cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
     asked = [kind for kind in VARIANTS if kind.switch in arguments]
@@ -88,10 +111,9 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
-    """Return the number of LoRAs of the trained rank that were joined to one of this rank, as those of q, k
-    and v are.
+    """Return how many LoRAs of the trained rank were joined to one of this rank, as those of q, k and v are.
 
-    Where modules have ranks of their own it is 1: these files are joined nowhere here.
+    It is 1 if modules have ranks of their own: such files are joined nowhere here.
     """
     trained = metadata.get("ss_network_dim", "")
     arguments = metadata.get("ss_network_args", "")

@@ -31,8 +31,11 @@ def uses_for(
 ) -> list[LoraUse]:
     """Return the parts of LoRAs for one network, named as for its own file; skip LoRAs without such parts.
 
-    prefix: of a text encoder in LoRA files; "" for the DiT or U-Net. prefixes: of all text encoders of the
-    model, as for `rename_texts`; None: the LoRAs have these names already (`for_encoders`).
+    Args:
+        uses: LoRA files with their strengths.
+        prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
+        prefixes: Prefixes of all text encoders of the model, as for `rename_texts`; None if the LoRAs have
+            these names already (`for_encoders`).
     """
     parts = []
     for use in uses:
@@ -65,7 +68,12 @@ class TextLoras:
     """Add LoRAs to text encoders after loading, once each, and to modules that are loaded with them."""
 
     def __init__(self, uses: Sequence[LoraUse], rounding: str = NEAREST) -> None:
-        """rounding: a value of `--lora_rounding`."""
+        """Prepare to add LoRAs to text encoders.
+
+        Args:
+            uses: LoRA files with their strengths.
+            rounding: A value of `--lora_rounding`.
+        """
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         self._on_side = on_side(uses, True)
@@ -74,6 +82,7 @@ class TextLoras:
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing is left to add."""
         return not self._uses and not self._on_side
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
@@ -100,7 +109,8 @@ class TextLoras:
     def add_to(self, encoder: TextEncoder) -> None:
         """Add the encoder's LoRAs to its weights; do nothing if that is done, or if it has none.
 
-        Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
+        Raises:
+            CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
         """
         if self._uses and can_learn(encoder):
             prefix = encoder.lora_prefix
@@ -126,9 +136,14 @@ class TextLoras:
 
 
 def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
-    """Return the family whose prompts may have the learned words of LoRAs. uses: by expert.
+    """Return the family whose prompts may have the learned words of LoRAs.
 
-    Raises CheckpointError if a word does not fit its text encoders.
+    Args:
+        family: The model family.
+        uses: LoRA files by expert.
+
+    Raises:
+        CheckpointError: If a word does not fit its text encoders.
     """
     files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
     return family.with_words(files, "--lora_weight") if files and takes_words(family) else family
@@ -155,12 +170,14 @@ class TensorPiece:
     is_transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
+        """Return a view of the piece in the file's tensor."""
         if self.is_transposed:
             return tensor.t()
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
 def is_whole(names: Iterable[str]) -> bool:
+    """Whether tensor names are those of a whole Stable Diffusion checkpoint: a U-Net and text encoders."""
     starts = {name.partition(".")[0] for name in names}
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
 
@@ -183,9 +200,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class FullPatch:
-    """Add LoRAs to the weights of a whole checkpoint, with the methods of `LoraPatch`, which does so for one
-    network.
-    """
+    """Add LoRAs to the weights of a whole checkpoint; it has the methods of `LoraPatch`."""
 
     def __init__(
         self,
@@ -194,7 +209,14 @@ class FullPatch:
         model: Path,
         rounding: LoraRounding | None = None,
     ) -> None:
-        """names: of all tensors in the file. rounding: as `LoraPatch` has it, of all networks together."""
+        """Split the LoRAs by the networks of a checkpoint.
+
+        Args:
+            uses: LoRA files with their strengths.
+            names: Names of all tensors in the file.
+            model: File of the checkpoint, for messages.
+            rounding: See `LoraPatch`; it is that of all networks together.
+        """
         names = list(names)
         texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
         fitting = for_encoders(uses, str(model), texts)
@@ -206,14 +228,17 @@ class FullPatch:
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def touches(self, name: str) -> bool:
+        """Whether any file changes the tensor of this name."""
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
+        """Add the changes to the tensor, in place, piece by piece."""
         for piece, patch in self._of(name):
             patch.add_to(piece.name, piece.of(tensor), target)
         return tensor
 
     def check(self) -> None:
+        """Report changes that found no weight, for each network of the checkpoint."""
         for patch in self._patches.values():
             patch.check()
 
@@ -224,8 +249,13 @@ class FullPatch:
 def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
     """Return LoRAs with the names of a model's text encoders; warn of parts for other encoders.
 
-    prefixes: of the model's encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
-    left.
+    Args:
+        uses: LoRA files with their strengths.
+        model: Name of the model, for messages.
+        prefixes: Prefixes of the model's encoders, as for `rename_texts`.
+
+    Raises:
+        CheckpointError: If nothing of a LoRA is left.
     """
     fitting: list[LoraUse] = []
     for use in uses:

@@ -56,6 +56,7 @@ class Thing:
     velocity: tuple[float, float]  # pixels per frame
 
     def centre(self, frame: int) -> tuple[float, float]:
+        """Return the position of the center in a frame, x and y in pixels."""
         return self.start[0] + frame * self.velocity[0], self.start[1] + frame * self.velocity[1]
 
 
@@ -124,7 +125,7 @@ def paint(
 ) -> None:
     """Fill a form into a picture that is FINE times larger than the clip.
 
-    centre, pixels: in pixels of the clip.
+    `centre` and `pixels` are in pixels of the clip.
     """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
     contours = [
@@ -137,7 +138,8 @@ def paint(
 def outline(form: str) -> Sequence[NDArray[np.float64]]:
     """Return the contours of a form one unit wide around (0, 0). Overlapping contours make a hole.
 
-    Raises KeyError for an unknown form.
+    Raises:
+        KeyError: For an unknown form.
     """
     match form:
         case "circle":
@@ -189,7 +191,10 @@ def pick(random: np.random.Generator, values: Sequence[str]) -> str:
 
 
 def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0) -> NDArray[np.float64]:
-    """Return points on a circle. turn: place of the first one, in whole turns from the right."""
+    """Return points on a circle.
+
+    `turn` is the place of the first one, in whole turns from the right.
+    """
     angles = 2 * np.pi * (np.arange(points) / points + turn)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 

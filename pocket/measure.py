@@ -46,6 +46,7 @@ class Asked:
 
     @property
     def prompt(self) -> str:
+        """The caption of this clip, with made-up words in place of the names that they stand for."""
         color, shape = (self.words.get(name, name) for name in (self.colour, self.shape))
         return f"a {color} {shape} moving {self.direction}"
 
@@ -63,6 +64,7 @@ class Accuracy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Generate clips for drawn prompts, let the detectors look at them, and write their counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,7 +100,10 @@ def model_options(folder: Path) -> list[str]:
 
 
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
-    """Return prompts to ask for, by seed. concept: its colour or form is in every prompt."""
+    """Return prompts to ask for, by seed.
+
+    The color or form of `concept` is in every prompt.
+    """
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
@@ -124,7 +129,11 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 
 
 def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
-    """Return the accuracy of clips against what was asked for. Raises KeyError if a clip is missing."""
+    """Return the accuracy of clips against what was asked for.
+
+    Raises:
+        KeyError: If a clip is missing.
+    """
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]

@@ -78,9 +78,12 @@ class TrainingCommand:
         )
 
     def generation_words(self, sample: Mapping[str, Any], with_caches: bool) -> list[str]:
-        """Return the script and the options that generate. sample: its values as `Request` names them.
+        """Return the script and the options that generate.
 
-        with_caches: name the files that made the caches, which a training without samples does not need.
+        Args:
+            sample: Values of the sample, as `Request` names them.
+            with_caches: Whether to name the files that made the caches, which a training without samples does
+                not need.
         """
         assert self.entry is not None
         if not with_caches:
@@ -121,18 +124,17 @@ class NextSteps:
 
     @property
     def converted_for(self) -> str:
-        """Return the tool that reads LoRAs of this family, with the names of the known tuners, only once they
-        are converted; empty if there is none.
-        """
+        """Tool that reads LoRAs of this family only after a conversion; empty if no conversion is needed."""
         family_names = read_family({TRAINED_ON: self.plan.family.name})
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return commands to train on, to generate with a file, to convert it if a tool needs that or to
-        extract a LoRA of a whole model, and to start this run again.
+        """Return the commands that can follow: resume, generate, convert or extract, start again.
 
-        saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
-        whole run.
+        Args:
+            saved: The newest usable file, see `Story.usable_file`; None if nothing has been saved. The
+                commands then name the file that the end of the run will save.
+            is_finished: Whether the run has done all its steps.
         """
         file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
@@ -263,6 +265,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
+        """Return the advice after a run failed: the command that continues from its newest state, if any."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
@@ -311,7 +314,10 @@ class NextSteps:
     def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
         """Return a command with the trained files of one transformer and the LoRAs of samples.
 
-        ending: of the options for that transformer.
+        Args:
+            words: Words of the command.
+            ending: Ending of the options for that transformer.
+            files: The trained files.
         """
         words = [*words]
         loras: list[tuple[Path, float]] = []
@@ -330,7 +336,13 @@ class NextSteps:
         return words
 
     def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
-        """Return a command with a trained file in place of a transformer. name: of its option."""
+        """Return a command with a trained file in place of a transformer.
+
+        Args:
+            words: Words of the command.
+            name: Name of the option for the transformer.
+            file: The trained file.
+        """
         assert self.command.entry is not None
         flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
         place = next((place for place, word in enumerate(words) if word in flags), len(words))
@@ -346,7 +358,9 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the words of shared options that make a sample, given by the names of `Request`.
 
-    spellings: see `FamilyEntry`.
+    Args:
+        sample: Values of the sample.
+        spellings: See `FamilyEntry`.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {

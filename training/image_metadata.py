@@ -76,7 +76,9 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
     """Return the learning rates of a LoRA's parts, in the form that image trainers write.
 
-    parts: None if there is no LoRA.
+    Args:
+        rate: Learning rate of the transformer's part.
+        parts: Which parts get a LoRA; None if there is no LoRA.
     """
     if parts is None:
         return {}
@@ -93,12 +95,11 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
 
 
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Return the number of captions with each tag (a part between commas), by the names of the items'
-    folders.
+    """Count the captions that contain each tag, a part between commas, by the names of the items' folders.
 
-    A caption counts once, however often its item is repeated. If a table's captions are not on this machine
-    (its caches were copied), it is left out. A folder keeps its MOST_TAGS most frequent tags, because they
-    are written into a file's header.
+    A caption counts once, however often its item is repeated. A table whose captions are not on this machine
+    (its caches were copied) is left out. A folder keeps its MOST_TAGS most frequent tags, because they are
+    written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
 
@@ -248,7 +249,13 @@ def _describe_datasets(
 
 
 def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tags: Tags) -> dict[str, Any]:
-    """Return the entry of one dataset. tables: its subsets."""
+    """Return the entry of one dataset.
+
+    Args:
+        tables: Subsets of the dataset.
+        counted: Numbers of images.
+        tags: Frequency of each tag by folder.
+    """
     described = [table.describe() for table in tables]
     first = _settings_of(tables[0])
     buckets = tables[0].buckets

@@ -28,7 +28,8 @@ FULL_RATE = DefaultRate(5e-8, "1e-5", 4e-5)
 class MakeNetwork(Protocol):
     """Put the network that learns into a loaded model, and return it.
 
-    with_values: it begins with those of its file. The rest as in `networks.adapter.make_network`.
+    `with_values` says whether it begins with the values of its file; the other arguments are those of
+    `networks.adapter.make_network`.
     """
 
     def __call__(
@@ -74,7 +75,12 @@ FULL_MODEL = Learner(
 
 
 def find_learner(family: Trains, network: NetworkOptions | None) -> Learner:
-    """Return what a run trains. network: of its options; None: the model itself."""
+    """Return what a run trains.
+
+    Args:
+        family: The model family.
+        network: Options of the network; None if the model itself is trained.
+    """
     if network is None:
         return FULL_MODEL
     made = made_network_of(family)
@@ -144,9 +150,9 @@ def _make_own(
 
 
 def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
-    """Check the tables of a made network: its control pictures, or that all pictures are of what it learns.
+    """Check the tables of a made network: its control images, or that all images show what it learns.
 
-    With sentences in place of captions, pictures need none. See `Learner.check_data`.
+    With sentences in place of captions, images need none. See `Learner.check_data`.
     """
     if not made.in_texts:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone

@@ -67,8 +67,11 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
-    swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
-    a part of the network.
+    The text encoders that stay are loaded already; those that learn get a part of the network.
+
+    Args:
+        plan: The plan of the run.
+        swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
     networks = load_networks(plan, swap)
@@ -156,7 +159,10 @@ def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
     """Load the networks that only samples are made with; return all that samples need, by their experts.
 
-    networks: those that are trained.
+    Args:
+        loading: Loads the networks.
+        learners: The trained parts.
+        networks: Networks that are trained.
     """
     plan = loading.plan
     by_file = dict(zip(plan.family.dit_files, networks, strict=True))
@@ -293,6 +299,7 @@ class UndressedNetwork:
 
     @property
     def expert(self) -> Expert:
+        """The expert that this network is."""
         return self.family.experts[self.index]
 
 
@@ -308,6 +315,7 @@ class Loading:
 
     @property
     def has_samples(self) -> bool:
+        """Whether samples are generated while training; their LoRAs of --sample_lora need memory too."""
         return self.plan.options.samples.are_made
 
     @property
@@ -363,9 +371,7 @@ class Loading:
     def _read_merged(
         self, network: NetworkOptions | None, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
-        which are put round layers.
-        """
+        """Read the LoRAs to merge for an expert: a patch (None if none), and T-LoRAs, which wrap layers."""
         merge = self.plan.joined.merge
         if network is None or merge is None:
             return None, ()
@@ -388,7 +394,8 @@ class Loading:
     def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
-        Raises MemoryPlanError if the device has no room for the next network.
+        Raises:
+            MemoryPlanError: If the device has no room for the next network.
         """
         device = self.plan.accelerator.device
         dit, family = network.dit, network.family

@@ -51,8 +51,12 @@ def show_preview(
 ) -> int:
     """Show the preview that the options ask for instead of training; returns the exit code.
 
-    learner: what the training would train. commands: commands to show if caches are missing. others: models
-    besides the trained one.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        learner: What the training would train.
+        commands: Commands to show if caches are missing.
+        others: Models besides the trained one.
     """
     show = options.joined.show
     if show is not None:
@@ -164,7 +168,10 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
 def describe_run(options: TrainingOptions, learner: Learner, num_validation: int) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
-    learner: what it trains. num_validation: how many items it has.
+    Args:
+        options: Options of the run.
+        learner: What the run trains.
+        num_validation: Number of items for validation.
     """
     lines = []
     if num_validation:

@@ -23,7 +23,8 @@ TOO_LARGE_A_SEED = 2**64
 def read_seed(text: str) -> int:
     """Return the number of --seed: itself, or that of a text, as generation scripts have it.
 
-    Raises ArgumentTypeError for a number that is longer than any seed.
+    Raises:
+        ArgumentTypeError: For a number that is longer than any seed.
     """
     try:
         seed = text_to_seed(text)
@@ -127,6 +128,7 @@ class StartOptions(Options, title="beginning later"):
 
     @property
     def is_given(self) -> bool:
+        """Whether the run begins later than at step 0 without a state."""
         return self.initial_epoch is not None or self.initial_step is not None
 
 
@@ -203,7 +205,11 @@ class SampleOptions(Options, title="samples while training"):
         self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
-        """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
+        """Return the files of --sample_lora with their multipliers.
+
+        Raises:
+            OptionError: If one is missing.
+        """
         return files_with_multipliers("--sample_lora", self.sample_lora or ())
 
     @property
@@ -213,6 +219,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def is_timed(self) -> bool:
+        """Whether some option says when samples are generated."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None

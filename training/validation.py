@@ -49,8 +49,14 @@ class Validation:
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return the numbers for the trackers. For image models these are, under the names of image trainers,
-        the mean and its difference to `running`, the loss of the last steps. occasion: STEP or EPOCH.
+        """Return the numbers for the trackers.
+
+        Image models get the names of image trainers: the mean, and its difference from the training loss.
+
+        Args:
+            losses: Validation losses by name.
+            occasion: STEP or EPOCH, part of the names.
+            running: Loss of the last training steps; None before the first.
         """
         if not self.is_of_images:
             return dict(losses)
@@ -63,9 +69,12 @@ class Validation:
     def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
-        The number of a level is its timestep; levels below all experts are left out. dit_at:
-        expert -> its network. The networks are in evaluation mode. All processes must call it and get the
-        same numbers.
+        The number of a level is its timestep; levels below all experts are left out. The networks are in
+        evaluation mode. All processes must call it and get the same numbers.
+
+        Args:
+            dit_at: Returns the network of an expert.
+            autocast: Opens the autocast context of a pass.
         """
         sums = self._sum_losses(dit_at, autocast)
         if self.plan.steps.processes > 1:

@@ -16,24 +16,28 @@ class DoraAlgebra(Algebra):
     """Norms of the sum of weight and change, by output or by input."""
 
     def __init__(self, part: str) -> None:
-        """part: the end of the name of its tensors."""
+        """Remember the end of the name of the magnitudes."""
         self.part = part
         self.magnitudes = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
+        """Return the magnitudes if they belong neither to rows nor to columns; None otherwise."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.part} has the shape {list(shape)}"
         return None
 
     def row_parts(self, factors: Factors) -> set[str] | None:
+        """Return the magnitudes if there is one for each row; none if there is one for each input."""
         return set() if is_by_input(factors[self.part]) else {self.part}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return the magnitudes of some rows; None if there is one for each input, which all rows share."""
         magnitudes = factors[self.part]
         return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+        """Return the addition to a weight; see `Magnitudes.decompose`."""
         return decompose(weight, delta, magnitudes, by_frozen_norms)
 
 
@@ -41,9 +45,14 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     """Return DoRA's addition to a weight at multiplier 1, float32.
 
     The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
-    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
-    norms of the weight alone, as ComfyUI does.
+    Multipliers scale this difference, so that 0 changes nothing.
+
+    Args:
+        weight: Frozen weight, out x in (x kernel).
+        delta: Change of the weight, of the same shape.
+        magnitudes: New norms, out x 1 (x 1 ...) or 1 x in (x 1 ...).
+        by_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
+            ComfyUI.
     """
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)

@@ -24,7 +24,12 @@ CORES = ("hada_t1", "hada_t2")
 
 
 def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
-    """Return the shapes of the factors. weight: out in (kernel)."""
+    """Return the shapes of the factors.
+
+    Args:
+        weight: Shape of the weight, out in (kernel).
+        rank: Rank of the factors.
+    """
     left = (weight[0], rank)
     right = (rank, math.prod(weight[1:]))
     return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}
@@ -51,6 +56,7 @@ class LohaKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
+        """Return the algebra of element-wise products."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()
@@ -58,6 +64,7 @@ class LohaKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: Any
     ) -> "dict[str, nn.Module]":
+        """Return a trained layer for each target."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.loha_layer import PRODUCT
 
@@ -66,12 +73,14 @@ class LohaKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
+        """Return the layer of a module with the sizes of a file's factors."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.loha_layer import PRODUCT
 
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return the reason why diffusers reads no LoHa; "" for other formats."""
         if name != DIFFUSERS or family is None:
             return ""
         return (

@@ -28,7 +28,7 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """size: of a block; it divides the number of inputs."""
+        """Make a rotation of 0 for a frozen module; `size`, of a block, divides the number of inputs."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
         self.rank = size  # in logs and messages
@@ -42,13 +42,16 @@ class OftLayer(nn.Module):
 
     @property
     def original(self) -> nn.Linear:
+        """The frozen module."""
         return self._original[0]
 
     def attach(self) -> None:
+        """Replace the forward of the frozen module by that of this layer."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rotate the input, then run the frozen module."""
         # x: ... in
         if self.multiplier == 0:
             return self._original_forward(x)
@@ -63,6 +66,7 @@ class OftLayer(nn.Module):
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
+        """Return the seed of a random decision of this layer in this step."""
         return self.seed.derive(self.index, kind)
 
     def _drop(self, by: Tensor, dropouts: Dropouts) -> Tensor:

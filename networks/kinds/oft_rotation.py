@@ -1,5 +1,6 @@
-"""Compute the rotations of an OFT, which turns the inputs of frozen layers, block by block: the heavy half of
-`oft.py`.
+"""Compute the rotations of an OFT, which turns the inputs of frozen layers block by block.
+
+This is the heavy half of `oft.py`.
 
 A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has a rotation
 of its own, which is made from a skew-symmetric matrix Q. W stays as it is, however it is stored, and the
@@ -28,9 +29,13 @@ def block_size_of(columns: int) -> int | None:
 def turns(values: Tensor, strength: float = 1.0) -> Tensor:
     """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
 
-    values: n x b(b-1)/2, the upper triangle of Q row by row. R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4,
-    which is (I + Q) (I - Q)^-1 cut off: PEFT's `use_cayley_neumann` with its 5 terms. I is left out because
-    small angles would be rounded away next to it in 16 bits.
+    R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4, which is (I + Q) (I - Q)^-1 cut off: PEFT's
+    `use_cayley_neumann` with its 5 terms. I is left out because small angles would be rounded away next to it
+    in 16 bits.
+
+    Args:
+        values: Upper triangle of Q row by row, n x b(b-1)/2.
+        strength: Factor on Q.
     """
     num_blocks, columns = values.shape
     size = block_size_of(columns)
@@ -47,7 +52,9 @@ def turns(values: Tensor, strength: float = 1.0) -> Tensor:
 def turn(x: Tensor, by: Tensor) -> Tensor:
     """Return x (R - I), the change of an input by a rotation.
 
-    x: ... in. by: n b b; 1 b b is for all blocks.
+    Args:
+        x: Input, ... in.
+        by: R - I of each block, n b b; 1 b b for the same in all blocks.
     """
     size = by.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
@@ -66,26 +73,31 @@ class OftAlgebra(Algebra):
     title = "an OFT"
 
     def __init__(self, part: str) -> None:
-        """part: the end of the name of its tensors."""
+        """Remember the end of the name of the values."""
         self.part = part
         self.rotation = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
+        """Return the values if no block size has as many; None otherwise."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
         return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
 
     def make(self, values: Tensor, strength: float) -> Tensor:
+        """Return R - I of all blocks at a strength; see `turns`."""
         return turns(values, strength)
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
+        """Return x (R - I); see `turn`."""
         return turn(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
+        """Return W (R^T - I); see `turned_weight`."""
         return turned_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
+        """Return why the values do not fit a weight; see the function `find_misfit`."""
         return find_misfit(values, weight, name)
 
 

@@ -54,7 +54,8 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 class EncodesImages(Protocol):
     """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
 
-    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
+    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
+        """Encode the items that are not cached; see `training.caching_inside.LiveMedia.encode`."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,22 @@ class BatchSources:
         reads_empty: bool = False,
         reads_worse: bool = False,
     ) -> Batch:
-        """Read a batch; encode those of its pictures that are not cached.
+        """Read a batch; encode those of its images that are not cached.
 
-        stream: the seed of random numbers. captions, flips, undropped, reads_empty, reads_worse: as of
-        `read_batch`.
-        Raises CacheError, or as `LiveMedia.encode`.
+        Args:
+            items: Items of the batch.
+            checks: Checks of the cache files.
+            stream: Seed of the random numbers.
+            captions: See `read_batch`.
+            flips: See `read_batch`.
+            undropped: See `read_batch`.
+            reads_empty: See `read_batch`.
+            reads_worse: See `read_batch`.
+
+        Raises:
+            CacheError: If a cache cannot be used.
+            MediaError: As `LiveMedia.encode` does.
+            DatasetError: As `LiveMedia.encode` does.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items encoded now have been mirrored already
@@ -121,6 +133,7 @@ class Packed:
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
+        """Copy all tensors of a micro-batch into one of bytes; the outline keeps their shapes."""
         pieces: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -169,7 +182,10 @@ class Randomness:
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
 
-        first_sample: how many samples the run has seen before.
+        Args:
+            batch: The batch.
+            number: Index of the micro-batch in the run.
+            first_sample: Number of samples that the run has seen before.
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
@@ -223,9 +239,13 @@ class Randomness:
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
     def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
-        """Draw the noise of a batch's sound, and its timesteps if they are not those of the picture.
+        """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
-        times: of the picture. Returns None if no sample has sound.
+        Args:
+            batch: The batch.
+            times: Timesteps of the images.
+            number: Index of the micro-batch in the run.
+            first_sample: Number of samples that the run has seen before.
         """
         learning = self.sound
         latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
@@ -266,6 +286,16 @@ class Randomness:
     def draw(
         self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
     ) -> Timesteps:
+        """Draw the timesteps of one micro-batch.
+
+        Args:
+            count: Number of samples in the micro-batch.
+            number: Index of the micro-batch in the run; it seeds the generator.
+            first_sample: Index in the run of the micro-batch's first sample, for samplers that spread
+                timesteps evenly over consecutive samples.
+            shape: Shape of the latents, for shifts that depend on the size.
+            stream: Name of the random stream; other streams get independent numbers.
+        """
         generator = seed_generator(self.seed, stream, number)
         return draw(
             self.timesteps,
@@ -282,7 +312,10 @@ class Randomness:
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
     """Return the number of latent frames in front of a batch that stay clean: 1 or 0.
 
-    frames: of the latents; a picture is never given. stream: seed of the draw.
+    Args:
+        spec: What the family says about its noise.
+        frames: Number of latent frames; an image is never given.
+        stream: Seed of the draw.
     """
     if frames == 1 or not spec.first_frame_probability:
         return 0
@@ -290,13 +323,15 @@ def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
+    """Return a CPU generator seeded by a hash of the given parts, such as the seed, a name and an index."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @dataclass
 class Feed:
-    """Yield the micro-batches of one process, in the order of the plan. Workers get copies of this object, as
-    a map-style data set.
+    """Yield the micro-batches of one process, in the order of the plan.
+
+    Workers get copies of this object, as a map-style data set.
     """
 
     order: BatchOrder
@@ -366,7 +401,11 @@ class Feed:
             return error
 
     def read(self, key: Key) -> NoisyBatch:
-        """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
+        """Read a micro-batch.
+
+        Raises:
+            CacheError: With the caching command if a cache cannot be used.
+        """
         epoch, index = key
         number = epoch * self.order.num_batches + index
         items = self.order.epoch(epoch)[index]
@@ -430,7 +469,9 @@ class Feed:
 def _start_worker(ending: Event, _: int) -> None:
     """Ignore SIGINT and SIGTERM: the main process finishes its step first.
 
-    ending: set when the workers are no longer needed; then SIGTERM ends them.
+    Args:
+        ending: Event that is set when the workers are no longer needed; SIGTERM then ends them.
+        _: Index of the worker, unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":

@@ -113,7 +113,11 @@ class ItemLossRecorder:
     _is_lost: bool = False  # the file takes no more lines
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take what is known of a run. Raises OptionError if its processes run passes for each other."""
+        """Take what is known of a run.
+
+        Raises:
+            OptionError: If its processes run passes for each other.
+        """
         if plan.steps.in_lockstep or plan.steps.peers > 1:
             raise OptionError(
                 "--item_losses: processes that share the transformer or the tokens of a clip run passes for "
@@ -178,7 +182,8 @@ class ItemLossRecorder:
 
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
-    ) -> None: ...
+    ) -> None:
+        """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
         """Begin the file, with what is in it of the steps before. Raises OutputError."""

@@ -74,10 +74,12 @@ class Skipping:
     has_scaler: bool  # of fp16: a norm that is not finite is the scaler's matter, which lowers its scale
 
     def judge(self, loss: float, norm: float, kind: str) -> int:
-        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. loss: its mean. norm: of its gradients,
-        before clipping.
+        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. Counters change only in `note`.
 
-        Changes nothing: see `note`.
+        Args:
+            loss: Mean loss of the step.
+            norm: Norm of the gradients before clipping.
+            kind: Kind of the step; only norms of the same kind are compared.
         """
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.has_scaler)
         if not is_finite:
@@ -121,10 +123,12 @@ class Skipping:
 
 
 def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
-    """Return the reason why a step is not taken, a name of `NAMES`, and log it; "": it is taken.
+    """Return the reason why a step is skipped, a name of `NAMES`, and log it; "" if the step is taken.
 
-    All processes decide alike, and together. Raises UserError if the loss or the norm is not finite in too
-    many steps in a row.
+    All processes call this and get the same answer.
+
+    Raises:
+        UserError: If the loss or the norm is not finite in too many steps in a row.
     """
     from training.processes import largest_of_processes  # torch, as --help does without
 
@@ -160,8 +164,15 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
 def describe_skip(
     outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
 ) -> str:
-    """Return the reason why a step is left out, as sentences. limit: of the norm. is_new_level: as
-    `Skipping.note`.
+    """Return the reason why a step is skipped, in whole sentences.
+
+    Args:
+        outcome: SPIKE or BAD.
+        loss: Mean loss of the step.
+        norm: Norm of the gradients before clipping.
+        limit: Norm above which a step is a spike; None if there is no limit yet.
+        is_new_level: Whether this spike was one too many in a row, so that norms of its size are accepted
+            from now on.
     """
     if outcome == BAD:
         return f"the loss is {loss:.4g}, the gradient norm {norm:.4g}."

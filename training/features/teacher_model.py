@@ -33,7 +33,13 @@ class TeacherModel:
     is_trained_one: bool = False
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
-        """Return the prediction for a batch, without gradients. has_loras: whether the LoRAs are on."""
+        """Return the prediction for a batch, without gradients.
+
+        Args:
+            passes: Passes of the network in a training step.
+            noisy_batch: Batch with noise and timesteps.
+            has_loras: Whether the LoRAs are on.
+        """
         own_passes = replace(passes, family=self.family, dit=self.dit)
         with self.loras.switched_to(has_loras), self._without_adapters():
             if self.is_trained_one:
@@ -52,8 +58,10 @@ class TeacherModel:
         return self.predict(passes, noisy_batch, has_loras=True)
 
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-        """Return b + T' - T: what the trained model predicts without its network, with the change that the
-        LoRAs make in the teacher. So only what they change is taught, not the teacher's own way to a picture.
+        """Return the target b + T' - T, in which only the effect of the LoRAs is taught.
+
+        b is the prediction of the trained model without its network; T' and T are those of the teacher with
+        and without its LoRAs. The teacher's other differences from the model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -75,6 +83,7 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
+        """Load the teacher, or reuse the frozen trained model with other LoRAs, and teach with it."""
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
@@ -103,9 +112,14 @@ class OtherTeacher:
 
 
 def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFamilies) -> None:
-    """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
+    """Raise UserError if the model of --teacher dit cannot teach the trained one.
 
-    family: the trained model. others: makes that of --teacher_dit.
+    Loads nothing.
+
+    Args:
+        options: Options of the run.
+        family: Family of the trained model.
+        others: Makes the family of --teacher_dit.
     """
     if len(family.experts) > 1:
         raise OptionError(

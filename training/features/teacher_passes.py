@@ -53,6 +53,7 @@ class Band:
     highest: float
 
     def holds(self, level: float) -> bool:
+        """Whether a noise level lies in the band."""
         return self.lowest <= level <= self.highest
 
 
@@ -68,6 +69,7 @@ class TeacherTarget:
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
+    """Return the teacher's target that the options describe; timesteps become fractions of noise, 0..1."""
     band = None
     if options.band is not None:
         low, high = options.band
@@ -186,7 +188,13 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
 
 
 def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks. view: as `Batch.view`."""
+    """Return the batch with all inputs, also those that the trained network lacks.
+
+    Args:
+        family: The model family.
+        noisy_batch: Batch with noise and timesteps.
+        view: See `Batch.view`.
+    """
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))
     batch = replace(noisy_batch.batch.tell(family.fuller), view=view)
@@ -194,6 +202,7 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
 
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    """Return the prediction of the base model, for runs that are their own teacher."""
     return passes.base(noisy_batch)
 
 

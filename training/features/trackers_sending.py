@@ -83,6 +83,7 @@ class Trackers:
             self._hook(error)
 
     def note_values(self, values: Mapping[str, float], step: int) -> None:
+        """Send the numbers of a step to every tracker, unless an earlier failure has disabled them."""
         if not self._is_lost:
             with self._guarded():
                 for tracker in self.accelerator.trackers:
@@ -115,8 +116,14 @@ class Trackers:
     ) -> None:
         """Send the samples of a step to TensorBoard and wandb.
 
-        strips: from `join_strip`. TensorBoard gets these: clips that play would need another package, and a
-        megabyte each. wandb gets the files themselves, with their prompts.
+        TensorBoard gets strips of frames, because clips that play would need another package and a megabyte
+        each. wandb gets the files themselves, with their prompts.
+
+        Args:
+            step: Number of the optimizer step.
+            files: Written files by index of the sample.
+            strips: Strips of frames from `join_strip`, by index.
+            prompts: Prompts by index.
         """
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -143,7 +150,12 @@ def _make_wandb_media(path: Path, prompt: str) -> Any:
 
 
 def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
-    """Return what sends the numbers of a run to its trackers. records: of all options, as resolved."""
+    """Return what sends the numbers of a run to its trackers.
+
+    Args:
+        plan: The plan of the run.
+        records: All options with their resolved values.
+    """
     options = plan.options.of(TrackerOptions)
     return Trackers(
         plan.accelerator,

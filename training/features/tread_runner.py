@@ -34,11 +34,17 @@ class Route:
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
+        """Return the indices of the routed blocks in a network of `count` blocks, both ends included."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
 
 def block_number(number: int, count: int) -> int:
-    """Return the number of a block from the front. number: negative ones count from the end."""
+    """Return the number of a block from the front.
+
+    Args:
+        number: Index of the block; negative ones count from the end.
+        count: Number of blocks.
+    """
     return number + count if number < 0 else number
 
 

@@ -28,7 +28,8 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
     """Make the schedule for this optimizer and this many optimizer steps.
 
-    Raises OptionError if the options do not fit together.
+    Raises:
+        OptionError: If the options do not fit together.
     """
     if needs_no_schedule(optimizer):
         if (
@@ -65,9 +66,10 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return a function: step, from 0 -> factor of the curve of that name.
+    """Return the curve of a name: a function from the step (from 0) to a factor on the learning rate.
 
-    Raises OptionError for unknown arguments.
+    Raises:
+        OptionError: If an argument is unknown.
     """
     arguments = options.arguments()
     _check_arguments(options.lr_scheduler, arguments)
@@ -98,7 +100,12 @@ def make_curve(
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise OptionError for a wrong argument of --lr_scheduler_args. name: of the schedule."""
+    """Raise OptionError for a wrong argument of --lr_scheduler_args.
+
+    Args:
+        name: Name of the schedule.
+        arguments: Arguments of the schedule.
+    """
     allowed = ARGUMENTS.get(name, ())
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
@@ -112,6 +119,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
+    """Return a number of steps; a float is a fraction of the run's steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
@@ -132,7 +140,21 @@ def factor_at(
 ) -> float:
     """Return the factor on the learning rate at a step, from 0, of the curve of that name.
 
-    total, warmup, decay: steps. What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+    What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+
+    Args:
+        name: Name of the curve.
+        total: Number of steps of the run.
+        warmup: Number of steps of the warmup.
+        decay: Number of steps of the decay at the end.
+        learning_rate: Learning rate of the group, for curves with an absolute end.
+        step: Index of the step, from 0.
+        num_cycles: Number of cycles of a cosine.
+        power: Exponent of a polynomial.
+        timescale: Time scale of an inverse square root; None for its default.
+        min_lr_ratio: Smallest factor.
+        lr_end: Learning rate at the end of a polynomial.
+        step_rules: Factors by step, as text.
     """
     if name == "piecewise_constant":  # it has no warm-up
         rules, last = _read_rules(step_rules)
@@ -212,11 +234,12 @@ class CurveSchedule(LambdaLR):
     """One of our own curves. Its state is the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """factor: on the learning rate at a step."""
+        """Start at step 0, with `factor`, a function from the step to the factor on the learning rate."""
         self.name = name
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the step: the curve itself follows from the options."""
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -226,10 +249,12 @@ class CurveSchedule(LambdaLR):
         self.go_to(state_dict["step"])
 
     def step(self, epoch: int | None = None) -> None:
+        """Advance by one optimizer step; `epoch`, part of torch's interface, is ignored."""
         # torch's own warns where the optimizer's step is another function, as for bf16 weights
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
+        """Set the learning rates of a step directly, as when a run is resumed."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -247,7 +272,11 @@ class Imported:
     inner: LRScheduler
 
     def step(self) -> None:
-        """Step. Raises OptionError if the scheduler has ended, as OneCycleLR does after `total_steps`."""
+        """Step.
+
+        Raises:
+            OptionError: If the scheduler has ended, as OneCycleLR does after `total_steps`.
+        """
         try:
             self.inner.step()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -258,13 +287,22 @@ class Imported:
             ) from error
 
     def get_last_lr(self) -> list[float]:
+        """Return the rates of the wrapped scheduler as floats; some schedulers keep tensors."""
         return [float(rate) for rate in self.inner.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped scheduler's state without its functions, as plain values that need no pickle."""
         plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
         return {"scheduler": plain_state(plain, "scheduler")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the wrapped scheduler.
+
+        For schedulers of torch only their counters are restored; settings come from this run's options.
+
+        Raises:
+            CheckpointError: If the state was saved by another kind of schedule.
+        """
         if "scheduler" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
@@ -293,9 +331,11 @@ class OwnRates:
         """Do nothing."""
 
     def get_last_lr(self) -> list[float]:
+        """Return the rates that the optimizer uses now."""
         return self.rates()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the rates are part of the optimizer's state."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -99,7 +99,12 @@ class StepPrediction:
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
-        """Return the memory of all transformers except the rehearsed one. weights: bytes of one."""
+        """Return the memory of all transformers except the rehearsed one.
+
+        Args:
+            weights: Bytes of one transformer's weights.
+            swap: Effect of swapping its blocks.
+        """
         count = self.further + self.sampled
         if self.takes_turns:  # each has all its weights in host memory, also the one at work
             host = (1 + count) * weights - swap.host
@@ -109,6 +114,7 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
+        """Whether networks share the device in turns: with samples or with an inactive expert."""
         return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
@@ -122,17 +128,21 @@ class StepPrediction:
         return replace(self, moments=moments, waiting=round(self.waiting * share))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
+        """Return the memory plan of a step with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
+        """Return the bytes of device memory that a step with `blocks` swapped blocks needs."""
         return self.phase(blocks).device
 
     @property
     def most(self) -> int:
+        """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     @property
     def blocks(self) -> int:
+        """Number of swapped blocks that the options ask for; 0 with --blocks_to_swap auto."""
         swap = self.options.speed.swap
         return 0 if swap.is_auto else swap.number
 
@@ -147,10 +157,20 @@ def predict(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
-    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
-    watch: `TokenCounter.watch`, if cards are to share the step. tables: of the dataset.
+    """Rehearse a step of the largest batch without content and count its memory.
 
-    8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
+    Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
+    raised as in a real run.
+
+    Args:
+        family: Model family of the run.
+        options: Options of the run.
+        noisy_batch: The batch, on the CPU.
+        device: Device of the run; nothing is allocated on it.
+        sampled: See `StepPrediction`.
+        texts: See `StepPrediction`.
+        watch: `TokenCounter.watch` if several devices are to share the step.
+        tables: Tables of the dataset.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     quantization = rehearsed(options.speed.fp8.quantisation)
@@ -206,7 +226,9 @@ def predict(
 def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
     """Return moments in which the states of one weight are on the device, and the bytes of all on the host.
 
-    share: of the largest weight in all that learn.
+    Args:
+        moments: Moments with all states on the device.
+        share: Fraction of the largest weight in all that are trained.
     """
     total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
     on_device = round(total * share)
@@ -216,7 +238,9 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give, those with sound first.
 
-    latent_side: pixels on a side of the units in which `TrainingItem.references` are measured.
+    Args:
+        items: Items of the dataset.
+        latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
     """
     pools = repeat_items(list(items)).values()
     sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
@@ -237,7 +261,11 @@ def read_largest(
     items: Sequence[TrainingItem],
     sources: BatchSources,
 ) -> NoisyBatch:
-    """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
+    """Read the largest batch as for training.
+
+    Raises:
+        CacheError: If its caches cannot be used.
+    """
     largest = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
     batch = sources.read(
         largest,
@@ -270,10 +298,19 @@ def plan_one_card(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the plan for one card. Nothing large is loaded, and no GPU is needed.
+    """Print the plan for one card.
 
-    room: memory of the card; None: not known. sampled: transformers that only samples need. tables: of the
-    dataset.
+    Nothing large is loaded, and no GPU is needed.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        noisy_batch: Batch with noise and timesteps.
+        device: Device of the run.
+        room: Memory of the card; None if unknown.
+        sampled: Number of transformers that only samples need.
+        texts: Text encoders that are loaded.
+        tables: Tables of the dataset.
     """
     prediction = predict(
         family, options, noisy_batch, device=device, sampled=sampled, texts=texts, tables=tables
@@ -295,7 +332,13 @@ def plan_one_card(
 
 
 def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice to need less host memory, for transformers that take turns. needed, free: bytes."""
+    """Return advice to need less host memory, for transformers that take turns.
+
+    Args:
+        options: Options of the run.
+        needed: Bytes of host memory that the run needs.
+        free: Bytes of host memory that are free.
+    """
     remedy = "train one transformer at a time, and make no samples by both"
     if options.speed.fp8.quantisation is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
@@ -305,8 +348,13 @@ def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    Returns a watcher of the memory too, in the main process. A rehearsal is made only if there is a CUDA
-    device. Raises MemoryPlanError if auto cannot be resolved.
+    A step is rehearsed only if there is a CUDA device.
+
+    Returns:
+        The resolved options, and in the main process a watcher of the memory.
+
+    Raises:
+        MemoryPlanError: If auto cannot be resolved.
     """
     family, options, accelerator = plan.family, plan.options, plan.accelerator
     device = accelerator.device
@@ -368,7 +416,9 @@ def advice(
 def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, each with all before it; those that cost least time first.
 
-    further: how many transformers are trained in addition to the first one.
+    Args:
+        options: Options of the run.
+        further: Number of transformers that are trained in addition to the first one.
     """
     loop = options.loop
     is_plain = options.whole_dit is None and options.speed.fp8.quantisation is None
@@ -387,10 +437,12 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
 
 def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
-    """Return the size to which the batch, the clip or the picture has to shrink if all other savings do not
-    suffice.
+    """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
-    Stops at the first that fits. before: the prediction with all other savings.
+    Args:
+        latent: Sizes that the family supports.
+        before: The prediction with all other savings, which is still too large.
+        room: Available memory.
     """
     can_swap = before.options.can_swap
     blocks = before.most if can_swap else before.blocks
@@ -402,10 +454,12 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
 
 
 def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
-    """Return (key of --dataset_config, value, resulting shape): fewer samples, then fewer frames, then
-    smaller pictures.
+    """Return smaller shapes, in the order in which to try them: fewer samples, fewer frames, smaller images.
 
-    Sections of a clip keep their length, which the model sets.
+    Sections of a clip keep their length, because the model fixes it.
+
+    Returns:
+        Triples of a key of --dataset_config, its value, and the resulting shape B F H W of the latents.
     """
     count, frames, height, width = shape
     _, vertical, horizontal = latent.stride
@@ -437,6 +491,7 @@ def list_halves(number: int) -> list[int]:
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
+    """Return the size of a batch in pixels and frames, in words; `shape` counts latents."""
     count, frames, height, width = shape
     _, rows, columns = latent.stride
     return f"{width * columns}x{height * rows}, {latent.count_frames(frames)} frames, batch {count}"

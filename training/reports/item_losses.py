@@ -74,12 +74,14 @@ class ItemPicture:
 
     @classmethod
     def of(cls, name: str, frame: Frame) -> "ItemPicture":
+        """Make the small JPEG of a frame, at most SIDE pixels on each side."""
         file = io.BytesIO()
         Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
         return cls(make_storable(name), base64.b64encode(file.getvalue()).decode())
 
     @property
     def tag(self) -> Markup:
+        """The image as an `<img>` element with its data inside."""
         return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.data, self.name)
 
 
@@ -203,7 +205,13 @@ def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], .
 
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
-    """Return the losses of items for the page of a run; None without any. folder, name: of the history."""
+    """Return the losses of items for the page of a run; None without any.
+
+    Args:
+        folder: Folder of the history.
+        name: Name of the run.
+        story: Content of the run's history.
+    """
     marks = []
     for path in _list_files(folder, name):
         status = path.stat()

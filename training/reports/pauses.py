@@ -45,13 +45,15 @@ class StepClock:
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
+        """Time the block as a pause of this kind."""
         start = self.now()
         yield
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def left(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds left after a step, coming pauses included at the mean of their kind; None before
-        the first step.
+        """Return the seconds left after a step; None before the first step.
+
+        Coming pauses are included, each with the mean of its kind.
         """
         if self.seconds_per_step is None:
             return None
@@ -60,9 +62,15 @@ class StepClock:
         return self.seconds_per_step * (total_steps - step) + sum(pauses)
 
     def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
-        """Note the time of a step. Returns a warning if it was more than twice the median of similar steps.
+        """Record the time of a step.
 
-        sizes: of the items; steps with equal sizes take equally long.
+        Args:
+            step: Number of the optimizer step.
+            seconds: Duration of the step.
+            sizes: Sizes of the items; steps with equal sizes take equally long.
+
+        Returns:
+            A warning if the step took more than twice the median of similar steps.
         """
         self.active += seconds
         self.steps += 1

@@ -54,6 +54,7 @@ class ScoreNote:
 
     @property
     def text(self) -> str:
+        """The note as text in the current language."""
         return say(NOTES[self.kind], **self.values)
 
 
@@ -85,10 +86,12 @@ class StepScores:
 
     @property
     def clip(self) -> float | None:
+        """Mean CLIP score of the samples; None if none was scored."""
         return _mean([sample.clip for sample in self.samples])
 
     @property
     def likeness(self) -> float | None:
+        """Mean likeness of the samples to the dataset; None if none was scored."""
         return _mean([sample.likeness for sample in self.samples])
 
     @property
@@ -100,10 +103,12 @@ class StepScores:
 
     @property
     def copies(self) -> list[SampleScore]:
+        """Samples that copy an item of the dataset."""
         return [sample for sample in self.samples if sample.is_copied]
 
     @property
     def near(self) -> list[SampleScore]:
+        """Samples that are close to an item without copying it."""
         return [sample for sample in self.samples if sample.is_near and not sample.is_copied]
 
     @property
@@ -136,10 +141,12 @@ class BestFile:
 
     @property
     def name(self) -> str:
+        """Name of the file."""
         return self.row.saved
 
     @property
     def text(self) -> str:
+        """The choice and its reasons as a sentence in the current language."""
         return say("Best file: %(file)s: %(reasons)s.", file=self.name, reasons=join("; ", self.reasons))
 
 
@@ -232,7 +239,11 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 
     With validation losses it is the one that `select_best` chooses. Without, it is the one that is most like
     the training pictures among those that fit their prompts as well as the best does, within SAME. Files with
-    copied samples count only if all have some. unsampled: files without samples.
+    copied samples count only if all have some.
+
+    Args:
+        rows: Scores of each step.
+        unsampled: Files without samples.
     """
     candidates = [row for row in rows if row.saved]
     clean = [row for row in candidates if not row.copies]
@@ -358,7 +369,7 @@ def _shown(value: float | None) -> str:
 
 
 def _list_remarks(row: StepScores) -> list[str]:
-    """Return what is said of the samples of a step."""
+    """Return the remarks on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]
@@ -371,7 +382,13 @@ def _list_remarks(row: StepScores) -> list[str]:
 
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
-    """Return the scores of a run for its page; None if it was not scored. folder, name: of the history."""
+    """Return the scores of a run for its page; None if it was not scored.
+
+    Args:
+        folder: Folder of the history.
+        name: Name of the run.
+        story: Content of the run's history.
+    """
     scores = read_present_scores(folder, name, story)
     if scores is None:
         return None
@@ -422,7 +439,10 @@ def find_best_of_run(folder: Path, name: str, story: Story) -> BestFile | None:
 def select_file(folder: Path, name: str, story: Story) -> str | None:
     """Return the best saved file of a run: by its scores and losses; None if neither tells.
 
-    folder, name: --output_dir, --output_name.
+    Args:
+        folder: Value of --output_dir.
+        name: Value of --output_name.
+        story: Content of the run's history.
     """
     best = find_best_of_run(folder, name, story)
     return story.best_file(folder) if best is None else best.name

@@ -67,6 +67,7 @@ class Names:
 
     @property
     def pattern(self) -> str:
+        """Regular expression for what follows a name: average, part of the model, embedding, suffix."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
@@ -87,13 +88,17 @@ class PublishedRun:
 class Publisher(Protocol):
     """Send saved files and states to another place, such as a hub."""
 
-    def about(self, run: PublishedRun) -> "Publisher": ...  # one that can say this of the run
+    def about(self, run: PublishedRun) -> "Publisher":
+        """Return a publisher that also knows the run, such as for a model card."""
 
-    def publish(self, path: Path) -> None: ...
+    def publish(self, path: Path) -> None:
+        """Start publishing a saved file."""
 
-    def publish_state(self, folder: Path) -> None: ...
+    def publish_state(self, folder: Path) -> None:
+        """Start publishing a state folder."""
 
-    def close(self) -> None: ...  # waits for what is still on its way
+    def close(self) -> None:
+        """Wait until everything has been published."""
 
 
 @dataclass
@@ -108,9 +113,11 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
+        """Whether the minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
+        """Count the minutes from now."""
         self.last = self.now()
 
 
@@ -132,14 +139,17 @@ class Saver:
     note_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
+        """Save after an optimizer step; `with_state` overrides --save_state."""
         self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
         self.tidy(step=step)
 
     def save_epoch(self, epoch: int) -> None:
+        """Save after an epoch, with a state if --save_state asks for it."""
         self._save(f"-{epoch:06d}", self.options.save_state)
         self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
+        """Save the end of the run under the plain name."""
         self._save("", self.options.saves_state_at_end)
 
     def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
@@ -164,7 +174,13 @@ class Saver:
         """Remove files and states whose number is a multiple of `every` and expired.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
-        last: --save_last_n of files, and of states: those up to now - unit * n expire.
+
+        Args:
+            number: Regular expression of the number in names.
+            every: Number of steps or epochs between two saves.
+            last: Values of --save_last_n for files and for states: those up to now - unit * n expire.
+            now: Current step or epoch.
+            unit: Unit of --save_last_n, in steps or epochs.
         """
         if not self.is_main:
             return
@@ -247,7 +263,8 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
 
     The folder is made; if it is empty in the end, it is removed again.
 
-    Raises OutputError if another one does so already, or if nothing can be written in the folder.
+    Raises:
+        OutputError: If another one does so already, or if nothing can be written in the folder.
     """
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")
@@ -272,9 +289,18 @@ def set_aside(
 ) -> Path | None:
     """Move the results of an earlier run to a folder next to them; return it, or None if there are none.
 
-    inputs: files and states that this run reads. A file is copied instead of moved, so that the same command
-    works again; a state only stays. is_restarted: the run looked for a state to continue from; then results
-    without saves are its own, and stay. Raises OutputError if a file cannot be moved.
+    A file is copied instead of moved, so that the same command works again; a state only stays.
+
+    Args:
+        names: Names of the run's files.
+        inputs: Files and states that this run reads. A file is copied instead of moved, so that the same
+            command works again; a state is left where it is.
+        now: Time for the name of the folder.
+        is_restarted: Whether the run looked for a state to continue from; results without saves are then its
+            own and are not moved.
+
+    Raises:
+        OutputError: If a file cannot be moved.
     """
     recover_states(names.folder, names.name)
     kept = [real_path(path) for path in inputs]
@@ -348,7 +374,13 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _is_of_word(file: Path, name: str, word: str) -> bool:
-    """Return whether a file has a word alone, by its metadata. name: of the run that saved it."""
+    """Return whether a file has a word alone, by its metadata.
+
+    Args:
+        file: The file.
+        name: Name of the run that saved it.
+        word: The word.
+    """
     try:
         if file.stat().st_size > MAX_OF_WORD:  # a LoRA with this name
             return False
@@ -371,6 +403,7 @@ def _is_input(entry: Path, inputs: Collection[Path]) -> bool:
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
+    """Return the regular expression that matches names of the state folders of a run."""
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
@@ -383,6 +416,7 @@ def recover_states(output_dir: Path, name: str) -> None:
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
+    """Return the state folders of earlier runs of this name that a later run moved aside."""
     states = state_pattern(name)
     pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
@@ -405,9 +439,7 @@ def _make_new(folder: Path) -> Path:
 
 
 def _copy(file: str | Path, target: str | Path) -> None:
-    """Give a file a second name (hard link), or copy it if the volume has no links. Files are replaced, never
-    changed, so the second one does not change.
-    """
+    """Hard-link a file, or copy it if the volume has no links; saved files are never changed in place."""
     try:
         os.link(file, target)
     except OSError:
