@@ -66,7 +66,7 @@ TEXT_USE = LanguageUse(
 
 
 class Fibo2TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL behind captions as JSON. The states of each layer have a root mean square of 1 per token."""
+    """Qwen3-VL with JSON captions. The states of each layer have a root mean square of 1 per token."""
 
     def __init__(self, use: LanguageUse, path: Path, *settings: Any, **named_settings: Any) -> None:
         super().__init__(use, path, *settings, **named_settings)
@@ -75,9 +75,9 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         self._told_errors: set[str] = set()  # in keys of captions
 
     def write(self, prompt: Prompt) -> Written:
-        """Write a caption or prompt as JSON; a negative one stays as it is.
+        """Write a caption or prompt as JSON; a negative prompt stays unchanged.
 
-        Raises CaptionError for broken JSON, and for the JSON of an edit without an instruction.
+        Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
         """
         if prompt.is_negative:
             return super().write(prompt)
@@ -125,7 +125,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             )
 
     def compute(self, *inputs: Any, **named_inputs: Any) -> list[Conditions]:
-        """Compute as `LanguageModelEncoder.compute`, and scale the states."""
+        """Compute the states as `LanguageModelEncoder.compute`, and scale them."""
         results: list[Conditions] = []
         for conditions in super().compute(*inputs, **named_inputs):
             states: Sequence[Tensor] = conditions[KEY]  # type: ignore[assignment]
@@ -143,7 +143,7 @@ def _list_oddities(text: str, is_edit: bool) -> list[str]:
 
 
 def scale_states(states: Tensor) -> Tensor:
-    """Divide states, T n W, by the root of the mean of their squares, in float32."""
+    """Divide states, T n W, by their root mean square, in float32."""
     wide = states.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + EPS)).to(states.dtype)
 

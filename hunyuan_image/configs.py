@@ -27,6 +27,7 @@ class HunyuanImageConfig(JointConfig):
 
     @property
     def kind(self) -> str:
+        """Always t2i: the model takes no other condition than text."""
         return "t2i"
 
 

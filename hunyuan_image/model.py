@@ -1,7 +1,7 @@
-"""The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent picture.
+"""The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent image.
 
 Module names follow the published checkpoint. Two texts are joined: the prompt's states of a language model,
-and those of a glyph encoder for words to write in the picture. Source: the released model code.
+and those of a glyph encoder for words to render in the image. Source: the released model code.
 `hunyuan_model.blocks` lists the steps in float32.
 """
 # Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
@@ -34,7 +34,7 @@ GLYPH_EPS = 1e-5  # of the norm before the glyph layers
 
 
 class GlyphEmbedding(nn.Module):
-    """Turn states of the glyph encoder into text tokens: B G glyph_dim -> B G C."""
+    """Turns states of the glyph encoder into text tokens, B G glyph_dim to B G C."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -45,6 +45,7 @@ class GlyphEmbedding(nn.Module):
         self.fc3 = nn.Linear(second, config.dim)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return text tokens, B G C, of states B G glyph_dim."""
         hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
         return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
 
@@ -71,7 +72,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -97,13 +98,20 @@ class HunyuanImageModel(BlockNetwork):
         glyph_mask: Tensor,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Hidden:
-        """Return picture and text tokens, B L+J C, and the other inputs of the blocks.
+        """Return image and text tokens, B L+J C, and the other inputs of the blocks.
 
-        noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
-        B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
-        tokens, which come first; a picture without glyphs has none. tweaks: changes to this call; their
-        second text has arguments named of these four arguments, and its tokens follow the first text's.
-        Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B in_dim H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            glyphs: States of the glyph encoder, B G glyph_dim.
+            glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
+            tweaks: Changes to this call; their second text has these four arguments, and its tokens follow
+                those of the first text.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -136,7 +144,7 @@ class HunyuanImageModel(BlockNetwork):
     ) -> tuple[Tensor, list[int]]:
         """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
 
-        prompt: text, text_mask, glyphs and glyph_mask, as in `embed`.
+        `prompt` has text, text_mask, glyphs and glyph_mask, as in `embed`.
         """
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])
@@ -165,7 +173,7 @@ def _check_mask(states: Tensor, mask: Tensor) -> None:
 def join_texts(
     first: Tensor, first_counts: Sequence[int], second: Tensor, second_counts: Sequence[int]
 ) -> Tensor:
-    """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up the shorter samples."""
+    """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up shorter samples."""
     pieces = []
     for sample, (first_count, second_count) in enumerate(zip(first_counts, second_counts, strict=True)):
         pieces.append(torch.cat([first[sample, :first_count], second[sample, :second_count]]))

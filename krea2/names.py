@@ -1,4 +1,4 @@
-"""What Krea 2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Krea 2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts

@@ -94,10 +94,12 @@ class LtxConfig:
 
     @property
     def dim(self) -> int:
+        """Width of the video's stream."""
         return self.video.dim
 
     @property
     def kind(self) -> str:
+        """Release that the dimensions belong to: 2.0, 2.3 or 2.5."""
         is_new = self.marks_first or not self.video.ff_bias
         if is_new:
             return "2.5"
@@ -105,6 +107,7 @@ class LtxConfig:
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
+        """Dimensions of the streams that this network has, by their names."""
         streams = {}
         if self.shows:
             streams[VIDEO] = self.video
@@ -126,7 +129,7 @@ LATENT = LatentSpec(
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of sound, B C T M."""
+    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of audio, B C T M."""
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 

@@ -1,4 +1,4 @@
-"""What LTX-2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""LTX-2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 import re
 

@@ -39,7 +39,7 @@ class H3Config:
 
     @property
     def inner_dim(self) -> int:
-        """Return the width of all heads together, which differs from the width of tokens."""
+        """Width of all heads together, which differs from the width of tokens."""
         return self.num_heads * self.head_width
 
 
@@ -107,4 +107,5 @@ PRUNED_DIT = replace(DIT, form_exclude={})
 
 
 def spec_of(config: H3Config) -> DitSpec:
+    """Return the names inside the transformer, which differ for pruned files."""
     return PRUNED_DIT if config.table_rows else DIT

@@ -76,7 +76,10 @@ def write_project(options: NewOptions) -> None:
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures. Raises OutputError if one of the three files exists.
+    learns pictures.
+
+    Raises:
+        OutputError: If one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
     memory = find_memory() if options.memory is None else options.memory
@@ -167,7 +170,7 @@ def _gather_choice(
 ) -> describing.Choice:
     """Return all that the three files are made of: looks at the folder, and checks named model files.
 
-    kind: of the run.
+    `kind` is that of the run.
     """
     model = model_choice.model
     if 0 < memory < describing.SMALL:
@@ -240,8 +243,10 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
-    chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
-    OptionError if the model cannot have what is typed, or an embedding no such word.
+    `chosen` is the model and the trigger word. `asked` is what of another trainer's project asks for it.
+
+    Raises:
+        OptionError: If the model cannot have what is typed, or an embedding no such word.
     """
     model = chosen.model
     if options.trains is None:
@@ -305,9 +310,9 @@ def _write_content(content: FolderContent) -> None:
 def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found
-    for pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
-    except those of files that cannot be read.
+    `dataset` is the text of dataset.toml. `remarks` gets lines about odd things that end no run. Nothing is
+    found for pictures that a --dry_run does not write. Missing captions are left out, as other lines report
+    them, except those of files that cannot be read.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
@@ -357,7 +362,10 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
-    """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
+    """Return lines about the folder, the model, and how well they fit.
+
+    `remarks` are about the model's choice.
+    """
     lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
     if reason and "resolution" not in choice.data:
@@ -536,7 +544,10 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
 
 
 def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
-    """Return media without a caption for which the trigger word stands. bare: those without either."""
+    """Return media without a caption for which the trigger word stands.
+
+    `bare` are those without either.
+    """
     content = choice.content
     lacking = [item.path for item in choice.media if item.caption is None]
     replaced = [path for path in lacking if path not in {*bare, *content.bad_captions}]
@@ -544,7 +555,10 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 
 
 def _describe_again(choice: describing.Choice, **more: str) -> str:
-    """Return the command for this description again. more: options with other values."""
+    """Return the command for this description again.
+
+    `more` is the options with other values.
+    """
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}

@@ -31,7 +31,11 @@ def remember(
 ) -> dict[Attention, Sequence[Tensor]]:
     """Run the blocks on tokens that are to be remembered; return their keys and values by attention.
 
-    tweaks: blocks that are skipped; nothing is remembered for these.
+    Args:
+        dit: The transformer.
+        hidden: Tokens to remember.
+        attentions: Attentions of the blocks.
+        tweaks: Blocks to skip, whose keys and values are not remembered.
     """
     with remembering({}, attentions):
         run_blocks(dit, hidden, tweaks)

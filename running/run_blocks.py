@@ -115,7 +115,13 @@ class BlockNetwork(nn.Module):
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
-        """Predict from the inputs of `embed`. tweaks: changes to this call."""
+        """Predict from the inputs of `embed`.
+
+        Args:
+            inputs: Positional inputs of `embed`.
+            tweaks: Changes to this call.
+            named_inputs: Inputs of `embed` by name.
+        """
         hidden = self.embed(*inputs, tweaks=tweaks, **named_inputs)
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
@@ -141,7 +147,11 @@ def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
 
 
 def spec_of(dit: nn.Module) -> DitSpec:
-    """Return the `spec` that a network's class states. Raises TypeError if it states none."""
+    """Return the `spec` that a network's class states.
+
+    Raises:
+        TypeError: If it states none.
+    """
     spec = getattr(dit, "spec", None)
     if not isinstance(spec, DitSpec):
         raise TypeError(f"{type(dit).__name__} has no DitSpec as its `spec`")

@@ -138,8 +138,11 @@ def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
 def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks], None]) -> Iterator[DitAt]:
     """Yield `dit_at` whose networks have `run` around the runner of their blocks.
 
-    run: is given that runner first. At the end, also after an exception, every network has its own runner
-    again.
+    At the end, also after an exception, every network has its own runner again.
+
+    Args:
+        dit_at: Returns the network to call at a timestep.
+        run: Runs the blocks; its first argument is the network's own runner.
     """
     # with the networks alone: a runner that fetches swapped weights would keep those of one that is freed
     dressed = weakref.WeakSet[nn.Module]()
@@ -163,7 +166,14 @@ class MagCacheRule:
     """Decides for one pass of each step; looks at no tensor."""
 
     def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
-        """ratios: one for each step that is made. The others: see `contract.rules.MagCache`."""
+        """Start without skipped passes.
+
+        Args:
+            ratios: One ratio for each step of the video.
+            retention: See `contract.rules.MagCache`.
+            threshold: See `contract.rules.MagCache`.
+            most_skips: See `contract.rules.MagCache`.
+        """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._most_skips = threshold, most_skips
         self._last: int | None = None  # step of the last call
@@ -206,7 +216,12 @@ class TeaCacheRule:
     """Decides for one pass of each step. The host waits for one number of each."""
 
     def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
-        """coefficients: of the polynomial, highest power first."""
+        """Start without skipped passes.
+
+        Args:
+            threshold: Sum of changes from which a pass is computed again.
+            coefficients: Coefficients of the polynomial, highest power first.
+        """
         self._threshold, self._coefficients = threshold, coefficients
         self._distance = 0.0
         self._before: Tensor | None = None

@@ -142,9 +142,13 @@ class BlockSwap:
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
-        """Bring the weights of a block to the device before a pass. skipped: blocks that the pass skips.
+        """Bring the weights of a block to the device before a pass.
 
         Nothing is copied if the weights are there already, as after a pass that fetched ahead.
+
+        Args:
+            position: Position of the block in the order of blocks.
+            skipped: Positions of blocks that the pass skips.
         """
         ring = self._ring_of.get(position)
         if ring is None:
@@ -246,7 +250,12 @@ class BlockSwap:
         slot.unit = unit
 
     def _empty(self, slot: Slot, after: Any) -> None:
-        """Remove the unit from a slot. after: the moment from which changed weights may be copied back."""
+        """Remove the unit from a slot.
+
+        Args:
+            slot: The slot.
+            after: Moment from which changed weights may be copied back.
+        """
         unit = slot.unit
         if unit is None:
             return
@@ -305,9 +314,16 @@ def swap_blocks(
 ) -> None:
     """Make a network copy its weights from host memory when it runs.
 
-    Call it last: it wraps the blocks' forwards and their runner. host: the memory that the network was loaded
-    with; None changes nothing. transfer: None chooses one for the device.
-    Raises OptionError if the network has too few blocks.
+    Call it last: it wraps the blocks' forwards and their runner.
+
+    Args:
+        dit: The transformer.
+        host: Host memory that the network was loaded with; None changes nothing.
+        device: Device of the run.
+        transfer: Copies between host and device; None chooses what suits the device.
+
+    Raises:
+        OptionError: If the network has too few blocks.
     """
     if host is None or not host.plan:
         return
@@ -329,7 +345,13 @@ def swap_blocks(
 
 
 def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
-    """Return the ring of each list that has streamed blocks. places: of the weights in host memory."""
+    """Return the ring of each list that has streamed blocks.
+
+    Args:
+        dit: The transformer.
+        lists: Plan of each list of blocks.
+        places: Weights in host memory.
+    """
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
     for plan in lists:

@@ -112,7 +112,12 @@ class TokenPart:
     def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
         """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
 
-        with_first, with_second: as `SecondText.combine` takes them. Combining needs all heads of a token.
+        Combining needs all heads of a token.
+
+        Args:
+            with_first: See `SecondText.combine`.
+            with_second: See `SecondText.combine`.
+            second: The second text.
         """
         before = second.before
         texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)

@@ -67,9 +67,13 @@ class HostTensors:
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
 
-    pinned: lock as much of it as the driver allows, for copies to a CUDA device. machine: the processes that
-    share the memory; all must call this with the same tensors, and `wait_for_all` before reading. None: the
-    memory is this process' own.
+    None: the memory is this process' own.
+
+    Args:
+        infos: Dtype and shape of each tensor, by name.
+        pinned: Whether to lock as much of it as the driver allows, for copies to a CUDA device.
+        machine: Processes that share the memory; all must call this with the same tensors, and `wait_for_all`
+            before reading. None for memory of this process.
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
@@ -190,7 +194,9 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
     """Return the bytes of a mapping, which lives as long as a tensor uses it, and how many are not locked.
 
-    pieces: to lock one by one, until the driver refuses; then the last one is given back.
+    Args:
+        mapping: The mapping.
+        pieces: Pieces to lock one by one, until the driver refuses; the last one is then unlocked again.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
     locked = list[int]()  # addresses
@@ -301,8 +307,13 @@ def transfer_to(device: torch.device) -> Transfer:
 def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
     """Keep the layer's weight in host memory, except while its forward runs.
 
-    host: that memory, already holding the weight. For frozen layers at the start of a network: if their
-    backward pass needs the weight, autograd keeps it on the device.
+    For frozen layers at the start of a network: if their backward pass needs the weight, autograd keeps it on
+    the device.
+
+    Args:
+        layer: The layer.
+        host: Host memory that already holds the weight.
+        device: Device of the run.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)

@@ -38,11 +38,15 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
 def join_processes(
     device: str | None, option: str, environment: Mapping[str, str] = os.environ
 ) -> torch.device:
-    """Join the launcher's processes, and return the device of this one. device: as --device has it.
+    """Join the launcher's processes, and return the device of this one.
 
-    option: that wants them, for messages.
+    Args:
+        device: Value of --device.
+        option: Option that needs the processes, for messages.
+        environment: Environment variables.
 
-    Raises OptionError if the machine has fewer GPUs than processes.
+    Raises:
+        OptionError: If the machine has fewer GPUs than processes.
     """
     kind = select_device(device).type
     local = int(environment.get("LOCAL_RANK", "0"))

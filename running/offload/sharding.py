@@ -207,7 +207,12 @@ def gather_parts(gathered: Tensor, part: Tensor, group: "distributed.ProcessGrou
 
 
 def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
-    """Gather a tensor that is divided by rows like a split weight. part: this process' rows."""
+    """Gather a tensor that is divided by rows like a split weight.
+
+    Args:
+        part: Rows of this process.
+        weight: The split weight.
+    """
     count = distributed.get_world_size()
     rows = -(-weight.shape[0] // count)  # of each process but the last ones
     row = math.prod(weight.shape[1:]) * part.dtype.itemsize

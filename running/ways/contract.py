@@ -85,9 +85,12 @@ def by_division(part: str) -> dict[str, str]:
 class WayOptions(Options):
     """Base of the options of a way.
 
-    in_training: trainings have them too. keeps_pixels: a generation makes the same pixels with it, to the
-    bit. shares: what processes share by it, in a word. answer: its option, and what it does, for somebody who
-    asks accelerate's launcher to split. replaces: variables that ask it so -> what that is called.
+    Attributes:
+        in_training: Whether trainings have the options too.
+        keeps_pixels: Whether a generation gives the same pixels to the bit.
+        shares: What processes share, in a word.
+        answer: Its option and what it does, for users who ask accelerate's launcher to split.
+        replaces: What each variable that asks for it is called, by variable.
     """
 
     in_training: ClassVar[bool]
