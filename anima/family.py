@@ -67,9 +67,9 @@ class Anima(ModelOfImages):
 
     files: AnimaFiles
     options: Any = NO_OPTIONS  # of a training
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="anima", init=False)

@@ -34,7 +34,7 @@ WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
-MAX_DILATION = 64  # of the trunk's views; the largest control pictures are 256 positions wide there
+MAX_DILATION = 64  # of the trunk's views; the largest control images are 256 positions wide there
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class HungLllite(AnimaLllite):
         self.scale = scale
         self.multiplier = 1.0  # of the scale, now: 0 shows the base
         # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
-        # control pictures, B L E (None: the base alone), and the strength of a sample
+        # control images, B L E (None: the base alone), and the strength of a sample
         self.condition: Tensor | None = None
         self.strength = 1.0
 

@@ -9,7 +9,7 @@ One trunk turns the control image into tokens, which all modules share. A module
 
 Module names follow the files of other programs. Source: docs/anima_train_control_net_lllite.md of sd-scripts.
 """
-# Letters: B batch, L picture tokens, C width of a layer's input, D of the trunk, E of the condition, M inner
+# Letters: B batch, L image tokens, C width of a layer's input, D of the trunk, E of the condition, M inner
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ Module names follow the published checkpoint. Source: the released model, NVIDIA
 diffusers' CosmosTransformer3DModel. The embedding of time, modulation, norms and rotary angles are always
 float32. Everything else, including the residual stream, computes in the dtype of its weights or of autocast.
 """
-# Letters: B batch, L picture tokens, T rows of text, N heads, D head width, C = N * D
+# Letters: B batch, L image tokens, T rows of text, N heads, D head width, C = N * D
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 class AnimaTokens:
     """Inputs of the blocks in addition to the image tokens x, B L C; built once per forward pass."""
 
-    grid: tuple[int, int]  # picture tokens along rows, columns; L is their product
+    grid: tuple[int, int]  # image tokens along rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
     # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
     texts: tuple[tuple[Tensor, Tensor | None], ...]
@@ -205,20 +205,20 @@ class AnimaFinalLayer(nn.Module):
 
 
 class AnimaModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from T5's tokens and Qwen3's states.
+    """Predict the velocity of noisy latents of an image from T5's tokens and Qwen3's states.
 
     Simplified, without a second text and the code around the blocks:
 
         text = llm_adapter(states, ids), zeros up to 512 rows                 # B T context_dim
-        picture = x_embedder(patches of noisy)                                # B L C
+        image = x_embedder(patches of noisy)                                # B L C
         waves = sinusoid(sigmas)                                              # B C
         shifts = t_embedder(waves)                                            # B 3C
         time = t_embedding_norm(waves)                                        # B C
         for block in blocks:
             for f in self_attn, cross_attn to text, mlp:
                 shift, scale, gate = its adaln_modulation(time) + shifts
-                picture = picture + gate * f(norm(picture) * (1 + scale) + shift)
-        velocity = final_layer(picture, time, shifts)           # B L 4*Z, returned as B Z 1 H W
+                image = image + gate * f(norm(image) * (1 + scale) + shift)
+        velocity = final_layer(image, time, shifts)           # B L 4*Z, returned as B Z 1 H W
     """
 
     spec = DIT

@@ -3,7 +3,7 @@
 Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work. Layers on one
 vector instead of tokens, the first and the last layers, text refiners and LoRAs are left out.
 """
-# Letters: L video or picture tokens, T text tokens, C width, F width of the feed-forward
+# Letters: L video or image tokens, T text tokens, C width, F width of the feed-forward
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,7 +124,7 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim
-    # the picture is the last stream of a double block
+    # the image is the last stream of a double block
     ends = (
         config.double_blocks * video_tokens * config.ffn_dim,
         config.single_blocks * tokens * (dim + config.ffn_dim),

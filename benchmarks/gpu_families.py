@@ -139,7 +139,7 @@ def _framepack_tokens(shape: Shape) -> int:
     from frame_pack.sections import FRAMES_2X, FRAMES_4X
 
     _, _, frames, rows, columns = shape
-    found = (frames + 2) * (rows // PATCH) * (columns // PATCH)  # the start image and the neighbour in time
+    found = (frames + 2) * (rows // PATCH) * (columns // PATCH)  # the start image and the neighbor in time
     for times, past in ((2, FRAMES_2X), (4, FRAMES_4X)):
         side = PATCH * times
         found += -(-past // times) * -(-rows // side) * -(-columns // side)

@@ -54,7 +54,7 @@ class Bench:
     per: float = 1.0  # steps, clips or texts that a call makes
     losses: list[Tensor] = field(default_factory=list)  # of all calls so far
     norms: list[Tensor] = field(default_factory=list)  # of all gradients together, likewise
-    whole: float = 1.0  # steps of a finished video or picture
+    whole: float = 1.0  # steps of a finished video or image
     held: object = None  # what must live as long as the calls
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/interpolation.py --model FOLDER
 
-Quality: every second picture of a real clip is left out and made again; PSNR of what is made, and of the mean
-of both neighbours. Speed: the stage as the scripts run it, against a bare loop over the same network that
-only encodes each picture and makes those between; processor time on a CPU. Without --model only speed is
+Quality: every second image of a real clip is left out and made again; PSNR of what is made, and of the mean
+of both neighbors. Speed: the stage as the scripts run it, against a bare loop over the same network that
+only encodes each image and makes those between; processor time on a CPU. Without --model only speed is
 measured, with random weights of the released widths.
 """
 

@@ -9,7 +9,7 @@ for which PEFT is not needed: all weights of the U-Net; a ControlNet-LLLite, who
 a new word, for which the plain loop learns the whole table of words and puts the other rows back after each
 step, as examples do. The batch of the plain loop is ready. Ours is the script's own loop, with caches, noise,
 weights of the loss, logs. Both run in turn in one process, the plain loop first in each round; the figure is
-the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident memory during steps,
+the median ratio of neighbors' processor seconds, of all threads. Peaks are of resident memory during steps,
 with the network and all that was loaded before them and is still there, without the libraries (all modules of
 both are loaded first); each in processes of its own, of which the median counts.
 """
@@ -367,7 +367,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
 def compare_memory(folder: Path, args: argparse.Namespace) -> float:
     """Print the peaks of both, and return the ratio of ours to theirs.
 
-    0 if the system does not report them.
+    Returns 0 if the system does not report them.
     """
     if is_known():
         run_child("modules", folder)

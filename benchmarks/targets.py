@@ -106,10 +106,10 @@ WAYS = (
 class Figures:
     """Figures of the clips of a LoRA, or without one."""
 
-    learned: float  # share of clips of the word with its colour
+    learned: float  # share of clips of the word with its color
     whole: float  # also with the shape and direction of the prompt
     distance: float  # of clips without the word from the pocket model's, root mean square of the latents
-    right: float  # share of clips without the word with shape, colour and direction of the prompt
+    right: float  # share of clips without the word with shape, color and direction of the prompt
 
 
 def main() -> None:

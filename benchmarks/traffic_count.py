@@ -30,7 +30,7 @@ ATTENTION, PRODUCT, THIN, NORM, CAST, ELEMENTWISE, COPY = (
     *("attention", "matrix products", "thin products", "norms", "casts", "elementwise", "copies"),
 )
 GROUPS = (ATTENTION, PRODUCT, THIN, NORM, CAST, ELEMENTWISE, COPY)
-FUSIBLE = (NORM, CAST, ELEMENTWISE, COPY)  # what a compiler merges with its neighbours
+FUSIBLE = (NORM, CAST, ELEMENTWISE, COPY)  # what a compiler merges with its neighbors
 THIN_WIDTH = 256  # a product with a side of at most so many numbers is bound by memory
 
 FREE = re.compile(

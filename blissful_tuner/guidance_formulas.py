@@ -163,8 +163,11 @@ def active_steps(options: GuidanceOptions, num_steps: int) -> range:
 def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
     """Make the stage of `--slg_mode original`: add the positive pass minus a weakened negative one.
 
-    weakened: the negative pass without the layers. The other mode, "uncond", has no stage: there guidance
-    uses the weakened pass as the negative one.
+    The other mode, "uncond", has no stage: there guidance uses the weakened pass as the negative one.
+
+    Args:
+        weakened: The negative pass without the layers.
+        scale: Factor on the difference.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -188,9 +191,13 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Guide a picture, or its sound, by the differences to several passes, and rescale the result.
+    """Guide a video, or its audio, by the differences to several passes, and rescale the result.
 
-    weights: of c - x, for the prediction x of each pass. Formula and source: `StreamGuidance`.
+    See `StreamGuidance` for the formula and its source.
+
+    Args:
+        rule: Rescaling of the result.
+        weights: Weight of c - x for the prediction x of each pass.
     """
     to_scale = rescale(rule.rescale)
 
@@ -222,7 +229,10 @@ def limit_norm(limit: float) -> GuidanceStage:
 def keep_norms(side: int) -> GuidanceStage:
     """Give each token of a guided velocity the Euclidean norm that it has in the positive one.
 
-    side: of a token, in latent pixels. Source: the released code of Qwen-Image.
+    Source: the released code of Qwen-Image.
+
+    Args:
+        side: Side of a token, in latent pixels.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -246,7 +256,7 @@ class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 
     def __init__(self, factor: float) -> None:
-        """factor: multiplies the sum so far when a difference is added."""
+        """Start with a sum of 0; `factor` multiplies it before each new difference is added."""
         self._factor = factor
         self._sum: Tensor | None = None
 

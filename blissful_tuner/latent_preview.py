@@ -147,7 +147,12 @@ class LatentPreviews:
         return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Leave the decoder out if the device has no room for it. height, width: of the latents."""
+        """Leave the decoder out if the device has no room for it.
+
+        Args:
+            height: Height of the latents.
+            width: Width of the latents.
+        """
         if self.vae is None or self.device.type == "cpu":
             return
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
@@ -199,8 +204,10 @@ def preview_clip(
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
     """Yield the watchers of a clip's steps and a function for its sections, for a block that denoises it.
 
-    previews: if None, there are no watchers. fps: of the finished clip. first_step: the first step that
-    predicts a clean clip; in earlier steps guidance scales the velocity.
+    Args:
+        previews: The previews; None for no watchers.
+        fps: Frames per second of the finished clip.
+        first_step: First step that predicts a clean clip; in earlier steps guidance scales the velocity.
     """
     if previews is None:
         yield [], lambda _: None
@@ -278,7 +285,15 @@ def make_previews(
 ) -> LatentPreviews | None:
     """Return the previews that the options ask for; None if they ask for none.
 
-    has_room: whether this many bytes of the device are free next to the network. Raises as `check_preview`.
+    Args:
+        options: Options of previews.
+        latent: Sizes of the family's latents.
+        folder: Folder for the previews.
+        device: Device of the run.
+        has_room: Returns whether this many bytes of the device are free next to the network.
+
+    Raises:
+        UserError: As `check_preview` does.
     """
     if options.preview_latent_every is None:
         return None

@@ -138,7 +138,11 @@ def read_decoded_metadata(
 ) -> dict[str, str]:
     """Return the metadata of pixels decoded from a latent file: its own, and this run's decoding options.
 
-    of_decoding: names of the options that affect the decoding of latents.
+    Args:
+        saved: Metadata of the latent file.
+        settings: Options of this run that were given, by name.
+        of_decoding: Names of the options that affect the decoding of latents.
+        fps: Frames per second.
     """
     replaced = {*of_decoding, "fps"}
     texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}

@@ -149,7 +149,11 @@ class GuidanceOptions(Options, title="guidance"):
 
 
 def parse_layers(text: str | None) -> frozenset[int]:
-    """Read --slg_layers, as "9,10". Raises OptionError for other words."""
+    """Read --slg_layers, such as "9,10".
+
+    Raises:
+        OptionError: If the text is not a list of numbers.
+    """
     try:
         layers = frozenset(int(part) for part in (text or "").split(",") if part.strip())
     except ValueError:

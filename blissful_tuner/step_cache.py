@@ -111,7 +111,7 @@ class StepCaches:
     """The step caches around the blocks of the networks that make one video."""
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
-        """prepared: asks for a step cache."""
+        """Make the step cache that a request asks for, for a network whose blocks `spec` names."""
         self._choice, self._steps = prepared.request.step_cache, prepared.steps
         self._make_rule: Callable[[], step_cache.Rule] | None = None
         self._measured: step_cache.Ratios | step_cache.Changes | None = None

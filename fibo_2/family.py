@@ -44,7 +44,7 @@ from modules.text_files import looks_like_object
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
 MAX_REFERENCES = 4  # as released
-FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of pictures, and mu of their noise levels
+FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of images, and mu of their noise levels
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
@@ -182,7 +182,7 @@ class Fibo2(pictures.ModelOfImages):
         """Return the request with a size: if it has none, the trained size that fits the first image."""
         if not request.control_images or request.width is not None or request.height is not None:
             return request
-        from fibo_2.references import find_size  # only with pictures to edit
+        from fibo_2.references import find_size  # only with images to edit
 
         width, height = find_size(request.control_images[0])
         return replace(request, width=width, height=height)
@@ -208,7 +208,7 @@ class Fibo2(pictures.ModelOfImages):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode images to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from fibo_2.references import read_edited  # only with pictures to edit
+        from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive
         frames = prompt.frames or [read_edited(path, prompt.picture_size) for path in prompt.pictures]

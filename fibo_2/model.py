@@ -6,8 +6,8 @@ cross-attention. Gist tokens and images to edit are clean: they have time 0. Nam
 ones, which are those of diffusers. Source: diffusers' BriaFibo2Transformer2DModel. `lumina.blocks` lists the
 steps in float32.
 """
-# Letters: B batch, L tokens of the picture, R of pictures to edit, G of the gist, T of the text, n states of
-# each, W width of a state, D head width, C width of the model, S 2: the time of the picture, and time 0
+# Letters: B batch, L tokens of the image, R of images to edit, G of the gist, T of the text, n states of
+# each, W width of a state, D head width, C width of the model, S 2: the time of the image, and time 0
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from z_image.model import ZImageAttention
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class TextStates(NamedTuple):
@@ -234,12 +234,12 @@ class Fibo2Block(JointTransformerBlock):
 class Fibo2Layout(NamedTuple):
     """Key of a rotary table: sizes of the image and of images to edit, and number of gist tokens."""
 
-    grids: tuple[Grid, ...]  # of the picture, then of those to edit
+    grids: tuple[Grid, ...]  # of the image, then of those to edit
     gist: int
 
 
 class Fibo2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL.
+    """Predict the velocity of noisy latents of an image from states of Qwen3-VL.
 
     Simplified, without a second text and the code around the blocks:
 
@@ -249,14 +249,14 @@ class Fibo2Model(BlockNetwork):
             image = block(image, time)
         gist = perceiver(bundle 0)                                          # B G C
         x = cat([image, gist])
-        for block in layers:                                                # the picture has the first time
+        for block in layers:                                                # the image has the first time
             scale, gate, scale2, gate2 = block.adaLN_modulation(time)       # gates through tanh
             x = x + gate * attention_norm2(attention(attention_norm1(x) * (1 + scale)))
             if block reads bundle n:
                 read = cross_attn_norm2(cross_attention(cross_attn_norm1(x), bundle n))
                 x = x + tanh(cross_attn_gate) * read
             x = x + gate2 * ffn_norm2(feed_forward(ffn_norm1(x) * (1 + scale2)))
-        velocity = final_layer(x[:, :L], time of the picture)               # returned as B Z 1 H W
+        velocity = final_layer(x[:, :L], time of the image)               # returned as B Z 1 H W
     """
 
     spec = DIT
@@ -402,7 +402,7 @@ class Gist(NamedTuple):
     """Gist tokens of a batch of texts."""
 
     tokens: Tensor  # B G C
-    lengths: Lengths | None  # real tokens of picture, references and gist together; None: all
+    lengths: Lengths | None  # real tokens of image, references and gist together; None: all
 
 
 def _read_states(arguments: Mapping[str, Any]) -> TextStates:

@@ -20,7 +20,7 @@ from modules.media.reading import Frame, fit_frame, image_size, read_image
 STEP = 16  # sides are multiples of this, in pixels
 MIN_SIDE = 64
 AREA = 1024 * 1024  # of the sizes of training, within a tenth
-SHOWN_SIDE = 768  # of a picture that the text encoder sees, at most
+SHOWN_SIDE = 768  # of an image that the text encoder sees, at most
 GRAY = 128  # of the part that is made anew; the mask is cut at this value too
 PRECISION = 9  # digits of the share that is cropped
 

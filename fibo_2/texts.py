@@ -87,7 +87,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
         if not prompt.pictures:
             return written
-        # the brace that begins the object stands in front of the pictures
+        # the brace that begins the object stands in front of the images
         start = written.start
         return written._replace(
             text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
@@ -95,7 +95,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode as `LanguageModelEncoder.encode`, and log how plain texts and unknown keys are read."""
-        for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their pictures
+        for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their images
             if not prompt.is_negative:
                 self._tell_reading(prompt)
         return super().encode(prompts)

@@ -5,7 +5,7 @@ tokens: image tokens first, then text, which is not rotated. The released code h
 does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it. Source:
 the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
 """
-# Letters: B batch, L picture tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
+# Letters: B batch, L image tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
 # M modulations
 
 import torch
@@ -49,7 +49,7 @@ class ModulationRows(nn.Module):
 def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return the module for a block's modulation: a layer of its own, or rows of Chroma's approximator.
 
-    `kind` is single, picture or text (both of double blocks), or final; rows have this order, block by block.
+    `kind` is single, image or text (both of double blocks), or final; rows have this order, block by block.
     Source: the released code of Chroma.
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]

@@ -4,7 +4,7 @@ Its residuals are added to the image tokens after the blocks, as diffusers' tran
 residuals serves ceil(blocks / n) consecutive blocks. It sees the control image as latents of the autoencoder.
 Source: `FluxControlNetModel`, `FluxControlNetPipeline` and `FluxTransformer2DModel` of diffusers.
 """
-# Letters: B batch, L picture tokens, T text tokens, Z latent channels, C width
+# Letters: B batch, L image tokens, T text tokens, Z latent channels, C width
 
 import inspect
 import logging

@@ -3,7 +3,7 @@
 It sees the control image as latents. The network is diffusers' `FluxControlNetModel`. Source: Zhang et al.
 2023, arXiv 2302.05543.
 """
-# Letters: B batch, L picture tokens, Z latent channels, C width
+# Letters: B batch, L image tokens, Z latent channels, C width
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -82,9 +82,9 @@ class Flux(ModelOfImages):
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training, or of a generation
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="flux", init=False)

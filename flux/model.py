@@ -2,7 +2,7 @@
 
 Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` lists the steps in float32.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D, M modulations
 
 from collections.abc import Callable, Sequence
@@ -76,19 +76,19 @@ class FluxFinalLayer(HunyuanFinalLayer):
 
 
 class FluxModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L.
+    """Predict the velocity of noisy latents of an image from states of T5 and a vector of CLIP-L.
 
     Simplified, without references, a second text, a ControlNet and the code around the blocks; Chroma has the
     modulations of all blocks from `distilled_guidance_layer` instead:
 
-        picture = img_in(patches of noisy)                                  # B L C
+        image = img_in(patches of noisy)                                  # B L C
         text = txt_in(t5)                                                   # B T C
         vector = time_in(timesteps) + vector_in(pooled) + guidance_in(guidance)                # B C
         for block in double_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gelu of linear1(modulated x))
         velocity = final_layer(x[:, :L], vector)     # B L Z*4, returned as B Z 1 H W
@@ -122,7 +122,7 @@ class FluxModel(BlockNetwork):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
-        # what returns `Hidden.added` for a control picture: FluxControl, or one that learns beside the model
+        # what returns `Hidden.added` for a control image: FluxControl, or one that learns beside the model
         self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)

@@ -41,7 +41,7 @@ def dit_spec(kind: str) -> DitSpec:
     return CHROMA_DIT if kind == CHROMA else FLUX_DIT
 
 
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the released FLUX.1 code.
 FEW, MANY = (256, 0.5), (4096, 1.15)
 

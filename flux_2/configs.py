@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec
 
-AXES = 4  # of positions: picture, row, column, place in the text; a head's width is divided among them
+AXES = 4  # of positions: image, row, column, place in the text; a head's width is divided among them
 
 
 @dataclass(frozen=True)

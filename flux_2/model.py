@@ -5,7 +5,7 @@ the published checkpoints. Source: the released code of FLUX.2. `hunyuan_model.b
 float32, and the order of tokens: the image, its references, then the text. The released code has the text
 first; attention does not depend on the order.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, S 1 or 2 texts, N heads, D head
+# Letters: B batch, L image tokens, with those of references, T text tokens, S 1 or 2 texts, N heads, D head
 # width, C = N * D, F width of a feed-forward
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import BlockNetwork, Hidden
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
-APART = 10  # places between a picture and its references on the first axis
-# rows of all modulations: of pictures and texts in double blocks, of single blocks; then the embedding
+APART = 10  # places between an image and its references on the first axis
+# rows of all modulations: of images and texts in double blocks, of single blocks; then the embedding
 IMAGE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
 
 
@@ -176,18 +176,18 @@ def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
 
 
 class Flux2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of a language model.
+    """Predict the velocity of noisy latents of an image from states of a language model.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = img_in(pixels of noisy)                                   # B L C
+        image = img_in(pixels of noisy)                                   # B L C
         text = txt_in(text)                                                 # B T C
         embedding = time_in(timesteps) + guidance_in(guidance)              # B C
         rows, text_rows, single_rows = the three modulations of embedding   # shared by all blocks of a kind
         for block in double_blocks:
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gated values of linear1(modulated x))
         velocity = final_layer(x[:, :L], embedding)  # B L Z, returned as B Z 1 H W
@@ -256,7 +256,7 @@ class Flux2Model(BlockNetwork):
         for prompt in tweaks.texts(len(noisy), text=text):
             tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(tokens, None, vector))
-        # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
+        # an image's token stands at (image, row, column, 0), a text's at (0, 0, 0, place)
         grids = []
         for number, latents in enumerate(images):
             _, _, _, rows, columns = latents.shape

@@ -83,7 +83,7 @@ class Flux2Vae(Autoencoder):
         return (packed - self.mean) / self.deviation
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        # in float32: 16 bits would tint every picture
+        # in float32: 16 bits would tint every image
         packed = latents.to(self.device).float() * self.deviation + self.mean
         unpacked = rearrange(packed, "b (z ph pw) h w -> b z (h ph) (w pw)", ph=2, pw=2)
         return self.decoder(self.place(unpacked)).float()

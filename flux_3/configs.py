@@ -14,7 +14,7 @@ RELEASE = ModelRelease(
     "other",
     "https://huggingface.co/black-forest-labs/flux-3-image-klein-base/blob/main/LICENSE.md",
 )
-# lists of blocks in which the tokens of one kind attend to each other alone: picture, references, text
+# lists of blocks in which the tokens of one kind attend to each other alone: image, references, text
 IMAGE_BLOCKS, REFERENCE_BLOCKS, TEXT_BLOCKS = MODE_LISTS = (
     "content_mode_blocks.image",
     "content_mode_blocks.image_cond",

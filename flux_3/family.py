@@ -185,9 +185,9 @@ class Flux3(pictures.ModelOfImages):
     def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
         """Return the size of the first reference, and its region on the canvas.
 
-        None if it fills the canvas.
+        The region is None if the reference fills the canvas.
         """
-        from flux_3.references import canvas_of, fit_among  # only with reference pictures
+        from flux_3.references import canvas_of, fit_among  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
@@ -198,7 +198,7 @@ class Flux3(pictures.ModelOfImages):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from flux_3.references import read_among, read_on_canvas  # only with reference pictures
+        from flux_3.references import read_among, read_on_canvas  # only with reference images
 
         paths = prepared.request.control_images
         read = read_on_canvas if len(paths) == 1 else read_among

@@ -7,7 +7,7 @@ flux-3-image-klein). The embedding of time, modulation, norms and rotary angles 
 tokens come first, then those of references, then the text's; the released code has the text first. Attention
 does not depend on the order, only on positions.
 """
-# Letters: B batch, L tokens of the picture, R of references, T of a text, T' of a second text, S kinds of
+# Letters: B batch, L tokens of the image, R of references, T of a text, T' of a second text, S kinds of
 # tokens that are there, N heads, D head width, C = N * D, F width of a feed-forward
 
 import math
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 PICTURE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
 CONTENT = (PICTURE, REFERENCES)
-SCALE = 0.5  # of a picture's rows and columns, as positions
+SCALE = 0.5  # of an image's rows and columns, as positions
 ROWS = 3  # that modulate a block: shift, scale and gate
 # rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
 MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROWS
@@ -48,7 +48,7 @@ class Flux3Tokens:
     With a second text x is B L+R+T+T' C, and both texts count as one kind of token.
     """
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     modes: tuple[str, ...]  # kinds of tokens that are there, in their order
     counts: tuple[int, ...]  # how many of each this process has
     rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
@@ -243,7 +243,7 @@ def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
 class Flux3Layout(NamedTuple):
     """The key of a table of rotations."""
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # likewise, of each reference
     texts: tuple[int, ...]  # tokens of each text
 
@@ -267,21 +267,21 @@ def _make_modulations(config: Flux3Config) -> nn.ModuleDict:
 
 
 class Flux3Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of a language model.
+    """Predict the velocity of noisy latents of an image from states of a language model.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = emb_in.image(pixels of noisy)                                       # B L C
+        image = emb_in.image(pixels of noisy)                                       # B L C
         text = txt_in(text)                                                           # B T C
         time, zero = time_in(timesteps), time_in(0)                                   # B C
         time, zero = each + ref_time_in(next timesteps)                               # of the distilled model
         for block in content_mode_blocks.image:                                       # likewise the text's
             shift, scale, gate = early_stream_modulations.image(time)
-            h = norm(picture) * (1 + scale) + shift
-            picture = picture + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
-        x = cat([picture, text])
+            h = norm(image) * (1 + scale) + shift
+            image = image + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
+        x = cat([image, text])
         for block in single_blocks:
-            shift, scale, gate = single_stream_modulations of time for the picture, of zero for the text
+            shift, scale, gate = single_stream_modulations of time for the image, of zero for the text
             h = norm(x) * (1 + scale) + shift
             x = x + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
         velocity = final_layer.image(x[:, :L], time)   # B L Z, returned as B Z 1 H W

@@ -18,7 +18,7 @@ from modules.media.reading import image_size, read_image, resize_frame
 MOST_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
 MIN_SIDE = 64
 AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
-SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
+SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
@@ -68,7 +68,7 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
     left, top = canvas.corner
     right = canvas.size[0] - canvas.picture[0] - left
     bottom = canvas.size[1] - canvas.picture[1] - top
-    # without the pixel at the edge, which a picture of up to one token has too few pixels for
+    # without the pixel at the edge, which an image of up to one token has too few pixels for
     mode = "reflect" if min(canvas.picture) > step else "symmetric"
     frame = np.pad(frame, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
     return torch.from_numpy(np.ascontiguousarray(frame)[None, None])

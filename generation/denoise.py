@@ -92,8 +92,13 @@ def denoise(
 def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
     """Return the velocity of a step, rescaled so that Euler moves the sound by the sound's own noise levels.
 
-    velocity: B N of a picture and its sound. Without sound, or without a schedule for it, the velocity is
-    returned unchanged.
+    Without sound, or without a schedule for it, the velocity is returned unchanged.
+
+    Args:
+        section: The section to denoise.
+        schedule: Schedule of noise levels.
+        index: Index of the step.
+        velocity: Velocity of video and audio, B N.
     """
     joint = section.tweaks.joint
     if joint is None or schedule.sound_sigmas is None:
@@ -107,8 +112,12 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     """Return latents with the section's given frames and given sound put in.
 
-    latents: B C F H W, or B N of a picture and its sound. The given parts also have velocity 0, so they are
-    unchanged in predicted clean videos, and do not count in guidance that measures whole velocities.
+    The given parts also have velocity 0, so they are unchanged in predicted clean videos, and do not count in
+    guidance that measures whole velocities.
+
+    Args:
+        section: The section to denoise.
+        latents: Latents, B C F H W, or B N for video with audio.
     """
     joint = section.tweaks.joint
     if joint is None:

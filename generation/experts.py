@@ -120,10 +120,11 @@ class DitTurns:
 
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
-        """Yield a function: timestep -> the network for it, on the device.
+        """Yield a function that returns the network for a timestep, on the device.
 
-        plan: from `plan_turns`; its first expert is loaded at once. Empty: the order is not known; a video
-        begins with noise, and any expert may be needed again.
+        Args:
+            plan: Order of the experts, from `plan_turns`; the first one is loaded at once. If it is empty,
+                the order is unknown: a video begins with noise, and any expert may be needed again.
         """
         self._plan = plan
         self._place = 0
@@ -146,7 +147,8 @@ class DitTurns:
     def aside(self) -> Iterator[None]:
         """Move the working networks to host memory during the block.
 
-        Raises MemoryPlanError if the host has no room for them; the system could kill the process silently.
+        Raises:
+            MemoryPlanError: If the host has no room for them; the system could kill the process silently.
         """
         working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
         weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)

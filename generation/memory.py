@@ -211,7 +211,18 @@ def rehearse_denoising(
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse the step that takes most memory. watch: see `predict`."""
+    """Rehearse the step that takes most memory.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        prepared: The request with all values resolved.
+        encoded: Encoded prompts by section.
+        inputs: Conditions from input media, by section.
+        extra: Further memory of the device.
+        turns: Turns of the experts over the run.
+        watch: See `predict`.
+    """
     speed = options.speed
     sdpa = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     placement = Placement(META, attention=sdpa, quantisation=rehearsed(speed.fp8.quantisation))
@@ -453,8 +464,14 @@ def resolve_options(
 ) -> tuple[GenerationOptions, Peaks | None]:
     """Replace --blocks_to_swap auto by a number before loading; return the options and predicted peaks.
 
-    room: memory of a CUDA device; without one nothing is rehearsed. Raises MemoryPlanError if auto cannot be
-    resolved.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        device: Device of the run.
+        room: Memory of a CUDA device; without one nothing is rehearsed.
+
+    Raises:
+        MemoryPlanError: If auto cannot be resolved.
     """
     requests: Sequence[Prepared] = ()
     try:

@@ -332,7 +332,15 @@ def read_generation(
     argv: Sequence[str] | None,
     add_more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[GenerationOptions, R]:
-    """Read the options of a generation script. defaults, record: the family's. add_more: the script's."""
+    """Read the options of a generation script.
+
+    Args:
+        description: Docstring of the script.
+        defaults: Defaults of the family.
+        record: Class of the family's own options.
+        argv: Command line; None for that of the process.
+        add_more: Adds options of the script to the parser.
+    """
 
     def build_parser() -> Parser:
         parser = generation_parser(description, defaults)
@@ -368,7 +376,8 @@ def read_generation(
 def request_extras(record: type[Any]) -> dict[str, str]:
     """Return the options of a family that a request holds as extras, with their names there.
 
-    record: the family's options of generation.
+    Args:
+        record: The family's own options.
     """
     info = info_of(GenerationOptions) | info_of(record)
     return {name: option_info["extra"] for name, option_info in info.items() if "extra" in option_info}

@@ -236,8 +236,15 @@ def parse_generation_line(
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key; None cancels the command line's value.
 
-    Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
-    be read.
+    Option names are case-sensitive.
+
+    Args:
+        line: The prompt line.
+        options: Options of a line, by their letters.
+        where: Name of the line in warnings.
+
+    Raises:
+        OptionError: If a value cannot be read.
     """
     return parse_words(line, options, where, lambda word: find_option(word, options))
 
@@ -254,8 +261,10 @@ def split_line(line: str) -> SplitLine:
     """Split a line into its prompt and its options.
 
     A value that is in quotation marks may have dashes in it. A line may also name its prompt, as those of the
-    Web UI do: `--prompt "a castle" --steps 3`. Raises OptionError if it names one and begins with another, or
-    names several.
+    Web UI do: `--prompt "a castle" --steps 3`.
+
+    Raises:
+        OptionError: If it names one and begins with another, or names several.
     """
     begins = line.lstrip().startswith("--")
     text, *parts = _cut_options(f" {line.lstrip()}" if begins else line)
@@ -324,8 +333,15 @@ def parse_words(
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key.
 
-    find: returns an option by its name, or None. no_use: follows the warning about an option that lines of
-    other scripts have. Raises OptionError if a value cannot be read.
+    Args:
+        line: The prompt line.
+        options: Options of a line, by their letters.
+        where: Name of the line in warnings.
+        find: Returns an option by its name, or None.
+        no_use: End of the warning about an option that lines of other scripts have.
+
+    Raises:
+        OptionError: If a value cannot be read.
     """
     line = _ONE_DASH.sub("--rcfg ", line)
     split = split_line(line)
@@ -404,7 +420,8 @@ def is_blank(line: str) -> bool:
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """Read the prompt lines of a --from_file file with their numbers, counted from 1.
 
-    Raises OptionError if there is none.
+    Raises:
+        OptionError: If there is none.
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(

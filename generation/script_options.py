@@ -180,10 +180,13 @@ class OutputOptions(Options, title="output"):
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Return whether a result is written as a single picture. is_single: it has one frame.
+        """Return whether a result is written as a single picture.
 
         With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
         or the file has a given name.
+
+        Args:
+            is_single: Whether the result has one frame.
         """
         return is_single and (
             self.pictures
@@ -338,7 +341,11 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return choices, helps and flags of options. source_settings: of options of video-to-video."""
+        """Return choices, helps and flags of options.
+
+        Args:
+            source_settings: Settings of the options of video-to-video.
+        """
         settings = self._list_choices_and_helps()
         if self.pictures:
             settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)

@@ -39,10 +39,16 @@ Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encode
 
 @torch.no_grad()
 def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-    """Encode the images and videos of a request, by section. Conditions are on the CPU, with batch dimension.
+    """Encode the images and videos of a request, by section.
 
-    The source of denoising is among those of section 0, as `SOURCE`. encoders: on their device; `NO_ENCODERS`
-    will do if the request does not `needs_media`.
+    Conditions are on the CPU, with a batch dimension. The source of denoising is among those of section 0, as
+    `SOURCE`.
+
+    Args:
+        family: The model family.
+        encoders: Media encoders on their device; `NO_ENCODERS` is enough if the request needs none
+            (`needs_media`).
+        prepared: The request with all values resolved.
     """
     inputs = dict(family.request_conditions(encoders, prepared))
     if prepared.request.source is not None:
@@ -211,7 +217,12 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
 def gather_encoded(
     prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    """Return the conditions of the texts of each section. encoded: of all texts."""
+    """Return the conditions of the texts of each section.
+
+    Args:
+        prompts: Texts of each section.
+        encoded: Outputs of all texts.
+    """
 
     def find(text: Prompt | None) -> Conditions | None:
         return None if text is None else encoded[text]
@@ -243,8 +254,11 @@ def decode_tracks(
 ) -> dict[str, Track]:
     """Return the track of each clip, by its label, without those that fail.
 
-    latents: 1 C T M in model space, by label. note: label -> context manager that records an error of the
-    clip.
+    Args:
+        family: The model family.
+        latents: Audio latents in model space, 1 C T M, by label.
+        device: Device of the run.
+        note: Returns a context manager, by label, that records an error of the clip.
     """
     tracks: dict[str, Track] = {}
     if not latents:

@@ -121,7 +121,7 @@ class HunyuanImage(ModelOfImages):
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
         has_characters = bool(find_quoted(request.prompt))
-        projection = Projection(  # a picture with letters keeps the plain formula for longer
+        projection = Projection(  # an image with letters keeps the plain formula for longer
             options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,

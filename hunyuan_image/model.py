@@ -4,7 +4,7 @@ Module names follow the published checkpoint. Two texts are joined: the prompt's
 and those of a glyph encoder for words to render in the image. Source: the released model code.
 `hunyuan_model.blocks` lists the steps in float32.
 """
-# Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
+# Letters: B batch, L image tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
 
 from collections.abc import Mapping, Sequence
 
@@ -51,18 +51,18 @@ class GlyphEmbedding(nn.Module):
 
 
 class HunyuanImageModel(BlockNetwork):
-    """Predict the velocity of a noisy latent picture from the states of its two texts.
+    """Predict the velocity of a noisy latent image from the states of its two texts.
 
     Simplified, without a second text and the code around the blocks:
 
-        picture = img_in(noisy)                                             # B L C
+        image = img_in(noisy)                                             # B L C
         text = join(byt5_in(glyphs), txt_in(text))                          # B J C
         vector = time_in(timesteps)                                         # B C
         for block in double_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+J C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+J C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gelu of linear1(modulated x))
         velocity = final_layer(x[:, :L], vector)     # B L out_dim, returned as B out_dim H W

@@ -43,7 +43,7 @@ class HunyuanImageVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int  # Z
-    widths: tuple[int, ...]  # channels of each level, from the picture to the latents
+    widths: tuple[int, ...]  # channels of each level, from the image to the latents
     encoder_blocks: int  # residual blocks in a level
     decoder_blocks: int
 
@@ -149,7 +149,7 @@ class RowConvolution(nn.Module):
         for top in range(0, height, self._rows):
             bottom = min(top + self._rows, height)
             piece = x[:, :, max(top - 1, 0) : bottom + 1]
-            # zeros only where the picture ends
+            # zeros only where the image ends
             piece = functional.pad(piece, (0, 0, int(top == 0), int(bottom == height)))
             out[:, :, top:bottom] = functional.conv2d(piece, self.weight, self.bias, padding=(0, 1))
         return out

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
-FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
+FEW, MANY = 256, 6400  # tokens of images at which mu is given
 
 
 @dataclass(frozen=True)

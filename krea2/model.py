@@ -7,8 +7,8 @@ all texts are 0, those of references on the first axis 1, 2, ... Source of edits
 References that attend only to each other, at time 0, are the same in all passes of a generation: their keys
 and values are computed once (`Krea2Model.remember`).
 """
-# Letters: B batch, R tokens of references, L of the picture, T of text, n states of each, N heads, D head
-# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
+# Letters: B batch, R tokens of references, L of the image, T of text, n states of each, N heads, D head
+# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -269,7 +269,7 @@ class LastLayer(nn.Module):
 class Krea2Layout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     texts: int  # tokens of the texts
     references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
@@ -282,7 +282,7 @@ class Krea2Text(NamedTuple):
 
 
 class Krea2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token.
+    """Predict the velocity of noisy latents of an image from several states of Qwen3-VL for each token.
 
     Simplified, without references, a second text and the code around the blocks:
 
@@ -404,7 +404,7 @@ class Krea2Model(BlockNetwork):
         grid = self.grid_of(noisy)
         images = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
         image = images[0] if not references else torch.cat(images, dim=1)
-        num_images = image.shape[1]  # tokens of references and picture, R + L
+        num_images = image.shape[1]  # tokens of references and image, R + L
         num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
         texts = []

@@ -53,7 +53,7 @@ KREA_2 = FamilyNames(
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
     versions=("krea2", "krea-2", "krea_2"),
-    # for the blocks over the picture: the text's have another width and other heads
+    # for the blocks over the image: the text's have another width and other heads
     sides=(
         *((f".blocks.{{n}}.attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
         *((f".blocks.{{n}}.attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),

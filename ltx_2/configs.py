@@ -83,7 +83,7 @@ class LtxConfig:
     modulates_text: bool  # LTX-2.3: attention to the text is modulated too
     times_text: bool = True  # if so: the text itself by the time; False: always the same
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
-    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
+    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
     # factor of the time for the gates between the streams, relative to that of all other layers
     gate_time: float = 1.0
     shows: bool = True  # False: the video's stream is left out

@@ -586,7 +586,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
+    is_alone = not files.has_pictures  # images then hold a place, and the noise level goes by the sound
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.SoundLearning(
         options.video_loss_weight,

@@ -48,7 +48,7 @@ from modules.speed_options import text_form
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
-NO_IMAGES = {"vae": "sound alone"}  # what made latents of pictures that only hold a place
+NO_IMAGES = {"vae": "sound alone"}  # what made latents of images that only hold a place
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 # parts that LTX-2.5 has in files of their own
 APART = {

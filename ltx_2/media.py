@@ -44,7 +44,7 @@ class Ltx2Media(OneTransformer):
         """Format of the audio latents; None if the run has no audio."""
         return self.files.sound
 
-    # pictures
+    # images
 
     @property
     def source(self) -> rules.SourceRules:

@@ -278,7 +278,7 @@ class LtxModel(nn.Module):
     def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
         """Return shift and scale of a stream's text, B 1 2 C; zeros if no time changes them.
 
-        None if texts are not modulated. `rows` are the stream's, for their dtype and device.
+        Returns None if texts are not modulated. `rows` are the stream's, for their dtype and device.
         """
         if not self.config.modulates_text:
             return None

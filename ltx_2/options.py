@@ -50,7 +50,7 @@ _REFERENCES = "it is for sounds as references, which are not built; v2v has clip
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # of the release
-# what is for pictures, or between both streams
+# what is for images, or between both streams
 _OF_IMAGES = {
     "video_loss_weight",
     "independent_audio_timestep",

@@ -31,7 +31,7 @@ FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffuser
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
-# of the decoder with neighbourhood attention that LTX-2.5 has in addition to the usual one
+# of the decoder with neighborhood attention that LTX-2.5 has in addition to the usual one
 _DIFFUSION = ("decoder.det_stages.", "decoder.diff_blocks.")
 _TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(

@@ -23,7 +23,7 @@ from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
 
-MIN_TILE = 2  # latent pixels: a border is mirrored, and neighbours overlap
+MIN_TILE = 2  # latent pixels: a border is mirrored, and neighbors overlap
 
 
 class LtxVideoVae(nn.Module):

@@ -60,7 +60,7 @@ class HalfConfig:
     last_width: int
     width_out: int
     is_causal: bool  # no frame depends on a later one
-    reflects: bool = False  # the picture's border mirrors its inside; else zeros are around it
+    reflects: bool = False  # the image's border mirrors its inside; else zeros are around it
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:

@@ -33,7 +33,7 @@ class TokenLayout(NamedTuple):
 
 
 class LuminaModel(BlockNetwork):
-    """Predict the direction from noise to data of noisy latents of pictures, from a caption's states.
+    """Predict the direction from noise to data of noisy latents of images, from a caption's states.
 
     Simplified, without a second caption and the code around the blocks:
 

@@ -83,7 +83,7 @@ class H3CachingEncoder(H3TextEncoder):
     task = "t2va"
     teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
     states_dtype: torch.dtype | None = None  # None: that it computes in
-    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: pictures, clips
+    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
     @property
     def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task

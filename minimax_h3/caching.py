@@ -40,11 +40,11 @@ from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
 
-FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of the known tuner
+FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of musubi-tuner
 REFERENCES = "ref2va"
 KEYFRAMES = "fl2va"
 TEXT_ALONE = "t2va"
-SEED = 42  # as in the known tuner
+SEED = 42  # as in musubi-tuner
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class H3Caching:
     seed: int
     any_length: bool
     one_frame: bool
-    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: pictures, clips
+    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: images, clips
 
     @property
     def stated(self) -> tuple[tuple[str, str], ...]:

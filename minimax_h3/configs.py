@@ -24,7 +24,7 @@ class H3Config:
     ffn_dim: int = 14336
     num_layers: int = 50
     refiner_layers: int = 2
-    channels: int = 24  # of the latents of pictures
+    channels: int = 24  # of the latents of images
     sound_channels: int = 32
     text_dim: int = 5120
     freq_dim: int = 256
@@ -43,7 +43,7 @@ class H3Config:
         return self.num_heads * self.head_width
 
 
-# Source: the known tuner's page, which has no recipe of plain training
+# Source: musubi-tuner's page, which has no recipe of plain training
 FEW_STEPS = FewSteps(
     base="",
     targets=(
@@ -59,7 +59,7 @@ FEW_STEPS = FewSteps(
     cost="clips need guidance, which a generation does not give",
     is_certain=True,
 )
-IMAGE_SHIFT = 12.0  # of the noise levels of pictures
+IMAGE_SHIFT = 12.0  # of the noise levels of images
 SOUND_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,

@@ -133,7 +133,7 @@ class MiniMaxH3(OneTransformer):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     caching: H3Caching | None = None  # of latents
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
-    image_edge: int = IMAGE_EDGE  # short side of reference pictures
+    image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # and of reference videos
     options: Any = NO_OPTIONS  # of a training
 

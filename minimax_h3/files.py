@@ -58,7 +58,7 @@ from modules.errors import CheckpointError, MediaError, OptionError
 UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # of Qwen3-VL before the state that is read
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
-MOST_TOKENS = 32768  # of a prompt, as in the known tuner
+MOST_TOKENS = 32768  # of a prompt, as in musubi-tuner
 # of H3's tokenizer, which no other tokenizer of Qwen has
 OWN_TOKENS = (
     "<d>",

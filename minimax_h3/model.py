@@ -7,7 +7,7 @@ and rotary angles are always float32. Source: the released weights, and diffuser
 The release packs [text, conditions, audio, frames]. Attention sees all tokens and depends on positions only,
 so here the learned frames come first, then their audio, then conditions, then the text.
 """
-# Letters: B batch, L all tokens, V of the learned pictures, M of their sound, T of the text, C their width,
+# Letters: B batch, L all tokens, V of the learned images, M of their sound, T of the text, C their width,
 # N heads, D head width, S segments of tokens that share time and kind, K times, E their width, Z latents
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ IMAGES_LIE = 0.999  # the time of a condition at least: nearly clean
 class H3Condition:
     """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
 
-    latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
+    latents: Tensor  # B Z F H W of images, B Z 2 A of sound
     place: ImagePlace | SoundPlace
     clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
@@ -77,7 +77,7 @@ class TokenRun:
 class H3Tokens:
     """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
-    grid: ImageGrid  # of the learned pictures, whose tokens come first
+    grid: ImageGrid  # of the learned images, whose tokens come first
     sound: int  # tokens of the learned sound, M, which follow
     rotary: Tensor  # of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
 FPS = 24.0  # of all clips
-SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
+SIZE = (1344, 768)  # height and width where nothing is said, as in musubi-tuner
 FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30

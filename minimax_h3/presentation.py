@@ -27,7 +27,7 @@ from modules.errors import MediaError
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with pictures
+PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with images
 USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
 IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
@@ -40,7 +40,7 @@ class Shown:
     kind: str  # IMAGE, VIDEO or AUDIO
     has_sound: bool = False  # of a clip
     source: Hashable = None  # what the pixels are read from: equal ones are encoded once
-    # returns H W 3 of a picture, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
+    # returns H W 3 of an image, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def pixels(self) -> Tensor:

@@ -72,7 +72,7 @@ class H3Media:
 
     first: Path | None = None
     last: Path | None = None
-    controls: tuple[Path, ...] = ()  # of a single picture
+    controls: tuple[Path, ...] = ()  # of a single image
     one_frame: OneFrame | None = None
     references: tuple[H3Reference, ...] = ()
 

@@ -39,7 +39,7 @@ CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the
 class Clean(NamedTuple):
     """Fractions of the latents in conditions; the rest is noise."""
 
-    visual: float  # of pictures and clips
+    visual: float  # of images and clips
     sound: float
 
 

@@ -24,8 +24,8 @@ from modules.layers.norms import in_own_dtype
 logger = logging.getLogger(__name__)
 
 TILE = 256  # pixels along the side of a tile
-OVERLAP = 64  # pixels that neighbouring tiles share at least
-# by which the pixels of ImageNet, 0..1, were normalised: red, green, blue
+OVERLAP = 64  # pixels that neighboring tiles share at least
+# by which the pixels of ImageNet, 0..1, were normalized: red, green, blue
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 FLOAT32_PARTS = ("encoder.", "quant_conv.")

@@ -17,7 +17,7 @@ from modules.attention.attend import attend
 from modules.layers.norms import RMSNorm, in_own_dtype
 from modules.layers.rope import turns
 
-GROUPS = 32  # of channels that are normalised together
+GROUPS = 32  # of channels that are normalized together
 ENCODER_EPS = 1e-6
 DECODER_EPS = 1e-5
 THETA = 100.0  # base of the decoder's frequencies

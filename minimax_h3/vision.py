@@ -25,14 +25,14 @@ BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each o
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MOST_PIXELS = 1 << 40  # in a preprocessor file
-MAX_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
+MAX_ENLARGED = 1 << 24  # likewise, to which smaller images are enlarged
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits for resizing and normalizing images, or clips, for the vision tower."""
 
-    fewest: int  # pixels of a picture, or of all frames of a clip; smaller ones are enlarged
+    fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
     colours: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
     tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited

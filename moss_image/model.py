@@ -7,8 +7,8 @@ not depend on the order, only on positions. References that attend only to each 
 in all steps of a generation: their keys and values are computed once for each text and set of skipped blocks
 (`MossImageModel.remember`).
 """
-# Letters: B batch, R tokens of references, L of the picture, T of text, N heads, D head width, C = N * D, F
-# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
+# Letters: B batch, R tokens of references, L of the image, T of text, N heads, D head width, C = N * D, F
+# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then o
 END_ROWS = 2  # that modulate the final norm: shift and scale
 GATE_CAP, VALUE_CAP = 4.0, 25.0  # of the two halves of a feed-forward, as trained
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 def situ(value: Tensor, gate: Tensor) -> Tensor:
@@ -170,10 +170,10 @@ class MossImageBlock(GroupedAttention):
 class MossImageLayout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    grid: Grid  # of the image's tokens; (0, 0): there is no image
     references: tuple[Grid, ...]
     texts: int  # tokens of each text, with padding
-    # real tokens of each text, which are the clock of its picture and references; one number if all are alike
+    # real tokens of each text, which are the clock of its image and references; one number if all are alike
     clocks: tuple[int, ...]
 
 
@@ -196,7 +196,7 @@ class RefinedText(NamedTuple):
 
 
 class MossImageModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3.5.
+    """Predict the velocity of noisy latents of an image from states of Qwen3.5.
 
     Simplified, without references, a second text and the code around the blocks:
 

@@ -21,7 +21,7 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "MOSS-Image"
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 STEPS, GUIDANCE = 50, 3.0
 SHIFT = 5.0  # of the noise levels of a generation; training has its own
 SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")

@@ -148,8 +148,14 @@ class NamedTools:
 def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
     """Read tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    option: the option that the texts were given to, for messages. Exits, as argparse does, if a word is
-    not understood. Raises OptionError.
+    If a word is not understood, the program exits as argparse does.
+
+    Args:
+        texts: Words of the option.
+        option: Option that the texts were given to, for messages.
+
+    Raises:
+        OptionError: If a tool or a value cannot be used.
     """
     tools = []
     for text in texts:
@@ -166,8 +172,14 @@ def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    Without a model the downloaded one is taken. before: the words before the name in a command, for messages.
-    Ends the program if help is asked for. Raises OptionError.
+    Without a model the downloaded one is used. The program ends if help is asked for.
+
+    Args:
+        words: The name and the options.
+        before: Words before the name in a command, for messages.
+
+    Raises:
+        OptionError: If the tool is unknown or an option cannot be used.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
@@ -206,7 +218,11 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool of that name, in small or capital letters. Raises OptionError if there is none."""
+    """Return the tool of that name, in small or capital letters.
+
+    Raises:
+        OptionError: If there is none.
+    """
     for tool in TOOLS:
         if name.lower().removesuffix(".py") in {tool.name.lower(), *tool.aliases}:
             return tool
@@ -292,9 +308,13 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
     """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
 
-    tool: its name in `TOOLS`. mode: value of --mode, "" for tools without it. folders: where models are
-    downloaded to; the first folder with all files of the first task is used. Raises OptionError with the
-    download command if no folder has them.
+    Args:
+        tool: Its name in `TOOLS`.
+        mode: Value of --mode, "" for tools without it.
+        folders: Where models are downloaded to; the first folder with all files of the first task is used.
+
+    Raises:
+        OptionError: With the download command if no folder has them.
     """
     from downloads.catalogue import model_sets  # only without --model
 

@@ -48,8 +48,10 @@ class Stage(Protocol):
         """Yield the results in playing order, with a bounded number of pictures in memory.
 
         Pictures that a stage does not change keep their pixels, whatever their dtype. Its summary of the clip
-        is logged when the last picture has gone through. Raises UserError if the result must not be kept;
-        nothing is written then.
+        is logged when the last picture has gone through.
+
+        Raises:
+            UserError: If the result must not be kept; nothing is written then.
         """
 
 

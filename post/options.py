@@ -36,7 +36,11 @@ class ToolRunOptions(Options, title="input and output"):
 
     @property
     def output_path(self) -> Path | None:
-        """Return --output as a path. Raises OptionError for a name that no file can have."""
+        """Return --output as a path.
+
+        Raises:
+            OptionError: For a name that no file can have.
+        """
         return None if self.output is None else to_path("--output", self.output)
 
     @property

@@ -205,9 +205,17 @@ class Fitting:
 
 
 def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
-    """Return the dtype in which a network computes on a device. what: its name, for the log.
+    """Return the dtype in which a network computes on a device.
 
-    float16 becomes float32 on a CPU. Raises OptionError for an unknown dtype and for fp8.
+    float16 becomes float32 on a CPU.
+
+    Args:
+        options: Options of the run.
+        device: Device of the run.
+        what: Its name, for the log.
+
+    Raises:
+        OptionError: For an unknown dtype and for fp8.
     """
     return half_where_fast(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
 

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(25, 4.0, 1328)
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
 
@@ -227,7 +227,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
     files = files_of(options, version, version.use)
     if not version.has_layers:
         return QwenImage(files, version, options)
-    # the picture is then given, clean and in front of its layers, in each batch
+    # the image is then given, clean and in front of its layers, in each batch
     probability = float(options.remove_first_image_from_target)
     return QwenImageLayered(
         files,

@@ -53,7 +53,7 @@ QWEN_USE = LanguageUse(
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
 )
 _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
-# sizes as trained; the model sees one picture
+# sizes as trained; the model sees one image
 EDIT_USE = replace(
     QWEN_USE,
     before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
@@ -119,7 +119,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 # the VAE of Wan2.1 is the same
 VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
-MOST = 10  # pictures to edit; trained with up to three
+MOST = 10  # images to edit; trained with up to three
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ class Version:
     name: str  # of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
-    architecture: str  # modelspec.architecture, as the known tuner has it
+    architecture: str  # modelspec.architecture, as musubi-tuner has it
     release: ModelRelease
     use: LanguageUse
     references: ReferenceRules | None = None
     clean_references: bool = False  # their tokens are modulated with time 0
-    has_layers: bool = False  # it takes a picture apart into layers
+    has_layers: bool = False  # it takes an image apart into layers
     vae_files: str = VAE_FILES
 
 

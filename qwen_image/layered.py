@@ -50,10 +50,10 @@ from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageRefere
 from qwen_image.references import official_size, read_reference, taken_size
 
 VERSION = VERSIONS[LAYERED]
-SIDE = 640  # a picture is made as large as the square of this side. Source: the released pipeline
-LAYERS = 4  # of a picture, if nothing is said. Source: likewise
+SIDE = 640  # an image is made as large as the square of this side. Source: the released pipeline
+LAYERS = 4  # of an image, if nothing is said. Source: likewise
 NEGATIVE = " "  # if nothing is said, as released
-FEW_TOKENS = 256  # of a picture whose noise levels are not shifted. Source: the released pipeline
+FEW_TOKENS = 256  # of an image whose noise levels are not shifted. Source: the released pipeline
 DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
@@ -71,8 +71,8 @@ class QwenImageLayered(ModelOfImages):
     files: QwenImageFiles
     options: Any = NO_OPTIONS  # of a training
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    layers_alone: bool = False  # the whole picture is not made anew in front of the layers
-    keeps_norms: bool = False  # guidance keeps the norm of each token, as in the known tuner
+    layers_alone: bool = False  # the whole image is not made anew in front of the layers
+    keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, kw_only=True)
@@ -115,7 +115,7 @@ class QwenImageLayered(ModelOfImages):
         for frames in media.frames:
             encoded = [vae.encode(_to_pixels(frame[None, None])).to(vae.dtype) for frame in frames]
             latents = torch.cat(encoded, dim=2)[0]
-            # as the known tuner names them
+            # as musubi-tuner names them
             entries.append([CacheEntry({"latents": latents}, grid=(1, *latents.shape[2:]))])
         return entries
 
@@ -165,7 +165,7 @@ class QwenImageLayered(ModelOfImages):
         own = image_size(path)
         area = None
         if request.width is None and request.height is None:
-            area = SIDE**2  # the picture and its layers are of this size, as released
+            area = SIDE**2  # the image and its layers are of this size, as released
             width, height = official_size(own, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)

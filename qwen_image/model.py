@@ -4,7 +4,7 @@ Names of modules are the released ones, which are those of diffusers. Source: th
 2025, arXiv 2508.02324. `hunyuan_model.blocks` lists the steps in float32, and the order of tokens: the image
 first, then the text. The released code has the text first; attention does not depend on the order.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D
 
 import math
@@ -66,7 +66,7 @@ class QwenTokens(blocks.TokensWithTurnedText):
 class QwenLayout(NamedTuple):
     """Key of a rotary table: the sizes of images and texts."""
 
-    # index, rows and columns of each picture's tokens, the ones to make first
+    # index, rows and columns of each image's tokens, the ones to make first
     pictures: tuple[tuple[int, int, int], ...]
     texts: tuple[int, ...]  # tokens of each text
 
@@ -130,7 +130,7 @@ class QwenTimeEmbedding(nn.Module):
                 "linear_2": nn.Linear(config.dim, config.dim),
             }
         )
-        # a row for pictures with alpha, and one for those without, which no release uses
+        # a row for images with alpha, and one for those without, which no release uses
         self.addition_t_embedding = nn.Embedding(2, config.dim) if config.has_layers else None
 
     def forward(self, timesteps: Tensor) -> Tensor:
@@ -160,18 +160,18 @@ class LastNorm(nn.Module):
 
 
 class QwenImageModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL.
+    """Predict the velocity of noisy latents of an image from states of Qwen2.5-VL.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = img_in(patches of noisy)                                  # B L C
+        image = img_in(patches of noisy)                                  # B L C
         text = txt_in(txt_norm(text))                                       # B T C
         vector = time_text_embed(timesteps)                                 # B C
         for block in transformer_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        velocity = proj_out(norm_out(picture, vector))                      # B L Z*4, returned as B Z F H W
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        velocity = proj_out(norm_out(image, vector))                      # B L Z*4, returned as B Z F H W
     """
 
     spec = DIT

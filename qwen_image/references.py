@@ -22,11 +22,11 @@ from qwen_image.options import MASK, QwenImageReferenceOptions
 
 logger = logging.getLogger(__name__)
 
-# pixels of a picture as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
+# pixels of an image as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
 # are multiples of OFFICIAL_STEP. Source: the released pipelines
 MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384
 OFFICIAL_STEP = 32
-STEP = 16  # of pictures that keep their size
+STEP = 16  # of images that keep their size
 AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 
@@ -92,7 +92,7 @@ def fill_size(request: Request) -> Request:
         return request
     try:
         width, height = official_size(image_size(request.control_images[-1]), MEGAPIXEL)
-    except MediaError:  # which says so when the pictures are checked
+    except MediaError:  # which says so when the images are checked
         return request
     return replace(request, width=width, height=height)
 

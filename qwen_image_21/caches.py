@@ -18,7 +18,7 @@ from qwen_image_21.options import NAME
 
 SLOTS, SIZES = "image_slots", "reference_grids"  # places of references in a text, and their latents' sides
 HASHES = "reference_hashes"  # in caches of latents: n 32 uint8
-SEEN_HASHES = "vlm_reference_hashes"  # in caches of texts, of the pictures that the text encoder saw
+SEEN_HASHES = "vlm_reference_hashes"  # in caches of texts, of the images that the text encoder saw
 HASH_BYTES = 32
 TEXTS_AGAIN = "qwen_image_21_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_21_cache_latents.py"

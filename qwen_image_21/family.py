@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
 DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
 REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)

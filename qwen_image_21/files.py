@@ -35,7 +35,7 @@ from qwen_image_21.options import BLANK, NAME
 from qwen_image_21.references import lay_on_white, read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
-KEY = "vl_embed"  # of the known tuner's caches
+KEY = "vl_embed"  # of musubi-tuner's caches
 MOST_TOKENS = 8192  # of a prompt; trained positions reach so far
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEXT_USE = LanguageUse(

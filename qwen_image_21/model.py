@@ -12,8 +12,8 @@ the prefix, are modulated with time 0. Their keys and values are computed once f
 Here the image comes first, as in all models, and the prefix after it: attention depends on positions and on
 what a token may see, not on the order in memory.
 """
-# Letters: B batch, L tokens of the picture, P of the prefix, R of references, T of text, N heads, D head
-# width, C = N * D, S rows of modulation: the picture's, then the prefix'
+# Letters: B batch, L tokens of the image, P of the prefix, R of references, T of text, N heads, D head
+# width, C = N * D, S rows of modulation: the image's, then the prefix'
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ LARGEST = 65504.0  # in float16
 
 gelu = partial(functional.gelu, approximate="tanh")  # as trained
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class Segment(NamedTuple):
@@ -97,20 +97,20 @@ class Prefix:
 class QwenImage21Tokens:
     """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
 
-    grid: Grid  # of the picture's tokens
+    grid: Grid  # of the image's tokens
     picture: int  # how many of them there are, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
     # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
     rows: Tensor  # B S 4C float32: scales and gates of all blocks
-    time: Tensor  # B 1 C float32, the embedded time of the picture
+    time: Tensor  # B 1 C float32, the embedded time of the image
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
-    second_rotary: Tensor | None = None  # as `rotary`, of the picture and the second prefix
+    second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     @property
@@ -323,9 +323,9 @@ class QwenImage21LastNorm(nn.Module):
 class QwenImage21Layout(NamedTuple):
     """Key of a rotary table."""
 
-    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    grid: Grid  # of the image's tokens; (0, 0): there is no image
     prefixes: tuple[Prefix, ...]  # of each sample
-    has_prefix: bool  # else the table is of the picture alone
+    has_prefix: bool  # else the table is of the image alone
 
 
 class PrefixTokens(NamedTuple):
@@ -336,7 +336,7 @@ class PrefixTokens(NamedTuple):
 
 
 class QwenImage21Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL and reference pictures.
+    """Predict the velocity of noisy latents of an image from states of Qwen3-VL and reference images.
 
     Simplified, without references, a second text and the code around the blocks:
 
@@ -345,7 +345,7 @@ class QwenImage21Model(BlockNetwork):
         rows, rows0 = modulation(silu(time)), modulation(silu(time0))       # rows0 for the text; each B 4C
         for block in transformer_blocks:
             scale, gate, scale2, gate2 = rows (or rows0), the gates' tanh   # each B 1 C
-            x = x + gate * attn(norm(x) * (1 + scale))      # the picture sees all, the text what precedes
+            x = x + gate * attn(norm(x) * (1 + scale))      # the image sees all, the text what precedes
             x = x + gate2 * mlp(norm(x) * (1 + scale2))
         velocity = proj_out(norm(x[:, :L]) * (1 + norm_out(silu(time))))    # B L Z, returned as B Z 1 H W
     """

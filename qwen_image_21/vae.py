@@ -41,7 +41,7 @@ FOLDER = "vae"  # in a whole release
 STRIDE = 16  # height and width of one latent pixel, in pixels
 PIXEL_CHANNELS = 4  # red, green, blue, alpha
 LARGEST = 1e6  # mean or deviation of latents; float32 has room for these
-OPAQUE = 1.0  # alpha of a picture without transparency, in -1..1
+OPAQUE = 1.0  # alpha of an image without transparency, in -1..1
 
 # fmt: off
 # of the latents, per channel. Source: the defaults of diffusers' AutoencoderKLQwenImage21
@@ -300,7 +300,7 @@ class QwenImage21Vae(ImageVae):
     def _pixels(self, latents: Tensor) -> Tensor:
         """Return pixels, B 4 H W float32, of normalized latents, B Z h w."""
         mean, deviation = self._statistics()
-        # in float32: 16 bits would tint every picture
+        # in float32: 16 bits would tint every image
         means = self.place(latents.to(self.device).float() * deviation + mean)
         pixels: Tensor = self.decoder(self.post_quant_conv(means.unsqueeze(2)))
         return pixels.squeeze(2).float()

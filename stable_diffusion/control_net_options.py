@@ -57,7 +57,12 @@ def say_generation(
 ) -> list[str]:
     """Return the command of gen_img.py that generates with a trained file, which no other script takes.
 
-    flag: the option for the file. sample: values by the names of `Request`.
+    Args:
+        options: Options of the run.
+        flag: Option for the file.
+        file: The trained file.
+        sample: Values of the sample, by the names of `Request`.
+        _: Ignored.
     """
     words = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

@@ -43,7 +43,11 @@ def make_xformers_processor() -> Any:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return the betas of a schedule whose last timestep is noise alone. betas: float32, one per timestep."""
+    """Return the betas of a schedule whose last timestep is noise alone.
+
+    Args:
+        betas: Betas of the schedule, float32, one per timestep.
+    """
     from diffusers.schedulers import scheduling_ddim
 
     return scheduling_ddim.rescale_zero_terminal_snr(betas)

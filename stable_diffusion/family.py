@@ -345,7 +345,12 @@ class StableDiffusion(ModelOfImages):
     def with_words(self, files: WordsByFile, option: str) -> "StableDiffusion":
         """Return the model whose texts may have the words that LoRA files bring along.
 
-        option: that names the files. Raises CheckpointError for vectors that do not fit the text encoders.
+        Args:
+            files: Words by LoRA file.
+            option: Option that names the files.
+
+        Raises:
+            CheckpointError: For vectors that do not fit the text encoders.
         """
         words = with_bundled((), read_bundled(files, option))
         with self.files.opened() as release:
@@ -419,7 +424,8 @@ class StableDiffusion(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: states of texts, B L C; of SDXL the pooled state and sizes.
 
-        Raises CacheError if texts were made for another length or by other text encoders.
+        Raises:
+            CacheError: If texts were made for another length or by other text encoders.
         """
         texts_again = "the script that caches texts"
         batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
@@ -480,10 +486,12 @@ class StableDiffusion(ModelOfImages):
     # generation: the pictures of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a picture whose texts are read as gen_img.py reads them.
+        """Resolve a request whose texts are read as gen_img.py reads them.
 
-        Raises OptionError for steps that the sampler cannot make, CheckpointError or DownloadError if texts
-        of several chunks need a tokenizer that is missing.
+        Raises:
+            OptionError: If the sampler does not support this number of steps.
+            CheckpointError: If the checkpoint cannot be used.
+            DownloadError: If texts of several chunks need a tokenizer that is missing.
         """
         prepared = self.resolve_image(request, flow_shift=1.0)
         if request.source is None:
@@ -504,7 +512,9 @@ class StableDiffusion(ModelOfImages):
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
         """Return texts whose brackets are weights, all with the number of chunks that the longest takes.
 
-        has_negative: guidance uses the negative text; otherwise its length is ignored.
+        Args:
+            texts: The texts.
+            has_negative: Whether guidance uses the negative text; otherwise its length is ignored.
         """
         read = [texts.positive.text]
         if has_negative and texts.negative is not None:
@@ -595,7 +605,11 @@ def family_for_training(
     says_v2: bool = False,
     clip_skip: int | None = None,
 ) -> StableDiffusion:
-    """Return the model of a training. Raises OptionError for options that the checkpoint contradicts."""
+    """Return the model of a training.
+
+    Raises:
+        OptionError: For options that the checkpoint contradicts.
+    """
     files = TrainingFiles(
         kinds,
         options.ckpt,
@@ -669,7 +683,11 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
 def family_for_generation(
     kinds: tuple[ModelKind, ...], options: StableDiffusionGenerationOptions
 ) -> StableDiffusion:
-    """Return the model of a generation. Raises OptionError for options that the checkpoint contradicts."""
+    """Return the model of a generation.
+
+    Raises:
+        OptionError: For options that the checkpoint contradicts.
+    """
     dtype = torch.float32
     if options.fp16:
         dtype = torch.float16

@@ -123,10 +123,16 @@ def check_control(
     shrinks: bool,
     compared_by: str | None = None,
 ) -> None:
-    """Check against other options. guides: --guide_image_path. shrinks: whether --ds_depth_1 is given.
+    """Check against other options.
 
-    compared_by: the option that compares the guide pictures by CLIP or VGG16. Raises OptionError if pictures
-    are missing or the options do not work together.
+    Args:
+        options: Options of ControlNets.
+        guides: Value of --guide_image_path.
+        shrinks: Whether --ds_depth_1 is given.
+        compared_by: Option that compares the guide images by CLIP or VGG16; None if none does.
+
+    Raises:
+        OptionError: If pictures are missing or the options do not work together.
     """
     if compared_by is not None and options.uses:
         raise OptionError(

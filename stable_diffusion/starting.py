@@ -34,7 +34,13 @@ MIN_STEP, MAX_STEP = 2.0, 4.0
 
 
 def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
-    """Add pyramid noise, then an offset, each with its probability. noise: C h w, standard deviation 1."""
+    """Add pyramid noise, then an offset, each with its probability.
+
+    Args:
+        noise: Noise of standard deviation 1, C h w.
+        options: Options of the noise.
+        generator: Source of random numbers.
+    """
     if _draw_hit(options.pyramid_noise_prob, generator):
         assert options.pyramid_noise_discount_range is not None
         noise = add_pyramid(noise, _draw_between(options.pyramid_noise_discount_range, generator), generator)
@@ -162,8 +168,15 @@ def begin(
 ) -> Beginning:
     """Encode the input pictures, draw their start noise and blend both.
 
-    pictures: all with an input picture or none, all with a mask or none. start: as many entries as pictures.
-    Raises MediaError if an input picture or a mask cannot be read.
+    Args:
+        model: The loaded model.
+        pictures: Images; all have an input image or none has, and likewise a mask.
+        start: Latents or images to start from, as many as images; None without.
+        sampler: The sampler.
+        noise_options: Options of the noise.
+
+    Raises:
+        MediaError: If an input picture or a mask cannot be read.
     """
     settings = pictures[0].settings
     generators = sampler.generators
@@ -240,7 +253,11 @@ def latent_size(settings: ImageSettings) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB, upright. Raises MediaError if it cannot be read."""
+    """Read a picture as RGB, upright.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     return Image.fromarray(read_image(path))
 
 
@@ -277,7 +294,14 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
-    """Return the pictures of latents B 4 h w. labels: of the pictures, for warnings."""
+    """Return the pictures of latents B 4 h w.
+
+    Args:
+        model: The loaded model.
+        latents: Latents, B 4 h w.
+        labels: Names of the images for warnings.
+        vae_batch_size: Number of images that the VAE decodes at once; None for all.
+    """
     images: list[Image.Image] = []
     size = vae_batch(vae_batch_size, len(latents))
     for group in latents.split(size):
@@ -301,7 +325,12 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return the number of pictures that the VAE takes at once. size: --vae_batch_size; None: all."""
+    """Return the number of pictures that the VAE takes at once.
+
+    Args:
+        size: Value of --vae_batch_size; None for all images.
+        count: Number of images.
+    """
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

@@ -49,7 +49,11 @@ IF_TRAINED: Mapping[str, Callable[[Any], bool]] = {
 
 
 def read_block_rates(text: str | None) -> tuple[float, ...]:
-    """Return the numbers of --block_lr. Raises OptionError if they are no learning rates."""
+    """Return the numbers of --block_lr.
+
+    Raises:
+        OptionError: If they are no learning rates.
+    """
     if text is None:
         return ()
     try:

@@ -51,10 +51,16 @@ LISTED = (
 def find_state(
     options: TrainingOptions, resume: str, is_main_process: bool
 ) -> states.SavedState | states.ForeignState | None:
-    """Read the state that --resume names; None if `latest` finds none.
+    """Read the state that --resume names; None if `latest` finds none. All processes must call this.
 
-    All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
-    used.
+    Args:
+        options: Options of the run.
+        resume: Value of --resume.
+        is_main_process: Whether this is the main process.
+
+    Raises:
+        OptionError: If there is no state of this name.
+        CheckpointError: If the state cannot be used.
     """
     saving = options.saving
     storage = options.joined.storage

@@ -19,7 +19,7 @@ def list_without_effect(
     Most options declare this with `acts_if`; this adds those that depend on several records.
 
     Args:
-        options: Of the training.
+        options: Options of the training.
         family_options: The record of the model's own options.
         more_reasons: Option name -> reason, for options without effect because of the model or the data.
     """

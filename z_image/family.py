@@ -64,8 +64,8 @@ Z_IMAGE_USE = LanguageUse(
 
 
 FLOW_SHIFT = 3.0  # where nothing is said
-SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
-# of a transformer whose name says no release: those of the known tuner
+SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
+# of a transformer whose name says no release: those of musubi-tuner
 DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)

@@ -5,7 +5,7 @@ al. 2025, arXiv 2511.22699. `lumina.blocks` lists the steps in float32. Texts an
 learned tokens, which take part in attention; only the rows that another sample's longer text adds to a batch
 are masked.
 """
-# Letters: B batch, L picture tokens with padding, T text tokens with padding, C width of the model
+# Letters: B batch, L image tokens with padding, T text tokens with padding, C width of the model
 
 import torch
 from torch import Tensor, nn

@@ -51,13 +51,13 @@ T5 = replace(
     kind=replace(USE.kind, option="--text_encoder1"),
     tokenizer=replace(USE.tokenizer, option="--text_encoder1_tokenizer"),
 )
-# width and height of the pictures that the model was trained with. Source: the released code of Kontext
+# width and height of the images that the model was trained with. Source: the released code of Kontext
 _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752))
 _NEARLY_SQUARE = ((1328, 800), (1248, 832), (1184, 880), (1104, 944))
 _FLAT: tuple[Size, ...] = (*_WIDE, *_NEARLY_SQUARE)
 TRAINED_SIZES: tuple[Size, ...] = (*((h, w) for w, h in _FLAT), (1024, 1024), *reversed(_FLAT))
 KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-dev",))
-# a LoRA leaves out modulations unless they are asked for, as the known tuner's
+# a LoRA leaves out modulations unless they are asked for, as musubi-tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
 # --discrete_flow_shift is for --timestep_sampling shift
 KONTEXT_NOISE = NoiseSpec(tokens=count_image_tokens)
@@ -107,7 +107,7 @@ class Kontext(Flux):
 
     files: KontextFiles
     trained_guidance: float = 1.0
-    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as the known tuner
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as musubi-tuner
     # to the nearest of TRAINED_SIZES; else a reference keeps its own size
     resizes_references: bool = True
 
@@ -130,7 +130,7 @@ class Kontext(Flux):
     def metadata(self) -> Mapping[str, str]:
         """FLUX.1's metadata with Kontext's architecture and task."""
         kontext = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
-        # the architecture as the known tuner of Kontext has it; that of FLUX.1 has another spelling
+        # the architecture as musubi-tuner has it for Kontext; that of FLUX.1 has another spelling
         return {**super().metadata, **kontext, "architecture": "Flux.1-dev"}
 
     # encoding

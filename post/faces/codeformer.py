@@ -222,7 +222,9 @@ class CodeFormer(nn.Module):
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
         """Return restored faces of about -1..1, in float32, not limited.
 
-        faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
+        Args:
+            faces: B 3 S S, -1..1.
+            fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
         # the features of the codes get the mean and spread that the latents have
@@ -246,7 +248,11 @@ class CodeFormer(nn.Module):
         return x
 
     def codes(self, faces: Tensor) -> Tensor:
-        """Return the index of the code for each place, B L. faces: B 3 S S, -1..1."""
+        """Return the index of the code for each place, B L.
+
+        Args:
+            faces: B 3 S S, -1..1.
+        """
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -285,7 +291,11 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
-    """Plan how to load a CodeFormer file. Raises CheckpointError for any other file."""
+    """Plan how to load a CodeFormer file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:

@@ -180,7 +180,11 @@ class Gfpgan(nn.Module):
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """faces: B 3 S S, -1..1. Returns B 3 S S of about -1..1, in float32, not clamped."""
+        """Returns B 3 S S of about -1..1, in float32, not clamped.
+
+        Args:
+            faces: B 3 S S, -1..1.
+        """
         x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
         skips = []
         for down in self.conv_body_down:
@@ -211,7 +215,11 @@ def _make_steering(width_in: int, width: int) -> nn.Sequential:
 
 
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
-    """Plan how to load a GFPGAN file. Raises CheckpointError for any other file."""
+    """Plan how to load a GFPGAN file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:

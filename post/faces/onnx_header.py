@@ -70,7 +70,8 @@ class _RefusedError(Exception):
 def may_be_onnx(path: Path) -> bool:
     """Return whether a file begins like ONNX, or has its suffix and does not begin like another model.
 
-    Raises CheckpointError if it cannot be read.
+    Raises:
+        CheckpointError: If it cannot be read.
     """
     if path.is_dir():
         return False
@@ -102,8 +103,9 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
 def check_operators(path: Path, refused: Container[str]) -> None:
     """Look at all operators of an ONNX file of any size, without reading its weights into memory.
 
-    Raises CheckpointError if the file is damaged, if its numbers are in other files, or if it has an operator
-    of a kind in `refused`.
+    Raises:
+        CheckpointError: If the file is damaged, if its numbers are in other files, or if it has an operator
+            of a kind in `refused`.
     """
     try:
         require_regular_file(path)

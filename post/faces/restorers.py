@@ -110,7 +110,11 @@ class ParseNet(nn.Module):
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """faces: B 3 h w, -1..1, multiples of the stride. Returns the scores in float32, B 19 h w."""
+        """Returns the scores in float32, B 19 h w.
+
+        Args:
+            faces: B 3 h w, -1..1, multiples of the stride.
+        """
         x = self.encoder(faces.to(self.out_mask_conv.conv2d.weight.dtype))
         return self.out_mask_conv(self.decoder(x + self.body(x))).float()
 
@@ -123,7 +127,11 @@ def face_parts(scores: Tensor) -> Tensor:
 
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
-    """Plan how to load a ParseNet file. Raises CheckpointError for any other file."""
+    """Plan how to load a ParseNet file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
         raise wrong_kind
@@ -165,7 +173,11 @@ class Restorer:
 def load_both(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load both networks. Raises CheckpointError if a file is wrong, or if their sizes do not match."""
+    """Load both networks.
+
+    Raises:
+        CheckpointError: If a file is wrong, or if their sizes do not match.
+    """
     restorer = _load_model(options, model, device, dtype)
     parts = _load_parsenet(parsenet, device, dtype)
     size, stride = restorer.config.size, parts.config.stride
@@ -180,7 +192,11 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load both networks in the dtype that --dtype says. Raises CheckpointError as `load_both`."""
+    """Load both networks in the dtype that --dtype says.
+
+    Raises:
+        CheckpointError: As `load_both` does.
+    """
     network = options.network
     name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
@@ -274,9 +290,12 @@ class FacefixFiles(NamedTuple):
 
 
 def find_files(options: FacefixOptions) -> FacefixFiles:
-    """Return the paths of the files. Raises CheckpointError if one is missing.
+    """Return the paths of the files.
 
     --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
+
+    Raises:
+        CheckpointError: If one is missing.
     """
     mode = options.mode
     model = options.network.model

@@ -89,7 +89,11 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x: B 3 H W. Returns three features B C h w, the finest first."""
+        """Returns three features B C h w, the finest first.
+
+        Args:
+            x: B 3 H W.
+        """
         x = self.layer1(self.maxpool(relu(self.bn1(self.conv1(x)))))
         features = []
         for layer in (self.layer2, self.layer3, self.layer4):
@@ -120,7 +124,11 @@ class MobileNet(nn.Module):
         self.stage1, self.stage2, self.stage3 = stages
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x: B 3 H W. Returns three features B C h w, the finest first."""
+        """Returns three features B C h w, the finest first.
+
+        Args:
+            x: B 3 H W.
+        """
         features = []
         for stage in (self.stage1, self.stage2, self.stage3):
             x = stage(x)

@@ -104,7 +104,11 @@ class RRDBNet(nn.Module):
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B 3 H W, 0..1, H and W multiples of `config.step`. Returns B 3 fH fW, not limited."""
+        """Returns B 3 fH fW, not limited.
+
+        Args:
+            x: B 3 H W, 0..1, H and W multiples of `config.step`.
+        """
         if self.config.unshuffle > 1:
             x = pixel_unshuffle(x, self.config.unshuffle)
         first = x = self.conv_first(x)
@@ -155,6 +159,10 @@ class CompactNet(nn.Module):
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B 3 H W, 0..1. Returns B 3 fH fW, not limited."""
+        """Returns B 3 fH fW, not limited.
+
+        Args:
+            x: B 3 H W, 0..1.
+        """
         large = repeat_pixels(x, self.config.factor)
         return pixel_shuffle(self.body(x), self.config.factor) + large

@@ -71,7 +71,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return the attention bias, heads N N in float32. index: N N, rows of the table."""
+        """Return the attention bias, heads N N in float32.
+
+        Args:
+            index: N N, rows of the table.
+        """
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -304,7 +308,11 @@ class SwinIR(nn.Module):
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B 3 H W, 0..1, H and W multiples of the window. Returns B 3 fH fW, not limited."""
+        """Returns B 3 fH fW, not limited.
+
+        Args:
+            x: B 3 H W, 0..1, H and W multiples of the window.
+        """
         mean = numbers_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
         first = self.conv_first(x)

@@ -450,7 +450,8 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
     """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
-    The number's place within a sampler's share is uniform again, and is fed to it.
+    The position of the number within the range that chooses a sampler is uniform too, so it is that sampler's
+    input.
     """
     t = torch.zeros_like(numbers)
     start = 0.0

@@ -98,7 +98,7 @@ def make_word_rows(
         has_file: Whether they are saved alone too.
         encoders: The loaded networks of the text encoders that learn it, by the prefixes of their names in
             LoRA files.
-        seed: Of the run.
+        seed: Seed of the run.
         with_values: Whether they begin with the values of a file, as in `make_trained_network`.
     """
     if with_values:

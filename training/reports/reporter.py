@@ -141,11 +141,11 @@ class RunReporter:
         self._doing = -math.inf
 
     def note_step(self, report: StepReport, left: float | None = None) -> None:
-        """Add a step.
+        """Write a step into the history.
 
         Args:
             report: Numbers of the step.
-            left: Seconds to the end of the run, including what interrupts the steps.
+            left: Seconds to the end of the run, including what interrupts the steps; None if unknown.
         """
         self.step = report.step
         if self.history.is_written:

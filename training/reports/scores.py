@@ -369,7 +369,7 @@ def _shown(value: float | None) -> str:
 
 
 def _list_remarks(row: StepScores) -> list[str]:
-    """Return what is said of the samples of a step."""
+    """Return the remarks on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]
