@@ -26,7 +26,7 @@ from contract.data import Conditions, weigh_rows
 from contract.family import EncoderAbilities
 from contract.requests import Prompt, Spans
 from contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
-from modules.errors import CheckpointError
+from modules.errors import CaptionError, CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
@@ -347,7 +347,10 @@ class FileTextEncoder(ABC, Generic[Network]):
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
-            written = self.write(Prompt(text))
+            try:
+                written = self.write(Prompt(text))
+            except CaptionError:  # it is reported where it is encoded, and by --check
+                return TokenCount(text, tokens=0, limit=self.most, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_behind = tokens.behind(written.end)
             places = tokens.places[: len(tokens.places) - num_behind]  # of tokens that a cut may drop

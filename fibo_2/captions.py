@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from contract.caption_formats import CaptionFormat, CaptionKey, is_said
 from modules.control_codes import shorten
-from modules.errors import OptionError
+from modules.errors import CaptionError
 from modules.text_files import looks_like_object, read_object
 
 DESCRIPTION, TEXTS = "short_description", "text_render"
@@ -111,14 +111,14 @@ def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
 def read_caption(text: str) -> dict[str, Any] | None:
     """Return the object in a caption or prompt; None for plain text.
 
-    Raises OptionError for text that begins like an object but is not valid JSON.
+    Raises CaptionError for text that begins like an object but is not valid JSON.
     """
     if not looks_like_object(text):
         return None
     try:
         return read_object(text)
     except ValueError as error:
-        raise OptionError(
+        raise CaptionError(
             f"the caption {shorten(text, 60)}: {error}. Correct it; a plain text must not begin with {{"
         ) from None
 
@@ -126,7 +126,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 def write_caption(text: str) -> WrittenCaption:
     """Return a caption as the model was trained to read it; an empty one becomes the null caption.
 
-    Raises OptionError as `read_caption`.
+    Raises CaptionError as `read_caption`.
     """
     if not text.strip():
         return WrittenCaption(NULL)
@@ -139,7 +139,7 @@ def write_caption(text: str) -> WrittenCaption:
 def write_edit(text: str) -> WrittenCaption:
     """Return the caption or prompt of an edit, which follows its images: `...}`, without the opening brace.
 
-    Raises OptionError as `read_caption`, and if an object has no instruction.
+    Raises CaptionError as `read_caption`, and if an object has no instruction.
     """
     content = read_caption(text)
     if content is None:
@@ -147,7 +147,7 @@ def write_edit(text: str) -> WrittenCaption:
         return plain._replace(text=plain.text[1:], before=plain.before[1:])
     error = find_edit_error(content)
     if error:
-        raise OptionError(f"the edit {shorten(text, 60)}: {error}")
+        raise CaptionError(f"the edit {shorten(text, 60)}: {error}")
     caption, instruction = _split_caption(content)
     edit = {CAPTION: caption} if caption else {}
     return WrittenCaption(write_json({**edit, INSTRUCTION: instruction})[1:])

@@ -77,7 +77,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
     def write(self, prompt: Prompt) -> Written:
         """Write a caption or prompt as JSON; a negative prompt stays unchanged.
 
-        Raises OptionError for invalid JSON, and for the JSON of an edit without an instruction.
+        Raises CaptionError for invalid JSON, and for the JSON of an edit without an instruction.
         """
         if prompt.is_negative:
             return super().write(prompt)
@@ -134,7 +134,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
 
 
 def _list_oddities(text: str, is_edit: bool) -> list[str]:
-    """Return what is wrong with the keys of an object, and what of it is not read. Raises OptionError."""
+    """Return what is wrong with the keys of an object, and what of it is not read. Raises CaptionError."""
     content = read_caption(text) or {}
     errors = find_caption_errors(text)
     if content.get(INSTRUCTION) and not is_edit:

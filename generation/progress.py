@@ -42,9 +42,13 @@ def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
-def size_in_words(prepared: Prepared) -> str:
-    """Return a description of a request's result, without its prompt."""
-    frames = f"{prepared.frames} frames, " if prepared.frames > 1 else ""
+def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
+    """Return a description of a request's result, without its prompt.
+
+    has_layers: Whether its frames are a picture and layers.
+    """
+    unit = "pictures" if has_layers else "frames"
+    frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
     if prepared.is_sound_alone:
         size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
@@ -78,7 +82,7 @@ def show_start(
         ("model", ", ".join(model_names)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(_describe_loras(loras))),
-        _describe_results(requests),
+        _describe_results(requests, family.latent.has_layers),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
         ("from", _describe_source(first) if is_single else None),
@@ -111,16 +115,16 @@ def _describe_source(prepared: Prepared) -> str | None:
     return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
 
 
-def _describe_results(requests: Sequence[Prepared]) -> Row:
+def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
     """Return the row of the box that describes the results: their kind, such as `clip`, and a size."""
     first = requests[0]
-    size = size_in_words(first)
+    size = size_in_words(first, has_layers)
     if len(requests) == 1:
         if first.is_sound_alone:
             return "sound", size
-        return "clip" if first.frames > 1 else "picture", size
+        return "clip" if first.frames > 1 and not has_layers else "picture", size
     are_images = all(request.frames == 1 and not request.is_sound_alone for request in requests)
-    return "pictures" if are_images else "clips", f"{len(requests)}; the first: {size}"
+    return "pictures" if are_images or has_layers else "clips", f"{len(requests)}; the first: {size}"
 
 
 def experts_in_words(family: Family) -> list[str]:

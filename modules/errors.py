@@ -24,6 +24,10 @@ class OptionError(UserError):
     exit_code = 2
 
 
+class CaptionError(OptionError):
+    """A caption or prompt that a text encoder cannot read; others can be read."""
+
+
 class DatasetError(UserError):
     """A dataset configuration, or a file named in it, that cannot be used."""
 

@@ -60,7 +60,7 @@ from dataset.sources.remarks import NAMED, find_caption_remarks, warn_cut_captio
 from dataset.subsets import reject_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
-from modules.errors import CacheError, MediaError
+from modules.errors import CacheError, CaptionError, MediaError
 from modules.media.colours import AS_SHOWN
 from modules.paths import path_exists
 
@@ -127,7 +127,9 @@ class TextWork:
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
-        self._failed: dict[str, Failure] = {}  # by the name of the file: its reference pictures are unusable
+        self._failed: dict[
+            str, Failure
+        ] = {}  # by the name of the file: its text, or reference pictures, are unusable
 
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
@@ -257,8 +259,8 @@ class TextWork:
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
 
-        If a reference picture cannot be used, each text is encoded alone, and the one with that picture
-        becomes a failure.
+        If a reference picture or a text cannot be used, each text is encoded alone, and the one with that
+        picture, or that text, becomes a failure.
         """
         rules = self._family.references
         sees_encoded = rules is not None and rules.as_encoded
@@ -277,11 +279,15 @@ class TextWork:
                     prompts.append(prompt)
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
-        except MediaError as error:
+        except (MediaError, CaptionError) as error:
             if len(batch) > 1:
                 alone = [self._encode_batch(encoder, [file]) for file in batch]
                 return [*itertools.chain.from_iterable(alone)]
             (file,) = batch
+            if isinstance(error, CaptionError):
+                place = file.caption_path or Path(file.name)
+                self._failed[file.file_name] = Failure(place, str(error), file.table.index, file.name)
+                return []
             if file.source is None:
                 raise
             if file.source.table.references is not None:

@@ -30,6 +30,11 @@ def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
                 f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
+        elif has_layers and table.control_directory is not None:  # before what it lacks is asked for
+            errors.append(
+                f"{table.name}: control_directory: {who} takes no control images, as the picture itself is "
+                "taken apart. Leave it out"
+            )
     if errors:
         raise DatasetError("\n".join(errors))
 

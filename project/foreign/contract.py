@@ -1,5 +1,6 @@
 """What a program's file says of a training: a record with a rule for each key. No torch."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -155,7 +156,8 @@ def number(least: float = 0, most: float = 1e9) -> Callable[[Any], float]:
 
     def read(value: Any) -> float:
         if isinstance(value, str):  # YAML takes 1e-4 for a text, and the fields of a page are texts
-            value = float(value)
+            with contextlib.suppress(ValueError):
+                value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError("it is no number")
         if not least <= value <= most:

@@ -1,5 +1,6 @@
 """Keys of another trainer's file that are options of the script, or keys of dataset.toml, by their names."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -8,7 +9,7 @@ from dataset.config_keys import Unfit
 from dataset.subset_options import SUBSET_KEYS
 from modules.mistyped import ours_for
 from modules.options import info_of
-from project.foreign.contract import is_off, is_on
+from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
 from project.script_facts import AskedOption, ScriptOptions
@@ -22,6 +23,8 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
     `chosen` are the options for which `new` writes a value of its own.
     """
     places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    if project.program.knows_options:
+        project.options = frozenset(places)
     for key, value in project.others.items():
         if value is None or value in ("", []):
             project.empty.append(show(key))
@@ -60,7 +63,7 @@ def _as_plain(value: Any, usual: Any) -> Any:
     if isinstance(usual, bool):
         return value if isinstance(value, bool) else is_on(value)
     if isinstance(value, str) and isinstance(usual, int | float):
-        value = float(value)
+        value = number(-math.inf, math.inf)(value)
     if isinstance(usual, int) and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

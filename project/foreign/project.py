@@ -1,6 +1,8 @@
 """What another trainer's file asks for, in our terms, and what is told of each of its keys."""
 
 import contextlib
+import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from project.foreign.contract import ForeignRun, Parts, Program, is_off
 # folders around that of the file in which a further file may lie: paths begin where the program is started
 MAX_AROUND = 4
 NO_REASON = "this program has no such thing"
+MISSPELT = 0.85  # how alike two keys are, of which one seems to be the other
 
 
 class EpochsSaid(NamedTuple):
@@ -40,6 +43,8 @@ class ForeignProject:
 
     path: Path
     program: Program
+    keys: frozenset[str] = frozenset()  # all that the file has
+    options: frozenset[str] = frozenset()  # of the script and of dataset.toml, for a program that has them
     run: ForeignRun = ForeignRun("lora", "")
     parts: Parts = Parts()
     new: dict[str, Any] = field(default_factory=dict)  # options of `new`
@@ -130,9 +135,30 @@ class ForeignProject:
             lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.idle))}")
         if self.empty:
             lines.append(f"  left, without a value: {', '.join(self.empty)}")
-        if self.unknown:
-            lines.append(f"  left, {NO_REASON}: {', '.join(self.unknown)}")
+        near = {key: self._find_near(key) for key in self.unknown}
+        misspelt = [f"{key} (for {meant}?)" for key, meant in near.items() if meant]
+        if misspelt:
+            lines.append(f"  left, seems to be misspelt: {', '.join(misspelt)}")
+        unknown = [key for key, meant in near.items() if not meant]
+        if unknown:
+            lines.append(f"  left, {NO_REASON}: {', '.join(unknown)}")
         return lines
+
+    def _find_near(self, key: str) -> str:
+        """Return a key that the file lacks and that differs from this one by a letter or two; "" if none."""
+        table, _, name = key.rpartition(".")
+        generic = without_numbers(table)
+        rules = [rule.rpartition(".") for rule in self.program.rules]
+        names = [last for place, _, last in rules if place == generic]
+        names += [] if table else self.options
+        lacking = [last for last in names if f"{table}.{last}".lstrip(".") not in self.keys]
+        near = difflib.get_close_matches(name, lacking, 1, MISSPELT)
+        return near[0] if near else ""
+
+
+def without_numbers(key: str) -> str:
+    """Return a key with [] for each element of a list, as rules are written."""
+    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def find_beside(file: Path, name: str) -> Path | None:

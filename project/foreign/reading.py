@@ -13,7 +13,7 @@ from project.foreign import ai_toolkit, contract, diffusion_pipe, kohya_gui, one
 from project.foreign.contract import KeyRule, NoRun, Program
 from project.foreign.naming import read_models
 from project.foreign.places import join_places
-from project.foreign.project import ForeignProject, find_beside, show
+from project.foreign.project import ForeignProject, find_beside, show, without_numbers
 from project.foreign.taking import find_rule, take_value
 
 PROGRAMS: tuple[Program, ...] = (
@@ -46,6 +46,7 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
         name = values.get(companion)
         if isinstance(name, str) and name.strip():
             values |= _read_companion(project, companion, name)
+    project.keys = frozenset(values)
     _join_units(project, program, values)
     _select_run(project, values, trains)
     project.parts = program.find_parts(values)
@@ -130,7 +131,7 @@ def _join_units(project: ForeignProject, program: Program, values: dict[str, Any
 
 
 def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
-    generic = {re.sub(r"\[\d+\]", "[]", key).removeprefix("--") for key in values}
+    generic = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not generic.isdisjoint(program.marks):
             return program

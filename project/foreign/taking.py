@@ -9,7 +9,7 @@ from modules.control_codes import shorten
 from modules.errors import UserError
 from project.foreign import contract
 from project.foreign.contract import KeyRule, NotSaid, Program, is_off
-from project.foreign.project import EpochsSaid, ForeignDataset, ForeignProject, show
+from project.foreign.project import EpochsSaid, ForeignDataset, ForeignProject, show, without_numbers
 
 _DRAWN = -1  # files of an epoch that are still to be counted: num_repeats of the dataset says how many
 
@@ -42,7 +42,7 @@ def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
     """Return the rule of a key, or that of the table around it, which is written as `table.*`."""
-    generic = re.sub(r"\[\d+\]", "[]", key)
+    generic = without_numbers(key)
     if generic in program.rules:
         return program.rules[generic]
     tables = [name for name in program.rules if name.endswith("*") and generic.startswith(name[:-1])]

@@ -120,6 +120,13 @@ def test_what_layers_exclude_is_refused(tmp_path: Path, keys: str) -> None:
         read_table(tmp_path, keys)
 
 
+def test_control_pictures_of_layers_are_refused_before_missing_ones_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    read_table(tmp_path, 'control_directory = "before"')
+    with pytest.raises(DatasetError, match="Layered takes no control images.* Leave it out"):
+        check_layers(load_dataset_config(tmp_path / "data.toml"), True, "Layered")
+
+
 def test_a_model_and_its_tables_agree_about_layers(tmp_path: Path) -> None:
     read_table(tmp_path)
     config = load_dataset_config(tmp_path / "data.toml")

@@ -1,6 +1,8 @@
 """Captions of Fibo 2.0 are cleaned as in diffusers' pipeline, and their faults are found."""
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import (
     DEFAULT_NEGATIVE_PROMPT,
     TEXT_ENCODER_OUT_LAYERS,
 )
+from PIL import Image
 
 from fibo_2.captions import NULL, find_caption_errors, write_caption, write_edit
 from fibo_2.configs import BUNDLES
 from modules.errors import OptionError
+from tests.faults.messages import run_here
+from tests.tiny.fibo_2 import write_text_encoder
 
 NESTED = {
     "short_description": "Ein Rad, grün",
@@ -130,3 +135,28 @@ def test_the_check_tells_what_is_missing_and_what_is_misspelt(
     caption: dict[str, Any], faults: list[str]
 ) -> None:
     assert find_caption_errors(json.dumps(caption)) == faults
+
+
+def test_captions_that_are_broken_json_are_named_and_all_others_cached(tmp_path: Path) -> None:
+    encoder = write_text_encoder(tmp_path / "text_encoder")
+    captions = {"a": '{"short_description": "a",', "b": '{"short_description": "b"}', "ü": '{"a": 1}}'}
+    for name, caption in captions.items():
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
+    config = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\ncaption_extension = ".txt"\n'
+    (tmp_path / "data.toml").write_text(f"{config}resolution = [64, 64]\n", encoding="utf-8")
+    words = ["--dataset_config", "data.toml", "--text_encoder", encoder, "--text_encoder_dtype", "float32"]
+    script = "fibo_2_cache_text_encoder_outputs.py"
+    printed = io.StringIO()
+
+    code, said = run_here(script, *words, "--check", folder=tmp_path, printed=printed)
+    assert code == 1
+    for name in ("a", "ü"):
+        assert f"{name}.txt: it is no JSON" in printed.getvalue() + said
+    assert "Faults: 2" in printed.getvalue() + said
+
+    code, said = run_here(script, *words, "--device", "cpu", folder=tmp_path)
+    assert code == 1
+    for name in ("a", "ü"):
+        assert f"{name}.txt: the caption {captions[name]}: it is no JSON" in said
+    assert [path.name for path in (tmp_path / "cache").glob("*_te.safetensors")] == ["b_fibo_te.safetensors"]

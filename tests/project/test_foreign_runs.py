@@ -361,3 +361,69 @@ def test_usual_values_of_the_other_program_are_taken_and_told(
     assert found.training["lr_scheduler"] == "constant_with_warmup"
     assert found.general["resolution"] == [512, 512]
     assert "taken as OneTrainer has it if a file does not say it:" in found.told
+
+
+SIMPLETUNER = {"model_family": "flux", "model_flavour": "dev", "model_type": "lora", "lora_rank": 4}
+TOOLKIT_TRAIN = "config.process[0].train"
+
+
+def misspell(content: Any, key: str, wrong: str) -> Any:
+    """The same project with a key that is called otherwise."""
+    if isinstance(content, str):
+        return content.replace(f"\n{key} = ", f"\n{wrong} = ")
+    return json.loads(json.dumps(content).replace(f'"{key}":', f'"{wrong}":'))
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "key", "wrong", "told"),
+    [
+        (AI_TOOLKIT, "p.yaml", "steps", "stepps", f"{TOOLKIT_TRAIN}.stepps (for steps?)"),
+        (DIFFUSION_PIPE, "p.toml", "epochs", "epocs", "epocs (for epochs?)"),
+        (SIMPLETUNER, "p.json", "lora_rank", "lora_rnak", "lora_rnak (for lora_rank?)"),
+        (ONETRAINER, "p.json", "epochs", "epohs", "epohs (for epochs?)"),
+        (KOHYA, "p.json", "network_dim", "network_dimm", "network_dimm (for network_dim?)"),
+        ({**KOHYA, "min_snr_gama": 5}, "p.json", "", "", "min_snr_gama (for min_snr_gamma?)"),
+    ],
+    ids=["AI Toolkit", "diffusion-pipe", "SimpleTuner", "OneTrainer", "kohya_ss", "an option"],
+)
+def test_a_key_that_is_nearly_one_of_the_program_is_told_with_it(
+    content: Any,
+    name: str,
+    key: str,
+    wrong: str,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    if key:
+        assert "seems to be misspelt" not in describe(photos, content, capsys, name=name).told
+        content = misspell(content, key, wrong)
+    found = describe(photos, content, capsys, name=name)
+    assert f"left, seems to be misspelt: {told}" in found.told
+
+
+def test_a_text_for_a_number_is_told_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    wrong = {"epoch": "two", "network_dim": "eight", "noise_offset": "some"}
+    found = describe(photos, {**KOHYA, **wrong}, capsys)
+    for key, value in wrong.items():
+        assert f"{key} = {value}: it is no number" in found.told
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({**SIMPLETUNER, "model_family": "fluxx"}, "model_family = fluxx"),
+        ({**ONETRAINER, "model_type": "SDXLL"}, "model_type = SDXLL"),
+    ],
+)
+def test_a_model_of_no_known_name_is_said_to_be_that(
+    content: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    with pytest.raises(OptionError, match=f"{said}.*, which names no model known here"):
+        describe(photos, content, capsys)

@@ -1,5 +1,6 @@
 """What Qwen-Image-Layered settles for a request, refuses, caches and predicts."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from contract.data import CONTROL, Batch, MediaBatch
 from contract.requests import Prepared, Request
 from contract.steps import Tweaks
+from generation.progress import show_start
 from generation.run import check_latents
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
@@ -63,6 +65,20 @@ def test_a_picture_and_its_layers_have_640_pixels_squared_in_its_shape(
     assert prepared.rules.token_side is None
     assert prepare(family, picture, frames=2).frames == 3  # of a training's sample
     assert prepare(family, picture, extra={"output_layers": "6"}, frames=2).frames == 7
+
+
+def test_the_plan_of_a_generation_speaks_of_pictures(
+    family: QwenImageLayered, picture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    prepared = prepare(family, picture, width=64, height=64, steps=3)
+
+    for requests in ([prepared], [prepared, prepared]):
+        show_start(family, requests, {}, tmp_path, CPU)
+
+    (one, two) = [text for text in caplog.messages if "Generating" in text]
+    assert re.search(r"picture: +64 x 64 \(width x height\), 5 pictures, 3 steps", one)
+    assert re.search(r"pictures: +2; the first: 64 x 64 .*, 5 pictures, 3 steps", two)
 
 
 @pytest.mark.parametrize(("width", "height", "shift"), [(640, 640, 2.5), (1024, 1024, 4.0)])

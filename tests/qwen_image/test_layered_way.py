@@ -18,6 +18,7 @@ import qwen_image_train
 import qwen_image_train_network
 from tests.tiny.dit_files import TinyModel
 from tests.tiny.qwen_image import write_tiny_qwen_image
+from training.reports.history import history_path
 
 LAYERED = ["--model_version", "layered"]
 SAMPLE = "a cat --ci {} --f 2 --w 32 --h 32 --s 2 --d 7 --l 1"
@@ -119,6 +120,9 @@ def test_a_sample_of_a_training_is_what_the_generation_script_makes_of_its_lora(
     for ending in ("_layer0", "_layer1", "_layer2", "_composite"):
         assert abs(pixels_of(sample, ending) - pixels_of(made, ending)).max() <= 1
     assert abs(pixels_of(sample, "_layer1") - pixels_of(without, "_layer1")).max() > 4
+    lines = history_path(project.folder / "lora", "made").read_text(encoding="utf-8").splitlines()
+    (shown,) = [row["files"] for row in map(json.loads, lines) if "samples" in row]
+    assert [name.endswith("_composite.png") for name in shown.values()] == [True]  # on the run's page
     with safe_open(lora, "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"] == "qwen_image_layered"

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
+from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
@@ -42,8 +43,12 @@ class ReducedClip:
 
 
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
-    """Return the files of the samples with this mark by the number of their prompt, the newest of each."""
-    pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}})(_\d+)?(_000)?\.(png|mp4|wav)")
+    """Return the files of the samples with this mark by the number of their prompt, the newest of each.
+
+    Of a picture with layers it is the file that shows them together.
+    """
+    end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
+    pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
     newest: dict[int, tuple[str, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)

@@ -426,6 +426,15 @@ def test_samples_go_to_tensorboard_with_and_without_a_page(tmp_path: Path, sampl
         assert (images[0].width, images[0].height) == (3 * 32 + 2 * 4, 32)
 
 
+def test_a_sample_with_layers_is_what_they_show_together(tmp_path: Path) -> None:
+    for ending in ("layer0", "layer1", "composite"):
+        (tmp_path / f"x_000004_01_20260101000000_7_{ending}.png").touch()
+
+    found = find_samples(tmp_path, "x", "000004")
+
+    assert found == {1: tmp_path / "x_000004_01_20260101000000_7_composite.png"}
+
+
 def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -> None:
     rate = 16000
     sound = np.sin(np.arange(2 * rate) * 0.2, dtype=np.float32) * np.repeat([0, 0.5], rate).astype(np.float32)
