@@ -24,6 +24,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--autoplay-policy=no-user-gesture-required"),
 ]
+ONE_PROCESS = "--process-per-site"  # for all pages of the tests' servers
 
 
 @contextlib.contextmanager
@@ -33,7 +34,13 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
 
     What the page stores is its own. Skips the test if no browser is installed.
     """
-    page = _start().new_page(viewport={"width": width, "height": height}, **look)
+    shared = _context(**look)
+    is_first = shared not in USED
+    if is_first:
+        USED.append(shared)
+        _close_pages(shared)  # a window may have opened late
+    page = shared.new_page() if is_first else _start(ONE_PROCESS).new_page(**look)
+    page.set_viewport_size({"width": width, "height": height})
     url = place if isinstance(place, str) else place.resolve().as_uri()
     _prepare(page, url)
     page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
@@ -42,7 +49,44 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
         page.wait_for_load_state("load")
         yield page
     finally:
+        if is_first:
+            USED.remove(shared)
+            _close_pages(shared)
+            _remove_stored(shared, page.origins)
+        else:
+            page.close()
+
+
+@cache
+def _context(**look: str) -> Any:
+    """Return the context that pages of one look share which follow each other.
+
+    Its first page keeps a process that each page of a new context would start, a processor second of work.
+    It is blank, and at the address of the tests' servers: pages of one site share a process, whatever
+    the port.
+    """
+    context = _start(ONE_PROCESS).new_context(**look)
+    first = context.new_page()
+    first.route("**", lambda route: route.fulfill(body="", content_type="text/html"))
+    first.goto("http://127.0.0.1/")
+    return context
+
+
+USED: list[Any] = []  # contexts of which a page is open
+
+
+def _close_pages(context: Any) -> None:
+    """Close all pages of a context but its first one."""
+    for page in context.pages[1:]:
         page.close()
+
+
+def _remove_stored(context: Any, origins: set[str]) -> None:
+    """Remove all that pages have stored, cookies too. origins: of the pages."""
+    session = context.new_cdp_session(context.pages[0])
+    for origin in origins:
+        session.send("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})
+    session.detach()
 
 
 @contextlib.contextmanager
@@ -50,6 +94,7 @@ def open_tabs(url: str, count: int, script: Path) -> Iterator[list[Any]]:
     """Yield as many tabs of one browser, each with this address open and `problems` as of `open_page`.
 
     Each is in a window of its own: one behind another would be drawn once a second, and clicks wait for that.
+    Each has a process of its own, so that a busy one does not make the other one late.
     script: runs in each page before its own scripts. Dialogs are left to the caller.
     """
     context = _start().new_context(viewport={"width": 1280, "height": 900})
@@ -69,27 +114,29 @@ def open_tabs(url: str, count: int, script: Path) -> Iterator[list[Any]]:
 
 
 def _prepare(page: Any, url: str) -> None:
-    """Let the page wait as long as tests do, for all that it is asked, and note its problems."""
+    """Let the page wait as long as tests do, for all that it is asked, and note its problems and origins."""
     page.set_default_timeout(PATIENCE * MILLISECONDS)
     page.problems = []
+    page.origins = set()
     page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
     page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
     page.on("request", lambda request: _note_request(page, request.url, url))
 
 
-STARTED: list[Any] = []  # Playwright and its browser, which files share that follow each other
+STARTED: list[Any] = []  # Playwright and its browsers, which files share that follow each other
 
 
 @cache
-def _start() -> Any:
-    """Return the browser, which runs until `end_browser`."""
+def _start(*flags: str) -> Any:
+    """Return the browser with these flags, which runs until `end_browser`."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if browser_path is None:
         pytest.skip("no browser: apt-get install --no-install-recommends chromium-headless-shell")
-    STARTED.append(sync_api.sync_playwright().start())
-    STARTED.append(STARTED[0].chromium.launch(executable_path=browser_path, args=FLAGS))
-    return STARTED[1]
+    if not STARTED:
+        STARTED.append(sync_api.sync_playwright().start())
+    STARTED.append(STARTED[0].chromium.launch(executable_path=browser_path, args=[*FLAGS, *flags]))
+    return STARTED[-1]
 
 
 def is_used_by(test_file: ModuleType | None) -> bool:
@@ -115,9 +162,12 @@ def end_browser() -> None:
         playwright.stop()
         STARTED.clear()
     _start.cache_clear()
+    _context.cache_clear()
 
 
 def _note_request(page: Any, url: str, own: str) -> None:
+    if not url.startswith("data:"):
+        page.origins.add("/".join(url.split("/")[:3]))
     if not url.startswith(("data:", "file:", "/".join(own.split("/")[:3]))):
         page.problems.append(f"request: {url}")
 

@@ -22,15 +22,14 @@ MAX_KEPT = 150_000  # objects, about 80 MB of small models
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what compares marks and tiers with measured times."""
-    parser.addoption("--measure-tests", action="store_true", help="measure tests in processor seconds")
+    parser.addoption("--measure-tests", action="store_true", help="write their processor seconds down")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Measure if that is asked for; enter an account that is new."""
+    """Measure; enter an account that is new."""
     home = account.enter_new_account()
     config.add_cleanup(lambda: account.leave_account(home))
-    if config.getoption("measure_tests"):
-        config.pluginmanager.register(long_tests.Measuring())
+    config.pluginmanager.register(long_tests.Measuring(compares_marks=config.getoption("measure_tests")))
 
 
 @pytest.hookimpl(tryfirst=True)

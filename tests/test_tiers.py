@@ -7,10 +7,12 @@ from typing import Any, cast
 import pytest
 
 import run_tests
+from tests import long_tests
 from tests.browser import test_light
 from tests.commands import ROOT
 from tests.long_tests import Measuring, read_durations, read_heavy, write_durations
 from tests.marks import CASES, spread, starts_script
+from tests.warm_processes import CAN_BE_WARM, WarmServer
 
 # What is left is for collecting in two processes, ruff, and files that nobody has measured yet.
 BUDGET = 0.75 * run_tests.MAX_SECONDS
@@ -62,6 +64,43 @@ def test_a_process_that_is_waited_for_counts() -> None:
     before = Measuring._now()
     subprocess.run([sys.executable, "-S", "-c", "for _ in range(4_000_000): pass"], check=True)
     assert Measuring._now() - before > 0.03
+
+
+@pytest.mark.skipif(not CAN_BE_WARM, reason="a copy of a process is started on Linux alone")
+def test_a_copy_of_a_warm_process_counts() -> None:
+    """One that has ended: its process waits for it, not the test's."""
+    import subprocess
+    import sys
+    from types import SimpleNamespace
+
+    burn = f"subprocess.run([sys.executable, '-S', '-c', {'for _ in range(6_000_000): pass'!r}])"
+    code = f"import subprocess, sys; {burn}; print(flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = long_tests.read_children(cast(WarmServer, SimpleNamespace(pid=process.pid)))
+        process.communicate(b"\n")
+    assert seconds > 0.03
+    assert long_tests.read_children(cast(WarmServer, SimpleNamespace(pid=process.pid))) == 0
+
+
+def test_a_run_says_what_its_rooms_take_and_names_what_is_heavy() -> None:
+    measuring = Measuring(compares_marks=False)
+    for name, seconds, marks in (
+        ("tests/wan/test_a.py::test_a[1]", 1.5, {"long"}),
+        ("tests/wan/loaders/test_b.py::test_b", 3.0, {"script"}),
+        ("tests/wan/test_c.py::test_c", 9.0, {"slow"}),
+        (f"{min(read_heavy())}[1]", 7.0, {"script"}),
+        ("tests/test_d.py::test_d", 0.5, set[str]()),
+    ):
+        measuring._seconds[name] = seconds
+        measuring._marks[name] = marks
+    rooms = measuring._describe_rooms()
+    assert rooms.startswith("21 processor seconds of 5 cases: ")
+    assert "wan 14" in rooms
+    [line] = measuring._list_heavy()
+    assert line.startswith("tests/wan/loaders/test_b.py::test_b takes 3.0 s")
 
 
 def test_what_opens_a_page_in_a_browser_is_not_quick() -> None:
