@@ -1,7 +1,7 @@
 """The adapter of Anima: T5's tokens, embedded by a table of its own, attend to the states of Qwen3.
 
-What it returns takes the place of T5's states, with which Cosmos-Predict2 was trained. It is in the
-transformer's file, or in one of its own. Source: the released model, and diffusers' AnimaTextConditioner.
+Its output takes the place of T5's states, with which Cosmos-Predict2 was trained. It is in the transformer's
+file, or in one of its own. Source: the released model, and diffusers' AnimaTextConditioner.
 """
 # Letters: T tokens of T5, S states of the language model, N heads, D head width, C = N * D
 
@@ -34,6 +34,7 @@ class AdapterAttention(nn.Module):
     def forward(
         self, x: Tensor, source: Tensor, rotary: Tensor, source_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
+        """Return the attention of x, 1 T C, to `source`, 1 T C or 1 S text_dim, with positions from 0."""
         # x: 1 T C    source: 1 T C or 1 S text_dim, whose rows have positions of their own, from 0
         heads = (-1, *self.q_norm.normalized_shape)
         query = self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
@@ -60,6 +61,7 @@ class AdapterBlock(nn.Module):
     def forward(
         self, x: Tensor, states: Tensor, rotary: Tensor, states_rotary: Tensor, attention: AttentionChoice
     ) -> Tensor:
+        """Apply the block to tokens x, 1 T C. `states` are 1 S text_dim."""
         # x: 1 T C    states: 1 S text_dim
         normed = self.norm_self_attn(x)
         x = x + self.self_attn(normed, normed, rotary, rotary, attention)
@@ -69,7 +71,7 @@ class AdapterBlock(nn.Module):
 
 
 class AnimaAdapter(nn.Module):
-    """Turn the tokens of a prompt and their language model's states into rows for the transformer."""
+    """Turns the tokens of a prompt and their language model's states into rows for the transformer."""
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
@@ -83,11 +85,13 @@ class AnimaAdapter(nn.Module):
         self._rotary, self._states_rotary = GridTable(make_table), GridTable(make_table)
 
     def forward(self, states: Tensor, ids: Tensor, attention: AttentionChoice) -> Tensor:
-        """Return the rows of one prompt, 1 T C.
+        """Return the rows of one prompt, 1 T C. There is no padding, so that nothing is masked.
 
-        states: 1 S text_dim, of the prompt's own tokens. ids: 1 T, T5's tokens with its end. Without
-        padding, so that nothing is masked. A prompt without tokens has one state of zeros: attention to it
-        adds nothing. ids are sent to the device of the states.
+        Args:
+            states: States of the prompt's own tokens, 1 S text_dim. A prompt without tokens has one state of
+                zeros, to which attention adds nothing.
+            ids: T5's tokens with its end token, 1 T; copied to the device of the states.
+            attention: Passed to `modules.attention.attend`.
         """
         dtype = activation_dtype(states.device, self.out_proj.weight.dtype)
         states = states.to(dtype)
@@ -112,8 +116,15 @@ def read_texts(
 ) -> list[Tensor]:
     """Return the adapter's rows of each prompt, n C with n <= `rows`; the transformer pads them with zeros.
 
-    states: B S text_dim, of which `counts` are real. ids: B T, T5's tokens. weights: B T: 0 for padding, else
-    the weight of the token, which is 1 for the last one. Both on the host if they can be.
+    Args:
+        adapter: The adapter.
+        states: B S text_dim.
+        counts: Number of real states of each prompt.
+        ids: T5's tokens, B T; on the host if possible.
+        weights: B T: 0 for padding, else the weight of the token, which is 1 for the last one; on the host if
+            possible.
+        rows: Maximum number of rows.
+        attention: Passed to `modules.attention.attend`.
     """
     positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
     ends = ((weights != 0) * positions).amax(dim=1).tolist()

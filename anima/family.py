@@ -67,9 +67,9 @@ class Anima(ModelOfImages):
 
     files: AnimaFiles
     options: Any = NO_OPTIONS  # of a training
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="anima", init=False)
@@ -94,23 +94,25 @@ class Anima(ModelOfImages):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Return names of the model, and the number of its blocks: a LoRA's names do not always tell it."""
+        """Metadata of the model, and the number of its blocks, which a LoRA's names do not always show."""
         blocks = {} if self.files.dit is None else {SOURCE_BLOCKS[0]: str(*self.block_counts())}
         return self.metadata_of({**self.named, **blocks})
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
         return DEFAULTS if self.made_network is None else replace(DEFAULTS, extras=("control_multiplier",))
 
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError unless a table fits: control images belong to a ControlNet-LLLite only."""
         if self.made_network is not None:
             table = control_pictures.check_controls(table, self.made_network.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalised means of pictures, in the VAE's dtype."""
+        """Return normalized means of images, in the VAE's dtype."""
         vae = encoders.vae
         images = replace(media, control=())
         entries = encode_images(
@@ -122,10 +124,11 @@ class Anima(ModelOfImages):
 
     @property
     def part_rates(self) -> Mapping[str, float]:
-        """Return learning rates of parts, of a training of all weights that gives some."""
+        """Learning rates of parts, if full training sets any."""
         return self.options.part_rates if isinstance(self.options, AnimaFullTrainingOptions) else {}
 
     def file_beside(self, dit: Path) -> Path | None:
+        """Return the separate file of the adapter; None if the transformer's file has it."""
         return self.files.adapter_path
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -147,7 +150,7 @@ class Anima(ModelOfImages):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states and tokens. Raises CacheError, or CheckpointError, for others."""
+        """Return the captions' states and tokens. Raises CacheError or CheckpointError if they do not fit."""
         batch.check(dict.fromkeys(sorted(INPUTS.values()), TEXTS_AGAIN), "the transformer")
         adapter = self.files.adapter_config()
         remedy = f"{TEXTS_AGAIN} and Qwen3 (0.6B)"
@@ -163,7 +166,10 @@ class Anima(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from prompt_embeds B S D, attn_mask B S, t5_input_ids and t5_attn_mask, each B T."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are prompt_embeds B S D, attn_mask B S, t5_input_ids B T and t5_attn_mask B T.
+        """
         beside = getattr(dit, "beside", None)
         if beside is not None:
             controls, strength = control_pictures.control_in(cond, noisy.device, torch.float32)
@@ -179,11 +185,12 @@ class Anima(ModelOfImages):
     # generation
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that nothing sees: a made network sees the control picture."""
+        """Return the request without unused media; a ControlNet-LLLite in training uses the control image."""
         sees = self.made_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Return the control image for a ControlNet-LLLite, as pixels."""
         if self.made_network is not None:
             return {0: control_pictures.sample_controls(prepared)}
         path = self.options.control_image if isinstance(self.options, AnimaGenerationOptions) else None
@@ -191,6 +198,7 @@ class Anima(ModelOfImages):
         return {0: {} if path is None else control_pictures.read_control(path, *size, strength=1.0)}
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve size, flow shift and guidance of a request."""
         return self.resolve_image(request, FLOW_SHIFT)
 
     def sections(
@@ -200,6 +208,7 @@ class Anima(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section, after checking that the adapter has all of the prompt's tokens."""
         vocabulary = self.files.adapter_config().vocabulary
         ids = prompts[0].positive[IDS]
         assert isinstance(ids, Tensor)
@@ -218,14 +227,17 @@ def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tenso
 
 
 def family_for_latent_caching(options: AnimaLatentCachingOptions) -> Anima:
+    """Describe the family for anima_cache_latents.py, which needs only the VAE."""
     return Anima(AnimaFiles().add_vae(options.vae.file), stores_controls=True)
 
 
 def family_for_text_caching(options: AnimaTextCachingOptions) -> Anima:
+    """Describe the family for anima_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Anima(AnimaFiles().add_texts(options.qwen3, options.text))
 
 
 def family_for_training(options: AnimaLearningOptions) -> Anima:
+    """Describe the family for Anima's trainings; warn if full training changes the adapter."""
     if isinstance(options, AnimaFullTrainingOptions) and options.llm_adapter_lr is None:
         logger.warning(
             "the adapter is trained too, which the authors of %s advise against. Give --llm_adapter_lr 0 to "
@@ -241,6 +253,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
 
 
 def family_for_generation(options: AnimaGenerationOptions) -> Anima:
+    """Describe the family for anima_generate_image.py."""
     if options.lllite_weights is not None and options.control_image is not None:
         from anima.lllite import check_file  # only with its file
 

@@ -1,4 +1,4 @@
-"""Checkpoints of Anima: transformers in the released layout and in diffusers', and adapters in other files.
+"""Checkpoints of Anima: transformers in the released layout and in diffusers', and separate adapter files.
 
 The adapter is in the transformer's file as distributed; a diffusers release has it as `text_conditioner`.
 """
@@ -77,7 +77,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 
 
 def _read_config(shapes: DitShapes) -> AnimaConfig:
-    """Return the sizes of a transformer. Raises CheckpointError if they are not of Anima."""
+    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
     dim, columns = shapes.of("x_embedder.proj.1.weight")
     numbers, _ = shapes.of("final_layer.linear.weight")
     if columns == numbers + 2 * PATCH**2:
@@ -116,7 +116,7 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
 
 
 def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
-    """Return the sizes of the adapter; None if there is none. Raises CheckpointError if they do not fit."""
+    """Return the dimensions of the adapter; None without one. Raises CheckpointError if they do not fit."""
     if f"{ADAPTER_START}{ADAPTER_MARK}" not in shapes.shapes:
         return None
     start = f"{ADAPTER_START}blocks.0."
@@ -165,7 +165,7 @@ identify, load_dit = FORMAT.identify, FORMAT.load
 def read_dit_header(checkpoint: Checkpoint, adapter: Path | None = None) -> DitHeader[AnimaConfig]:
     """Read dimensions, dialect and dtype of an open file with its adapter, or with that of another file.
 
-    Raises CheckpointError for another file, and if there is no adapter.
+    Raises CheckpointError for another model's file, and if there is no adapter.
     """
     if adapter is None:
         header = FORMAT.read_header(checkpoint)
@@ -196,7 +196,7 @@ class AnimaFiles(QwenImageFiles):
     called: ClassVar[str] = NAME
 
     def add_texts(self, path: Path | None, options: AnimaTextOptions) -> "AnimaFiles":
-        """Return a copy with the options of texts. path: of the text encoder."""
+        """Return the files with the options of texts. `path` is that of the text encoder."""
         return replace(
             self,
             text_encoder=path,
@@ -210,20 +210,22 @@ class AnimaFiles(QwenImageFiles):
         )
 
     def adapter_config(self) -> AdapterConfig:
-        """Return the sizes of the adapter. Raises as `dit_header`."""
+        """Return the dimensions of the adapter. Raises as `dit_header`."""
         adapter = self.dit_header().config.adapter
         assert adapter is not None  # `read_dit_header` refuses a model without
         return adapter
 
     @property
     def adapter_path(self) -> Path | None:
+        """Path of a separate adapter file; None without one. Raises OptionError if it does not exist."""
         return None if self.adapter is None else require_file(self.adapter, ADAPTER_OPTION, "the adapter")
 
     def dit_header(self) -> DitHeader[AnimaConfig]:
+        """Read the header of the transformer with its adapter, once per file and process."""
         return read_once(self.dit_path, read_dit_header, self.adapter_path)
 
     def language_model(self) -> AnimaTextEncoder:
-        """Return the text encoder; its file is opened when it is loaded."""
+        """Return the text encoder, whose weights are read when it is loaded."""
         return AnimaTextEncoder(
             self.text_use,
             self.text_encoder_path,

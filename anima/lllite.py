@@ -1,4 +1,4 @@
-"""ControlNet-LLLite of Anima at work: read from files, hung into the transformer, written."""
+"""ControlNet-LLLite of Anima in use: read from files, attached to the transformer, and written."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -34,12 +34,12 @@ WHAT = "a ControlNet-LLLite for Anima"
 WEIGHTS = "--network_weights"
 GIVE = "a file of anima_train_control_net_lllite.py"
 VERSION = "2"
-MAX_DILATION = 64  # of the trunk's views; the largest control pictures are 256 positions wide there
+MAX_DILATION = 64  # of the trunk's views; the largest control images are 256 positions wide there
 
 
 @dataclass(frozen=True)
 class LllitePlan:
-    """Sizes of a file."""
+    """Dimensions of a file."""
 
     config: LlliteConfig
     blocks: int
@@ -47,23 +47,24 @@ class LllitePlan:
 
 
 class HungLllite(AnimaLllite):
-    """A ControlNet-LLLite in a transformer, whose layers it changes wherever the transformer is called."""
+    """A ControlNet-LLLite attached to a transformer: it changes layers in every call of the transformer."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
-        """scale: its strength, in training too."""
+        """Build the modules; `scale` is their strength, in training too."""
         super().__init__(plan.config, plan.blocks, plan.widths, dropout)
         self.scale = scale
         self.multiplier = 1.0  # of the scale, now: 0 shows the base
         # of the present call, and of blocks that a backward pass computes again: what the trunk makes of the
-        # control pictures, B L E (None: the base alone), and the strength of a sample
+        # control images, B L E (None: the base alone), and the strength of a sample
         self.condition: Tensor | None = None
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the factor of what the modules add."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
-        """Take the control pictures of the next call, B 3 H W in 0..1; None: there are none."""
+        """Set the control images of the next call, B 3 H W in 0..1; None for none."""
         self.strength = strength
         self.condition = None
         if controls is not None and strength * self.multiplier != 0:
@@ -71,7 +72,7 @@ class HungLllite(AnimaLllite):
             self.condition = trunk((controls * 2 - 1).to(trunk.conv1.weight.dtype))
 
     def hang_into(self, dit: nn.Module, path: Path | None) -> None:
-        """Put the modules in front of their layers. path: of their file, for messages.
+        """Attach the modules to the inputs of their layers. `path` is their file, for messages.
 
         Raises CheckpointError if they do not fit the transformer.
         """
@@ -94,7 +95,7 @@ class HungLllite(AnimaLllite):
     def _change_input(
         self, module: AnimaLlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Return the changed inputs of a layer, as its forward pre-hook; None without a control picture."""
+        """Return the changed inputs of a layer (a forward pre-hook); None without a control image."""
         if self.condition is None:
             return None
         x, *others = inputs
@@ -104,13 +105,13 @@ class HungLllite(AnimaLllite):
 
 @dataclass(frozen=True)
 class Beside:
-    """Hold a network next to a transformer, which does not count it among its own modules."""
+    """Holds a network next to a transformer, without registering it among the transformer's modules."""
 
     lllite: HungLllite
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
-    """Plan how to load a file. option: that names it. Raises CheckpointError if it is another file."""
+    """Plan how to load the file that `option` names. Raises CheckpointError for another file."""
     names = checkpoint.tensors
     if any(name.startswith("lllite_modules.") for name in names):
         raise CheckpointError(
@@ -167,7 +168,7 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
 def load_lllite(
     path: Path, option: str, dit: nn.Module, device: torch.device, dtype: torch.dtype, multiplier: float
 ) -> HungLllite:
-    """Load a file and hang it into a transformer. Raises CheckpointError if it does not fit."""
+    """Load a file and attach it to a transformer. Raises CheckpointError if it does not fit."""
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
@@ -178,7 +179,7 @@ def load_lllite(
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
-    """Compare a file's header with what it should have. Raises CheckpointError."""
+    """Compare a file's header with the expected tensors, and return its plan. Raises CheckpointError."""
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         build = partial(HungLllite, scale=1.0)
@@ -226,7 +227,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
 
 
 def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the sizes that the options ask for."""
+    """Return the dimensions that the options ask for."""
     targets = read_targets(options.lllite_target_layers)
     return LlliteConfig(
         cond_emb_dim=options.cond_emb_dim,
@@ -239,7 +240,7 @@ def _config_of(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
-    """Return the sizes of --network_weights, some of which no option says, or those of the options."""
+    """Return the dimensions of --network_weights, or without that file those of the options."""
     path = options.network_weights
     if path is None:
         return _config_of(options)
@@ -250,9 +251,10 @@ def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
 
 
 def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> HungLllite:
-    """Make the modules for a transformer and hang them into it. with_values: those of --network_weights.
+    """Make the modules for a transformer and attach them to it.
 
-    Raises CheckpointError if the file does not fit.
+    With `with_values`, they get the weights of --network_weights. Raises CheckpointError if the file does not
+    fit.
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights
@@ -296,6 +298,6 @@ def _check_start(options: AnimaLlliteTrainingOptions) -> None:
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a file. usual: that of the model alone."""
+    """Return the command that generates with a trained file; `usual` is the command without it."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     return [*usual, *option_words({"--lllite_weights": file, "--control_image": control})]

@@ -1,6 +1,6 @@
-"""ControlNet-LLLite for Anima (its second form): small networks that change what single layers take.
+"""ControlNet-LLLite for Anima (its second form): small networks that change the inputs of single layers.
 
-One trunk turns the control picture into tokens, which all modules share. A module in front of a layer:
+One trunk turns the control image into tokens, which all modules share. A module in front of a layer:
 
     l = condition + depth_embed                               # B L E
     gamma, beta = halves of cond_to_film(l)                   # each B L M
@@ -9,7 +9,7 @@ One trunk turns the control picture into tokens, which all modules share. A modu
 
 Module names follow the files of other programs. Source: docs/anima_train_control_net_lllite.md of sd-scripts.
 """
-# Letters: B batch, L picture tokens, C width of a layer's input, D of the trunk, E of the condition, M inner
+# Letters: B batch, L image tokens, C width of a layer's input, D of the trunk, E of the condition, M inner
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _ORDER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_att
 
 @dataclass(frozen=True)
 class LlliteConfig:
-    """Sizes of the trunk and of the modules."""
+    """Dimensions of the trunk and of the modules."""
 
     cond_emb_dim: int = 32  # E
     cond_dim: int = 64  # D, even
@@ -59,12 +59,13 @@ class ControlResidual(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to x, B C H W."""
         h = self.conv1(functional.silu(self.norm1(x)))
         return x + self.conv2(functional.silu(self.norm2(h)))
 
 
 class ControlPyramid(nn.Module):
-    """Join views of several widths (ASPP): dilated convolutions, and the mean of the whole picture."""
+    """Joins views of several widths (ASPP): dilated convolutions, and the mean of the whole image."""
 
     def __init__(self, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
@@ -81,6 +82,7 @@ class ControlPyramid(nn.Module):
         self.proj = layer(size=1, dilation=1, inputs=channels * (len(dilations) + 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the joined views of x, B C H W."""
         views = [branch(x) for branch in self.branches]
         full = self.global_conv(x.mean(dim=(2, 3), keepdim=True))
         views.append(functional.interpolate(full, x.shape[2:], mode="bilinear", align_corners=False))
@@ -88,7 +90,7 @@ class ControlPyramid(nn.Module):
 
 
 class LlliteTrunk(nn.Module):
-    """Turn control pictures, B 3 H W in -1..1, into a condition for each token: B L E, row by row."""
+    """Turns control images, B 3 H W in -1..1, into a condition for each token, B L E, row by row."""
 
     def __init__(self, config: LlliteConfig) -> None:
         super().__init__()
@@ -105,6 +107,7 @@ class LlliteTrunk(nn.Module):
         self.out_norm = nn.LayerNorm(config.cond_emb_dim)
 
     def forward(self, controls: Tensor) -> Tensor:
+        """Return the condition of each token, B L E, of control images B 3 H W."""
         h = functional.silu(self.norm1(self.conv1(controls)))
         h = functional.silu(self.norm2(self.conv2(h)))
         h = functional.silu(self.norm3(self.conv3(h)))
@@ -119,7 +122,7 @@ class AnimaLlliteModule(nn.Module):
     """Compute what is added to the input of one layer."""
 
     def __init__(self, config: LlliteConfig, width: int, dropout: float = 0.0) -> None:
-        """width: of the layer's input."""
+        """Build the module of a layer whose input has `width` channels."""
         super().__init__()
         self.down = nn.Linear(width, config.mlp_dim)
         self.mid = nn.Linear(config.cond_emb_dim + config.mlp_dim, config.mlp_dim)
@@ -132,6 +135,7 @@ class AnimaLlliteModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return what is added to x, B L C, under a condition B L E."""
         # x: B L C    condition: B L E
         own = condition + self.depth_embed
         gamma, beta = self.cond_to_film(own).chunk(2, dim=-1)
@@ -145,7 +149,7 @@ class AnimaLllite(nn.Module):
     def __init__(
         self, config: LlliteConfig, blocks: int, widths: dict[str, int], dropout: float = 0.0
     ) -> None:
-        """blocks: of the transformer. widths: of the inputs of a block's layers."""
+        """Build modules for a transformer of `blocks` blocks; `widths` are the input widths of its layers."""
         super().__init__()
         self.lllite_conditioning1 = LlliteTrunk(config)
         for name, path in list_layers(config.layers, blocks):
@@ -156,7 +160,7 @@ class AnimaLllite(nn.Module):
 def list_layers(layers: Sequence[str], blocks: int) -> Iterator[tuple[str, str]]:
     """Yield the name of each module in files, and the path of its layer, in the network's order.
 
-    layers: of a block.
+    `layers` are those of a block that have a module.
     """
     for block in range(blocks):
         for layer in _ORDER:

@@ -1,10 +1,10 @@
-"""The transformer of Anima: Cosmos-Predict2's for pictures, which attends to the rows of Anima's adapter.
+"""The transformer of Anima: Cosmos-Predict2's for images, which attends to the rows of Anima's adapter.
 
 Module names follow the published checkpoint. Source: the released model, NVIDIA 2025 (Cosmos-Predict2), and
-diffusers' CosmosTransformer3DModel. Always float32: the embedding of time, modulation, norms, rotary angles.
-Everything else, also the residual stream, computes in the dtype of its weights or of autocast.
+diffusers' CosmosTransformer3DModel. The embedding of time, modulation, norms and rotary angles are always
+float32. Everything else, including the residual stream, computes in the dtype of its weights or of autocast.
 """
-# Letters: B batch, L picture tokens, T rows of text, N heads, D head width, C = N * D
+# Letters: B batch, L image tokens, T rows of text, N heads, D head width, C = N * D
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,9 +34,9 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 @dataclass(frozen=True)
 class AnimaTokens:
-    """Inputs of the blocks besides the picture tokens x, B L C; built once per forward pass."""
+    """Inputs of the blocks in addition to the image tokens x, B L C; built once per forward pass."""
 
-    grid: tuple[int, int]  # picture tokens along rows, columns; L is their product
+    grid: tuple[int, int]  # image tokens along rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2, or B L 1 D/2 2
     # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
     texts: tuple[tuple[Tensor, Tensor | None], ...]
@@ -48,15 +48,19 @@ class AnimaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs for the tokens of one process."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
     def first_picture(self) -> int:
-        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending."""
+        """Return the inputs for some tokens of x.
+
+        `kept` are the ascending positions of the kept ones, B K.
+        """
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 
 
@@ -69,7 +73,7 @@ class BranchRows(NamedTuple):
 
 
 class AnimaAttention(nn.Module):
-    """Attention with normed queries and keys of each head: of the picture, or to the text."""
+    """Attention with normed queries and keys of each head: of the image to itself, or to the text."""
 
     def __init__(self, config: AnimaConfig, source_dim: int) -> None:
         super().__init__()
@@ -81,18 +85,18 @@ class AnimaAttention(nn.Module):
         self.output_proj = nn.Linear(config.dim, config.dim, bias=False)
 
     def query(self, x: Tensor) -> Tensor:
-        """Return the queries of tokens, B L N D, normed."""
+        """Return the normed queries of tokens, B L N D."""
         heads = (-1, *self.q_norm.normalized_shape)
         return self.q_norm(in_own_dtype(self.q_proj, x).unflatten(-1, heads))
 
     def key_and_value(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys, normed, and values of B S source_dim, each B S N D."""
+        """Return normed keys, and values, of `source`, B S source_dim: each B S N D."""
         heads = (-1, *self.k_norm.normalized_shape)
         key = self.k_norm(in_own_dtype(self.k_proj, source).unflatten(-1, heads))
         return key, in_own_dtype(self.v_proj, source).unflatten(-1, heads)
 
     def attend_image(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the attention of the picture's tokens to each other, rotated by position: B L C."""
+        """Return the attention of the image tokens to each other, rotated by position, B L C."""
         key, value = self.key_and_value(x)
         query = rotate_halves(self.query(x), tokens.rotary)
         key = rotate_halves(key, tokens.rotary)
@@ -105,7 +109,7 @@ class AnimaAttention(nn.Module):
         return in_own_dtype(self.output_proj, attended.flatten(2))
 
     def attend_text(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
-        """Return the attention of the picture's tokens to all rows of the text, zeros among them: B L C."""
+        """Return the attention of the image tokens to all rows of the text, including zeros, B L C."""
         query = self.query(x)
         of_texts = []
         for text, repeats in tokens.texts:
@@ -124,11 +128,12 @@ class AnimaFeedForward(nn.Module):
         self.layer2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         return in_own_dtype(self.layer2, functional.gelu(in_own_dtype(self.layer1, x)))
 
 
 def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
-    """Return the layers that make `rows` rows of the time; `AnimaTokens.time` is activated already."""
+    """Return the layers that compute `rows` rows of the time; `AnimaTokens.time` is activated already."""
     return nn.Sequential(
         nn.Identity(),
         nn.Linear(config.dim, config.modulation_dim, bias=False),
@@ -137,13 +142,13 @@ def make_modulation(config: AnimaConfig, rows: int) -> nn.Sequential:
 
 
 def compute_rows(layers: nn.Module, time: Tensor) -> Tensor:
-    """Return the rows of `make_modulation`, B n*C float32. time: B C."""
+    """Return the rows of `make_modulation`, B n*C float32, of the time, B C."""
     _, first, second = layers.children()
     return in_own_dtype(second, in_own_dtype(first, time)).float()
 
 
 class AnimaBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward; the time shifts, scales and gates each of them."""
+    """Self-attention, attention to the text, feed-forward; the time shifts, scales and gates each."""
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
@@ -156,6 +161,7 @@ class AnimaBlock(nn.Module):
         self.adaln_modulation_mlp = make_modulation(config, 3)
 
     def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Apply the block to image tokens x, B L C."""
         # x: B L C
         branch = self.modulation(self.adaln_modulation_self_attn, tokens)
         h = modulate(self.norm(x), branch.shift, branch.scale, tokens.dtype)
@@ -167,6 +173,7 @@ class AnimaBlock(nn.Module):
         return self.feed(x, tokens.dtype, *self.modulation(self.adaln_modulation_mlp, tokens))
 
     def modulation(self, layers: nn.Module, tokens: AnimaTokens) -> BranchRows:
+        """Return the modulation of a branch."""
         rows = compute_rows(layers, tokens.time) + tokens.shifts
         return BranchRows(*rows.unsqueeze(1).chunk(3, dim=-1))
 
@@ -190,6 +197,7 @@ class AnimaFinalLayer(nn.Module):
         self.adaln_modulation = make_modulation(config, 2)
 
     def forward(self, x: Tensor, tokens: AnimaTokens) -> Tensor:
+        """Return the patches of the velocity for image tokens x, B L C."""
         rows = compute_rows(self.adaln_modulation, tokens.time)
         rows = rows + tokens.shifts[:, : rows.shape[1]]  # the first two of its three rows
         shift, scale = rows.unsqueeze(1).chunk(2, dim=-1)
@@ -197,27 +205,27 @@ class AnimaFinalLayer(nn.Module):
 
 
 class AnimaModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from T5's tokens and Qwen3's states.
+    """Predict the velocity of noisy latents of an image from T5's tokens and Qwen3's states.
 
     Simplified, without a second text and the code around the blocks:
 
         text = llm_adapter(states, ids), zeros up to 512 rows                 # B T context_dim
-        picture = x_embedder(patches of noisy)                                # B L C
+        image = x_embedder(patches of noisy)                                # B L C
         waves = sinusoid(sigmas)                                              # B C
         shifts = t_embedder(waves)                                            # B 3C
         time = t_embedding_norm(waves)                                        # B C
         for block in blocks:
             for f in self_attn, cross_attn to text, mlp:
                 shift, scale, gate = its adaln_modulation(time) + shifts
-                picture = picture + gate * f(norm(picture) * (1 + scale) + shift)
-        velocity = final_layer(picture, time, shifts)           # B L 4*Z, returned as B Z 1 H W
+                image = image + gate * f(norm(image) * (1 + scale) + shift)
+        velocity = final_layer(image, time, shifts)           # B L 4*Z, returned as B Z 1 H W
     """
 
     spec = DIT
     dtype_of = "blocks.0.self_attn.q_norm.weight"
 
     def __init__(self, config: AnimaConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -245,12 +253,19 @@ class AnimaModel(BlockNetwork):
         weights: Tensor,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Hidden:
-        """Return picture tokens, B L C, and the other inputs of the blocks.
+        """Return image tokens, B L C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. sigmas: B, 0..1, as the model takes them. states: B S text_dim of the language
-        model. states_mask: B S, 1 for real ones, which come first. ids: B T', T5's tokens. weights: B T', 0
-        for padding behind them, 1 for tokens or their weight. tweaks: changes to this call; their second text
-        has the same four arguments. Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B Z 1 H W.
+            sigmas: B, 0..1, as the model takes them.
+            states: States of the language model, B S text_dim.
+            states_mask: B S, 1 for real ones, which come first.
+            ids: T5's tokens, B T'.
+            weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
+            tweaks: Changes to this call; their second text has the same four arguments.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         self._check_sizes(noisy)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -325,9 +340,9 @@ def cut_patches(latents: Tensor) -> Tensor:
 
 
 def count_real(mask: Tensor) -> list[int]:
-    """Return each text's number of real states. mask: B S, on the host if it can be.
+    """Return each text's number of real states. `mask` is B S, on the host if possible.
 
-    Raises ValueError if padding is before a real state.
+    Raises ValueError if padding comes before a real state.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -251,7 +251,7 @@ class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
 
     @property
     def part_rates(self) -> dict[str, float]:
-        """Return the learning rates that are given, by what names of parameters contain."""
+        """Learning rates that are given, by what the names of their parameters contain."""
         rates = {part: getattr(self, name) for name, part in PARTS.items()}
         return {part: rate for part, rate in rates.items() if rate is not None}
 
@@ -284,7 +284,7 @@ class AnimaGenerationOptions(Options, title=NAME):
 def translate_training(args: argparse.Namespace) -> None:
     """Translate other names of shared options into the shared ones.
 
-    Raises OptionError if two ways to keep activations in host memory are given.
+    Raises OptionError if two options to keep activations in host memory are given.
     """
     names = dict(typed_names(args))
     if args.attn_mode is not None:
@@ -310,7 +310,7 @@ TRAINER: Mapping[str, Any] = {  # of both training scripts, for `ImageTrainerDef
 
 
 def caching_options(options: AnimaLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     texts = {"--qwen3": options.qwen3 or FillIn("QWEN3_FILE"), **options.text.words()}
     return options.vae.file.words(), texts
 

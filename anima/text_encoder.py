@@ -1,7 +1,7 @@
 """Anima's text encoder, as the shared loops use it: Qwen3's states, and T5's tokens for the adapter.
 
-Captions are read as they are: no template, no system prompt. Names and shapes of the outputs are those of the
-known caches. Source: the released model, as diffusers runs it.
+Captions are read without a template or a system prompt. Names and shapes of the outputs are those of other
+trainers' caches. Source: the released model, as diffusers runs it.
 """
 
 import functools
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache  # one object for each length
 def make_use(most: int) -> LanguageUse:
-    """Return the settings of Qwen3. most: tokens of a prompt that it reads."""
+    """Return the settings of Qwen3, which reads at most `most` tokens of a prompt."""
     return LanguageUse(
         name="qwen3",
         states_key=STATES,
@@ -62,13 +62,16 @@ def make_use(most: int) -> LanguageUse:
 
 
 class AnimaTextEncoder(LanguageModelEncoder):
-    """Qwen3 with its final norm; states behind a text's end are zeros. T5's tokens have no states."""
+    """Qwen3 with its final norm; states after a text's end are zeros. T5's tokens have no states."""
 
     can = EncoderAbilities(learn=True, wait=True, divide=True)
     lora_prefix = "lora_te"
 
     def __init__(self, *args: Any, t5_tokenizer: Path | None = None, t5_most: int, **settings: Any) -> None:
-        """t5_tokenizer: path from its option. t5_most: T5's tokens that are kept, with the end token."""
+        """Set up the encoder; `t5_most` tokens of T5 are kept, including the end token.
+
+        `t5_tokenizer` is the path of its option; other arguments as in `LanguageModelEncoder`.
+        """
         super().__init__(*args, **settings)
         self.t5_tokenizer = t5_tokenizer
         self.t5_most = t5_most
@@ -79,10 +82,12 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on in addition to the text, found without loading weights."""
         lengths = {"tokens": str(self.most), "t5_tokens": str(self.t5_most)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
+        """Load Qwen3, and T5's tokenizer before the first use."""
         if self._read_t5 is None:
             self._read_t5 = T5_SOURCE.load(self.t5_tokenizer, self.path, "the adapter")
         super().load(device)
@@ -90,7 +95,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int, *_: Any
     ) -> list[Conditions]:
-        """Return each prompt's states, `most` C, and their mask, int64; both 0 behind its tokens.
+        """Return each prompt's states, `most` C, and their mask, int64; both 0 after its tokens.
 
         A prompt without tokens is not run: all of its states are zeros.
         """
@@ -108,7 +113,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the four tensors of each prompt, on the CPU; gradients flow to trained parts.
 
-        Where parts of a prompt have weights, the mask of T5's tokens holds these, in float32. Raises
+        If parts of a prompt have weights, the mask of T5's tokens holds these, in float32. Raises
         CheckpointError if a tokenizer has more tokens than the network.
         """
         tokenizer = self._read_t5
@@ -131,7 +136,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
 
 
 def check_tokens(ids: Tensor, vocabulary: int, path: Path) -> None:
-    """Raise CheckpointError if T5's tokenizer has more tokens than the adapter, in `path`, has embeddings."""
+    """Raise CheckpointError if T5's tokenizer has more tokens than the adapter in `path` has embeddings."""
     largest = int(ids.max())
     if largest >= vocabulary or int(ids.min()) < 0:
         raise CheckpointError(

@@ -1,12 +1,14 @@
-"""Measure what the browser beside a training costs it: python benchmarks/browser.py
+"""Measure what the browser costs a training that runs next to it.
 
-A small Wan transformer learns a LoRA in this process and writes its history and page. Beside it the real
-tools/run_browser.py answers a client that asks as often as open pages do: a run, the list, New while a folder
-is checked, Generate while something is made, and the line of the machine. The two are held and let go in
-turn: a round is steps alone, beside the browser, and alone again. The figure is the median of the rounds'
-ratios of processor seconds of the training, which other work on the machine changes less than those on the
-wall. The last third of the rounds against the first tells what the ratio of equal things is. Before: the
-share of a core that the browser takes while nobody looks, and while pages are open.
+    python benchmarks/browser.py
+
+A small Wan transformer trains a LoRA in this process and writes its history and page. Next to it the real
+tools/run_browser.py answers a client that makes the requests of open pages: a run, the list, New while a
+folder is checked, Generate while something is generated, and the line of the machine. The two are paused and
+resumed in turn: a round is steps alone, next to the browser, and alone again. The figure is the median of the
+rounds' ratios of the training's processor seconds, which other work on the machine changes less than wall
+time. The ratio of the last third to the first third of a round, of equal work, shows the noise. Before that,
+the fraction of a core is measured that the browser uses while nobody looks, and while pages are open.
 """
 
 import argparse
@@ -38,6 +40,7 @@ Times = tuple[float, float]  # of the processor, on the wall
 
 
 def main() -> None:
+    """Print the ratios of steps next to the browser and alone, and the browser's own load."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40, help="number of rounds")
     parser.add_argument("--steps", type=int, default=40, help="of each third; 6,000 in all at most")
@@ -76,7 +79,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def training(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Yield a function that takes so many steps of a run below the folder, beside which lie other runs."""
+    """Yield a function that takes `steps` steps of a run below the folder, which also has other runs."""
     import torch
 
     from benchmarks.train_step import _write_project
@@ -112,7 +115,7 @@ def training(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
 
 
 def describe_images(folder: Path) -> None:
-    """Write pictures with captions, and the files of `new` beside them, which New shows."""
+    """Write images with captions, and the files of `new` next to them, which the page New shows."""
     from PIL import Image
 
     folder.mkdir()
@@ -134,13 +137,14 @@ def browser(folder: Path) -> Iterator[tuple[psutil.Popen, str]]:
 
 @contextlib.contextmanager
 def client(address: str, described: Path) -> Iterator[psutil.Popen]:
-    """Yield a process that asks as open pages do. described: the folder that New shows."""
+    """Yield a process that makes the requests of open pages. `described` is the folder that New shows."""
     with ended(psutil.Popen([sys.executable, __file__, "--ask", address, str(described)])) as asking:
         yield asking
 
 
 @contextlib.contextmanager
 def ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
+    """Yield a process, and kill it at the end of the block."""
     try:
         yield process
     finally:
@@ -149,7 +153,7 @@ def ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
 
 
 def ask_for_ever(address: str, described: str) -> None:
-    """Ask for what pages ask for again and again, each as often as its page. described: a folder."""
+    """Repeat the requests of open pages, each as often as its page, about the folder `described`."""
     host = address.split("/")[2]
 
     def ask(place: str) -> str:
@@ -176,7 +180,7 @@ def ask_for_ever(address: str, described: str) -> None:
 
 
 def measure_round(step: Callable[[], None], others: list[psutil.Popen]) -> tuple[Times, Times, Times]:
-    """Return the times of steps alone, beside the other processes, and alone again."""
+    """Return the times of steps alone, next to the other processes, and alone again."""
     found = []
     for is_beside in (False, True, False):
         for process in others:
@@ -190,7 +194,7 @@ def measure_round(step: Callable[[], None], others: list[psutil.Popen]) -> tuple
 
 
 def share(process: psutil.Popen, seconds: float) -> float:
-    """Return the share of a core that a process takes over so many seconds."""
+    """Return the fraction of a core that a process uses over so many seconds."""
 
     def used() -> float:
         times = process.cpu_times()

@@ -29,6 +29,7 @@ READS = 10_000
 
 
 def main() -> None:
+    """Print the figures of each form of cache."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def measure(form: type[SingleFiles] | type[ShardStore], folder: Path, entries: int, size_kb: int) -> str:
-    """Return a line of figures."""
+    """Return a line of figures for one form of cache."""
     names = [f"clip_{number:08d}_00000-017_0832x0480_wan.safetensors" for number in range(entries)]
     random.Random(1).shuffle(names)
     latents = [torch.full((size_kb * 1000,), number, dtype=torch.uint8) for number in range(251)]

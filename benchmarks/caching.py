@@ -1,4 +1,4 @@
-"""Measure the share of a caching run that is not encoding, with an encoder that only waits as a GPU would.
+"""Measure the overhead of a caching run over encoding, with an encoder that only waits as a GPU would.
 
     python benchmarks/caching.py --clips 24
 
@@ -50,12 +50,15 @@ class WaitingFamily:
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """A constant, as nothing is encoded."""
         return {"vae": "waiting"}
 
     def media_encoders(self, device: torch.device) -> MediaEncoders:
+        """Return no networks."""
         return MediaEncoders(vae=None)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Sleep as long as encoding would take, and return zero latents."""
         time.sleep(self.seconds * len(media.keys))
         frames, height, width = media.frames.shape[1:4]
         shape = self.latent.shape(frames, height, width)[1:]
@@ -76,6 +79,7 @@ def write_clip(path: Path, frames: int, size: tuple[int, int], seed: int) -> Non
 
 
 def main() -> None:
+    """Cache generated clips, and print the time and the peak memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

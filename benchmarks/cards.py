@@ -1,9 +1,9 @@
-"""Print the tables of docs/cards.md: which options fit which card, as `--plan` predicts. Nothing is measured.
+"""Print the tables of docs/cards.md: which options fit which card, as `--plan` predicts; nothing is measured.
 
     python benchmarks/cards.py
 
-The models are headers of the released files with holes behind them (tests/manifests.py), which take no space
-on disk. Each cell is one run of a script with `--plan N`: the options that it asks for until the run fits.
+The models are headers of the released files followed by holes (tests/manifests.py), which take no space on
+disk. Each cell is one run of a script with `--plan N`: the options that it asks for until the run fits.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ TRAIN = (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A row: what runs, with the option that keeps the text encoder in 8 bits on cards below 16 GiB."""
+    """A row: what runs, and the option that keeps the text encoder in 8 bits on cards below 16 GiB."""
 
     about: str
     main: Callable[[list[str]], None]
@@ -124,6 +124,7 @@ RUNS = {
 
 
 def main() -> None:
+    """Print a table for each kind of run."""
     Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as made:
         places = lay_out(Path(made))

@@ -25,7 +25,7 @@ def upload_peak(size: int = COPIED) -> float:
 
 
 def copy_peak(size: int = 8 * COPIED) -> float:
-    """Return the bytes per second that a copy on the current CUDA device reads and writes, both counted."""
+    """Return the bytes per second that a copy on the current CUDA device reads and writes, counting both."""
     source, target = (torch.empty(size // 2, dtype=torch.uint8, device="cuda") for _ in range(2))
     source.random_(0, 256)
     return size / seconds_of(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""Run a process of its own for a row or a file of tests, and end with it whatever it has started."""
+"""Run a process for a row or a file of tests, and end it together with everything that it has started."""
 
 import contextlib
 import os
@@ -22,11 +22,11 @@ def run_child_process(
     environment: Mapping[str, str] | None = None,
     children: Children | None = None,
 ) -> int | None:
-    """Return a command's exit code; None if it was ended after so many seconds.
+    """Return a command's exit code; None if it was ended after `seconds`.
 
-    It is ended with all that it has started, such as the workers of torch's compiler, also if this process is
-    interrupted. Its output goes to files: a pipe would stay open as long as one of its workers lives.
-    children: holds the process while it runs.
+    It is ended with everything that it has started, such as the workers of torch's compiler, also if this
+    process is interrupted. Its output goes to files: a pipe would stay open as long as one of its workers
+    lives. `children` holds the process while it runs.
     """
     child = subprocess.Popen(
         command,
@@ -49,7 +49,7 @@ def run_child_process(
 
 
 def end_with_children(child: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started."""
+    """End a process and everything that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
         if sys.platform == "win32":
             child.kill()

@@ -1,12 +1,13 @@
-"""What a large dataset costs: starting a training, planning, --check and caching that finds everything valid,
-with 10,000, 100,000 and 1,000,000 items; the fit a + b * items of each, and its ratio to a floor.
+"""Measure what a large dataset costs, with 10,000, 100,000 and 1,000,000 items.
 
     python benchmarks/dataset_scale.py [items ...] [--folder FOLDER] [--only start ...] [--form shards]
 
-The items are hard links to a few tiny clips that have been cached for real, so that a million takes 100 MB
-and a few minutes to make; they are removed afterwards. Each measurement is a process of its own. Memory is
-its peak above what it needs after the imports. The floor lists both folders with os.scandir and asks for the
-size of the files that have to be looked at. With --form shards a million entries are written, 6 GB.
+Measured are starting a training, planning, --check, and caching that finds everything valid; printed are the
+fit a + b * items of each, and its ratio to a floor. The items are hard links to a few tiny clips that have
+been cached for real, so that a million takes 100 MB and a few minutes to make; they are removed afterwards.
+Each measurement is a process of its own. Memory is its peak above what it needs after the imports. The floor
+lists both folders with os.scandir and asks for the size of the files that have to be looked at. With --form
+shards a million entries are written, 6 GB.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def make_items(folder: Path, count: int, form: str = "files") -> Path:
 
 
 def measure_floor(folder: Path, what: str) -> float:
-    """List both folders and ask for sizes; return CPU seconds. what: as in PHASES."""
+    """List both folders and ask for file sizes; return CPU seconds. `what` is as in PHASES."""
     ends = {".mp4": ".mp4", ".txt": ".txt", "latents": "_toy.safetensors", "texts": "_te.safetensors"}
     wanted = [part.split() for part in what.split(", ") if part]
     begin = time.process_time()
@@ -162,7 +163,7 @@ def plan(path: Path, phase: str) -> None:
 
 
 def measure(path: Path, phase: str) -> None:
-    """Print what a phase costs. For a process of its own."""
+    """Print what a phase costs; runs in a process of its own."""
     import data_tools.report.check  # noqa: F401
     import training.planning.memory  # noqa: F401
     from tests.dataset.toy_family import ToyFamily  # noqa: F401
@@ -226,6 +227,7 @@ def report(phase: str, rows: dict[int, dict[str, float]]) -> None:
 
 
 def main() -> None:
+    """Make the items, and print the costs of each phase and their fits."""
     process_memory.require_linux()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("items", nargs="*", type=int, default=SIZES)

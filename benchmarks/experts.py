@@ -3,9 +3,9 @@
     python benchmarks/experts.py
 
 Two tiny random Wan2.2 transformers take turns as in wan_generate_video.py with three prompts in --from_file.
-The device is a second place in this machine's memory: weights that are copied there and all tensors of a step
-are counted, also while one expert makes room for the other. The peak is divided by that of one expert which
-makes all steps alone. Nothing is timed.
+The device is simulated in this machine's memory: weights that are copied there and all tensors of a step are
+counted, also while one expert makes room for the other. The peak is divided by that of one expert that runs
+all steps alone. Nothing is timed.
 """
 
 import sys
@@ -65,11 +65,12 @@ class Device:
         self.weights -= size_bytes
 
     def note_step(self, activations: int) -> None:
-        """Note a step that takes so much beside the weights."""
+        """Record a step that takes `activations` bytes in addition to the weights."""
         self.most = max(self.most, self.weights + activations)
 
 
 def main() -> None:
+    """Print the peak, its ratio to one expert alone, and the loads."""
     Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as made:
         family = _family(Path(made))
@@ -91,7 +92,7 @@ def _family(folder: Path) -> Wan:
 
 
 def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[int, Counter[int]]:
-    """Make the videos' steps. Returns the most bytes on the device, and how often each expert was loaded."""
+    """Run the steps of the videos; return the peak bytes on the device, and each expert's loads."""
     device, loads = Device(), Counter[int]()
 
     def read(expert: int) -> nn.Module:

@@ -1,9 +1,9 @@
 """Count the floating-point operations of a transformer; a multiplication and an addition are two.
 
-Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work. Left out are
-layers that see one vector in place of tokens, the first and the last layers, text refiners, and LoRAs.
+Only attention and the Linear layers of the blocks are counted, which is about 99 % of the work. Layers on one
+vector instead of tokens, the first and the last layers, text refiners and LoRAs are left out.
 """
-# Letters: L video or picture tokens, T text tokens, C width, F width of the feed-forward
+# Letters: L video or image tokens, T text tokens, C width, F width of the feed-forward
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,24 +25,28 @@ IMAGE_TOKENS = 257  # of CLIP, for Wan2.1 models that take an image
 
 
 class JointConfig(Protocol):
-    """What HunyuanVideo, FramePack, FLUX.1, Chroma and HunyuanImage have alike: double and single blocks."""
+    """Dimensions that HunyuanVideo, FramePack, FLUX.1, Chroma and HunyuanImage share."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Width of the tokens."""
 
     @property
-    def ffn_dim(self) -> int: ...
+    def ffn_dim(self) -> int:
+        """Width inside the feed-forward."""
 
     @property
-    def double_blocks(self) -> int: ...
+    def double_blocks(self) -> int:
+        """Number of double blocks."""
 
     @property
-    def single_blocks(self) -> int: ...
+    def single_blocks(self) -> int:
+        """Number of single blocks."""
 
 
 @dataclass(frozen=True)
 class JointBlocks:
-    """The same of a transformer whose config has other names for it."""
+    """The same dimensions, for a transformer whose config has other names for them."""
 
     dim: int
     ffn_dim: int
@@ -54,8 +58,12 @@ class JointBlocks:
 class Work:
     """Operations of one forward pass for one sample.
 
-    attention: of the tokens to themselves. cross: to a text. outside: of layers that are never recomputed.
-    last: the part of `linear` in the last layer of every block, on whose output no gradient depends.
+    Attributes:
+        linear: Operations of linear layers in the blocks.
+        attention: Operations of the tokens' attention to each other.
+        cross: Operations of attention to a text.
+        outside: Work of layers that are never recomputed.
+        last: Part of `linear` in the last layer of each block, on whose output no gradient depends.
     """
 
     linear: float
@@ -66,15 +74,19 @@ class Work:
 
     @property
     def forward(self) -> float:
+        """Total operations of the pass."""
         return self.linear + self.attention + self.cross + (self.outside.forward if self.outside else 0.0)
 
     def lora_step(
         self, checkpointing: bool, keeps_attention: bool = False, ends_early: bool = False
     ) -> float:
-        """Return the operations of a LoRA training step. checkpointing: count recomputation too.
+        """Return the operations of a LoRA training step, whose frozen base has no weight gradients.
 
-        keeps_attention: self-attention is not recomputed. ends_early: nor is the last layer of a block, as in
-        uncompiled code with 16-bit weights. The base is frozen, so its layers have no weight gradients.
+        Args:
+            checkpointing: Count recomputation.
+            keeps_attention: Self-attention is not recomputed.
+            ends_early: The last layer of a block is not recomputed either, as in uncompiled code with 16-bit
+                weights.
         """
         times = RECOMPUTED if checkpointing else KEPT
         own = KEPT if keeps_attention else times
@@ -101,7 +113,10 @@ def wan_work(config: WanConfig, video_tokens: int) -> Work:
 def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work:
     """Return the work of a transformer of double and single blocks, in which all tokens see each other.
 
-    video_tokens: L, with those of finished latents. text_tokens: T, without padding, with those of an image.
+    Args:
+        config: Dimensions.
+        video_tokens: L, including those of finished latents.
+        text_tokens: T without padding, including those of an image.
     """
     dim, tokens = config.dim, video_tokens + text_tokens
     # qkv, projection, feed-forward; the text has the same with its own weights
@@ -109,7 +124,7 @@ def joint_work(config: JointConfig, video_tokens: int, text_tokens: int) -> Work
     single = dim * (3 * dim + config.ffn_dim) + (dim + config.ffn_dim) * dim
     linear = 2 * tokens * (config.double_blocks * double + config.single_blocks * single)
     attention = (config.double_blocks + config.single_blocks) * 4 * tokens**2 * dim
-    # the picture is the last stream of a double block
+    # the image is the last stream of a double block
     ends = (
         config.double_blocks * video_tokens * config.ffn_dim,
         config.single_blocks * tokens * (dim + config.ffn_dim),
@@ -131,7 +146,7 @@ def gated_work(config: Krea2Config, image_tokens: int, text_tokens: int) -> Work
 
 
 def ltx_work(config: LtxConfig, video_tokens: int, text_tokens: int) -> Work:
-    """Return the work of the video stream of LTX-2, without sound."""
+    """Return the work of the video stream of LTX-2, without audio."""
     dim, ffn_dim, layers = config.video.dim, config.video.ffn_dim, config.num_layers
     per_video = 6 * dim**2 + 2 * dim * ffn_dim  # q, k, v, o; q and o of cross-attention; feed-forward
     linear = 2 * (video_tokens * per_video + text_tokens * 2 * dim**2)
@@ -142,7 +157,7 @@ def ltx_work(config: LtxConfig, video_tokens: int, text_tokens: int) -> Work:
 
 
 def lumina_work(config: LuminaConfig, image_tokens: int, text_tokens: int) -> Work:
-    """Return the work of Lumina-Image-2.0, with the layers that refine picture (L) and caption (T) apart."""
+    """Return the work of Lumina-Image-2.0, with the layers that refine image (L) and caption (T) alone."""
     dim = config.dim
     qkv = dim * (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     per_token = qkv + dim**2 + 3 * dim * config.ffn_dim
@@ -173,7 +188,7 @@ def flux_3_work(config: Flux3Config, image_tokens: int, text_tokens: int) -> Wor
 def qwen_image_21_work(config: QwenImage21Config, image_tokens: int, text_tokens: int) -> Work:
     """Return the work of Qwen-Image-2.1 without references.
 
-    The picture's tokens see all, and the text's only each other: those before them, but all count here.
+    The image's tokens see all tokens, and the text's see only earlier ones; all of them are counted here.
     """
     dim, tokens = config.dim, image_tokens + text_tokens
     per_token = 4 * dim**2 + 3 * dim * config.ffn_dim
@@ -192,7 +207,7 @@ def moss_image_work(config: MossImageConfig, image_tokens: int, text_tokens: int
 
 
 def h3_work(config: H3Config, media_tokens: int, text_tokens: int) -> Work:
-    """Return the work of MiniMax-H3 on pictures, sound (together L) and text (T), which see each other."""
+    """Return the work of MiniMax-H3 on frames and audio (together L) and text (T), which see each other."""
     dim, tokens = config.dim, media_tokens + text_tokens
     per_token = 4 * dim * config.inner_dim + 3 * dim * config.ffn_dim
     linear = config.num_layers * 2 * tokens * per_token
@@ -203,8 +218,13 @@ def h3_work(config: H3Config, media_tokens: int, text_tokens: int) -> Work:
 def unet_work(config: Mapping[str, Any], rows: int, columns: int, text_tokens: int) -> Work:
     """Return the work of a U-Net of Stable Diffusion, counted by torch on tensors without content.
 
-    config: of diffusers' class. rows, columns: of the latents. text_tokens: of each text, with padding. The
-    layers between the levels, which are not recomputed, count as if they were: a few percent.
+    The layers between the levels, which are not recomputed, count as if they were: a few percent.
+
+    Args:
+        config: Settings of diffusers' class.
+        rows: Height of the latents.
+        columns: Width of the latents.
+        text_tokens: Length of each text, with padding.
     """
     import torch  # only here and below: other counts need neither
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

@@ -35,6 +35,7 @@ MODES: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
+    """Print the peaks of all lengths, and the worst ratio to the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--sections",

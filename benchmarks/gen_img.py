@@ -1,11 +1,12 @@
-"""Compare gen_img.py with diffusers' own pipeline: python benchmarks/gen_img.py
+"""Compare gen_img.py with diffusers' own pipeline.
 
     pip install transformers
+    python benchmarks/gen_img.py
 
-Both make the same pictures from one random checkpoint, from prompts to pixels: the same sampler, steps, seeds
-and network classes, so that the ratio is the price of our loop. They take turns in one process, the baseline
-first in each round; the figure is the median ratio of neighbours. Peaks are of resident memory above the
-loaded models, each in a process of its own.
+Both generate the same images from one random checkpoint, from prompts to pixels, with the same sampler,
+steps, seeds and network classes, so that the ratio is the cost of our loop. They take turns in one process,
+the baseline first in each round; the figure is the median ratio of neighbors. Peaks are of resident memory
+above the loaded models, each in a process of its own.
 """
 
 import argparse
@@ -36,6 +37,7 @@ Make = Callable[[], list[Any]]
 
 
 def main() -> None:
+    """Print the ratios of speed and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=list(SIZES), default="sd1", help="which line of models")
     parser.add_argument("--size", type=int, default=256, help="width and height of the pictures in pixels")
@@ -63,7 +65,7 @@ def write_models(folder: Path, kind: str) -> None:
 
 
 def compare_speed(folder: Path, args: argparse.Namespace) -> float:
-    """Print U-Net calls a second of both, and return the median of ours' seconds over theirs'."""
+    """Print the U-Net calls per second of both, and return the median ratio of our seconds to theirs."""
     makers = {"diffusers": load_theirs(folder, args), "gen_img.py": load_ours(folder, args)}
     images = [make() for make in makers.values()]  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in makers}
@@ -83,7 +85,7 @@ def compare_speed(folder: Path, args: argparse.Namespace) -> float:
 
 
 def difference(some: list[Any], others: list[Any]) -> int:
-    """Return the largest difference of two lists of pictures."""
+    """Return the largest difference between two lists of images."""
     import numpy as np
 
     pairs = zip(some, others, strict=True)
@@ -91,7 +93,7 @@ def difference(some: list[Any], others: list[Any]) -> int:
 
 
 def load_theirs(folder: Path, args: argparse.Namespace) -> Make:
-    """Return what makes a batch with diffusers' pipeline."""
+    """Return a function that generates a batch with diffusers' pipeline."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -122,7 +124,7 @@ def load_theirs(folder: Path, args: argparse.Namespace) -> Make:
 
 
 def load_ours(folder: Path, args: argparse.Namespace) -> Make:
-    """Return what makes a batch as gen_img.py does."""
+    """Return a function that generates a batch as gen_img.py does."""
     import torch
 
     from stable_diffusion.assembling import assemble
@@ -141,7 +143,7 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
 
 
 def measure_peak(args: argparse.Namespace) -> None:
-    """Be a child: make one batch, and print by how many bytes the resident memory grew."""
+    """Generate one batch as a child process, and print by how many bytes the resident memory grew."""
     name, folder = args.child
     make = (load_theirs if name == "theirs" else load_ours)(Path(folder), args)
     before = start_of_peak()

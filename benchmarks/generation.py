@@ -1,14 +1,14 @@
-"""Measure a denoising step of plain generation against another state of the code:
+"""Measure a denoising step of plain generation against another state of the code.
 
     python benchmarks/generation.py --against v0.3.0
 
-Both states make the same latents through their own script, with no feature turned on: the pocket model and a
-tiny HunyuanVideo. Each stays in the middle of a generation, in a process of its own, and waits for its turn.
-A round is the denoising of each, in alternating order, and gives a ratio of CPU seconds per step; the median
-of the ratios is the figure of this pair of processes. For reasons not known, a process is faster or slower
-than another of the same code, by more than the bar allows: one pair says nothing, and what counts is the
-median of several. Features that are off must cost nothing: not more than the bar, and not one more wait of
-the host for the device, which is counted on torch's meta device.
+Both states generate the same latents through their own script, without any feature turned on: the pocket
+model and a tiny HunyuanVideo. Each stays in the middle of a generation, in a process of its own, and waits
+for its turn. A round is the denoising of each, in alternating order, and gives a ratio of CPU seconds per
+step; the median of the ratios is the figure of this pair of processes. For unknown reasons, a process may be
+faster or slower than another of the same code, by more than the bar allows: so one pair is not enough, and
+the median of several pairs counts. Features that are off must cost nothing: no more than the bar, and not one
+more wait of the host for the device, which is counted on torch's meta device.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Child:
         )
 
     def ask(self, word: str) -> Any:
-        """Have it denoise ("run") or count ("waits"); return its answer."""
+        """Let it denoise ("run") or count ("waits"), and return its answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -69,11 +69,13 @@ class Child:
         return json.loads(answer)
 
     def end(self) -> None:
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
 
 def main() -> None:
+    """Print the figures of each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--against", required=True, help="a commit, or the folder of another checkout, which is the baseline"
@@ -91,7 +93,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def other_tree(against: str, place: Path) -> Iterator[Path]:
-    """Yield the folder of the other state; a commit is checked out at `place` for the time of the block."""
+    """Yield the folder of the other state; a commit is checked out at `place` for the block."""
     if Path(against).is_dir():
         yield Path(against).resolve()
         return
@@ -104,7 +106,7 @@ def other_tree(against: str, place: Path) -> Iterator[Path]:
 
 
 def write_cases(folder: Path, steps: int) -> dict[str, Case]:
-    """Return what is measured; the models of the tests are written below `folder`."""
+    """Return the measured cases, whose models are written below `folder`."""
     sys.path[0] = str(ROOT)
     from pocket.measure import CLIP, POCKET, model_options
     from tests.tiny.hunyuan import write_tiny_hunyuan
@@ -119,7 +121,7 @@ def write_cases(folder: Path, steps: int) -> dict[str, Case]:
 
 
 def compare(title: str, case: Case, other: Path, folder: Path, pairs: int, rounds: int) -> bool:
-    """Measure one case, print its figures, and return whether they are good enough."""
+    """Measure one case, print its figures, and return whether they meet the bar."""
     measured = [measure_pair(case, other, folder, rounds) for _ in range(pairs)]
     waits = measured[0][0]
     low, middle, high = quartiles([statistics.median(a / b for a, b in seconds) for _, seconds in measured])
@@ -138,7 +140,7 @@ def compare(title: str, case: Case, other: Path, folder: Path, pairs: int, round
 def measure_pair(
     case: Case, other: Path, folder: Path, rounds: int
 ) -> tuple[list[int], list[tuple[float, float]]]:
-    """Return the host's waits in both states, and the CPU seconds of a step of both in each round."""
+    """Return the host's waits in both states, and the CPU seconds per step of both in each round."""
     children = [Child(tree, case, folder / f"{index}") for index, tree in enumerate((ROOT, other))]
     try:
         waits = [child.ask("waits") for child in children]
@@ -162,7 +164,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
-    """Be a child: stay in the denoising of one generation and answer each line of the standard input.
+    """Stay in the denoising of one generation as a child process, and answer each line of the input.
 
     Only what all states of the code have is used.
     """
@@ -193,7 +195,7 @@ def work(tree: str, script: str, folder: str, options: Sequence[str]) -> None:
 
 
 def step_seconds(denoise: Any, given: Mapping[str, Any]) -> float:
-    """Denoise with these arguments from the start; return the CPU seconds of a step."""
+    """Denoise with these arguments from the start, and return the CPU seconds per step."""
     fresh = {**given, "solver": copy.deepcopy(given["solver"])}  # it remembers earlier steps
     start = time.process_time()
     denoise(**fresh)
@@ -201,9 +203,9 @@ def step_seconds(denoise: Any, given: Mapping[str, Any]) -> float:
 
 
 def count_waits(denoise: Any, given: Mapping[str, Any]) -> int:
-    """Denoise with these arguments; return how often the host would wait for a device.
+    """Denoise with these arguments, and return how often the host would wait for a device.
 
-    The device is torch's meta device, which lets nobody read its numbers.
+    The device is torch's meta device, whose values cannot be read.
     """
     from unittest.mock import patch
 

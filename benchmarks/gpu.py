@@ -50,6 +50,7 @@ Child = Callable[[Row, Path, float], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the options ask for: measure, check, profile, or write tables."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--check" in words:
         words.remove("--check")
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def head_of(device: str) -> dict[str, Any]:
-    """Return what is measured on, with its peaks. Raises SystemExit without a GPU."""
+    """Return the device and its peaks. Raises SystemExit without a GPU."""
     import torch
 
     from benchmarks.ceilings import copy_peak, matmul_peak, upload_peak
@@ -139,7 +141,7 @@ def head_of(device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """How a row is run: in a process of its own."""
+    """How a row is run."""
 
     folder: Path | None  # with the models' files; None: temporary ones
     device: str
@@ -159,7 +161,7 @@ class Job:
             forget_row(select_device(self.device))
 
     def run(self, row: Row, limit: float) -> dict[str, Any]:
-        """Return the figures of a row, or why it failed. limit: seconds after which it is ended."""
+        """Return the figures of a row in a process of its own, or why it failed, within `limit` seconds."""
         from benchmarks.gpu_files import folder_for
 
         command = [sys.executable, __file__, "--child", row.name, "--device", self.device]
@@ -196,10 +198,14 @@ def measure_all(
     run: Callable[[Row, float], dict[str, Any]],
     expected: Callable[[Row], float] | None = None,
 ) -> None:
-    """Measure rows one after the other; print and keep each as soon as it is done.
+    """Measure rows one after another; print and store each as soon as it is done.
 
-    seconds: of all; a row that would end later is left out. run: (row, limit in seconds) -> its figures.
-    expected: seconds of a row; None: from its operations.
+    Args:
+        rows: The rows.
+        results: Results to add to.
+        seconds: Time for all; a row that would end later is skipped.
+        run: Returns the figures of a row within a limit in seconds.
+        expected: Returns the expected seconds of a row; None to derive them from its operations.
     """
     begun, kinds = time.monotonic(), set[str]()
     expected = expected or ExpectedSeconds()
@@ -229,7 +235,7 @@ def measure_all(
 
 
 class ExpectedSeconds:
-    """Guesses of how long rows take; the headers of their files say how large they are."""
+    """Estimates how long rows take; the headers of their files show how large they are."""
 
     def __init__(self) -> None:
         self.known: dict[str, Any] = {}
@@ -241,6 +247,7 @@ class ExpectedSeconds:
         return self.known[row.name]
 
     def __call__(self, row: Row) -> float:
+        """Return the expected seconds of a row."""
         return float(self.of(row).seconds)
 
 
@@ -265,7 +272,7 @@ def expected_of(row: Row) -> Any:
 
 
 def print_plan(rows: Sequence[Row]) -> None:
-    """Print the rows with what they may take; no GPU is needed."""
+    """Print the rows and how long they may take; no GPU is needed."""
     total = 0.0
     print("| row | group | model | size | options | PFLOP a call | file GB | expected s |")
     print("|---|---|---|---|---|---|---|---|")
@@ -300,7 +307,7 @@ def with_vae(row: Row, folder: Path) -> Row:
 
 
 def profile(row: Row, folder: Path | None, device: str) -> None:
-    """Print where the time of two steps goes, or of the steps of a generation that rows measure."""
+    """Print where the time of two steps goes, or of the measured steps of a generation."""
     from benchmarks.gpu_files import folder_for, lay_out
     from benchmarks.gpu_measuring import prepare
     from benchmarks.gpu_profile import profile_calls, report

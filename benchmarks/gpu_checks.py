@@ -40,7 +40,7 @@ LONGEST = 4000  # characters of a message
 
 @dataclass
 class Group:
-    """What became of one file of tests."""
+    """Result of one file of tests."""
 
     name: str
     passed: int = 0
@@ -53,15 +53,17 @@ class Group:
 
     @property
     def is_good(self) -> bool:
+        """Whether all tests ran and none failed."""
         return not self.failures and self.ended == "done"
 
     @property
     def count(self) -> int:
+        """Number of tests that ran."""
         return self.passed + len(self.failures)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the groups and return the exit code. argv: the arguments after --check."""
+    """Run the groups and return the exit code. `argv` are the arguments after --check."""
     parser = argparse.ArgumentParser(prog="gpu.py --check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "files", nargs="*", type=Path, help="files or folders of tests; default: all marked gpu"
@@ -111,10 +113,15 @@ def run_groups(
     jobs: int,
     failures: Path | None = None,
 ) -> Iterator[Group]:
-    """Run files of tests, some at a time, and yield each when it has ended.
+    """Run files of tests, several at a time, and yield each when it has ended.
 
-    end: of the whole, by the monotonic clock. seconds: for a file. failures: gets the message of each test
-    that fails as soon as it has.
+    Args:
+        paths: The files.
+        markers: Marker expression of pytest.
+        end: End of the whole run, by the monotonic clock.
+        seconds: Limit for a file.
+        jobs: Number of files at a time.
+        failures: File that gets the message of each failed test at once.
     """
     children: Children = []
 
@@ -135,7 +142,7 @@ def run_groups(
 
 
 def has_device() -> bool:
-    """Return whether tests marked `gpu` have something to run on: CUDA, or what the environment names."""
+    """Return whether tests marked `gpu` can run: on CUDA, or on what the environment names."""
     import torch
 
     return torch.cuda.is_available() or "REELSMITH_TEST_DEVICE" in os.environ
@@ -151,12 +158,12 @@ def jobs_here() -> int:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files of tests in a folder; of a file, itself."""
+    """Return the files of tests in a folder; a file itself."""
     return sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
 
 
 def find_files(folder: Path) -> list[Path]:
-    """Return the files of tests for a GPU: first those of parts, then whole runs, then those elsewhere.
+    """Return the files of tests for a GPU: first those of parts, then whole runs, then all others.
 
     Those in the folder gpu need few packages.
     """
@@ -186,9 +193,9 @@ def describe_machine() -> dict[str, str]:
 def run_group(
     path: Path, markers: str, seconds: float, children: Children, failures: Path | None = None
 ) -> Group:
-    """Run one file of tests in a process of its own, at most so many seconds. children: gets the process.
+    """Run one file of tests in a process of its own, for at most `seconds`.
 
-    failures: as of `run_groups`.
+    `children` holds the process; `failures` is as in `run_groups`.
     """
     group, begun = Group(name_of(path)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +218,7 @@ def run_group(
 def child_environment() -> dict[str, str]:
     """Return the environment of a group's process: cuBLAS sums in one order, text is UTF-8.
 
-    Groups run side by side, and what they compute on the CPU is small: each takes a few cores.
+    Groups run in parallel, and what they compute on the CPU is small: each uses a few cores.
     """
     own = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1))}
     # packages may come from a folder that the caller has put on the path
@@ -220,7 +227,7 @@ def child_environment() -> dict[str, str]:
 
 
 def judge(group: Group, code: int, text: str) -> None:
-    """Note how a process ended. code: its exit code. text: its output."""
+    """Record how a process ended: its exit code and its output."""
     if group.ended != "done":
         return
     group.running = "" if code in (0, 1, 5) else group.running
@@ -231,11 +238,12 @@ def judge(group: Group, code: int, text: str) -> None:
 
 
 def last_lines(text: str, count: int = 12) -> str:
+    """Return the last lines of a text, up to a limit of characters."""
     return "\n".join(text.strip().splitlines()[-count:])[-LONGEST:]
 
 
 def read_record(record: Path, group: Group) -> None:
-    """Add to a group what its process noted."""
+    """Add to a group what its process recorded."""
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
     for line in lines:
         with contextlib.suppress(ValueError):  # cut short by a crash
@@ -259,7 +267,7 @@ def note_event(event: dict[str, Any], group: Group) -> None:
 
 
 def report(group: Group) -> str:
-    """Return the line of a group, and below it what was not good and why tests were skipped."""
+    """Return the line of a group, with its failures and the reasons of skipped tests below."""
     skipped = sum(group.skipped.values())
     line = f"{group.name}: {group.passed} passed, {len(group.failures)} failed, {skipped} skipped"
     lines = [f"{line}, {group.seconds:.0f} s"]
@@ -272,6 +280,7 @@ def report(group: Group) -> str:
 
 
 def indented(text: str, most: int = 25) -> list[str]:
+    """Return the lines of a text indented; the middle of a long text is left out."""
     lines = text.splitlines()
     if len(lines) > most:
         lines = [*lines[:3], "...", *lines[3 - most :]]
@@ -279,12 +288,13 @@ def indented(text: str, most: int = 25) -> list[str]:
 
 
 def name_of(path: Path) -> str:
+    """Return the path of a file relative to the checkout, if it is in it."""
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def write_results(path: Path, machine: dict[str, str], groups: Sequence[Group]) -> None:
-    """Write everything found so far."""
+    """Write all results so far."""
     found = {**machine, "groups": [asdict(group) for group in groups]}
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -292,17 +302,19 @@ def write_results(path: Path, machine: dict[str, str], groups: Sequence[Group]) 
 
 
 class Recorder:
-    """A plugin of pytest: writes what happens at once, so that a crash loses nothing."""
+    """A plugin of pytest that writes events at once, so that a crash loses nothing."""
 
     def __init__(self, path: Path, failures: Path | None = None) -> None:
-        """failures: a text file that several processes add to."""
+        """Write to `path`; `failures` is a text file that several processes append to."""
         self._file = path.open("a", encoding="utf-8")
         self._failures = failures
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Record that a test has begun."""
         self._note("begun", nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record the result of a test."""
         if report.skipped:
             self._note("skipped", report.nodeid, reason_of(report.longrepr))
         elif report.failed:
@@ -311,6 +323,7 @@ class Recorder:
             self._note("passed", report.nodeid, seconds=report.duration)
 
     def pytest_collectreport(self, report: Any) -> None:
+        """Record a file that cannot be collected: skipped if a package is missing, else failed."""
         if report.failed:
             missing = missing_package(report.longreprtext)
             kind, why = ("skipped", f"needs {missing}") if missing else ("failed", report.longreprtext)
@@ -336,7 +349,7 @@ def reason_of(longrepr: Any) -> str:
 
 
 def missing_package(text: str) -> str | None:
-    """Return the package that is not installed, if that is what an error is about; None for ours."""
+    """Return the missing package that an error is about; None for modules of this project."""
     _, found, rest = text.rpartition("ModuleNotFoundError: No module named '")
     name = rest.partition("'")[0].partition(".")[0]
     return name if found and not (ROOT / name).is_dir() and importlib.util.find_spec(name) is None else None
@@ -344,7 +357,7 @@ def missing_package(text: str) -> str | None:
 
 @contextlib.contextmanager
 def _one_setup(path: Path) -> Iterator[list[str]]:
-    """Yield pytest's options: nothing of the project's own selection, no colours, no cache."""
+    """Yield pytest's options: without the project's own selection, colors and cache."""
     with tempfile.TemporaryDirectory() as folder:
         yield [
             str(path),

@@ -1,6 +1,6 @@
-"""What is timed in the caching rows of benchmarks/gpu.py: VAEs on random clips, text encoders on tokens.
+"""The timed work of the caching rows of benchmarks/gpu.py: VAEs on random clips, text encoders on tokens.
 
-Decoding videos, tokenizers and files are not in it: they work on the CPU, ahead of the device.
+Decoding videos, tokenizers and files are left out: they work on the CPU, ahead of the device.
 """
 
 import time
@@ -61,7 +61,7 @@ def texts(row: Row, path: Path, device: torch.device) -> Bench:
 
 
 def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
-    """Load umT5; as many texts at once as its encoder takes."""
+    """Load umT5, which encodes as many texts at once as in caching."""
     from encoders.text_encoder import TOKENS_AT_ONCE
     from wan.t5 import load_t5
 
@@ -71,7 +71,7 @@ def _umt5(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, i
 
 
 def _llama(path: Path, device: torch.device, length: int) -> tuple[Any, Encode, int]:
-    """Load HunyuanVideo's Llama; texts stand behind the template."""
+    """Load HunyuanVideo's Llama; texts follow the template."""
     from encoders.language_models import LLAMA, load_language_model
     from encoders.language_states import language_states
     from hunyuan_model.options import SKIP_LAYERS

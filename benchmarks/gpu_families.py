@@ -1,7 +1,7 @@
 """The families of the models of benchmarks/gpu.py.
 
-A family is built from its scripts' own options; its texts, its work and what it needs beside the noisy
-latents are functions here, so that everything else asks for no family's name.
+A family is built from its scripts' own options. Its texts, its work and its inputs besides the noisy latents
+are functions here, so that no other file depends on a family's name.
 """
 # Letters: L latent tokens, T text tokens, S image tokens, D width of text states
 
@@ -45,6 +45,7 @@ class Drawn:
     generator: torch.Generator
 
     def numbers(self, *shape: int) -> Tensor:
+        """Return normal random numbers of this shape."""
         return torch.randn(shape, generator=self.generator)
 
 
@@ -53,14 +54,23 @@ Texts = Callable[[Any, Drawn, int], dict[str, Tensor | list[Tensor]]]
 
 @dataclass(frozen=True)
 class BenchFamily:
-    """What the benchmark must know of a family.
+    """What the benchmark needs to know about a family.
 
-    texts: (config of the transformer, numbers, T) -> conditions of one sample with batch dimension, as caches
-    have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers,
-    shape) -> what generation encodes from images, by section. own: `Prepared.family_record` of a video of
-    one section. trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's
-    latents -> shape of those that are denoised together. config: family -> config of the transformer. sounds:
-    whether each clip has sound.
+    Attributes:
+        room: Folder with family.py and options.py.
+        record: Class of options.py for training.
+        generate: Generation script.
+        texts: (config of the transformer, numbers, T) -> conditions of one sample with batch dimension, as
+            caches have them.
+        work: (config, shape of the latents, T) -> operations of a pass.
+        latents: Class of options.py for caching latents.
+        train: Script with the DEFAULTS of an image trainer; "" for an ordinary one.
+        inputs: (config, numbers, shape) -> what generation encodes from images, by section.
+        own: Returns `Prepared.family_record` of a video of one section.
+        trained: (config, numbers, shape) -> additional tensors of a training sample's cache.
+        section: Shape of a clip's latents -> shape of those that are denoised together.
+        config: Family -> config of the transformer.
+        sounds: Whether each clip has audio.
     """
 
     room: str  # folder with family.py and options.py
@@ -125,11 +135,11 @@ def count_tokens(shape: Shape, patch: int = PATCH) -> int:
 
 
 def _framepack_tokens(shape: Shape) -> int:
-    """Return the tokens of a section with the finished latents that it sees, which are padded to patches."""
+    """Return the tokens of a section and the finished latents that it sees, padded to patches."""
     from frame_pack.sections import FRAMES_2X, FRAMES_4X
 
     _, _, frames, rows, columns = shape
-    found = (frames + 2) * (rows // PATCH) * (columns // PATCH)  # the start image and the neighbour in time
+    found = (frames + 2) * (rows // PATCH) * (columns // PATCH)  # the start image and the neighbor in time
     for times, past in ((2, FRAMES_2X), (4, FRAMES_4X)):
         side = PATCH * times
         found += -(-past // times) * -(-rows // side) * -(-columns // side)
@@ -167,7 +177,7 @@ def _flux_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | li
 
 
 def _hunyuan_image_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
-    """No letters are to be written: no token of the glyph encoder is real."""
+    """Return texts without glyphs: no token of the glyph encoder is real."""
     return {
         "vlm_embed": [drawn.numbers(length, config.text_dim)],
         "vlm_mask": [torch.ones(length, dtype=torch.int64)],
@@ -182,7 +192,7 @@ def _lumina_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | 
 
 
 def _listed(key: str, several: bool = False) -> Texts:
-    """Return what makes texts of a family whose caches have one tensor of them, as long as the text is."""
+    """Return a function for texts of a family whose caches have one tensor, as long as the text."""
 
     def texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
         states = (config.states,) if several else ()
@@ -192,13 +202,13 @@ def _listed(key: str, several: bool = False) -> Texts:
 
 
 def _qwen_image_21_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
-    """Without references."""
+    """Return texts without references."""
     slots = torch.zeros(0, dtype=torch.int64)
     return {"vl_embed": [drawn.numbers(length, config.text_dim)], "image_slots": [slots]}
 
 
 def _h3_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
-    """Of a text without pictures."""
+    """Return states of a text without images."""
     tags = torch.ones(length, dtype=torch.int64)
     return {"mmh3_hidden_states": [drawn.numbers(length, config.text_dim)], "mmh3_token_tags": [tags]}
 
@@ -208,7 +218,7 @@ def _sd_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list
 
 
 def _sdxl_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
-    """States of CLIP-L and of OpenCLIP, and the pooled one of the second, which is as wide."""
+    """Return states of CLIP-L and of OpenCLIP, and the pooled state of the second, of the same width."""
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     first = config["cross_attention_dim"] - pooled
     return {
@@ -259,13 +269,13 @@ def _framepack_own() -> Any:
 
 
 def _without_start(shape: Shape) -> Shape:
-    """Leave out the first frame, which is given."""
+    """Return the shape without the first frame, which is given."""
     batch, channels, frames, rows, columns = shape
     return batch, channels, frames - 1, rows, columns
 
 
 def _framepack_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
-    """The cached section of a clip of one section: what it sees, and its place in time."""
+    """Return the cached section of a clip of one section: its context, and its index in time."""
     from frame_pack.caching import clip_sections
     from frame_pack.sections import ANTI_DRIFTING
 
@@ -277,7 +287,7 @@ def _framepack_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
 
 
 def _sdxl_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
-    """Return the sizes of a picture that was neither resized nor cropped, in pixels."""
+    """Return the sizes of an image that was neither resized nor cropped, in pixels."""
     height, width = (8 * side for side in shape[-2:])
     return {SIZES: torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 

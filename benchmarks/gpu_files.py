@@ -19,7 +19,7 @@ PIECE = 1 << 24  # numbers of 16 bits, written again and again
 
 @contextmanager
 def folder_for(row: Row, asked: Path | None) -> Iterator[Path]:
-    """Yield the folder that was asked for, which stays, or a temporary one for the files of a row."""
+    """Yield the requested folder, which is kept, or a temporary one for the files of a row."""
     if asked is not None:
         asked.mkdir(parents=True, exist_ok=True)
         yield asked
@@ -29,19 +29,19 @@ def folder_for(row: Row, asked: Path | None) -> Iterator[Path]:
 
 
 def memory_folder() -> Path | None:
-    """Return a folder whose files are in memory, where there is one (Linux): for files without content.
+    """Return a folder whose files are in memory (Linux), for files without content; None without one.
 
-    There holes are read at once and take nothing. A disk's file system fills the system's cache with zeros
+    There, holes are read at once and take no space. A disk's file system fills the system's cache with zeros
     first: 6 GB took 48 s instead of 2 in a virtual machine whose memory grows as it is used.
     """
     return SHARED if SHARED.is_dir() and os.access(SHARED, os.W_OK) else None
 
 
 def lay_out(row: Row, folder: Path) -> tuple[Path, Path | None]:
-    """Write the files of a row that are not there yet: its model, and that of the expert for much noise.
+    """Write the missing files of a row: its model, and that of the expert for high noise.
 
-    All but those of the loading rows are holes: they take no space and are read as zeros. Transformers are in
-    bf16, although some releases have tensors in float32.
+    All except those of the loading rows are holes: they take no space and are read as zeros. Transformers are
+    in bf16, although some releases have tensors in float32.
     """
     model = row.model
     names = (
@@ -70,9 +70,9 @@ def vae_of(row: Row, folder: Path) -> tuple[str, ...]:
 
 
 def fill(path: Path) -> None:
-    """Write random bf16 numbers behind the header of an empty file, and wait until they are on the disk.
+    """Write random bf16 numbers after the header of an empty file, and wait until they are on disk.
 
-    The same numbers come again every 32 MiB: drawing them is slower than the disk.
+    The same numbers repeat every 32 MiB: drawing them is slower than the disk.
     """
     numbers = torch.randn(PIECE, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     piece = memoryview(numbers.view(torch.uint8).numpy())
@@ -86,7 +86,7 @@ def fill(path: Path) -> None:
 
 
 def forget(path: Path) -> bool:
-    """Ask the system to drop a file from its cache. Returns whether it can be asked (Linux)."""
+    """Ask the system to drop a file from its cache; return whether it supports that (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return False
     with path.open("rb") as file:

@@ -36,7 +36,16 @@ def measure_row(
     enough: float = ENOUGH,
     profiled: bool = False,
 ) -> Figures:
-    """Return the figures of a row. path, high: its files. enough: seconds. profiled: profile a call too."""
+    """Return the figures of a row.
+
+    Args:
+        row: The row.
+        path: File of its model.
+        high: File of the expert for high noise; None without one.
+        device: The device.
+        enough: Seconds to measure.
+        profiled: Also profile a call.
+    """
     if row.card:
         limit_memory(device, row.card)
     if row.kind == LOADING:
@@ -47,14 +56,14 @@ def measure_row(
 
 
 def limit_memory(device: torch.device, card: float) -> None:
-    """Let torch take no more of a CUDA device than a card of so many GiB has free."""
+    """Let torch use no more of a CUDA device than a card of this many GiB has free."""
     if device.type == "cuda":
         full = torch.cuda.get_device_properties(device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction((card - CONTEXT) / full, device.index or 0)
 
 
 def forget_row(device: torch.device) -> None:
-    """Release what a row has left, so that the next one begins as in a new process."""
+    """Release what a row has left, so that the next one starts as in a new process."""
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":
@@ -66,7 +75,7 @@ def forget_row(device: torch.device) -> None:
 
 
 def _profile(bench: Bench, device: torch.device) -> list[str]:
-    """Return the lines of a profile of one call, or why there is none: that loses no row.
+    """Return the lines of a profile of one call, or the reason why there is none; the row stays valid.
 
     Times are of a step, clip or text.
     """
@@ -77,7 +86,7 @@ def _profile(bench: Bench, device: torch.device) -> list[str]:
 
 
 def prepare(row: Row, path: Path, high: Path | None, device: torch.device) -> Bench:
-    """Load a row's model and prepare what is timed."""
+    """Load a row's model and prepare its timed work."""
     if row.kind == GENERATION:
         return generation(row, path, device, high)
     return {TRAINING: train_steps, LATENTS: latents, TEXTS: texts}[row.kind](row, path, device)
@@ -115,7 +124,8 @@ def time_call(
 ) -> list[float]:
     """Return the seconds of each call, each ended by the device's last kernel.
 
-    There are at least `least` and at most `most`, and no other after `enough` seconds or after a long one.
+    There are at least `least` and at most `most` calls, and no other after `enough` seconds or after a long
+    one.
     """
     times: list[float] = []
     synchronize(device)
@@ -130,13 +140,13 @@ def time_call(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a CUDA device has done its work."""
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> int:
-    """Return the peak of a CUDA device's memory, and begin another; 0 for a CPU."""
+    """Return the peak of a CUDA device's memory, and reset it; 0 for a CPU."""
     if device.type != "cuda":
         return 0
     found = torch.cuda.max_memory_allocated(device)
@@ -145,14 +155,14 @@ def reset_peak(device: torch.device) -> int:
 
 
 def _host_peak() -> int:
-    """Return the most bytes of host memory so far; 0 if the system does not tell."""
+    """Return the peak of host memory in bytes; 0 if the system does not report it."""
     return peak() if STATUS.exists() and "VmHWM" in STATUS.read_text(encoding="ascii") else 0
 
 
 def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
-    """Time loading a transformer from a file in the system's cache, and from one that it was asked to forget.
+    """Time loading a transformer from a cached file, and from one that was dropped from the cache.
 
-    The first loading, which also starts the device, is apart.
+    The first loading, which also starts the device, is reported separately.
     """
     options, family = training_family(row, path)
 

@@ -1,19 +1,16 @@
-"""Short questions to a GPU, each answered in seconds: what a kernel does, not how long a run takes.
+"""Short probes of a GPU, each done in seconds: what a kernel does, not how long a run takes.
 
-The open one is cuDNN's attention. On an H100 (torch 2.11) the gradients of two samples of 754 tokens in one
-call were NaN, those of one sample never; since then `modules.attention.sdpa` gives cuDNN one sample at a time
-if there are gradients. That mend was made after the loan had ended and has not run on a GPU. What is to be
-tried:
+The open question is cuDNN's attention. On an H100 (torch 2.11) the gradients of two samples of 754 tokens in
+one call were NaN, those of one sample never; since then `modules.attention.sdpa` gives cuDNN one sample at a
+time if there are gradients. That fix has not run on a GPU yet. To be tried:
 
-1. `cudnn_batches`: for which lengths and batches are gradients NaN? If for none, torch or cuDNN has mended
-   it, and the loop over samples can end at that version. If only for lengths that are no multiple of 64 or
-   128, only those need it.
-2. `cudnn_one_by_one`: is the mended way finite and right for all of these? If not, cuDNN has to leave
-   `kernels` if there are gradients.
-3. `cudnn_loop_cost`: what the loop costs at 4 x 4,096 tokens, against one call and against FlashAttention. If
-   it costs more than FlashAttention does, batches should take that.
-4. `torch_own_choice`: which kernel torch itself takes for a batch, as diffusers' processors would have it.
-   The U-Nets of Stable Diffusion do not use those on CUDA for this reason.
+1. `cudnn_batches`: for which lengths and batches are gradients NaN? If for none, torch or cuDNN has fixed it,
+and the loop over samples can end at that version. If only for lengths that are not a multiple of 64 or 128,
+only those need it. 2. `cudnn_one_by_one`: are results finite and right with the fix for all of these? If not,
+cuDNN has to leave `kernels` if there are gradients. 3. `cudnn_loop_cost`: what does the loop cost at 4 x
+4,096 tokens, against one call and FlashAttention? If it costs more than FlashAttention does, batches should
+use that. 4. `torch_own_choice`: which kernel does torch itself select for a batch, as diffusers' processors
+would use it? The U-Nets of Stable Diffusion do not use those on CUDA for this reason.
 """
 
 import time
@@ -40,7 +37,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Probe:
-    """A question. seconds: that it may take, a guess. ask: a device -> figures."""
+    """A short measurement: its name, its estimated seconds, and a function from a device to figures."""
 
     name: str
     seconds: float
@@ -48,7 +45,7 @@ class Probe:
 
 
 def run_probe(probe: Probe, device: str) -> Figures:
-    """Return the answer with its seconds, or why there is none: the next probe may have one."""
+    """Return the figures of a probe with its seconds, or the reason if it failed."""
     begun = time.monotonic()
     try:
         found = probe.ask(select_device(device))
@@ -58,7 +55,7 @@ def run_probe(probe: Probe, device: str) -> Figures:
 
 
 def draw_inputs(device: torch.device, batch: int, length: int) -> list[Tensor]:
-    """Return query, key, value and a gradient of the result, each B N L D in bf16, of a seed."""
+    """Return query, key, value and a gradient of the result, B N L D in bf16 each, of a fixed seed."""
     generator = torch.Generator().manual_seed(length)
     shape = (batch, HEADS, length, WIDTH)
     return [torch.randn(shape, generator=generator).to(device, torch.bfloat16) for _ in range(4)]
@@ -87,7 +84,7 @@ def worst_error(attention: Attention, inputs: list[Tensor]) -> float:
 
 
 def with_kernel(kernel: SDPBackend) -> Attention:
-    """Return attention by one kernel of torch's alone."""
+    """Return attention with a single kernel of torch."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(kernel):
@@ -97,7 +94,7 @@ def with_kernel(kernel: SDPBackend) -> Attention:
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return attention as every family has it."""
+    """Compute attention as every family does."""
     swapped = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attend(*swapped).transpose(1, 2)
 
@@ -116,19 +113,19 @@ def _errors_of(attention: Attention, device: torch.device) -> Figures:
 
 
 def cudnn_batches(device: torch.device) -> Figures:
-    """Ask for which batches and lengths cuDNN's gradients are NaN, on which versions."""
+    """Find the batches and lengths for which cuDNN's gradients are NaN, with the versions."""
     kernel = SDPBackend.CUDNN_ATTENTION if device.type == "cuda" else SDPBackend.MATH
     versions = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     return {**versions, **_errors_of(with_kernel(kernel), device)}
 
 
 def cudnn_one_by_one(device: torch.device) -> Figures:
-    """Ask the same of attention as it is used."""
+    """Find the same for attention as the families use it."""
     return _errors_of(ours, device)
 
 
 def cudnn_loop_cost(device: torch.device) -> Figures:
-    """Ask how many milliseconds forward and backward take: looped, in one call, with FlashAttention."""
+    """Measure the milliseconds of forward and backward: looped, in one call, with FlashAttention."""
     is_cuda = device.type == "cuda"
     length = 4096 if is_cuda else 64
     inputs = draw_inputs(device, 4, length)
@@ -151,7 +148,7 @@ def cudnn_loop_cost(device: torch.device) -> Figures:
 
 
 def torch_own_choice(device: torch.device) -> Figures:
-    """Ask which operators run where torch chooses, for two samples with gradients."""
+    """Find which operators torch itself selects for two samples with gradients."""
     *sources, gradient = draw_inputs(device, 2, 754)
     for source in sources:
         source.requires_grad_()
@@ -173,7 +170,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def overlapping_copies(device: torch.device) -> Figures:
-    """Ask for the milliseconds of products alone, of copies from pinned memory alone, and of both at once."""
+    """Measure the milliseconds of products alone, copies from pinned memory alone, and both at once."""
     is_cuda = device.type == "cuda"
     side, size = (8192, 1 << 29) if is_cuda else (64, 1 << 12)
     left = torch.randn(side, side, device=device, dtype=torch.bfloat16)
@@ -210,7 +207,7 @@ def overlapping_copies(device: torch.device) -> Figures:
 
 
 def page_locked(device: torch.device) -> Figures:
-    """Ask how fast host memory is page-locked in the pieces that swapping takes, and whether all of it is."""
+    """Measure how fast host memory is page-locked in the pieces of block swap, and whether all of it is."""
     is_cuda = device.type == "cuda"
     size = (8 << 30) if is_cuda else (1 << 20)
     infos = {f"block {number}": TensorInfo(torch.uint8, (size // 8,)) for number in range(8)}
@@ -221,7 +218,7 @@ def page_locked(device: torch.device) -> Figures:
 
 
 def product_peaks(device: torch.device) -> Figures:
-    """Ask for the TFLOP/s of square products in bf16, fp8 and int8: what bounds the gain of small forms."""
+    """Measure the TFLOP/s of square products in bf16, fp8 and int8, which bound the gain of small forms."""
     is_cuda = device.type == "cuda"
     side, count = (8192, 2 * 8192**3) if is_cuda else (64, 2 * 64**3)
     wide = [torch.randn(side, side, device=device) for _ in range(2)]

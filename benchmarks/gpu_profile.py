@@ -37,7 +37,7 @@ MATRICES = re.compile(r"aten::(addmm|mm|bmm|baddbmm|linear|_scaled_mm)")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that ran on the device, or an operator by itself where the CPU is the device. Microseconds."""
+    """A kernel that ran on the device, or an operator's own time on a CPU. Times are in microseconds."""
 
     name: str
     start: float
@@ -48,6 +48,7 @@ class Kernel:
 
     @property
     def time(self) -> float:
+        """Duration in microseconds."""
         return self.end - self.start
 
 
@@ -62,7 +63,7 @@ class Profile:
 
 @dataclass
 class Sum:
-    """What equal kernels, or those of a group, take together."""
+    """Totals of equal kernels, or of a group."""
 
     time: float = 0.0
     count: int = 0
@@ -70,6 +71,7 @@ class Sum:
     names: dict[str, float] = field(default_factory=dict)
 
     def add(self, kernel: Kernel) -> None:
+        """Add a kernel to the totals."""
         self.time += kernel.time
         self.count += 1
         self.size += kernel.size
@@ -77,7 +79,7 @@ class Sum:
 
 
 def group_of(kernel: Kernel) -> str:
-    """Return the group of a kernel, by its name, or by that of the operator that asked for it.
+    """Return the group of a kernel, by its name or by that of the operator that started it.
 
     A matrix product is thin if one of its sides is at most 128, which is a LoRA's rank in a transformer.
     """
@@ -114,7 +116,7 @@ def sums_by(kernels: Iterable[Kernel], key: Callable[[Kernel], str]) -> dict[str
 
 
 def report(found: Profile, calls: int) -> str:
-    """Return the tables of a profile: the groups, then the largest kernels. Times are of one call."""
+    """Return the tables of a profile: the groups, then the largest kernels. Times are per call."""
     groups = sums_by(found.kernels, group_of)
     lines = ["| group | ms a step | share | kernels | GB/s | largest |", "|---|---|---|---|---|---|"]
     for name in GROUPS:
@@ -141,7 +143,7 @@ def _line(name: str, one: Sum, wall: float, calls: int, rest: str) -> str:
 
 
 def short(name: str, length: int = 80) -> str:
-    """Return a kernel's name for a table."""
+    """Return a kernel's name, shortened for a table."""
     plain = name.replace("|", "/").replace("\n", " ")
     return plain if len(plain) <= length else f"{plain[: length - 3]}..."
 
@@ -150,7 +152,7 @@ def short(name: str, length: int = 80) -> str:
 
 
 def profile_calls(call: Callable[[], object], calls: int, device: torch.device) -> Profile:
-    """Profile some calls; those before have compiled and allocated what is needed."""
+    """Profile some calls; earlier calls have compiled and allocated what is needed."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -170,10 +172,10 @@ def profile_calls(call: Callable[[], object], calls: int, device: torch.device) 
 
 
 def read_device(events: Sequence[Any]) -> Profile:
-    """Join the kernels of a device with the operators that asked for them.
+    """Join the kernels of a device with the operators that started them.
 
-    events: as the profiler notes them (torch._C._autograd._KinetoEvent); those of later releases than 2.11
-    say more, which is not needed.
+    `events` are those of the profiler (torch._C._autograd._KinetoEvent); those of releases after 2.11 contain
+    more, which is not needed.
     """
     operators = {
         event.correlation_id(): event
@@ -202,7 +204,7 @@ def _kernel(event: Any, operator: Any) -> Kernel:
 
 
 def read_cpu(events: Sequence[Any]) -> Profile:
-    """Return the CPU's operators, each with the time that it took itself. events: FunctionEvents."""
+    """Return the CPU's operators with their own times. `events` are FunctionEvents."""
     kernels = _operators(events)
     if not kernels:
         return Profile((), 0.0, 0.0)
@@ -227,7 +229,7 @@ def _is_on_cpu(device_type: Any) -> bool:
 
 
 def _is_annotation(event: Any) -> bool:
-    """Return whether a stretch of time is not a kernel, but what a program calls it."""
+    """Return whether an event is not a kernel, but a named range of the program."""
     return bool(event.is_user_annotation()) if hasattr(event, "is_user_annotation") else False
 
 
@@ -244,7 +246,7 @@ ITEM_BYTES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "long
 
 
 def _bytes(shapes: Sequence[Sequence[int]], types: Sequence[str]) -> int:
-    """Return the bytes of an operator's inputs, which it reads at least; 0 if their types are not known."""
+    """Return the bytes of an operator's inputs, its minimum to read; 0 if their types are not known."""
     if len(types) != len(shapes):
         return 0
     found = 0

@@ -21,14 +21,14 @@ COMPILING, STARTING, READING = 50.0, 25.0, 2e9  # seconds, seconds, bytes per se
 
 @dataclass
 class Results:
-    """What was measured on one device. head: the device, torch, the date and the device's peaks."""
+    """Figures measured on one device. `head` has the device, torch, the date and the device's peaks."""
 
     head: Figures
     rows: dict[str, Figures] = field(default_factory=dict)
     path: Path | None = None  # rewritten after each row
 
     def note(self, name: str, figures: Figures) -> None:
-        """Keep a row's figures, in the file too: whoever ends the run loses one row."""
+        """Store a row's figures, also in the file, so that an interruption loses at most one row."""
         self.rows[name] = figures
         if self.path is not None:
             text = json.dumps({"head": self.head, "rows": self.rows}, indent=1)
@@ -36,12 +36,12 @@ class Results:
 
     @property
     def peak(self) -> float:
-        """Return the operations per second of a bf16 matrix product."""
+        """Operations per second of a bf16 matrix product."""
         return float(self.head["matmul"])
 
 
 def read_results(path: Path) -> Results:
-    """Read a result file. Raises SystemExit if it is none."""
+    """Read a result file. Raises SystemExit if it is not one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Results(found["head"], found["rows"], path)
@@ -50,10 +50,10 @@ def read_results(path: Path) -> Results:
 
 
 def continue_results(path: Path | None, head: Figures) -> Results:
-    """Return what is in a result file, to be continued, or nothing measured yet.
+    """Return the content of a result file to be continued, or empty results.
 
-    The peaks are those of this run; each row keeps that of the run that measured it.
-    Raises SystemExit if the file is of another device or another torch.
+    The peaks are those of this run; each row keeps that of the run that measured it. Raises SystemExit if the
+    file is of another device or another torch.
     """
     if path is None or not path.exists():
         return Results(head, path=path)
@@ -68,7 +68,7 @@ def continue_results(path: Path | None, head: Figures) -> Results:
 
 
 def missing(rows: Sequence[Row], results: Results, again: bool) -> list[Row]:
-    """Return the rows that are to be measured. again: those that failed too."""
+    """Return the rows to measure; with `again`, also those that failed."""
     return [
         row for row in rows if row.name not in results.rows or (again and "failed" in results.rows[row.name])
     ]
@@ -79,7 +79,7 @@ def missing(rows: Sequence[Row], results: Results, again: bool) -> list[Row]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a row will take, before it is measured."""
+    """Estimate of a row before it is measured."""
 
     operations: float  # of a timed call
     size: float  # bytes of its file
@@ -87,7 +87,7 @@ class Expected:
 
 
 def expect(row: Row, operations: float, size: float, speed: float = SPEED) -> Expected:
-    """Guess the seconds of a row from its operations and the bytes that it loads."""
+    """Estimate the seconds of a row from its operations and the bytes that it loads."""
     if not operations:
         return Expected(0.0, size, row.seconds)
     call = operations / speed
@@ -97,7 +97,7 @@ def expect(row: Row, operations: float, size: float, speed: float = SPEED) -> Ex
 
 
 def correction(results: Results) -> float:
-    """Return by what expected seconds are multiplied, from the rows that are measured."""
+    """Return the factor for expected seconds, from the rows that are measured."""
     found = [
         row["took"] / row["expected"]
         for row in results.rows.values()
@@ -120,16 +120,16 @@ def per_unit(figures: Mapping[str, Any]) -> float:
 
 
 def plan_error(figures: Mapping[str, Any]) -> float | None:
-    """Return how far the plan is off, as a share of the peak; None if either is not known."""
+    """Return how far the plan is off, as a fraction of the peak; None if either is not known."""
     if not figures.get("planned") or not figures.get("device"):
         return None
     return float(figures["planned"]) / float(figures["device"]) - 1
 
 
 def difference(figures: Mapping[str, Any], other: Mapping[str, Any], which: str = "losses") -> float | None:
-    """Return the largest relative difference of losses or norms of the same steps; None if there are none.
+    """Return the largest relative difference of losses or norms of the same steps; None without any.
 
-    It is infinite if one of them is no finite number.
+    It is infinite if one of them is NaN or infinite.
     """
     pairs = list(zip(figures.get(which, ()), other.get(which, ()), strict=False))
     return max((_apart(one, two) for one, two in pairs), default=None)
@@ -146,7 +146,7 @@ def _apart(one: float, two: float) -> float:
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal with the number that was found; None: the rows that it needs are not measured."""
+    """A goal with the measured figure; `is_met` is None if the rows that it needs are not measured."""
 
     text: str
     is_met: bool | None
@@ -174,7 +174,7 @@ PAIRS_SWAP = (
 
 
 def goals_of(results: Results) -> list[Goal]:
-    """Compare what was measured with the goals."""
+    """Compare the figures with the goals."""
     rows = {name: row for name, row in results.rows.items() if "failed" not in row}
     found = [_peak_goal(rows, results.peak)]
     for faster, plain in PAIRS_FP8:

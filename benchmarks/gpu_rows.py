@@ -37,7 +37,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a clip or picture in pixels."""
+    """Size of a clip or image in pixels."""
 
     width: int
     height: int
@@ -49,7 +49,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. options: of the family's training or generation script."""
+    """A line of a table. `options` are those of the family's training or generation script."""
 
     name: str  # stable: of --rows and in result files
     kind: str
@@ -66,6 +66,7 @@ class Row:
 
     @property
     def group(self) -> str:
+        """Group of rows, for --group."""
         return "caching" if self.kind in CACHING else self.kind
 
 
@@ -278,9 +279,9 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 def choose(names: Sequence[str], groups: Sequence[str]) -> list[Row]:
-    """Return the rows of these names or numbers, then those of these groups; all if none is given.
+    """Return the rows of these names or numbers, then those of these groups; all if none are given.
 
-    Raises SystemExit, naming those that there are.
+    Raises SystemExit, with the list of rows, for an unknown name.
     """
     found = [_row(name) for name in names]
     found += [row for row in ROWS if row.group in groups or (row.is_goal and "goals" in groups)]

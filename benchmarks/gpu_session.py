@@ -73,31 +73,37 @@ class SessionFiles:
 
     @property
     def plans(self) -> Path:
+        """Estimates of rows."""
         return self.folder / "plans.json"
 
     @property
     def probes(self) -> Path:
+        """Results of the probes."""
         return self.folder / "probes.json"
 
     @property
     def checks(self) -> Path:
+        """Results of the tests."""
         return self.folder / "checks.json"
 
     @property
     def failures(self) -> Path:
+        """Messages of failed tests."""
         return self.folder / "failures.txt"
 
     @property
     def rows(self) -> Path:
+        """Figures of the rows."""
         return self.folder / "rows.json"
 
     @property
     def tables(self) -> Path:
+        """Tables of everything, in Markdown."""
         return self.folder / "tables.md"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a file of a session holds; nothing if there is none yet."""
+    """Return the content of a session's file; empty if it does not exist yet."""
     if not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -105,6 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a session's file."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -112,7 +119,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def code_state() -> str:
-    """Return a hash of the sources that plans depend on: all but tests."""
+    """Return a hash of the sources that plans depend on: all except tests."""
     digest = hashlib.sha256()
     for path in sorted(ROOT.glob("*/**/*.py")):
         name = path.relative_to(ROOT).as_posix()
@@ -123,9 +130,9 @@ def code_state() -> str:
 
 @dataclass
 class Plans:
-    """What is expected of rows, by their names, as far as it was worked out ahead.
+    """Estimates of rows, by their names, as far as they were made in advance.
 
-    Rows that are not there are planned when they are measured, which takes up to a minute of the GPU's time.
+    Rows without one are planned when they are measured, which takes up to a minute of the GPU's time.
     """
 
     path: Path
@@ -134,7 +141,7 @@ class Plans:
 
     @staticmethod
     def read(path: Path) -> "Plans":
-        """Read a file of plans. Those of another state of the code count as if they were not there."""
+        """Read a file of plans. Those of another state of the code are ignored."""
         plans, content = Plans(path), read_json(path)
         if content.get("code") == plans.state:
             plans.rows = content["rows"]
@@ -143,7 +150,7 @@ class Plans:
         return plans
 
     def make(self, rows: Iterable[Row]) -> None:
-        """Plan rows that are not there yet, without a GPU; each is written at once."""
+        """Plan missing rows without a GPU; each is written at once."""
         for row in rows:
             if row.name in self.rows or row.kind in (*CACHING, LOADING):
                 continue
@@ -154,11 +161,12 @@ class Plans:
             print(f"{row.name}: {planned:.1f} GiB, {time.monotonic() - begun:.0f} s", flush=True)
 
     def with_plan(self, row: Row) -> Row:
+        """Return a row with the planned bytes, if it was planned."""
         plan = self.rows.get(row.name)
         return row if plan is None else replace(row, planned=plan["planned"])
 
     def expected(self, row: Row) -> Expected:
-        """Guess the seconds of a row, in this process; of one without a plan from its kind alone."""
+        """Estimate the seconds of a row in this process; without a plan, from its kind alone."""
         plan = self.rows.get(row.name)
         if plan is None:
             return Expected(0.0, 0.0, row.seconds or 90.0)
@@ -166,11 +174,12 @@ class Plans:
         return replace(found, seconds=found.seconds - 15)  # the start of a process, and the plan
 
     def seconds(self, row: Row) -> float:
+        """Return the estimated seconds of a row."""
         return self.expected(row).seconds
 
 
 def plan_row(row: Row) -> dict[str, float]:
-    """Return what the plan predicts for the device, the operations of a call, and the size of the file."""
+    """Return the bytes that the plan predicts, the operations of a call, and the size of the file."""
     import torch
 
     from benchmarks.gpu_families import generation_family, training_family
@@ -213,7 +222,7 @@ def traits_of(row: Row) -> set[str]:
 def next_row(rows: Iterable[Row], known: Iterable[str], seconds: Callable[[Row], float]) -> Row | None:
     """Return the row with most traits that no known row has; of equal ones the quickest, then the first.
 
-    known: names of rows that are measured.
+    `known` are the names of rows that are measured.
     """
     seen: set[str] = set()
     for name in known:
@@ -229,7 +238,7 @@ RunRow = Callable[[Row, float], dict[str, Any]]
 
 @dataclass
 class Session:
-    """What is left of the time, and where everything goes."""
+    """The remaining time, and where everything is stored."""
 
     files: SessionFiles
     plans: Plans
@@ -241,6 +250,7 @@ class Session:
 
     @property
     def left(self) -> float:
+        """Seconds that are left."""
         return self.end - time.monotonic()
 
     def probe(self) -> None:
@@ -258,7 +268,7 @@ class Session:
             print(f"{probe.name}: {json.dumps(found[probe.name])}", flush=True)
 
     def check(self, seconds: float, paths: Sequence[Path], markers: str = "gpu") -> None:
-        """Run files of tests, except those that were good before. seconds: for all."""
+        """Run files of tests that have not passed before, in `seconds` for all."""
         before = read_json(self.files.checks)
         groups = [gpu_checks.Group(**group) for group in before.get("groups", ())]
         kept = [group for group in groups if group.is_good or not (self.again or is_unfinished(group))]
@@ -278,7 +288,7 @@ class Session:
             gpu_checks.write_results(self.files.checks, gpu_checks.describe_machine(), kept)
 
     def measure(self, head: Mapping[str, Any], only_goals: bool) -> None:
-        """Measure rows as long as there is time: those of the goals, or all in the order of `next_row`."""
+        """Measure rows while there is time: those of the goals, or all in the order of `next_row`."""
         results = continue_results(self.files.rows, dict(head))
         left_out: set[str] = set()
         while (row := self._next(results, left_out, only_goals)) is not None:
@@ -302,7 +312,7 @@ class Session:
         return self.run_row(self.plans.with_plan(row), limit)
 
     def write_tables(self, results: Results) -> None:
-        """Write what is known so far as a page."""
+        """Write the results so far as a page."""
         checks = read_json(self.files.checks).get("groups", ())
         lines = ["# A session on a GPU", "", tables(results).rstrip()]
         if probes := read_json(self.files.probes):
@@ -315,17 +325,19 @@ class Session:
 
 
 def is_unfinished(group: gpu_checks.Group) -> bool:
+    """Return whether a file of tests did not come to its end."""
     return group.ended != "done"
 
 
 @dataclass
 class RowRunner:
-    """Measures rows in this process, until an error of CUDA has spoiled it."""
+    """Measures rows in this process, until a CUDA error has made it unusable."""
 
     device: str
     is_spoiled: bool = False
 
     def __call__(self, row: Row, limit: float) -> dict[str, Any]:
+        """Measure a row within a limit in seconds, and return its figures."""
         job = gpu.Job(None, self.device)
         if self.is_spoiled:
             return job.run(row, limit)
@@ -336,7 +348,7 @@ class RowRunner:
 
 
 def head_on(device: str) -> dict[str, Any]:
-    """Return what is measured on, with its peaks; of a CPU, on which this is only tried, no peaks."""
+    """Return the device and its peaks; a CPU, for a try, has no peaks."""
     if device != "cpu":
         return gpu.head_of(device)
     import torch
@@ -355,6 +367,7 @@ def head_on(device: str) -> dict[str, Any]:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -373,7 +386,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(
     argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, run_row: RunRow | None = None
 ) -> None:
-    """Run a session. rows, run_row: what may be measured, and how; default: in this process."""
+    """Run a session. `rows` and `run_row` say what is measured, and how; by default in this process."""
     args = make_parser().parse_args(argv)
     rows = [row for row in rows if not args.rows or row.name in args.rows]
     if unknown := set(args.rows) - {row.name for row in rows}:
@@ -406,6 +419,7 @@ def main(
 
 
 def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder."""
     return [path.name for path in folder.iterdir()]
 
 

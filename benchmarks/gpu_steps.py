@@ -1,4 +1,4 @@
-"""What is timed in the rows of benchmarks/gpu.py that train and generate: the loops' own steps."""
+"""The timed work of the rows of benchmarks/gpu.py that train and generate: the loops' own steps."""
 
 import time
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Bench:
     per: float = 1.0  # steps, clips or texts that a call makes
     losses: list[Tensor] = field(default_factory=list)  # of all calls so far
     norms: list[Tensor] = field(default_factory=list)  # of all gradients together, likewise
-    whole: float = 1.0  # steps of a finished video or picture
+    whole: float = 1.0  # steps of a finished video or image
     held: object = None  # what must live as long as the calls
 
 
@@ -100,10 +100,10 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
 
 
 def generation(row: Row, path: Path, device: torch.device, high: Path | None = None) -> Bench:
-    """Prepare some steps of the denoising loop, with the guidance that is usual, on random conditions.
+    """Prepare some steps of the denoising loop with the default guidance, on random conditions.
 
-    high: file of the expert for much noise. The first call has two steps less or, with experts, as many: all
-    must have worked once before the time counts.
+    `high` is the file of the expert for high noise. The first call has two steps fewer or, with experts, as
+    many: all must have run once before the time counts.
     """
     options, family = generation_family(row, path, high)
     prepared, prompts, inputs = random_request(row, family)
@@ -138,7 +138,7 @@ def plan_of_training(row: Row, options: Any, family: Any, device: torch.device) 
 
 
 def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: torch.device) -> float:
-    """Return the bytes of the device that the plan predicts for denoising. path: of the network's file."""
+    """Return the bytes of the device that the plan predicts for denoising with the network in `path`."""
     prepared, prompts, inputs = random_request(row, family)
     extra = workspace(device, is_training=False)
     plan = rehearse_denoising(family, options, prepared, prompts, inputs, extra)
@@ -147,7 +147,7 @@ def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: 
 
 
 def bytes_of(path: Path) -> int:
-    """Return the size of a file, of which an expert beside the one that works takes as much of the device."""
+    """Return the size of a file: what an expert takes on the device while the other one works."""
     return path.stat().st_size
 
 
@@ -181,7 +181,7 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
 
 
 def passes_of(family: Any) -> int:
-    """Return the passes of a step of generation: two with guidance."""
+    """Return the number of passes per step of generation: two with guidance."""
     default = family.defaults
     return (
         2 if any(scale != 1 for scale in (default.guidance_scale, *default.expert_guidance.values())) else 1
@@ -189,7 +189,7 @@ def passes_of(family: Any) -> int:
 
 
 def sound_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
-    """Return the shape of the latents of a clip's sound, C T M; None of a model without sound."""
+    """Return the shape of the latents of a clip's audio, C T M; None for a model without audio."""
     if not FAMILIES[row.model.family].sounds:
         return None
     spec = sound_of(family)
@@ -198,7 +198,7 @@ def sound_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
 
 
 def random_batch(row: Row, family: Any) -> NoisyBatch:
-    """Return a batch of one sample as the feed does: latents, texts, noise, and its sound."""
+    """Return a batch of one sample as the feed does: latents, texts, noise, and its audio."""
     drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
     shape, config = section_of(row, family), entry.config(family)
     tensors = {

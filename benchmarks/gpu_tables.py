@@ -15,11 +15,12 @@ UNKNOWN = "-"
 
 
 def gib(size: float | None) -> str:
+    """Return bytes as GiB; a placeholder if they are not known."""
     return f"{size / GIB:.1f}" if size else UNKNOWN
 
 
 def _share(which: str) -> Cell:
-    """Return a column of the rate and its share of the peak."""
+    """Return a column of the rate and its fraction of the peak."""
 
     def cell(row: Figures, peak: float) -> str:
         found = rate(row, which)
@@ -101,7 +102,7 @@ TITLES = {
 
 
 def tables(results: Results) -> str:
-    """Return all tables of a result file, with what was measured on what, and the goals."""
+    """Return all tables of a result file, with the device and the goals."""
     parts = [head_line(results.head)]
     for kinds, columns in COLUMNS.items():
         rows = {name: row for name, row in ordered(results.rows).items() if row["kind"] in kinds}
@@ -112,7 +113,7 @@ def tables(results: Results) -> str:
 
 
 def head_line(head: Figures) -> str:
-    """Return what was measured on, with the peaks of the same run."""
+    """Return the device, with the peaks of the same run."""
     peaks = f"bf16 matrix product {head['matmul'] / 1e12:.0f} TFLOP/s, "
     if head.get("copy"):
         peaks += f"copy on the device {head['copy'] / 1e12:.1f} TB/s read and written, "
@@ -121,7 +122,7 @@ def head_line(head: Figures) -> str:
 
 
 def ordered(rows: Mapping[str, Figures]) -> dict[str, Figures]:
-    """Return the rows in the order of their list; others behind them."""
+    """Return the rows in the order of their list; unknown rows come last."""
     known = [row.name for row in ROWS if row.name in rows]
     return {name: rows[name] for name in [*known, *(name for name in rows if name not in BY_NAME)]}
 
@@ -133,7 +134,7 @@ def table(rows: Mapping[str, Figures], columns: Mapping[str, Cell], peak: float)
 
 
 def line_of(row: Figures, columns: Mapping[str, Cell], peak: float) -> str:
-    """Return a row of a table; of one that failed the reason. peak: unless the row has that of its run."""
+    """Return a row of a table; for a failed row the reason. `peak` is used unless the row has its own."""
     start = [row["model"], row["size"], row["about"]]
     if "failed" in row:
         reason = row["failed"].replace("|", "/")
@@ -143,7 +144,7 @@ def line_of(row: Figures, columns: Mapping[str, Cell], peak: float) -> str:
 
 
 def columns_of(kind: str) -> Mapping[str, Cell]:
-    """Return the columns of the table that a kind of row stands in."""
+    """Return the columns of the table for a kind of row."""
     return next(columns for kinds, columns in COLUMNS.items() if kind in kinds)
 
 

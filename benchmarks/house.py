@@ -1,11 +1,11 @@
-"""Print how much a reader of the product must hold in mind, and the ways through it.
+"""Print how much a reader of the product must keep in mind, and what runs on the main paths through it.
 
     python benchmarks/house.py               of all rooms
     python benchmarks/house.py --room wan    of one
-    python benchmarks/house.py --worst 30    and the functions that ask most of a reader
+    python benchmarks/house.py --worst 30    and the functions that demand most of a reader
 
-A thermometer, not a goal: where a figure and a reading disagree, the reading counts. Without --room the ways
-are printed too, for which the commands of the pocket model run (benchmarks/way.py).
+An indicator, not a goal: if a figure and a reading disagree, the reading counts. Without --room the paths are
+printed too, for which the commands of the pocket model run (benchmarks/way.py).
 """
 
 import argparse
@@ -44,7 +44,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class FunctionFigures:
-    """What a reader of one function holds in mind; functions inside it count too."""
+    """What a reader of one function keeps in mind, including functions inside it."""
 
     place: str  # file:line name
     lines: int
@@ -54,11 +54,12 @@ class FunctionFigures:
 
     @property
     def is_dense(self) -> bool:
+        """Whether it is long and has too many expressions per line."""
         return self.lines >= LONG and self.expressions / self.lines > DENSE
 
     @property
     def is_crowded(self) -> bool:
-        """Whether it is above a limit of tests/test_size.py."""
+        """Whether it exceeds a limit of tests/test_size.py."""
         return (
             self.expressions > MOST_EXPRESSIONS
             or self.local_names > MAX_LOCALS
@@ -67,13 +68,14 @@ class FunctionFigures:
 
     @property
     def weight(self) -> float:
+        """Sum of its expressions, names and density, each relative to its limit."""
         density = self.expressions / self.lines / DENSE if self.lines >= LONG else 0.0
         return self.expressions / MOST_EXPRESSIONS + self.local_names / MAX_LOCALS + density
 
 
 @dataclass
 class RoomFigures:
-    """The same of many files."""
+    """Totals of many files."""
 
     files: int = 0
     lines: int = 0
@@ -122,7 +124,7 @@ def product_files(room: str | None = None) -> Iterator[tuple[str, str]]:
 
 
 def measure(files: dict[str, str]) -> RoomFigures:
-    """Count all that the figures of these files are made of. files: name -> text."""
+    """Count what the figures of these files consist of. `files` are texts by name."""
     trees = {name: ast.parse(text) for name, text in files.items()}
     own_names = {node.name for tree in trees.values() for node in ast.walk(tree) if _defines(node)}
     figures = RoomFigures(files=len(files))
@@ -137,6 +139,7 @@ def measure(files: dict[str, str]) -> RoomFigures:
 
 
 def measure_function(function: Function, file: str) -> FunctionFigures:
+    """Return the figures of a function."""
     nodes = list(ast.walk(function))
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     arguments = function.args
@@ -174,6 +177,7 @@ def _count_tokens(text: str) -> int:
 
 
 def main() -> None:
+    """Print the figures, and the functions with the largest weight."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -26,6 +26,7 @@ WHOLE = ((33, 96, 96), (65, 96, 96), (129, 96, 96))
 
 
 def main() -> None:
+    """Print the peaks for each clip, and the worst ratio to the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--child", nargs=5, metavar=("WHAT", "TILING", "FRAMES", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS

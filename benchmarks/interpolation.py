@@ -1,8 +1,10 @@
-"""Measure interpolation: python benchmarks/interpolation.py --model FOLDER
+"""Measure interpolation.
 
-Quality: every second picture of a real clip is left out and made again; PSNR of what is made, and of the mean
-of both neighbours. Speed: the stage as the scripts run it, against a bare loop over the same network that
-only encodes each picture and makes those between; processor time on a CPU. Without --model only speed is
+    python benchmarks/interpolation.py --model FOLDER
+
+Quality: every second image of a real clip is left out and made again; PSNR of what is made, and of the mean
+of both neighbors. Speed: the stage as the scripts run it, against a bare loop over the same network that
+only encodes each image and makes those between; processor time on a CPU. Without --model only speed is
 measured, with random weights of the released widths.
 """
 
@@ -23,6 +25,7 @@ ROUNDS = 2  # in turns; the fastest counts
 
 
 def main() -> None:
+    """Print the speed of the stage relative to a bare loop and, with a model, the PSNR."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder with the released files")
     parser.add_argument("--mode", default="gimmvfi_r", help="gimmvfi_r or gimmvfi_f")

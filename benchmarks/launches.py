@@ -1,11 +1,13 @@
-"""Count the operators that a training step of FLUX.1 starts: python benchmarks/launches.py
+"""Count the operators that a training step of FLUX.1 starts.
 
-A fast GPU ends the kernels of a small picture sooner than the host starts them, so that a step takes what the
-host needs for its operators. They are counted on the CPU, in a tiny FLUX.1 in bf16 with a LoRA on all linear
-layers of its blocks: the forward pass with checkpointing, its backward pass, clipping and a step of AdamW.
-The baseline is diffusers' class of the same sizes with a LoRA of PEFT, the same steps and optimizer. Its
-layers for q, k and v are one layer here. Views count nothing. benchmarks/traffic.py has the kernels of a
-released model (column `kernels`).
+    python benchmarks/launches.py
+
+A fast GPU ends the kernels of a small image sooner than the host starts them, so that a step takes as long as
+the host needs for its operators. They are counted on the CPU, in a tiny FLUX.1 in bf16 with a LoRA on all
+linear layers of its blocks: the forward pass with checkpointing, its backward pass, clipping and a step of
+AdamW. The baseline is diffusers' class of the same sizes with a LoRA of PEFT, the same steps and optimizer.
+Its layers for q, k and v are one layer here. Views are not counted. benchmarks/traffic.py has the kernels of
+a released model (column `kernels`).
 """
 
 import argparse
@@ -47,7 +49,7 @@ class Operators(TorchDispatchMode):
 
 
 def count_step(predict: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> Counter[str]:
-    """Return the operators of a step: that of the second one, as the first makes the optimizer's states."""
+    """Return the operators of the second step, because the first creates the optimizer's states."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
     counts: Counter[str] = Counter()
     for _ in range(2):
@@ -63,7 +65,7 @@ def count_step(predict: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
 
 
 def count_ours(blocks: int) -> Counter[str]:
-    """Count a step of our network. blocks: in each of its two lists."""
+    """Count a step of our network with `blocks` blocks in each of its two lists."""
     from networks.cast_factors import cast_before_pass
     from running.offload.checkpointing import checkpoint_blocks
     from tests.flux.making import tiny_inputs
@@ -115,6 +117,7 @@ def count_baseline(blocks: int) -> Counter[str]:
 
 
 def main() -> None:
+    """Print the operators of both, and those that differ most."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=int, default=10, help="operators that are listed; default 10")
     args = parser.parse_args()

@@ -1,4 +1,6 @@
-"""Measure peak memory of loading a transformer, against the loaded model's size: python benchmarks/load.py
+"""Measure peak memory of loading a transformer, against the loaded model's size.
+
+    python benchmarks/load.py
 
 For every container and pair of dtypes a child process loads a random Wan transformer while a thread samples
 its anonymous memory (RssAnon of /proc/self/status, so Linux only; pages of mapped files do not count). The
@@ -33,6 +35,7 @@ CASES = (
 
 
 def main() -> None:
+    """Print the peak of each case, and the worst ratio to the model's size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=1536, help="width of the model; Wan2.1 1.3B has 1536")
     parser.add_argument("--layers", type=int, default=8, help="blocks of the model; Wan2.1 1.3B has 30")

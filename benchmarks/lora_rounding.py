@@ -1,11 +1,11 @@
-"""Measure what weights of 16 bits keep of small LoRAs, and how long merging takes: --lora_rounding.
+"""Measure what 16-bit weights keep of small LoRAs, and how long merging takes: --lora_rounding.
 
     python benchmarks/lora_rounding.py
 
-Random weights of 1024 x 1024 get LoRAs of rank 16 that change them by a share of their size; each seed draws
-both anew. The share that is kept is the projection of the rounded change on the exact one. It fails if
-rounding at random keeps less than 99 % or more than 101 % of a change, in the mean over the seeds. Then a
-weight of 5120 x 5120 is merged in turns with each rule; the fastest round counts.
+Random weights of 1024 x 1024 get LoRAs of rank 16 that change them by a fraction of their size; each seed
+draws both anew. The kept fraction is the projection of the rounded change on the exact one. The benchmark
+fails if stochastic rounding keeps less than 99 % or more than 101 % of a change, in the mean over the seeds.
+Then a weight of 5120 x 5120 is merged with each rule in turn; the fastest round counts.
 """
 
 import argparse
@@ -32,6 +32,7 @@ RANK = 16
 
 
 def main() -> None:
+    """Print the kept fraction of each size of change, and the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=64, help="weights and LoRAs of each size")
     parser.add_argument("--rounds", type=int, default=5, help="of merging, for its time")
@@ -49,6 +50,7 @@ def main() -> None:
 
 
 def in_words(shares: list[float]) -> str:
+    """Return mean, spread, minimum and maximum of fractions, in words."""
     mean, spread = statistics.mean(shares), statistics.pstdev(shares)
     return f"{mean:.2%} +- {spread:.2%}, {min(shares):.2%} to {max(shares):.2%}"
 
@@ -70,6 +72,7 @@ def make_pair(seed: int, size: float, dtype: torch.dtype, side: int) -> tuple[Te
 
 
 def share_kept(seed: int, size: float, dtype: torch.dtype, rule: str) -> float:
+    """Return the fraction of a LoRA's change that a rounded weight keeps."""
     weight, use, change = make_pair(seed, size, dtype, side=1024)
     merged = LoraPatch([use], rounding=LoraRounding(rule))(NAME, weight)
     kept = merged.to(dtype).double() - weight.double()

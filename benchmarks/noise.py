@@ -1,4 +1,4 @@
-"""Give networks from empty files random weights."""
+"""Give networks that were loaded from empty files random weights."""
 
 import math
 import zlib
@@ -56,10 +56,9 @@ class NoisyFamily:
 def draw_weight(name: str, weight: Tensor, target: torch.dtype) -> Tensor:
     """Return random numbers in place of a weight: the same for a name on a kind of device.
 
-    target: dtype that the weight is rounded to.
-
-    The spread is that of usual initial weights, the inverse root of a row's length, so that a signal neither
-    dies nor grows from block to block. Scales of norms are about 1.
+    `target` is the dtype that the weight is rounded to. The standard deviation is that of common initial
+    weights, the inverse root of a row's length, so that a signal neither vanishes nor grows from block to
+    block. Scales of norms are about 1.
     """
     generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
     values = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)

@@ -1,8 +1,10 @@
-"""Measure what the page of a training costs: python benchmarks/page.py
+"""Measure what the page of a training costs.
 
-Two costs are compared with the time of steps in the same run: noting a step, which happens for each; and what
-is done each time that samples are made (reading them, sheet, curves, a page of 100,000 steps), against the
-seconds between two such times, --every.
+    python benchmarks/page.py
+
+Two costs are compared with the time of steps in the same run: recording a step, which happens for each; and
+the work after each sampling (reading the samples, sheet, curves, a page of 100,000 steps), against the
+seconds between two samplings, --every.
 """
 
 import argparse
@@ -23,6 +25,7 @@ OLD_STEPS = 100_000
 
 
 def main() -> None:
+    """Print the two costs and their ratio to the training."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20, help="steps of the loop to time")
     parser.add_argument("--prompts", type=int, default=3, help="clips of 81 frames, 832x480, a time")
@@ -69,7 +72,7 @@ def _measure_step(folder: Path, steps: int) -> float:
 
 
 def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
-    """Return the seconds of noting a step, and of the work after each time that samples are made."""
+    """Return the seconds of recording a step, and of the work after each sampling."""
     import numpy as np
 
     from modules.media.writing import write_video

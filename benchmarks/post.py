@@ -1,9 +1,12 @@
-"""Measure a tool's whole run from file to file against its bare network: python benchmarks/post.py
+"""Measure a tool's whole run from file to file against its bare network.
+
+    python benchmarks/post.py
 
 A clip with random weights of SwinIR (the released light model's widths) goes through reading, the stage and
 writing, and in turns the same network runs over the same frames in memory. The figure is the median ratio of
-neighbours: seconds of the bare loop by seconds of the run; 1 means that reading and writing are hidden whole.
-On a machine with other work read the second figure, the processor's time of the thread with the network.
+neighbors, seconds of the bare loop divided by seconds of the run; at 1, reading and writing are hidden
+completely. On a machine with other work, read the second figure: the processor time of the thread with the
+network.
 """
 
 import argparse
@@ -39,6 +42,7 @@ Measure = Callable[[], tuple[float, float]]  # seconds on the wall, and of this 
 
 
 def main() -> None:
+    """Print the ratio of the bare loop to the run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=24, help="of the clip")
     parser.add_argument("--size", type=int, nargs=2, default=(96, 160), help="its height and width")
@@ -66,7 +70,7 @@ def main() -> None:
 
 
 def _measures(folder: Path, args: argparse.Namespace) -> tuple[Measure, Measure]:
-    """Return the two to be compared."""
+    """Return the two functions to compare."""
     clip, model = folder / "clip.mp4", folder / "swinir.safetensors"
     height, width = args.size
     generator = np.random.default_rng(0)

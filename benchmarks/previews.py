@@ -1,9 +1,11 @@
-"""Measure what previews cost: python benchmarks/previews.py
+"""Measure what previews cost.
+
+    python benchmarks/previews.py
 
 First the steps of the pocket model, with a preview of every step and without, in turns: the figure is the
-median ratio of neighbours, waiting for the last preview included. On a CPU it counts the processor's time, of
-all threads. Then a preview of a clip of usual size: the time that the loop gives to it, which steps wait for,
-and the time of the thread that writes.
+median ratio of neighbors, including the wait for the last preview. On a CPU it counts the processor time of
+all threads. Then a preview of a clip of common size: the time that it takes in the loop, which steps wait
+for, and the time of the thread that writes.
 """
 
 import argparse
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
+    """Print the ratio with previews to without, and the cost of a large preview."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="clips of each kind")
     parser.add_argument("--steps", type=int, default=20, help="steps of a clip")

@@ -23,7 +23,7 @@ def require_linux() -> None:
 
 
 def peak() -> int:
-    """Return the most bytes resident at once since the process began or since `start_of_peak`."""
+    """Return the peak of resident bytes since the process began or since `start_of_peak`."""
     return memory("VmHWM")
 
 
@@ -41,10 +41,16 @@ def memory(name: str) -> int:
 
 
 def compare_peaks(names: Sequence[str], folder: Path, what: str, bar: float, rounds: int = 1) -> float:
-    """Print the peaks of a baseline and of ours; return ours over the baseline, 0 if they are not known.
+    """Print the peaks of a baseline and of ours; return the ratio of ours to it, 0 if not known.
 
-    Each is a run of this benchmark with `--child NAME FOLDER`, which prints a number of bytes last. names:
-    of the baseline and of ours. rounds: the peak is the median of so many runs.
+    Each is a run of this benchmark with `--child NAME FOLDER`, which prints a number of bytes last.
+
+    Args:
+        names: Of the baseline and of ours.
+        folder: Folder of the models.
+        what: What is measured, for the line that is printed.
+        bar: Aim for the ratio.
+        rounds: Number of runs; the peak is their median.
     """
     if not is_known():
         print("peaks: only Linux tells them")

@@ -1,8 +1,10 @@
-"""Measure what reporting costs a training: python benchmarks/reports.py
+"""Measure what reporting costs a training.
+
+    python benchmarks/reports.py
 
 Trains a small Wan transformer with a LoRA on a terminal of its own, with the progress bar, TensorBoard, the
 history of the page, and a box. The time inside the reports is summed and compared with the time of all steps
-of the same run: two runs side by side would differ by more than the reports cost.
+of the same run: two separate runs would differ by more than the reports cost.
 """
 
 import argparse
@@ -25,6 +27,7 @@ AIM = 1.005
 
 
 def main() -> None:
+    """Print the time inside reports, and its ratio to the steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
     args = parser.parse_args()
@@ -40,7 +43,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[Any]:
-    """Make standard error a terminal for a block; yields a function that counts what was written to it."""
+    """Make standard error a terminal for a block; yield a function that counts the bytes written to it."""
     master, slave = pty.openpty()
     count = [0]
 

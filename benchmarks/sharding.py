@@ -1,16 +1,15 @@
-"""Measure the host memory of a training whose processes share the transformer (--shard_base), or what is
-swapped of it (--blocks_to_swap).
+"""Measure the host memory of a training that shares (--shard_base) or swaps (--blocks_to_swap) weights.
 
     python benchmarks/sharding.py
 
-A random Wan2.1 of about 370 MB in float32, with 40 blocks as 14B has, is loaded and trained for two steps,
-by one process with all of it and by two that share it, on the CPU: a LoRA, and all of its weights with AdamW,
-with a state saved in the end. Of each process the most resident bytes
-are counted, less those that it has after a training of a tiny model, which loads all libraries. glibc is
-told to give freed memory back, as it keeps holes of blocks that were gathered. Nothing is timed.
+A random Wan2.1 of about 370 MB in float32, with 40 blocks as 14B has, is loaded and trained for two steps, by
+one process with all of it and by two that share it, on the CPU: a LoRA, and all of its weights with AdamW,
+with a state saved at the end. For each process the peak of resident bytes is counted, minus those that it has
+after a training of a tiny model, which loads all libraries. glibc is configured to return freed memory,
+because it keeps holes of blocks that were gathered. Nothing is timed.
 
-Swapped weights of two processes are one copy: of all memory that both have together (a shared page counts
-once), less what each needs beside those weights, the most at once is compared with the weights.
+Swapped weights of two processes are one copy: the peak of all memory that both have together (a shared page
+counts once), minus what each needs besides those weights, is compared with the weights.
 """
 
 import contextlib
@@ -97,7 +96,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
 
 
 def run(folder: Path, count: int, command: list[str]) -> list[int]:
-    """Return the bytes that each of so many processes takes for a command."""
+    """Return the bytes that each of `count` processes takes for a command."""
     started = start(folder, count, [WORKER, *command])
     said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
@@ -106,7 +105,7 @@ def run(folder: Path, count: int, command: list[str]) -> list[int]:
 
 
 def watch(folder: Path, count: int, command: list[str]) -> int:
-    """Return the most bytes that so many processes have at once for a command, together."""
+    """Return the peak of the bytes that `count` processes together have for a command."""
     large = [LARGE if word == TINY else word for word in command]
     started, most = start(folder, count, [PLAIN, *large]), 0
     while any(process.poll() is None for process in started):
@@ -119,7 +118,7 @@ def watch(folder: Path, count: int, command: list[str]) -> int:
 
 
 def proportional_bytes(process: subprocess.Popen[str]) -> int:
-    """Return the bytes of a process that no file on a disk has, its share of those that others have too."""
+    """Return the bytes of a process that no file on disk has; of shared pages, its fraction."""
     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
     return sum(int(size) * 1024 for size in re.findall(r"Pss_(?:Anon|Shmem):\s+(\d+) kB", text))
 
@@ -139,7 +138,7 @@ def swapped_bytes(path: Path) -> int:
 
 
 def start(folder: Path, count: int, words: list[str]) -> list[subprocess.Popen[str]]:
-    """Start this script in so many processes, as a launcher does."""
+    """Start this script in `count` processes, as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -165,7 +164,7 @@ def start(folder: Path, count: int, words: list[str]) -> list[subprocess.Popen[s
 
 
 def measure(command: list[str]) -> None:
-    """Run a script of the root in this process, and print the bytes that it takes beside its libraries."""
+    """Run a script of the root in this process, and print the bytes that it takes besides its libraries."""
     with contextlib.redirect_stdout(sys.stderr):
         run_script([*command, "--output_name", "tiny"])
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # that of the first is in use

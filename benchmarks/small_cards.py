@@ -3,8 +3,8 @@
     python benchmarks/small_cards.py           what `--plan` predicts for each card and large model
     python benchmarks/small_cards.py --cost    what each form costs in quality, on two small models
 
-A plan takes a minute; nothing is measured on a GPU. The models are headers of the released files with holes
-behind them (tests/manifests.py), which take no space on disk.
+A plan takes a minute; nothing is measured on a GPU. The models are headers of the released files followed by
+holes (tests/manifests.py), which take no space on disk.
 """
 
 import sys
@@ -88,6 +88,7 @@ class SmallCardOptions(Options):
 
 
 def main() -> None:
+    """Print the table of memory, or with --cost that of quality."""
     parser = Parser(description=__doc__)
     add_options(parser, SmallCardOptions)
     if read_options(SmallCardOptions, parser.parse_args()).cost:
@@ -99,11 +100,12 @@ def main() -> None:
 
 
 def about(row: Row) -> str:
+    """Return the model and size of a row, in words."""
     return f"{row.model.name}, {row.size}"
 
 
 def cells(row: Row) -> Iterator[str]:
-    """Yield for each card what to write about it."""
+    """Yield the text of each card's cell."""
     made: dict[tuple[str, ...], StepPrediction] = {}
 
     def plan(way: tuple[str, ...]) -> StepPrediction:
@@ -119,8 +121,10 @@ def cells(row: Row) -> Iterator[str]:
 
 
 def choose(plan: Callable[[tuple[str, ...]], StepPrediction], usable: int) -> str:
-    """Return the way that fits so many bytes: int8 or nf4 if nothing has to be swapped, else nf4 with the
-    fewest blocks swapped. int8 is not planned where nf4, which is smaller, does not fit.
+    """Return the options of the form that fits into this many bytes.
+
+    It is int8 or nf4 if no block has to be swapped, else nf4 with the fewest blocks swapped. int8 is not
+    planned if nf4, which is smaller, does not fit.
     """
     if plan(NF4).device(0) <= usable:
         way = INT8 if plan(INT8).device(0) <= usable else NF4
@@ -175,6 +179,7 @@ def print_costs() -> None:
 
 
 def random_clips() -> list[dict[str, torch.Tensor]]:
+    """Return latents and texts of random clips."""
     drawn = torch.Generator().manual_seed(0)
     return [
         {"latents": torch.randn(16, 3, 8, 8, generator=drawn), "t5": torch.randn(7, 32, generator=drawn)}

@@ -1,6 +1,7 @@
-"""Compare a training step of Stable Diffusion with a plain loop: python benchmarks/stable_diffusion.py
+"""Compare a training step of Stable Diffusion with a plain loop.
 
     pip install peft
+    python benchmarks/stable_diffusion.py
 
 The plain loop is what examples of diffusers do: the same U-Net with a LoRA of PEFT on the same layers, noise
 from a DDPM scheduler, forward, backward, clipping, AdamW. --learns says what both train instead of a LoRA,
@@ -8,7 +9,7 @@ for which PEFT is not needed: all weights of the U-Net; a ControlNet-LLLite, who
 a new word, for which the plain loop learns the whole table of words and puts the other rows back after each
 step, as examples do. The batch of the plain loop is ready. Ours is the script's own loop, with caches, noise,
 weights of the loss, logs. Both run in turn in one process, the plain loop first in each round; the figure is
-the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident memory during steps,
+the median ratio of neighbors' processor seconds, of all threads. Peaks are of resident memory during steps,
 with the network and all that was loaded before them and is still there, without the libraries (all modules of
 both are loaded first); each in processes of its own, of which the median counts.
 """
@@ -55,6 +56,7 @@ Step = Callable[[], None]
 
 
 def main() -> None:
+    """Print the ratios of speed and memory, or a profile of one of both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=list(SIZES), default="sdxl", help="which line of models")
     parser.add_argument("--size", type=int, default=256, help="width and height of the pictures in pixels")
@@ -95,7 +97,7 @@ def main() -> None:
 
 
 def bars_of(args: argparse.Namespace) -> tuple[float, float]:
-    """Return the most that ours may take of the plain loop's seconds, and of its memory."""
+    """Return the maximum ratios of our seconds and of our memory to the plain loop's."""
     return (BAR, MEMORY_BAR) if args.learns == LORA else (OTHER_BAR, OTHER_BAR)
 
 
@@ -136,7 +138,7 @@ image_dir = "{(folder / "pictures").as_posix()}"
 
 
 def compare_speed(folder: Path, args: argparse.Namespace) -> float:
-    """Print processor seconds of a step of both, and return the median of ours over theirs."""
+    """Print the processor seconds per step of both, and return the median ratio of ours to theirs."""
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     with started_step(folder, args) as ours:
         steps = {"plain": make_plain_step(folder, args), "ours": ours}
@@ -154,7 +156,7 @@ def compare_speed(folder: Path, args: argparse.Namespace) -> float:
 
 
 def time_of(count: int, step: Step) -> float:
-    """Return the processor seconds of a step, of all threads."""
+    """Return the processor seconds per step, of all threads."""
     began = time.process_time()
     for _ in range(count):
         step()
@@ -162,7 +164,7 @@ def time_of(count: int, step: Step) -> float:
 
 
 def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
-    """Return a step as examples of diffusers write it, on a batch that is ready."""
+    """Return a step as examples of diffusers write it, on a prepared batch."""
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
@@ -218,7 +220,7 @@ def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
 
 
 def add_plain_lora(unet: Any) -> None:
-    """Add a LoRA of PEFT to all layers inside of transformers, as ours, and freeze the rest."""
+    """Add a LoRA of PEFT to all layers inside transformers, as ours, and freeze the rest."""
     import torch
     from peft import LoraConfig
 
@@ -232,7 +234,7 @@ def add_plain_lora(unet: Any) -> None:
 
 
 def add_plain_lllite(unet: Any, controls: Any) -> Any:
-    """Put plain modules before the layers that ours has them for, and return them. controls: B 3 H W."""
+    """Put plain modules before the same layers as ours, and return them. `controls` are B 3 H W."""
     import torch
 
     from stable_diffusion.lllite_modules import find_layer_path, plan_lllite
@@ -256,7 +258,7 @@ def add_plain_lllite(unet: Any, controls: Any) -> Any:
 
 
 def make_plain_lllite(part: Any) -> Any:
-    """Return the layers of one module. part: its dimensions."""
+    """Return the layers of one module. `part` has its dimensions."""
     import torch
 
     layers: list[Any] = []
@@ -275,7 +277,7 @@ def make_plain_lllite(part: Any) -> Any:
 
 
 class PlainWord:
-    """A text encoder of transformers with one row more, of which that row is kept after each step."""
+    """A text encoder of transformers with one more row, of which only that row is kept after each step."""
 
     def __init__(self, folder: Path, batch: int) -> None:
         import torch
@@ -289,13 +291,15 @@ class PlainWord:
         self.ids = torch.randint(0, len(self.rows), (batch, 77))
 
     def parameters(self) -> list[Any]:
+        """Return the trained table of words."""
         return [self.table]
 
     def __call__(self) -> Any:
+        """Return the states of the prompt."""
         return self.encoder(self.ids)[0]
 
     def restore(self) -> None:
-        """Put all rows back but the last, which is the new word's."""
+        """Restore all rows except the last, which is the new word's."""
         self.table.data[:-1] = self.rows[:-1]
 
 
@@ -361,7 +365,10 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
 
 
 def compare_memory(folder: Path, args: argparse.Namespace) -> float:
-    """Print the peaks of both, and return ours over theirs; 0 if this system does not tell them."""
+    """Print the peaks of both, and return the ratio of ours to theirs.
+
+    Returns 0 if the system does not report them.
+    """
     if is_known():
         run_child("modules", folder)
     return compare_peaks(
@@ -370,7 +377,7 @@ def compare_memory(folder: Path, args: argparse.Namespace) -> float:
 
 
 def list_modules(folder: Path, args: argparse.Namespace) -> None:
-    """Be a child: take a step of both, and write the names of all modules that they need."""
+    """Take a step of both as a child process, and write the names of all modules that they need."""
     make_plain_step(folder, args)()
     with started_step(folder, args) as step:
         step()
@@ -380,7 +387,7 @@ def list_modules(folder: Path, args: argparse.Namespace) -> None:
 
 
 def measure_peak(kind: str, folder: Path, args: argparse.Namespace) -> None:
-    """Be a child: take a few steps, and print the most bytes that are resident in them."""
+    """Take a few steps as a child process, and print the peak of resident bytes in them."""
     # loaded before both, as ours needs more modules
     for name in json.loads((folder / MODULES).read_text(encoding="utf-8")):
         with contextlib.suppress(Exception):  # modules that libraries make while they run

@@ -37,6 +37,7 @@ def scripts() -> list[str]:
 
 
 def main() -> None:
+    """Print the ratio of each script's start to `import torch`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

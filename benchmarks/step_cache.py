@@ -3,11 +3,11 @@
     python benchmarks/step_cache.py
 
 The model is the pocket one, which draws moving shapes. It is calibrated with one seed; then the same videos
-of other seeds are made without a cache and with several thresholds, in turn, in one process. Time is CPU time
-of denoising, which other work on the machine hardly changes. Drift is the difference of the latents relative
-to the plain ones (L2), and the PSNR of the decoded frames against the plain ones. Figures are means over the
-videos; the last column is the share of videos that the detectors of the tests find right in shape, colour and
-direction.
+of other seeds are generated without a cache and with several thresholds, in turn, in one process. Time is CPU
+time of denoising, which other work on the machine hardly changes. Drift is the difference of the latents
+relative to the plain ones (L2), and the PSNR of the decoded frames against the plain ones. Figures are means
+over the videos; the last column is the fraction of videos that the detectors of the tests find right in
+shape, color and direction.
 """
 
 import argparse
@@ -48,6 +48,7 @@ class Made:
 
 
 def main() -> None:
+    """Calibrate, generate all videos, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=8, help="of each setting")
     args = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def maker() -> Callable[[str, int, Sequence[str]], Made]:
-    """Return what makes a video of a prompt, a seed and options, with networks that stay loaded."""
+    """Return a function that generates a video of a prompt, a seed and options, with loaded networks."""
     import torch
 
     from generation.denoise import make_latents
@@ -122,7 +123,7 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """Yield a list that gets what the program logs."""
+    """Yield a list that receives the log of the program."""
     lines: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -137,7 +138,7 @@ def heard() -> Iterator[list[str]]:
 
 
 def options_in(said: str) -> list[str]:
-    """Return the option that a calibration prints."""
+    """Return the option that a calibration has printed."""
     found = PRINTED.search(said)
     if found is None:
         raise SystemExit(f"the calibration printed no option:\n{said}")
@@ -145,7 +146,7 @@ def options_in(said: str) -> list[str]:
 
 
 def report(found: dict[str, list[Made]], asked: Sequence[Any]) -> float:
-    """Print a line for each setting; return the speed at MagCache's usual threshold."""
+    """Print a line for each setting; return the speed at MagCache's default threshold."""
     from statistics import mean
 
     import numpy as np

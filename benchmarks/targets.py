@@ -1,19 +1,19 @@
-"""Measure which targets of docs/targets.md keep the few steps of a distilled model while it learns.
+"""Measure which targets of docs/targets.md keep the few steps of a distilled model while it is trained.
 
     python benchmarks/targets.py FOLDER
 
-The pocket model is distilled to 4 steps with guidance in it (`pocket/distil.py`). Then LoRAs learn a colour
-that it has no word for, from 12 clips beside 24 of what it knows, each with another target and with several
-seeds, by the commands that users type. Clips of prompts with the word and without are made in 4 steps, of
-equal noise. Two things are measured:
+The pocket model is distilled to 4 steps with guidance in it (`pocket/distil.py`). Then LoRAs are trained on a
+color that it has no word for, from 12 clips in addition to 24 of what it knows, each with another target and
+with several seeds, by the commands that users type. Clips of prompts with the word and without are generated
+in 4 steps, of equal noise. Two things are measured:
 
-- learned: the share of clips of the word that have the colour, and that also have the shape and the direction
-  of the prompt, as the detectors of the tests see them
+- learned: the fraction of clips of the word that have the color, and that also have the shape and the
+direction of the prompt, as the detectors of the tests see them
 - kept: the distance of the clips without the word from those of the pocket model with guidance and 20 steps,
-  against the distance of the distilled model without a LoRA; and the share with the right shape, colour and
-  direction
+against the distance of the distilled model without a LoRA; and the fraction with the right shape, color and
+direction
 
-FOLDER keeps what is done, so that the command goes on where it was.
+FOLDER keeps what is done, so that the command continues where it was.
 """
 
 import argparse
@@ -104,15 +104,16 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on the clips of a LoRA, or without one."""
+    """Figures of the clips of a LoRA, or without one."""
 
-    learned: float  # share of clips of the word with its colour
+    learned: float  # share of clips of the word with its color
     whole: float  # also with the shape and direction of the prompt
     distance: float  # of clips without the word from the pocket model's, root mean square of the latents
-    right: float  # share of clips without the word with shape, colour and direction of the prompt
+    right: float  # share of clips without the word with shape, color and direction of the prompt
 
 
 def main() -> None:
+    """Train and measure all LoRAs, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,7 +134,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """The folder of a trial, and how much is measured."""
+    """The folder of a trial, and its size."""
 
     folder: Path
     prompts: int
@@ -141,10 +142,11 @@ class Trial:
 
     @property
     def turbo(self) -> Path:
+        """File of the distilled model."""
         return self.folder / "turbo.safetensors"
 
     def prepare(self) -> None:
-        """Distil the model, write and cache the clips, make the clips to compare with."""
+        """Distill the model, write and cache the clips, generate the clips to compare with."""
         distil.main([str(self.folder)])
         write_clips(self.folder / "clips", CLIPS, seed=1, make=CONCEPTS[WORD].make)
         write_clips(self.folder / "known_clips", KNOWN_CLIPS, seed=3, make=draw_known)
@@ -160,7 +162,7 @@ class Trial:
         self.make("base_few", POCKET / "dit.safetensors", FEW_STEPS, words=False)
 
     def measure(self, way: Way, seed: int) -> None:
-        """Train a LoRA and make its clips, unless that is done."""
+        """Train a LoRA and generate its clips, unless that is done."""
         lora = self.train(way, seed)
         for words in (True, False):
             self.make(
@@ -168,6 +170,7 @@ class Trial:
             )
 
     def train(self, way: Way, seed: int) -> Path:
+        """Train a LoRA unless its file exists, and return the file."""
         output = self.folder / "loras" / f"{_slug(way)}_{seed}"
         path = output / "lora.safetensors"
         if path.exists():
@@ -189,7 +192,7 @@ class Trial:
         return path
 
     def make(self, of: str, dit: Path, options: Sequence[str], words: bool) -> None:
-        """Make clips with or without the word, unless they are there; keep latents and videos."""
+        """Generate clips with or without the word, unless they exist; keep latents and videos."""
         folder = self.folder / "made" / of / ("word" if words else "known")
         asked = self.asked(words)
         if len(list(folder.glob("*.mp4"))) == len(asked):
@@ -203,29 +206,30 @@ class Trial:
         )
 
     def asked(self, words: bool) -> Mapping[int, Asked]:
+        """Return the prompts with or without the word, by seed."""
         if words:
             return some_prompts(self.prompts, FIRST_SEED_OF_WORD, CONCEPTS[WORD])
         return some_prompts(self.prompts, FIRST_SEED)
 
     def figures(self, name: str) -> Figures:
-        """Return what the clips of a name show."""
+        """Return the figures of a LoRA's clips."""
         folder = self.folder / "made" / name
         of_word = judge(self.asked(True), read_verdicts(folder / "word"))
         known = judge(self.asked(False), read_verdicts(folder / "known"))
         return Figures(of_word.colour, of_word.all_three, self.distance(name), known.all_three)
 
     def is_measured(self, name: str) -> bool:
-        """Return whether all clips of a name are there."""
+        """Return whether all clips of a name exist."""
         folders = [self.folder / "made" / name / kind for kind in ("word", "known")]
         return all(len(list(folder.glob("*.mp4"))) >= self.prompts for folder in folders)
 
     def figures_known(self, name: str) -> Figures:
-        """Return what clips show that were made without the word alone."""
+        """Return the figures of clips that were generated without the word."""
         known = judge(self.asked(False), read_verdicts(self.folder / "made" / name / "known"))
         return Figures(0.0, 0.0, self.distance(name), known.all_three)
 
     def distance(self, name: str) -> float:
-        """Return how far the latents without the word are from the reference's, of equal noise."""
+        """Return the distance of the latents without the word from the reference's, of equal noise."""
         made, reference = (_latents(self.folder / "made" / each / "known") for each in (name, "reference"))
         return float((made - reference).square().mean().sqrt())
 
@@ -249,7 +253,7 @@ def _latents(folder: Path) -> Tensor:
 
 
 def report(trial: Trial, seeds: Sequence[int]) -> None:
-    """Print the table: mean and spread (lowest to highest) over seeds; distances against those before."""
+    """Print mean and spread (lowest to highest) over seeds; distances relative to those before training."""
     before = trial.figures("before")
     rows = {
         "distilled model, no LoRA": [before],

@@ -38,6 +38,7 @@ IMPORTS = {
 
 
 def main() -> None:
+    """Print the ratios of start, speed and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, default=2, help="layers of each network")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the fastest counts")

@@ -1,12 +1,14 @@
-"""Count a step's passes over memory, without a GPU: python benchmarks/traffic.py
+"""Count a step's passes over memory, without a GPU.
+
+    python benchmarks/traffic.py
 
 Runs the real code of a row of benchmarks/gpu.py on tensors without content, as --plan does, and counts for
-every kernel the floating-point operations and the bytes read and written. With few blocks: each further block
-adds the same. The seconds are a prediction for a card with the rates of --matmul, --attention and --copy, at
-which every kernel is assumed to run: launches, waiting, slower kernels and the optimizer's reading of numbers
-are not in it. --fused is an estimate of what a compiler makes of the eager code: neighbours that are neither
-products nor attention become one kernel. It leaves out that a compiled block is recomputed to its very end.
-Products in 8 bits are counted as products in 16.
+every kernel the floating-point operations and the bytes read and written. Few blocks are run, because each
+additional block adds the same. The seconds are a prediction for a card with the rates of --matmul,
+--attention and --copy, at which every kernel is assumed to run: launches, waits, slower kernels and the
+optimizer's reading of values are not included. --fused is an estimate of what a compiler makes of the eager
+code: neighbors that are neither products nor attention become one kernel. It leaves out that a compiled block
+is recomputed to its very end. Products in 8 bits are counted as products in 16.
 """
 
 import argparse
@@ -48,7 +50,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card does in a second."""
+    """What a card does per second."""
 
     matmul: float  # floating-point operations
     attention: float
@@ -62,7 +64,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Sum:
-    """What equal kernels take together."""
+    """Totals of equal kernels."""
 
     count: float = 0.0
     operations: float = 0.0
@@ -70,7 +72,7 @@ class Sum:
     seconds: float = 0.0
 
     def plus(self, other: "Sum", times: float = 1.0) -> "Sum":
-        """Return the sum of both, the other one taken several times."""
+        """Return the sum of both, with the other one multiplied by `times`."""
         return Sum(
             self.count + times * other.count,
             self.operations + times * other.operations,
@@ -94,7 +96,7 @@ def summed(operations: Iterable[Operation], rates: Rates) -> Sums:
 
 
 def combined(first: Sums, second: Sums, times: float) -> dict[Key, Sum]:
-    """Return the first sums plus the second ones, taken several times."""
+    """Return the first sums plus the second ones multiplied by `times`."""
     keys = {**first, **second}
     return {key: first.get(key, Sum()).plus(second.get(key, Sum()), times) for key in keys}
 
@@ -133,7 +135,10 @@ def traffic_of(
 
 
 def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: bool = False) -> Traffic:
-    """Count a step of `training_loss`, its backward pass, clipping and the optimizer. batch: a NoisyBatch."""
+    """Count a step of `training_loss`, its backward pass, clipping and the optimizer.
+
+    `batch` is a NoisyBatch.
+    """
     from training.experts import placement_of
     from training.planning.rehearsal import dress_trainable, stand_in_batch
 
@@ -206,7 +211,7 @@ def traffic_of_row(row: Row, rates: Rates, merge: bool = False) -> Traffic:
 
 
 def table(sums: Sums, unit: float, rates: Rates) -> Iterator[str]:
-    """Yield lines of a table by phase and group. unit: bytes of the tokens at a block's entry."""
+    """Yield lines of a table by phase and group. `unit` is the bytes of the tokens at a block's entry."""
     yield "| phase | group | kernels | TFLOP | GB | token tensors | ms |"
     yield "|---|---|---|---|---|---|---|"
     for phase in dict.fromkeys((FORWARD, AGAIN, BACKWARD, OPTIMIZER)):
@@ -232,6 +237,7 @@ def chosen(sums: Sums, phase: str | None = None, group: str | None = None) -> Su
 
 
 def row_of(name: str, total: Sum, unit: float) -> Iterator[str]:
+    """Yield the line of a total, unless it is empty."""
     if total.count:
         yield (
             f"| {name} | {total.count:.0f} | {total.operations / 1e12:.2f} | {total.size / GB:.2f} | "
@@ -240,7 +246,7 @@ def row_of(name: str, total: Sum, unit: float) -> Iterator[str]:
 
 
 def longest(sums: Sums, unit: float, most: int) -> Iterator[str]:
-    """Yield the kernels that are no large products or attention, those with most bytes first."""
+    """Yield the kernels other than large products and attention, those with most bytes first."""
     yield "| phase | operator | times | GB | token tensors | line |"
     yield "|---|---|---|---|---|---|"
     passes = [item for item in sums.items() if item[0][1] not in {ATTENTION, PRODUCT}]
@@ -250,7 +256,7 @@ def longest(sums: Sums, unit: float, most: int) -> Iterator[str]:
 
 
 def report(found: Traffic, rates: Rates, most: int) -> Iterator[str]:
-    """Yield everything that is printed for a row."""
+    """Yield all lines that are printed for a row."""
     for name, sums in found.blocks.items():
         yield f"### One of {found.counts[name]} blocks of `{name}`: tokens {found.inputs[name] / GB:.3f} GB\n"
         yield from table(sums, found.inputs[name], rates)
@@ -261,6 +267,7 @@ def report(found: Traffic, rates: Rates, most: int) -> Iterator[str]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -278,6 +285,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    """Print the tables of the selected rows."""
     args = parse()
     rates = Rates(args.matmul * 1e12, args.attention * 1e12, args.copy * 1e12)
     for row in choose(args.rows, ()):

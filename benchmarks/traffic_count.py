@@ -1,7 +1,7 @@
 """Count what the operators of a dry run compute, read and write: `Counting`, used by benchmarks/traffic.py.
 
 Rules: an operator is one kernel, which reads each operand once and writes each result once. Views cost
-nothing, of an expanded tensor only the elements that exist are read, and operators in place read and write.
+nothing, of an expanded tensor only the elements that exist are read, and in-place operators read and write.
 Attention and RMSNorm are the stand-ins of running/planning/kernels.py.
 """
 
@@ -30,7 +30,7 @@ ATTENTION, PRODUCT, THIN, NORM, CAST, ELEMENTWISE, COPY = (
     *("attention", "matrix products", "thin products", "norms", "casts", "elementwise", "copies"),
 )
 GROUPS = (ATTENTION, PRODUCT, THIN, NORM, CAST, ELEMENTWISE, COPY)
-FUSIBLE = (NORM, CAST, ELEMENTWISE, COPY)  # what a compiler merges with its neighbours
+FUSIBLE = (NORM, CAST, ELEMENTWISE, COPY)  # what a compiler merges with its neighbors
 THIN_WIDTH = 256  # a product with a side of at most so many numbers is bound by memory
 
 FREE = re.compile(
@@ -68,7 +68,7 @@ class Operation:
 
 
 class Counting(TorchDispatchMode):
-    """While active, inside a dry run, every operator on its device is recorded in `operations`.
+    """While active inside a dry run, records every operator on its device in `operations`.
 
     Run the forward pass under `torch.autograd.set_detect_anomaly(True, check_nan=False)`: then operators of
     the backward pass have the line of the forward pass whose gradient they compute.
@@ -103,7 +103,7 @@ class Counting(TorchDispatchMode):
         return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device == self.device]
 
     def _spans(self, tensors: Iterable[Tensor]) -> tuple[Span, ...]:
-        """Return what the tensors take in memory; equal ones once."""
+        """Return what the tensors occupy in memory, equal ones once."""
         return tuple(
             dict.fromkeys(
                 (self._number(each), each.storage_offset(), real_size(each))
@@ -161,7 +161,7 @@ def where() -> tuple[str, str]:
 
 
 def _lines_of_node() -> Iterator[str]:
-    """Yield our lines that made the node of the graph that runs now, innermost first."""
+    """Yield our lines that made the graph's node that is running now, innermost first."""
     node = torch._C._current_autograd_node()
     for entry in reversed(node.metadata.get("traceback_", []) if node is not None else []):
         found = re.match(r'\s*File "(.+)", line (\d+), in (\S+)', entry)
@@ -182,9 +182,10 @@ def _line(names: list[str]) -> str:
 
 
 def fused(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations with neighbours that a compiler could merge as one: an estimate.
+    """Yield operations, with neighbors that a compiler could merge as one: an estimate.
 
-    What such a group makes and only itself reads is neither written nor read; what it reads, it reads once.
+    What such a group computes and only itself reads is neither written nor read; what it reads, it reads
+    once.
     """
     groups = list[list[Operation]]()
     for operation in operations:

@@ -1,10 +1,11 @@
-"""Measure the overhead of the training loop over the bare computation: python benchmarks/train_step.py
+"""Measure the overhead of the training loop over the bare computation.
+
+    python benchmarks/train_step.py
 
 A bare step is forward, backward, clipping and optimizer step of a Wan transformer with a LoRA (with --whole
-of all its weights), on a batch that is already
-on the device. A step of the loop also reads caches in workers, draws noise and timesteps,
-copies, logs to TensorBoard and counts. Both are timed alternately in one run, with the same network,
-optimizer and autocast; the figure is the median ratio of neighbours.
+of all its weights), on a batch that is already on the device. A step of the loop also reads caches in
+workers, draws noise and timesteps, copies, logs to TensorBoard and counts. Both are timed alternately in one
+run, with the same network, optimizer and autocast; the figure is the median ratio of neighbors.
 """
 
 import argparse
@@ -25,6 +26,7 @@ AIM = 1.05  # for bare steps of 0.1 to 0.5 s
 
 
 def main() -> None:
+    """Print the ratio of a step of the loop to a bare step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=384, help="width of the model; Wan2.1 1.3B has 1536")
     parser.add_argument("--layers", type=int, default=3, help="blocks of the model; Wan2.1 1.3B has 30")
@@ -119,7 +121,7 @@ def _time(count: int, step: Callable[[], None]) -> float:
 def _write_project(folder: Path, args: argparse.Namespace, is_whole: bool = False) -> list[str]:
     """Write a random transformer and caches of clips of nine frames; return the options of a run on them.
 
-    is_whole: all weights are trained, not a LoRA.
+    `is_whole` trains all weights instead of a LoRA.
     """
     import torch
 

@@ -3,8 +3,8 @@
     python benchmarks/tread.py
 
 A random Wan2.1 of 10 blocks with a LoRA is trained by hand on the CPU with 640 video tokens; half of them
-pass by 8 of the blocks. Steps with and without take turns; of each kind the median counts. It fails if the
-ratio is above the aim.
+skip 8 of the blocks. Steps with and without take turns; the median of each kind counts. The benchmark fails
+if the ratio is above the aim.
 """
 
 import argparse
@@ -35,6 +35,7 @@ TEXT = 64
 
 
 def main() -> None:
+    """Print the ratios with and without gradient checkpointing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure(steps: int, checkpoints: bool) -> float:
-    """Return the time of a step with half of the tokens in blocks 1 to 8, as a share of one with all."""
+    """Return the time of a step with half of the tokens in blocks 1 to 8, relative to one with all."""
     torch.manual_seed(0)
     dit = WanModel(CONFIG).requires_grad_(False).train()
     network = make_network(NetworkOptions(network_dim=16), "networks.lora_wan", dit, 0)
@@ -68,11 +69,12 @@ def measure(steps: int, checkpoints: bool) -> float:
 
 
 def draw_half(_: tuple[int, ...]) -> torch.Tensor:
+    """Return the sorted positions of a random half of the tokens."""
     return torch.randperm(TOKENS)[: TOKENS // 2].sort().values.unsqueeze(0)
 
 
 def time_step(dit: WanModel, network: nn.Module, is_routed: bool) -> float:
-    """Return the processor's seconds for forward and backward."""
+    """Return the processor seconds of forward and backward."""
     network.zero_grad(set_to_none=True)
     noisy = torch.randn(1, CONFIG.in_dim, *GRID)
     text = torch.randn(1, TEXT, CONFIG.text_dim)

@@ -1,9 +1,11 @@
-"""Measure an upscaler: python benchmarks/upscaling.py --model FILE
+"""Measure an upscaler.
 
-First its seconds for each megapixel of the input, whole and in tiles; on a CPU the processor's time.
-Then, for a released file, how near it comes to real pictures that were made smaller by its factor: PSNR
-against that of bicubic enlargement. Files trained to look sharp (GAN) may lie below bicubic there; those
-trained for PSNR must not. Without --model networks of the released sizes with random weights are timed.
+    python benchmarks/upscaling.py --model FILE
+
+First its seconds per megapixel of the input, whole and in tiles; on a CPU the processor time. Then, for a
+released file, how near it comes to real images that were reduced by its factor: PSNR against that of bicubic
+enlargement. Files trained to look sharp (GAN) may be below bicubic there; those trained for PSNR must not.
+Without --model, networks of the released sizes with random weights are timed.
 """
 
 import argparse
@@ -22,6 +24,7 @@ RELEASED = ("swinir-medium", "realesrgan-x4plus", "realesrgan-x2plus")
 
 
 def main() -> None:
+    """Print the speed of each model and, for a given file, its quality."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a SwinIR or ESRGAN file")
     parser.add_argument("--clip", type=Path, help="a video (default: the smallest of the quickstart's)")
@@ -109,7 +112,7 @@ def _time(model: Path, args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> bool:
-    """Print how near the network and bicubic enlargement come to real pictures; True if the network wins."""
+    """Print how near network and bicubic enlargement come to real images; return whether the network wins."""
     import torch
 
     from modules.media.reading import video_frames

@@ -1,11 +1,11 @@
-"""Count the files and functions of ours on two ways: a clip to a LoRA, and a prompt with that LoRA to a clip.
+"""Count our files and functions on two paths: a clip to a LoRA, and a prompt with that LoRA to a clip.
 
     python benchmarks/way.py
     python benchmarks/way.py --records      # also which kinds of records are made
 
 Runs the pocket model's commands in this process under a profiler, without workers, and prints what was
 called: plain functions of product files (no comprehension, lambda or class body) and the lines of their
-bodies; and how many kinds of records of ours (dataclasses and named tuples) were made.
+bodies; and how many kinds of our records (dataclasses and named tuples) were made.
 """
 
 import argparse
@@ -52,7 +52,7 @@ Command = tuple[str, list[str]]  # a script, and the words of its command line
 
 
 def commands(folder: Path) -> dict[str, list[Command]]:
-    """Return the commands of each way, with the clip and its dataset file written into the folder."""
+    """Return the commands of each path, with the clip and its dataset file written into the folder."""
     from modules.media.writing import write_video
 
     (folder / "clips").mkdir()
@@ -87,7 +87,7 @@ class Counts:
 
 
 def count(way: Sequence[Command]) -> Counts:
-    """Run commands; return how many files and functions of ours were called, their lines, and records."""
+    """Run commands; return how many of our files and functions were called, their lines, and records."""
     called: set[CodeType] = set()
     made: set[Any] = set()
 
@@ -144,13 +144,14 @@ def _is_product(code: CodeType) -> bool:
 
 
 def measure() -> dict[str, Counts]:
-    """Return the counts of each way."""
+    """Return the counts of each path."""
     logging.disable()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         return {name: count(way) for name, way in commands(Path(folder)).items()}
 
 
 def main() -> None:
+    """Print the counts of both paths."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -52,10 +52,16 @@ def make_guidance(
     experts: Sequence[Expert] = ONE_EXPERT,
     run: RunPasses = run_passes,
 ) -> Guidance:
-    """Make the guidance of one section. experts: `Family.experts`; each has its own guidance scale.
+    """Make the guidance of one section.
 
-    run: runs the passes of a step.
-    Raises OptionError if the request's schedule and the options do not go together.
+    Args:
+        prepared: The request with all values resolved.
+        options: Options of guidance besides its scale.
+        experts: `Family.experts`; each has its own guidance scale.
+        run: Runs the passes of a step.
+
+    Raises:
+        OptionError: If the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
     join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
@@ -119,7 +125,8 @@ class _Steering:
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
     """List by expert the plan of each step.
 
-    Raises OptionError if the request's schedule and the options do not go together.
+    Raises:
+        OptionError: If the request's schedule and the options do not go together.
     """
     if prepared.rules.projection is not None or prepared.rules.streams:
         reject_other_formulas(prepared.rules, options)
@@ -151,7 +158,12 @@ class _StepPlanner:
         self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
-        """Return the plan of a step. scale: of its guidance; None: the positive conditions alone."""
+        """Return the plan of a step.
+
+        Args:
+            index: Index of the step.
+            scale: Guidance scale of the step; None for the positive conditions alone.
+        """
         options = self._options
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
         of_image: tuple[GuidanceStage, ...] = ()
@@ -213,7 +225,12 @@ class _StepPlanner:
         return tuple(stages)
 
     def _select_negative(self, index: int, weakens: bool) -> Pass:
-        """Return the negative pass of a step. weakens: the options skip layers in this step."""
+        """Return the negative pass of a step.
+
+        Args:
+            index: Index of the step.
+            weakens: Whether the options skip layers in this step.
+        """
         if weakens:  # in place of the blocks that the model leaves out by itself
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
@@ -265,10 +282,12 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
 
 
 def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[float | None, ...]]:
-    """List by expert the guidance scale of each step that runs; None: the positive conditions alone.
+    """List by expert the guidance scale of each step; None stands for the positive conditions alone.
 
-    The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
-    request's schedule and the options do not go together.
+    The scales are those of the usual formula, in which 1 turns guidance off.
+
+    Raises:
+        OptionError: If the request's schedule and the options do not go together.
     """
     schedule = prepared.request.cfg_schedule
     num_steps = prepared.num_steps
@@ -335,10 +354,17 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
 def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int, float]:
     """Return the guidance scale by step number, counted from 1; other steps run without guidance.
 
-    text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by default
-    `guidance_scale`; `!` in front excludes. Later entries override earlier ones; exclusions override all
-    entries, wherever they are. Raises OptionError naming the entry if it is not a number, is outside
-    1..steps, runs backwards, or has a scale that is not a number or too large.
+    Later entries override earlier ones; exclusions override all entries, wherever they are.
+
+    Args:
+        text: Comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by
+            default `guidance_scale`; `!` in front excludes.
+        steps: Number of steps.
+        guidance_scale: Scale of entries without one.
+
+    Raises:
+        OptionError: If an entry is not a number, is outside 1..steps, runs backwards, or has a scale that is
+            not a number or too large; the message names the entry.
     """
     scales: dict[int, float] = {}
     excluded: set[int] = set()
@@ -382,7 +408,11 @@ def _parse_steps(text: str, steps: int) -> range:
 
 
 def read_or_explain(read: Callable[[str], Number], text: str, reason: str) -> Number:
-    """Return a number read from a text. Raises ValueError with `reason` and the text."""
+    """Return a number read from a text.
+
+    Raises:
+        ValueError: If the text is not a number; the message is `reason` with the text.
+    """
     try:
         return read(text)
     except ValueError:

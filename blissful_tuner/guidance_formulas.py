@@ -55,6 +55,7 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
+        """Largest number of passes that can form one batch, because they have equal tweaks."""
         return max(Counter(pass_.tweaks for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -109,8 +110,10 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--cfgzerostar_scaling`: guidance after scaling the negative velocity so that it is
-    nearest to the positive one, for each sample.
+    """Make the stage of `--cfgzerostar_scaling`.
+
+    It is guidance from a negative velocity that is first scaled, for each sample, to be nearest to the
+    positive one.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -127,9 +130,10 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--perp_neg`: guidance away from the empty prompt, minus `weight` times the part of
-    the negative direction that is perpendicular to the positive one, for each sample. Weight 0: no negative
-    pass.
+    """Make the stage of `--perp_neg`: guidance from the empty prompt without what the negative prompt adds.
+
+    Subtracted is `weight` times the part of the negative direction that is perpendicular to the positive one,
+    for each sample. A weight of 0 needs no negative pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -152,14 +156,18 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
 # the known video tools, whose numbers users know, take the negative one.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
+    """Return the steps in which skip-layer guidance acts, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
 def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
     """Make the stage of `--slg_mode original`: add the positive pass minus a weakened negative one.
 
-    weakened: the negative pass without the layers. The other mode, "uncond", has no stage: there guidance
-    uses the weakened pass as the negative one.
+    The other mode, "uncond", has no stage: there guidance uses the weakened pass as the negative one.
+
+    Args:
+        weakened: The negative pass without the layers.
+        scale: Factor on the difference.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -183,9 +191,13 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Guide a picture, or its sound, by the differences to several passes, and rescale the result.
+    """Guide a video, or its audio, by the differences to several passes, and rescale the result.
 
-    weights: of c - x, for the prediction x of each pass. Formula and source: `StreamGuidance`.
+    See `StreamGuidance` for the formula and its source.
+
+    Args:
+        rule: Rescaling of the result.
+        weights: Weight of c - x for the prediction x of each pass.
     """
     to_scale = rescale(rule.rescale)
 
@@ -199,10 +211,9 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the norm of the positive
-    one.
+    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the positive one's norm.
 
-    Norms are Euclidean, over all but the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
+    Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
     """
 
@@ -218,7 +229,10 @@ def limit_norm(limit: float) -> GuidanceStage:
 def keep_norms(side: int) -> GuidanceStage:
     """Give each token of a guided velocity the Euclidean norm that it has in the positive one.
 
-    side: of a token, in latent pixels. Source: the released code of Qwen-Image.
+    Source: the released code of Qwen-Image.
+
+    Args:
+        side: Side of a token, in latent pixels.
     """
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
@@ -242,7 +256,7 @@ class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 
     def __init__(self, factor: float) -> None:
-        """factor: multiplies the sum so far when a difference is added."""
+        """Start with a sum of 0; `factor` multiplies it before each new difference is added."""
         self._factor = factor
         self._sum: Tensor | None = None
 

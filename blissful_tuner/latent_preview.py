@@ -40,11 +40,14 @@ Item = TypeVar("Item")
 
 
 class LatestWriter(Generic[Item]):
-    """Call `write` in a thread with the items that are put, one at a time; a newer item replaces a waiting
-    one.
+    """Call `write` in a thread for each item that is put; a newer item replaces one that still waits.
 
-    The first item starts the thread. `write` must not raise. pause: seconds to pause after an item for each
-    second that it took, if the thread takes time from the generation itself.
+    The first item starts the thread. `write` must not raise.
+
+    Args:
+        write: Called with one item at a time.
+        pause: Seconds to pause after an item for each second that it took, if the thread takes time from the
+            generation itself.
     """
 
     def __init__(self, write: Callable[[Item], None], pause: float = 0.0) -> None:
@@ -118,10 +121,14 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview of latents (1 C F h w in model space): do the part that runs on the device, and
-        return a `Shot` for the rest.
+        """Start a preview: compute on the device now, and return a `Shot` for the rest of the work.
 
-        None if no preview is possible.
+        Args:
+            latents: Latents in model space, 1 C F h w.
+            fps: Frames per second of the preview.
+
+        Returns:
+            The shot; None if no preview is possible.
         """
         _, _, num_frames, height, width = latents.shape
         is_image = num_frames == 1
@@ -140,7 +147,12 @@ class LatentPreviews:
         return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
-        """Leave the decoder out if the device has no room for it. height, width: of the latents."""
+        """Leave the decoder out if the device has no room for it.
+
+        Args:
+            height: Height of the latents.
+            width: Width of the latents.
+        """
         if self.vae is None or self.device.type == "cpu":
             return
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
@@ -192,8 +204,10 @@ def preview_clip(
 ) -> Iterator[tuple[list[Watcher], Callable[[Section], None]]]:
     """Yield the watchers of a clip's steps and a function for its sections, for a block that denoises it.
 
-    previews: if None, there are no watchers. fps: of the finished clip. first_step: the first step that
-    predicts a clean clip; in earlier steps guidance scales the velocity.
+    Args:
+        previews: The previews; None for no watchers.
+        fps: Frames per second of the finished clip.
+        first_step: First step that predicts a clean clip; in earlier steps guidance scales the velocity.
     """
     if previews is None:
         yield [], lambda _: None
@@ -271,7 +285,15 @@ def make_previews(
 ) -> LatentPreviews | None:
     """Return the previews that the options ask for; None if they ask for none.
 
-    has_room: whether this many bytes of the device are free next to the network. Raises as `check_preview`.
+    Args:
+        options: Options of previews.
+        latent: Sizes of the family's latents.
+        folder: Folder for the previews.
+        device: Device of the run.
+        has_room: Returns whether this many bytes of the device are free next to the network.
+
+    Raises:
+        UserError: As `check_preview` does.
     """
     if options.preview_latent_every is None:
         return None

@@ -152,19 +152,23 @@ class Info:
 
     @property
     def container(self) -> str:
+        """Format of the files, such as "safetensors"."""
         kinds = {"safetensors" if is_safetensors(file) else "torch (pickle)" for file in self.files}
         return " and ".join(sorted(kinds))
 
     @property
     def file_bytes(self) -> int:
+        """Size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def numbers(self) -> int:
+        """Number of values in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors: its JSON header starts at byte 8, or its suffix says so."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
@@ -180,7 +184,12 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
 
 
 def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield the facts as lines. listed: the tensors to list; None: none is listed."""
+    """Yield the facts as lines.
+
+    Args:
+        facts: What is known of the model.
+        listed: Tensors to list; None lists none.
+    """
     yield f"{facts.path}: {shorten(_in_one_line(facts.what), MAX_OF_KIND)}"
     files = f", {len(facts.files)} files" if len(facts.files) > 1 else ""
     yield f"container: {facts.container}{files}, {as_size(facts.file_bytes)}"
@@ -208,7 +217,11 @@ def as_json(
 ) -> str:
     """Return the facts as JSON.
 
-    hashes: one record for each file, if they were asked for. of_lora: checksums as in a LoRA's metadata.
+    Args:
+        facts: What is known of the model.
+        listed: Tensors to list; None lists none.
+        hashes: Checksums of each file, if they were asked for.
+        of_lora: Checksums as in a LoRA's metadata.
     """
     content: dict[str, Any] = {
         "input": str(facts.path),
@@ -241,7 +254,10 @@ def file_hashes(path: Path) -> dict[str, str]:
 
     `data_sha256`, of safetensors only, covers the bytes behind the header, and does not change with metadata.
     Model browsers call its first 12 digits AutoV3, the first 10 of `sha256` AutoV2, and `old`, 8 digits of
-    SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1. Raises CheckpointError if it cannot be read.
+    SHA-256 over 64 KiB at 1 MiB of a large enough file, AutoV1.
+
+    Raises:
+        CheckpointError: If it cannot be read.
     """
     of_file = hashlib.sha256()
     of_data = hashlib.sha256()
@@ -300,7 +316,13 @@ def work(
 ) -> None:
     """Show the facts of a file, and rewrite it if the options ask for it.
 
-    ask: answers whether files that exist are replaced. Raises UserError.
+    Args:
+        options: Options of the command.
+        knowledge: What is known of the families.
+        ask: Returns whether files that exist are replaced.
+
+    Raises:
+        UserError: If the file cannot be read or written.
     """
     in_shards = options.shard_size is not None
     output = None if options.convert is None else output_name(options.convert, in_shards)
@@ -325,9 +347,14 @@ def work(
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
-    """Return the name of the safetensors file to write. in_shards: a folder may be given too.
+    """Return the name of the safetensors file to write.
 
-    Raises OptionError if it cannot be one.
+    Args:
+        path: Path of the file.
+        in_shards: Whether a folder may be given too.
+
+    Raises:
+        OptionError: If it cannot be one.
     """
     if in_shards and (path.is_dir() or not path.suffix):
         path = path / "model.safetensors"

@@ -46,16 +46,24 @@ class PromptRewriter:
     """A chat model with its tokenizer. Equal prompts give equal answers: nothing is drawn."""
 
     def __init__(self, folder: Path, mode: str) -> None:
-        """Set up the rewriter; `load` reads the files. mode: normal, master."""
+        """Set up the rewriter; `load` reads the files.
+
+        Args:
+            folder: Folder of the files.
+            mode: Kind of the description: normal or master.
+        """
         self.folder = folder
         self.mode = mode
         self._loaded = LoadedNetwork[Any, Any]()
         self._known: dict[str, str] = {}
 
     def load(self, device: torch.device) -> None:
-        """Load model and tokenizer. If they are loaded already, move the model to the device.
+        """Load model and tokenizer.
 
-        Raises CheckpointError if the folder holds none, or a tokenizer without a chat template.
+        If they are loaded already, move the model to the device.
+
+        Raises:
+            CheckpointError: If the folder holds none, or a tokenizer without a chat template.
         """
         self._loaded.load(device, self._read)
 
@@ -98,6 +106,7 @@ class PromptRewriter:
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
+        """Release the chat model."""
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:

@@ -1,11 +1,11 @@
-"""Draws and weights in prompts: `a __color__ {red|blue} (fast:1.4) car`.
+r"""Draws and weights in prompts: `a __color__ {red|blue} (fast:1.4) car`.
 
 `__color__` takes a line of color.txt in the folder of --prompt_wildcards. A line may have a relative weight,
 `red:2`, behind its last colon, and hold wildcards and alternatives of its own. Draws are made from left to
 right by a generator of their own that the seed of the video starts, so the same seed gives the same prompt.
 
 `(text:1.4)` gives `text` that weight, `(text)` the weight 1.1. A weight has digits, and maybe a point and a
-sign; with anything else behind the last colon all of it is plain text, parentheses included. `\\(` and `\\)`
+sign; with anything else behind the last colon all of it is plain text, parentheses included. `\(` and `\)`
 are parentheses. There is no nesting: the inner pair counts, and the outer one stays in the text.
 """
 
@@ -60,9 +60,14 @@ class Drawing:
     characters: int = 0  # likewise
 
     def expand(self, text: str, where: str) -> str:
-        """Return a text with everything drawn. where: names it in errors.
+        """Return a text with everything drawn.
 
-        Raises OptionError if a wildcard has no file, names a path outside the folder or draws itself.
+        Args:
+            text: The text.
+            where: Name of the text in errors.
+
+        Raises:
+            OptionError: If a wildcard has no file, names a path outside the folder or draws itself.
         """
         self.drawn = []
         self.characters = 0
@@ -86,7 +91,13 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
-        """Return a random line of a wildcard, itself expanded. keys: wildcards that led to this one."""
+        """Return a random line of a wildcard, itself expanded.
+
+        Args:
+            key: Name of the wildcard.
+            where: Name of the text in errors.
+            keys: Wildcards that led to this one.
+        """
         self._check_draws(key, where, keys)
         lines = self._read_lines(key, where)
         index = self._choose(lines.sums)
@@ -123,13 +134,21 @@ class Drawing:
         return self.files[key]
 
     def _choose(self, sums: Sequence[float]) -> int:
-        """Draw an index. sums: running sums of the weights."""
+        """Draw an index.
+
+        Args:
+            sums: Running sums of the weights.
+        """
         index = bisect.bisect_right(sums, self.random.random() * sums[-1])
         return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
 
 
 def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Return the running sums of weights. Raises OptionError if nothing can be drawn with them."""
+    """Return the running sums of weights.
+
+    Raises:
+        OptionError: If nothing can be drawn with them.
+    """
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MAX_WEIGHT:
         raise OptionError(
@@ -140,9 +159,10 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
-    """Return the texts of a video with everything drawn, by option name; they are drawn in their order.
+    """Return the texts of a video with everything drawn and logged, by option name, in their order.
 
-    Draws are logged. Raises OptionError as `Drawing.expand`.
+    Raises:
+        OptionError: As `Drawing.expand` does.
     """
     drawing = Drawing(options, Random(seed))
     expanded = {}
@@ -165,9 +185,12 @@ def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
 
 
 def find_file(folder: Path, key: str, where: str) -> Path:
-    """Return the file of a wildcard. Files outside the folder are refused, even behind links.
+    """Return the file of a wildcard.
 
-    Raises OptionError if there is none.
+    Files outside the folder are refused, even behind links.
+
+    Raises:
+        OptionError: If there is none.
     """
     shown = f"__{shorten(key, 80)}__"
     parts = key.split("/")
@@ -191,7 +214,11 @@ def find_file(folder: Path, key: str, where: str) -> Path:
 
 
 def read_lines_of(path: Path, where: str) -> Lines:
-    """Read the lines of a wildcard's file. Raises OptionError if it has none or cannot be read."""
+    """Read the lines of a wildcard's file.
+
+    Raises:
+        OptionError: If it has none or cannot be read.
+    """
     texts, weights, numbers = [], [], []
     content = _read_content(path, where)
     for number, line in enumerate(content.split("\n"), 1):
@@ -225,9 +252,7 @@ def _read_content(path: Path, where: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a line into its text, without quotation marks, and the weight after its last colon, 1 if there is
-    none.
-    """
+    """Split a line into its text, without quotation marks, and the weight after its last colon (or 1)."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -271,9 +296,12 @@ class _Alternative(NamedTuple):
 
 
 def select_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group. Escaped characters stay escaped until `unescape`.
+    """Return a text with one alternative of each group.
 
-    Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
+    Escaped characters remain escaped until `unescape`.
+
+    Raises:
+        OptionError: If groups are nested more than MAX_NESTED deep, or as `choose` does.
     """
     groups = _find_groups(text)
     _check_nesting(groups)
@@ -328,7 +356,11 @@ def _find_groups(text: str) -> list[_Group]:
 
 
 def _check_nesting(groups: Sequence[_Group]) -> None:
-    """Raise OptionError if groups are nested too deep. groups: in the order in which they begin."""
+    """Raise OptionError if groups are nested too deep.
+
+    Args:
+        groups: Groups in the order in which they begin.
+    """
     around: list[int] = []  # ends of the groups that the present one stands in
     for group in groups:
         while around and around[-1] < group.start:
@@ -342,6 +374,7 @@ def _check_nesting(groups: Sequence[_Group]) -> None:
 
 
 def unescape(text: str) -> str:
+    """Remove the backslashes before escaped characters."""
     return _ESCAPED.sub(r"\1", text)
 
 
@@ -361,7 +394,10 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     """Return a text without weight marks, and its weighted parts as (start, end, weight), in characters.
 
     Parts neither begin nor end with white space; parts of weight 1 are left out. Takes time in proportion to
-    the length. Raises OptionError for a weight beyond MOST.
+    the length.
+
+    Raises:
+        OptionError: For a weight beyond MOST.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []

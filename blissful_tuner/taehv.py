@@ -43,9 +43,14 @@ def project(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def enlarge(colours: Tensor, rows: int, columns: int) -> Iterator[Frame]:
-    """Yield frames H W 3 in 0..255 of colours 3 F h w: stretched to the whole range over the clip, bicubic.
+    """Yield frames H W 3 in 0..255: colors stretched to the full range over the clip, enlarged bicubically.
 
-    rows, columns: how often each colour is repeated. Values that are NaN or infinite become dark.
+    Values that are NaN or infinite become dark.
+
+    Args:
+        colours: Colors, 3 F h w.
+        rows: Number of times that each row is repeated.
+        columns: Number of times that each column is repeated.
     """
     colours = colours.nan_to_num(0.0, 0.0, 0.0)
     lowest, highest = colours.amin(), colours.amax()
@@ -83,9 +88,7 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return the number of frames for each latent frame. Of the first latent frame's only the last is
-        used.
-        """
+        """Number of frames from each latent frame; of the first latent frame only the last is used."""
         return prod(self.strides)
 
 
@@ -103,7 +106,12 @@ class MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x: F C h w. last: the frame before them, 1 C h w. Returns the result and the next `last`."""
+        """Return the result, and the features that the next call takes as `last`.
+
+        Args:
+            x: Features, F C h w.
+            last: Features of the previous frame, 1 C h w.
+        """
         past = torch.cat([torch.zeros_like(x[:1]) if last is None else last, x[:-1]])
         return relu(self.conv(torch.cat([x, past], dim=1)) + x), x[-1:]
 
@@ -116,6 +124,7 @@ class Growth(nn.Module):
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Split the channels of each frame into `stride` frames."""
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 
@@ -137,7 +146,11 @@ class TinyDecoder(nn.Module):
         self.config = config
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield chunks F 3 H W, about 0..1 but not clamped. latents: C F h w in model space, any device."""
+        """Yield chunks F 3 H W, about 0..1 but not clamped.
+
+        Args:
+            latents: Latents in model space, C F h w, on any device.
+        """
         weight = next(self.parameters())
         memory: dict[int, Tensor] = {}  # the last input of each memory block
         layers = self.decoder
@@ -163,7 +176,12 @@ class TinyVae:
 
     @torch.no_grad()
     def frames(self, latents: Tensor, device: torch.device) -> Iterator[Tensor]:
-        """Yield chunks of frames F H W 3, uint8 on `device`. latents: C F h w, on any device."""
+        """Yield chunks of frames F H W 3, uint8 on `device`.
+
+        Args:
+            latents: Latents, C F h w, on any device.
+            device: Device of the run.
+        """
         with META:
             decoder = TinyDecoder(self.config)
         moved = {name: send_ahead(weight, device) for name, weight in self.weights.items()}
@@ -175,7 +193,11 @@ class TinyVae:
 
 
 def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
-    """Plan how to load the decoder of a TAEHV file. Raises CheckpointError for any other file."""
+    """Plan how to load the decoder of a TAEHV file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
         raise _other_kind(checkpoint)
@@ -200,7 +222,11 @@ def _other_kind(checkpoint: Checkpoint) -> CheckpointError:
 
 
 def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
-    """Return the dimensions of a decoder. sides: output and input channels of a convolution."""
+    """Return the dimensions of a decoder.
+
+    Args:
+        sides: Output and input channels of a convolution by name.
+    """
     later_widths = [sides(str(number + 5))[0] for number in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
@@ -218,7 +244,8 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
     """Return the plan for a family's latents; for image families frames are not multiplied in time.
 
-    Raises CheckpointError if the file is for other latents.
+    Raises:
+        CheckpointError: If the file is for other latents.
     """
     config = plan.config
     path = plan.checkpoint.path
@@ -245,7 +272,8 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
     """Return the dimensions of the decoder in a file; only names and shapes are read.
 
-    Raises CheckpointError if it is not a TAEHV, or one for other latents.
+    Raises:
+        CheckpointError: If it is not a TAEHV, or one for other latents.
     """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
@@ -276,7 +304,13 @@ def select_dtype(device: torch.device) -> torch.dtype:
 def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: int) -> int:
     """Return the bytes of device memory that decoding takes, weights included.
 
-    height, width: of the latents. The result does not depend on the number of frames.
+    The result does not depend on the number of frames.
+
+    Args:
+        config: Dimensions of the decoder.
+        dtype: Dtype of the weights.
+        height: Height of the latents.
+        width: Width of the latents.
     """
     with META:
         decoder = TinyDecoder(config).to(dtype)

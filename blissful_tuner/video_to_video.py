@@ -39,8 +39,12 @@ UNSEEN = 1.05
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
     """Check the source of a request; take the number of frames from the source if it is not given.
 
-    Reads headers, and one frame of a video. Raises OptionError if the source does not exist or the family
-    does not take it, MediaError or CheckpointError if it cannot be read.
+    Only headers are read, and one frame of a video.
+
+    Raises:
+        OptionError: If the source does not exist or the family does not support it.
+        MediaError: If an image or video cannot be read.
+        CheckpointError: If saved latents cannot be read.
     """
     named = _name_source(source)
     if source.option not in rules.takes:
@@ -68,8 +72,10 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """Return the request with the step at which denoising of its source begins; check the source's length.
 
-    Raises MediaError if a video has too few frames, OptionError if saved latents have another number of
-    frames, or if the video is made with sound, which has to start from noise.
+    Raises:
+        MediaError: If a video has too few frames.
+        OptionError: If saved latents have another number of frames, or if the video is made with sound, which
+            has to start from noise.
     """
     if prepared.joint is not None:
         raise OptionError(
@@ -139,10 +145,16 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
 
 
 def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
-    """Return the step at which denoising begins. timesteps: of the steps.
+    """Return the step at which denoising begins.
 
-    "traditional": the last `denoise` (a share) of all steps, at least one. "direct": begin at the step whose
-    noise level is nearest to `denoise`, the first if several are equally near.
+    In the mode "traditional" the last fraction `denoise` of all steps is run, at least one step. In the mode
+    "direct" denoising begins at the step whose noise level is nearest to `denoise`, the first if several are
+    equally near.
+
+    Args:
+        source: The source of the request.
+        timesteps: Timesteps of the steps.
+        steps: Number of steps.
     """
     if source.noise_mode == "direct":
         # rounded: levels as far above as below differ by what float32 leaves of them
@@ -170,7 +182,13 @@ def _name_source(source: Source) -> str:
 def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Tensor:
     """Return the clean latents of a request's source: 1 C F h w of its size, in model space, on the CPU.
 
-    encoders: on their device; unused if the source is latents. Raises MediaError if a video is too short.
+    Args:
+        family: The model family.
+        encoders: Media encoders on their device; unused if the source is latents.
+        prepared: The request with all values resolved.
+
+    Raises:
+        MediaError: If a video is too short.
     """
     source = prepared.request.source
     assert source is not None
@@ -198,7 +216,11 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
 def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
     """Read at most the frames that the request has, F H W 3 at its size.
 
-    alpha: with the transparency of a picture, if it has any: 1 H W 4.
+    Args:
+        source: The source of the request.
+        prepared: The request with all values resolved.
+        stretches: Whether frames are stretched to the size instead of cropped.
+        alpha: Whether the transparency of an image is read too: 1 H W 4.
     """
     from modules.media import reading  # only with a source file
 
@@ -226,8 +248,11 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
 def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
     """Cut or pad latents B C F h w to this number of frames.
 
-    pad_mode: "front" pads with copies of the first frame before it, "end" with copies of the last one after
-    it.
+    Args:
+        latents: Latents, B C F h w.
+        frames: Number of latent frames.
+        pad_mode: "front" pads with copies of the first frame before it, "end" with copies of the last one
+            after it.
     """
     missing = frames - latents.shape[2]
     if missing <= 0:
@@ -242,7 +267,14 @@ def fit_frames(latents: Tensor, frames: int, pad_mode: str) -> Tensor:
 def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str, remedy: str) -> None:
     """Raise CheckpointError if latents are of a model whose latents mean something else.
 
-    Those of other programs name no model and are taken. start, remedy: of the message.
+    Those of other programs name no model and are taken.
+
+    Args:
+        saved: The latents with their metadata.
+        rules: The family's rules for sources.
+        path: Path of the file.
+        start: Start of the message.
+        remedy: End of the message.
     """
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.latents_of:
@@ -253,9 +285,16 @@ def check_maker(saved: SavedLatents, rules: SourceRules, path: Path, start: str,
 def _load_saved_latents(
     source: Source, rules: SourceRules, latent: LatentSpec, only_shape: bool = False
 ) -> Tensor:
-    """Read saved latents, 1 C F h w. Raises CheckpointError if they are of another model.
+    """Read saved latents, 1 C F h w.
 
-    only_shape: see `load_latents`.
+    Args:
+        source: The source of the request.
+        rules: The family's rules for sources.
+        latent: Sizes of the family's latents.
+        only_shape: See `load_latents`.
+
+    Raises:
+        CheckpointError: If they are of another model.
     """
     saved = load_latents(source.path, f"--{source.option}", only_shape)
     remedy = "Decode them with that model's script, and give the video to --video_path"

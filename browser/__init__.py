@@ -9,8 +9,8 @@ command_lines: a command as it can be typed in any folder
 command_output: printed lines, with their files and a remedy
 compare: find samples and clips of chosen files, plan the rest
 compare_pages: page of comparisons, jobs for missing clips
-dataset_keys: pictures of a step, options that dataset.toml replaces
-dataset_pages: routes for datasets: files, small pictures, edited captions
+dataset_keys: images of a step, options that dataset.toml replaces
+dataset_pages: routes for datasets: files, small images, edited captions
 datasets: find datasets, measure them in another process
 described_folder: read a described folder, and change its keys
 draft_changes: show, check and save changes of a described folder
@@ -24,19 +24,19 @@ folder_tools: try, start, stop and continue tools on a folder
 folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
-inputs: take dropped pictures and clips, judged by content
+inputs: take dropped images and clips, judged by content
 jobs: command lines of a text file, run one after another
 known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
 mask_making: form that has masks made for a folder
-mask_pages: page of masks: keys, brush, pictures
-mask_review: masks over pictures; accept, invert, remove, draw, undo
+mask_pages: page of masks: keys, brush, images
+mask_review: masks over images; accept, invert, remove, draw, undo
 mask_use: whether a training learns by masks, in dataset.toml
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
-model_pages: page of models: loading after licences, removing
+model_pages: page of models: loading after licenses, removing
 model_table: models by what they make, load and fit
 names: digests as names, names that nothing has
 new_form: fields of the page New, and their command

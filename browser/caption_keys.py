@@ -17,7 +17,7 @@ from project.options import find_caption_format
 def find_format_of_folder(folder: Path | None) -> str:
     """Return the family whose JSON format a described folder's captions have.
 
-    "" if they are plain sentences.
+    Returns "" if they are plain sentences.
     """
     if folder is None or not is_described(folder):
         return ""

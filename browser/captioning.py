@@ -21,7 +21,7 @@ class TriedCaption:
     """A caption that a try has written for a file, without saving it."""
 
     name: str
-    address: str | None  # of its picture
+    address: str | None  # of its image
     text: str
 
 

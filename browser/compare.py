@@ -247,6 +247,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     output_words = options.get("--output_dir")
     typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
+    # the history lies in the output folder: cut the typed path off its end, and the working folder is left
     count = len(parents) - len(typed.parts)
     if typed.is_absolute() or parents[count:] != typed.parts:
         return Path.cwd()

@@ -55,7 +55,7 @@ class DatasetKeys:
     def explain_unused(self, option: str) -> str:
         """Return the reason why an option of the training has no effect with this file.
 
-        "" if it has an effect.
+        Returns "" if it has an effect.
         """
         key = _list_options().get(option)
         if key is None:

@@ -41,7 +41,7 @@ from modules.pages.language import say
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
-LARGEST_SIDE = 448  # pixels of a picture in the page
+LARGEST_SIDE = 448  # pixels of an image in the page
 MAX_IMAGES = 1000  # kept in memory, some 20 KB each
 MAX_AT_ONCE = 200  # files in an answer
 MAX_FOLDERS = 100  # of a dataset, that tools are offered for
@@ -123,7 +123,7 @@ UNREADABLE = (
     'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
     'text-anchor="middle">cannot be read</text></svg>'
 )
-MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small picture is made
+MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small image is made
 
 
 class Thumbnails:
@@ -250,7 +250,8 @@ class DatasetPages:
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
         """Return the address of a small image of one part of a file.
 
-        None if the file may not be shown, or if it lies in an archive that does not say at which offset.
+        Returns None if the file may not be shown, or if it lies in an archive that does not say at which
+        offset.
         """
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
@@ -274,7 +275,7 @@ class DatasetPages:
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
         """Return the real path of a caption file, which need not exist.
 
-        None if it is outside the shown folders.
+        Returns None if it is outside the shown folders.
         """
         if file["caption_file"] is None:
             return None

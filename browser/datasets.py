@@ -185,7 +185,7 @@ class MediaFiles:
     pictures: int = 0
     clips: int = 0
     sounds: int = 0
-    first: Path | None = None  # picture or clip, by name
+    first: Path | None = None  # image or clip, by name
 
     @property
     def total(self) -> int:
@@ -357,6 +357,7 @@ class Datasets:
                 measured.newer_mark = mark
                 measured.newer_since = time.monotonic()
             settled_seconds = time.monotonic() - measured.newer_since
+            # files that are still being copied change the mark again and again: wait until it stays
             is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
             if mark != measured.mark and is_settled:
                 self.start(dataset)

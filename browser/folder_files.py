@@ -110,7 +110,7 @@ class LeftOut:
         self.runs = runs
 
     def place(self, folder: Path) -> Path:
-        """Return the folder that takes the left-out files of a folder. Raises OutputError if it is a link."""
+        """Return the folder that takes a folder's left-out files. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         place = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(place)) != os.path.normcase(place):
@@ -268,7 +268,7 @@ class FolderFiles:
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
 
-        0 for a folder with more than MOST_COUNTED files.
+        Returns 0 for a folder with more than MOST_COUNTED files.
         """
         try:
             names = list_names(folder)

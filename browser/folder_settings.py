@@ -211,7 +211,7 @@ def name_dataset_field(key: str) -> str:
 def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
     """Return the keys of a dataset.toml.
 
-    None if it is missing or not TOML, which its own text box reports.
+    Returns None if it is missing or not TOML, which its own text box reports.
     """
     if draft.content is None:
         return None
@@ -267,7 +267,7 @@ class SettingsView:
     rows: Sequence[SettingRow]
     is_chosen_known: bool
     is_asking: bool  # what `new` chose is being found out
-    batch: str = ""  # pictures of a step, as text; "": not known
+    batch: str = ""  # images of a step, as text; "": not known
     chosen_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
     change: DraftChange = field(default_factory=lambda: DraftChange(part=""))

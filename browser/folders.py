@@ -25,7 +25,7 @@ DEEPEST = 6  # folders below a root
 MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # of a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
-# by their names how often image trainers repeat their pictures, and the caption: 10_ohwx man
+# by their names how often image trainers repeat their images, and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 INSIDE = "img"  # folder of such folders, in that of a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
@@ -44,7 +44,7 @@ class MediaFolder:
     clips: int
     sounds: int
     uncaptioned: int  # files whose caption is missing or empty
-    first: Path | None  # picture or clip that is shown
+    first: Path | None  # image or clip that is shown
     is_described: bool
     inner: int = 0  # subfolders that the files are in, if the folder itself has none
     unreadable: int = 0  # of the files, as far as their headers were read
@@ -151,8 +151,8 @@ def _has_text(entry: "os.DirEntry[str]") -> bool:
 def read_outer_folder(folder: Path) -> MediaFolder | None:
     """Count the media in the subfolders of a folder that `new` describes as one dataset.
 
-    None if it is no such folder: it has to be described, or to have subfolders named as image trainers name
-    them (`10_name`), directly or in a subfolder `img`.
+    Returns None if it is no such folder: it has to be described, or to have subfolders named as image
+    trainers name them (`10_name`), directly or in a subfolder `img`.
     """
     inside = folder / INSIDE
     inner = _read_inner(folder)

@@ -62,11 +62,10 @@ class InputFolder:
         return path
 
     def keep(self, path: Path, name: str) -> Path:
-        """Give an uploaded file its final name, and return the new path.
+        """Give an uploaded file its final name, and return the new path; an equal file is kept once.
 
-        A file that is there already is not repeated.
-
-        `name` is its original name. Raises OptionError if it is neither an image nor a clip.
+        The name contains a digest of the content, so equal files of one name replace each other. `name` is
+        the original name. Raises OptionError if the file is neither an image nor a clip.
         """
         try:
             suffix = find_suffix(path)

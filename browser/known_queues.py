@@ -39,7 +39,7 @@ def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
 def recall_queue(folder: Path) -> KnownQueue | None:
     """Return what is remembered about a queue.
 
-    None if nothing is, or if the folder now holds another queue.
+    Returns None if nothing is, or if the folder now holds another queue.
     """
     try:
         info = recall_info(KIND, folder)

@@ -41,9 +41,9 @@ from modules.pages.page import encode_address, reduce_frame
 from modules.text_files import real_path
 
 ADDRESS = "/masks"
-LARGEST_SIDE = 1600  # pixels of a picture in the page; masks for the brush have all of theirs
+LARGEST_SIDE = 1600  # pixels of an image in the page; masks for the brush have all of theirs
 LOCK = ".masks.lock"  # in the folder of the media, while a mask of it is changed
-MAX_SHOTS = 60  # pictures in memory, some 200 KB each
+MAX_SHOTS = 60  # images in memory, some 200 KB each
 MAX_UNDONE = 1000
 # states of masks
 NONE, OF_PROGRAM, TAKEN, DRAWN, REMOVED = "none", "made", "accepted", "drawn", "removed"
@@ -89,7 +89,7 @@ class MaskReview:
     def find(self, folder: Path, id: str) -> MaskPlace | None:
         """Return an image or clip by its id.
 
-        None if it does not exist, or a file of it is outside the roots.
+        Returns None if it does not exist, or a file of it is outside the roots.
         """
         for place in self.places(folder):
             if name_id(place) == id:

@@ -57,7 +57,7 @@ class MaskUse:
 def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
     """Return how the masks of a folder are used.
 
-    None if the folder is in no dataset.toml of a described folder.
+    Returns None if the folder is in no dataset.toml of a described folder.
 
     `folder` is the real path of a folder with media.
     """

@@ -25,7 +25,7 @@ from modules.text_files import read_tensor_header
 from project.fitting import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
-GATED = "asks to accept"  # words of the terms of a licence that a repository wants accepted on its own page
+GATED = "asks to accept"  # words of the terms of a license that a repository wants accepted on its own page
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
 MISFIT_SECONDS = 120
 _ASKING = threading.Lock()  # one process at a time: each takes the memory of torch
@@ -58,7 +58,7 @@ def describe_kind(model: ModelSet) -> str:
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_hear = "sound_alone" in model.data and "without sound" not in model.about
+    may_hear = model.data.get("sound_alone") and "without sound" not in model.about
     hears = may_hear or "with sound" in model.about
     return say("clips and sound") if hears else say("clips")
 
@@ -117,7 +117,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tupl
     if content is not None:
         suits = row.makes.startswith("clips" if content.clips else "pictures")
         if content.clips and model.data.get("from_image"):
-            suits = False  # it needs pictures to begin with
+            suits = False  # it needs images to begin with
     is_distilled = any(word in model.about for word in ("eight steps", "four steps", "distilled"))
     fits = not memory or is_small(model, memory)
     return not suits, is_distilled, not fits, transformer_bytes(model)

@@ -579,7 +579,7 @@ class NewPages:
             "download": download,
             "load_command": format_command(load_words) if load_words else "",
             "licences": licenses,
-            "is_gated": is_gated,  # a function: the template asks it of each licence
+            "is_gated": is_gated,  # a function: the template asks it of each license
             "has_login": any(map(is_gated, licenses)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
         }
@@ -707,8 +707,8 @@ class NewPages:
     def find_files_to_load(self, described: DescribedFolder) -> TaskFiles | None:
         """Return the model files of a described folder if some are missing and a download can provide them.
 
-        None if no file is missing, or if run.toml names a file that is not a released file in this page's
-        models folder: only `run` knows where to download that.
+        Returns None if no file is missing, or if run.toml names a file that is not a released file in this
+        page's models folder: only `run` knows where to download that.
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}

@@ -91,7 +91,7 @@ class ModelRecipe:
     missing: Sequence[str] = ()  # files of the model that are not there
     loras: Sequence[UsedLora] = ()  # of the command
     needed: Sequence[str] = ()  # fields that must be filled
-    paths: Sequence[str] = ()  # of pictures that the command names
+    paths: Sequence[str] = ()  # of images that the command names
     of_files: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
 
     @property
@@ -117,11 +117,11 @@ class ModelRecipe:
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
-            # a picture that the command of a run names is one that its model takes
+            # an image that the command of a run names is one that its model takes
             is_typed = name in self.needed or bool(self.usual.get(name))
             if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
-        if not self.usual.get("layers"):  # of releases that take pictures apart: their commands name it
+        if not self.usual.get("layers"):  # of releases that take images apart: their commands name it
             keys.pop("layers", None)
         if "redraw" not in keys:
             keys.pop("share", None)
@@ -483,7 +483,7 @@ class RenderRequest:
     texts: Mapping[str, str]  # by the name of the field; empty texts leave the model's default
     loras: Sequence[UsedLora]
     save_path: str
-    references: Sequence[str] = ()  # pictures to edit
+    references: Sequence[str] = ()  # images to edit
     labels: Mapping[str, str] = field(default_factory=dict)  # of fields, for messages
 
     def check(self) -> None:

@@ -378,7 +378,7 @@ class RenderWorker:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
                     continue
-                with contextlib.suppress(OptionError):  # it was cancelled just now
+                with contextlib.suppress(OptionError):  # it was canceled just now
                     self.store.take_cancel(render_job.id)
                     self._cancels = 0
                     self._current = self.store.change(
@@ -488,7 +488,7 @@ class RenderWorker:
     def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
         """Return a ready process with the model of a render job, loading it if necessary.
 
-        None if loading fails; the render job then records the failure.
+        Returns None if loading fails; the render job then records the failure.
         """
         with self._lock:
             session = self.session

@@ -244,7 +244,7 @@ def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
 class Candidate(NamedTuple):
     """A recipe that may have generated a result, and the run that it comes from.
 
-    None for a released model.
+    The run is None for a released model.
     """
 
     recipe: ModelRecipe

@@ -291,9 +291,11 @@ def remake(
     render_request = RenderRequest(
         replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
     )
+    # "": the seed is among the options of the line
     request = render_request.request("")
     request["options"] = {**request["options"], **line}
     typed = {**fixed, **type_options(line, recipe.defaults)}
+    # one result is repeated, whatever number its command asked for
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed.pop(flag, None)
     as_typed = replace(render_request, recipe=replace(recipe, fixed=typed))

@@ -40,7 +40,7 @@ class Result:
     changed: float  # when, in seconds since 1970
     size_bytes: int
     shown_at: float = 0.0  # its time in the list: that of the file that it was made from
-    layers: tuple[Path, ...] = ()  # the whole picture first, then its layers from back to front
+    layers: tuple[Path, ...] = ()  # the whole image first, then its layers from back to front
 
     @cached_property
     def id(self) -> str:

@@ -80,7 +80,7 @@ STEPS_OPTION = "--max_train_steps"
 
 GENERATE = "Generate with it"  # title of the command in a history
 PROMPT = "--prompt"
-# options for a control picture, of the commands that trainings of control networks print
+# options for a control image, of the commands that trainings of control networks print
 CONTROL_FLAGS = ("--control_image", "--guide_image_path")
 
 
@@ -136,7 +136,7 @@ class RunActions:
     again: str = ""  # name of the next run
     folder: str = ""  # of Again with changes
     samples: str = ""  # file of the prompts
-    has_lora: bool = False  # that pictures can be made with
+    has_lora: bool = False  # that images can be made with
     generate: bool = False  # its history has a command that the page Generate can fill its form from
     make: "MakingCommand | None" = None  # the command that makes something with its file, if the page cannot
     remove: str = ""

@@ -44,7 +44,7 @@ from training.reports.sections import SAMPLES
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-PLAYED = (".mp4", ".wav")  # endings of samples that play; others are pictures
+PLAYED = (".mp4", ".wav")  # endings of samples that play; others are images
 MAX_RUNS = 200  # of a list, until all are asked for
 MAX_CARDS = 60  # of a list; more are rows of a table, if cards are not asked for
 MAX_SAMPLES = (2000, 100)  # columns and rows of the grid

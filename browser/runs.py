@@ -314,7 +314,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
             match = LOSS.search(content[place : place + SPOT])
             if match is not None:
                 losses.append(float(match[2]))
-    width = max(1, len(losses) // SPOTS)  # so many neighbours become their mean
+    width = max(1, len(losses) // SPOTS)  # so many neighbors become their mean
     return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 

@@ -41,7 +41,7 @@ from project.options import RUN_FILE
 MIN_ROWS = 3
 MAX_ROWS = 100
 MAX_IMAGES = 2000
-DEEPEST = 3  # folders below the described one that pictures are looked for in
+DEEPEST = 3  # folders below the described one that images are looked for in
 EVERY = "sample_every_n_steps"  # keys of run.toml
 EVERY_EPOCHS = "sample_every_n_epochs"
 AT_FIRST = "sample_at_first"

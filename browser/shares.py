@@ -234,7 +234,7 @@ class SharePages:
             load=shared_clip,
             most=MOST_SHOWN,
             name=run.name,
-            has_sections=False,  # no training pictures are named
+            has_sections=False,  # no training images are named
         )
         values |= {"is_shared": True, "commands": (), "makes_samples": True}
         values["memory"] = translate_memory(story.memory)

@@ -105,9 +105,12 @@ def reject_packed(checkpoint: Checkpoint) -> None:
 def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
     """Plan the new file; no tensor is read yet.
 
-    stale: beginnings of metadata keys that are true of the old tensors only. Raises OptionError if a
-    selection or a prefix fits no name, or two tensors would have one name; CheckpointError as
-    `reject_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
+    `stale` are beginnings of metadata keys that are true of the old tensors only.
+
+    Raises:
+        OptionError: If a selection or a prefix fits no name, or two tensors would have one name;
+            CheckpointError as `reject_packed`, or if the file's quantisation is unknown and a dtype is to be
+            changed.
     """
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
@@ -178,7 +181,11 @@ def _check_pairs(
 
 
 def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
-    """Map each new tensor name to the old one. Raises OptionError if two tensors would have one name."""
+    """Map each new tensor name to the old one.
+
+    Raises:
+        OptionError: If two tensors would have one name.
+    """
     old_names: dict[str, str] = {}
     for name in names:
         new_name = rename(name, change)
@@ -307,10 +314,13 @@ def write_shards(
 ) -> list[Path]:
     """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
 
-    path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
-    replaced; `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which is refused
-    when opened, but never files of two models. Raises OutputError if a file cannot be written, OptionError if
-    there would be too many.
+    `path` is the name of a single file. `read` is as for `stream_tensors`. Files of an earlier model of this
+    name are replaced. `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which
+    is refused when opened, but never files of two models.
+
+    Raises:
+        OutputError: If a file cannot be written.
+        OptionError: If there would be too many.
     """
     plan = plan_shards(path, tensors, most_bytes, "--shard_size")
     paths = [path.with_name(name) for name in plan.files]

@@ -104,7 +104,10 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_places`. size: of the file in bytes."""
+        """Fill `tensors`, `metadata` and `_places`.
+
+        `size` is that of the file in bytes.
+        """
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
@@ -138,7 +141,11 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, it describes {described}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the facts of a tensor. entry: in the header. Raises ValueError if they do not agree."""
+        """Return the facts of a tensor. `entry` is the tensor's object in the header.
+
+        Raises:
+            ValueError: If they do not agree.
+        """
         if len(name) > MAX_TENSOR_NAME:
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
         shape = entry["shape"]
@@ -162,9 +169,13 @@ class SafetensorsFile(HeaderFile):
 
 
 def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
-    """Return the end of the data. Raises ValueError if a tensor does not begin where the one before ends.
+    """Return the end of the data.
 
-    places: first byte, end and name of each tensor.
+    Args:
+        places: First byte, end and name of each tensor.
+
+    Raises:
+        ValueError: If a tensor does not begin where the one before ends.
     """
     last = 0
     for begin, end, name in sorted(places):
@@ -175,7 +186,11 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
 
 
 def _check_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return a tensor's shape. Raises ValueError if no tensor can have it, or bytes at that place."""
+    """Return a tensor's shape.
+
+    Raises:
+        ValueError: If no tensor can have it, or bytes at that place.
+    """
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
     if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
@@ -236,9 +251,11 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 def load_pickled(path: Path, times: int = 1) -> Any:
     """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
 
-    times: factor on the allowed length of its pickled program, 1 for files of weights. Code in the file is
-    refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain one, or if the file
-    is damaged.
+    `times` is a factor on the allowed length of its pickled program, 1 for files of weights. Code in the file
+    is refused, not run.
+
+    Raises:
+        CheckpointError: If there is code, if a tensor is not a plain one, or if the file is damaged.
     """
     try:
         require_regular_file(path)

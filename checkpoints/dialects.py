@@ -60,11 +60,11 @@ def load_planned(
 ) -> Network:
     """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
 
-    build: makes the network from the plan's dimensions; called on the meta device. dtype, what: as for
-    `load_module`; a single dtype is used for all tensors. form: the module of `checkpoints.stored` in whose
-    form linear layers are kept; None: the file's form, except that fp8 is dequantised. host: as for
-    `load_module`. blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`, and if
-    the file has another form.
+    `build` makes the network from the plan's dimensions; it is called on the meta device. `dtype` and `what`
+    are as for `load_module`; a single dtype is used for all tensors. `form` is the module of
+    `checkpoints.stored` in whose form linear layers are kept; None means the file's form, except that fp8 is
+    dequantised. `host` is as for `load_module`. `blocks` takes each block when it is loaded. Raises
+    CheckpointError as `load_module`, and if the file has another form.
     """
     with on_meta_device():
         network = build(plan.config)
@@ -98,12 +98,19 @@ def load_planned(
 
 
 def text_quantization(form: str) -> Quantisation:
-    """Return the `Quantisation` of a text encoder. form: name of a module of `checkpoints.stored`."""
+    """Return the `Quantisation` of a text encoder.
+
+    Args:
+        form: Name of a module of `checkpoints.stored`.
+    """
     return Quantisation("rows", float32_scales=True, form=form)
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the bytes that a tensor takes once loaded. form: of a linear weight, as in `load_planned`."""
+    """Return the bytes that a tensor takes once loaded.
+
+    `form` is that of a linear weight, as in `load_planned`.
+    """
     source = plan.sources[name]
     tensors = plan.checkpoint.tensors
     shape = tensors[source.names[0]].shape
@@ -157,7 +164,7 @@ def rename_sources(
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
     """Return the number of different beginnings of names that match the pattern.
 
-    path: of the file, for the CheckpointError raised if there are more than any model has.
+    `path` is that of the file, for the CheckpointError raised if there are more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
     starts = {match[1] for match in map(pattern.match, names) if match}
@@ -208,7 +215,8 @@ class DitShapes:
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
         """Return the shape of a tensor with this many axes; leading sides of 1 may be left out in the file.
 
-        Raises CheckpointError if the file has no tensor of that name, or one with other axes.
+        Raises:
+            CheckpointError: If the file has no tensor of that name, or one with other axes.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -228,7 +236,7 @@ class DitShapes:
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
         """Return the width of the model, the channels of latents and the size of a patch.
 
-        name: of the layer that turns latents into tokens.
+        `name` is that of the layer that turns latents into tokens.
         """
         dim, in_dim, frames, rows, columns = self.of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
@@ -239,9 +247,12 @@ class DitShapes:
 
 
 def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option. give: the files of the right kind.
+    """Return the error for a file that does not fit its option.
 
-    Raises CheckpointError for a quantised file, whose tensors may have other names.
+    `give` is the files of the right kind.
+
+    Raises:
+        CheckpointError: For a quantised file, whose tensors may have other names.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
@@ -261,9 +272,9 @@ def join_parts(
 ) -> dict[str, TensorSource]:
     """Map each of our names to how its tensor is made from those of a file.
 
-    stored: by the file's names. table: of the file's dialect; a name that ends in #n is the nth of the parts
-    that are stacked by rows in our tensor. swapped: our names of tensors whose halves are in the other order
-    in the file.
+    `stored` has the file's names. `table` is that of the file's dialect; a name that ends in #n is the nth of
+    the parts that are stacked by rows in our tensor. `swapped` are our names of tensors whose halves are in
+    the other order in the file.
     """
     parts: dict[str, dict[int, TensorSource]] = {}
     for theirs, source in stored.items():

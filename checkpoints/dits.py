@@ -115,7 +115,8 @@ class DitFormat(Generic[Config, Dit]):
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
         """Read dimensions, dialect and dtype of an open file.
 
-        Raises CheckpointError if the file is not a supported transformer.
+        Raises:
+            CheckpointError: If the file is not a supported transformer.
         """
         checkpoint = bare_names(checkpoint)
         # first, since some have all the tensors of a network of ours
@@ -147,7 +148,7 @@ class DitFormat(Generic[Config, Dit]):
 
         dtype: see `select_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
-        called with the published parameter names. second_file: a file with further tensors of it. Raises
+        called with the published parameter names. `second_file` is a file with further tensors of it. Raises
         CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
         file is to be rounded again.
         """
@@ -306,7 +307,10 @@ def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that would be rounded a second time. flag: the option that asks for it."""
+    """Return the error for a file that would be rounded a second time.
+
+    `flag` is the option that asks for it.
+    """
     state = "quantised"
     instead = "layers stay as the file has them."
     if not is_packed:

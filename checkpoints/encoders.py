@@ -33,8 +33,11 @@ def find_network(
 ) -> Checkpoint | None:
     """Return the checkpoint of the network that has both tensors, without its prefix; None if there is none.
 
-    embeddings, layer: names of the tensors without prefix. excluded: name prefixes of other networks, which
-    are left out. Raises CheckpointError if the file holds tensors of an unknown network.
+    `embeddings` and `layer` are the names of the tensors without prefix. `excluded` are the name prefixes of
+    other networks, which are left out.
+
+    Raises:
+        CheckpointError: If the file holds tensors of an unknown network.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
@@ -56,7 +59,8 @@ def find_network(
 def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
     """Return the width of an attention head, from the number of heads in config.json, else the usual width.
 
-    Raises CheckpointError if the rows of the projection are not a multiple of it.
+    Raises:
+        CheckpointError: If the rows of the projection are not a multiple of it.
     """
     heads = config.get("num_attention_heads")
     if heads is None and rows % usual == 0:
@@ -74,7 +78,8 @@ def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> 
 def read_config_json(path: Path) -> tuple[Path, Any]:
     """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
 
-    Raises CheckpointError if it cannot be read.
+    Raises:
+        CheckpointError: If it cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -96,10 +101,12 @@ def read_network_config(
 ) -> Mapping[str, Any]:
     """Return the settings of the network from the config.json in its folder.
 
-    Empty if the file is missing or belongs to another model. part: key of the network's own settings if the
-    model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
-    missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
-    cannot be read.
+    Empty if the file is missing or belongs to another model. `part` is the key of the network's own settings
+    if the model has several. `kind` is the prefix of its model_type. `dim` is the width by the tensors.
+    `defaults` are the values of missing keys. `written` is the config.json that the model's file holds.
+
+    Raises:
+        CheckpointError: If config.json cannot be read.
     """
     file, content = read_config_json(path) if written is None else (path, {})
     if content is None:
@@ -125,8 +132,8 @@ def check_state_width(
 ) -> None:
     """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `dit_width`.
 
-    path: of the encoder, which `option` gave. dit_width: None if there is no transformer to fit. give: the
-    files that fit.
+    `path` is that of the encoder, which `option` gave. `dit_width` is None if there is no transformer to fit.
+    `give` is the files that fit.
     """
     if dit_width not in (None, width):
         raise CheckpointError(
@@ -138,7 +145,10 @@ def check_state_width(
 def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
     """Return the path and the settings of the config.json next to the file; {} if it is another model's.
 
-    classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
+    `classes` are the names that `_class_name` has for this model.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
     """
     path, settings = read_config_json(checkpoint.path)
     is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes

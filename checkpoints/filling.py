@@ -54,7 +54,7 @@ def linear_weights(
 ) -> frozenset[str]:
     """Return the names of the weights of linear layers.
 
-    lists: only layers below these names. exclude: skip names that contain one of these.
+    With `lists`, only layers below these names count. Names that contain one of `exclude` are skipped.
     """
     begin = None if lists is None else tuple(f"{name}." for name in lists)
     return frozenset(
@@ -74,7 +74,7 @@ def find_stored_weights(
 ) -> frozenset[str]:
     """Return the names of the weights that stay in the form they have in the file.
 
-    form_is_given: whether an option gives a form; if not, only forms with `stays` count.
+    `form_is_given` says whether an option gives a form; if not, only forms with `stays` count.
     """
     staying = set()
     for name in names:
@@ -209,7 +209,11 @@ def load_module(
 
 
 def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
-    """Log forms and errors of rounding. Raises CheckpointError if one is NaN or infinite."""
+    """Log forms and errors of rounding.
+
+    Raises:
+        CheckpointError: If one is NaN or infinite.
+    """
     for form, number in Counter(filling.kept_forms).items():
         logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
     by_how: dict[str, list[str]] = {}

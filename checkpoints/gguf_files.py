@@ -97,7 +97,7 @@ class GgufFile(HeaderFile):
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
         """Compute the position of each tensor in the file, and check that none overlap.
 
-        starts: offsets from `data`, the end of the header. size: of the file.
+        `starts` are offsets from `data`, the end of the header. `size` is that of the file.
         """
         places = []
         for name, start in starts.items():
@@ -128,7 +128,10 @@ class GgufFile(HeaderFile):
     def _make_info(
         self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]
     ) -> TensorInfo:
-        """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
+        """Return the facts of a tensor.
+
+        `number` is the GGUF type. `shape` is the shape in the file. `own_shape` is the shape in the model.
+        """
         value_shape = _restore_shape(name, shape) if own_shape == shape else own_shape
         if number in _PLAIN:
             return TensorInfo(_PLAIN[number], value_shape)
@@ -154,7 +157,8 @@ class GgufFile(HeaderFile):
     def _name_like_transformers(self) -> None:
         """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
 
-        Raises CheckpointError for models whose weights it changes otherwise.
+        Raises:
+            CheckpointError: For models whose weights it changes otherwise.
         """
         if "token_embd.weight" not in self.tensors:
             return
@@ -227,7 +231,11 @@ class _Header:
         return self.take(length).decode("utf-8")
 
     def full_numbers(self) -> tuple[int, ...]:
-        """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
+        """Return a short list of whole numbers, such as a shape.
+
+        Raises:
+            ValueError: For another list.
+        """
         inner = self.number("I")
         count = self.number("Q")
         if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
@@ -255,7 +263,10 @@ class _Header:
 
 
 def _make_packing(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
-    """Return the packing of a tensor. shape: in the file. own_shape: in the model."""
+    """Return the packing of a tensor.
+
+    `shape` is the shape in the file. `own_shape` is the shape in the model.
+    """
     has_full_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
     *ahead, columns = own_shape if has_full_rows else shape
     rows = math.prod(ahead)

@@ -146,7 +146,8 @@ def is_lora(names: Iterable[str]) -> bool:
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
     """Return what a transformer is by the name of its file, if that is in `NOT_YET_BY_NAME`; else None.
 
-    is_sharded: the folders that it lies in count too, as those of released models are called after them.
+    `is_sharded` says that the folders that it lies in count too, as those of released models are called after
+    them.
     """
     parts = path.parts[-3:] if is_sharded else path.parts[-1:]
     plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
@@ -156,7 +157,7 @@ def kind_by_name(path: Path, is_sharded: bool) -> str | None:
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
     """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
 
-    marks: the kinds to recognise, None: all; the first that fits counts.
+    `marks` is the kinds to recognise, None means all; the first that fits counts.
     """
     bare = set()
     for name in names:

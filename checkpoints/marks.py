@@ -35,7 +35,7 @@ def find_packed(
 ) -> dict[str, TensorInfo]:
     """Return new facts about packed weights, and about companions whose bytes are floats of 8 bits.
 
-    read: returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
+    `read` returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
     """
     new_infos: dict[str, TensorInfo] = {}
     for stem, settings in _read_marks(tensors, metadata, read).items():
@@ -158,7 +158,11 @@ class _Layer:
         return size
 
     def pair(self, *dtypes: torch.dtype) -> tuple[int, int]:
-        """Return rows and columns of the weight in the file. Raises ValueError if its dtype is another."""
+        """Return rows and columns of the weight in the file.
+
+        Raises:
+            ValueError: If its dtype is another.
+        """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
             raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
@@ -167,9 +171,12 @@ class _Layer:
     def companion(
         self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of a companion tensor. Raises ValueError for another dtype.
+        """Return the shape of a companion tensor.
 
         Tensors of plain bytes (uint8) count as the first dtype of the list.
+
+        Raises:
+            ValueError: For another dtype.
         """
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
@@ -203,7 +210,11 @@ _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Return a scale of a layer, whole or by row, as N 1 float32. Raises ValueError if it is not positive."""
+    """Return a scale of a layer, whole or by row, as N 1 float32.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
     if scale.device.type != "meta" and not (scale.float().isfinite() & (scale > 0)).all():
         raise ValueError("has scales that are zero, negative, NaN or infinite")
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
@@ -365,7 +376,10 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
 
 
 def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
-    """Set the packing of a 4-bit weight of bitsandbytes. ends: of the names of its companions."""
+    """Set the packing of a 4-bit weight of bitsandbytes.
+
+    `ends` are those of the names of its companions.
+    """
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
     nested = layer.number("nested_blocksize", 256)

@@ -24,9 +24,13 @@ Found = TypeVar("Found")
 
 
 def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
-    """Return the path. default: the option's default, so that the error can say that it was not typed.
+    """Return the path.
 
-    Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
+    `default` is the option's default, so that the error can say that it was not typed.
+
+    Raises:
+        OptionError: If none was given.
+        CheckpointError: If it does not exist; both name the option.
     """
     existing = require(
         path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
@@ -52,8 +56,9 @@ def inside(path: Path, folder: str) -> Path:
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
     """Return the result of `read` for the open file and the further arguments, such as dimensions.
 
-    The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
-    arguments: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
+    The result is cached while the file stays the same. `read` is a function of a module, such as `read_vae`.
+    `arguments` are hashable. Raises CheckpointError as `read` does, if the file holds another kind of
+    network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)
@@ -65,7 +70,7 @@ def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
 def _read_once(
     path: Path, where: Path, stamp: tuple[int, int], *, read: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    """Read the file. where, stamp: identify it; path: as messages name it."""
+    """Read the file. `where` and `stamp` identify the file; `path` is what messages name."""
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint, *arguments)
 
@@ -73,8 +78,11 @@ def _read_once(
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
 
-    patterns: names of the files to download, with wildcards. Raises CheckpointError if it is neither a folder
-    nor the name of a repository, DownloadError if the hub does not give it.
+    `patterns` are the names of the files to download, with wildcards.
+
+    Raises:
+        CheckpointError: If it is neither a folder nor the name of a repository.
+        DownloadError: If the hub does not give it.
     """
     folder = to_path(option, name)
     if folder.is_dir():
@@ -110,10 +118,14 @@ class SavedLatents:
 
 
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
-    """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
+    """Read a latent file: safetensors, or a pickled tensor.
 
-    only_shape: read only the file's header and return latents on the meta device. Raises CheckpointError if
-    the file is damaged or has no latents.
+    `option` is the names it in messages.
+
+    With `only_shape`, read only the file's header and return latents on the meta device.
+
+    Raises:
+        CheckpointError: If the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
     latents: Any = None

@@ -31,10 +31,12 @@ Shape = tuple[int, ...]
 def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[Shape]:
     """Return the shapes of the tensors in a folder's weights.
 
-    option: by which the folder is named, for messages. most_side: of the pictures that its network looks at.
+    `option` is the one that names the folder, for messages. most_side: of the pictures that its network looks
+    at.
 
-    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
-    settings have numbers that no network with these weights has.
+    Raises:
+        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
+            settings have numbers that no network with these weights has.
     """
     shapes = read_shapes(folder, option)
     largest = max((max(shape, default=1) for shape in shapes), default=0)
@@ -52,10 +54,11 @@ def check_language_settings(folder: Path, option: str) -> list[Shape]:
     """Return the shapes of the tensors in the weights of a language model that sees pictures.
 
     Its settings have numbers that no weights show, as the length of a text: `require_shown` compares the
-    network that they make. option: by which the folder is named, for messages.
+    network that they make. `option` is the one that names the folder, for messages.
 
-    Raises CheckpointError if a text of the folder is too large, nested too deeply or no JSON, or if its
-    settings have more layers than the weights, or larger pictures than any such model looks at.
+    Raises:
+        CheckpointError: If a text of the folder is too large, nested too deeply or no JSON, or if its
+            settings have more layers than the weights, or larger pictures than any such model looks at.
     """
     shapes = read_shapes(folder, option)
     for path, content in _read_settings(folder):
@@ -101,8 +104,8 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
 def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
     """Raise CheckpointError if a network that was built without memory is not that of the weights.
 
-    network: on the device "meta". is_exact: the tensors of the file are those of the network, one by one;
-    else some may be cut or joined when they are loaded.
+    `network` is on the device "meta". `is_exact` says that the tensors of the file are those of the network,
+    one by one; else some may be cut or joined when they are loaded.
     """
     parameters = dict(network.named_parameters())
     held = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))

@@ -52,7 +52,7 @@ class Checkpoint(contextlib.ExitStack):
         files: Sequence[TensorFile],
         refusal: str = "",
     ) -> None:
-        """files: are closed with it. refusal: why the packed weights cannot be read."""
+        """files: are closed with it. `refusal` says why the packed weights cannot be read."""
         super().__init__()
         for file in files:
             self.callback(file.close)
@@ -72,7 +72,8 @@ class Checkpoint(contextlib.ExitStack):
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Read a tensor to the CPU: into memory of its own, or into `tensor`, which is contiguous.
 
-        Raises CheckpointError if the file ends too soon.
+        Raises:
+            CheckpointError: If the file ends too soon.
         """
         info = self.tensors[name]
         if tensor is None:
@@ -85,7 +86,7 @@ class Checkpoint(contextlib.ExitStack):
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor on the CPU; copy it before anything else is read.
 
-        scratch: bytes (uint8) that may be used. Raises CheckpointError as `read`.
+        `scratch` is the bytes (uint8) that may be used. Raises CheckpointError as `read`.
         """
         file, stored = self._places[name]
         try:
@@ -101,8 +102,8 @@ class Checkpoint(contextlib.ExitStack):
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return the same tensors without prefixes, each removed in turn if all names begin with it.
 
-        others: prefixes of other networks in an all-in-one file; their tensors are dropped once a prefix was
-        removed. The files stay shared: close one of the two.
+        `others` are the prefixes of other networks in an all-in-one file; their tensors are dropped once a
+        prefix was removed. The files stay shared: close one of the two.
         """
         places = self._places
         for prefix in prefixes:
@@ -161,9 +162,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
 
-    parts: the files that are this model, if `path` does not name them all. are_equal: given two files that
-    have a tensor of the same name, returns whether it is the same in both; then the first counts.
-    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
+    `parts` are the files that are this model, if `path` does not name them all. `are_equal` gets two files
+    that have a tensor of the same name and returns whether it is the same in both; then the first counts.
+
+    Raises:
+        CheckpointError: If it is missing, incomplete, damaged, of another kind, or holds code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
@@ -195,7 +198,8 @@ def open_checkpoint(
 def checkpoint_paths(path: Path) -> list[Path]:
     """Return the files that belong to the path that the user gave, in order.
 
-    Raises CheckpointError if one is missing.
+    Raises:
+        CheckpointError: If one is missing.
     """
     if path.is_dir():  # the files of an index, else all shards, else the only model file
         indexes = sorted(path.glob("*.index.json"))
@@ -431,7 +435,10 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
 
-    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
+    The scales are left out.
+
+    Raises:
+        CheckpointError: If the file's quantisation is not supported.
     """
     reject_quantized(checkpoint)
     scales = find_scales(checkpoint.tensors)

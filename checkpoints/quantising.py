@@ -120,7 +120,11 @@ class Recognized:
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Return a tensor as a single file has it. Raises CheckpointError if it has numbers that are none."""
+        """Return a tensor as a single file has it.
+
+        Raises:
+            CheckpointError: If it has numbers that are none.
+        """
         tensor = checkpoint.read(name)
         check_finite(checkpoint.path, name, tensor)
         order = self.single_rows.get(name)
@@ -130,8 +134,10 @@ class Recognized:
 def quantize_file(options: QuantizeOptions) -> None:
     """Write the quantised or 16-bit file.
 
-    Raises CheckpointError if the model is unknown, or is quantised already (for bf16: is not), OptionError if
-    the file would replace one that is read, OutputError if it cannot be written.
+    Raises:
+        CheckpointError: If the model is unknown, or is quantised already (for bf16: is not).
+        OptionError: If the file would replace one that is read.
+        OutputError: If it cannot be written.
     """
     reject_replacing("--output", options.output, checkpoint_paths(options.model))
     device = select_device(options.device)
@@ -177,9 +183,12 @@ def _is_narrow(info: TensorInfo) -> bool:
 
 
 def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
-    """Recognise the network of a file. form: value of --form, on which the set of layers depends.
+    """Recognise the network of a file.
 
-    Raises CheckpointError if it is neither a known transformer nor a text encoder.
+    `form` is the value of --form, on which the set of layers depends.
+
+    Raises:
+        CheckpointError: If it is neither a known transformer nor a text encoder.
     """
     names = checkpoint.tensors
     for mark, pattern in _TEXT_ENCODERS.items():
@@ -216,7 +225,10 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognized:
-    """Find the layers of a family's transformer that a form quantises. bare: the file without prefixes."""
+    """Find the layers of a family's transformer that a form quantises.
+
+    `bare` is the file without prefixes.
+    """
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
@@ -489,7 +501,11 @@ class _Values:
     def _unpad_shape(
         self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """Return the shape of a tensor without its padding. Raises CheckpointError if it is unknown."""
+        """Return the shape of a tensor without its padding.
+
+        Raises:
+            CheckpointError: If it is unknown.
+        """
         padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
         if padding is None:
             is_sound = math.prod(shapes.get(name, info.shape)) == math.prod(info.shape)

@@ -17,7 +17,11 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def read_shard_size(option: str, text: str) -> int:
-    """Return the bytes of a size such as 5GB, 500MB or 2GiB. Raises OptionError for other words."""
+    """Return the bytes of a size such as 5GB, 500MB or 2GiB.
+
+    Raises:
+        OptionError: For other words.
+    """
     match = _SIZE.fullmatch(text.strip())
     base = 1024 if match is not None and match["binary"] else 1000
     size = 0 if match is None else int(float(match["number"]) * base ** _POWERS[match["unit"].lower()])

@@ -48,7 +48,9 @@ def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, 
 
 
 def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], most_bytes: int, option: str) -> ShardPlan:
-    """Plan files of at most `most_bytes`. path: the name of a single file.
+    """Plan files of at most `most_bytes`.
+
+    `path` is the name of a single file.
 
     Raises OptionError that names the option if there would be too many files.
     """
@@ -65,7 +67,7 @@ def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], most_bytes: int, 
 def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Mapping[str, str]) -> None:
     """Write the files and, last, their index into a folder that nobody reads yet.
 
-    read, metadata: as for `stream_tensors`; each file has all metadata.
+    `read` and `metadata` are as for `stream_tensors`; each file has all metadata.
     """
     for name, tensors in plan.files.items():
         stream_tensors(folder / name, tensors, read, metadata)
@@ -89,8 +91,11 @@ class SavedForm:
     ) -> None:
         """Write a model, completely or not at all; what has this name already is replaced.
 
-        path: the file or the folder. read, metadata: as for `stream_tensors`. Raises OutputError if it cannot
-        be written, OptionError if there would be too many files.
+        `path` is the file or the folder. `read` and `metadata` are as for `stream_tensors`.
+
+        Raises:
+            OutputError: If it cannot be written.
+            OptionError: If there would be too many files.
         """
         if not self.max_bytes:
             stream_tensors(path, tensors, read, metadata)
@@ -105,7 +110,7 @@ class SavedForm:
     ) -> None:
         """Write a network into a folder that nobody reads yet: one file if it fits, else shards.
 
-        file: the name of the single file.
+        `file` is the name of the single file.
         """
         size_bytes = sum(info.size_bytes for info in tensors.values())
         if not self.max_bytes or size_bytes <= self.max_bytes:

@@ -41,7 +41,10 @@ class TokenizerFiles:
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file next to or inside the encoder's folder, else None.
 
-        path: the option's value. Raises CheckpointError if `path` is given and is not a tokenizer.
+        `path` is the option's value.
+
+        Raises:
+            CheckpointError: If `path` is given and is not a tokenizer.
         """
         if path is not None:
             return self._describe_given(path)
@@ -75,7 +78,11 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return a tokenizer's identity for cache records. file: None for the hub's."""
+        """Return a tokenizer's identity for cache records.
+
+        Args:
+            file: None for the hub's.
+        """
         return (
             fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
         )
@@ -83,7 +90,8 @@ class TokenizerFiles:
     def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
         """Return the path of the hub's tokenizer file, downloaded if the cache lacks it.
 
-        Raises CheckpointError if the cache lacks it and the hub cannot be reached, or `may_download` is off.
+        Raises:
+            CheckpointError: If the cache lacks it and the hub cannot be reached, or `may_download` is off.
         """
         from huggingface_hub import hf_hub_download  # seldom needed, and 0.1 s to import
 
@@ -108,8 +116,10 @@ class TokenizerFiles:
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        content: the bytes of the tokenizer.json, if it is inside `file`. Raises CheckpointError if it
-        cannot be read.
+        `content` is the bytes of the tokenizer.json, if it is inside `file`.
+
+        Raises:
+            CheckpointError: If it cannot be read.
         """
         if content is None:
             self.check_bytes(file)
@@ -122,7 +132,11 @@ class TokenizerFiles:
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """Read a file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
+        """Read a file of a tokenizer.
+
+        Raises:
+            CheckpointError: If it is too large or cannot be read.
+        """
         try:
             return read_content(file, MAX_TOKENIZER_BYTES)
         except OSError as error:
@@ -208,10 +222,13 @@ def check_sentencepiece(model: bytes) -> None:
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
-    """Return the characters that each piece stands for. encoded: a SentencePieceText as bytes.
+    """Return the characters that each piece stands for.
 
     If the bytes of one character are pieces of their own, only the last piece has the character. Source:
     sentencepiece.proto.
+
+    Args:
+        encoded: A SentencePieceText as bytes.
     """
     return [
         b"".join(_read_entries(piece, 3)).decode("utf-8", "replace") for piece in _read_entries(encoded, 2)
@@ -255,7 +272,10 @@ def _measure_charsmap(charsmap: bytes) -> float:
 def _read_entries(message: bytes, field: int) -> Iterator[bytes]:
     """Yield the texts and inner messages of a field.
 
-    Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
+    Source: protobuf.dev, "Encoding".
+
+    Raises:
+        ValueError: If it is damaged.
     """
     place = 0
     last = len(message) - 1

@@ -29,11 +29,14 @@ def stream_tensors(
 ) -> None:
     """Write `path`, completely or not at all.
 
-    tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
-    called once for each, largest element size first, then by name, as the safetensors library orders its
-    files. late_metadata: returns more metadata when all tensors are written, of up to `LATE_BYTES`. Raises
-    ValueError if `read` returns another dtype or shape, OutputError if the file cannot be written, or could
-    not be read again.
+    `tensors` are those of the new file; the header is made from it. `read` returns the tensor of a name, on
+    any device; called once for each, largest element size first, then by name, as the safetensors library
+    orders its files. `late_metadata` returns more metadata when all tensors are written, of up to
+    `LATE_BYTES`.
+
+    Raises:
+        ValueError: If `read` returns another dtype or shape.
+        OutputError: If the file cannot be written, or could not be read again.
     """
     spare_bytes = 0 if late_metadata is None else LATE_BYTES
     order, header = _lay_out(tensors, metadata, path, spare_bytes)
@@ -91,10 +94,15 @@ def _lay_out(
     what: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and its header. spare_bytes: room for later metadata.
+    """Return the names in the order of the file, and its header.
+
+    `spare_bytes` is room for later metadata.
 
     Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
-    huggingface.co/docs/safetensors. Raises OutputError if it is too large.
+    huggingface.co/docs/safetensors.
+
+    Raises:
+        OutputError: If it is too large.
     """
     order = order_of(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -123,7 +131,11 @@ def _as_json(entries: Mapping[str, Any]) -> bytes:
 
 
 def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Return a header of the same length with more metadata. Raises ValueError if it has no room for them."""
+    """Return a header of the same length with more metadata.
+
+    Raises:
+        ValueError: If it has no room for them.
+    """
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}
     text = _as_json({"__metadata__": metadata, **entries}).ljust(len(header) - 8)

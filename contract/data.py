@@ -66,8 +66,8 @@ LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of late
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
     """Return the conditions that texts give, under the names of the network's arguments, on its device.
 
-    names: argument -> name in caches. Texts of different lengths are padded with zeros. Masks are on the
-    host: the network reads them there, and must not wait for the device.
+    `names` are the names in caches, by argument. Texts of different lengths are padded with zeros. Masks are
+    on the host: the network reads them there, and must not wait for the device.
     """
     arguments = {}
     for argument, name in names.items():
@@ -90,7 +90,7 @@ def name_text_and_mask(
 ) -> dict[str, Tensor]:
     """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
 
-    argument: of the network. name: in caches.
+    `argument` is that of the network. `name` is the one in caches.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
     arguments = name_texts(conditions, {argument: name}, device)
@@ -147,7 +147,11 @@ class Batch:
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
-        """Return the batch with dropped tensors restored. names: kinds to restore, CAPTION and REFERENCE."""
+        """Return the batch with dropped tensors restored.
+
+        Args:
+            names: Kinds to restore, CAPTION and REFERENCE.
+        """
         parts = {
             name: value
             for name, value in self.undropped.items()
@@ -165,7 +169,9 @@ class Batch:
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError if a tensor is missing.
 
-        needed: name -> the options to cache again with. purpose: "--task i2v-14B".
+        Args:
+            needed: Name -> the options to cache again with.
+            purpose: "--task i2v-14B".
         """
         for name, remedy in needed.items():
             if name not in self.tensors:
@@ -177,8 +183,8 @@ class Batch:
     def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
         """Raise CacheError if tensors were made by another encoder than the network was trained with.
 
-        widths: name -> size of the last axis that the network in the file `taker` expects. remedy: the
-        options to cache again with.
+        `widths` are the name -> size of the last axis that the network in the file `taker` expects. `remedy`
+        is the options to cache again with.
         """
         for name, expected in widths.items():
             value = self.tensors[name]
@@ -198,7 +204,11 @@ class Batch:
                     )
 
     def tensor(self, name: str) -> Tensor:
-        """Return the stacked tensor of that name. Raises KeyError if the caches have none."""
+        """Return the stacked tensor of that name.
+
+        Raises:
+            KeyError: If the caches have none.
+        """
         value = self.tensors[name]
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a list of tensors of different lengths")
@@ -307,7 +317,11 @@ class CacheEntry:
 
 
 def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
-    """Return an entry for each item of a batch. tensors: B ... each."""
+    """Return an entry for each item of a batch.
+
+    Args:
+        tensors: B ... each.
+    """
     batch_size = len(next(iter(tensors.values())))
     entries = []
     for item in range(batch_size):
@@ -490,8 +504,8 @@ class SamplingDefaults:
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
     """Multiply the first rows by their weights; the rest do not change.
 
-    rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
-    float32 and rounded once, so that rows of weight 1 keep every bit.
+    `rows` is L C or L n C, of one prompt. `weights` are those of the prompt's tokens, at most L. The product
+    is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
     """
     assert isinstance(rows, Tensor)
     weighed = rows.clone()

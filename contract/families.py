@@ -94,13 +94,17 @@ class FamilyEntry:
         return import_own(f"{self.room}.{self.captions}").FORMAT if self.captions else None
 
     def options_record(self, kind: str) -> Any:
-        """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
+        """Return an option record of the family.
+
+        `kind` is LatentCaching, TextCaching, Training or Generation.
+        """
         return getattr(self.options, f"{self.record}{kind}Options")
 
     def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
         """Return the options that name the text encoders' files, each with a placeholder for the path.
 
-        family_options: options of the command that caches latents.
+        Args:
+            family_options: Options of the command that caches latents.
         """
         by_release = vars(self.options).get("text_encoder_options")
         if by_release is not None:
@@ -112,7 +116,8 @@ class FamilyEntry:
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
         """Return the options that a training from caches of latents needs, by flag.
 
-        family_options: options of the command that cached the latents. family: as that command built it.
+        `family_options` is the options of the command that cached the latents. `family` is the one that this
+        command built.
         """
         by_caches = vars(self.options).get("training_options")
         return {} if by_caches is None else dict(by_caches(family_options, family))
@@ -126,8 +131,8 @@ class FamilyEntry:
     ) -> tuple[str, str]:
         """Return the commands that make missing caches of latents and of texts, for a training.
 
-        family_options: options of the training. switches: further options for the command that caches
-        latents. typed: how the user spelled the options, by public name.
+        `family_options` is the options of the training. `switches` are additional options for the command
+        that caches latents. `typed` are how the user spelled the options, by public name.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -149,8 +154,9 @@ class FamilyEntry:
     ) -> list[str]:
         """Return the script and the options that generate with the models of a training.
 
-        Options of the training are repeated if the script has them too. family_options, typed: as in
-        `caching_commands`. sample: settings of a sample, by the field names of `Request`; may be empty.
+        Options of the training are repeated if the script has them too. `family_options` and `typed` are as
+        in `caching_commands`. `sample` are the settings of a sample, by the field names of `Request`; may be
+        empty.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -230,7 +236,7 @@ def read_names() -> list[ModuleType]:
 def list_same_latents(name: str) -> frozenset[str]:
     """Return the names of all models that share the latent space of a model, including itself.
 
-    name: as outputs name the model.
+    `name` is what outputs call the model.
     """
     spaces: dict[str, str] = {}  # model -> the family whose latent space it has
     for family, entry in FAMILIES.items():
@@ -253,8 +259,8 @@ def family_marks() -> Marks:
 def identify(path: Path, family: str | None = None) -> str | None:
     """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
 
-    Returns None if no family knows the file, and for a missing file how to download it. family: of the script
-    that was given the file, whose models come first.
+    Returns None if no family knows the file, and for a missing file how to download it. `family` is that of
+    the script that was given the file, whose models come first.
     """
     if not path.exists():
         from downloads.catalogue import download_hint  # only for hints
@@ -330,9 +336,10 @@ def plain_script(
 ) -> Script:
     """Return the script that reads options and hands the first record to a function.
 
-    about: the script's docstring. work: the function; its name, as `networks.merging.merge_flux`, where the
-    record is in a light file and its import loads torch. without: as for `add_options`. prepare: makes the
-    function's arguments from the record. going_on: the advice that is printed after Ctrl-C.
+    `about` is the script's docstring. `work` is the function; its name, as `networks.merging.merge_flux`,
+    where the record is in a light file and its import loads torch. `without` are as for `add_options`.
+    `prepare` makes the function's arguments from the record. `going_on` is the advice that is printed after
+    Ctrl-C.
     """
 
     def run_tool(argv: Sequence[str] | None = None) -> None:

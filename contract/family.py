@@ -91,7 +91,10 @@ class NoiseSpec:
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
+        """Return the target of `predict`: shaped like `latents` and `noise`, B C F H W.
+
+        `sigmas` is B.
+        """
         if self.predicts_v:
             rows = (-1, *([1] * (latents.ndim - 1)))
             shares = self.data_shares(sigmas).view(rows)
@@ -100,7 +103,11 @@ class NoiseSpec:
 
 
 def count_image_tokens(shape: Sequence[int]) -> int:
-    """Return the tokens of one latent frame: its height and width are halved. shape: B C F H W."""
+    """Return the tokens of one latent frame: its height and width are halved.
+
+    Args:
+        shape: B C F H W.
+    """
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
@@ -163,7 +170,11 @@ class DitSpec:
     teacache_coefficients: tuple[float, ...] = ()
 
     def count_matrices(self, weight: str) -> int:
-        """Return how many matrices a weight in a block holds. weight: its name."""
+        """Return how many matrices a weight in a block holds.
+
+        Args:
+            weight: Its name.
+        """
         path = f".{weight.removesuffix('.weight')}"
         return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
 
@@ -172,7 +183,9 @@ class DitSpec:
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
     def order(self, counts: Sequence[int]) -> list[int]:
-        """Return the places of all blocks in the order in which they run. counts: of each list.
+        """Return the places of all blocks in the order in which they run.
+
+        `counts` are those of each list.
 
         Places are counted over all lists, in the order of `block_lists`.
         """

@@ -45,7 +45,10 @@ class TensorInfo:
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
         """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
 
-        path, name: for the message. Raises CheckpointError if the file ends too soon.
+        `path` and `name` are for the message.
+
+        Raises:
+            CheckpointError: If the file ends too soon.
         """
         room = scratch[: self.size_bytes]
         file.seek(place)
@@ -97,7 +100,9 @@ class HostPlace(Protocol):
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Return memory for the weights that are to stay, by name.
 
-        network: may be on the meta device. tensors: all that it has.
+        Args:
+            network: May be on the meta device.
+            tensors: All that it has.
         """
         ...
 

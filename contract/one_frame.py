@@ -26,7 +26,9 @@ def parse_one_frame(text: str) -> OneFrame:
     """Read --one_frame_inference, as "target_index=1,control_index=0+10,no_post,no_2x,no_4x" or "default".
 
     Control indices are separated by `+`, `,` or, as other programs write them, `;`.
-    Raises OptionError if a word is unknown or a number is missing.
+
+    Raises:
+        OptionError: If a word is unknown or a number is missing.
     """
     settings = OneFrame()
     word = ""

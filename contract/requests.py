@@ -213,10 +213,10 @@ def settle(
 ) -> Prepared:
     """Fill in the defaults for a family whose videos are made in one section.
 
-    size: width, height and frames. usual_negative: the text if the request has no negative prompt; None:
-    there is then no guidance, and a warning. The embedded guidance is dropped if the model has no input for
-    it. experts: the usual guidance scale of each, by name, unless the request gives one; else the model's
-    scale holds.
+    `size` are the width, height and frames. usual_negative: the text if the request has no negative prompt;
+    None means there is then no guidance, and a warning. The embedded guidance is dropped if the model has no
+    input for it. `experts` are the usual guidance scale of each, by name, unless the request gives one; else
+    the model's scale holds.
     """
     width, height, frames = size
     scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -259,8 +259,11 @@ def settle(
 def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
     """Return the request without media that cannot be used, and warn about those.
 
-    usable: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError if a usable file or folder does not exist or cannot be read.
+    `usable` is found by the name of the field, such as `image_path`. `why_not` is "--task t2v-1.3B does not
+    take it".
+
+    Raises:
+        OptionError: If a usable file or folder does not exist or cannot be read.
     """
     for name, is_usable in usable.items():
         media = getattr(request, name)
@@ -286,7 +289,7 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
 def check_opens(name: str, path: Path, is_image: bool) -> None:
     """Raise OptionError if an image cannot be decoded, or a video or a folder of images cannot be opened.
 
-    Reads an image whole, and a frame of a video. name: of its option.
+    Reads an image whole, and a frame of a video. `name` is that of its option.
     """
     from modules.media.decoding import is_animation
     from modules.media.reading import video_info
@@ -307,7 +310,7 @@ def check_opens(name: str, path: Path, is_image: bool) -> None:
 def check_frames(option: str, path: Path, needed: int) -> None:
     """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
 
-    option: as the user typed it, for messages.
+    `option` is what the user typed, for messages.
     """
     from modules.media.pixels import too_short
 
@@ -319,7 +322,8 @@ def check_frames(option: str, path: Path, needed: int) -> None:
 def count_frames_up_to(path: Path, most: int) -> int:
     """Decode frames of a video or a folder of images, at most so many, and return how many there are.
 
-    Raises MediaError if it cannot be decoded.
+    Raises:
+        MediaError: If it cannot be decoded.
     """
     return _decode_frames(path, most, *_stat_file(path))
 
@@ -349,7 +353,7 @@ def _decode_frames(path: Path, most: int, *identity: int) -> int:
 def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     """Raise OptionError if the model cannot make the size, naming the nearest one that it can.
 
-    size: width, height, and how many frames are denoised together.
+    `size` are the width, height, and how many frames are denoised together.
     """
     width, height, frames = size
     step = latent.pixel_step

@@ -52,8 +52,8 @@ def named_expert(name: str) -> str | None:
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
     """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
 
-    folders: names of sibling folders in a model of several experts -> the expert of each. Such a name counts
-    only if the sibling folder exists too.
+    `folders` are the names of sibling folders in a model of several experts -> the expert of each. Such a
+    name counts only if the sibling folder exists too.
     """
     for part in (path, path.absolute().parent):
         expert = named_expert(part.name if part.is_dir() else part.stem)
@@ -112,7 +112,10 @@ class NegativeSkips:
     option: str = ""  # that asks for it, for messages; "": none does
 
     def acts(self, index: int, num_steps: int) -> bool:
-        """Return whether a step leaves them out. index: from 0."""
+        """Return whether a step leaves them out.
+
+        `index` is counted from 0.
+        """
         return bool(self.blocks) and self.start <= index / num_steps < self.end
 
 
@@ -301,7 +304,7 @@ CountTokens = Callable[[str], TokenCount]
 def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
     """Return how many of a text's `length` characters are covered by its first `most` tokens.
 
-    ends: for each token of the text, the position after its last character.
+    `ends` has for each token of the text the position after its last character.
     """
     return length if len(ends) <= most else max(ends[:most], default=0)
 

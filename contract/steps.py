@@ -224,7 +224,11 @@ class OwnSolver(Protocol):
         """Take the step of number `index` from a velocity and a sample, and return the next sample."""
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
-        """Return the noisy sample to begin with, and its step in the schedule. clean: latents of a source."""
+        """Return the noisy sample to begin with, and its step in the schedule.
+
+        Args:
+            clean: Latents of a source.
+        """
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
         """Predict the clean latents from a sample and the network's output at a noise level."""

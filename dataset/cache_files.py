@@ -67,7 +67,11 @@ class LatentName:
     section: int | None = None  # FramePack videos
 
     def file_name(self, tag: str) -> str:
-        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`. tag: the family's cache_tag."""
+        """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`.
+
+        Args:
+            tag: The family's cache_tag.
+        """
         parts = [self.stem]
         if self.span is not None:
             section = "" if self.section is None else f"-{self.section:04d}"
@@ -81,6 +85,7 @@ def sound_tag(tag: str) -> str:
 
 
 def sound_file_name(latent_file: str, tag: str) -> str:
+    """Return the name of the cache of a clip's sound, which is next to that of its latents."""
     return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
 
 
@@ -135,9 +140,9 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
 def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return e.g. `clip_wan_te.safetensors`: one for all items of a source.
 
-    number: which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names that
-    other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source whose
-    reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
+    `number` is which of several captions. Further ones are `clip_wan_te.caption2.safetensors`, ..., names
+    that other programs take for neither a text cache nor a latent cache. EMPTY: the empty prompt of a source
+    whose reference pictures an encoder sees, `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -145,6 +150,7 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
 
 
 def empty_text_name(tag: str) -> str:
+    """Return the name of the cache of the empty prompt, which all items of a folder share."""
     return f"{tag}_te.empty{SUFFIX}"
 
 
@@ -167,20 +173,24 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
+    """Return whether a file is a cache of the empty prompt, also one with a name in front."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
+    """Return the stem of the source whose caption a file is the cache of; None if it is no text cache."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
 
 def is_cache_name(name: str) -> bool:
+    """Return whether a name is that of a cache of any family."""
     return not name.startswith(".") and _CACHE_NAME.fullmatch(name) is not None
 
 
 def is_safe_name(name: str) -> bool:
+    """Return whether a name can be used as a file name on every system."""
     return name not in {"", ".", ".."} and _BAD_CHARACTER.search(name) is None
 
 
@@ -189,7 +199,7 @@ def tensor_name(
 ) -> str:
     """Return the name in a file of the tensor that is `key` in batches.
 
-    grid: F, H, W to write instead of the latents' own. has_frames: write F too.
+    `grid` is F, H, W to write instead of the latents' own. With `has_frames`, write F too.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
@@ -242,18 +252,22 @@ class Entry:
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
+        """Make an entry from tensors by their names in the file."""
         return Entry(place, metadata, {name: tuple(tensor.shape) for name, tensor in named.items()}, named)
 
     @property
     def path(self) -> Path:
+        """Path of the file, made only when it is asked for, as there may be millions of entries."""
         return Path(self.place)
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the tensors without sizes and dtype."""
         return frozenset(map(tensor_key, self.shapes))
 
     @property
     def grids(self) -> frozenset[Grid]:
+        """Sizes in the names of latents: frames, height and width."""
         return frozenset(grid for grid in map(grid_in_name, self.shapes) if grid is not None)
 
     @property
@@ -266,12 +280,15 @@ class Entry:
 
     @property
     def variable(self) -> frozenset[str]:
+        """Names of the tensors whose length differs per item."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
 class CacheStore(Protocol):
-    """The entries of one cache folder. An entry exists whole or not at all. Several threads may use the store
-    at once, and other processes may write other entries of the same folder meanwhile.
+    """The entries of one cache folder.
+
+    An entry exists completely or not at all. Several threads may use the store at once, and other processes
+    may write other entries of the same folder meanwhile.
     """
 
     @property
@@ -295,11 +312,12 @@ class CacheStore(Protocol):
     def read(self, name: str, is_whole: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
 
-        Raises CacheError if it is missing or damaged.
+        Raises:
+            CacheError: If it is missing or damaged.
         """
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry, in place of one of the same name. tensors: by their names in the file.
+        """Write an entry, in place of one of the same name. `tensors` have the names that the file gets.
 
         Equal contents give equal bytes. Raises OutputError.
         """
@@ -310,15 +328,19 @@ class CacheStore(Protocol):
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives, as the last act of a writer; more may follow.
 
-        is_last: all writers of a run have finished, and this process puts the store in order. Raises
-        OutputError if there is no room for it; nothing is lost then.
+        Args:
+            is_last: All writers of a run have finished, and this process puts the store in order.
+
+        Raises:
+            OutputError: If there is no room for it; nothing is lost then.
         """
 
 
 def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
     """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
 
-    Raises CacheError if the file is missing or damaged.
+    Raises:
+        CacheError: If the file is missing or damaged.
     """
     at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
     try:
@@ -339,7 +361,10 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
 def unpack(path: Path | str, data: bytes) -> Entry:
     """Return the tensors of a cache file's bytes, sorted by name.
 
-    path: for messages. Raises CacheError if they are not safetensors.
+    `path` is for messages only.
+
+    Raises:
+        CacheError: If they are not safetensors.
     """
     try:
         tensors = load(data)
@@ -353,7 +378,10 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns the next N bytes of the file. Raises CacheError if they are not safetensors.
+    `read` returns the next N bytes of the file.
+
+    Raises:
+        CacheError: If they are not safetensors.
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
@@ -367,7 +395,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a cache file, completely or not at all. tensors: by their names in the file.
+    """Write a cache file, completely or not at all. `tensors` have the names that the file gets.
 
     Equal contents give equal bytes; the safetensors library would write the metadata in varying order.
     """
@@ -383,10 +411,12 @@ def checksum(name: str, tensor: Tensor) -> str:
 
 
 def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
-    """Return whether the tensor names are those of a latent cache of the family `architecture`, not of a
-    LoRA.
+    """Return whether the tensor names are those of a latent cache of a family, not of a LoRA.
 
-    sound: check for a cache of a clip's sound.
+    Args:
+        entry: Entry or its header.
+        architecture: The family's name.
+        sound: Check for a cache of a clip's sound.
     """
     return (
         (SOUND in entry.keys if sound else bool(entry.grids))
@@ -396,6 +426,7 @@ def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> boo
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
+    """Return whether the tensor names are those of a text cache of the family `architecture`."""
     return not entry.grids and _all_cache_names(entry) and entry.metadata.get("architecture") == architecture
 
 

@@ -57,10 +57,10 @@ FULL_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
     """Read `path` (.toml or .json): our own form, or that of the image guides, which has subsets.
 
-    typed: values of the command line, for keys that a file with subsets lacks.
+    `typed` is the values of the command line, for keys that a file with subsets lacks.
 
-    Source folders are not checked, because training needs only the caches; `find_sources` checks them.
-    Raises DatasetError, with file, table, key, the value found and the values allowed.
+    Source folders are not checked, because training needs only the caches. `find_sources` checks them. Raises
+    DatasetError, with file, table, key, the value found and the values allowed.
     """
     errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
@@ -212,8 +212,8 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
     """Return a configuration as a family takes it: its lengths, times and references.
 
-    Warns of keys of sections if the latents of the family do not depend on them. for_texts: only texts are
-    encoded, which depend on none of these keys.
+    Warns of keys of sections if the latents of the family do not depend on them. `for_texts` says that only
+    texts are encoded, which depend on none of these keys.
     """
     for table in config.datasets:
         of_sections = table.changed(forms.SECTIONS)
@@ -249,8 +249,9 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose folders of clips take their sound from files named like the clips.
 
-    folder: of these files; None: next to the clips. Tables with an audio_directory keep it. option: name of
-    the option that asked for this, for the warning about tables that name the sound in their rows.
+    `folder` is that of these files; None means next to the clips. Tables with an audio_directory keep it.
+    `option` is the name of the option that asked for this, for the warning about tables that name the sound
+    in their rows.
     """
     tables = []
     for table in config.datasets:
@@ -285,7 +286,10 @@ def with_references(
 ) -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    instead: `Abilities.references`. Raises DatasetError if the family has no use for a key.
+    `instead` is `Abilities.references`.
+
+    Raises:
+        DatasetError: If the family has no use for a key.
     """
     flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:
@@ -405,8 +409,10 @@ def _read_table(
 
 
 def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
-    """Return the key that says where a table's items are; None, with a line in `problems`, if there is not
-    exactly one.
+    """Return the key that says where a table's items are.
+
+    Returns:
+        None, with a line in `problems`, if there is not exactly one.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:

@@ -57,7 +57,7 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Return the form of values of some types. fits: whether one of them is allowed."""
+    """Return the form of values of some types. `fits` says whether a value is allowed."""
 
     def read(value: Any) -> Any:
         is_switch = isinstance(value, bool) and kinds is not bool
@@ -69,21 +69,27 @@ def form_of(
 
 
 def whole(least: int, most: int, allowed: str = "") -> Form:
+    """Return the form of a key whose value is a whole number from `least` to `most`."""
     limit = f"{least} or more" + (f", at most {most}" if most < MAX_COUNT else "")
     return form_of(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> Form:
+    """Return the form of a key whose value is any number that `fits`; it is kept as float."""
     return form_of((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> Form:
+    """Return the form of a key whose value is one of a few words."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return form_of(str, lambda value: value in values, f"one of {quoted}")
 
 
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
-    """Return the form of a list of at least one value. or_one: a single value may stand without its list."""
+    """Return the form of a list of at least one value.
+
+    `or_one` says that a single value may stand without its list.
+    """
 
     def read(value: Any) -> tuple[Any, ...]:
         value = [value] if or_one and not isinstance(value, list) else value
@@ -134,6 +140,7 @@ def _is_of_programs(extension: str) -> bool:
 
 
 def is_short(value: str) -> bool:
+    """Return whether a text is short and without control characters, as part of a prompt or a name."""
     return len(value) <= MAX_WORDS and not bad_character(value)
 
 
@@ -220,8 +227,12 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 
 @dataclasses.dataclass(frozen=True)
 class TableKey:
-    """One key of a table. kinds: of tables that may have it. of_some_forms: only tables of the forms of data
-    that name it take it. rank: among LEARNING keys; lower ranks come first in states and metadata.
+    """One key of a table.
+
+    Attributes:
+        kinds: Kinds of tables that may have it.
+        of_some_forms: Only tables of the forms of data that name it take it.
+        rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
     form: Form
@@ -234,7 +245,10 @@ class TableKey:
 
 
 def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
-    """Return a field of `DatasetTable` that is a key of its own name. facts: of `TableKey`."""
+    """Return a field of `DatasetTable` that is a key of its own name.
+
+    `facts` is that of `TableKey`.
+    """
     return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
 
 
@@ -316,14 +330,19 @@ class HasForm(Protocol):
     """A key of any form of files."""
 
     @property
-    def form(self) -> Form: ...
+    def form(self) -> Form:
+        """Form of the key's value."""
 
 
 BAD = object()  # marks a value that has been reported
 
 
 def parse_config(path: Path) -> dict[str, Any]:
-    """Return the content of a .toml or .json file. Raises DatasetError if it cannot be read or parsed."""
+    """Return the content of a .toml or .json file.
+
+    Raises:
+        DatasetError: If it cannot be read or parsed.
+    """
     if path.is_dir():
         raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
     if path.suffix.lower() not in {".toml", ".json"}:
@@ -395,8 +414,8 @@ def read_keys(
 
     Each mistake adds a line to `problems`.
 
-    misplaced: key that cannot stand in this table -> reason, which follows the value in the message. names:
-    other names of keys. ignored: keys that are read elsewhere.
+    `misplaced` are the key that cannot stand in this table -> reason, which follows the value in the message.
+    `names` are other names of keys. `ignored` are the keys that are read elsewhere.
     """
     values: dict[str, Any] = {}
     spellings: dict[str, str] = {}  # the name that each key has in the table
@@ -433,6 +452,7 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return the message for a key that is not known or not supported, with a similar known one."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
@@ -440,6 +460,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def show(value: Any) -> str:
+    """Return a value as JSON for messages, without passwords and at most 80 characters long."""
     import json  # here: all training scripts read this file, few show a wrong value
 
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))

@@ -25,11 +25,16 @@ def _log(remark: str) -> None:
 
 
 def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
-    """Check the control pictures of all tables before anything is loaded. taker: what sees them.
+    """Check the control pictures of all tables before anything is loaded.
 
-    remark: takes what `describe_shapes` returns; default: logs it. Raises DatasetError for a table without
-    control pictures, for pictures without one, and for control pictures without a picture. Tables whose
-    pictures are not on this machine, as their caches were copied, are left out.
+    `taker` is what sees them.
+
+    `remark` takes what `describe_shapes` returns; the default logs it. Tables whose pictures are not on this
+    machine, as their caches were copied, are left out.
+
+    Raises:
+        DatasetError: For a table without control pictures, for pictures without one, and for control pictures
+            without a picture.
     """
     by_folder: dict[Path, list[MediaSource]] = {}
     for table in config.datasets:

@@ -51,10 +51,13 @@ def find_sources(
     """Return all sources of a table, sorted by path.
 
     captions=False reads no caption files: latents do not need them. A missing caption is None. It is not
-    checked whether files named by a JSONL list exist. Raises DatasetError if a folder or list is missing or
-    empty, and with all faults if captions cannot be read, lines are malformed, control media are missing or
-    misnamed, or two sources have the same stem and would share a cache file. faults: a list that takes the
-    faults instead; then all usable sources are returned.
+    checked whether files named by a JSONL list exist. `faults` are a list that takes the faults instead; then
+    all usable sources are returned.
+
+    Raises:
+        DatasetError: If a folder or list is missing or empty, and with all faults if captions cannot be read,
+            lines are malformed, control media are missing or misnamed, or two sources have the same stem and
+            would share a cache file.
     """
     errors: list[Fault] = []
     with pause_collection():
@@ -133,8 +136,9 @@ class CompanionCounts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
-    """Return the companions of the current sources of a table, by stem. Empty if the sources are gone:
-    training needs only the caches.
+    """Return the companions of the current sources of a table, by stem.
+
+    The mapping is empty if the sources are gone: training needs only the caches.
     """
     try:
         with quiet():  # the dataset was described when it was cached
@@ -154,6 +158,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
 
 
 def warn_skipped(faults: Sequence[Fault]) -> None:
+    """Log the faults that do not end the run, the first LISTED of them in full."""
     lines = list_errors([error for error in faults if not error.ends_run], LISTED)
     if lines:
         logger.warning("%s", "\n".join(lines))
@@ -167,9 +172,9 @@ def find_all_sources(
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
-    skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
-    folders: of the whole configuration, if `config` has only some of its tables: its other tables read files
-    too.
+    `skipped` gets unreadable parts that are left out, with their table; without it they are logged as a
+    warning. `folders` is that of the whole configuration, if `config` has only some of its tables: its other
+    tables read files too.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -246,8 +251,9 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:
-    """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
-    encoding clips. At most MOST_READ files are read.
+    """Warn about captions that are missing or cannot be used, before hours of encoding clips.
+
+    Text caching will reject them later. At most MAX_READ files are read.
     """
     missing: list[MediaSource] = []
     bad: dict[Path, str] = {}

@@ -179,10 +179,12 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
     @property
     def caches_latents(self) -> bool:
+        """Whether the run caches latents, in memory or on disk."""
         return self.cache_latents or self.cache_latents_to_disk
 
     @property
     def caches_texts(self) -> bool:
+        """Whether the run caches the outputs of text encoders, in memory or on disk."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
@@ -241,7 +243,10 @@ class DebugOptions(Options, title="looking at the dataset"):
 def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
-    """Read the options of a script that caches latents. record: the family's own."""
+    """Read the options of a script that caches latents.
+
+    `record` is the family's own.
+    """
     caching, debug, family_options, _ = read_spelled_caching(description, record, argv)
     return caching, debug, family_options
 
@@ -325,14 +330,17 @@ class RayOptions(Options, title="cluster"):
 
     @property
     def script(self) -> str:
+        """Name of the command's script without `.py`."""
         return Path(self.command[0]).name.removesuffix(".py")
 
     @property
     def is_latents(self) -> bool:
+        """Whether the command caches latents, not texts."""
         return self.script.endswith("_latents")
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
+    """Read the options of the Ray script, and after them the caching command with its own options."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)

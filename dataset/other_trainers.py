@@ -30,6 +30,7 @@ AT_TOP = {"directory", "concepts"}  # words that are a slip in a table of ours
 
 
 def of_suffix(suffix: str) -> str:
+    """Return what to do with a YAML file, which other trainers write; "" for any other suffix."""
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     if not is_yaml:
         return ""

@@ -23,11 +23,13 @@ def caching_script(
     about: str | None,
     finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> Script:
-    """Return the script that caches `latents` or `texts` of a family. about: the script's docstring.
+    """Return the script that caches `latents` or `texts` of a family.
 
-    finish: called with the family's options, the family and the dataset when all texts are cached.
-    The script's function takes a second argument, for cache_on_ray.py: a function that is called with what
-    would be cached, in place of caching.
+    `about` is the script's docstring.
+
+    `finish` is called with the family's options, the family and the dataset when all texts are cached. The
+    script's function takes a second argument, for cache_on_ray.py: a function that is called with what would
+    be cached, in place of caching.
     """
     if kind == "latents":
         return Script.of_family(family, partial(cache_family_latents, family, about))
@@ -92,7 +94,10 @@ def cache_family_texts(
     run: Callable[..., None] | None = None,
     finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> None:
-    """Encode the captions of a dataset. finish: see `caching_script`."""
+    """Encode the captions of a dataset.
+
+    For `finish` see `caching_script`.
+    """
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")
     records, typed = parse_spelled(about, argv, CachingOptions, EmptyPromptOptions, record)
@@ -138,7 +143,8 @@ def _caption_words(
 ) -> list[str]:
     """Return the command that caches captions, except for its shared options.
 
-    family_options, typed: the family's options of the command that caches latents, and how they were spelled.
+    `family_options` and `typed` are the family's options of the command that caches latents, and how they
+    were spelled.
     """
     from modules.repeated_options import join_options, repeat_given
 

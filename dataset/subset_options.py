@@ -228,6 +228,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
 
     @property
     def replaces_toml(self) -> bool:
+        """Whether the options describe the dataset, so that there is no dataset file."""
         return self.train_data_dir is not None
 
     @property

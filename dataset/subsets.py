@@ -49,7 +49,7 @@ def read_subsets(
 ) -> tuple[DatasetTable, ...]:
     """Return the tables of a file's subsets, in order. Errors are added to `problems`.
 
-    typed: the values of the command line; None: the keys' defaults.
+    `typed` is the values of the command line; None means the keys' defaults.
     """
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
@@ -105,7 +105,10 @@ class _Subset:
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of one [[datasets]]. defaults: values of keys that it lacks."""
+    """Yield the subsets of one [[datasets]].
+
+    `defaults` is the values of keys that it lacks.
+    """
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, problems)
     subsets = dataset.get("subsets")
@@ -154,7 +157,7 @@ def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
 def _read_level(
     table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Read the keys of one table. level: SUBSET, or DATASET for tables above subsets."""
+    """Read the keys of one table. `level` is SUBSET, or DATASET for tables above subsets."""
     tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
         name: f"is for {tables}; move it there"
@@ -212,7 +215,10 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
 
 
 def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
-    """Return the rule with limits that are multiples of its step. warns: log if they change."""
+    """Return the rule with limits that are multiples of its step.
+
+    With `warns`, log if they change.
+    """
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = -(-rule.maximum // step) * step
@@ -313,7 +319,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
     """Return the dataset that --train_data_dir and its companions describe: one group of tables.
 
-    Raises DatasetError if there is no folder to train on, or with all values that are not allowed.
+    Raises:
+        DatasetError: If there is no folder to train on, or with all values that are not allowed.
     """
     folder = typed.train_data_dir
     assert folder is not None  # `typed.replaces_toml`
@@ -337,10 +344,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats; warn about others with
-    pictures.
+    """Return a subset for each folder whose name begins with a number of repeats.
 
-    known: a folder that another option reads.
+    A warning names other folders with pictures. `known` is a folder that another option reads.
     """
     try:
         with os.scandir(folder) as entries:

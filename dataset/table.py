@@ -96,12 +96,15 @@ class OwnKeys(Protocol):
     """The keys that the tables of one form of data have, a frozen dataclass: see `dataset/forms`."""
 
     @property
-    def source(self) -> Path: ...  # the folder or file of the items, without passwords
+    def source(self) -> Path:
+        """The folder or file of the items, without passwords."""
 
     @property
-    def folder(self) -> Path | None: ...  # that caches are in unless the table says otherwise
+    def folder(self) -> Path | None:
+        """Folder that caches are in unless the table says otherwise."""
 
-    def source_key(self, kind: str) -> str: ...  # of a table of this kind: `video_tars`
+    def source_key(self, kind: str) -> str:
+        """Return the key that names the source of a table of this kind, such as `video_tars`."""
 
 
 Own = TypeVar("Own", bound=OwnKeys)
@@ -228,16 +231,19 @@ class DatasetTable:
 
     @property
     def place(self) -> str:
+        """Where the table is in the dataset file, for messages."""
         if self.group is None or self.subset is None:
             return f"[[datasets]] {self.index + 1}"
         return f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
 
     @property
     def batch_group(self) -> int:
+        """Index that items have in common that may share a batch: subsets of one entry may."""
         return self.index if self.group is None else self.group
 
     @property
     def has_own_timesteps(self) -> bool:
+        """Whether the table limits or shifts the timesteps of its items."""
         window = (self.min_timestep, self.max_timestep)
         return window != (None, None) or self.discrete_flow_shift is not None
 
@@ -263,10 +269,12 @@ class DatasetTable:
 
     @property
     def picture_folder(self) -> Path:
+        """Folder that relative paths of images begin in."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
     def source_key(self) -> str:
+        """Key that names the source of the items."""
         if self.own is not None:
             return self.own.source_key(self.kind)
         name = "directory" if self.directory is not None else "jsonl_file"
@@ -279,6 +287,7 @@ class DatasetTable:
 
     @property
     def holds(self) -> Literal["image", "video", "sound"]:
+        """Kind of media that the items are."""
         return "sound" if self.is_of_sound else self.kind
 
     @property
@@ -297,12 +306,13 @@ class DatasetTable:
 
     @property
     def texts_see_references(self) -> bool:
+        """Whether text encoders see the reference pictures of a caption's image."""
         return self.references is not None and self.references.seen_by_text
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings that decide how text encoders see reference pictures, if they see encoded ones.
 
-        bucket: width and height of their item. The values are JSON.
+        `bucket` are the width and height of their item. The values are JSON.
         """
         if self.references is None or not self.references.as_encoded:
             return {}
@@ -313,8 +323,9 @@ class DatasetTable:
     ) -> dict[str, Any]:
         """Return the settings that decide what text encoders see of a clip and of the references in its row.
 
-        sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
-        further_text: of the row, with `shown`. The values are JSON.
+        `sees_clip` says that text encoders see the frames of the clip. `shown` are the references, in their
+        order; None means they see none of them. `further_text` is that of the row, with `shown`. The values
+        are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -328,11 +339,13 @@ class DatasetTable:
 
     @property
     def stated_fps(self) -> float | None:
+        """Frame rate that the table states as a number; None for "auto" or without one."""
         return None if isinstance(self.source_fps, str) else self.source_fps
 
     def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return the values that differ from their defaults, for the keys with these `stale` flags: as JSON
-        values, folders by name.
+        """Return the values that differ from their defaults, for the keys with these `stale` flags.
+
+        They are JSON values, folders by name.
         """
         defaults: list[tuple[Any, dict[str, Any]]] = [(self, defaults_of(stale))]
         if self.own is not None:
@@ -347,6 +360,7 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
+        """Values that change what is learned and differ from their defaults, for states and metadata."""
         values = self.changed(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
@@ -361,7 +375,8 @@ class DatasetTable:
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
 
-        has_control: None takes it from control_directory.
+        Args:
+            has_control: None takes it from control_directory.
         """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),
@@ -422,6 +437,7 @@ def declared_keys(record: Any) -> dict[str, forms.TableKey]:
 
 @functools.cache
 def defaults_of(stale: Stale) -> dict[str, Any]:
+    """Return the defaults of a table's keys with these `stale` flags."""
     return _defaults_in(DatasetTable, stale)
 
 

@@ -34,7 +34,8 @@ def find_window_error(values: Mapping[str, Any]) -> str | None:
 def find_unused(stated: Mapping[str, Any]) -> str | None:
     """Return the idle keys of a table that is only for validation, and the reason; None without such keys.
 
-    stated: the keys of the table.
+    Args:
+        stated: The keys of the table.
     """
     unused = [name for name in TIMESTEP_KEYS if name in stated]
     if not stated.get("validation") or not unused:

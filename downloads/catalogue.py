@@ -124,7 +124,7 @@ class ModelSet:
 
 @cache
 def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
-    """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
+    """Return all sets. With `fp8_encoders`, text encoders are those in 8 bits."""
     catalog = _read_catalogue()
     components = known_components()
     sets = []
@@ -137,7 +137,10 @@ def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
-    """Return the set of an entry. family: what the catalogue says of its family."""
+    """Return the set of an entry.
+
+    `family` are what the catalogue says of its family.
+    """
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
     of_family = {**family["commands"], **entry.get("commands", {})}
@@ -178,7 +181,7 @@ def known_components() -> dict[str, Component]:
 
 
 def _read_file(entry: Mapping[str, Any], path: str, licence: Licence) -> ReleasedFile:
-    """Return a file of a component's entry. path: in its repository."""
+    """Return a file of a component's entry. `path` is the one in its repository."""
     folder = PurePosixPath(entry.get("folder", ""))
     return ReleasedFile(
         repository=entry["repository"],
@@ -205,8 +208,8 @@ def family_title(family: str) -> str:
 def model_title(name: str, task: str = "") -> str:
     """Return the name for people of a model that runs, results and this list name for programs.
 
-    task: of it, if that is known: runs name Wan2.1 and Wan2.2 alike. A name without a title, as another
-    program may have written it, is returned unchanged.
+    `task` is that of it, if that is known: runs name Wan2.1 and Wan2.2 alike. A name without a title, as
+    another program may have written it, is returned unchanged.
     """
     catalog = _read_catalogue()
     of_task = [model for model in model_sets() if task == model.task and model.family.startswith(name)]

@@ -41,7 +41,9 @@ _PIECES = b"\x0a"  # a SentencePiece model begins with its first piece
 def run_download(options: DownloadOptions) -> None:
     """Download the files of a task and print its commands.
 
-    Raises DownloadError if a site does not give a file, OutputError if it cannot be stored.
+    Raises:
+        DownloadError: If a site does not give a file.
+        OutputError: If it cannot be stored.
     """
     [model] = options.sets()
     print_lines(describe_licenses(model))  # before a site is asked, which may want them accepted
@@ -139,7 +141,11 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
 
 
 def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
-    """Return `remote` with the known facts of the file. Raises DownloadError if the site has another file."""
+    """Return `remote` with the known facts of the file.
+
+    Raises:
+        DownloadError: If the site has another file.
+    """
     has_other_size = file.size_bytes not in (None, remote.size_bytes)
     has_other_content = file.sha256 is not None and remote.sha256 not in (None, file.sha256)
     if has_other_size or has_other_content:
@@ -163,11 +169,13 @@ def download_file(
     """Download `remote` to `target`; do nothing if another run has just done it.
 
     A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
-    target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
-    note: called with the bytes that have arrived, and the size.
+    target appears when size, checksum and kind are right. `wait` is called with seconds before a new attempt.
+    `note` is called with the bytes that have arrived, and the size.
 
-    Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
-    the kind that the name promises; OutputError if the disk is full.
+    Raises:
+        DownloadError: If the connection stays broken, if the data are damaged twice, or if they are not of
+            the kind that the name promises.
+        OutputError: If the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")

@@ -42,7 +42,8 @@ class RemoteFile:
 def find_file(file: ReleasedFile, source: str) -> RemoteFile:
     """Look up a file on a site of `SOURCES`; files that ModelScope lacks are looked up on the hub.
 
-    Raises DownloadError if the site cannot be reached, or does not have or does not give the file.
+    Raises:
+        DownloadError: If the site cannot be reached, or does not have or does not give the file.
     """
     if file.release is not None:
         return find_on_github(file)
@@ -57,7 +58,8 @@ def find_file(file: ReleasedFile, source: str) -> RemoteFile:
 def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file on the Hugging Face hub, or its mirror `endpoint`; None: that of HF_ENDPOINT.
 
-    Raises DownloadError if the hub cannot be reached, or does not have or does not give the file.
+    Raises:
+        DownloadError: If the hub cannot be reached, or does not have or does not give the file.
     """
     site = (endpoint or constants.ENDPOINT).rstrip("/")
     page = f"{site}/{file.repository}"
@@ -117,8 +119,10 @@ def unreachable(page: str, error: Exception) -> DownloadError:
 def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
     """Look up a file of a release on GitHub, which has no checksums.
 
-    endpoint: a mirror; None: that of GITHUB_ENDPOINT. Raises DownloadError if the site cannot be reached or
-    does not have the file.
+    `endpoint` is a mirror; None means that of GITHUB_ENDPOINT.
+
+    Raises:
+        DownloadError: If the site cannot be reached or does not have the file.
     """
     site = (endpoint or os.environ.get("GITHUB_ENDPOINT") or GITHUB).rstrip("/")
     page = f"{site}/{file.repository}/releases/tag/{file.release}"
@@ -146,8 +150,11 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
 def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile | None:
     """Look up a file on ModelScope by its HTTP interface; endpoint None: that of MODELSCOPE_DOMAIN.
 
-    Returns None if the site does not have the file. Raises DownloadError if it cannot be reached.
-    Source: the paths of modelscope/hub/file_download.py in the package modelscope.
+    Returns None if the site does not have the file. Source: the paths of modelscope/hub/file_download.py in
+    the package modelscope.
+
+    Raises:
+        DownloadError: If it cannot be reached.
     """
     site = endpoint or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     site = (site if "://" in site else f"https://{site}").rstrip("/")
@@ -180,7 +187,10 @@ def find_on_modelscope(file: ReleasedFile, endpoint: str | None = None) -> Remot
 def _find_modelscope_entry(file: ReleasedFile, address: str, page: str) -> Mapping[str, str | int] | None:
     """Return the entry of a file in ModelScope's list of a repository; None if the site does not have it.
 
-    address: of the repository. page: for messages. Raises DownloadError if the site refuses the list.
+    `address` is that of the repository. `page` is for messages.
+
+    Raises:
+        DownloadError: If the site refuses the list.
     """
     query = {"Revision": "master", "Recursive": "true"}
     answer = requests.get(f"{address}/files", query, timeout=TIMEOUTS)

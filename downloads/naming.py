@@ -89,7 +89,8 @@ def has_other_number(text: str, task: str) -> bool:
 def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
     """Read the name of a family, and of a task if one is given, in any spelling.
 
-    Raises OptionError if it names none of `models`: with what the name stands for if it is known.
+    Raises:
+        OptionError: If it names none of `models`: with what the name stands for if it is known.
     """
     names = families_of(models)
     by_spelling = _spell_families(names)
@@ -179,7 +180,8 @@ def _begins_a_word(plain: str, name: str) -> bool:
 def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
     """Return the release that a model was trained from, by the beginning of its name; None if not known.
 
-    Raises OptionError if it is a model that is known and not supported.
+    Raises:
+        OptionError: If it is a model that is known and not supported.
     """
     subject = _find_subject(text, _MADE_FROM + _NOT_HERE)
     if subject is None:

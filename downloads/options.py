@@ -65,7 +65,11 @@ class DownloadOptions(Options):
 
     @property
     def named(self) -> NamedModel | None:
-        """Return the model that --family names. Raises OptionError if that is nothing to download."""
+        """Return the model that --family names.
+
+        Raises:
+            OptionError: If that is nothing to download.
+        """
         if self.family is None:
             return None
         named = read_family(self.family, model_sets())
@@ -84,7 +88,8 @@ class DownloadOptions(Options):
     def sets(self) -> list[ModelSet]:
         """Return the sets that the options name, without files of --without; with --list also several.
 
-        Raises OptionError if --without names no file of a set.
+        Raises:
+            OptionError: If --without names no file of a set.
         """
         family = None if self.named is None else self.named.family
         return [
@@ -95,7 +100,11 @@ class DownloadOptions(Options):
 
 
 def leave_out(model: ModelSet, names: Sequence[str]) -> ModelSet:
-    """Return a model without the files of some options. Raises OptionError if there is no such option."""
+    """Return a model without the files of some options.
+
+    Raises:
+        OptionError: If there is no such option.
+    """
     options = [part.option.lstrip("-") for part in model.components if part.option]
     flags = []
     for name in names:

@@ -73,7 +73,8 @@ def read_autoencoder(
 ) -> dialects.LoadPlan[AutoencoderConfig]:
     """Plan how to load an autoencoder: released file, diffusers layout, or a part of an all-in-one file.
 
-    Raises CheckpointError for any other file.
+    Raises:
+        CheckpointError: For any other file.
     """
     prefixes = ("first_stage_model.", "vae.")
     other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
@@ -140,7 +141,10 @@ def _our_name(name: str, levels: int) -> str:
 
 
 def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
-    """Turn 1x1 convolutions of a file into linear layers. layers: pattern of their weights' names."""
+    """Turn 1x1 convolutions of a file into linear layers.
+
+    `layers` is a pattern of their weights' names.
+    """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
             sources[name] = source.then(lambda weight: weight.flatten(1))
@@ -185,9 +189,12 @@ class ImageVae(nn.Module):
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Return a sample of the posterior, or its mean if `generators` is None.
 
-        pixels: B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
-        generators: one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on the
-        VAE's device. Raises ValueError for other sizes.
+        `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
+        `generators` are one for each picture; the noise is drawn in float32. Returns B Z 1 h w, float32, on
+        the VAE's device.
+
+        Raises:
+            ValueError: For other sizes.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
@@ -203,7 +210,11 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles. latents: B Z 1 h w."""
+        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles.
+
+        Args:
+            latents: B Z 1 h w.
+        """
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
     @torch.no_grad()
@@ -218,7 +229,7 @@ class ImageVae(nn.Module):
     ) -> Tensor:
         """Apply `compute` to x, B C 1 H W, in tiles if x is larger than one. Returns B C' 1 H' W'.
 
-        unit_in, unit_out: pixels of the input and of the result for one latent pixel.
+        `unit_in` and `unit_out` are the pixels of input and result for one latent pixel.
         """
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
@@ -277,8 +288,10 @@ def load_autoencoder(
 ) -> Autoencoder:
     """Load FLUX's autoencoder from any of its file layouts.
 
-    path: file, or folder of a release that holds it as `vae`. tile: as for `Autoencoder`.
-    Raises CheckpointError if the file is damaged or holds another model.
+    `path` is the file, or folder of a release that holds it as `vae`. `tile` is as for `Autoencoder`.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     path = inside(path, "vae")
     with open_checkpoint(path) as checkpoint:
@@ -298,7 +311,9 @@ def load_autoencoder(
 def read_autoencoder_header(path: Path, option: str = FLUX_KIND.option) -> AutoencoderConfig:
     """Return the dimensions of the autoencoder in a file, or in the folder `vae` of a release.
 
-    Only headers are read. option: that names the file, for messages. Raises CheckpointError if it is missing,
-    damaged or another model.
+    Only headers are read. `option` is the one that names the file, for messages.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or another model.
     """
     return read_once(inside(path, "vae"), read_autoencoder, replace(FLUX_KIND, option=option)).config

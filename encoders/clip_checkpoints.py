@@ -32,7 +32,10 @@ _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformer
 
 
 def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
-    """Return the places to look for CLIP's tokenizer. option, folders: as in `TokenizerFiles`."""
+    """Return the places to look for CLIP's tokenizer.
+
+    `option` and `folders` are as in `TokenizerFiles`.
+    """
     return TokenizerFiles(
         option=option,
         names=("tokenizer.json", "vocab.json"),
@@ -90,8 +93,10 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    config_json: the network's settings; None: from a config.json next to the file. Raises CheckpointError for
-    any other file.
+    `config_json` are the network's settings; None means from a config.json next to the file.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     network = find_network(
         checkpoint,
@@ -118,9 +123,11 @@ def plan_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors are found.
 
-    network: the file without prefix. sources: how its tensors are made, by our names. config_json: its
-    settings; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
-    tower takes too few tokens.
+    `network` is the file without prefix. `sources` are how its tensors are made, by our names. `config_json`
+    are its settings; may be empty.
+
+    Raises:
+        CheckpointError: If a tensor that gives a dimension is missing or the tower takes too few tokens.
     """
     shape = shapes_of(network, sources, other_kind(network, "a CLIP text encoder", use.option, use.release))
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
@@ -182,8 +189,10 @@ class ClipVisionConfig:
 def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadPlan[ClipVisionConfig]:
     """Plan how to load an image tower with its projection: alone or with the text tower.
 
-    option, release: for messages: the option that needs it, and the files that have it. Raises
-    CheckpointError for any other file.
+    `option` and `release` are for messages: the option that needs it, and the files that have it.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
     needed = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}

@@ -50,7 +50,8 @@ class ClipWords:
 def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
     """Load CLIP's tokenizer from a file that was found, without truncation.
 
-    Raises CheckpointError if it cannot be read or has no start or end token.
+    Raises:
+        CheckpointError: If it cannot be read or has no start or end token.
     """
     tokenizer = _read_clip(files, file)
     start, end = _start_and_end(tokenizer, files, file)
@@ -64,7 +65,11 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
 
 
 def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the tokens around a text. Raises CheckpointError if the tokenizer lacks one."""
+    """Return the ids of the tokens around a text.
+
+    Raises:
+        CheckpointError: If the tokenizer lacks one.
+    """
     start = tokenizer.token_to_id(CLIP_START)
     end = tokenizer.token_to_id(CLIP_END)
     if start is None or end is None:
@@ -124,9 +129,11 @@ class PooledClip(FileTextEncoder[ClipText]):
         tokenizer: Path | None = None,
         use: ClipUse = CLIP_L,
     ) -> None:
-        """Set up the encoder; `load` reads the files. dtype: compute dtype. use: the family's names for it.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a release's folder that holds it as `use.folder`.
+        `load` reads the files. dtype: compute dtype. `use` is the family's names for it.
+
+        `path` is the file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
         super().__init__(inside(path, use.folder), tokenizer)
         self.name = use.name

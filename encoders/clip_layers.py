@@ -78,7 +78,10 @@ class LayerConfig(Protocol):
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError for an unknown activation in config.json. usual: one to name in the message."""
+    """Raise CheckpointError for an unknown activation in config.json.
+
+    `usual` is one to name in the message.
+    """
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
@@ -185,9 +188,11 @@ class ClipText(nn.Module):
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Return the pooled state B C, or B P projected.
 
-        ids: B L. ends: B, position of the first end token of each prompt.
-
         Attention is causal, so padding after the end token changes nothing.
+
+        Args:
+            ids: B L.
+            ends: B, position of the first end token of each prompt.
         """
         hidden = Hidden(self.embeddings(ids), None)
         self._run(hidden, range(self.num_layers))
@@ -198,11 +203,12 @@ class ClipText(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of all tokens B L C after a layer and, if `ends` is given, the pooled state B C.
 
-        ids: B L. layer: counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
-        result `hidden_states[-layer]`. final_norm: apply the tower's last norm to it. ends: as for
-        `forward`; without it the layers behind `layer` do not run. One pass in either case.
+        `ids` is B L. `layer` is counted from the end, 1 to `num_layers`; 1 is the last. Transformers call the
+        result `hidden_states[-layer]`. With `final_norm`, the tower's last norm is applied to it. `ends` is
+        as for `forward`; without it the layers behind `layer` do not run. One pass in either case.
 
-        Raises ValueError if the layer does not exist.
+        Raises:
+            ValueError: If the layer does not exist.
         """
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"layer {layer} from the end of {self.num_layers}")
@@ -219,13 +225,20 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Tweaks(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C; B P if projected. x: B L C of the last layer."""
+        """Return the normed states of the end tokens, B C; B P if projected.
+
+        `x` is B L C of the last layer.
+        """
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower, fp8 weights dequantized. Raises CheckpointError for a damaged or another file."""
+    """Load the text tower, fp8 weights dequantized.
+
+    Raises:
+        CheckpointError: For a damaged or another file.
+    """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
@@ -268,7 +281,11 @@ class ClipVision(nn.Module):
         self.visual_projection = nn.Linear(config.dim, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the projected state of the class token, B P. pixels: B 3 S S, as `prepare` returns them."""
+        """Return the projected state of the class token, B P.
+
+        Args:
+            pixels: B 3 S S, as `prepare` returns them.
+        """
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
 
@@ -315,8 +332,10 @@ def load_clip_vision(
 ) -> ClipVision:
     """Load an image tower with its projection; fp8 weights are dequantized.
 
-    option, release: for messages: the option that needs it, and the files that have it. Raises
-    CheckpointError if the file is damaged or holds another model.
+    `option` and `release` are for messages: the option that needs it, and the files that have it.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)

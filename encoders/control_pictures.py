@@ -32,9 +32,12 @@ CONTROL = "--cn"  # of a line of samples
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
-    """Return a table for the checks of other pictures. taker: what sees the control pictures.
+    """Return a table for the checks of other pictures.
 
-    Raises DatasetError if it has none.
+    `taker` is what sees the control pictures.
+
+    Raises:
+        DatasetError: If it has none.
     """
     if not table.has_control:
         raise DatasetError(
@@ -47,7 +50,8 @@ def check_controls(table: MediaTable, taker: str) -> MediaTable:
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
     """Return the cache entries of pictures, each with its control picture as it was cropped and mirrored.
 
-    Raises DatasetError if a picture has several.
+    Raises:
+        DatasetError: If a picture has several.
     """
     if len(media.control) > 1:
         raise DatasetError(
@@ -64,8 +68,10 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
     """Return the control pictures of a batch, B 3 H W uint8, among its conditions.
 
-    stride: pixels on a side of a latent. taker: what sees them. Raises CacheError if they are missing or of
-    another size than the pictures.
+    `stride` is the pixels on a side of a latent. `taker` is what sees them.
+
+    Raises:
+        CacheError: If they are missing or of another size than the pictures.
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)
@@ -79,7 +85,7 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError if a control picture cannot be read. option: that names it."""
+    """Raise OptionError if a control picture cannot be read. `option` is the one that names it."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)
@@ -123,8 +129,10 @@ def strength_in(cond: Conditions) -> float:
 def keep_control(request: Request, keep: Callable[[Request, str], Request], who: str, sees: bool) -> Request:
     """Return the request as `keep` returns it, but with its control picture if something sees it.
 
-    keep: `ModelOfImages.keep_media`. Warns of a sample without one. Raises OptionError if one cannot be
-    read.
+    `keep` is `ModelOfImages.keep_media`. Warns of a sample without one.
+
+    Raises:
+        OptionError: If one cannot be read.
     """
     control = request.control_path
     if not sees:

@@ -58,7 +58,10 @@ class TransformerFiles(ABC):
     vae_usual: ClassVar[torch.dtype | None] = None  # of the VAE, if that was released in another one
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
-        """Return a copy with the options of the transformer. dtype: of --dit_dtype."""
+        """Return a copy with the options of the transformer.
+
+        `dtype` is that of --dit_dtype.
+        """
         return replace(self, dit=dit, dit_dtype=select_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
@@ -113,13 +116,18 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders that are given, or all if needed. config: of the transformer, or None."""
+        """Check the text encoders that are given, or all if needed.
+
+        `config` is that of the transformer, or None.
+        """
 
     def check(self, needed: Collection[str] = ()) -> None:
         """Check the files that are given or needed ("dit", "vae", "texts"). Loads nothing.
 
-        Raises OptionError if a needed one is not given, CheckpointError if a file is missing, or its network
-        has a kind or size that the transformer cannot use.
+        Raises:
+            OptionError: If a needed one is not given.
+            CheckpointError: If a file is missing, or its network has a kind or size that the transformer
+                cannot use.
         """
         config = self.dit_header().config if self.dit is not None or "dit" in needed else None
         if self.vae is not None or "vae" in needed:

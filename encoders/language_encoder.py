@@ -84,7 +84,11 @@ _QWEN_TOKENS = (
 
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt. Raises CheckpointError if it cannot be read."""
+    """Read tokenizer.json, or vocab.json with merges.txt.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     merges = find_merges(file)
     if merges is None:
         return files.read(file)
@@ -123,7 +127,11 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
 
 def qwen3_chat(thinks: bool) -> tuple[str, str]:
-    """Return the text around a prompt, Qwen3's chat of one message. thinks: its `enable_thinking`."""
+    """Return the text around a prompt, Qwen3's chat of one message.
+
+    Args:
+        thinks: Its `enable_thinking`.
+    """
     answer = "<|im_start|>assistant\n" + ("" if thinks else "<think>\n\n</think>\n\n")
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
@@ -212,10 +220,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         form: str | None = None,
         on_cpu: bool = False,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. form: see `load_planned`. on_cpu: compute there, whatever the device.
+        `load` reads the files.
+
+        `path` is the file or folder of the model, or a release's folder that holds it as `text_encoder`.
+        dtype: compute dtype. For `form` see `load_planned`. With `on_cpu`, compute there, whatever the
+        device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use
@@ -342,7 +353,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return layers * size
 
     def find_token(self, tokenizer: TextTokenizer, token: str) -> int:
-        """Return the id of a token. Raises CheckpointError if the tokenizer does not have it."""
+        """Return the id of a token.
+
+        Raises:
+            CheckpointError: If the tokenizer does not have it.
+        """
         number = tokenizer.number(token)
         if number is None:
             raise self.source.files.unreadable(tokenizer.file, ValueError(f"it has no {token}"))
@@ -363,7 +378,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
         If stacked, n C instead of nC. L: tokens of the prompt and of the template behind it. n: number of
-        states. pictures: of each prompt.
+        states. `pictures` are those of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -401,8 +416,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> dict[str, Tensor | list[Tensor]]:
         """Split a prompt's states: return those of its words, and the places and sizes of its pictures.
 
-        states: of the prompt's tokens, L C, possibly with padding after them. ids: L. sides: rows and columns
-        of tokens of each picture.
+        `states` is that of the prompt's tokens, L C, possibly with padding after them. `ids` are L. `sides`
+        are rows and columns of tokens of each picture.
         """
         use = self.use
         assert use.pictures is not None
@@ -448,7 +463,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     ) -> ImageTokens:
         """Return embeddings of tokens, with pictures in place of the tokens for them.
 
-        ids, mask: on the CPU; the mask is 1 for real tokens.
+        `ids` and `mask` are on the CPU; the mask is 1 for real tokens.
         """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
@@ -469,7 +484,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
 
-        length: number of its tokens, including the filling up to a multiple.
+        `length` is the number of its tokens, including the filling up to a multiple.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:
@@ -483,8 +498,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode as `FileTextEncoder.encode`, with the pictures of prompts that the family shows.
 
-        Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
-        CheckpointError if the tokenizer has no token for pictures.
+        Picture tokens do not count towards `most`.
+
+        Raises:
+            MediaError: If a picture cannot be shown.
+            CheckpointError: If the tokenizer has no token for pictures.
         """
         encoded = self._encode_prompts(prompts)
         key = self.use.hashes_key
@@ -501,7 +519,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def load_tower(self, device: torch.device) -> None:
         """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
 
-        Raises CheckpointError if the file has none, or one of another model.
+        Raises:
+            CheckpointError: If the file has none, or one of another model.
         """
         network, _ = self._loaded.get()
         if self.use.pictures is not None and not hasattr(network, "visual"):

@@ -245,11 +245,13 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load the language model up to the last of the states that are read.
 
-    Reads files with all published prefixes, in 16 or 8 bits. model: the kind that it has to be. states: which
-    states are read, each as the number of layers before it, ascending; negative numbers count from the end
-    (-1: the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is not -1.
-    pre_norm: never norm it.
-    Raises CheckpointError for any other file, or one with fewer layers.
+    Reads files with all published prefixes, in 16 or 8 bits. `model` is the kind that it has to be. `states`
+    are which states are read, each as the number of layers before it, ascending; negative numbers count from
+    the end (-1 means the last state, normed); or ALL_STATES. With `final_norm`, the last of them is normed
+    even if it is not -1. With `pre_norm` it never is.
+
+    Raises:
+        CheckpointError: For any other file, or one with fewer layers.
     """
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."
@@ -309,7 +311,10 @@ def read_language_model(
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
-    """Return patterns of the file's tensors that are not loaded. all_layers: how many the file has."""
+    """Return patterns of the file's tensors that are not loaded.
+
+    `all_layers` is how many the file has.
+    """
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
     names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]
@@ -344,7 +349,11 @@ def _check_heads(
 
 
 def _count_layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
-    """Return the number of layers before a state. Raises CheckpointError if the file has fewer."""
+    """Return the number of layers before a state.
+
+    Raises:
+        CheckpointError: If the file has fewer.
+    """
     num_layers = state if state >= 0 else all_layers + 1 + state
     if 0 <= num_layers <= all_layers:
         return num_layers
@@ -363,7 +372,8 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
     """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well.
 
-    layer: beginning of the names of the first layer with attention; LINEAR is a mark of layers without.
+    `layer` is the beginning of the names of the first layer with attention; LINEAR is a mark of layers
+    without.
     """
     marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
@@ -383,7 +393,8 @@ def _read_constants(
 ) -> RotaryConstants:
     """Read what the tensors do not show, from the config.json or from the facts about the released model.
 
-    Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
+    Raises:
+        CheckpointError: If the frequencies are stretched, as in Llama 3.1 and later.
     """
     try:
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
@@ -434,7 +445,7 @@ class HostAngles(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
         """Return cosine and sine in the dtype of x, on its device.
 
-        position_ids: on the CPU. layers: NEAR or FAR, if these have frequencies of their own.
+        `position_ids` are on the CPU. `layers` is NEAR or FAR, if these have frequencies of their own.
         """
         parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
         return tuple(send_ahead(part, x.device) for part in parts)
@@ -513,10 +524,13 @@ def load_language_model(
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
-    form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
-    layers that do not fit stay in host memory, and each is copied to the device before it runs. None: all
-    fit. blocks: takes each layer. model, states, final_norm, pre_norm: as for `read_language_model`. Raises
-    CheckpointError if the file is damaged, holds another model, or has its weights in another form.
+    For `form` see `load_planned`; without one fp8 weights are dequantized. `room` is the bytes free on the
+    device; layers that do not fit stay in host memory, and each is copied to the device before it runs. None
+    means all fit. `blocks` takes each layer. `model`, `states`, `final_norm` and `pre_norm` are as for
+    `read_language_model`.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
@@ -552,7 +566,8 @@ def streamed_layers(
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
-    dtype, form: of the weights on the device. room: bytes free there; None: enough for all.
+    `dtype` and `form` are those of the weights on the device. `room` is the bytes free there; None means
+    enough for all.
     """
 
     def size(name: str) -> int:

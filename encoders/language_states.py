@@ -21,10 +21,10 @@ def language_states(
 ) -> Tensor:
     """Run the layers and return the states that are read, joined: B L nC.
 
-    tokens: embeddings, B L C. mask: B L, 1 for real tokens. States of padding are computed from the real
-    tokens before them, as in the released pipelines. states: as the network was loaded with. places:
-    positions of the tokens, 3 B L on the CPU; None: 0, 1, 2, ... added: each B L C, added to the outputs of
-    the first layers in turn, after their states are read.
+    `tokens` are embeddings, B L C. `mask` is B L, 1 for real tokens. States of padding are computed from the
+    real tokens before them, as in the released pipelines. `states` are those that the network was loaded
+    with. `places` is the positions of the tokens, 3 B L on the CPU; None means 0, 1, 2, ... `added` are each
+    B L C, added to the outputs of the first layers in turn, after their states are read.
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))
@@ -57,7 +57,7 @@ def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str
 
     Layers that carry a state along have the mask itself, or None if all tokens are real.
 
-    tokens: B L C. mask: B L.
+    `tokens` is B L C. `mask` is B L.
     """
     length = tokens.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()

@@ -31,7 +31,11 @@ MAX_RATIO = 200  # of the sides of a picture, for the released image processor
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Tensor:
-    """Read a picture in its own size, or covering `size`: H W 3 uint8. Raises MediaError if it cannot."""
+    """Read a picture in its own size, or covering `size`: H W 3 uint8.
+
+    Raises:
+        MediaError: If it cannot.
+    """
     frame = read_image(path)
     return torch.from_numpy(frame if size is None else resize_cover(frame, size))
 
@@ -71,7 +75,10 @@ class ImageUse:
         return pictures[: self.shown]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
-        """Return the text of a picture. number: from 1. tokens: that it takes. count: of the pictures."""
+        """Return the text of a picture.
+
+        `number` is counted from 1. `tokens` is how many it takes. `count` is that of the pictures.
+        """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
         return before + text.format(number=number, tokens=self.token * tokens)
@@ -101,7 +108,8 @@ class VisionConfig:
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
     """Plan how to load the vision tower of a model, which may stand under any prefix.
 
-    Raises CheckpointError if the file has none, or one of another model.
+    Raises:
+        CheckpointError: If the file has none, or one of another model.
     """
     path = checkpoint.path
     tower = model.tower
@@ -190,8 +198,11 @@ def read_images(
 ) -> ReadImages:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
-    pictures: each H W 3 uint8 RGB. colours: mean and deviation, in place of the tower's own
-    (`VisionTower.colours`). Raises MediaError if one is 200 times as long as it is wide.
+    `pictures` are each H W 3 uint8 RGB. `colours` are mean and deviation, in place of the tower's own
+    (`VisionTower.colours`).
+
+    Raises:
+        MediaError: If one is 200 times as long as it is wide.
     """
     from PIL import Image
 
@@ -247,7 +258,8 @@ def embed_images(
 ) -> ImageTokens:
     """Put pictures in place of the tokens for them.
 
-    tokens: embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: the id for a picture.
+    `tokens` are embeddings, B L C. `ids` is B L, on the CPU. `pictures` are those of each prompt. `token` is
+    the id for a picture.
     """
     states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])

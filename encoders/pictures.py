@@ -98,7 +98,7 @@ def encode_images(
 ) -> list[list[CacheEntry]]:
     """Return the cache entry of each picture, with its references as `latents_control_0`, ...
 
-    encode: B 1 H W 3 uint8 -> latents B C 1 h w.
+    `encode` is B 1 H W 3 uint8 -> latents B C 1 h w.
     """
     entries = []
     for part in media.split_for(device):
@@ -114,8 +114,10 @@ def encode_images(
 def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[str, Tensor]:
     """Return the latents of a batch's reference pictures by their names, each B C 1 h w.
 
-    patch: latent pixels along a side of a token. remedy: the command that caches again. Raises CacheError for
-    other shapes.
+    `patch` is the latent pixels along a side of a token. `remedy` is the command that caches again.
+
+    Raises:
+        CacheError: For other shapes.
     """
     references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -143,7 +145,8 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
     """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the centre.
 
-    area: None keeps its size. step: its sides become multiples of this. Source: the released code of FLUX.2.
+    `area` None keeps the picture's size. Its sides become multiples of `step`. Source: the released code of
+    FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
 
@@ -153,7 +156,10 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
-    """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
+    """Return the request with its reference pictures in all prompts.
+
+    `size` are `Prompt.picture_size`.
+    """
     paths = prepared.request.control_images
     texts = prepared.prompts[0]
 
@@ -247,7 +253,7 @@ class ModelOfImages(OneTransformer):
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
         """Fill open fields of a request for one picture, cut its size to whole patches, check files.
 
-        flow_shift, negative: defaults for the request.
+        `flow_shift` and `negative` are defaults for the request.
         """
         self.files.check()
         request = self.keep_media(request, self.called)
@@ -258,9 +264,12 @@ class ModelOfImages(OneTransformer):
         return settle(request, self.defaults, size=size, flow_shift=shift, default_negative=negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Return the request without media that the model does not take. who: the model, for messages.
+        """Return the request without media that the model does not take.
 
-        Raises OptionError if the model takes reference pictures, and these cannot be used.
+        `who` is the model, for messages.
+
+        Raises:
+            OptionError: If the model takes reference pictures, and these cannot be used.
         """
         rules = self.references
         takes = {**NO_MEDIA, "control_images": rules is not None}
@@ -295,7 +304,10 @@ class ModelOfImages(OneTransformer):
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. seed: where latents are drawn."""
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
+
+        `seed` is where latents are drawn.
+        """
         clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
         vae = encoders.vae
         latents: Tensor
@@ -352,7 +364,10 @@ def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) ->
 def image_defaults(
     steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **changes: Any
 ) -> SamplingDefaults:
-    """Return defaults of square pictures, with Euler's method. changes: of `SamplingDefaults`."""
+    """Return defaults of square pictures, with Euler's method.
+
+    `changes` is that of `SamplingDefaults`.
+    """
     defaults = SamplingDefaults(
         steps=steps,
         fps=1.0,

@@ -118,11 +118,13 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         form: str | None = None,
         use: T5Use = USE,
     ) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        path: file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
+        `load` reads the files.
+
+        `path` is the file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
         max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
-        padding; otherwise padding counts as tokens. form: see `load_planned`.
+        padding; otherwise padding counts as tokens. For `form` see `load_planned`.
         """
         folders = [folder for folder in use.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
@@ -182,9 +184,12 @@ BYT5 = T5Kind(
 
 
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
-    """Load a ByT5 encoder of any size. dtype: compute dtype; None: the file's, and bfloat16 for fp8.
+    """Load a ByT5 encoder of any size.
 
-    Raises CheckpointError if the file is damaged or holds another model.
+    `dtype` is the compute dtype; None means the file's, and bfloat16 for fp8.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     return load_t5(path, device, BYT5, dtype)
 
@@ -197,7 +202,7 @@ def read_byt5_header(path: Path) -> T5Config:
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, each B L int64: the bytes of each text, an end token, padding.
 
-    length: L; longer texts are cut, and keep the end token.
+    `length` is L; longer texts are cut, and keep the end token.
     """
     rows = [[FIRST_BYTE + byte for byte in text.encode()][: length - 1] + [END] for text in texts]
     return fill_rows(rows, length, PAD)

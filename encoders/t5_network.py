@@ -93,7 +93,9 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
 
     Reads Wan's official names (also Kijai's) and Hugging Face's (ComfyUI, transformers), alone or in an
     all-in-one file.
-    Raises CheckpointError for any other file.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
     # only with the official names: in Hugging Face's the same prefix is part of the name
@@ -197,7 +199,10 @@ class T5Attention(nn.Module):
         self.o = nn.Linear(config.attention_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, tokens: "T5Tokens") -> Tensor:
-        """Attend within each prompt, to its visible tokens. x: L C. bias: N n n for the longest prompt."""
+        """Attend within each prompt, to its visible tokens.
+
+        `x` is L C. `bias` is N n n for the longest prompt.
+        """
         # N L D
         heads = [
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
@@ -288,10 +293,12 @@ class T5Network(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Sequence[Tensor], visible: Sequence[int] | None = None) -> list[Tensor]:
-        """Encode prompts. ids: one vector of n token ids per prompt, on any device. Returns one n C for each.
+        """Encode prompts.
 
-        visible: number of tokens of each prompt, from its first, that attention sees; the rest is padding.
-        None: all.
+        `ids` are one vector of n token ids per prompt, on any device. Returns one n C for each.
+
+        `visible` are the number of tokens of each prompt, from its first, that attention sees; the rest is
+        padding. None means all.
         """
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
@@ -302,8 +309,8 @@ class T5Network(nn.Module):
     def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the states B n C of token ids B n, on any device.
 
-        mask: B n, 1 for tokens, then 0 for padding; padding attends to the tokens, no token to padding. None:
-        padding counts as tokens.
+        `mask` is B n, 1 for tokens, then 0 for padding; padding attends to the tokens, no token to padding.
+        None means padding counts as tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
         return torch.stack(self(list(ids), visible))
@@ -319,9 +326,11 @@ def load_t5(
 ) -> T5Network:
     """Load an encoder of that kind.
 
-    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: see `load_planned`; without
-    one fp8 weights are dequantized. blocks: takes each block. Raises CheckpointError if the file is damaged,
-    holds another model, or has its weights in another form.
+    `dtype` is the compute dtype; None means that of the file, and bfloat16 for fp8. For `form` see
+    `load_planned`; without one fp8 weights are dequantized. `blocks` takes each block.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)

@@ -89,7 +89,10 @@ class TokenizerSource:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
         The file is `path` (of its option), else one next to the checkpoint; None for those inside or on the
-        hub. Raises CheckpointError if `path` is given and is not a tokenizer.
+        hub.
+
+        Raises:
+            CheckpointError: If `path` is given and is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -108,9 +111,12 @@ class TokenizerSource:
     def load(
         self, path: Path | None, checkpoint_path: Path, what: str, may_download: bool = True
     ) -> TextTokenizer:
-        """Load the tokenizer. path: as for `find`. what: the encoder, for the log.
+        """Load the tokenizer.
 
-        Raises CheckpointError if there is none, it cannot be read, or the hub cannot be reached.
+        `path` is as for `find`. `what` is the encoder, for the log.
+
+        Raises:
+            CheckpointError: If there is none, it cannot be read, or the hub cannot be reached.
         """
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
@@ -161,7 +167,10 @@ class TokenizerSource:
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
     def _read_pieces(self, model: bytes, origin: Path) -> TextTokenizer:
-        """Read a SentencePiece model; add begin and end token if wanted. origin: its file, for messages."""
+        """Read a SentencePiece model; add begin and end token if wanted.
+
+        `origin` is its file, for messages.
+        """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             check_sentencepiece(model)
@@ -218,7 +227,8 @@ def fill_rows(
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
     """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, has embeddings.
 
-    rows: token ids of texts. vocabulary: tokens of the encoder. option: of the tokenizer.
+    `rows` are token ids of texts. `vocabulary` is the number of the encoder's tokens. `option` is that of the
+    tokenizer.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
@@ -274,9 +284,12 @@ class FileTextEncoder(ABC, Generic[Network]):
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
-        """Set up the encoder; `load` reads the files.
+        """Set up the encoder.
 
-        tokenizer: path from its option; None: search the usual places. form: see `load_planned`.
+        `load` reads the files.
+
+        `tokenizer` is the path from its option; None means search the usual places. For `form` see
+        `load_planned`.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -293,7 +306,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def identity(self) -> Mapping[str, str]:
         """Return the facts on which an output depends in addition to the text. Reads a few MB.
 
-        Raises CheckpointError if the file holds another model.
+        Raises:
+            CheckpointError: If the file holds another model.
         """
 
     @property
@@ -323,7 +337,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those around it; weights are not loaded.
 
-        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        Raises:
+            CheckpointError: If there is no tokenizer here; none is downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         dropped = self.count_dropped(tokenizer)
@@ -374,13 +389,18 @@ class FileTextEncoder(ABC, Generic[Network]):
     def compute(
         self, network: Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return prompts' results, on the CPU. rows: their tokens, with `dropped` ones in front of each."""
+        """Return prompts' results, on the CPU.
+
+        `rows` are their tokens, with `dropped` ones in front of each.
+        """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
-        The states of a part's tokens are multiplied by the part's weight. Raises CheckpointError if the
-        tokenizer has more tokens than the network.
+        The states of a part's tokens are multiplied by the part's weight.
+
+        Raises:
+            CheckpointError: If the tokenizer has more tokens than the network.
         """
         return self.encode_written([self.write(prompt) for prompt in prompts], self.compute)
 
@@ -389,7 +409,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     ) -> list[Conditions]:
         """Return the conditions of prompts that are already written out, as `encode` does.
 
-        compute: `self.compute`, or the same with further inputs bound.
+        `compute` is `self.compute`, or the same with further inputs bound.
         """
         if not written:
             return []
@@ -445,7 +465,10 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token of a prompt. places: position of each token in the text."""
+    """Return the weight of each token of a prompt.
+
+    `places` are the position of each token in the text.
+    """
     prompt_characters = range(written.start, written.start + len(written.prompt))
     # tokens around the prompt have the weight 1
     prompt_places = [place if place and place[0] in prompt_characters else None for place in places]

@@ -158,8 +158,8 @@ def add_in_tiles(
 ) -> None:
     """Add the weighted results for the tiles of x, B C F H W, to `out`, B C' F' H' W' of zeros.
 
-    compute: returns the frames of a tile in order, in one or several pieces. cuts: of height and width.
-    units: pixels of a latent pixel in x and in `out`.
+    `compute` returns the frames of a tile in order, in one or several pieces. `cuts` are those of height and
+    width. `units` are the pixels of a latent pixel in x and in `out`.
     """
     unit_in, unit_out = units
     rows, columns = cuts
@@ -184,7 +184,8 @@ def decode_in_tiles(
 ) -> Iterator[Tensor]:
     """Yield pixels B 3 F H W in playing order; with several tiles in host memory, after the last is done.
 
-    latents: B Z f h w. cuts: of height and width. stride: pixels of a latent: frames, height, width.
+    `latents` is B Z f h w. `cuts` are those of height and width. `stride` is the pixels of a latent: frames,
+    height, width.
     """
     if all(len(cut) == 1 for cut in cuts):
         yield from decode(latents)
@@ -199,8 +200,9 @@ def decode_in_tiles(
 def posterior_generator(owner: int | str) -> torch.Generator:
     """Return the generator for the posterior sample of a clip or a picture.
 
-    owner: the name of the cached item, or the seed of the generation. So an item's cache does not depend on
-    the other items of a run, and a generation depends only on its seed.
+    Args:
+        owner: The name of the cached item, or the seed of the generation. So an item's cache does not depend
+            on the other items of a run, and a generation depends only on its seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))
 
@@ -210,9 +212,9 @@ def sample_posterior(
 ) -> Tensor:
     """Return a sample of each posterior, B Z ... float32, on the device of `moments`.
 
-    moments: B 2Z ... float32, means and logarithms of variances on the channel axis; overwritten. generators:
-    one for each item; the noise is drawn in float32 on their device. limits: of the logarithms of variances;
-    None: no limits.
+    `moments` is B 2Z ... float32, means and logarithms of variances on the channel axis; overwritten.
+    `generators` are one for each item; the noise is drawn in float32 on their device. `limits` are those of
+    the logarithms of variances; None means no limits.
     """
     mean, log_variance = moments.chunk(2, dim=1)
     if limits is not None:

@@ -7,6 +7,6 @@ files: transformers in all layouts, Qwen3-VL, FLUX.2's autoencoder
 model: the transformer, with gist tokens and reading blocks
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
-references: pictures to edit, their sizes and masks
+references: images to edit, their sizes and masks
 texts: the text encoder, behind captions as JSON
 """

@@ -58,7 +58,7 @@ EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name
 
 
 class WrittenCaption(NamedTuple):
-    """A caption as it is encoded. Characters of a plain one stand between `before` and `after`."""
+    """A caption as it is encoded. The characters of a plain text are between `before` and `after`."""
 
     text: str
     before: str = ""
@@ -66,6 +66,7 @@ class WrittenCaption(NamedTuple):
 
 
 def write_json(content: Any) -> str:
+    """Return content as compact JSON, with non-ASCII characters as they are."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -80,7 +81,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """Return a value without the parts, at any depth, that say nothing."""
+    """Return a value without its empty parts, at any depth."""
     if isinstance(value, dict):
         cleaned = {key: _clean(part) for key, part in value.items()}
         return {key: part for key, part in cleaned.items() if not _is_empty(part)}
@@ -90,9 +91,9 @@ def _clean(value: Any) -> Any:
 
 
 def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
-    """Return a caption as training captions are: nothing empty, and no scores; the order stays.
+    """Return a caption as training captions are: without empty values and scores, in the same order.
 
-    A caption of exactly a short description and texts keeps both, also an empty list: it says "no text".
+    A caption of exactly a short description and texts keeps both, also an empty list, which says "no text".
     """
     cleaned: dict[str, Any] = {}
     for key, value in _clean(caption).items():
@@ -108,9 +109,9 @@ def clean_caption(caption: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_caption(text: str) -> dict[str, Any] | None:
-    """Return the object that a caption or prompt is; None of a plain text.
+    """Return the object in a caption or prompt; None for plain text.
 
-    Raises OptionError for one that begins like an object and is none.
+    Raises OptionError for text that begins like an object but is not valid JSON.
     """
     if not looks_like_object(text):
         return None
@@ -123,7 +124,7 @@ def read_caption(text: str) -> dict[str, Any] | None:
 
 
 def write_caption(text: str) -> WrittenCaption:
-    """Return a caption as the model was trained to read it; of an empty one the null caption.
+    """Return a caption as the model was trained to read it; an empty one becomes the null caption.
 
     Raises OptionError as `read_caption`.
     """
@@ -136,7 +137,7 @@ def write_caption(text: str) -> WrittenCaption:
 
 
 def write_edit(text: str) -> WrittenCaption:
-    """Return a caption or prompt of an edit behind its pictures: `...}`, without the brace that begins it.
+    """Return the caption or prompt of an edit, which follows its images: `...}`, without the opening brace.
 
     Raises OptionError as `read_caption`, and if an object has no instruction.
     """
@@ -153,7 +154,7 @@ def write_edit(text: str) -> WrittenCaption:
 
 
 def has_drawn_texts(text: str) -> bool:
-    """Return whether a caption names texts that the release's pipeline draws for the text encoder."""
+    """Return whether a caption has texts that the release's pipeline renders for the text encoder."""
     caption = read_caption(text) or {}
     inner = caption.get(CAPTION, caption)
     entries = inner.get(TEXTS) if isinstance(inner, dict) else None
@@ -168,7 +169,7 @@ def _wrap_plain(key: str, text: str) -> WrittenCaption:
 
 
 def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None, Any]:
-    """Return the cleaned caption of an object, and the instruction beside it."""
+    """Return the cleaned caption in an object, and the instruction next to it."""
     caption: Any = {key: value for key, value in content.items() if key != INSTRUCTION}
     if CAPTION in caption:
         caption = caption[CAPTION]
@@ -189,7 +190,7 @@ def find_edit_error(content: dict[str, Any]) -> str:
 
 
 def find_caption_errors(text: str) -> list[str]:
-    """Return what is missing in a caption that is an object, and what is misspelt; [] if nothing is."""
+    """Return the missing and the misspelled keys of a caption that is an object; [] if there are none."""
     try:
         content = read_object(text)
     except ValueError as error:

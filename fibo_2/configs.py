@@ -40,7 +40,7 @@ class Fibo2Config(LuminaConfig):
 
     @property
     def state_dim(self) -> int:
-        """Return the width of a state of the language model."""
+        """Width of one state of the language model."""
         return self.text_dim // STATES_OF_BUNDLE
 
     @property
@@ -48,7 +48,7 @@ class Fibo2Config(LuminaConfig):
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
     def count_gist(self, tokens: int) -> int:
-        """Return the number of tokens that the Perceiver makes of a text of so many tokens."""
+        """Return the number of gist tokens that the Perceiver makes of a text with this many tokens."""
         share = min(max((tokens - MIN_TOKENS) / (MOST_TOKENS - MIN_TOKENS), 0.0), 1.0)
         step = self.most_gist // GIST_STEPS
         fewest = self.most_gist // 2

@@ -44,7 +44,7 @@ from modules.text_files import looks_like_object
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
 MAX_REFERENCES = 4  # as released
-FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of pictures, and mu of their noise levels
+FEW, MANY = (256, 0.5), (4096, 1.15)  # tokens of images, and mu of their noise levels
 PATCH = 2  # latent pixels along each side of a token, in the layout that noise is drawn in
 DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, sized_by_references=True, extras=(MASK,))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
@@ -83,11 +83,12 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance of dev or of edit-turbo."""
         return TURBO if self.is_turbo else DEFAULTS
 
     @property
     def is_turbo(self) -> bool:
-        """Return whether the transformer is edit-turbo, as its name says."""
+        """Whether the transformer is edit-turbo, which only its name shows."""
         if self.samples_on_turbo or self.files.dit is None:
             return self.samples_on_turbo
         verdict = judge_distillation(self.few_steps, self.files.dit)
@@ -95,19 +96,21 @@ class Fibo2(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the names of all models that use FLUX.2's autoencoder: its releases, and other families."""
+        """All models that use FLUX.2's autoencoder: its releases, and other families."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     # captions that are JSON objects
 
     def names_places(self, caption: str) -> bool:
+        """Return whether a caption is a JSON object."""
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
+        """Return the missing and the misspelled keys of a caption."""
         return find_caption_errors(caption)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
-        """Return the caption: it names no places in pixels."""
+        """Return the caption unchanged, because it has no positions in pixels."""
         return caption
 
     # the network
@@ -139,7 +142,11 @@ class Fibo2(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from fibo_states, T n W each, and for edits latents_control_0, ..., B C 1 h w each."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are fibo_states, T n W for each sample, and for edits latents_control_0, ..., B C 1 h w
+        each.
+        """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -152,10 +159,10 @@ class Fibo2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request: noise levels by the size, pictures to edit in the prompt alone.
+        """Resolve a request: noise levels by the size, images to edit in the positive prompt only.
 
-        Without a size the result has the size of training for the first picture's shape. Without a negative
-        prompt it is the null caption. Raises OptionError for a prompt that is broken JSON.
+        Without a size, the result has the trained size that fits the first image's shape. Without a negative
+        prompt, the null caption is used. Raises OptionError for a prompt with invalid JSON.
         """
         request = self._select_size(self.keep_media(request, self.called))
         edited = request.control_images
@@ -172,16 +179,16 @@ class Fibo2(pictures.ModelOfImages):
         return replace(prepared, prompts={0: replace(texts, positive=positive, negative=negative)})
 
     def _select_size(self, request: Request) -> Request:
-        """Return the request with the size of training for the first picture, if it has no size."""
+        """Return the request with a size: if it has none, the trained size that fits the first image."""
         if not request.control_images or request.width is not None or request.height is not None:
             return request
-        from fibo_2.references import find_size  # only with pictures to edit
+        from fibo_2.references import find_size  # only with images to edit
 
         width, height = find_size(request.control_images[0])
         return replace(request, width=width, height=height)
 
     def _show_images(self, prompt: Prompt, prepared: Prepared) -> Prompt:
-        """Return the prompt with the pictures to edit. Raises OptionError for a mask that fits none."""
+        """Return the prompt with the images to edit. Raises OptionError for a mask that does not fit."""
         paths = prepared.request.control_images
         mask = prepared.request.extra.get(MASK)
         if mask and len(paths) != 1:
@@ -200,8 +207,8 @@ class Fibo2(pictures.ModelOfImages):
         return replace(prompt, frames=(frames,), presented=(mask,))
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from fibo_2.references import read_edited  # only with pictures to edit
+        """Encode images to edit as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive
         frames = prompt.frames or [read_edited(path, prompt.picture_size) for path in prompt.pictures]
@@ -211,7 +218,7 @@ class Fibo2(pictures.ModelOfImages):
         return {0: conditions}
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32, drawn before it is packed, as released."""
+        """Return the noise of an image, 1 C 1 h w float32, drawn before it is packed, as released."""
         channels = LATENT.channels // PATCH**2
         _, _, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         drawn = noise.draw((1, channels, 1, PATCH * height, PATCH * width), torch.float32)
@@ -219,19 +226,25 @@ class Fibo2(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Fibo2LatentCachingOptions) -> Fibo2:
+    """Describe the family for fibo_2_cache_latents.py, which needs only the VAE."""
     return Fibo2(Fibo2Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.Fibo2TextCachingOptions) -> Fibo2:
+    """Describe the family for fibo_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Fibo2(Fibo2Files().add_text(options.text))
 
 
 def family_for_training(options: own.Fibo2TrainingOptions) -> Fibo2:
+    """Describe the family for fibo_2_train_network.py."""
     return Fibo2(_make_files(options), options)
 
 
 def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
-    """Describe samples made with --distilled_dit. Raises CheckpointError if it is no transformer."""
+    """Describe the family for samples with --distilled_dit; None without that option.
+
+    Raises CheckpointError if its file is not a transformer.
+    """
     if options.distilled_dit is None:
         return None
     files = replace(_make_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES)
@@ -240,6 +253,7 @@ def family_for_samples(options: own.Fibo2TrainingOptions) -> Fibo2 | None:
 
 
 def family_for_generation(options: own.Fibo2GenerationOptions) -> Fibo2:
+    """Describe the family for fibo_2_generate_image.py."""
     return Fibo2(_make_files(options))
 
 

@@ -1,8 +1,8 @@
 """Transformer files of Fibo 2.0, and the files of a run: transformer, FLUX.2's autoencoder and Qwen3-VL.
 
 Transformers have the released names, which are those of diffusers; ComfyUI stacks some layers, and early
-files have the names of the release's own code. dev and edit-turbo have equal tensors: only names tell them
-apart.
+files have the names of the release's own code. dev and edit-turbo have equal tensors: only names distinguish
+them.
 """
 
 import re
@@ -76,7 +76,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Fibo2Config]:
 
 
 def _read_config(shapes: DitShapes) -> Fibo2Config:
-    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.of("x_embedder.weight")
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
@@ -137,14 +137,17 @@ class Fibo2Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def text_width(self) -> int:
-        """Return the width of the states that are read side by side."""
+        """Width of the states that are read side by side."""
         return STATES_OF_BUNDLE * super().text_width()
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
+        """Load the VAE with the options for its dtype and tiles."""
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)

@@ -1,13 +1,13 @@
-"""The transformer of Fibo 2.0: Z-Image's blocks over gist tokens of a text, a picture, and pictures to edit.
+"""The transformer of Fibo 2.0: Z-Image's blocks over gist tokens of a text, an image, and images to edit.
 
-A Perceiver turns a bundle of the language model's states into gist tokens, which stand behind the pictures
-here (attention does not depend on the order, only on positions). Some blocks read a bundle of their own by
-gated cross-attention. Gist tokens and pictures to edit are clean: they have time 0. Names of modules are the
-released ones, which are those of diffusers. Source: diffusers' BriaFibo2Transformer2DModel. `lumina.blocks`
-lists the steps in float32.
+A Perceiver turns a bundle of the language model's states into gist tokens, which come after the images here
+(attention does not depend on the order, only on positions). Some blocks read a bundle of their own by gated
+cross-attention. Gist tokens and images to edit are clean: they have time 0. Names of modules are the released
+ones, which are those of diffusers. Source: diffusers' BriaFibo2Transformer2DModel. `lumina.blocks` lists the
+steps in float32.
 """
-# Letters: B batch, L tokens of the picture, R of pictures to edit, G of the gist, T of the text, n states of
-# each, W width of a state, D head width, C width of the model, S 2: the time of the picture, and time 0
+# Letters: B batch, L tokens of the image, R of images to edit, G of the gist, T of the text, n states of
+# each, W width of a state, D head width, C width of the model, S 2: the time of the image, and time 0
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from z_image.model import ZImageAttention
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class TextStates(NamedTuple):
@@ -44,28 +44,32 @@ class TextStates(NamedTuple):
     counts: tuple[int, ...]  # real tokens of each sample
 
     def bundle(self, number: int) -> Tensor:
-        """Return the states that are read together, side by side: B T 3W. number: in `configs.BUNDLES`."""
+        """Return the states that are read together, side by side: B T 3W.
+
+        `number` is in `configs.BUNDLES`.
+        """
         return torch.cat([self.states[:, :, place] for place in PLACES[number]], dim=-1)
 
 
 @dataclass(frozen=True)
 class Fibo2Tokens(LuminaTokens):
-    """Inputs of the blocks; x is B L+R+G C, `time` B S time_dim, of the picture and of clean tokens."""
+    """Inputs of the blocks; x is B L+R+G C, and `time` is B S time_dim of the image and of clean tokens."""
 
     texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
     split: int = 0  # where the clean tokens begin, among those that this process has
 
     def cut(self, part: "TokenPart") -> "Fibo2Tokens":
-        """Return the inputs of the blocks for a part of the tokens."""
+        """Return the inputs for the tokens of one process."""
         return replace(super().cut(part), split=part.of_first(self.split))
 
     def select(self, kept: Tensor, num_left_out: int) -> "Fibo2Tokens":
+        """Select as `LuminaTokens.select`, and move the start of the clean tokens."""
         return replace(super().select(kept, num_left_out), split=self.split - num_left_out)
 
     def combine(self, attended: Sequence[Tensor]) -> Tensor:
-        """Return one of the outputs for each token, B L' ..., of attention to each of `texts`.
+        """Combine the outputs of attention to each of `texts`, B L' ... each, to one output.
 
-        The picture steers away from the second text; gist tokens read the text that they were made of.
+        The image steers away from the second text; gist tokens read the text that they were made of.
         """
         if self.second is None:
             return attended[0]
@@ -89,7 +93,10 @@ class Fibo2CrossAttention(ZImageAttention):
     def attend_text(
         self, x: Tensor, bundle: Tensor, counts: Sequence[int], choice: AttentionChoice
     ) -> Tensor:
-        """Return B L N D. x: B L C. bundle: B T 3W. counts: real tokens of each text."""
+        """Return the attention of x, B L C, to a text's `bundle`, B T 3W: B L N D.
+
+        `counts` are the real tokens of each text.
+        """
         query, key, value = (
             in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
             for layer, tokens in ((self.to_q, x), (self.to_k, bundle), (self.to_v, bundle))
@@ -105,7 +112,7 @@ class Fibo2CrossAttention(ZImageAttention):
 
 
 class PerceiverLayer(nn.Module):
-    """Gist tokens read the text, then each other; then a feed-forward."""
+    """A layer in which gist tokens read the text and then each other, followed by a feed-forward."""
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__()
@@ -124,6 +131,7 @@ class PerceiverLayer(nn.Module):
         lengths: Lengths | None,
         choice: AttentionChoice,
     ) -> Tensor:
+        """Apply the layer to gist tokens x, B G C."""
         # x: B G C
         read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, counts, choice)
         x = x + self.cross_attention.project(read.flatten(2))
@@ -134,7 +142,7 @@ class PerceiverLayer(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """Turn a text's states into a number of gist tokens that depends on its length."""
+    """Turns a text's states into gist tokens, whose number depends on the text's length."""
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__()
@@ -150,6 +158,15 @@ class Perceiver(nn.Module):
         choice: AttentionChoice,
         dtype: torch.dtype,
     ) -> Tensor:
+        """Return gist tokens, B G C.
+
+        Args:
+            text: States of the texts.
+            gist: G, the largest number of gist tokens of a sample.
+            lengths: Each sample's own number of gist tokens; None if all have G.
+            choice: Attention to use.
+            dtype: Dtype of the tokens.
+        """
         # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
         bundle = text.bundle(0)
         x = self.latent_queries[:gist].to(dtype).expand(len(bundle), -1, -1)
@@ -166,7 +183,7 @@ class Fibo2Block(JointTransformerBlock):
     activates_time = False
 
     def __init__(self, config: Fibo2Config, bundle: int | None = None) -> None:
-        """bundle: number of the bundle that it reads; None: none."""
+        """Build a block that reads the text's bundle with this number; None: it reads none."""
         super().__init__(config)
         self.bundle = bundle
         if bundle is not None:
@@ -182,6 +199,7 @@ class Fibo2Block(JointTransformerBlock):
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def forward(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:  # type: ignore[override]
+        """Apply the block to tokens x, B L+R+G C."""
         # x: B L+R+G C
         scale1, gate1, *feed_rows = self.modulation(tokens.time)
         h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.split)
@@ -195,7 +213,7 @@ class Fibo2Block(JointTransformerBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return what the tokens x read of this block's bundle of the text, normed: B L' C."""
+        """Return what the tokens x read of this block's bundle of the text, normed, B L' C."""
         assert self.bundle is not None
         h = self.cross_attn_norm1(x)
         attended = []
@@ -208,20 +226,20 @@ class Fibo2Block(JointTransformerBlock):
         return output
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B L+R+G C -> B L C."""
+        """Return the input of attention for the image tokens of x, B L+R+G C to B L C."""
         scale, *_ = self.modulation(tokens.time[:, :1])
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
 
 class Fibo2Layout(NamedTuple):
-    """The key of a table of rotations: of picture, pictures to edit, and gist tokens."""
+    """Key of a rotary table: sizes of the image and of images to edit, and number of gist tokens."""
 
-    grids: tuple[Grid, ...]  # of the picture, then of those to edit
+    grids: tuple[Grid, ...]  # of the image, then of those to edit
     gist: int
 
 
 class Fibo2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL.
+    """Predict the velocity of noisy latents of an image from states of Qwen3-VL.
 
     Simplified, without a second text and the code around the blocks:
 
@@ -231,21 +249,21 @@ class Fibo2Model(BlockNetwork):
             image = block(image, time)
         gist = perceiver(bundle 0)                                          # B G C
         x = cat([image, gist])
-        for block in layers:                                                # the picture has the first time
+        for block in layers:                                                # the image has the first time
             scale, gate, scale2, gate2 = block.adaLN_modulation(time)       # gates through tanh
             x = x + gate * attention_norm2(attention(attention_norm1(x) * (1 + scale)))
             if block reads bundle n:
                 read = cross_attn_norm2(cross_attention(cross_attn_norm1(x), bundle n))
                 x = x + tanh(cross_attn_gate) * read
             x = x + gate2 * ffn_norm2(feed_forward(ffn_norm1(x) * (1 + scale2)))
-        velocity = final_layer(x[:, :L], time of the picture)               # returned as B Z 1 H W
+        velocity = final_layer(x[:, :L], time of the image)               # returned as B Z 1 H W
     """
 
     spec = DIT
     dtype_of = "layers.0.attention_norm1.weight"
 
     def __init__(self, config: Fibo2Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -269,13 +287,19 @@ class Fibo2Model(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of picture, references and gist, B L+R+G C, and the other inputs of the blocks.
+        """Return the tokens of image, references and gist, B L+R+G C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W, packed latents. timesteps: B, 0..1000. text: B T n W, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
-        second text has arguments named text and text_mask, and its gist follows the first text's.
-        references: clean latents of pictures to edit, each B Z 1 h w of its own size. Raises ValueError if
-        sizes do not fit.
+        Args:
+            noisy: Packed latents, B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T n W.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+                gist follows that of the first text.
+            references: Clean latents of images to edit, each B Z 1 h w of its own size.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -309,7 +333,7 @@ class Fibo2Model(BlockNetwork):
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.in_dim or frames != 1:
             raise ValueError(
@@ -318,13 +342,13 @@ class Fibo2Model(BlockNetwork):
         return height, width
 
     def embed_times(self, timesteps: Tensor) -> Tensor:
-        """Return the embedded time of the picture, and time 0 of clean tokens: B -> B S time_dim float32."""
+        """Return the embedded time of the image, and time 0 of clean tokens, B to B S time_dim float32."""
         both = torch.stack([timesteps, torch.zeros_like(timesteps)], dim=1)
         time: Tensor = self.t_embedder(both.flatten()).unflatten(0, both.shape)
         return time
 
     def _refine(self, image: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return tokens of picture and references, B L+R C, that attended to each other."""
+        """Return tokens of image and references, B L+R C, that attended to each other."""
         count = image.shape[1]
         alone = replace(tokens, rotary=tokens.rotary[:count], lengths=None, texts=())
         if count == tokens.split:  # no references: one row of modulation serves all
@@ -334,7 +358,7 @@ class Fibo2Model(BlockNetwork):
         return image
 
     def _make_gist(self, text: TextStates, before: int, dtype: torch.dtype) -> "Gist":
-        """Return the gist tokens of texts. before: number of tokens in front of them, for `lengths`."""
+        """Return the gist tokens of texts. `before` counts the tokens in front of them, for `lengths`."""
         counts = [self.config.count_gist(count) for count in text.counts]
         device = text.states.device
         are_equal = len(set(counts)) == 1
@@ -351,10 +375,11 @@ class Fibo2Model(BlockNetwork):
         return rearrange(patches, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: Fibo2Layout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of all tokens: L+R+G 1 D/2 2 float32.
+        """Return (cosine, sine) pairs of all tokens, L+R+G 1 D/2 2 float32.
 
-        Positions: gist token i (from 1) at (i, 0, 0), the picture's at (most gist tokens + 1, row, column),
-        those of reference k (from 1) k planes behind it. Angles are float64, rounded to float32, as trained.
+        Positions are (i, 0, 0) for gist token i (from 1), (maximum of gist tokens + 1, row, column) for the
+        image, and k planes after it for reference k (from 1). Angles are float64, rounded to float32, as
+        trained.
         """
         theta = self.config.rope_theta
 
@@ -377,10 +402,10 @@ class Gist(NamedTuple):
     """Gist tokens of a batch of texts."""
 
     tokens: Tensor  # B G C
-    lengths: Lengths | None  # real tokens of picture, references and gist together; None: all
+    lengths: Lengths | None  # real tokens of image, references and gist together; None: all
 
 
 def _read_states(arguments: Mapping[str, Any]) -> TextStates:
-    """Return the states of a batch of texts. arguments: text and text_mask, as in `Fibo2Model.embed`."""
+    """Return the states of a batch of texts. `arguments` are text and text_mask, as in `Fibo2Model.embed`."""
     longest, counts = real_tokens(arguments["text_mask"])
     return TextStates(arguments["text"][:, :longest], counts)

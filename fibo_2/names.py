@@ -1,4 +1,4 @@
-"""What Fibo 2.0 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Fibo 2.0's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from lumina.names import LUMINA_SIDES
@@ -23,7 +23,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def _in_comfyui(attention: str) -> tuple[tuple[str, str], ...]:
-    """Return (ComfyUI's path, our path) of what it does not stack."""
+    """Return (ComfyUI's path, our path) of the layers that ComfyUI does not stack."""
     out = "to_out" if "_attention" in attention else "out"
     norms = ((f"{attention}.{x}_norm", f"{attention}.norm_{x}") for x in "qk")
     return ((f"{attention}.{out}", f"{attention}.to_out.0"), *norms)

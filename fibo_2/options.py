@@ -11,7 +11,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Fibo 2.0"
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 STEPS, GUIDANCE = 30, 5.0
 STEPS_OF_TURBO, GUIDANCE_OF_TURBO = 4, 1.0
 MASK = "mask_path"  # in `Request.extra`
@@ -80,7 +80,7 @@ class Fibo2GenerationOptions(Fibo2ModelOptions, title=NAME):
 
 
 def caching_options(options: Fibo2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
 
 

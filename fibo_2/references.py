@@ -1,4 +1,4 @@
-"""Pictures to edit: their sizes for network and text encoder, and the part that a mask makes anew.
+"""Images to edit: their sizes for network and text encoder, and the part that a mask generates anew.
 
 Source: diffusers' BriaFibo2ImageProcessor, which prepares them as in training.
 """
@@ -20,15 +20,15 @@ from modules.media.reading import Frame, fit_frame, image_size, read_image
 STEP = 16  # sides are multiples of this, in pixels
 MIN_SIDE = 64
 AREA = 1024 * 1024  # of the sizes of training, within a tenth
-SHOWN_SIDE = 768  # of a picture that the text encoder sees, at most
+SHOWN_SIDE = 768  # of an image that the text encoder sees, at most
 GRAY = 128  # of the part that is made anew; the mask is cut at this value too
 PRECISION = 9  # digits of the share that is cropped
 
 
 def trained_size(size: Size) -> Size:
-    """Return the size of training, width and height, for a picture of this shape: about a megapixel.
+    """Return the trained size (width, height), about a megapixel, that crops an image of this shape least.
 
-    It crops the picture least; of several sizes, the one nearest to a megapixel, then the widest.
+    Of several sizes, it is the one nearest to a megapixel, then the widest.
     """
     aspect = size[0] / size[1]
     sizes = []
@@ -46,7 +46,7 @@ def trained_size(size: Size) -> Size:
 
 
 def crop_cover(frame: Frame, size: Size) -> Frame:
-    """Return a frame, H W 3, that covers `size`, Lanczos, with its center cropped."""
+    """Return a frame, H W 3, scaled with Lanczos to cover `size` and cropped around its center."""
     height, width = frame.shape[:2]
     scale = max(size[1] / height, size[0] / width)
     resized = math.ceil(width * scale), math.ceil(height * scale)
@@ -55,14 +55,14 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Return a picture, H W C uint8, as the text encoder sees it: H W 3, at most `SHOWN_SIDE` a side."""
+    """Return an image, H W C uint8, as the text encoder sees it: H W 3, at most `SHOWN_SIDE` a side."""
     image = Image.fromarray(picture[..., :3].numpy())
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return torch.from_numpy(np.array(image))
 
 
 def read_edited(path: Path, size: Size | None) -> Tensor:
-    """Read a picture to edit, H W 3 uint8. size: to cover; None: the size of training for its shape.
+    """Read an image to edit, H W 3 uint8, so that it covers `size`; None for the trained size of its shape.
 
     Raises MediaError if it cannot be read.
     """
@@ -71,14 +71,16 @@ def read_edited(path: Path, size: Size | None) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None) -> Tensor:
-    """Read a picture as `read_edited` does, as the text encoder sees it."""
+    """Read an image as `read_edited` does, in the form that the text encoder sees."""
     return shrink(read_edited(path, size))
 
 
 def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
-    """Read a picture to edit, gray where a mask is white: H W 3 uint8 of `size`.
+    """Read an image to edit that is gray where a mask is white, H W 3 uint8 of `size`.
 
-    Raises OptionError if the mask cannot be read or has another size, MediaError if the picture cannot.
+    Raises:
+        OptionError: If the mask cannot be read or has another size.
+        MediaError: If the image cannot be read.
     """
     check_opens(MASK, mask, is_image=True)
     frame = read_image(path)
@@ -93,5 +95,5 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
 
 
 def find_size(path: Path) -> Size:
-    """Return the size of the result of an edit, from the first picture. Raises MediaError."""
+    """Return the size of an edit's result, from the first image. Raises MediaError."""
     return trained_size(image_size(path))

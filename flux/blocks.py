@@ -1,11 +1,11 @@
-"""Blocks in which picture and text tokens attend to each other: double (separate weights), single (shared).
+"""Blocks in which image and text tokens attend to each other: double (separate weights), single (shared).
 
 HunyuanVideo's blocks follow these; `hunyuan_model/blocks.py` lists the steps in float32, and the order of
-tokens: picture tokens first, then text, which is not rotated. The released code has the text first; attention
+tokens: image tokens first, then text, which is not rotated. The released code has the text first; attention
 does not depend on the order. Chroma's blocks do not compute their modulation, they take rows of it. Source:
 the released code of FLUX.1 and Chroma. Module names follow the published checkpoints.
 """
-# Letters: B batch, L picture tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
+# Letters: B batch, L image tokens, T text tokens, S 1 or 2 texts, N heads, D head width, C = N * D,
 # M modulations
 
 import torch
@@ -27,7 +27,7 @@ from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, in_own_
 
 
 class ModulationRows(nn.Module):
-    """Select the shifts, scales and gates of a block from all rows that Chroma's approximator made."""
+    """Selects the shifts, scales and gates of a block from all rows that Chroma's approximator computes."""
 
     def __init__(self, first: int, count: int) -> None:
         super().__init__()
@@ -36,11 +36,12 @@ class ModulationRows(nn.Module):
         self.rows = torch.arange(first, first + count, device="cpu")
 
     def place(self, device: torch.device) -> None:
-        """Put the numbers of the rows on the device of the vectors, once, without waiting for it."""
+        """Copy the indices of the rows to the device of the vectors, once, without synchronizing."""
         if self.rows.device != device:
             self.rows = send_ahead(self.rows, device)
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return this block's rows, each B S C, of a vector of all rows, B S M C float32."""
         # vector: B S M C float32 -> count tensors B S C
         return vector.index_select(2, self.rows).unbind(2)
 
@@ -48,7 +49,7 @@ class ModulationRows(nn.Module):
 def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanModulation | ModulationRows:
     """Return the module for a block's modulation: a layer of its own, or rows of Chroma's approximator.
 
-    kind: single, picture or text (both of double blocks), or final; rows have this order, block by block.
+    `kind` is single, image or text (both of double blocks), or final; rows have this order, block by block.
     Source: the released code of Chroma.
     """
     count = {"single": 3, "picture": 6, "text": 6, "final": 2}[kind]
@@ -62,7 +63,7 @@ def make_modulation(config: FluxConfig, kind: str, block: int = 0) -> HunyuanMod
 
 
 class QueryKeyNorm(nn.Module):
-    """Norms of queries and keys, of each head by itself."""
+    """Norms of queries and keys, applied to each head separately."""
 
     def __init__(self, head_width: int, eps: float) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class QueryKeyNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """The layers around attention of one of the two streams."""
+    """The layers around the attention of one of the two streams."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class JointAttention(nn.Module):
 
 
 class DoubleBlock(DoubleStreamBlock):
-    """Block in which picture and text have separate weights and share one attention."""
+    """Block in which image and text have separate weights and share one attention."""
 
     def __init__(self, config: FluxConfig, index: int) -> None:
         dim = config.dim
@@ -96,11 +97,13 @@ class DoubleBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayers("0 2", sizes, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
         if is_text:
             return self.txt_mod, self.txt_attn.proj, self.txt_mlp
         return self.img_mod, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return split_heads(
@@ -109,7 +112,7 @@ class DoubleBlock(DoubleStreamBlock):
 
 
 class SingleBlock(nn.Module):
-    """Block in which picture and text share all weights; attention and feed-forward run in parallel."""
+    """Block in which image and text share all weights; attention and feed-forward run in parallel."""
 
     def __init__(self, config: FluxConfig, index: int) -> None:
         super().__init__()
@@ -123,6 +126,7 @@ class SingleBlock(nn.Module):
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)

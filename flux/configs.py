@@ -35,7 +35,7 @@ PATCH = 2  # height and width of the latents in a token
 
 @dataclass(frozen=True)
 class ApproximatorConfig:
-    """Dimensions of Chroma's network that makes all modulations."""
+    """Dimensions of Chroma's network that computes all modulations."""
 
     in_dim: int  # a quarter each for timestep and guidance, half for the number of the modulation
     dim: int
@@ -62,15 +62,17 @@ class FluxConfig:
 
     @property
     def kind(self) -> str:
+        """Kind of the model: Chroma, dev (with guidance as an input) or schnell."""
         if self.approximator is not None:
             return CHROMA
         return DEV if self.has_guidance else SCHNELL
 
     @property
     def channels(self) -> int:
+        """Number of latent channels."""
         return self.token_dim // PATCH**2
 
     @property
     def modulations(self) -> int:
-        """Number of rows that Chroma's approximator makes: 344 for the published model."""
+        """Number of rows that Chroma's approximator computes: 344 for the published model."""
         return 3 * self.single_blocks + 12 * self.double_blocks + 2

@@ -1,11 +1,10 @@
 """A ControlNet of FLUX.1 next to the transformer, in diffusers' class: files, and what it adds to blocks.
 
-Its residuals are added to the picture's tokens behind the blocks, as diffusers' transformer does: one of
-its n residuals serves ceil(blocks / n) blocks in a row. It sees the control picture as latents of the
-autoencoder.
+Its residuals are added to the image tokens after the blocks, as diffusers' transformer does: each of its n
+residuals serves ceil(blocks / n) consecutive blocks. It sees the control image as latents of the autoencoder.
 Source: `FluxControlNetModel`, `FluxControlNetPipeline` and `FluxTransformer2DModel` of diffusers.
 """
-# Letters: B batch, L picture tokens, T text tokens, Z latent channels, C width
+# Letters: B batch, L image tokens, T text tokens, Z latent channels, C width
 
 import inspect
 import logging
@@ -38,10 +37,10 @@ TIMESTEPS = 1000  # diffusers' class takes 0..1
 
 
 class FluxControl(nn.Module):
-    """A frozen ControlNet next to a transformer: computes what is added behind each of its blocks."""
+    """A frozen ControlNet next to a transformer: computes what is added after each of its blocks."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
-        """config: of the transformer."""
+        """Wrap a ControlNet for a transformer with this `config`."""
         super().__init__()
         self.network = network
         self._blocks = config.double_blocks, config.single_blocks
@@ -57,7 +56,7 @@ class FluxControl(nn.Module):
         control: Tensor,
         strength: float = 1.0,
     ) -> list[Tensor | None]:
-        """Return what `compute_additions` does."""
+        """Return what `compute_additions` computes with this network."""
         return compute_additions(
             self.network,
             self._blocks,
@@ -83,11 +82,18 @@ def compute_additions(
     control: Tensor,
     strength: float,
 ) -> list[Tensor | None]:
-    """Return what a ControlNet adds behind each block, B L C, double ones first; None where it adds nothing.
+    """Return what a ControlNet adds after each block, B L C, double blocks first; None if it adds nothing.
 
-    blocks: of the transformer, double and single ones. noisy, control: B Z 1 H W, latents in model space.
-    timesteps: B, 0..1000. t5: B T D. pooled: B E. guidance: B, not scaled. strength: by which all is
-    multiplied.
+    Args:
+        network: The ControlNet.
+        blocks: Numbers of double and single blocks of the transformer.
+        noisy: Noisy latents, B Z 1 H W.
+        timesteps: B, 0..1000.
+        t5: States of T5, B T D.
+        pooled: State of CLIP-L, B E.
+        guidance: B, not scaled.
+        control: Latents of the control image in model space, B Z 1 H W.
+        strength: Factor of all additions.
     """
     dtype = network.dtype
     device = noisy.device
@@ -133,7 +139,7 @@ def load_control_net(path: Path, config: FluxConfig, device: torch.device, dtype
 def load_network(
     path: Path, config: FluxConfig, device: torch.device, dtype: torch.dtype
 ) -> FluxControlNetModel:
-    """Load a ControlNet for a transformer; on the meta device no data are read.
+    """Load a ControlNet for a transformer; on the meta device no weights are read.
 
     Raises as `read_control_net`.
     """
@@ -144,14 +150,14 @@ def load_network(
 
 
 def build_network(settings: Mapping[str, Any]) -> FluxControlNetModel:
-    """Return diffusers' class. settings: its arguments."""
+    """Build diffusers' class with these arguments."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # to developers: diffusers moves a class of its own
         return FluxControlNetModel(**settings)
 
 
 def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
-    """Compare a ControlNet's header with a transformer; return and raise as `read_control_net`."""
+    """Compare a ControlNet's header with a transformer. Returns and raises as `read_control_net`."""
     with _open(path) as checkpoint:
         return read_control_net(path, checkpoint, config)
 
@@ -159,8 +165,14 @@ def read_settings(path: Path, config: FluxConfig) -> dict[str, Any]:
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
     """Return the settings of diffusers' class, from the folder's config.json or the tensors' shapes.
 
-    path: as given. config: of the transformer. Raises CheckpointError if the file is not a ControlNet of
-    FLUX.1 that sees latents, or if it does not fit the transformer.
+    Args:
+        path: File or folder, for messages.
+        checkpoint: The open file.
+        config: Dimensions of the transformer.
+
+    Raises:
+        CheckpointError: If the file is not a ControlNet of FLUX.1 that sees latents, or does not fit the
+            transformer.
     """
     names = checkpoint.tensors
     hint = next((name for name in names if name.startswith("input_hint_block.")), None)
@@ -200,7 +212,7 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
 
 
 def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> dict[str, Any]:
-    """Return the settings of diffusers' class for a ControlNet with so many blocks of a transformer."""
+    """Return the settings of diffusers' class for a ControlNet with this many blocks of a transformer."""
     head = config.dim // config.num_heads
     return {
         "in_channels": config.token_dim,
@@ -216,12 +228,12 @@ def settings_of(config: FluxConfig, double_blocks: int, single_blocks: int) -> d
 
 
 def _open(path: Path) -> Checkpoint:
-    """Open a file, a folder in diffusers' layout, or a repository's of the hub."""
+    """Open a file, a folder in diffusers' layout, or a folder of a repository on the hub."""
     return open_checkpoint(path if path.exists() else find_model_folder(CONTROL_NET, path.as_posix(), FILES))
 
 
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the settings in a ControlNet's config.json; None if there is none, or it is of another model."""
+    """Return the settings in a ControlNet's config.json; None without one, or if it is of another model."""
     place = checkpoint.path
     file = place / "config.json" if place.is_dir() else place.with_name("config.json")
     if not file.is_file():

@@ -1,9 +1,9 @@
 """A ControlNet of FLUX.1 in training: a copy of the transformer's first blocks.
 
-It sees the control picture as latents. The network is diffusers' `FluxControlNetModel`.
-Source: Zhang et al. 2023, arXiv 2302.05543.
+It sees the control image as latents. The network is diffusers' `FluxControlNetModel`. Source: Zhang et al.
+2023, arXiv 2302.05543.
 """
-# Letters: B batch, L picture tokens, Z latent channels, C width
+# Letters: B batch, L image tokens, Z latent channels, C width
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -39,20 +39,21 @@ OWN_PARTS = "controlnet_"  # names begin so where a transformer has no such part
 
 
 class TrainedFluxControl(nn.Module):
-    """A ControlNet next to the transformer of a training."""
+    """A trainable ControlNet next to a frozen transformer."""
 
     def __init__(self, network: FluxControlNetModel, config: FluxConfig) -> None:
-        """config: of the transformer."""
+        """Wrap a ControlNet for a transformer with this `config`."""
         super().__init__()
         self.network = network
         self.multiplier = 1.0  # 0 shows the base
         self._blocks = config.double_blocks, config.single_blocks
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the factor of what the ControlNet adds."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the groups of the optimizer, and their names."""
+        """Return the parameter groups of the optimizer, and their names."""
         return [{"params": list(self.network.parameters()), "lr": learning_rate}], ["control_net"]
 
     def see_call(
@@ -65,7 +66,7 @@ class TrainedFluxControl(nn.Module):
         control: Tensor,
         strength: float,
     ) -> list[Tensor | None]:
-        """Return what it adds in a call of the transformer, as `compute_additions` does; [] for nothing."""
+        """Return what is added in a call of the transformer, as `compute_additions`; [] for nothing."""
         strength *= self.multiplier
         if strength == 0:
             return []
@@ -102,10 +103,10 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
 def make_control_net(
     options: FluxControlNetTrainingOptions, dit: nn.Module, with_values: bool
 ) -> TrainedFluxControl:
-    """Make a ControlNet for a transformer, and have it called there.
+    """Make a ControlNet for a transformer, and connect it so that each call of the transformer runs it.
 
-    It is a copy of the first blocks, or has the values of a file. with_values: else it is on the meta device.
-    Raises CheckpointError if the file does not fit the transformer.
+    It is a copy of the first blocks, or has the weights of a file. Without `with_values`, it stays on the
+    meta device. Raises CheckpointError if the file does not fit the transformer.
     """
     assert isinstance(dit, FluxModel)
     path = options.controlnet
@@ -126,9 +127,9 @@ def make_control_net(
 
 
 def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Tensor]:
-    """Return the weights of a new ControlNet: those of the transformer, and zeros for its own parts.
+    """Return a new ControlNet's weights: the transformer's, and zeros for its own layers.
 
-    network: on the meta device. Returns float32 on the CPU.
+    `network` is on the meta device; the result is float32 on the CPU.
     """
     _, table = DIALECTS["diffusers"]
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -150,9 +151,9 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
 
 def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
-    """Check that a ControlNet fits the transformer, by headers.
+    """Check by headers that a ControlNet fits the transformer.
 
-    Raises OptionError, or CheckpointError for a file that it cannot start from.
+    Raises OptionError, or CheckpointError for a file that training cannot start from.
     """
     config = files.dit_header().config
     if config.kind == CHROMA:
@@ -199,6 +200,6 @@ def _write(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: M
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
-    """Return the command that generates with a file. usual: that of the model alone."""
+    """Return the command that generates with a trained file; `usual` is the command without it."""
     control = sample.get("control_path") or FillIn("CONTROL_PICTURE")
     return [*usual, *option_words({CONTROL_NET: file, "--control_image": control})]

@@ -82,9 +82,9 @@ class Flux(ModelOfImages):
     noise_dtype: torch.dtype | None = None
     options: Any = NO_OPTIONS  # of a training, or of a generation
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
-    # what a training makes in place of a LoRA, which sees the control pictures
+    # what a training makes in place of a LoRA, which sees the control images
     made_network: MadeNetwork | None = None
-    stores_controls: bool = False  # latents are cached together with the control pictures of a table
+    stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
     name: str = field(default="flux", init=False)
@@ -100,17 +100,16 @@ class Flux(ModelOfImages):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer was distilled to few steps, as schnell was; or None."""
+        """Return the evidence that the transformer was distilled to few steps, as schnell was; else None."""
         if self.files.kind == configs.SCHNELL:
             return f"{self.files.dit_path} is FLUX.1 schnell"
         return super().why_few_steps()
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space, with npz caches of texts that record whether attention in T5 left the
-        padding out.
+        """Latent space, with npz text caches that record whether T5's attention left out the padding.
 
-        They always have a pooled text, zeros if the model takes none.
+        These caches always have a pooled text, which is zeros if the model takes none.
         """
         assert LATENT.npz is not None
         zeros = {**LATENT.npz.zeros, **({} if self.files.has_pooled else {POOLED: ("", CLIP_L_WIDTH)})}
@@ -119,15 +118,18 @@ class Flux(ModelOfImages):
 
     @property
     def dit(self) -> DitSpec:
+        """Names inside the transformer, and whether a ControlNet adds to its blocks."""
         has_additions = self.controlnet is not None or self.made_network is not None
         return replace(dit_spec(self.files.kind), has_additions=has_additions)
 
     @property
     def text_keys(self) -> frozenset[str]:
+        """Names of T5's states and mask and, except for Chroma, of CLIP-L's pooled state."""
         return frozenset({STATES, MASK, POOLED} if self.files.has_pooled else {STATES, MASK})
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Steps and guidance of dev, schnell or Chroma."""
         kind = self.files.kind
         scale = CHROMA_SCALE if kind == configs.CHROMA else 1.0
         default = image_defaults(
@@ -137,10 +139,12 @@ class Flux(ModelOfImages):
 
     @property
     def release(self) -> ModelRelease:
+        """Released model of this kind of transformer."""
         return configs.RELEASES[self.files.kind]
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model: FLUX.1 with its task, or Chroma."""
         kind = self.files.kind
         names = {
             "architecture": configs.ARCHITECTURES[kind],
@@ -175,7 +179,10 @@ class Flux(ModelOfImages):
         super().check_table(replace(table, has_control=False) if sees_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture, with `latents_control` of the one for a ControlNet."""
+        """Return the cache entry of each image.
+
+        For a ControlNet also `latents_control` of its control image.
+        """
         entries = super().encode_media(encoders, media)
         sees_controls = self.controlnet is not None or self.made_network is not None or self.stores_controls
         if not sees_controls or not media.control:
@@ -201,6 +208,7 @@ class Flux(ModelOfImages):
             read_settings(self.controlnet, self.files.dit_header().config)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, and a frozen ControlNet next to it."""
         dit = super().load_dit(placement, expert)
         if self.controlnet is not None:
             from flux.control_net import load_control_net
@@ -214,9 +222,10 @@ class Flux(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: text, and guidance (B).
+        """Return the conditions of a training batch: text, and guidance (B).
 
-        Raises CacheError if T5 read captions otherwise than in this training, or states have no mask.
+        Raises CacheError if T5 read captions with other settings than in this training, or states have no
+        mask.
         """
         control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
@@ -232,7 +241,7 @@ class Flux(ModelOfImages):
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Return the control pictures' latents for a ControlNet. Raises CacheError if their size differs."""
+        """Return the latents of control images for a ControlNet. Raises CacheError if their size differs."""
         if self.made_network is not None:
             taker, remedy = self.made_network.called, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
@@ -251,7 +260,7 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""
+        """Raise CacheError if T5 read captions with other settings, or states have no mask."""
         uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")
@@ -280,7 +289,11 @@ class Flux(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; Kontext: latents_control."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B and, for Kontext,
+        latents_control.
+        """
         device = noisy.device
         images = references_in(cond, device)
         is_control = bool(images) and (self.controlnet is not None or self.made_network is not None)
@@ -298,18 +311,19 @@ class Flux(ModelOfImages):
     # generation
 
     def keep_media(self, request: requests.Request, who: str) -> requests.Request:
-        """Return the request without media that nothing sees: a made network sees the control picture."""
+        """Return the request without unused media; a ControlNet in training uses the control image."""
         sees = self.made_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
+        """Return whether there is a control image, or denoising starts from an image."""
         sees = prepared.request.control_path is not None or self._control_image is not None
         return sees or super().needs_media(prepared)
 
     def request_conditions(
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
-        """Encode the control picture as `latents_control`, 1 Z 1 h w: its posterior's mean."""
+        """Encode the control image as `latents_control`, 1 Z 1 h w: the mean of its posterior."""
         if self.made_network is not None:
             seen = control_pictures.sample_controls(prepared)
         elif self._control_image is not None:
@@ -326,10 +340,11 @@ class Flux(ModelOfImages):
 
     @property
     def _control_image(self) -> Path | None:
-        """Return the control picture of a generation."""
+        """Control image of a generation; None without one."""
         return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
+        """Resolve size, guidance and flow shift of a request; warn of what this kind of model ignores."""
         self.files.check(("dit",))
         kind = self.files.kind
         request = self.keep_media(request, str(self.files.dit_path))
@@ -357,7 +372,7 @@ class Flux(ModelOfImages):
         return requests.settle(request, default, size, flow_shift, default_negative=negative)
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
-        """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""
+        """Return the noise of an image, 1 C 1 h w float32, drawn in the order of its tokens."""
         _, channels, _, height, width = LATENT.shape(1, prepared.height, prepared.width)
         rows, columns = height // 2, width // 2
         drawn = noise.draw((1, rows * columns, 4 * channels), self._noise_dtype)
@@ -365,7 +380,7 @@ class Flux(ModelOfImages):
 
     @property
     def _text_inputs(self) -> Mapping[str, str]:
-        """Map the network's text arguments to names in caches. Without a mask padding counts as text."""
+        """Return the cache names of the network's text arguments. Without a mask, padding counts as text."""
         inputs = {"t5": STATES}
         if self.files.has_pooled:
             inputs["pooled"] = POOLED
@@ -380,15 +395,18 @@ def _warn_of_unused_control() -> None:
 
 
 def family_for_latent_caching(options: FluxLatentCachingOptions) -> Flux:
+    """Describe the family for flux_cache_latents.py, which needs only the VAE."""
     files = FluxFiles().add_vae(options.vae)
     return Flux(files, controlnet=options.controlnet, stores_controls=options.control_pictures)
 
 
 def family_for_text_caching(options: FluxTextCachingOptions) -> Flux:
+    """Describe the family for flux_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Flux(FluxFiles(says_chroma=options.model_type == SAYS_CHROMA).add_text(options.text))
 
 
 def family_for_training(options: FluxLearningOptions) -> Flux:
+    """Describe the family for FLUX's training scripts, one of which trains a ControlNet."""
     model = Flux(_make_files(options), trained_guidance=options.embedded_guidance, options=options)
     if isinstance(options, FluxControlNetTrainingOptions):
         from flux.control_net_learning import MODULE, describe_control_net  # only to train one
@@ -399,6 +417,7 @@ def family_for_training(options: FluxLearningOptions) -> Flux:
 
 
 def family_for_generation(options: FluxGenerationOptions) -> Flux:
+    """Describe the family for flux_generate_image.py."""
     if options.control_image is not None:
         control_pictures.check_control("--control_image", options.control_image)
     return Flux(_make_files(options), options=options, controlnet=options.controlnet)

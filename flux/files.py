@@ -137,7 +137,10 @@ def _log_chroma(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FluxFiles(AutoencoderFiles):
-    """Files of a run with CLIP-L and T5; the transformer's says whether it is dev, schnell or Chroma."""
+    """Files of a run with CLIP-L and T5.
+
+    The transformer's file shows whether it is dev, schnell or Chroma.
+    """
 
     dit_option: str = OPTION
     says_chroma: bool = False  # --model_type chroma
@@ -154,6 +157,7 @@ class FluxFiles(AutoencoderFiles):
     t5_use: ClassVar = USE
 
     def add_text(self, options: FluxTextOptions) -> "FluxFiles":
+        """Return the files with the options of the text encoders."""
         return replace(
             self,
             clip_l=options.clip_l,
@@ -168,10 +172,12 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def clip_l_path(self) -> Path:
+        """Path of CLIP-L. Raises OptionError if its option is missing."""
         return require_file(self.clip_l, self.clip_use.option, "CLIP-L encodes the prompts")
 
     @property
     def t5xxl_path(self) -> Path:
+        """Path of T5. Raises OptionError if its option is missing."""
         return require_file(self.t5xxl, self.t5_use.kind.option, "T5 encodes the prompts")
 
     def dit_header(self) -> DitHeader[FluxConfig]:
@@ -191,23 +197,28 @@ class FluxFiles(AutoencoderFiles):
 
     @property
     def kind(self) -> str:
+        """Kind of the transformer; without a file, that of --model_type."""
         if self.dit is None:
             return CHROMA if self.says_chroma else DEV
         return self.dit_header().config.kind
 
     @property
     def has_pooled(self) -> bool:
+        """Whether the model takes CLIP-L's pooled state: all but Chroma."""
         return self.kind != CHROMA
 
     @property
     def uses_mask(self) -> bool:
+        """Whether padding is masked: with --apply_t5_attn_mask, and always for Chroma."""
         return self.masks_text or self.kind == CHROMA
 
     @property
     def t5_tokens(self) -> int:
+        """Number of tokens that T5 reads of each prompt."""
         return self.max_tokens or T5_TOKENS[self.kind]
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the text encoders, whose weights are read when they are loaded."""
         dtype = self.encoder_dtype(self.text_dtype)
         t5 = T5TextEncoder(
             self.t5xxl_path,
@@ -221,6 +232,7 @@ class FluxFiles(AutoencoderFiles):
         return [*([self._make_clip(dtype)] if self.has_pooled else []), t5]
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check that the text encoders that are given or needed fit their options and the transformer."""
         pooled_dim = None if config is None else config.pooled_dim or None
         text_dim = None if config is None else config.text_dim
         clip, t5 = self.clip_use, self.t5_use

@@ -2,7 +2,7 @@
 
 Source: the released code of FLUX.1 (Black Forest Labs) and of Chroma. `blocks.py` lists the steps in float32.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D, M modulations
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ from running.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):
-    """Make the modulations of all blocks. Only a training of the whole model trains it."""
+    """Computes the modulations of all blocks. Only full training trains it."""
 
     def __init__(self, config: ApproximatorConfig, rows: int, out_dim: int, eps: float) -> None:
-        """rows: M, how many modulations. out_dim: C."""
+        """Build the network for M = `rows` modulations of C = `out_dim` channels each."""
         super().__init__()
         self.config, self.rows = config, rows
         self.in_proj = nn.Linear(config.in_dim, config.dim)
@@ -38,7 +38,7 @@ class Approximator(nn.Module):
         self.out_proj = nn.Linear(config.dim, out_dim)
 
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
-        """Return B M C float32. timesteps: B, 0..1000. guidance: B, not scaled."""
+        """Return B M C float32, for timesteps B, 0..1000, and guidance B, not scaled."""
         learns = any(weight.requires_grad for weight in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):  # no gradient for a LoRA
             return self._make_rows(timesteps, guidance)
@@ -61,7 +61,7 @@ class Approximator(nn.Module):
 
 
 class FluxFinalLayer(HunyuanFinalLayer):
-    """Final norm, modulated, and projection to the numbers of a token."""
+    """Final norm, modulated, and projection to the values of a token."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__(config.dim, config.token_dim, config.eps)
@@ -76,19 +76,19 @@ class FluxFinalLayer(HunyuanFinalLayer):
 
 
 class FluxModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of T5 and a vector of CLIP-L.
+    """Predict the velocity of noisy latents of an image from states of T5 and a vector of CLIP-L.
 
     Simplified, without references, a second text, a ControlNet and the code around the blocks; Chroma has the
     modulations of all blocks from `distilled_guidance_layer` instead:
 
-        picture = img_in(patches of noisy)                                  # B L C
+        image = img_in(patches of noisy)                                  # B L C
         text = txt_in(t5)                                                   # B T C
         vector = time_in(timesteps) + vector_in(pooled) + guidance_in(guidance)                # B C
         for block in double_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gelu of linear1(modulated x))
         velocity = final_layer(x[:, :L], vector)     # B L Z*4, returned as B Z 1 H W
@@ -97,7 +97,7 @@ class FluxModel(BlockNetwork):
     dtype_of = "img_in.bias"
 
     def __init__(self, config: FluxConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -122,7 +122,7 @@ class FluxModel(BlockNetwork):
             SingleBlock(config, index) for index in range(config.single_blocks)
         )
         self.final_layer = FluxFinalLayer(config)
-        # what returns `Hidden.added` for a control picture: FluxControl, or one that learns beside the model
+        # what returns `Hidden.added` for a control image: FluxControl, or one that learns beside the model
         self.controlnet: Callable[..., list[Tensor | None]] | None = None
         self._modulation_rows = [module for module in self.modules() if isinstance(module, ModulationRows)]
         widths = rotary_widths(dim // config.num_heads)
@@ -141,16 +141,25 @@ class FluxModel(BlockNetwork):
         control: Tensor | None = None,
         control_strength: float = 1.0,
     ) -> Hidden:
-        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W, H and W even. timesteps: B, 0..1000. t5: B T text_dim, states of T5. t5_mask: B T, 1
-        for real tokens, which come first; None: all count. Chroma keeps one token of padding more. pooled: B
-        pooled_dim, of CLIP-L; None for Chroma. guidance: B, not scaled; a model without guidance does not
-        look at it, None is 0. tweaks: changes to this call; their second text has arguments named t5, t5_mask
-        and pooled. references: clean latents of pictures to edit (Kontext), each B Z 1 h w of its own size.
-        control: latents of a control picture for the ControlNet, of the size of noisy, with the strength of
-        what it adds. Raises ValueError if sizes do not go together. References come behind the picture, a
-        second text behind the first one.
+        References come after the image, a second text after the first one.
+
+        Args:
+            noisy: B Z 1 H W, H and W even.
+            timesteps: B, 0..1000.
+            t5: States of T5, B T text_dim.
+            t5_mask: B T, 1 for real tokens, which come first; None if all count. Chroma keeps one token of
+                padding more.
+            pooled: State of CLIP-L, B pooled_dim; None for Chroma.
+            guidance: B, not scaled; None is 0. Ignored by a model without guidance.
+            tweaks: Changes to this call; their second text has arguments named t5, t5_mask and pooled.
+            references: Clean latents of images to edit (Kontext), each B Z 1 h w of its own size.
+            control: Latents of a control image for the ControlNet, of the size of `noisy`.
+            control_strength: Factor of what the ControlNet adds.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         self._check([noisy, *references], t5, t5_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -200,7 +209,7 @@ class FluxModel(BlockNetwork):
         return unpack(self.final_layer(x[:, : rows * columns], tokens).float(), rows, columns)
 
     def _embed_vector(self, timesteps: Tensor, pooled: Tensor | None, guidance: Tensor | None) -> Tensor:
-        """Return the input of the blocks' modulation, B 1 C. guidance: None leaves it out."""
+        """Return the input of the blocks' modulation, B 1 C. Without `guidance`, it is left out."""
         if pooled is None:
             raise ValueError("the model takes the pooled output of CLIP-L, and none is given")
         # float32 angles: those of a large guidance are rounded, and so they were in training
@@ -214,7 +223,7 @@ class FluxModel(BlockNetwork):
     def _embed_text(
         self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
     ) -> tuple[Tensor, Lengths | None]:
-        """Return text tokens, B T C, and the number of real tokens, with the `before` tokens in front."""
+        """Return text tokens, B T C, and the lengths with the `before` tokens in front of them."""
         if mask is None:
             return in_own_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)
@@ -238,7 +247,7 @@ class FluxModel(BlockNetwork):
 
 
 def grid_of(latents: Tensor) -> tuple[int, int, int]:
-    """Return the frames, rows and columns of a picture's tokens. latents: B Z 1 H W."""
+    """Return frames, rows and columns of an image's tokens. `latents` are B Z 1 H W."""
     return 1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
 
 
@@ -248,7 +257,7 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo `pack`. rows, columns: of tokens."""
+    """Undo `pack` for an image of `rows` x `columns` tokens."""
     return rearrange(
         tokens, "b (h w) (z ph pw) -> b z 1 (h ph) (w pw)", h=rows, w=columns, ph=PATCH, pw=PATCH
     )

@@ -1,4 +1,4 @@
-"""What FLUX.1 and Chroma are called everywhere: scripts, modules in LoRA files, tensors that tell files."""
+"""Names of FLUX.1 and Chroma: scripts, modules in LoRA files, and tensors that identify files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from hunyuan_model.names import LINEAR1_PARTS

@@ -40,17 +40,18 @@ class FluxModelOptions(MinimalLoraOptions, title="model"):
 
     @property
     def base_dtype(self) -> str:
-        """Return the dtype to compute in: that of --dtype, or bfloat16 if that has 8 bits."""
+        """Dtype to compute in: that of --dtype, or bfloat16 if that has 8 bits."""
         return "bfloat16" if is_fp8(self.dtype) else self.dtype
 
     @property
     def dit_dtype(self) -> str:
+        """Compute dtype of the transformer: that of --flux_dtype unless it has 8 bits."""
         named = None if is_fp8(self.flux_dtype) else self.flux_dtype
         return named or self.base_dtype
 
     @property
     def text_dtype(self) -> str:
-        """Return the dtype of the text encoders. Raises OptionError if they differ."""
+        """Dtype of the text encoders. Raises OptionError if they differ."""
         named = (self.clip_l_dtype, self.t5xxl_dtype)
         dtypes = {name for name in named if name is not None and not is_fp8(name)}
         if len(dtypes) > 1:
@@ -79,6 +80,7 @@ class FluxImageOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width in pixels, rounded up to multiples of 16."""
         return round_up(self.height), round_up(self.width)
 
 
@@ -96,10 +98,12 @@ def read_minimal(description: str | None, argv: Sequence[str] | None) -> FluxMin
 
 
 def is_fp8(dtype: str | None) -> bool:
+    """Return whether a dtype's name stands for 8 bits."""
     return dtype is not None and "8" in dtype and "16" not in dtype
 
 
 def round_up(side: int) -> int:
+    """Return a side in pixels, rounded up to a multiple of 16."""
     return -(-side // SIZE_STEP) * SIZE_STEP
 
 
@@ -115,6 +119,7 @@ TYPED = {
 
 
 def generation_words(options: FluxMinimalOptions) -> list[str]:
+    """Translate the image guides' command line to that of flux_generate_image.py."""
     model, image = options.model, options.picture
     values = {
         "--dit": model.ckpt_path,
@@ -146,6 +151,7 @@ NO_NEGATIVE = "-"  # in a line: no negative prompt
 
 
 def negative(text: str) -> str:
+    """Return a negative prompt; the guides' word for none becomes ""."""
     return "" if text == NO_NEGATIVE else text
 
 

@@ -217,10 +217,12 @@ class FluxControlNetTrainingOptions(OlderSwappingOptions, FluxLearningOptions, t
 
     @property
     def double_blocks(self) -> int:
+        """Number of double blocks that a new ControlNet copies."""
         return DOUBLE_LAYERS if self.num_double_layers is None else self.num_double_layers
 
     @property
     def single_blocks(self) -> int:
+        """Number of single blocks that a new ControlNet copies."""
         return SINGLE_LAYERS if self.num_single_layers is None else self.num_single_layers
 
 
@@ -256,7 +258,7 @@ class FluxGenerationOptions(Options, title=NAME):
 
 
 def join_swapped(args: argparse.Namespace) -> None:
-    """Put the older names of --blocks_to_swap and of --ae into the present ones.
+    """Move older names of --blocks_to_swap and --ae to the current ones.
 
     Raises OptionError if both are given.
     """
@@ -275,6 +277,7 @@ def join_swapped(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: FluxLearningOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     latents = {
         "--ae": options.vae.vae or FillIn("AE_FILE"),
         CONTROL_NET: options.controlnet,

@@ -1,4 +1,4 @@
-"""Facts about FLUX.1 and Chroma for code outside their models: latents, noise, names in the transformer."""
+"""FLUX.1 and Chroma for code outside their models: latents, noise, names in the transformer."""
 
 from dataclasses import replace
 
@@ -37,18 +37,20 @@ CHROMA_DIT = replace(FLUX_DIT, teacache_coefficients=())  # calibrate first
 
 
 def dit_spec(kind: str) -> DitSpec:
+    """Return the names inside the transformer of a kind."""
     return CHROMA_DIT if kind == CHROMA else FLUX_DIT
 
 
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the released FLUX.1 code.
 FEW, MANY = (256, 0.5), (4096, 1.15)
 
 
 def tokens_of(height: int, width: int) -> int:
-    """Return the number of tokens of a picture. height, width: in pixels."""
+    """Return the number of tokens of an image of this size in pixels."""
     return count_image_tokens(LATENT.shape(1, height, width))
 
 
 def size_shift(tokens: int) -> float:
+    """Return the flow shift of an image with this many tokens."""
     return schedule.size_shift(tokens, FEW, MANY)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec
 
-AXES = 4  # of positions: picture, row, column, place in the text; a head's width is divided among them
+AXES = 4  # of positions: image, row, column, place in the text; a head's width is divided among them
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,20 @@ class Flux2Config:
 
     @property
     def kind(self) -> str:
+        """Kind of the model: dev, which takes guidance as an input, or klein."""
         return "dev" if self.has_guidance else "klein"
 
 
 def count_latents(shape: Sequence[int]) -> int:
-    """Return the number of tokens of a picture: each latent pixel is one. shape: B C F H W."""
+    """Return the number of tokens of an image of this shape, B C F H W: each latent pixel is one."""
     return shape[-2] * shape[-1]
 
 
 def count_swapped(blocks: int) -> tuple[int, int]:
-    """Return how many double and single blocks leave the device; a single block is half as large.
+    """Return how many double and single blocks leave the device.
 
-    klein 4B has five double blocks and swaps 13 blocks at most; the others have eight double blocks. One
-    block of each list stays.
+    A single block is half as large as a double block. klein 4B has five double blocks and swaps 13 blocks at
+    most; the others have eight. One block of each list stays.
     """
     double = min(blocks // 2, 4 if blocks <= 13 else 7)
     return double, 2 * (blocks - double)

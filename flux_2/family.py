@@ -51,7 +51,7 @@ ALONE, AMONG_SEVERAL = 2024**2, 1024**2
 class Flux2(pictures.ModelOfImages):
     """Description of FLUX.2 for one run, built by the `family_for_...` functions below.
 
-    Files do not tell klein from klein-base: --model_version does.
+    Files do not distinguish klein from klein-base: --model_version does.
     """
 
     files: Flux2Files
@@ -75,7 +75,7 @@ class Flux2(pictures.ModelOfImages):
     )
 
     def why_few_steps(self) -> str | None:
-        """Return the evidence that the transformer is klein: its release or its file name; or None."""
+        """Return the evidence that the transformer is klein: its release or its file name; else None."""
         version = self.files.version
         if version.is_distilled and version.defaults.embedded_guidance is None:
             return f"--model_version says {version.release.repositories[0]}"
@@ -83,31 +83,37 @@ class Flux2(pictures.ModelOfImages):
 
     @property
     def name(self) -> str:
+        """Name of the architecture in caches and saved files, which depends on the release."""
         return self.files.version.name
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the names of all releases, and of the other families that share FLUX.2's autoencoder."""
+        """All releases of FLUX.2, and the other families that use its autoencoder."""
         return frozenset(version.name for version in VERSIONS.values()) | list_same_latents("flux_2")
 
     @property
     def cache_tag(self) -> str:
+        """End of the names of cache files, which depends on the release."""
         return self.files.version.cache_tag
 
     @property
     def release(self) -> ModelRelease:
+        """Repository and license of the released model."""
         return self.files.version.release
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance of the release."""
         return self.files.version.defaults
 
     @property
     def references(self) -> ReferenceRules:
+        """How many reference images the model takes, and what sees them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model, with the architecture of the release."""
         version = self.files.version
         names = {
             "architecture": version.architecture,
@@ -119,7 +125,7 @@ class Flux2(pictures.ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: text, guidance (B), and the references."""
+        """Return the conditions of a training batch: text, guidance (B), and the references."""
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config, use = self.files.dit_header().config, self.files.version.use
         remedy = f"{TEXTS_AGAIN} --model_version {self.files.model_version} and {use.model.what}"
@@ -132,7 +138,10 @@ class Flux2(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from ctx_vec B T D; guidance B, of dev; latents_control_0 B C 1 h w, and so on."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are ctx_vec B T D; for dev guidance B; for references latents_control_0, ... B C 1 h w.
+        """
         device = noisy.device
         velocity: Tensor = dit(
             noisy,
@@ -147,7 +156,7 @@ class Flux2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a flow shift noise levels follow size and steps, as released."""
+        """Resolve a request. Without a flow shift, noise levels depend on size and steps, as released."""
         version = self.files.version
         default = DEV.defaults.embedded_guidance  # that of the script, whatever the release
         if version.defaults.embedded_guidance is None and request.embedded_guidance not in (None, default):
@@ -188,9 +197,10 @@ class Flux2(pictures.ModelOfImages):
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """Return mu of the noise levels for a picture of this many tokens: their shift is e^mu.
+    """Return mu of the noise levels for an image of this many tokens; their shift is e^mu.
 
-    It is on a line between those for 10 and for 200 steps. Source: the released code of FLUX.2.
+    It is interpolated linearly between the values for 10 and for 200 steps. Source: the released code of
+    FLUX.2.
     """
     of_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
@@ -201,10 +211,12 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 
 def family_for_latent_caching(options: Flux2LatentCachingOptions) -> Flux2:
+    """Describe the family for flux_2_cache_latents.py, which needs only the VAE."""
     return Flux2(Flux2Files(model_version=options.model_version).add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: Flux2TextCachingOptions) -> Flux2:
+    """Describe the family for flux_2_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Flux2(Flux2Files(model_version=options.model_version).add_text(options.text))
 
 
@@ -219,6 +231,7 @@ def family_for_training(options: Flux2TrainingOptions) -> Flux2:
 
 
 def family_for_generation(options: Flux2GenerationOptions) -> Flux2:
+    """Describe the family for flux_2_generate_image.py."""
     return Flux2(files_of(options), resizes_references=not options.no_resize_control)
 
 

@@ -77,6 +77,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux2Config]) -> Map
 
 
 def describe(header: DitHeader[Flux2Config]) -> str:
+    """Return a description of a transformer, by its header."""
     return f"a {NAME} dev transformer" if header.config.has_guidance else f"a {NAME} klein transformer"
 
 
@@ -95,14 +96,16 @@ class Flux2Files(LanguageModelFiles):
 
     @property
     def version(self) -> Flux2Version:
+        """Release that --model_version names."""
         return VERSIONS[self.model_version]
 
     @property
     def text_use(self) -> LanguageUse:
+        """How the release's language model is used."""
         return self.version.use
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoder; without a transformer it is compared with those of the releases."""
+        """Check the text encoder; without a transformer, compare it with those of all releases."""
         super().check_texts(config, needed)
         if config is None and self.text_encoder is not None:
             width = self.text_width()
@@ -132,12 +135,15 @@ class Flux2Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
+        """Load the VAE with the options for its dtype and tiles."""
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
+    """Return the files that the options of a training or a generation name."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

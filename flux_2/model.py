@@ -1,11 +1,11 @@
-"""The transformer of FLUX.2: double and single blocks over pictures and the states of a language model.
+"""The transformer of FLUX.2: double and single blocks over images and the states of a language model.
 
 All blocks of a kind share one modulation; feed-forwards are SwiGLU; there are no biases. Module names follow
 the published checkpoints. Source: the released code of FLUX.2. `hunyuan_model.blocks` lists the steps in
-float32, and the order of tokens: the picture, its references, then the text. The released code has the text
+float32, and the order of tokens: the image, its references, then the text. The released code has the text
 first; attention does not depend on the order.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, S 1 or 2 texts, N heads, D head
+# Letters: B batch, L image tokens, with those of references, T text tokens, S 1 or 2 texts, N heads, D head
 # width, C = N * D, F width of a feed-forward
 
 from collections.abc import Sequence
@@ -30,25 +30,26 @@ from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import BlockNetwork, Hidden
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
-APART = 10  # places between a picture and its references on the first axis
-# rows of all modulations: of pictures and texts in double blocks, of single blocks; then the embedding
+APART = 10  # places between an image and its references on the first axis
+# rows of all modulations: of images and texts in double blocks, of single blocks; then the embedding
 IMAGE_ROWS, TEXT_ROWS, SINGLE_ROWS, EMBEDDING_ROW = slice(0, 6), slice(6, 12), slice(12, 15), 15
 
 
 class RowsOfAll(nn.Module):
-    """Take a block's shifts, scales and gates from the rows for all blocks."""
+    """Selects a block's shifts, scales and gates from the rows for all blocks."""
 
     def __init__(self, rows: slice) -> None:
         super().__init__()
         self.rows = rows
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return this block's rows, each B S C, of a vector of all rows, B S 16 C float32."""
         # vector: B S 16 C float32 -> tensors B S C
         return vector[:, :, self.rows].unbind(2)
 
 
 class SharedModulation(nn.Module):
-    """Compute the shifts, scales and gates of all blocks of a kind: B C -> B count C float32."""
+    """Computes the shifts, scales and gates of all blocks of a kind, B C to B count C float32."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -56,11 +57,12 @@ class SharedModulation(nn.Module):
         self.lin = nn.Linear(dim, count * dim, bias=False)
 
     def forward(self, vector: Tensor) -> Tensor:
+        """Return the rows, B count C float32, of a vector B C."""
         return in_own_dtype(self.lin, functional.silu(vector)).float().unflatten(-1, (self.count, -1))
 
 
 class PairNorm(nn.Module):
-    """Norms of queries and keys, of each head by itself."""
+    """Norms of queries and keys, applied to each head separately."""
 
     def __init__(self, head_width: int, eps: float) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class PairNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """The layers around attention of one of the two streams."""
+    """The layers around the attention of one of the two streams."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()
@@ -80,25 +82,26 @@ class StreamAttention(nn.Module):
 
 
 def gate_half(hidden: Tensor) -> Tensor:
-    """Return SiLU(first half) * second half: B L 2F -> B L F."""
+    """Return SiLU(first half) * second half, B L 2F to B L F."""
     gate, value = hidden.chunk(2, dim=-1)
     return functional.silu(gate) * value
 
 
 class GatedMlp(nn.Sequential):
-    """Two layers, the first of which makes values and their gates."""
+    """Two layers, the first of which computes values and their gates."""
 
     def __init__(self, config: Flux2Config) -> None:
         first = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         super().__init__(first, nn.Identity(), nn.Linear(config.ffn_dim, config.dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply both layers to x, B L C to B L C."""
         first, _, second = self
         return in_own_dtype(second, gate_half(in_own_dtype(first, x)))
 
 
 class Flux2DoubleBlock(blocks.DoubleStreamBlock):
-    """Block in which picture and text have separate weights and share one attention."""
+    """Block in which image and text have separate weights and share one attention."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__(config.dim, config.eps)
@@ -107,11 +110,13 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
         self.img_rows, self.txt_rows = RowsOfAll(IMAGE_ROWS), RowsOfAll(TEXT_ROWS)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
         if is_text:
             return self.txt_rows, self.txt_attn.proj, self.txt_mlp
         return self.img_rows, self.img_attn.proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
+        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         attention = self.txt_attn if is_text else self.img_attn
         norm = attention.norm
         return blocks.split_heads(
@@ -120,7 +125,7 @@ class Flux2DoubleBlock(blocks.DoubleStreamBlock):
 
 
 class Flux2SingleBlock(nn.Module):
-    """Block in which picture and text share all weights; attention and feed-forward run in parallel."""
+    """Block in which image and text share all weights; attention and feed-forward run in parallel."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()
@@ -134,6 +139,7 @@ class Flux2SingleBlock(nn.Module):
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.rows(tokens.vector)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -155,30 +161,33 @@ class PixelFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=False))
 
     def forward(self, x: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return pixels B L Z of tokens x, B L C. embedding: B 1 C. dtype: of activations between layers."""
+        """Return latent pixels, B L Z, of tokens x, B L C.
+
+        `embedding` is B 1 C; `dtype` is that of activations between layers.
+        """
         vector = functional.silu(embedding)
         shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, dtype))
 
 
 def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
-    """Return the layers that embed the sinusoids of a number: B freq_dim -> B dim float32."""
+    """Return the layers that embed the sinusoids of a number, B freq_dim to B dim float32."""
     return TwoLayers("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
 
 
 class Flux2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of a language model.
+    """Predict the velocity of noisy latents of an image from states of a language model.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = img_in(pixels of noisy)                                   # B L C
+        image = img_in(pixels of noisy)                                   # B L C
         text = txt_in(text)                                                 # B T C
         embedding = time_in(timesteps) + guidance_in(guidance)              # B C
         rows, text_rows, single_rows = the three modulations of embedding   # shared by all blocks of a kind
         for block in double_blocks:
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gated values of linear1(modulated x))
         velocity = final_layer(x[:, :L], embedding)  # B L Z, returned as B Z 1 H W
@@ -188,7 +197,7 @@ class Flux2Model(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn.norm.query_norm.scale"
 
     def __init__(self, config: Flux2Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -216,13 +225,20 @@ class Flux2Model(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, padding
-        among them. guidance: B, not scaled; None leaves it out, and a model without guidance does not look at
-        it. tweaks: changes to this call; their second text has an argument named text. references: clean
-        latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do not fit.
-        References come behind the picture, a second text behind the first one.
+        References come after the image, a second text after the first one.
+
+        Args:
+            noisy: B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim, including padding.
+            guidance: B, not scaled; None leaves it out. Ignored by a model without guidance.
+            tweaks: Changes to this call; their second text has an argument named text.
+            references: Clean latents of reference images, each B Z 1 h w of its own size.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         images = (noisy, *references)
         for latents in images:
@@ -240,7 +256,7 @@ class Flux2Model(BlockNetwork):
         for prompt in tweaks.texts(len(noisy), text=text):
             tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(tokens, None, vector))
-        # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
+        # an image's token stands at (image, row, column, 0), a text's at (0, 0, 0, place)
         grids = []
         for number, latents in enumerate(images):
             _, _, _, rows, columns = latents.shape
@@ -265,7 +281,7 @@ class Flux2Model(BlockNetwork):
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the modulations of all blocks and the embedding, B 1 16 C float32.
 
-        guidance: B; None: it is left out.
+        `guidance` is B; None leaves it out.
         """
         # float32 angles: those of a large guidance are rounded, and so they were in training
         embedding = self.time_in(sinusoid(timesteps, self.config.freq_dim, torch.float32))

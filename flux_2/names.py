@@ -1,4 +1,4 @@
-"""What FLUX.2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""FLUX.2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from flux.names import FLUX_NORMS, FLUX_NUMBERS, FLUX_QKV

@@ -1,6 +1,6 @@
-"""FLUX.2's autoencoder: FLUX.1's with 32 channels, whose latents are packed and normalised by statistics.
+"""FLUX.2's autoencoder: FLUX.1's with 32 channels, whose latents are packed and normalized by statistics.
 
-Our modules have the names of the released file. Source: the released code of FLUX.2.
+Module names are those of the released file. Source: the released code of FLUX.2.
 """
 # Letters: B batch, Z latent channels (32), C = 4 Z channels of packed latents, H height, W width (in pixels),
 # h = H / 16, w = W / 16
@@ -43,6 +43,7 @@ class Flux2Encoder(AutoencoderEncoder):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return means and logarithms of variances, B 2Z 2h 2w, of pixels B 3 H W."""
         moments: Tensor = self.quant_conv(super().forward(x))
         return moments
 
@@ -55,6 +56,7 @@ class Flux2Decoder(AutoencoderDecoder):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return pixels, B 3 H W, of latents B Z 2h 2w."""
         return super().forward(self.post_quant_conv(x))
 
 
@@ -72,7 +74,7 @@ class Flux2Vae(Autoencoder):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Encode as `ImageVae.encode`, but return the posterior's means, packed and normalised."""
+        """Encode as `ImageVae.encode`, but return the means of the posterior, packed and normalized."""
         return self.moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class Flux2Vae(Autoencoder):
         return (packed - self.mean) / self.deviation
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        # in float32: 16 bits would tint every picture
+        # in float32: 16 bits would tint every image
         packed = latents.to(self.device).float() * self.deviation + self.mean
         unpacked = rearrange(packed, "b (z ph pw) h w -> b z (h ph) (w pw)", ph=2, pw=2)
         return self.decoder(self.place(unpacked)).float()
@@ -106,7 +108,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[AutoencoderConfig]:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> Flux2Vae:
-    """Load FLUX.2's autoencoder. path: its file or folder. tile: as for `ImageVae`.
+    """Load FLUX.2's autoencoder from a file or folder; `tile` as in `ImageVae`.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

@@ -79,7 +79,7 @@ _APACHE = ("Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-
 
 @dataclass(frozen=True)
 class Flux2Version:
-    """Facts about a release that its transformer does not show."""
+    """Properties of a release that its transformer does not show."""
 
     cache_tag: str
     name: str  # in caches, samples and LoRAs

@@ -6,5 +6,5 @@ files: transformers in both layouts, the autoencoder and the text encoder
 model: blocks of each kind of tokens alone, then joint blocks
 names: what FLUX 3 is called everywhere
 options: own options for caching, training and generation
-references: sizes of reference pictures, and one on its canvas
+references: sizes of reference images, and one on its canvas
 """

@@ -14,7 +14,7 @@ RELEASE = ModelRelease(
     "other",
     "https://huggingface.co/black-forest-labs/flux-3-image-klein-base/blob/main/LICENSE.md",
 )
-# lists of blocks in which the tokens of one kind attend to each other alone: picture, references, text
+# lists of blocks in which the tokens of one kind attend to each other alone: image, references, text
 IMAGE_BLOCKS, REFERENCE_BLOCKS, TEXT_BLOCKS = MODE_LISTS = (
     "content_mode_blocks.image",
     "content_mode_blocks.image_cond",
@@ -44,11 +44,12 @@ class Flux3Config:
 
     @property
     def head_width(self) -> int:
+        """Number of channels of one attention head."""
         return self.dim // self.num_heads
 
 
 def count_swapped(blocks: int) -> tuple[int, ...]:
-    """Return the number of blocks of each list that leave the device. All blocks are equally large.
+    """Return how many blocks of each list leave the device. All blocks have the same size.
 
     Joint blocks leave first. Up to 26 of the released 28 may leave, then up to four of each list of five.
     """

@@ -73,37 +73,41 @@ class Flux3(pictures.ModelOfImages):
 
     @property
     def is_distilled(self) -> bool:
-        """Return whether the transformer is distilled, as its tensors show."""
+        """Whether the transformer is distilled, which its tensors show."""
         return self.files.dit is not None and self.files.dit_header().config.is_flow_map
 
     def why_few_steps(self) -> str | None:
+        """Return the evidence that the transformer is distilled, else None."""
         if not self.is_distilled:
             return None
         return f"{self.files.dit_path} takes the time that a step jumps to"
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance of base or of the distilled model."""
         return DISTILLED if self.is_distilled else BASE
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the names of all models that use FLUX.2's autoencoder: its releases, and this model."""
+        """All models that use FLUX.2's autoencoder: its releases, and this model."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
+        """How many reference images the model takes, and what sees them."""
         return ReferenceRules(most=MAX_REFERENCES)
 
     # the network
 
     def block_counts(self) -> tuple[int, ...]:
+        """Return the numbers of blocks: of each kind of tokens alone, and of joint blocks."""
         config = self.files.dit_header().config
         return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the text, and the references.
+        """Return the conditions of a training batch: text and references.
 
-        Raises CacheError for states of another encoder, or without those of the padding.
+        Raises CacheError for states of another encoder, or without the states of padding.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -121,9 +125,10 @@ class Flux3(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from ctx_vec, T D each, and latents_control_0, ..., B C 1 h w each.
+        """Predict the velocity, B C 1 H W float32.
 
-        The distilled transformer predicts the mean velocity of the step that `tweaks.turn` tells.
+        The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
+        distilled transformer predicts the mean velocity of the step in `tweaks.turn`.
         """
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
@@ -142,10 +147,10 @@ class Flux3(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Fill in the open fields of a request. Without a size, the first reference gives it.
+        """Fill in the open fields of a request. Without a size, the first reference determines it.
 
-        A reference alone stands on a canvas of whole tokens, and the result is cut back to the reference.
-        Raises OptionError for a solver that is not Euler's with the distilled model.
+        A single reference is put on a canvas of whole tokens, and the result is cropped to the reference.
+        Raises OptionError for another solver than Euler's with the distilled model.
         """
         if self.is_distilled:
             request = self._resolve_distilled(request)
@@ -161,7 +166,7 @@ class Flux3(pictures.ModelOfImages):
         return replace(prepared, shown=None if has_side else region)
 
     def _resolve_distilled(self, request: Request) -> Request:
-        """Return the request without guidance by a second pass."""
+        """Return the request without guidance by a second pass, which a distilled model does not use."""
         if request.solver not in (None, "euler"):
             raise OptionError(
                 f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
@@ -178,8 +183,11 @@ class Flux3(pictures.ModelOfImages):
         return replace(request, guidance_scale=None)
 
     def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
-        """Return the size of the first reference, and its region on the canvas; None if it fills that."""
-        from flux_3.references import canvas_of, fit_among  # only with reference pictures
+        """Return the size of the first reference, and its region on the canvas.
+
+        The region is None if the reference fills the canvas.
+        """
+        from flux_3.references import canvas_of, fit_among  # only with reference images
 
         step = LATENT.pixel_step
         if len(images) > 1:
@@ -190,7 +198,7 @@ class Flux3(pictures.ModelOfImages):
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
-        from flux_3.references import read_among, read_on_canvas  # only with reference pictures
+        from flux_3.references import read_among, read_on_canvas  # only with reference images
 
         paths = prepared.request.control_images
         read = read_on_canvas if len(paths) == 1 else read_among
@@ -202,20 +210,25 @@ class Flux3(pictures.ModelOfImages):
 
 
 def family_for_latent_caching(options: own.Flux3LatentCachingOptions) -> Flux3:
+    """Describe the family for flux_3_cache_latents.py, which needs only the VAE."""
     return Flux3(Flux3Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.Flux3TextCachingOptions) -> Flux3:
+    """Describe the family for flux_3_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Flux3(Flux3Files().add_text(options.text))
 
 
 def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
-    """Describe the family for training, which is on base."""
+    """Describe the family for flux_3_train_network.py, which trains base."""
     return Flux3(replace(_make_files(options), needs_distilled=False), options=options)
 
 
 def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
-    """Describe samples made with --distilled_dit. Raises OptionError if that file is of base."""
+    """Describe the family for samples with --distilled_dit.
+
+    None without that option. Raises OptionError if its file is a base model.
+    """
     if options.distilled_dit is None:
         return None
     files = replace(
@@ -226,6 +239,7 @@ def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
 
 
 def family_for_generation(options: own.Flux3GenerationOptions) -> Flux3:
+    """Describe the family for flux_3_generate_image.py."""
     return Flux3(_make_files(options))
 
 

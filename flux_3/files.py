@@ -72,7 +72,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
 
 
 def _read_config(shapes: DitShapes) -> Flux3Config:
-    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     first = f"{JOINT_BLOCKS}.0"
     dim, channels = shapes.of("emb_in.image.weight")
     (width,) = shapes.of(f"{first}.norm.query_norm.scale", axes=1)
@@ -109,6 +109,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Map
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
+    """Return a description of a transformer, by its header."""
     release = "distilled" if header.config.is_flow_map else "base"
     return f"the {release} {NAME} Klein transformer"
 
@@ -136,7 +137,7 @@ class Flux3Files(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
-        """Return the transformer's file; in the folder of a release in diffusers layout `transformer`."""
+        """Path of the transformer; in the folder of a diffusers release its subfolder `transformer`."""
         path = super().dit_path
         inner = path / "transformer"
         return inner if inner.is_dir() else path
@@ -144,7 +145,8 @@ class Flux3Files(LanguageModelFiles):
     def dit_header(self) -> DitHeader[Flux3Config]:
         """Read dimensions, dialect and dtype of the file.
 
-        Raises OptionError if the file is the base model and the options say distilled, or the reverse.
+        Raises OptionError if the file is the base model and the options require the distilled one, or the
+        reverse.
         """
         header: DitHeader[Flux3Config] = super().dit_header()
         is_distilled = header.config.is_flow_map
@@ -163,7 +165,9 @@ class Flux3Files(LanguageModelFiles):
         return header
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
+        """Load the VAE with the options for its dtype and tiles."""
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)

@@ -1,13 +1,13 @@
 """The transformer of FLUX 3: blocks of each kind of tokens alone, then blocks in which all attend to all.
 
-There are three kinds of tokens ("modes"): those of the picture, of references, and of a text. All blocks are
+There are three kinds of tokens ("modes"): those of the image, of references, and of a text. All blocks are
 parallel: attention and a SwiGLU feed-forward get the same modulated input. Modulations are shared by all
 blocks of a kind; there are no biases. Module names follow the released files. Source: the released code (BFL,
-flux-3-image-klein). Always float32: the embedding of time, modulation, norms, rotary angles. The picture's
-tokens stand first, then those of references, then the text's; the released code has the text first.
-Attention does not depend on the order, only on positions.
+flux-3-image-klein). The embedding of time, modulation, norms and rotary angles are always float32. The image
+tokens come first, then those of references, then the text's; the released code has the text first. Attention
+does not depend on the order, only on positions.
 """
-# Letters: B batch, L tokens of the picture, R of references, T of a text, T' of a second text, S kinds of
+# Letters: B batch, L tokens of the image, R of references, T of a text, T' of a second text, S kinds of
 # tokens that are there, N heads, D head width, C = N * D, F width of a feed-forward
 
 import math
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 PICTURE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
 CONTENT = (PICTURE, REFERENCES)
-SCALE = 0.5  # of a picture's rows and columns, as positions
+SCALE = 0.5  # of an image's rows and columns, as positions
 ROWS = 3  # that modulate a block: shift, scale and gate
 # rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
 MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROWS
@@ -43,12 +43,12 @@ MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROW
 
 @dataclass(frozen=True)
 class Flux3Tokens:
-    """Inputs of the blocks besides the tokens x (B L+R+T C); built once per forward pass.
+    """Inputs of the blocks in addition to the tokens x, B L+R+T C; built once per forward pass.
 
     With a second text x is B L+R+T+T' C, and both texts count as one kind of token.
     """
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     modes: tuple[str, ...]  # kinds of tokens that are there, in their order
     counts: tuple[int, ...]  # how many of each this process has
     rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
@@ -63,16 +63,17 @@ class Flux3Tokens:
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
+        """How many tokens of each kind this process has."""
         return self.counts
 
     @property
     def first_picture(self) -> int:
-        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
     @property
     def split(self) -> tuple[int, ...]:
-        """Return the indices at which the second and the third kind of tokens begin."""
+        """Indices at which the second and the third kind of tokens begin."""
         return tuple(accumulate(self.counts[:-1]))
 
     def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
@@ -83,8 +84,9 @@ class Flux3Tokens:
         return replace(self, rotary=rotary, counts=counts, parts=parts)
 
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
-        picture tokens are left out.
+        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+
+        `kept` are the ascending positions of the kept tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -124,7 +126,10 @@ class ParallelBlock(nn.Module):
         return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
 
     def branch(self, h: Tensor, attended: Tensor) -> Tensor:
-        """Return the block's output before its gate, B L C. h: its modulated input. attended: B L N D."""
+        """Return the block's output before its gate, B L C.
+
+        `h` is the block's modulated input, B L C; `attended` is its attention, B L N D.
+        """
         output: Tensor = in_own_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
         return output
 
@@ -134,13 +139,14 @@ class ParallelBlock(nn.Module):
 
 
 class ModeBlock(ParallelBlock):
-    """Block in which the tokens of one kind attend to each other. All other tokens pass through unchanged."""
+    """Block in which the tokens of one kind attend to each other. Other tokens pass through unchanged."""
 
     def __init__(self, config: Flux3Config, mode: str) -> None:
         super().__init__(config)
         self.mode = mode
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        """Apply the block to its kind among the tokens x, B L+R+T C."""
         # x: B L+R+T C
         if self.mode not in tokens.modes:
             return x
@@ -154,7 +160,7 @@ class ModeBlock(ParallelBlock):
         return torch.cat(streams, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B L+R+T C -> B L C."""
+        """Return the input of attention for the image tokens of x, B L+R+T C to B L C."""
         shift, scale, _ = tokens.vector[:, :1, MODE_ROWS].unbind(2)
         return modulate(self.pre_norm(x[:, : tokens.counts[0]]), shift, scale, tokens.dtype)
 
@@ -163,6 +169,7 @@ class JointBlock(ParallelBlock):
     """Block in which all tokens attend to each other, with one set of weights."""
 
     def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        """Apply the block to tokens x, B L+R+T C."""
         # x: B L+R+T C
         shift, scale, gate = tokens.vector[:, :, JOINT_ROWS].unbind(2)
         h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -173,7 +180,7 @@ class JointBlock(ParallelBlock):
 def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
     """Return the attention of the tokens of one kind to each other, B L N D.
 
-    heads: query, key and value, each B L N D. place: index of the kind among the kinds that are present.
+    `heads` are query, key and value; `place` is the index of the kind among those that are present.
     """
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
@@ -193,16 +200,13 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
 
 
 def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
-    """Return self-attention, B L N D, of heads. lengths: how many of the L tokens are real."""
+    """Return the self-attention of heads, B L N D. `lengths` count the real ones of the L tokens."""
     query, key, value = heads
     return attend(query, key, value, tokens.attention, lengths=lengths)
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of all tokens to each other, B L+R+T N D.
-
-    heads: query, key and value, likewise.
-    """
+    """Return the attention of all tokens to each other, B L+R+T N D, from query, key and value."""
     second, parts = tokens.second, tokens.parts
     if parts:
         heads = _gather_streams(heads, tokens)
@@ -223,14 +227,14 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
 
 
 def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
-    """Exchange all heads of this process' tokens for all tokens of its heads, B L+R+T n D each."""
+    """Exchange all heads of this process's tokens for all tokens of its heads, B L+R+T n D each."""
     streams = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
     gathered = [part.gather_tokens(*stream) for part, stream in zip(tokens.parts, streams, strict=True)]
     return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
 
 
 def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
-    """Exchange all tokens of this process' heads for all heads of its tokens, in streams."""
+    """Exchange all tokens of this process's heads for all heads of its tokens, in streams."""
     streams = attended.split([part.length for part in parts], dim=1)
     pairs = zip(parts, streams, strict=True)
     return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
@@ -239,7 +243,7 @@ def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
 class Flux3Layout(NamedTuple):
     """The key of a table of rotations."""
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # likewise, of each reference
     texts: tuple[int, ...]  # tokens of each text
 
@@ -252,9 +256,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return the number of real tokens of each sample, with `before` tokens in front; None if all are
-        real.
-        """
+        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -265,21 +267,21 @@ def _make_modulations(config: Flux3Config) -> nn.ModuleDict:
 
 
 class Flux3Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of a language model.
+    """Predict the velocity of noisy latents of an image from states of a language model.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = emb_in.image(pixels of noisy)                                       # B L C
+        image = emb_in.image(pixels of noisy)                                       # B L C
         text = txt_in(text)                                                           # B T C
         time, zero = time_in(timesteps), time_in(0)                                   # B C
         time, zero = each + ref_time_in(next timesteps)                               # of the distilled model
         for block in content_mode_blocks.image:                                       # likewise the text's
             shift, scale, gate = early_stream_modulations.image(time)
-            h = norm(picture) * (1 + scale) + shift
-            picture = picture + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
-        x = cat([picture, text])
+            h = norm(image) * (1 + scale) + shift
+            image = image + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
+        x = cat([image, text])
         for block in single_blocks:
-            shift, scale, gate = single_stream_modulations of time for the picture, of zero for the text
+            shift, scale, gate = single_stream_modulations of time for the image, of zero for the text
             h = norm(x) * (1 + scale) + shift
             x = x + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
         velocity = final_layer.image(x[:, :L], time)   # B L Z, returned as B Z 1 H W
@@ -289,7 +291,7 @@ class Flux3Model(BlockNetwork):
     dtype_of = "single_blocks.0.norm.query_norm.scale"
 
     def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -318,14 +320,19 @@ class Flux3Model(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
-        """Return the tokens of picture, references and text, B L+R+T C, and the other inputs of the blocks.
+        """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, those of
-        padding to a multiple of 80 among them. text_mask: B T, true or 1 for these states; further ones fill
-        up the batch. next_timesteps: B, where the step ends; for a distilled model, which needs them, alone.
-        tweaks: changes to this call; their second text has arguments named text and text_mask. references:
-        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
-        not fit, or the model is distilled and has no next timesteps, or the reverse.
+        Args:
+            noisy: B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
+            text_mask: B T, true or 1 for these states; further ones fill up the batch.
+            next_timesteps: B, where the step ends; required by a distilled model, and by no other.
+            tweaks: Changes to this call; their second text has arguments named text and text_mask.
+            references: Clean latents of reference images, each B Z 1 h w of its own size.
+
+        Raises:
+            ValueError: If sizes do not match, or `next_timesteps` does not fit the model.
         """
         for latents in (noisy, *references):
             if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
@@ -374,12 +381,12 @@ class Flux3Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_image(self, mode: str, latents: Tensor) -> Tensor:
-        """Return the tokens of a picture or reference: B Z 1 H W -> B L C."""
+        """Return the tokens of an image or reference, B Z 1 H W to B L C."""
         pixels = latents.flatten(2).transpose(1, 2)  # B L Z
         return in_own_dtype(self.emb_in[mode], pixels)
 
     def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
-        """Return an embedded text. arguments: text and text_mask, as in `embed`."""
+        """Return an embedded text. `arguments` are text and text_mask, as in `embed`."""
         counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
         states = arguments["text"][:, : max(counts)]
         is_even = len(set(counts)) == 1
@@ -414,8 +421,8 @@ class Flux3Model(BlockNetwork):
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+R+T 1 D/2 2 float32, from float64 angles.
 
-        Positions: tokens of the picture (0, row / 2, column / 2, 0), of reference k (from 1) (0, row / 2,
-        column / 2, -k), of the text (0, 0, 0, index).
+        Positions are (0, row / 2, column / 2, 0) for image tokens, (0, row / 2, column / 2, -k) for those of
+        reference k (from 1), and (0, 0, 0, index) for the text.
         """
         zero = torch.zeros(1, dtype=torch.float64)
         tables = []
@@ -428,7 +435,7 @@ class Flux3Model(BlockNetwork):
         return torch.cat(tables)
 
     def _make_grid_table(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the pairs of a grid. positions: along each axis, float64 on the CPU."""
+        """Return the pairs of a grid from the positions along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:
@@ -442,5 +449,5 @@ def _make_mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
 
 
 def _measure_grid(latents: Tensor) -> tuple[int, int]:
-    """Return rows and columns of a picture's tokens, which are its latent pixels."""
+    """Return rows and columns of an image's tokens, which are its latent pixels."""
     return latents.shape[-2], latents.shape[-1]

@@ -1,4 +1,4 @@
-"""What FLUX 3 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""FLUX 3's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts

@@ -11,7 +11,7 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "FLUX 3"
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 SHIFT = 6.93  # of the noise levels, for all sizes and both models. Source: the released code
 STEPS, GUIDANCE = 50, 3.5
 STEPS_OF_DISTILLED, GUIDANCE_OF_DISTILLED = 16, 1.0
@@ -75,7 +75,7 @@ class Flux3GenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: Flux3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     return options.vae.file.words(), options.text.words("QWEN3_VL_FILE")
 
 

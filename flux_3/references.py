@@ -1,4 +1,4 @@
-"""Sizes of reference pictures: one alone is kept whole on a canvas, several are cut to multiples of 16.
+"""Sizes of reference images: a single one is kept whole on a canvas, several are cropped to multiples of 16.
 
 Source: the released code (BFL, flux-3-image-klein, `reference_canvas` and `prepare_multi_reference`).
 """
@@ -18,25 +18,25 @@ from modules.media.reading import image_size, read_image, resize_frame
 MOST_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
 MIN_SIDE = 64
 AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
-SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
+SHRINKING = 0.995  # by which an image is reduced until its canvas fits
 
 
 class Canvas(NamedTuple):
-    """The canvas with a reference in its centre. Sizes are (width, height)."""
+    """The canvas with a reference in its center. Sizes are (width, height)."""
 
     picture: Size
     size: Size
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Return left and top of the picture, which is centred."""
+        """Left and top of the centered image."""
         return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
 
 
 def fit_canvas(size: Size, step: int) -> Canvas:
-    """Return the canvas of a picture: its sides rounded up to multiples of `step`, within the limits.
+    """Return the canvas of an image: its sides rounded up to multiples of `step`, within the limits.
 
-    A picture is reduced only if its canvas would have too many pixels or too long a side.
+    An image is reduced only if its canvas would have too many pixels or too long a side.
     """
     scale = min(1.0, math.sqrt(MOST_PIXELS / math.prod(size)), MAX_SIDE / max(size))
     while True:
@@ -52,12 +52,12 @@ def _round_up(side: int, step: int) -> int:
 
 
 def canvas_of(path: Path, step: int) -> Canvas:
-    """Return the canvas of a picture file. Raises MediaError if it cannot be read."""
+    """Return the canvas of an image file. Raises MediaError if it cannot be read."""
     return fit_canvas(image_size(path), step)
 
 
 def read_on_canvas(path: Path, step: int) -> Tensor:
-    """Read a reference on its canvas, 1 1 H W 3 uint8. Reflections of the picture fill the margins.
+    """Read a reference on its canvas, 1 1 H W 3 uint8. Reflections of the image fill the margins.
 
     Raises MediaError if it cannot be read.
     """
@@ -68,14 +68,14 @@ def read_on_canvas(path: Path, step: int) -> Tensor:
     left, top = canvas.corner
     right = canvas.size[0] - canvas.picture[0] - left
     bottom = canvas.size[1] - canvas.picture[1] - top
-    # without the pixel at the edge, which a picture of up to one token has too few pixels for
+    # without the pixel at the edge, which an image of up to one token has too few pixels for
     mode = "reflect" if min(canvas.picture) > step else "symmetric"
     frame = np.pad(frame, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
     return torch.from_numpy(np.ascontiguousarray(frame)[None, None])
 
 
 def fit_among(path: Path, step: int) -> Fit:
-    """Return the fit that reduces and crops one of several references. Raises MediaError if unreadable."""
+    """Return the fit that reduces and crops one of several references. Raises MediaError."""
     return fit_within(image_size(path), AMONG_SEVERAL, step)
 
 

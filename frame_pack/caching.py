@@ -163,7 +163,7 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
     return entries
 
 
-# Pictures
+# Images
 
 
 def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:

@@ -80,8 +80,8 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    takes_shape: bool = False  # a single picture has the shape of its control image: --one_frame_auto_resize
-    rope_threshold: float | None = None  # the timestep from which on positions in a picture are multiplied
+    takes_shape: bool = False  # a single image has the shape of its control image: --one_frame_auto_resize
+    rope_threshold: float | None = None  # the timestep from which on positions in an image are multiplied
     rope_factor: float = 1.0  # by this
     trained_guidance: float = 1.0  # embedded guidance that training feeds
     options: Any = NO_OPTIONS  # of a training
@@ -256,7 +256,7 @@ class FramePack(OneTransformer):
 
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request to sections, or to one image after a training of single images."""
-        if self.one_frame is not None:  # samples of a training of pictures
+        if self.one_frame is not None:  # samples of a training of images
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
         prepared = prepare_request(

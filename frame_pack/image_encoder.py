@@ -59,7 +59,7 @@ class SiglipConfig:
 def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     """Plan how to load the image tower: alone or with the text tower, with any prefix, in 16 or 8 bits.
 
-    Raises CheckpointError for any other file. A CLIP is recognised by its patches, which have no bias.
+    Raises CheckpointError for any other file. A CLIP is recognized by its patches, which have no bias.
     """
     tower = find_network(
         checkpoint,

@@ -61,7 +61,7 @@ def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
 
 logger = logging.getLogger(__name__)
 
-# keys of caches: clean latents, and those at half the resolution, which single pictures lack
+# keys of caches: clean latents, and those at half the resolution, which single images lack
 CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 DEFAULT_SECONDS = 5.0

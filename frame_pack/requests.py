@@ -39,8 +39,8 @@ class FramePackRequest:
     """Settings of a request that only FramePack reads: `Prepared.family_record`."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
-    one_frame: OneFrame | None = None  # a single picture, which has one section; None: a video
-    controls: tuple[Path, ...] = ()  # control images of a picture
+    one_frame: OneFrame | None = None  # a single image, which has one section; None: a video
+    controls: tuple[Path, ...] = ()  # control images of a single image
     masks: tuple[Path, ...] = ()  # of the first of them
 
 
@@ -114,7 +114,7 @@ def prepare_request(
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
     """Return the bucket of the first image in a dataset with this resolution."""
-    from modules.media.reading import image_size  # only for single pictures
+    from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)
     return select_bucket(image_size(images[0]), buckets, width * height, step, no_upscale=False)

@@ -38,7 +38,7 @@ Entry = TypeVar("Entry")
 class Indices:
     """Time indices of all latent frames that the network takes in one call; empty for unused parts."""
 
-    clean: tuple[int, ...]  # at full resolution: the start image and the neighbour in time
+    clean: tuple[int, ...]  # at full resolution: the start image and the neighbor in time
     clean_2x: tuple[int, ...]
     clean_4x: tuple[int, ...]
     target: tuple[int, ...]  # the frames to denoise

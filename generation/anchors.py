@@ -16,7 +16,13 @@ from modules.flow.schedule import Schedule, noisy_source
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
     """Return latents B C F H W with the noisy reference in every region that the section's mask protects.
 
-    step: of the schedule, for the noise level of the latents. Call after each step.
+    Call after each step.
+
+    Args:
+        section: The section to denoise.
+        latents: Latents in model space, B C F H W.
+        schedule: Schedule of noise levels.
+        step: Step of the schedule, for the noise level of the latents.
     """
     anchor = section.anchor
     if anchor is None or anchor.changed is None:
@@ -40,8 +46,11 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
     """Return a mask of the changed regions of a picture: B 1 F H W bool, True where changed.
 
-    difference: B C F H W, to the reference with the same noise. It is blurred; the mean of its absolute value
-    over the channels is compared with the threshold.
+    It is blurred; the mean of its absolute value over the channels is compared with the threshold.
+
+    Args:
+        difference: Difference from the reference with the same noise, B C F H W.
+        rules: The family's rules for anchors.
     """
     size = blur(difference, rules.kernel_size).abs().mean(dim=1, keepdim=True)
     threshold = rules.threshold * (size.max() if rules.is_relative else 1)

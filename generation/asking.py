@@ -19,9 +19,12 @@ _HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Callable[[], str]:
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
-    `quit` and `exit` end the input too; `help` shows the options of a line and asks again. options: their
-    letters and names. help_end: help on the rest of a line. Lines are edited and recalled with the package
-    prompt_toolkit (also on Windows), else with readline.
+    `quit` and `exit` end the input too; `help` shows the options of a line and asks again. Lines are edited
+    and recalled with the package prompt_toolkit (also on Windows), else with readline.
+
+    Args:
+        options: Options of a line, by their letters and names.
+        help_end: Help on the rest of a line.
     """
     logger.info(
         "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "

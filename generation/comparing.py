@@ -64,6 +64,7 @@ class Variant:
 
     @property
     def label(self) -> str:
+        """Heading of the column: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
@@ -82,6 +83,7 @@ class ClipFiles(NamedTuple):
 
     @property
     def exist(self) -> bool:
+        """Whether the clip or its latents exist, so that it need not be generated again."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -226,7 +228,12 @@ def make_variants(
 ) -> list[Variant]:
     """Return the columns: without LoRA, then every file at every strength.
 
-    uses: by expert. Files at the same position in each expert's list share a column, named after the first.
+    Files at the same position in each expert's list share a column, named after the first.
+
+    Args:
+        experts: Networks of the model, with their noise levels.
+        uses: LoRA files by expert.
+        strengths: Strengths to compare.
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
     num_columns = max(map(len, uses), default=0)
@@ -426,7 +433,12 @@ def write_grid(
     """Write the page, the sheet and the video of all clips under a new name; return their paths.
 
     Columns are files, rows are prompts at each strength; each row begins with the clip without LoRA.
-    paths: of the clips, by their labels.
+
+    Args:
+        run: The run.
+        variants: Columns of the grid.
+        jobs: Videos or images to generate.
+        paths: Paths of the clips, by their labels.
     """
     without_lora = variants[0]
     with_lora = variants[1:]
@@ -465,7 +477,15 @@ def _make_row(
     variants: Sequence[Variant],
     paths: Mapping[str, Path],
 ) -> Row:
-    """Return the row of a prompt at a strength. variants: one for each column."""
+    """Return the row of a prompt at a strength.
+
+    Args:
+        experts: Networks of the model, with their noise levels.
+        job: The video or image to generate.
+        strength: Strength of the LoRAs in the row.
+        variants: One variant for each column.
+        paths: Paths of the clips, by their labels.
+    """
     steps = count_of(job.prepared.num_steps, "step")
     return Row(
         prompt=job.prepared.request.prompt,

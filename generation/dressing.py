@@ -54,10 +54,14 @@ class DitLoader:
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
-        """Load an expert into host memory. Its weights are computed on the device one by one, so they are the
-        same.
+        """Load an expert into host memory; its weights are the same, being computed on the device.
 
-        The returned `HostCopy` moves it to the device. check: called for each tensor; may raise.
+        Args:
+            expert: Index of the expert.
+            check: Called for each tensor; it may raise to stop loading.
+
+        Returns:
+            The network, and the `HostCopy` that moves it to the device.
         """
         from running.offload.turns import HostCopy  # only for networks that take turns
 
@@ -140,7 +144,15 @@ def dit_loader(
 ) -> DitLoader:
     """Make the loader of a family's experts.
 
-    uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
+    Args:
+        family: The model family.
+        uses: LoRA files by expert; empty if no expert has any.
+        device: Device of the run.
+        options: Options of the run.
+        originals: Original weights by expert, for switching LoRAs.
+
+    Raises:
+        OptionError: If an option is unavailable on the device.
     """
     quantization = options.speed.fp8.quantisation
     if quantization is not None:
@@ -163,6 +175,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
+    """Return the key of an expert's LoRA options; "" if the options of all experts apply."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -171,12 +184,18 @@ def expert_loras(
 ) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each of the family's experts, in order; warn of those trained for another one.
 
-    with_texts: read their changes of text encoders too, and the words that they bring if the family takes
-    such.
-
     A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
-    the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
-    expert that is not given, and as `read_lora` and `networks.depths.fit_to_file`.
+    the files of --lora_weight, then of --lora_weight_high_noise.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        with_texts: Whether to read their changes of text encoders too, and the words that they bring along if
+            the family supports them.
+
+    Raises:
+        OptionError: If LoRAs are given for an expert that is not given.
+        CheckpointError: As `read_lora` and `networks.depths.fit_to_file` do.
     """
     experts = family.experts
     files_by_key = list_loras(options)
@@ -213,7 +232,12 @@ def expert_loras(
 
 
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
-    """Raise OptionError if LoRAs are given for an expert that is not given. keys: of the experts."""
+    """Raise OptionError if LoRAs are given for an expert that is not given.
+
+    Args:
+        uses_by_key: LoRA files by key of the expert.
+        keys: Keys of the experts that are given.
+    """
     for key, uses in uses_by_key.items():
         if key in keys:
             continue
@@ -252,10 +276,9 @@ FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
-    log the rest in one line.
+    """Turn off the options of --optimized that are unavailable here, each with a warning, and log the others.
 
-    Options given by name stay: if unavailable, they are an error later.
+    Options that were given by name stay: if one is unavailable, it is an error later.
     """
     checks = _make_preset_checks(family, device)
     speed = options.speed

@@ -90,7 +90,11 @@ class Answers:
         self._interrupts = interrupts
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Write an answer. Raises BrokenPipeError if nobody reads it any more."""
+        """Write an answer.
+
+        Raises:
+            BrokenPipeError: If nobody reads it any more.
+        """
         with self._interrupts.held():
             self._stream.write(json.dumps({"event": event, **facts}) + "\n")
             self._stream.flush()
@@ -123,9 +127,7 @@ def warnings_told(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a separate stream; everything else that is printed then goes to standard
-    error.
-    """
+    """Return standard output as a separate stream; other prints go to standard error from now on."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -135,8 +137,10 @@ def open_answers() -> TextIOWrapper:
 def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, preview_folder: Path) -> None:
     """Make one request after the other, until the end of standard input.
 
-    change_strengths: returns a run with other strengths of its LoRAs. preview_folder: for previews; it need
-    not exist.
+    Args:
+        run: The run.
+        change_strengths: Returns a run with other strengths of its LoRAs.
+        preview_folder: Folder for previews; it need not exist.
     """
     interrupts = Interrupts()
     with contextlib.closing(open_answers()) as stream:
@@ -208,7 +212,11 @@ class DrivenRequest(NamedTuple):
 
 
 def read_request(line: str, run: GenerationRun) -> DrivenRequest:
-    """Return the request of a line. Raises OptionError if it cannot be read."""
+    """Return the request of a line.
+
+    Raises:
+        OptionError: If it cannot be read.
+    """
     try:
         request = json.loads(line)
         prompt = str(request["prompt"]).strip()

@@ -36,7 +36,11 @@ from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, S
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """Order in which experts work in a run. order: indices of experts, from `plan_turns`."""
+    """Order in which experts work in a run.
+
+    Attributes:
+        order: Indices of experts, from `plan_turns`.
+    """
 
     order: tuple[int, ...] = ()
     # see `DitTurns`
@@ -48,12 +52,15 @@ class ExpertTurns:
 
     @property
     def count(self) -> int:
+        """Number of experts that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:
         """Return the most host memory that the experts hold, in bytes, if the host has room for all of it.
 
-        weights: of a whole expert. swapped: the part that stays in host memory even while the expert works.
+        Args:
+            weights: Bytes of a full expert.
+            swapped: Bytes of the part that is in host memory even while the expert works.
         """
         if self.lazy:
             return swapped
@@ -75,7 +82,11 @@ class ExpertTurns:
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
         """Return the line of a plan for idle experts; () if only one expert works.
 
-        weights: of a whole expert. Swapped weights of the working expert are counted in its own line.
+        Swapped weights of the working expert are counted in its own line.
+
+        Args:
+            weights: Bytes of a full expert.
+            swap: Effect of swapping blocks.
         """
         if self.count < 2:
             return ()
@@ -87,7 +98,14 @@ class ExpertTurns:
         return (MemoryPart("experts that wait", 0, self.host_peak(weights, swap.host) - swap.host, note),)
 
     def remarks(self, plan: MemoryPlan, denoising: Phase, room: Room | None, host: int | None) -> list[str]:
-        """Return remarks on the free memory for experts. room: of the device. host: bytes. None: unknown."""
+        """Return remarks on the free memory for experts.
+
+        Args:
+            plan: The memory plan.
+            denoising: Phase of denoising.
+            room: Memory of the device; None if unknown.
+            host: Bytes of free host memory; None if unknown.
+        """
         if self.count < 2 or self.together:
             return []
         lines = []

@@ -47,9 +47,11 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 class WaitingNetwork(Protocol):
     """Protocol of a network whose weights can wait in host memory, as `running.offload.turns.HostCopy`."""
 
-    def bring(self) -> None: ...
+    def bring(self) -> None:
+        """Copy the weights to the device."""
 
-    def leave(self) -> None: ...
+    def leave(self) -> None:
+        """Release the device memory; the host keeps the weights."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -71,17 +73,20 @@ class ReadingAhead:
     stop: threading.Event  # set when nobody wants it any more
 
     def join(self) -> None:
+        """Wait until the thread has ended, in short waits that Ctrl-C can interrupt."""
         while wait([self.reading], PAUSE).not_done:
             pass
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
+    """Return the index of the expert that denoises each step of a request."""
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
     return [expert_at(timestep, family.experts) for timestep in timesteps]
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
+    """Return the order in which experts work over all requests, one entry for each change."""
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, request) for request in requests)
@@ -115,10 +120,11 @@ class DitTurns:
 
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
-        """Yield a function: timestep -> the network for it, on the device.
+        """Yield a function that returns the network for a timestep, on the device.
 
-        plan: from `plan_turns`; its first expert is loaded at once. Empty: the order is not known; a video
-        begins with noise, and any expert may be needed again.
+        Args:
+            plan: Order of the experts, from `plan_turns`; the first one is loaded at once. If it is empty,
+                the order is unknown: a video begins with noise, and any expert may be needed again.
         """
         self._plan = plan
         self._place = 0
@@ -141,7 +147,8 @@ class DitTurns:
     def aside(self) -> Iterator[None]:
         """Move the working networks to host memory during the block.
 
-        Raises MemoryPlanError if the host has no room for them; the system could kill the process silently.
+        Raises:
+            MemoryPlanError: If the host has no room for them; the system could kill the process silently.
         """
         working = [(self._dits[expert], self._copies.get(expert)) for expert in self._working]
         weights = sum(bytes_on(dit, self.device) for dit, copy in working if copy is None)
@@ -164,8 +171,10 @@ class DitTurns:
                 _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Return whether the working networks may stay on the device while something else needs `needed`
-        bytes of it. None: not known.
+        """Whether the working networks may stay on the device while other work needs `needed` bytes.
+
+        Args:
+            needed: Bytes; None if they are unknown, so that the networks must leave.
         """
         if self.device.type == "cpu":
             return True

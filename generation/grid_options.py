@@ -56,9 +56,13 @@ class SheetOptions(Options, title="comparison sheet"):
         return any(axis.partition("=")[0].strip() == PROMPT.key for axis in self.sheet or ())
 
     def axes(self, line_options: Mapping[str, LineOption]) -> tuple[Axis, ...]:
-        """Read the axes: the first goes across, the second down. line_options: options of a prompt line.
+        """Read the axes: the first goes across, the second down.
 
-        Raises OptionError naming the axis and the value if one cannot be read.
+        Args:
+            line_options: Options of a prompt line.
+
+        Raises:
+            OptionError: If a value cannot be read; the message names the axis and the value.
         """
         if self.sheet is None:
             return ()
@@ -127,7 +131,9 @@ def list_cells(
 ) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Yield the place of each cell (index of its value on each axis) and its prompt line, row by row.
 
-    line: values of the prompt line, which the values of the axes override.
+    Args:
+        axes: Axes of the sheet.
+        line: Values of the prompt line, which the values of the axes override.
     """
     axis_keys = {axis.option.key for axis in axes}
     for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):
@@ -178,7 +184,10 @@ class CompareOptions(Options, title="comparison"):
 def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[Path, ...]:
     """Return the files of all patterns, each once, numbers in their names in order.
 
-    Shells of Windows do not expand patterns. Raises OptionError for a pattern or a name without a file.
+    Shells of Windows do not expand patterns.
+
+    Raises:
+        OptionError: For a pattern or a name without a file.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -197,9 +206,14 @@ def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[P
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
-    """Return the family that a LoRA file's metadata name. Raises OptionError if they name none.
+    """Return the family that a LoRA file's metadata name.
 
-    families: name -> further models that the family's scripts run.
+    Args:
+        path: File of the LoRA.
+        families: Further models that the scripts of each family run, by family.
+
+    Raises:
+        OptionError: If they name none.
     """
     metadata: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # an error is reported when it is read as a LoRA

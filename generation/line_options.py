@@ -19,7 +19,9 @@ DEFAULT_NAMES = (
 def key_of(word: str, keys: Collection[str]) -> str | None:
     """Return the key in `keys` that a long name stands for; None if it stands for none.
 
-    keys: names of options on the command line of the generation scripts, with those of `SIDES`.
+    Args:
+        word: The long name.
+        keys: Names of options on the command line of the generation scripts, with those of `SIDES`.
     """
     name = word.lower().replace("-", "_")
     name = SIDES.get(name, name)
@@ -33,7 +35,10 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
 def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:
     """Return the names that options of a line can have.
 
-    letters, keys: of these options. find: returns an option by its name, or None.
+    Args:
+        letters: Letters of the options.
+        keys: Keys of the options.
+        find: Returns an option by its name, or None.
     """
     names = dict.fromkeys((*letters, *keys, *DEFAULT_NAMES))
     return [name for name in names if find(name) is not None]
@@ -42,7 +47,10 @@ def known_names(letters: Collection[str], keys: Collection[str], find: Callable[
 def suggest(word: str, letters: Collection[str], names: Collection[str]) -> str:
     """Return the advice for an unknown option of a line: the nearest name, or all letters.
 
-    letters: of the options that the line can have. names: see `known_names`.
+    Args:
+        word: The unknown option.
+        letters: Letters of the options that the line can have.
+        names: See `known_names`.
     """
     near = did_you_mean(word.lower().replace("-", "_"), names).strip()
     return near.replace("mean ", "mean --") or f"Use {' '.join(f'--{character}' for character in letters)}"

@@ -64,7 +64,13 @@ NOT_FINITE = (
 def warn_of_unused_sources(
     options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
 ) -> None:
-    """Warn of options of video-to-video that no job uses. typed: names of the options that are typed."""
+    """Warn of options of video-to-video that no job uses.
+
+    Args:
+        options: Options of the run.
+        typed: Names of the options that are typed.
+        jobs: Videos or images to generate.
+    """
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
     for name, default in options.of_script.items():
         needed = USED_WITH.get(name, {*SOURCES})
@@ -132,9 +138,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if the passes of guidance cannot be batched, or shared between processes, although the options ask
-    for it.
-    """
+    """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
     options = run.options
     # attention that takes one sample at a time forces what was not asked for
     forces_split = options.speed.attention.split_attn and not options.split_uncond
@@ -227,9 +231,15 @@ Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks tha
 def denoise_all(
     run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
 ) -> Iterator[GenerationJob]:
-    """Yield each job with its latents. These are written at once, so that a kill loses at most one job.
+    """Yield each job with its latents.
 
-    networks: yields groups of jobs with their network, in the order of `ready`.
+    These are written at once, so that a kill loses at most one job.
+
+    Args:
+        run: The run.
+        ready: Jobs whose texts and inputs are encoded.
+        failures: Collects the errors of single files or lines.
+        networks: Yields groups of jobs with their network, in the order of `ready`.
     """
     output = run.options.output
     requests = [job.prepared for job, _, _ in ready]
@@ -303,9 +313,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
 
 @contextmanager
 def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
-    """Yield the callbacks for one job: they show progress bars over the steps, previews of latents, and the
-    growing preview of a video in sections.
-    """
+    """Yield the callbacks for one job: progress bars, latent previews, preview of a video in sections."""
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
@@ -371,7 +379,13 @@ def decode_all(
 ) -> dict[str, Path]:
     """Turn latents into videos or images and return their paths by the labels of their jobs.
 
-    Latent files and previews that are not part of the result are then removed. are_named: log each path.
+    Latent files and previews that are not part of the result are then removed.
+
+    Args:
+        run: The run.
+        denoised: Jobs with their latents.
+        failures: Collects the errors of single files or lines.
+        are_named: Whether each path is logged.
     """
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
@@ -442,7 +456,13 @@ def make_tracks(
     latents: Mapping[str, Tensor | None],
     note: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
-    """Return the tracks of clips that are written with sound. latents, note: see `decode_tracks`."""
+    """Return the audio tracks of clips that are written with audio.
+
+    Args:
+        run: The run.
+        latents: See `decode_tracks`.
+        note: See `decode_tracks`.
+    """
     sounds = {label: sound for label, sound in latents.items() if sound is not None}
     output = run.options.output
     if not sounds or not hears_sound(run.family):
@@ -462,7 +482,14 @@ def decode(
 
     The chunks are 1 3 F H W, or 1 4 F H W of a family whose pixels have alpha.
 
-    shown: the part of the pixels that is the result; None: all. Raises UserError if some are NaN or infinite.
+    Args:
+        family: The model family.
+        encoders: The media encoders.
+        latents: Latents, 1 C F h w.
+        shown: Part of the pixels that is the result; None for all pixels.
+
+    Raises:
+        UserError: If some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
     frames = family.latent.count_frames(latents.shape[2])

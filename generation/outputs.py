@@ -49,33 +49,47 @@ class FrameTools(Protocol):
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, such as faces. If so, no unprocessed frame may be shown or
-        saved.
-        """
+        """Whether a tool hides something, such as faces: unprocessed frames must not be shown or saved."""
 
     def check(self) -> None:
-        """Read the headers of the tools' model files. Raises UserError if they do not fit."""
+        """Read the headers of the tools' model files.
+
+        Raises:
+            UserError: If they do not fit.
+        """
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
-        label: names the clip in the message.
+        Args:
+            frames: Number of frames.
+            label: Name of the clip in the message.
         """
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the processed frames, and their frames per second. Raises UserError.
+        """Return the processed frames, and their frames per second; the first call loads the networks.
 
-        is_single: there is only one frame. Loads the networks on the first call.
+        Args:
+            frames: The frames.
+            fps: Frames per second.
+            is_single: Whether there is only one frame.
+
+        Raises:
+            UserError: If a tool fails.
         """
 
 
 def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
-    """Return the name of an output without suffix: time, seed, and the name of the latent file `origin`. If
-    that file was named by this function, its own time and seed are used.
+    """Return the name of an output without its suffix: time, seed, and the name of the latent file `origin`.
 
-    prompt: its first words are added. start: is put before the time.
+    Args:
+        when: Time of the generation.
+        seed: Seed of the generation.
+        origin: Latent file that is decoded. If this function named it, its own time and seed are used.
+        prompt: Prompt whose first words are appended.
+        start: Text before the time.
     """
     if origin is not None:
         named_by_us = OWN_LATENTS.fullmatch(origin.stem)
@@ -114,6 +128,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
+    """Append underscores to a stem until no file with it and one of the suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -140,7 +155,11 @@ def save_latents(
 ) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space.
 
-    sound: latents 1 C T M of the clip's sound, likewise as `SOUND`.
+    Args:
+        path: Path of the file.
+        latents: Latents, 1 C F H W.
+        metadata: Metadata of the file.
+        sound: Latents of the clip's audio, 1 C T M, written as `SOUND`; None without audio.
     """
     tensors = {"latent": latents[0].float()}
     if sound is not None:
@@ -158,14 +177,23 @@ def save_pixels(
     track: Track | None = None,
     latent: LatentSpec | None = None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 C F H W in -1..1, in playing order) as they come; return the path.
+    """Write decoded pixels (chunks of 1 C F H W in -1..1, in playing order) as they arrive; return the path.
 
-    Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
-    a single frame only if the script neither numbers single images nor makes pictures alone). With
-    `--save_last_frame` the last frame of a video is also written as a PNG: as decoded, so that a further
-    video can continue from it, or as processed if one of the tools hides something. post: tools that frames
-    go through before writing. track: the sound; with `--save_audio` it is also written next to the result.
-    latent: of the family: its frames may be layers of a picture, which are written each by itself.
+    The result is a video, or one PNG if there is a single frame. With `--output_type images` it is a folder
+    of PNG files (for a single frame only if the script neither numbers single images nor makes images alone).
+    With `--save_last_frame` the last frame of a video is also written as a PNG: as decoded, so that a further
+    video can continue from it, or as processed if one of the tools hides something.
+
+    Args:
+        options: Options of the output.
+        stem: Name of the output without its suffix.
+        chunks: Decoded pieces of the video.
+        fps: Frames per second.
+        metadata: Metadata of the file.
+        post: Tools that frames go through before writing.
+        track: Audio of the clip; with `--save_audio` it is also written next to the result.
+        latent: Sizes of the family's latents: its frames may be layers of an image, each of which is written
+            by itself.
     """
     frames = frames_of(chunks)
     if latent is not None and latent.has_layers:
@@ -250,7 +278,15 @@ def _save_frames(
     metadata: Mapping[str, str] | None,
     side_suffixes: Sequence[str],
 ) -> Path:
-    """Write a folder of PNG files. side_suffixes: of files that are written next to it."""
+    """Write a folder of PNG files.
+
+    Args:
+        options: Options of the run.
+        stem: Name of the output without its suffix.
+        frames: The frames.
+        metadata: Metadata of the file.
+        side_suffixes: Suffixes of files that are written next to it.
+    """
     path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
     with atomic_folder(path) as folder:
         name = f"{path.name}_{{:03d}}.png"
@@ -280,7 +316,17 @@ def _save_video(
     side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
-    """Write a video. side_suffixes: of files that are written next to it."""
+    """Write a video.
+
+    Args:
+        options: Options of the run.
+        stem: Name of the output without its suffix.
+        playing: Frames in playing order.
+        fps: Frames per second.
+        metadata: Metadata of the file.
+        side_suffixes: Suffixes of files that are written next to it.
+        track: Audio of the clip; None without audio.
+    """
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
@@ -302,6 +348,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
+    """Yield the frames, and keep the last ones in `last`, as many as it can hold."""
     for frame in frames:
         last.append(frame)
         yield frame

@@ -37,6 +37,7 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
+    """Return a prompt on one line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -57,7 +58,15 @@ def show_start(
     folder: Path,
     device: torch.device,
 ) -> None:
-    """Show the plan of a generation. loras: expert ("" if none is meant) -> names and strengths."""
+    """Show the plan of a generation.
+
+    Args:
+        family: The model family.
+        requests: Requests of the run.
+        loras: Names and strengths by expert; "" if no expert is meant.
+        folder: Folder of the files.
+        device: Device of the run.
+    """
     first = requests[0]
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
@@ -103,9 +112,7 @@ def _describe_source(prepared: Prepared) -> str | None:
 
 
 def _describe_results(requests: Sequence[Prepared]) -> Row:
-    """Return the row of the box that describes the results: their kind, such as `clip`, and the size of the
-    first.
-    """
+    """Return the row of the box that describes the results: their kind, such as `clip`, and a size."""
     first = requests[0]
     size = size_in_words(first)
     if len(requests) == 1:
@@ -159,7 +166,11 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
 def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
     """Log a line about the next of several requests: "3 of 40, about 2 h left".
 
-    begun: how many requests came before, in `seconds`.
+    Args:
+        label: Label of the request.
+        requests: Requests of the run.
+        begun: Number of requests that came before.
+        seconds: Seconds that these took.
     """
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
@@ -177,12 +188,19 @@ def measure_work(prepared: Prepared) -> float:
 def fade_in_clip(
     edge: Tensor | None, clip: Tensor, overlap: int, in_front: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Join the newest clip to the waiting frames; return the frames now final and those that still wait.
+    """Join the newest clip to the waiting frames; all are 1 3 F H W.
 
-    edge: waiting frames of the clip before, or None for the first clip. clip: the newest clip; `overlap` of
-    its frames show the same moments as frames of the edge. in_front: the clip plays before the edge. All
-    1 3 F H W. Returns the final frames (None if there are none) and the new edge. Raises ValueError if either
-    clip is too short.
+    Args:
+        edge: Waiting frames of the previous clip; None for the first clip.
+        clip: The newest clip; `overlap` of its frames show the same moments as frames of the edge.
+        overlap: Number of frames that both show.
+        in_front: Whether the clip plays before the edge.
+
+    Returns:
+        The frames that are final now (None if there are none), and those that still wait.
+
+    Raises:
+        ValueError: If either clip is too short.
     """
     if edge is None:
         if overlap:

@@ -6,6 +6,7 @@ letters or by a long name (`line_options`). Unknown options are ignored with a w
 """
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -108,10 +109,12 @@ def _read_side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
+    """Return a path without quotation marks around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
+    """Return a name unchanged; it exists because every line option has a reader."""
     return text
 
 
@@ -203,6 +206,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
+    """Return the option that a word means, by its letters or its full name; None if it is unknown."""
     option = options.get(word)
     if option is not None:
         return option
@@ -216,6 +220,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
+    """Store the value of an option, and unset the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -231,8 +236,15 @@ def parse_generation_line(
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key; None cancels the command line's value.
 
-    Option names are case-sensitive. where: names the line in warnings. Raises OptionError if a value cannot
-    be read.
+    Option names are case-sensitive.
+
+    Args:
+        line: The prompt line.
+        options: Options of a line, by their letters.
+        where: Name of the line in warnings.
+
+    Raises:
+        OptionError: If a value cannot be read.
     """
     return parse_words(line, options, where, lambda word: find_option(word, options))
 
@@ -249,8 +261,10 @@ def split_line(line: str) -> SplitLine:
     """Split a line into its prompt and its options.
 
     A value that is in quotation marks may have dashes in it. A line may also name its prompt, as those of the
-    Web UI do: `--prompt "a castle" --steps 3`. Raises OptionError if it names one and begins with another, or
-    names several.
+    Web UI do: `--prompt "a castle" --steps 3`.
+
+    Raises:
+        OptionError: If it names one and begins with another, or names several.
     """
     begins = line.lstrip().startswith("--")
     text, *parts = _cut_options(f" {line.lstrip()}" if begins else line)
@@ -269,14 +283,29 @@ def _cut_options(line: str) -> list[str]:
     """Return what comes before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    place = line.find(" --")
+    place = line.find(" --", _end_of_object(line, 0))
     while place >= 0:
         parts.append(line[start:place])
         start = place + len(" --")
         value = _WORD.match(line, start)
         quoted = None if value is None else _QUOTED.match(line, value.end())
-        place = line.find(" --", start if quoted is None else quoted.end())
+        end = start if value is None else _end_of_object(line, value.end())
+        place = line.find(" --", end if quoted is None else quoted.end())
     return [*parts, line[start:]]
+
+
+def _end_of_object(line: str, start: int) -> int:
+    """Return the place behind the JSON object that begins at `start`; `start` if none does.
+
+    Dashes in its texts are no options.
+    """
+    object_start = len(line) - len(line[start:].lstrip())
+    if not line.startswith("{", object_start):
+        return start
+    try:
+        return json.JSONDecoder().raw_decode(line, object_start)[1]
+    except (ValueError, RecursionError):  # such as {red|blue}
+        return start
 
 
 def unquote(text: str) -> str:
@@ -304,8 +333,15 @@ def parse_words(
 ) -> dict[str, Any]:
     """Parse a line into `prompt` and its options by key.
 
-    find: returns an option by its name, or None. no_use: follows the warning about an option that lines of
-    other scripts have. Raises OptionError if a value cannot be read.
+    Args:
+        line: The prompt line.
+        options: Options of a line, by their letters.
+        where: Name of the line in warnings.
+        find: Returns an option by its name, or None.
+        no_use: End of the warning about an option that lines of other scripts have.
+
+    Raises:
+        OptionError: If a value cannot be read.
     """
     line = _ONE_DASH.sub("--rcfg ", line)
     split = split_line(line)
@@ -384,7 +420,8 @@ def is_blank(line: str) -> bool:
 def read_generation_lines(path: Path) -> list[tuple[int, str]]:
     """Read the prompt lines of a --from_file file with their numbers, counted from 1.
 
-    Raises OptionError if there is none.
+    Raises:
+        OptionError: If there is none.
     """
     if path.suffix.lower() in {".csv", ".json", ".jsonl", ".toml", ".yaml", ".yml"}:
         raise OptionError(
@@ -414,6 +451,15 @@ _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", r
 
 
 def read_prompt_file(path: Path, option: str) -> str:
+    """Read a file of prompts.
+
+    Args:
+        path: The text file.
+        option: Option that names it, for messages.
+
+    Raises:
+        OptionError: If it cannot be read, is no UTF-8 text, or is a web page or a Git LFS pointer.
+    """
     try:
         text = read_text(path)
         if _NO_PROMPTS.match(text):

@@ -59,7 +59,11 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed of --seed, as `read_seed`. Raises OptionError if it has too many digits."""
+    """Return the seed of --seed, as `read_seed`.
+
+    Raises:
+        OptionError: If it has too many digits.
+    """
     try:
         return read_seed(text)
     except ValueError as error:
@@ -77,8 +81,15 @@ def make_request(
 ) -> Request:
     """Return the request of the command line, or of a prompt line (`parse_generation_line`) on top of it.
 
-    Without a seed each call draws its own. Missing values stay None. prompts: wildcards of its texts. Raises
-    OptionError for numbers that make no sense, and for texts in which nothing can be drawn.
+    Without a seed each call draws its own. Missing values stay None.
+
+    Args:
+        options: Options of the run.
+        overrides: Values of the prompt line by key.
+        prompts: Expands the wildcards of texts.
+
+    Raises:
+        OptionError: For numbers that make no sense, and for texts in which nothing can be drawn.
     """
     line = overrides or {}
     if "prompt" in line and not line["prompt"].strip():
@@ -132,7 +143,8 @@ def make_request(
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
     """Return texts with what is drawn from wildcards, and with the JSON of files in place of their names.
 
-    Raises OptionError if nothing can be drawn, or if a file cannot be read.
+    Raises:
+        OptionError: If nothing can be drawn, or if a file cannot be read.
     """
     if any(text is not None and text.lstrip().startswith("@") for text in texts.values()):
         from generation.named_prompts import read_named_object  # only with such a text
@@ -217,9 +229,12 @@ def _has_control(table: object) -> bool:
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
-    """Prepare the request of the command line, or of a prompt line on top of it. Loads no network.
+    """Prepare the request of the command line, or of a prompt line on top of it.
 
-    Raises UserError if the request is impossible.
+    Loads no network.
+
+    Raises:
+        UserError: If the request is impossible.
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
@@ -354,7 +369,12 @@ class GenerationRun:
         return replace(self, previews=previews)
 
     def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
-        """Return the metadata of an output; None with --no_metadata. loras: other ones than `self.loras`."""
+        """Return the metadata of an output; None with --no_metadata.
+
+        Args:
+            prepared: The request with all values resolved.
+            loras: LoRAs other than `self.loras`.
+        """
         if self.options.output.no_metadata:
             return None
         return output_metadata(
@@ -374,7 +394,15 @@ class GenerationRun:
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 
     def read_line(self, line: str, where: str = "the prompt line") -> Mapping[str, Any]:
-        """Parse a prompt line. where: names it in warnings. Raises OptionError."""
+        """Parse a prompt line.
+
+        Args:
+            line: The prompt line.
+            where: Name of the line in warnings.
+
+        Raises:
+            OptionError: If a value cannot be read.
+        """
         return parse_generation_line(line, self.options.line_options, where)
 
 
@@ -402,7 +430,14 @@ def map_lines(
 ) -> dict[str, T]:
     """Call `make` for each prompt line; return the results by label, without lines that fail.
 
-    lines: from `lines_of`. Raises CheckpointError, because a wrong model file is wrong for every line.
+    Args:
+        run: The run.
+        lines: Lines from `lines_of`.
+        failures: Collects the errors of single lines.
+        make: Makes the result of a line.
+
+    Raises:
+        CheckpointError: If a model file is wrong, because it is wrong for every line.
     """
     results: dict[str, T] = {}
     path = run.options.from_file

@@ -128,9 +128,10 @@ def _decode_file(
 
 
 def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
-    """Return the part of the pixels that is the result, which the file may say; None: all of them.
+    """Return the part of the pixels that is the result, which the file may say; None for all pixels.
 
-    Raises CheckpointError if the file has fewer pixels.
+    Raises:
+        CheckpointError: If the file has fewer pixels.
     """
     box = read_shown(saved.metadata)
     if box is None:
@@ -149,7 +150,11 @@ def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box |
 
 
 def check_latents(family: Family, path: Path) -> "SavedLatents":
-    """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
+    """Load a latent file.
+
+    Raises:
+        CheckpointError: If it is not of this family's latent space.
+    """
     from blissful_tuner.video_to_video import check_maker  # only with --latent_path
     from checkpoints.model_files import load_latents
 
@@ -182,7 +187,13 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
 def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) -> None:
     """Raise CheckpointError if the sound of a latent file is not of this family's latent space.
 
-    sound: latents 1 C T M. Warns if the family makes no sound.
+    Warns if the family makes no sound.
+
+    Args:
+        family: The model family.
+        path: Path of the file.
+        sound: Audio latents, 1 C T M.
+        latent_frames: Number of latent frames of the video.
     """
     fps = family.defaults.fps
     spec = family.sound if hears_sound(family) else None
@@ -203,7 +214,11 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(stays: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to continue."""
+    """Turn a lack of memory in the block into a UserError.
+
+    Args:
+        stays: Sentence on what was kept, and how to continue.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -212,10 +227,15 @@ def explain_lack(stays: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select, in all processes that make prompts together.
+    """Run the mode that the options select, in all processes that work on a prompt together.
 
-    device: of this process, if several have joined; None: as the options say. Raises UserError; with
-    --from_file only after all lines that work are generated.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        device: Device of this process, if several have joined; None for that of the options.
+
+    Raises:
+        UserError: If something fails; with --from_file only after all lines that work are generated.
     """
     freeze_libraries()
     reject_other_splits()
@@ -343,8 +363,14 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     """Return the run with these strengths of its LoRAs.
 
-    If they change, its networks are freed and read again. text: numbers separated by commas, one for each
-    LoRA; None: unchanged. Raises OptionError if it cannot be read.
+    If they change, its networks are freed and read again.
+
+    Args:
+        run: The run.
+        text: Numbers separated by commas, one for each LoRA; None leaves the run unchanged.
+
+    Raises:
+        OptionError: If it cannot be read.
     """
     if text is None:
         return run
@@ -361,8 +387,12 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
     """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
 
-    strengths: by expert, as in `list_loras`: a number for each file. Raises OptionError if a number is
-    missing or not finite.
+    Args:
+        run: The run.
+        strengths: A number for each file by expert, as in `list_loras`.
+
+    Raises:
+        OptionError: If a number is missing or not finite.
     """
     options = run.options
     present = {expert: [strength for _, strength in loras] for expert, loras in list_loras(options).items()}
@@ -382,7 +412,14 @@ def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]
 
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
-    """Make the session of a run. keep: networks stay in host memory for the next prompt."""
+    """Make the session of a run.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        loader: Loads the experts.
+        keep: Whether networks stay in host memory for the next prompt.
+    """
     never_beside = options.experts.offload_inactive_dit
     lazy = options.experts.lazy_loading
     if len(family.experts) == 1:
@@ -413,7 +450,12 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs that change text encoders, if there are any. rounding: value of --lora_rounding."""
+    """Return the LoRAs that change text encoders, if there are any.
+
+    Args:
+        uses: LoRA files by expert.
+        rounding: Value of --lora_rounding.
+    """
     if not uses or not uses[0]:
         return None
     from networks.loading import on_side  # only with LoRAs
@@ -484,9 +526,15 @@ def save_merged_model(
 ) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
-    uses: by expert. rounding: a value of `--lora_rounding`. With several experts, `_low_noise` and the like
-    are appended to the names; no file is written for an expert without LoRAs. Names and shapes of all are
-    compared before the first is written.
+    With several experts, `_low_noise` and the like are appended to the names; no file is written for an
+    expert without LoRAs. Names and shapes of all are compared before the first is written.
+
+    Args:
+        family: The model family.
+        uses: LoRA files by expert.
+        path: Path of the file.
+        device: Device of the run.
+        rounding: A value of `--lora_rounding`.
     """
     files = family.dit_files
     experts = family.experts

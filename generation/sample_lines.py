@@ -138,7 +138,12 @@ def find_sample_option(word: str) -> prompt_lines.LineOption | None:
 def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, Any]:
     """Parse a line of a training prompt file into `prompt` and its options by key.
 
-    where: names the line. Raises OptionError if a value cannot be read.
+    Args:
+        line: The prompt line.
+        where: Name of the line in messages.
+
+    Raises:
+        OptionError: If a value cannot be read.
     """
     try:
         return prompt_lines.parse_words(
@@ -155,22 +160,29 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
 def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     """Read a training prompt file (.txt, .toml or .json): one dictionary per sample.
 
-    Keys: `prompt` and those of `SAMPLE_OPTIONS`. toml: `[prompt]` holds values that all `[[prompt.subset]]`
-    share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
-    the key if something cannot be read.
+    The keys are `prompt` and those of `SAMPLE_OPTIONS`. In TOML, `[prompt]` holds values that all
+    `[[prompt.subset]]` share; a subset takes precedence. JSON is a list of lines and objects.
+
+    Raises:
+        OptionError: If something cannot be read; the message names the file, the entry and the key.
     """
     return parse_sample_prompts(read_sample_file(path), path)
 
 
 def read_sample_file(path: Path) -> str:
-    """Return the text of a training prompt file. Raises OptionError if it cannot be read."""
+    """Return the text of a training prompt file.
+
+    Raises:
+        OptionError: If it cannot be read.
+    """
     return prompt_lines.read_prompt_file(path, "--sample_prompts")
 
 
 def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
     """Return the prompts in a file's text, as `read_sample_prompts` does for a file.
 
-    Raises OptionError as it does.
+    Raises:
+        OptionError: If something cannot be read.
     """
     option = f"--sample_prompts {path}"
     suffix = path.suffix.lower()

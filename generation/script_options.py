@@ -176,13 +176,17 @@ class OutputOptions(Options, title="output"):
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
+        """Return the options with --save_path, which names a file, split into its folder and its name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
-        """Return whether a result is written as a single picture. is_single: it has one frame.
+        """Return whether a result is written as a single picture.
 
         With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
         or the file has a given name.
+
+        Args:
+            is_single: Whether the result has one frame.
         """
         return is_single and (
             self.pictures
@@ -215,16 +219,19 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
+        """Whether a video in sections is written anew after each section."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
     def writes_sound(self) -> bool:
+        """Whether audio is written, with a video or as a file of its own."""
         return self.output_type not in UNDECODED and (
             self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
         )
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
+    """Return an option of a preset as it would be typed."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
@@ -334,7 +341,11 @@ class ScriptDefaults:
         }
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return choices, helps and flags of options. source_settings: of options of video-to-video."""
+        """Return choices, helps and flags of options.
+
+        Args:
+            source_settings: Settings of the options of video-to-video.
+        """
         settings = self._list_choices_and_helps()
         if self.pictures:
             settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)

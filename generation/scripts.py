@@ -22,9 +22,15 @@ def generation_script(
 ) -> Script:
     """Return the script that generates with a family.
 
-    about: the script's docstring. settle: checks and changes the shared and the family's options after they
-    are read. add_more: changes the parser, after the family's options. The script's function takes a second
-    argument, which is called with the family and the options in place of `generate`.
+    The script's function takes a second argument, which is called with the family and the options in place of
+    `generate`.
+
+    Args:
+        family: Name of the family.
+        defaults: Defaults of the family for shared options.
+        about: The script's docstring.
+        settle: Checks and changes the shared and the family's options after they are read.
+        add_more: Changes the parser after the family's options.
     """
     entry = FAMILIES[family]
 

@@ -39,7 +39,15 @@ from running.ways.contract import Division, RunUses
 def plan_ways(
     family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
+    """Print the ways to use `cards` cards, and the cheapest that fits.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        device: Device of the run.
+        cards: Number of cards.
+        room: Memory of each card.
+    """
     alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
         prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
@@ -88,7 +96,11 @@ class _DividedRun:
             return predict(self.family, options, self.prepared, self.device, room=self.room)
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one card. Raises OptionError if the model cannot be divided so."""
+        """Predict the memory of one card.
+
+        Raises:
+            OptionError: If the model cannot be divided so.
+        """
         if division != Division(self.cards):
             check_together(self.family, self._set_division(division))
         prediction = self.shards if division.shards else self.whole_network
@@ -108,7 +120,8 @@ Generate = Callable[[Family, GenerationOptions, torch.device], None]
 def generate_together(generate: Generate, family: Family, options: GenerationOptions) -> None:
     """Run `generate` in all processes of the launcher; in the first one alone if it runs no transformer.
 
-    Raises UserError as `generate` does, and if another process was lost.
+    Raises:
+        UserError: As `generate` does, and if another process was lost.
     """
     speed = options.speed
     launched = launched_processes()

@@ -15,7 +15,7 @@ HUNYUAN_IMAGE = ModelRelease(
     "https://huggingface.co/tencent/HunyuanImage-2.1",
 )
 TEXT_TOKENS = 1024  # of a prompt that are kept
-GLYPH_TOKENS = 128  # of the texts to be written in the picture
+GLYPH_TOKENS = 128  # of the texts to be written in the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class HunyuanImageConfig(JointConfig):
 
     @property
     def kind(self) -> str:
+        """Always t2i: the model takes no other condition than text."""
         return "t2i"
 
 

@@ -85,6 +85,10 @@ class HunyuanImage(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states of both encoders.
+
+        Raises CacheError if they are missing or do not fit.
+        """
         remedy = "hunyuan_image_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         config = self.files.dit_header().config
@@ -95,7 +99,10 @@ class HunyuanImage(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from vlm_embed T D, vlm_mask T, byt5_embed B G E, byt5_mask B G. Whole timesteps."""
+        """Predict the velocity, B C H W float32, at timesteps rounded to whole numbers.
+
+        The conditions are vlm_embed T D and vlm_mask T of each sample, byt5_embed B G E and byt5_mask B G.
+        """
         velocity = dit(
             noisy.squeeze(2),
             timesteps.float().trunc(),
@@ -107,10 +114,14 @@ class HunyuanImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve a request, with adaptive projected guidance for its later steps.
+
+        An image with quoted text keeps plain guidance for longer.
+        """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         options = self.projection
         has_characters = bool(find_quoted(request.prompt))
-        projection = Projection(  # a picture with letters keeps the plain formula for longer
+        projection = Projection(  # an image with letters keeps the plain formula for longer
             options.apg_start_step_ocr if has_characters else options.apg_start_step_general,
             APG_SCALE,
             APG_MOMENTUM,
@@ -120,18 +131,22 @@ class HunyuanImage(ModelOfImages):
         return replace(prepared, rules=GuidanceRules(projection=projection))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the image of latents, which are scaled to the VAE's range first."""
         yield encoders.vae.decode(latents / LATENT.scale)
 
 
 def family_for_latent_caching(options: HunyuanImageLatentCachingOptions) -> HunyuanImage:
+    """Describe the family for hunyuan_image_cache_latents.py, which needs only the VAE."""
     return HunyuanImage(HunyuanImageFiles().add_rows(options.vae))
 
 
 def family_for_text_caching(options: HunyuanImageTextCachingOptions) -> HunyuanImage:
+    """Describe the family for hunyuan_image_cache_text_encoder_outputs.py: only text encoders."""
     return HunyuanImage(HunyuanImageFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
+    """Describe the family for hunyuan_image_train_network.py."""
     files = HunyuanImageFiles(dit_option="--pretrained_model_name_or_path").add_dit(
         options.dit, options.dit_dtype
     )
@@ -140,6 +155,7 @@ def family_for_training(options: HunyuanImageTrainingOptions) -> HunyuanImage:
 
 
 def family_for_generation(options: HunyuanImageGenerationOptions) -> HunyuanImage:
+    """Describe the family for hunyuan_image_generate_image.py."""
     files = HunyuanImageFiles().add_dit(options.dit, options.dit_dtype)
     files = files.add_rows(options.vae).add_text(options.text)
     return HunyuanImage(files, options.projection)

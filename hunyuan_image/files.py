@@ -148,10 +148,12 @@ class HunyuanImageFiles(TransformerFiles):
     usual: ClassVar[torch.dtype] = torch.float16
 
     def add_rows(self, options: HunyuanImageVaeOptions) -> "HunyuanImageFiles":
+        """Return the files with the options of the VAE."""
         files = self.add_vae(options.file)
         return replace(files, vae_tile=options.tile, vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanImageTextOptions) -> "HunyuanImageFiles":
+        """Return the files with the options of the text encoders."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -164,14 +166,17 @@ class HunyuanImageFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
+        """Path of Qwen2.5-VL. Raises OptionError if --text_encoder is missing."""
         what = "Qwen2.5-VL's language model encodes the prompts"
         return require_file(self.text_encoder, QWEN_USE.model.option, what)
 
     @property
     def byt5_path(self) -> Path:
+        """Path of ByT5. Raises OptionError if --byt5 is missing."""
         return require_file(self.byt5, BYT5.option, "ByT5 encodes the texts to be written in the picture")
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the text encoders, whose weights are read when they are loaded."""
         qwen = QwenTextEncoder(
             self.text_encoder_path,
             dtype=self.encoder_dtype(self.text_dtype, TEXT_DTYPE),
@@ -182,13 +187,16 @@ class HunyuanImageFiles(TransformerFiles):
         return [qwen, GlyphTextEncoder(self.byt5_path, self.encoder_dtype(self.text_dtype), self.text_on_cpu)]
 
     def load_vae(self, device: torch.device) -> HunyuanImageVae:
+        """Load the VAE with the options for its dtype and tiles."""
         dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_chunk_size, tile=self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check that the text encoders that are given or needed fit their options and the transformer."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

@@ -1,10 +1,10 @@
-"""The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent picture.
+"""The HunyuanImage-2.1 transformer: HunyuanVideo's blocks over the pixels of a latent image.
 
 Module names follow the published checkpoint. Two texts are joined: the prompt's states of a language model,
-and those of a glyph encoder for words to write in the picture. Source: the released model code.
+and those of a glyph encoder for words to render in the image. Source: the released model code.
 `hunyuan_model.blocks` lists the steps in float32.
 """
-# Letters: B batch, L picture tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
+# Letters: B batch, L image tokens, G glyph tokens, T text tokens, J joined ones, N heads, C width
 
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +34,7 @@ GLYPH_EPS = 1e-5  # of the norm before the glyph layers
 
 
 class GlyphEmbedding(nn.Module):
-    """Turn states of the glyph encoder into text tokens: B G glyph_dim -> B G C."""
+    """Turns states of the glyph encoder into text tokens, B G glyph_dim to B G C."""
 
     def __init__(self, config: HunyuanImageConfig) -> None:
         super().__init__()
@@ -45,23 +45,24 @@ class GlyphEmbedding(nn.Module):
         self.fc3 = nn.Linear(second, config.dim)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return text tokens, B G C, of states B G glyph_dim."""
         hidden = functional.gelu(in_own_dtype(self.fc1, self.layernorm(states)))
         return in_own_dtype(self.fc3, functional.gelu(in_own_dtype(self.fc2, hidden)))
 
 
 class HunyuanImageModel(BlockNetwork):
-    """Predict the velocity of a noisy latent picture from the states of its two texts.
+    """Predict the velocity of a noisy latent image from the states of its two texts.
 
     Simplified, without a second text and the code around the blocks:
 
-        picture = img_in(noisy)                                             # B L C
+        image = img_in(noisy)                                             # B L C
         text = join(byt5_in(glyphs), txt_in(text))                          # B J C
         vector = time_in(timesteps)                                         # B C
         for block in double_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+J C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        x = cat([picture, text])
+            branches = attention of modulated image and text to each other                      # B L+J C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        x = cat([image, text])
         for block in single_blocks:                  # attention and feed-forward in parallel
             x = x + gate * linear2(attention and gelu of linear1(modulated x))
         velocity = final_layer(x[:, :L], vector)     # B L out_dim, returned as B out_dim H W
@@ -71,7 +72,7 @@ class HunyuanImageModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -97,13 +98,20 @@ class HunyuanImageModel(BlockNetwork):
         glyph_mask: Tensor,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Hidden:
-        """Return picture and text tokens, B L+J C, and the other inputs of the blocks.
+        """Return image and text tokens, B L+J C, and the other inputs of the blocks.
 
-        noisy: B in_dim H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. glyphs:
-        B G glyph_dim, states of the glyph encoder. text_mask: B T, glyph_mask: B G, true or 1 for real
-        tokens, which come first; a picture without glyphs has none. tweaks: changes to this call; their
-        second text has arguments named of these four arguments, and its tokens follow the first text's.
-        Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B in_dim H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            glyphs: States of the glyph encoder, B G glyph_dim.
+            glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
+            tweaks: Changes to this call; their second text has these four arguments, and its tokens follow
+                those of the first text.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -136,7 +144,7 @@ class HunyuanImageModel(BlockNetwork):
     ) -> tuple[Tensor, list[int]]:
         """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
 
-        prompt: text, text_mask, glyphs and glyph_mask, as in `embed`.
+        `prompt` has text, text_mask, glyphs and glyph_mask, as in `embed`.
         """
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])
@@ -165,7 +173,7 @@ def _check_mask(states: Tensor, mask: Tensor) -> None:
 def join_texts(
     first: Tensor, first_counts: Sequence[int], second: Tensor, second_counts: Sequence[int]
 ) -> Tensor:
-    """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up the shorter samples."""
+    """Join the real tokens of two texts, B G C and B T C, to B J C; zeros fill up shorter samples."""
     pieces = []
     for sample, (first_count, second_count) in enumerate(zip(first_counts, second_counts, strict=True)):
         pieces.append(torch.cat([first[sample, :first_count], second[sample, :second_count]]))

@@ -1,4 +1,4 @@
-"""What HunyuanImage-2.1 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""HunyuanImage-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES

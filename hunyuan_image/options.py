@@ -52,6 +52,7 @@ class HunyuanImageVaeOptions(Options):
 
     @property
     def tile(self) -> int | None:
+        """Edge of a tile in pixels; None without tiling."""
         size = self.file.vae_spatial_tile_sample_min_size
         return size or (TILE if self.file.vae_tiling else None)
 
@@ -144,7 +145,7 @@ class HunyuanImageGenerationOptions(Options, title=NAME):
 
 
 def name_attention(args: argparse.Namespace) -> None:
-    """Translate HunyuanImage's name of the options for attention into the shared ones."""
+    """Translate HunyuanImage's names of the attention options into the shared ones."""
     if args.attn_mode is not None:
         flag = TRAINING_FLAGS[GENERATION_VALUES[args.attn_mode]]
         setattr(args, flag.removeprefix("--"), True)
@@ -154,7 +155,7 @@ def name_attention(args: argparse.Namespace) -> None:
 def translate_training(args: argparse.Namespace) -> None:
     """Translate HunyuanImage's own names of shared options into the shared ones, for a LoRA.
 
-    Raises OptionError if only text encoders are to be trained, as this model's cannot be.
+    Raises OptionError if only text encoders are to be trained, because those of this model cannot be.
     """
     name_attention(args)
     if args.network_train_text_encoder_only:
@@ -178,10 +179,12 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     return options.vae.file.words(), _list_text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     return files | _list_text_options(options.text)
 

@@ -1,8 +1,8 @@
 """HunyuanImage-2.1's text encoders, as the shared loops use them: a language model, and one for glyphs.
 
-Names and shapes of the outputs are those of the known caches. For a text alone the rotary positions of
-Qwen2.5-VL are plain ones: those of images equal them. Source: Bai et al. 2025, arXiv 2502.13923; template and
-lengths are those of the released HunyuanImage-2.1.
+Names and shapes of the outputs are those of other trainers' caches. For a text alone, Qwen2.5-VL's rotary
+positions equal plain ones. Source: Bai et al. 2025, arXiv 2502.13923; template and lengths are those of the
+released HunyuanImage-2.1.
 """
 # Letters: L tokens, C = width of the model
 
@@ -72,11 +72,12 @@ _QUOTED = tuple(re.compile(f"{first}(.*?){last}") for first, last in ('""', "\u2
 
 
 def find_quoted(prompt: str) -> list[str]:
-    """Return the texts in quotation marks: all straight ones, then single curly ones, then double ones."""
+    """Return the texts in quotation marks: all in straight ones, then single curly, then double curly."""
     return [text for pattern in _QUOTED for text in pattern.findall(prompt)]
 
 
 def glyph_text(prompt: str) -> str | None:
+    """Return the text that the glyph encoder reads; None if the prompt quotes nothing."""
     quoted = find_quoted(prompt)
     return "".join(f'Text "{text}". ' for text in quoted) if quoted else None
 
@@ -84,7 +85,8 @@ def glyph_text(prompt: str) -> str | None:
 class QwenTextEncoder(LanguageModelEncoder):
     """The language model of Qwen2.5-VL. Each prompt gives a state for each of its tokens.
 
-    Prompts are encoded one by one: several at once would sum in another order, which changes the last bits.
+    Prompts are encoded one at a time: several at once would be summed in another order, which changes the
+    last bits.
     """
 
     def __init__(
@@ -99,11 +101,11 @@ class QwenTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> None:
-        """Return None: caches do not record the kind of states, because it has never changed."""
+        """None: caches do not record the kind of states, because it has never changed."""
 
 
 class GlyphTextEncoder:
-    """ByT5, trained on the letters that pictures show. It reads the quoted words of a prompt.
+    """ByT5, trained on the characters that images show. It reads the quoted words of a prompt.
 
     Weights of parts of a prompt have no effect.
     """
@@ -114,9 +116,12 @@ class GlyphTextEncoder:
     variable_length: frozenset[str] = frozenset()
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.float16, on_cpu: bool = False) -> None:
-        """Set up the encoder; `load` reads the file. dtype, on_cpu: as for `QwenTextEncoder`.
+        """Set up the encoder; `load` reads the file.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder_2`.
+        Args:
+            path: File or folder of the model, or a release's folder that holds it as `text_encoder_2`.
+            dtype: Compute dtype.
+            on_cpu: Run on the CPU whatever device is used otherwise.
         """
         self.path = inside(path, "text_encoder_2")
         self.dtype = dtype
@@ -125,10 +130,11 @@ class GlyphTextEncoder:
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on in addition to the text, found without loading weights."""
         return {"byt5": fingerprint(self.path), "byt5_dtype": dtype_name(self.dtype)}
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts the bytes of the words to write, with the end token."""
+        """Return a function that counts the bytes of the words to render, including the end token."""
 
         def count(text: str) -> TokenCount:
             glyphs = glyph_text(text) or ""
@@ -140,6 +146,7 @@ class GlyphTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
+        """Load the network onto `device`, or onto the CPU with `on_cpu`."""
         self._loaded.load(CPU if self.on_cpu else device, self._read)
 
     def _read(self, device: torch.device) -> tuple[T5Network, None]:
@@ -148,8 +155,8 @@ class GlyphTextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return {"byt5_embed": 128 C, "byt5_mask": 128 int64, "ocr_mask": bool} on the CPU for each prompt.
 
-        ocr_mask: no axis, whether the prompt asks for letters. Without any the states and their mask are
-        zeros; rows of padding are zeros too.
+        `ocr_mask` has no axis: it says whether the prompt asks for characters. If not, the states and their
+        mask are zeros; rows of padding are zeros, too.
         """
         network, _ = self._loaded.get()
         results: list[Conditions] = []
@@ -173,4 +180,5 @@ class GlyphTextEncoder:
         return results
 
     def free(self) -> None:
+        """Release the network."""
         self._loaded.free()

@@ -1,8 +1,8 @@
-"""The VAE of HunyuanImage-2.1: pictures to latents and back, 32 pixels to one along each side.
+"""The VAE of HunyuanImage-2.1: images to latents and back, 32 pixels to one along each side.
 
-Encoder and decoder have FLUX's levels, with pixels folded into channels between; module names follow the
+Encoder and decoder have FLUX's levels, with pixels folded into channels between them; module names follow the
 published file. The shortcuts that average or repeat channels are those of Chen et al. 2024, arXiv 2410.10733.
-Latents are those of cache files: not multiplied by the scaling factor. A picture is a clip of one frame.
+Latents are those of cache files: not multiplied by the scaling factor. An image is a clip of one frame.
 """
 
 import logging
@@ -43,16 +43,15 @@ class HunyuanImageVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int  # Z
-    widths: tuple[int, ...]  # channels of each level, from the picture to the latents
+    widths: tuple[int, ...]  # channels of each level, from the image to the latents
     encoder_blocks: int  # residual blocks in a level
     decoder_blocks: int
 
 
 class FoldDown(nn.Module):
-    """Halve height and width, B C H W -> B C' H/2 W/2, by turning the pixels of each 2 x 2 square into
-    channels.
+    """Halves height and width, B C H W to B C' H/2 W/2, by folding 2 x 2 pixels into channels.
 
-    The shortcut does the same with the input and averages neighbouring channels.
+    The shortcut folds the input in the same way and averages neighboring channels.
     """
 
     def __init__(self, width_in: int, width_out: int) -> None:
@@ -60,12 +59,13 @@ class FoldDown(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out // FOLDED, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x at half the height and width, with its shortcut added."""
         folded = _fold(self.conv(x))
         return folded.add_(average_channels(_fold(x), folded.shape[1]))
 
 
 class FoldUp(nn.Module):
-    """Double height and width: B C H W -> B C' 2H 2W, the reverse of `FoldDown`.
+    """Doubles height and width, B C H W to B C' 2H 2W: the reverse of `FoldDown`.
 
     The shortcut repeats channels.
     """
@@ -75,6 +75,7 @@ class FoldUp(nn.Module):
         self.conv = nn.Conv2d(width_in, width_out * FOLDED, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x at twice the height and width, with its shortcut added."""
         unfolded = self.conv(x)
         return _unfold(unfolded).add_(_unfold(repeat_channels(x, unfolded.shape[1])))
 
@@ -95,6 +96,7 @@ class HunyuanImageVaeEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], moments, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return means and logarithms of variances, B 2Z h w, of pixels x, B 3 H W."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -104,7 +106,7 @@ class HunyuanImageVaeEncoder(nn.Module):
 
 
 class HunyuanImageVaeDecoder(nn.Module):
-    """Decode latents B Z h w to pixels B 3 H W. Levels stand in computing order."""
+    """Decode latents B Z h w to pixels B 3 H W. Levels are in computing order."""
 
     def __init__(self, config: HunyuanImageVaeConfig) -> None:
         super().__init__()
@@ -118,6 +120,7 @@ class HunyuanImageVaeDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return pixels, B 3 H W, of latents x, B Z h w."""
         x = self.mid(self.conv_in(x).add_(repeat_channels(x, self.conv_in.out_channels)))
         for level in self.up:
             x = level(x)
@@ -125,10 +128,9 @@ class HunyuanImageVaeDecoder(nn.Module):
 
 
 class RowConvolution(nn.Module):
-    """A 3x3 convolution that computes a few rows at a time, reading the rows around them, with the same
-    result.
+    """A 3x3 convolution that computes a few rows at a time, with the same result.
 
-    It takes over the weights of the layer that it replaces.
+    Each piece reads the rows around it. The layer takes over the weights of the one that it replaces.
     """
 
     def __init__(self, layer: nn.Conv2d, rows: int) -> None:
@@ -138,6 +140,7 @@ class RowConvolution(nn.Module):
         self._rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x, B C H W to B C' H W."""
         # x: B C H W
         height = x.shape[2]
         if height <= self._rows:
@@ -146,7 +149,7 @@ class RowConvolution(nn.Module):
         for top in range(0, height, self._rows):
             bottom = min(top + self._rows, height)
             piece = x[:, :, max(top - 1, 0) : bottom + 1]
-            # zeros only where the picture ends
+            # zeros only where the image ends
             piece = functional.pad(piece, (0, 0, int(top == 0), int(bottom == height)))
             out[:, :, top:bottom] = functional.conv2d(piece, self.weight, self.bias, padding=(0, 1))
         return out
@@ -161,12 +164,12 @@ def compute_in_rows(network: nn.Module, rows: int) -> None:
 
 
 def average_channels(x: Tensor, width: int) -> Tensor:
-    """Average groups of neighbouring channels: B C H W -> B width H W."""
+    """Average groups of neighboring channels, B C H W to B width H W."""
     return x.unflatten(1, (width, -1)).mean(dim=2)
 
 
 def repeat_channels(x: Tensor, width: int) -> Tensor:
-    """Repeat each channel: B C H W -> B width H W."""
+    """Repeat each channel, B C H W to B width H W."""
     return x.repeat_interleave(width // x.shape[1], dim=1)
 
 
@@ -225,7 +228,7 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
 
 
 def _widths_fit(widths: Sequence[int], channels: int) -> bool:
-    """Return whether norms and shortcuts can be made for levels of these widths. channels: of latents."""
+    """Return whether norms and shortcuts can be built for levels of these widths and latent channels."""
     if any(width % GROUPS for width in widths) or widths[-1] % (2 * channels):
         return False
     return all((FOLDED * near) % far == 0 for near, far in pairwise(widths))
@@ -238,7 +241,11 @@ def _make_error(checkpoint: Checkpoint, why: str) -> CheckpointError:
 
 
 class NamesByLevel:
-    """Turn diffusers' names into the published ones; a level ends with the layer that changes resolution."""
+    """Translates diffusers' names to the published ones.
+
+    A published level ends with the layer that changes the resolution, which diffusers counts as a block of
+    its own.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         changes: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
@@ -248,6 +255,7 @@ class NamesByLevel:
         self._changes = {half: sorted(numbers) for half, numbers in changes.items()}
 
     def __call__(self, name: str) -> str:
+        """Return the published name of a tensor with a name of diffusers."""
         match = _LAYER.fullmatch(name)
         if match is None:
             return translate_name(name, DIFFUSERS)
@@ -286,8 +294,15 @@ def load_vae(
 ) -> HunyuanImageVae:
     """Load the VAE from any of its file layouts.
 
-    chunk_size: rows that a convolution computes at a time; it changes memory, not results. tile: edge of a
-    tile in pixels. Raises CheckpointError if the file is damaged or holds another model.
+    Args:
+        path: File or folder.
+        device: Device to load onto.
+        dtype: Compute dtype.
+        chunk_size: Rows that a convolution computes at a time; it changes memory, not results.
+        tile: Edge of a tile in pixels; None computes images as a whole.
+
+    Raises:
+        CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)

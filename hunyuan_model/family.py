@@ -52,7 +52,7 @@ FLOW_SHIFT = 7.0  # likewise
 class HunyuanVideo(OneTransformer):
     """Description of HunyuanVideo for one run, built by the `family_for_...` functions below.
 
-    SkyReels V1 has the same networks; its image-to-video transformer is recognised by its input channels.
+    SkyReels V1 has the same networks; its image-to-video transformer is recognized by its input channels.
     """
 
     files: HunyuanFiles

@@ -3,7 +3,7 @@
 from contract.data import LatentSpec
 from contract.family import DitSpec
 
-# Least squares fit of latents in model space to colours (R, G, B), which all known tools use
+# Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.0395, -0.0331, 0.0445),
     (0.0696, 0.0795, 0.0518),

@@ -1,4 +1,4 @@
-"""Checkpoint files of the HunyuanVideo VAE: recognise their dialects and read dimensions from the tensors.
+"""Checkpoint files of the HunyuanVideo VAE: recognize their dialects and read dimensions from the tensors.
 
 Our modules have the names of the official file, which diffusers keeps. ComfyUI's repackaged file has its own.
 """

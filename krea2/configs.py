@@ -35,6 +35,7 @@ class Krea2StreamConfig:
 
     @property
     def head_width(self) -> int:
+        """Number of channels of one attention head."""
         return self.dim // self.num_heads
 
 
@@ -56,11 +57,12 @@ class Krea2Config(Krea2StreamConfig):
 
     @property
     def text_dim(self) -> int:
+        """Width of the language model's states."""
         return self.text.dim
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
-        """Return the channels of a head that encode the picture's number, rows and columns."""
+        """How many channels of a head encode the image's number, the row and the column."""
         side = 6 * (self.head_width // 16)
         return self.head_width - 2 * side, side, side
 

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 TEXTS_AGAIN, LATENTS_AGAIN = "krea2_cache_text_encoder_outputs.py", "krea2_cache_latents.py"
 DEFAULTS = pictures.image_defaults(28, 5.5, SIDE, extras=tuple(EXTRAS))
 TURBO = replace(DEFAULTS, steps=own.STEPS_OF_TURBO, guidance_scale=own.GUIDANCE_OF_TURBO)
-FEW, MANY = 256, 6400  # tokens of pictures at which mu is given
+FEW, MANY = 256, 6400  # tokens of images at which mu is given
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,22 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def edits(self) -> bool:
+        """Whether this run edits images."""
         return self.references is not None and self.references.edits
 
     @property
     def name(self) -> str:
+        """Name in caches and saved files, which differs for edits."""
         return "krea2_edit" if self.edits else "krea2"
 
     @property
     def cache_tag(self) -> str:
+        """End of the names of cache files, which differs for edits."""
         return "kr2e" if self.edits else "kr2"
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model, with its release if known and the task for edits."""
         names = {
             "architecture": "Krea-2",
             "resolution": f"{SIDE}x{SIDE}",
@@ -105,6 +109,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def is_turbo(self) -> bool:
+        """Whether the transformer is Turbo, as options, file or names say."""
         if self.samples_on_turbo:
             return True
         release = self._find_release()
@@ -112,6 +117,7 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance of raw or of Turbo."""
         return TURBO if self.is_turbo else DEFAULTS
 
     def _find_release(self) -> Krea2Release | None:
@@ -126,6 +132,7 @@ class Krea2(pictures.ModelOfImages):
         return release is not None and not release.is_turbo
 
     def why_few_steps(self) -> str | None:
+        """Return the evidence that the transformer is Turbo, else None."""
         release = self._find_release()
         if release is None or not release.is_turbo:
             return None
@@ -135,13 +142,14 @@ class Krea2(pictures.ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What caches depend on: the VAE and, for edits, the size of references in pixels."""
         if self.references is None:
             return super().media_identity
         area = "the target's" if self.references.area is None else str(self.references.area)
         return {**super().media_identity, "reference_pixels": area}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalised means of pictures and their references, in the VAE's dtype."""
+        """Return normalized means of images and their references, in the VAE's dtype."""
         vae = encoders.vae
         return pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype)
@@ -152,7 +160,7 @@ class Krea2(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states and the references.
 
-        Raises CacheError for states of another encoder or number of layers, or encoded with pictures if this
+        Raises CacheError for states of another encoder or number of layers, or encoded with images if this
         training has none, or the reverse.
         """
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
@@ -170,7 +178,7 @@ class Krea2(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def _check_template(self, batch: Batch) -> None:
-        """Raise CacheError if captions were encoded with pictures and the training has none, or reverse."""
+        """Raise CacheError if exactly one of captions and training has images to edit."""
         use = self.files.text_use
         for cache in batch.made_by:
             fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
@@ -181,7 +189,11 @@ class Krea2(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from krea2_vl_embed, T n D each, and for edits latents_control_0, ..., B C 1 h w each."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are krea2_vl_embed, T n D for each sample, and for edits latents_control_0, ..., B C 1
+        h w each.
+        """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -195,7 +207,9 @@ class Krea2(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a flow shift noise levels are fixed for Turbo, by size for raw.
+        """Resolve a request.
+
+        Without a flow shift, noise levels are fixed for Turbo and depend on the size for raw.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -224,7 +238,7 @@ class Krea2(pictures.ModelOfImages):
         return replace(prepared, flow_shift=flow_shift)
 
     def _compute_flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
-        """Return the flow shift of a picture. levels: values of mu, y1 and y2 in the request."""
+        """Return the flow shift of an image. `levels` are the values of mu, y1 and y2 in the request."""
         if "mu" in levels:
             return math.exp(levels["mu"])
         if self.is_turbo and not levels:
@@ -251,29 +265,33 @@ class Krea2(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         return (yield replace(section, tweaks=Tweaks(section_cache={})) if self.isolated else section)
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:
+    """Describe the family for krea2_cache_latents.py, which needs only the VAE."""
     return Krea2(Krea2Files().add_vae(options.vae.file), references=_make_rules(options, options.edit))
 
 
 def family_for_text_caching(options: own.Krea2TextCachingOptions) -> Krea2:
+    """Describe the family for krea2_cache_text_encoder_outputs.py, which needs only the text encoder."""
     files = Krea2Files(text_use=EDIT_USE if options.edit else KREA_2_USE).add_text(options.text)
     return Krea2(files, references=_make_rules(options, options.edit))
 
 
 def family_for_training(options: own.Krea2TrainingOptions, dit: Path | None = None) -> Krea2:
-    """Describe the family for training. dit: a transformer in place of the trained one."""
+    """Describe the family for training; `dit` is a transformer in place of the trained one."""
     use = EDIT_USE if options.edit else KREA_2_USE
     files = _make_files(options, use, dit)
     return Krea2(files, options, references=_make_rules(options, options.edit), isolated=options.kv_cache)
 
 
 def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
-    """Describe the family for samples with --turbo_dit. Raises OptionError if that file says it is the raw
-    model.
+    """Describe the family for samples with --turbo_dit; None without that option.
+
+    Raises OptionError if that file says it is the raw model.
     """
     turbo = options.turbo_dit
     if turbo is None:
@@ -288,14 +306,16 @@ def family_for_samples(options: own.Krea2TrainingOptions) -> Krea2 | None:
 
 
 def family_for_generation(options: own.Krea2GenerationOptions) -> Krea2:
+    """Describe the family for krea2_generate_image.py."""
     return Krea2(
         _make_files(options, MIXED_USE), references=_make_rules(options, None), isolated=options.kv_cache
     )
 
 
 def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
-    """Return the rules for reference pictures; None if the model takes none. is_edit: None for a generation,
-    which may be an edit.
+    """Return the rules for reference images; None if the model takes none.
+
+    `is_edit` is None for a generation, which may be an edit.
     """
     if is_edit is False:
         return None

@@ -1,6 +1,7 @@
 """Transformer files of Krea 2, and the files of a run: transformer, Qwen-Image's VAE and Qwen3-VL.
 
-Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `find_release`.
+Files have the released names (ComfyUI's, too) or diffusers'. Raw and Turbo have equal tensors; see
+`find_release`.
 """
 
 import re
@@ -63,7 +64,7 @@ PATTERNS = {"released": (), "diffusers": tensor_patterns(KREA_2)}
 
 
 def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
-    """Return the dimensions of blocks. Raises CheckpointError if they do not go together."""
+    """Return the dimensions of blocks. Raises CheckpointError if they do not match each other."""
     rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
     (width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
@@ -153,7 +154,7 @@ class Krea2Release(NamedTuple):
 
 
 def find_release(dit: Path | None) -> Krea2Release | None:
-    """Return whether a transformer is Turbo or raw, and the evidence; None if nothing tells.
+    """Return whether a transformer is Turbo or raw, and the evidence; None without evidence.
 
     The evidence is what a training wrote into the file, then the release's model_index.json, then the nearest
     name, as in `FewSteps.judge`.

@@ -1,14 +1,14 @@
-"""The transformer of Krea 2: single-stream blocks over a picture and the fused states of a language model.
+"""The transformer of Krea 2: single-stream blocks over an image and the fused states of a language model.
 
-Names of modules are the released ones. Source: the released code (krea-ai/krea-2). Always float32: the
-embedding of time, modulation, norms, rotary angles. Attention is Lumina's, gated; references of an edit stand
-first, then the picture, then the text. Attention does not depend on the order, only on positions: those of
+Names of modules are the released ones. Source: the released code (krea-ai/krea-2). The embedding of time,
+modulation, norms and rotary angles are always float32. Attention is Lumina's, gated; references of an edit
+come first, then the image, then the text. Attention does not depend on the order, only on positions: those of
 all texts are 0, those of references on the first axis 1, 2, ... Source of edits: ai-toolkit's `edit: true`.
-References that attend to each other alone, at time 0, are the same in all passes of a generation: their keys
+References that attend only to each other, at time 0, are the same in all passes of a generation: their keys
 and values are computed once (`Krea2Model.remember`).
 """
-# Letters: B batch, R tokens of references, L of the picture, T of text, n states of each, N heads, D head
-# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
+# Letters: B batch, R tokens of references, L of the image, T of text, n states of each, N heads, D head
+# width, C = N * D, S 1, or 2 if there are references: time 0, theirs, stands before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,16 +52,17 @@ class Krea2Tokens(LuminaTokens):
     split: int = 0  # where the tokens behind references begin, among those that this process has
 
     def cut(self, part: "TokenPart") -> "Krea2Tokens":
-        """Return the inputs of the blocks for a part of the tokens."""
+        """Return the inputs for the tokens of one process."""
         return replace(super().cut(part), split=part.of_first(self.references))
 
     @property
     def first_picture(self) -> int:
+        """Index of the first token of the image, which follows the references."""
         return self.references
 
 
 class QueryKeyScales(nn.Module):
-    """Norms of queries and keys, of each head by itself."""
+    """Norms of queries and keys, applied to each head separately."""
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
@@ -93,18 +94,20 @@ class GatedAttention(GroupedAttention):
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the gated attention of tokens x, B L C."""
         return self.gated(x, self.attend_tokens(x, tokens))
 
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
+        """Return the attention of tokens, B L N D; isolated references attend only to each other."""
         assert isinstance(tokens, Krea2Tokens)
         query, key, value = heads
         rotated = rotate(query, rotary), rotate(key, rotary), value
         return attend_rotated(self, rotated, tokens, lengths)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Return the output of attention among text tokens x, B T C, which have no positions."""
+        """Return the attention of text tokens x, B T C, which have no positions."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
@@ -116,10 +119,13 @@ class GatedAttention(GroupedAttention):
 def attend_rotated(
     attention: Remembers, heads: Heads, tokens: Krea2Tokens, lengths: Lengths | None
 ) -> Tensor:
-    """Return the attention of tokens, of which isolated references attend to each other alone: B L N D.
+    """Return the attention of tokens, B L N D, in which isolated references attend only to each other.
 
-    attention: whose memory the keys and values of references alone go to, or come from. heads: query, key and
-    value, the first two rotated. lengths: how many of the tokens behind isolated references are real.
+    Args:
+        attention: Layer whose memory stores, or provides, the keys and values of references.
+        heads: Query, key and value, the first two rotated.
+        tokens: Inputs of the blocks.
+        lengths: How many of the tokens after isolated references are real.
     """
     query, key, value = heads
     if tokens.remembers:
@@ -139,7 +145,7 @@ def attend_rotated(
 
 
 def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
-    """Return B R+L K D. references: B R K D, or 1 R K D for all samples. heads: B L K D."""
+    """Return B R+L K D of references, B R K D (or 1 R K D for all samples), and heads, B L K D."""
     return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
 
 
@@ -153,12 +159,13 @@ class SwiGlu(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         gates = functional.silu(in_own_dtype(self.gate, x))
         return in_own_dtype(self.down, gates * in_own_dtype(self.up, x))
 
 
 class StreamBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm."""
+    """Attention and feed-forward, each after a norm."""
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         super().__init__()
@@ -172,6 +179,7 @@ class TextBlock(StreamBlock):
     """Block over a language model's states, without positions or time."""
 
     def forward(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None = None) -> Tensor:
+        """Apply the block to states x, B T C."""
         # x: B T C
         x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
         output: Tensor = x + self.mlp(self.postnorm(x))
@@ -179,7 +187,7 @@ class TextBlock(StreamBlock):
 
 
 class TextFusion(nn.Module):
-    """Merge the several states of each token into one, then let tokens attend to each other."""
+    """Merges the several states of each token into one, then lets tokens attend to each other."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__()
@@ -188,6 +196,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
     def forward(self, states: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+        """Return fused states, B T C, of states B T n C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:
@@ -199,7 +208,7 @@ class TextFusion(nn.Module):
 
 
 class Table(nn.Module):
-    """A layer's own addition to the modulation that all share."""
+    """A layer's own addition to the shared modulation."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -207,7 +216,7 @@ class Table(nn.Module):
 
 
 class Krea2Block(StreamBlock):
-    """Block in which picture and text attend to each other, modulated by the time."""
+    """Block in which image and text attend to each other, modulated by the time."""
 
     def __init__(self, config: Krea2Config) -> None:
         super().__init__(config)
@@ -219,6 +228,7 @@ class Krea2Block(StreamBlock):
         return (tokens.time[:, :ROWS] + table).unbind(1)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         scale, shift, gate, *feed_rows = self.rows(tokens)
         h = modulate(self.prenorm(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -231,7 +241,7 @@ class Krea2Block(StreamBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
+        """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
         scale, shift, *_ = (row[:, -1:] for row in self.rows(tokens))
         image = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.prenorm(image), shift, scale, tokens.dtype)
@@ -251,14 +261,15 @@ class LastLayer(nn.Module):
         self.modulation = Table(2, config.dim)
 
     def forward(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
+        """Return the patches of the velocity for image tokens x, B L C."""
         scale, shift = (tokens.time[:, ROWS:, -1] + self.modulation.lin.float()).chunk(2, dim=1)
         return in_own_dtype(self.linear, modulate(self.norm(x), shift, scale, tokens.dtype))
 
 
 class Krea2Layout(NamedTuple):
-    """The key of a table of rotations."""
+    """Key of a rotary table."""
 
-    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    grid: tuple[int, int]  # rows, columns of the image's tokens
     texts: int  # tokens of the texts
     references: tuple[tuple[int, int], ...] = ()  # as the grid, of each reference
 
@@ -271,7 +282,7 @@ class Krea2Text(NamedTuple):
 
 
 class Krea2Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from several states of Qwen3-VL for each token.
+    """Predict the velocity of noisy latents of an image from several states of Qwen3-VL for each token.
 
     Simplified, without references, a second text and the code around the blocks:
 
@@ -290,7 +301,7 @@ class Krea2Model(BlockNetwork):
     dtype_of = "blocks.0.mod.lin"
 
     def __init__(self, config: Krea2Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -317,7 +328,10 @@ class Krea2Model(BlockNetwork):
         isolated: bool = False,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` says. With `tweaks.section_cache` isolated references are computed once."""
+        """Predict as `embed` describes.
+
+        With `tweaks.section_cache`, isolated references are computed once.
+        """
         memory = tweaks.section_cache if isolated and references else None
         if memory is not None and not memory:
             memory.update(self.remember([latents[:1] for latents in references]))
@@ -335,7 +349,7 @@ class Krea2Model(BlockNetwork):
             )
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
-        """Return keys and values of references, each 1 Z 1 h w, by block's attention."""
+        """Return the keys and values of references, 1 Z 1 h w each, by the attention of each block."""
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)
@@ -355,6 +369,7 @@ class Krea2Model(BlockNetwork):
         return remember(self, Hidden(x, tokens), self.attentions())
 
     def attentions(self) -> list[GatedAttention]:
+        """The attention of each block."""
         return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]
 
     def embed(
@@ -367,13 +382,20 @@ class Krea2Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         isolated: bool = False,
     ) -> Hidden:
-        """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
+        """Return the tokens of references, image and text, B R+L+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T n text_dim, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
-        second text has arguments named text and text_mask, and its tokens follow the first text's.
-        references: clean latents of pictures to edit, each B Z 1 h w of its own size. isolated: these attend
-        to each other alone. Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T n text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+                tokens follow those of the first text.
+            references: Clean latents of images to edit, each B Z 1 h w of its own size.
+            isolated: References attend only to each other.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -382,7 +404,7 @@ class Krea2Model(BlockNetwork):
         grid = self.grid_of(noisy)
         images = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
         image = images[0] if not references else torch.cat(images, dim=1)
-        num_images = image.shape[1]  # tokens of references and picture, R + L
+        num_images = image.shape[1]  # tokens of references and image, R + L
         num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
         texts = []
@@ -414,9 +436,9 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
-        """Return an embedded text. arguments: text and text_mask, as in `embed`.
+        """Return an embedded text. `arguments` are text and text_mask, as in `embed`.
 
-        before: number of tokens in front of the text that attend to all.
+        `before` counts the tokens in front of the text that attend to all.
         """
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
@@ -427,7 +449,7 @@ class Krea2Model(BlockNetwork):
         return Krea2Text(self.embed_text(states.to(dtype), text_lengths).to(dtype), lengths)
 
     def _embed_times(self, timesteps: Tensor, has_references: bool) -> Tensor:
-        """Return the embedded times, B 7 S C: of references, which have time 0, and of the picture."""
+        """Return the embedded times, B 7 S C: of references, which have time 0, and of the image."""
         time = self.embed_time(timesteps)[:, :, None]
         if not has_references:
             return time
@@ -435,7 +457,7 @@ class Krea2Model(BlockNetwork):
         return torch.cat([reference_time, time], dim=2)
 
     def grid_of(self, latents: Tensor) -> tuple[int, int]:
-        """Return rows and columns of a picture's tokens. Raises ValueError if its sizes do not fit."""
+        """Return rows and columns of an image's tokens. Raises ValueError if its sizes do not match."""
         channels, _, height, width = latents.shape[1:]
         if channels != self.config.channels or height % PATCH or width % PATCH:
             raise ValueError(
@@ -444,14 +466,12 @@ class Krea2Model(BlockNetwork):
         return height // PATCH, width // PATCH
 
     def embed_picture(self, latents: Tensor) -> Tensor:
-        """Return the tokens of a picture: B Z 1 H W -> B L C."""
+        """Return the tokens of an image, B Z 1 H W to B L C."""
         patches = rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return in_own_dtype(self.first, patches)
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the modulation of all blocks and the embedded time that it is computed from: B -> B 7 C
-        float32.
-        """
+        """Return the modulation of all blocks and the embedded time behind it, B to B 7 C float32."""
         waves = sinusoid(timesteps, self.config.freq_dim, torch.float32)
         time = run_float32(self.tmlp[2], gelu(run_float32(self.tmlp[0], waves)))
         rows = in_own_dtype(self.tproj[1], gelu(time)).float()
@@ -475,8 +495,8 @@ class Krea2Model(BlockNetwork):
     def _make_table(self, layout: Krea2Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, from float64 angles.
 
-        Positions: tokens of the picture (0, row, column), of reference k (from 1) (k, row, column), of texts
-        (0, 0, 0).
+        Positions are (0, row, column) for image tokens, (k, row, column) for those of reference k (from 1),
+        and (0, 0, 0) for texts.
         """
         widths, theta = self.config.rotary_widths, self.config.rope_theta
         grids = [Grid((1, *grid), first=number) for number, grid in enumerate(layout.references, 1)]

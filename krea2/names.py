@@ -1,4 +1,4 @@
-"""What Krea 2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Krea 2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts
@@ -53,7 +53,7 @@ KREA_2 = FamilyNames(
         ("final_layer.scale_shift_table", "last.modulation.lin"),
     ),
     versions=("krea2", "krea-2", "krea_2"),
-    # for the blocks over the picture: the text's have another width and other heads
+    # for the blocks over the image: the text's have another width and other heads
     sides=(
         *((f".blocks.{{n}}.attn.{name}", 1, 1) for name in ("wq", "gate", "wo")),
         *((f".blocks.{{n}}.attn.{name}", 1 / 4, 1) for name in ("wk", "wv")),

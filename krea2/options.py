@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 NAME = "Krea 2"
 VARIANTS = RAW, TURBO = ("raw", "turbo")
 VARIANT_KEY = "ss_krea2_dit_variant"  # in the metadata of a trained transformer
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 MAX_SIDE = 16384
 MAX_MU = 20.0  # e^20: all steps at pure noise
 # mu of the noise levels at 256 and at 6400 tokens; Turbo's at all sizes. Source: the released code
@@ -166,7 +166,7 @@ def check_mu(mu: float, option: str) -> None:
 
 
 def check_levels(levels: Collection[str], has_shift: bool) -> None:
-    """Raise OptionError if noise levels are given in two ways. levels: which of `EXTRAS` are given."""
+    """Raise OptionError if noise levels are given in two ways. `levels` are the given ones of `EXTRAS`."""
     if levels and has_shift:
         typed = " ".join(f"--{name}" for name in levels)
         raise OptionError(
@@ -177,10 +177,10 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
 def resolve_generation(
     options: Any, own_options: Krea2GenerationOptions
 ) -> tuple[Any, Krea2GenerationOptions]:
-    """Put --width and --height into the size. Raises OptionError if --image_size says another one.
+    """Copy --width and --height into the size, and warn of LoRAs trained with another --kv_cache.
 
-    Warns of LoRAs of edits that were trained with another --kv_cache. None stands for options that are not
-    given: size, width, height, mu, y1 and y2.
+    None stands for options that are not given: size, width, height, mu, y1 and y2. Raises OptionError if
+    --image_size gives another size.
     """
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)
@@ -220,7 +220,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     latents = {
         "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         "--edit": options.edit,

@@ -8,14 +8,14 @@ family: the releases, described for the shared loops
 files: paths of a run, parts of a released file
 gemma_4: the language model of LTX-2.5's texts
 guidance: weights of guidance by stream, as released
-media: the family's half of latents, pictures and sound
+media: the family's half of latents, images and sound
 model: the transformer around the blocks
 model_options: options of files, how they run, and of guidance
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 reference_options: options of references (IC-LoRA)
-references: clips and pictures that a clip is made from
-refused_options: options of the known tuner that are refused, as data
+references: clips and images that a clip is made from
+refused_options: options of musubi-tuner's fork that are rejected, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
 sound: mel spectrograms, audio VAE, vocoders, and their files

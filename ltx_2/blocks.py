@@ -1,9 +1,9 @@
-"""Blocks of LTX-2: two streams of tokens, video and sound, with weights of their own.
+"""Blocks of LTX-2: two streams of tokens, video and audio, with weights of their own.
 
-In each block a stream sees itself, its text and the other stream, which one attention for each direction
-does. Source: the released code of LTX-2. Always float32: norms, modulation, rotation. Everything else, also
-the residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
-checkpoints.
+In each block a stream sees itself, its text and the other stream; there is one attention for each direction
+between the streams. Source: the released code of LTX-2. Norms, modulation and rotation are always float32.
+Everything else, including the residual stream, computes in the dtype of its weights or of autocast. Module
+names follow the published checkpoints.
 """
 # Letters: B batch, L video tokens, M sound tokens, T text tokens, S segments (2 with given frames), N heads,
 # D head width, C width of a stream, W of the wider one
@@ -36,7 +36,7 @@ UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 
 @dataclass(frozen=True)
 class LtxReferences:
-    """References of a video: their tokens are in front of the video's."""
+    """References of a video, whose tokens come before the video's."""
 
     latents: Sequence[Tensor] = ()  # each B Z f h w; sides are smaller by a whole number
     time: int = 1  # the step at which their frames were taken
@@ -46,6 +46,7 @@ class LtxReferences:
 
     @property
     def counts(self) -> list[int]:
+        """Number of tokens of each reference."""
         return [math.prod(latents.shape[2:]) for latents in self.latents]
 
 
@@ -78,6 +79,7 @@ class Stream:
 
     @property
     def length(self) -> int:
+        """Number of tokens of the stream."""
         return self.rotary.shape[-4]
 
     def cut(self, part: "TokenPart") -> "Stream":
@@ -96,9 +98,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class LtxTokens:
-    """Inputs of the blocks besides the tokens x, B L+M W, the video first; built once per forward pass.
+    """Inputs of the blocks in addition to the tokens x, B L+M W with the video first.
 
-    The narrower stream is padded with zeros to W channels.
+    Built once per forward pass. The narrower stream is padded with zeros to W channels.
     """
 
     streams: dict[StreamNames, Stream]
@@ -111,10 +113,12 @@ class LtxTokens:
     keeps_references: bool = False  # their velocities are wanted too
 
     def without_self_attention(self) -> "LtxTokens":
+        """Return the inputs for a pass in which self-attention is replaced by its values."""
         return replace(self, sees_values=True)
 
     @property
     def stream_lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each stream."""
         return tuple(stream.length for stream in self.streams.values())
 
     def cut(self, *parts: "TokenPart") -> "LtxTokens":
@@ -144,12 +148,15 @@ class LtxTokens:
 
 
 class LtxAttention(nn.Module):
-    """Attention from one kind of tokens to another; q and k are normalised over all heads."""
+    """Attention from one kind of tokens to another; q and k are normalized over all heads."""
 
     def __init__(
         self, heads: int, is_gated: bool, splits_heads: bool, query_dim: int, key_dim: int, dim: int
     ) -> None:
-        """dim: width of all heads. is_gated, splits_heads: as in `LtxConfig`."""
+        """Build the layers.
+
+        `dim` is the width of all heads, `is_gated` and `splits_heads` as in `LtxConfig`.
+        """
         super().__init__()
         self.num_heads = heads
         self.to_q = nn.Linear(query_dim, dim)
@@ -167,13 +174,15 @@ class LtxAttention(nn.Module):
         return self._rotate_heads(self.q_norm(in_own_dtype(self.to_q, x)), rotary)
 
     def keys(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+        """Return the normalized, rotated keys of x, B L N D."""
         return self._rotate_heads(self.k_norm(in_own_dtype(self.to_k, x)), rotary)
 
     def values(self, x: Tensor) -> Tensor:
+        """Return the values of x, B L N D."""
         return in_own_dtype(self.to_v, x).unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Gate and project the result of attention, `attended` B L N D, for tokens x, B L C: B L C."""
+        """Gate and project the attention `attended`, B L N D, of tokens x, B L C, to B L C."""
         if hasattr(self, "to_gate_logits"):
             gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits: as without
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
@@ -217,6 +226,7 @@ class LtxBlock(nn.Module):
             setattr(self, names.cross_table, nn.Parameter(torch.zeros(5, dim)))
 
     def forward(self, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Apply the block to tokens x, B L+M W."""
         # x: B L+M W
         parts = {}
         for names, stream_x in tokens.split(x).items():
@@ -235,7 +245,7 @@ class LtxBlock(nn.Module):
         return modulate(norm_tokens(first.float()), shift, scale, tokens.dtype, split=stream.num_given)
 
     def see_itself_and_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Add attention of a stream, B L C, to itself and to its text."""
+        """Add to a stream, B L C, its attention to itself and to its text."""
         stream = tokens.streams[names]
         # the last three, of the attention to the text, are not in LTX-2.0
         shift, scale, gate, _, _, _, *text_rows = self._split_rows(names, stream)
@@ -264,7 +274,7 @@ class LtxBlock(nn.Module):
     def _modulate_cross_inputs(
         self, names: StreamNames, x: Tensor, tokens: LtxTokens
     ) -> dict[StreamNames, Tensor]:
-        """Return a stream's input of the attention between the streams, B L C, by the stream that sees."""
+        """Return a stream's inputs of the attention between the streams, B L C, by the receiving stream."""
         stream = tokens.streams[names]
         assert stream.cross is not None
         table = getattr(self, names.cross_table).float()
@@ -289,7 +299,7 @@ class LtxBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, layer: nn.Module, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add a feed-forward branch to a segment x, B L C, by token. shift, scale, gate: B 1 C float32."""
+        """Add a feed-forward branch to a segment x, B L C. Modulation rows are B 1 C float32 each."""
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
@@ -340,17 +350,21 @@ class LtxBlock(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens) -> Tensor:
-    """Compute attention in one dtype. The dtypes of q, k and v differ only if a file mixes dtypes."""
+    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(query.to(dtype), key.to(dtype), value.to(dtype), tokens.attention)
 
 
 def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return further channels of queries and keys, L E each, whose products are added to attention's logits.
+    """Return additional channels of queries and keys, L E each, whose products add to attention's logits.
 
-    strengths: M, 0..1, how strongly each reference token and the video attend to each other; its logarithm is
-    added to the logits. References do not see each other. counts: tokens of each reference; they are in front
-    of those of the video. Source: the released code of LTX-2.
+    References do not see each other. Source: the released code of LTX-2.
+
+    Args:
+        strengths: M, 0..1: how strongly each reference token and the video attend to each other. The
+            logarithm is added to the logits.
+        counts: Number of tokens of each reference. These come before the video's.
+        num_video_tokens: Number of tokens of the video.
     """
     is_video = functional.pad(torch.ones_like(strengths[:1]).expand(num_video_tokens), (len(strengths), 0))
     logarithms = functional.pad(strengths.log().clamp(min=UNSEEN), (0, num_video_tokens))
@@ -366,9 +380,9 @@ def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: i
 def _attend_dimmed(
     more_queries: Tensor, more_keys: Tensor, query: Tensor, key: Tensor, value: Tensor, tokens: LtxTokens
 ) -> Tensor:
-    """Compute attention whose weights are changed by `dim_references`, in torch: 8 bits are too coarse.
+    """Compute attention with weights changed by `dim_references`, in torch: 8 bits are too coarse.
 
-    more_queries, more_keys: the further channels, L E each.
+    `more_queries` and `more_keys` are the additional channels, L E each.
     """
     width, num_more = query.shape[-1], more_queries.shape[-1]
     root = math.sqrt(width + num_more)  # by which attention divides the logits

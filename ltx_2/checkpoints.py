@@ -50,7 +50,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
 
 
 def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
-    """Return the dimensions. Raises CheckpointError if they cannot be read, or do not go together."""
+    """Return the dimensions. Raises CheckpointError if they cannot be read or do not match each other."""
     path = shapes.path
     try:
         config = _config(shapes, settings)
@@ -101,7 +101,7 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from a record of settings in either layout.
 
-    Raises ValueError for impossible numbers, and Python's own errors for values of other types.
+    Raises ValueError for invalid numbers, and Python's own errors for values of other types.
     """
     frames = settings.get("pos_embed_max_pos", 20)
     rows = settings.get("base_height", 2048)
@@ -134,9 +134,10 @@ def _read_gate_time(settings: Mapping[str, Any]) -> float:
 
 
 def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
-    """Read a boolean setting from the record of settings, else return `default`, which the tensors show.
+    """Return a boolean setting; without it `default`, which the tensors show.
 
-    Raises ValueError if it is neither true nor false. If the two differ, loading names the tensors.
+    Raises ValueError if it is neither true nor false. If the setting contradicts the tensors, loading reports
+    the tensors.
     """
     value = settings.get(key, default)
     if type(value) is not bool:

@@ -83,7 +83,7 @@ class LtxConfig:
     modulates_text: bool  # LTX-2.3: attention to the text is modulated too
     times_text: bool = True  # if so: the text itself by the time; False: always the same
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
-    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbours
+    splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
     # factor of the time for the gates between the streams, relative to that of all other layers
     gate_time: float = 1.0
     shows: bool = True  # False: the video's stream is left out
@@ -94,10 +94,12 @@ class LtxConfig:
 
     @property
     def dim(self) -> int:
+        """Width of the video's stream."""
         return self.video.dim
 
     @property
     def kind(self) -> str:
+        """Release that the dimensions belong to: 2.0, 2.3 or 2.5."""
         is_new = self.marks_first or not self.video.ff_bias
         if is_new:
             return "2.5"
@@ -105,6 +107,7 @@ class LtxConfig:
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:
+        """Dimensions of the streams that this network has, by their names."""
         streams = {}
         if self.shows:
             streams[VIDEO] = self.video
@@ -126,7 +129,7 @@ LATENT = LatentSpec(
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of sound, B C T M."""
+    """Return the number of tokens of latents: F*H*W of a clip, B C F H W, and T of audio, B C T M."""
     return math.prod(shape[2:]) if len(shape) == 5 else shape[2]
 
 

@@ -99,11 +99,12 @@ class ConnectorsConfig:
     longest: int  # rows that positions are measured by
 
     def projection(self, stream: str) -> str:
+        """Return the name of a stream's projection."""
         return SHARED if self.is_shared else f"{stream}_{SHARED}"
 
 
 def open_connectors(path: Path, gemma: Path) -> Checkpoint:
-    """Open a file of connectors; in LTX-2.5 Gemma's file as well, which has the projections before them."""
+    """Open a file of connectors; in LTX-2.5 also Gemma's file, which has the projections before them."""
     paths = checkpoint_paths(path)
     with open_checkpoint(path) as checkpoint:
         names = [name for name in checkpoint.tensors if name.startswith(PARTS)]
@@ -160,7 +161,7 @@ def _read_connector(
     settings: Mapping[str, Any],
     damaged: CheckpointError,
 ) -> ConnectorConfig:
-    """Read the dimensions of one connector. shape: of a tensor, by its name and number of axes."""
+    """Read the dimensions of a connector. `shape` returns a tensor's, by its name and number of axes."""
     connector = f"{stream}_embeddings_connector"
     block = f"{connector}.transformer_1d_blocks.0."
     gates = f"{block}attn1.to_gate_logits.weight"
@@ -185,7 +186,7 @@ def _read_connector(
 
 
 def _read_longest(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> int:
-    """Return the number of rows that positions are measured by.
+    """Return the number of rows that text positions are divided by.
 
     Raises CheckpointError if the settings are of positions of another kind.
     """
@@ -220,8 +221,9 @@ class TextConnectors(nn.Module):
             self.add_module(f"{stream}_embeddings_connector", Connector(connector, config.longest))
 
     def forward(self, states: Tensor, rows: int) -> dict[str, Tensor]:
-        """Return the text for each stream, T S. states: L n C, of the prompt's tokens. rows: T, the number of
-        rows to fill.
+        """Return the text for each stream, T S, of states L n C of the prompt's tokens.
+
+        `rows` is T, the number of rows to fill.
         """
         normed = torch.empty_like(states.mT)  # L C n: the order of the projections' inputs
         for index, state in enumerate(states.unbind(1)):  # singly, as float32 copies are large
@@ -249,7 +251,7 @@ class Connector(nn.Module):
         self.transformer_1d_blocks = nn.ModuleList(ConnectorBlock(config) for _ in range(config.num_layers))
 
     def forward(self, text: Tensor, rows: int) -> Tensor:
-        """Return T S. text: L S. rows: T, a multiple of the number of registers."""
+        """Return T S of a text, L S. `rows` is T, a multiple of the number of registers."""
         filler = self.learnable_registers.repeat(rows // len(self.learnable_registers), 1)
         x = torch.cat([text, filler[len(text) :].to(text.dtype)])[None]  # 1 T S
         rotary = make_row_table(
@@ -281,6 +283,7 @@ class ConnectorBlock(nn.Module):
         self.ff = NamedFeedForward(dim, config.ffn_dim, gelu, config.ff_bias)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Apply the block to rows x, 1 T S."""
         # x: 1 T S
         layer = self.attn1
         h = norm_tokens(x)

@@ -1,4 +1,4 @@
-"""LTX-2, 2.3 and 2.5, described for the shared loops: video, with or without sound."""
+"""LTX-2, 2.3 and 2.5, described for the shared loops: video with or without audio, or audio alone."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,15 +120,17 @@ class Ltx2(Ltx2Media):
 
     @property
     def vae_dtype(self) -> torch.dtype:
+        """Compute dtype of the VAE, in which latents are cached."""
         return self.files.encoder_dtype(self.files.vae_dtype)
 
     @property
     def version(self) -> str:
-        """Return the release of the transformer's file; "2.3" without a transformer."""
+        """Release of the transformer's file; "2.3" without a transformer."""
         return "2.3" if self.files.dit is None else self.files.dit_header().config.kind
 
     @property
     def fuller(self) -> tuple[str, ...]:
+        """Return the conditions that only a teacher gets: those of all families, and the first frame."""
         return (*super().fuller, FIRST_FRAME)
 
     @property
@@ -150,10 +152,12 @@ class Ltx2(Ltx2Media):
 
     @property
     def release(self) -> rules.ModelRelease:
+        """Repositories and license of the version."""
         return RELEASES[self.version].release
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model: version, trained streams, and the references that a LoRA learned."""
         names = {
             "architecture": f"ltx-{self.version}",
             "implementation": "https://github.com/Lightricks/LTX-2",
@@ -172,6 +176,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def text_keys(self) -> frozenset[str]:
+        """Names of the texts of both streams, as far as used, and their mask."""
         return frozenset({*map(prompt_key, self.files.streams), MASK})
 
     def check_table(self, table: MediaTable) -> None:
@@ -183,6 +188,7 @@ class Ltx2(Ltx2Media):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Encode clips and their references; without video, empty latents of the clip's shape."""
         if not self.files.has_pictures:
             shape = self.latent.shape(*media.frames.shape[1:4])[1:]
             return [[CacheEntry({"latents": torch.zeros(shape, dtype=self.vae_dtype)})] for _ in media.keys]
@@ -193,7 +199,7 @@ class Ltx2(Ltx2Media):
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the latents of clips and of their references, by name in caches, each B C F H W."""
+        """Return the latents of clips and of their references, by name in caches, B C F H W each."""
         frames = {"latents": media.frames}
         for number, reference in enumerate(media.references):
             assert self.references is not None
@@ -206,6 +212,7 @@ class Ltx2(Ltx2Media):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, and note the LoRAs that only one stage uses."""
         network = self.files.load_dit(placement)
         network.spec = self.dit
         if self.stages is not None and self.stages.loras:
@@ -213,7 +220,7 @@ class Ltx2(Ltx2Media):
         return network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: texts of the streams, frame rates, which samples have sound."""
+        """Return the conditions of a training batch: texts, frame rates, and which samples have audio."""
         names = [*self.files.check_cached_texts(batch), FPS, HAS_SOUND]
         names += [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
         return {name: batch.tensors[name] for name in names if name in batch.tensors}
@@ -221,9 +228,9 @@ class Ltx2(Ltx2Media):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity in float32: B C F H W, or B N of video and sound joined.
+        """Predict the velocity in float32, B C F H W; with audio B N of video and audio joined.
 
-        cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
+        The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_SOUND.
         """
         joint = tweaks.joint
         image, sound = split_sound(noisy, joint)
@@ -256,7 +263,7 @@ class Ltx2(Ltx2Media):
         return joint.join(velocity, sound_velocity)
 
     def _list_rates(self, cond: Conditions) -> float | list[float]:
-        """Return the frames per second of each sample; the default if the conditions do not say."""
+        """Return the frames per second of each sample; the default if the conditions do not have them."""
         rates = cond.get(FPS)
         if not isinstance(rates, Tensor):
             return self.defaults.fps
@@ -271,8 +278,11 @@ class Ltx2(Ltx2Media):
     ) -> LtxReferences:
         """Return the references as the network takes them.
 
-        references: clean latents. denoised: the references with the noise of the step; None: they stay clean.
-        strengths: 1 M, of the video's attention to each of their tokens; None: full strength.
+        Args:
+            references: Clean latents.
+            denoised: The references with the noise of the step; None if they stay clean.
+            strengths: 1 M, of the video's attention to each of their tokens; None for full strength.
+            device: Device of the result.
         """
         return LtxReferences(
             references if denoised is None else denoised.noisy_like(references),
@@ -284,6 +294,7 @@ class Ltx2(Ltx2Media):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve sizes, guidance, references, audio and stages of a request."""
         self.files.check(("dit",))
         if not self.files.has_pictures:
             self._reject_images(request)
@@ -342,7 +353,7 @@ class Ltx2(Ltx2Media):
             check_opens("drive_video", self.drive_video, is_image=False)
 
     def _make_joint(self, prepared: Prepared) -> Joint | None:
-        """Return the joint shape of picture and sound; None if no sound is made, as for a single picture."""
+        """Return the joint shape of video and audio; None without audio, as for a single image."""
         sound = self.sound
         is_alone = not self.files.has_pictures
         if sound is None or not self.makes_sound or (prepared.frames <= 1 and not is_alone):
@@ -364,7 +375,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
-        """Return the metadata of outputs about the references and the stages."""
+        """Return metadata of outputs about the references and the stages."""
         metadata = {}
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
@@ -432,6 +443,7 @@ class Ltx2(Ltx2Media):
         return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether the request has an image, a driving video or references."""
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
@@ -439,7 +451,7 @@ class Ltx2(Ltx2Media):
         )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the image (the first latent frame) or the driving video, and references; on the CPU."""
+        """Encode the image (as first latent frame) or the driving video, and references, on the CPU."""
         if not prepared.stages:
             conditions = self._encode_request(encoders.vae, prepared)
             return {0: conditions} if conditions else {}
@@ -459,7 +471,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references, and the strengths with which the video attends to them."""
+        """Return the latents of references, and how strongly the video attends to them."""
         reference_rules = self.references
         if not prepared.family_record or reference_rules is None:
             return {}
@@ -501,7 +513,7 @@ class Ltx2(Ltx2Media):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the sections. Noise is drawn for video, then for sound, then for references."""
+        """Yield the sections. Noise is drawn for video, then for audio, then for references."""
         sections = self._make_plain_sections(prepared, prompts, inputs, noise)
         if self.reference_strength < 1:
             sections = with_noisy_references(sections, self.reference_strength, prepared.joint, noise)
@@ -549,13 +561,14 @@ class Ltx2(Ltx2Media):
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the texts that the conditions have, under the names of the network's arguments."""
+    """Return the texts among the conditions under the names of the network's arguments."""
     names = {"text": prompt_key(VIDEO), "sound_text": prompt_key(AUDIO)}
     present = {argument: name for argument, name in names.items() if name in conditions}
     return name_texts(conditions, present, device)
 
 
 def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
+    """Describe the family for ltx2_cache_latents.py, which needs only the VAE."""
     model = options.model
     log_ignored(model.streams, options, options.vae, options.references)
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams).add_vaes(options.vae)
@@ -563,16 +576,17 @@ def family_for_latent_caching(options: Ltx2LatentCachingOptions) -> Ltx2:
 
 
 def family_for_text_caching(options: Ltx2TextCachingOptions) -> Ltx2:
+    """Describe the family for ltx2_cache_text_encoder_outputs.py, which needs only the text encoder."""
     model = options.model
     files = Ltx2Files(checkpoint=model.ltx2_checkpoint, streams=model.streams)
     return Ltx2(files.add_text(options.text, options.text_dtype))
 
 
 def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
-    """Describe the family for ltx2_train_network.py."""
+    """Describe the family for ltx2_train_network.py and ltx2_train.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    is_alone = not files.has_pictures  # pictures then hold a place, and the noise level goes by the sound
+    is_alone = not files.has_pictures  # images then hold a place, and the noise level goes by the sound
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.SoundLearning(
         options.video_loss_weight,

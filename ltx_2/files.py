@@ -1,4 +1,4 @@
-"""Files of an LTX-2 run: the released one, parts that are given apart, and the check that each fits."""
+"""Files of an LTX-2 run: the released one, parts in files of their own, and the check that each fits."""
 
 import logging
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ from modules.speed_options import text_form
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
-NO_IMAGES = {"vae": "sound alone"}  # what made latents of pictures that only hold a place
+NO_IMAGES = {"vae": "sound alone"}  # what made latents of images that only hold a place
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
 # parts that LTX-2.5 has in files of their own
 APART = {
@@ -75,10 +75,11 @@ class Ltx2Files(TransformerFiles):
     format: ClassVar = FORMAT
 
     def add_vaes(self, options: Ltx2VaeOptions) -> Self:
+        """Return the files with the options of the VAEs."""
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     def add_text(self, options: Ltx2TextOptions, dtype: str | None = None) -> Self:
-        """Return a copy with the options of Gemma. dtype: by name, in place of --text_encoder_dtype."""
+        """Return the files with the options of Gemma. `dtype`, a name, replaces --text_encoder_dtype."""
         return replace(
             self,
             gemma=options.gemma,
@@ -93,10 +94,12 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def has_sound(self) -> bool:
+        """Whether the run has audio."""
         return AUDIO in self.streams
 
     @property
     def has_pictures(self) -> bool:
+        """Whether the run has video."""
         return VIDEO in self.streams
 
     def _find_part(self, part: Path | None, option: str, folder: str, what: str) -> Path:
@@ -114,6 +117,7 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_dit(self, placement: Placement) -> LtxModel:
@@ -130,13 +134,15 @@ class Ltx2Files(TransformerFiles):
 
     @property
     def vae_path(self) -> Path:
+        """Path of the video VAE: that of its option, else the released file or folder."""
         return self._find_part(self.vae, "--vae", "vae", "it turns pixels into latents and back")
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE.
+        """Latent space of the video VAE.
 
-        Without its file it is the releases', for the transformer's channels; for sound alone a placeholder.
+        Without its file it is the releases', for the transformer's channels; for audio alone it is a
+        placeholder.
         """
         if not self.has_pictures:
             return LATENT
@@ -158,24 +164,27 @@ class Ltx2Files(TransformerFiles):
         return channels
 
     def load_vae(self, device: torch.device) -> LtxVideoVae:
+        """Load the VAE with the options for its dtype and tiles."""
         return load_video_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def vae_identity(self) -> Mapping[str, str]:
+        """What video latents depend on; a constant without video."""
         return super().vae_identity() if self.has_pictures else NO_IMAGES
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the video or the audio VAE, as far as used, is another model's."""
         if self.has_pictures:
             read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
             read_once(self.sound_path("audio_vae"), _read_sound_vae)
 
     def sound_path(self, part: str) -> Path:
-        """Return the path of a part that makes sound: audio_vae or vocoder."""
+        """Return the path of a part that makes audio: audio_vae or vocoder."""
         return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
 
     @property
     def sound(self) -> SoundSpec | None:
-        """Return the latents of sound; None if the run has no sound."""
+        """Latent space of audio; None if the run has no audio."""
         if not self.has_sound:
             return None
         try:
@@ -192,7 +201,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def _check_default_sound(self) -> None:
-        """Raise OptionError if the transformer takes other sound than the releases' VAEs make."""
+        """Raise OptionError if the transformer takes other audio latents than the releases' VAEs make."""
         stream = None if self.dit is None else self.dit_header().config.sound
         default = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
         if stream is not None and stream.channels != default:
@@ -202,10 +211,11 @@ class Ltx2Files(TransformerFiles):
             )
 
     def sound_identity(self) -> dict[str, str]:
-        """Return the facts, besides the samples, on which cached sound depends; the VAE is in float32."""
+        """Return what cached audio depends on besides the samples; the VAE is always float32."""
         return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
 
     def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+        """Load the audio VAE, and with `decodes` also the vocoder."""
         option = AUDIO_VAE if self.audio_vae else RELEASED
         vocoder = load_vocoder(self.sound_path("vocoder"), device, option) if decodes else None
         return load_sound_vae(self.sound_path("audio_vae"), device, option), vocoder
@@ -246,6 +256,7 @@ class Ltx2Files(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the text encoders, whose weights are read when they are loaded."""
         return [self.text_encoder()]
 
     def check_texts(self, config: LtxConfig | None, needed: bool) -> None:
@@ -316,12 +327,12 @@ def _lacks(checkpoint: Checkpoint, part: str) -> bool:
 
 
 def sound_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return C T M of the latents of a clip's sound."""
+    """Return the shape C T M of the latents of a clip's audio."""
     return channels, latent_count(frames, fps), bins
 
 
 def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2Files:
-    """Return the files of a training or a generation. streams: those to train or generate."""
+    """Return the files of a training or a generation. `streams` are those to train or generate."""
     files = Ltx2Files(
         checkpoint=options.model.ltx2_checkpoint,
         streams=streams,
@@ -331,7 +342,7 @@ def files_of(options: Ltx2TransformerOptions, streams: tuple[str, ...]) -> Ltx2F
 
 
 def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
-    """Compare --ltx_version with the file. If they differ, warn or raise OptionError, as options choose."""
+    """Compare --ltx_version with the file; if they differ, warn or raise OptionError, as options say."""
     version = files.dit_header().config.kind
     typed = options.ltx_version or version
     message = f"--ltx_version {typed}: {files.dit_path} is of version {version}. Give --ltx_version {version}"
@@ -342,7 +353,7 @@ def check_version(files: Ltx2Files, options: Ltx2TrainingOptions) -> None:
 
 
 def shifted_logit(options: Ltx2SigmaOptions, files: Ltx2Files) -> ShiftedLogit:
-    """Return the sampler shifted_logit_normal as the options have it, else as the release was trained."""
+    """Return the sampler shifted_logit_normal with the options' values, else as the release was trained."""
     fixed, mode = options.shifted_logit_shift, options.shifted_logit_mode
     bounds = (options.shifted_logit_min_shift, options.shifted_logit_max_shift)
     if mode is None:

@@ -1,4 +1,4 @@
-"""Gemma 4, which reads the texts of LTX-2.5: the language model, and whether it is that of the release.
+"""Gemma 4, the text model of LTX-2.5: its settings, and whether a file is that of the release.
 
 Source: transformers' Gemma4UnifiedTextConfig, and the released reader for the metadata of files.
 """
@@ -29,7 +29,7 @@ def read_settings(
     """Return settings of transformers' Gemma4UnifiedTextConfig, as `LanguageModel.read_settings`.
 
     Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
-    ValueError or TypeError for impossible values, and for another pattern of layers.
+    ValueError or TypeError for invalid values, and for another pattern of layers.
     """
     layers = _list_layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}
@@ -73,9 +73,7 @@ def read_settings(
 
 
 def _list_layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the kind of each layer: layers with a value projection attend to nearby tokens only, others to
-    all.
-    """
+    """Return the kind of each layer: with a value projection it attends to nearby tokens, else to all."""
     layers = []
     for number in range(num_layers):
         has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
@@ -112,6 +110,7 @@ GEMMA_4_USE = replace(
 
 
 def is_gemma_4(checkpoint: Checkpoint) -> bool:
+    """Return whether a file is Gemma 4, which has a scalar in each layer."""
     return any(name.endswith(f"layers.0.{SCALAR}") for name in checkpoint.tensors)
 
 

@@ -17,9 +17,15 @@ def guidance_rules(
 ) -> GuidanceRules:
     """Return the weights of guidance: the options' values, else the released ones.
 
-    scale: guidance scale for both streams, if given. num_blocks: of the network. perturbed: the block whose
-    self-attention the release skips. is_alone: sound is made without video. Raises OptionError if
-    --stg_blocks names a block that does not exist.
+    Args:
+        options: The options.
+        scale: Guidance scale for both streams; None if not given.
+        num_blocks: Number of blocks of the network.
+        perturbed: Block whose self-attention the release skips.
+        is_alone: Audio is generated without video.
+
+    Raises:
+        OptionError: If --stg_blocks names a block that does not exist.
     """
     perturbed_scale = _select_weight(options.stg_scale, 1.0)
     text_scales = {VIDEO: options.video_cfg_scale, AUDIO: options.audio_cfg_scale}

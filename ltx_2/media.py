@@ -1,4 +1,4 @@
-"""The part of the family that turns pictures and sound into latents and back."""
+"""The part of the family that turns frames and audio into latents and back."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -27,33 +27,41 @@ class Ltx2Media(OneTransformer):
     if TYPE_CHECKING:
 
         @property
-        def files(self) -> Ltx2Files: ...
+        def files(self) -> Ltx2Files:
+            """Files of the run."""
 
         @property
-        def name(self) -> str: ...
+        def name(self) -> str:
+            """Name of the architecture in caches and saved files."""
 
     @property
     def latent(self) -> LatentSpec:
+        """Latent space of the video VAE."""
         return self.files.latent
 
     @property
     def sound(self) -> SoundSpec | None:
+        """Format of the audio latents; None if the run has no audio."""
         return self.files.sound
 
-    # pictures
+    # images
 
     @property
     def source(self) -> rules.SourceRules:
+        """Rules for what denoising may start from, by the media that this model takes."""
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the video VAE; without video, nothing."""
         return MediaEncoders(self.files.load_vae(device) if self.files.has_pictures else None)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames in model space; `seed` is unused, as means are not drawn."""
         vae = encoders.vae
         return vae.encode(to_pixels(frames.to(vae.device))).float()
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels in playing order; nothing if there is no video."""
         if encoders.vae is not None and latents.shape[2]:
             yield from encoders.vae.decode(latents)
 
@@ -61,17 +69,21 @@ class Ltx2Media(OneTransformer):
 
     @property
     def sound_identity(self) -> Mapping[str, str]:
+        """What cached audio depends on besides the samples."""
         return self.files.sound_identity()
 
     def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+        """Load the audio VAE, and with `decodes` also the vocoder."""
         return self.files.load_sound(device, decodes)
 
     def encode_sound(
         self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
     ) -> Tensor:
+        """Encode the audio of clips, cut or padded with silence to their length, as B C T M."""
         return networks[0].encode_clip(samples, frames, fps)
 
     def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
+        """Decode latents 1 C T M to a track, by way of a mel spectrogram."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
         return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)

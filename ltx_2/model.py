@@ -1,4 +1,4 @@
-"""The transformer of LTX-2: video latents, with or without sound, from the states of a text.
+"""The transformer of LTX-2: video latents, with or without audio, from the states of a text.
 
 Module names follow the published checkpoints. Source: the released code of LTX-2, also where diffusers
 differs: attention between the streams is modulated by each stream's own times, and gated by the noise level
@@ -34,7 +34,7 @@ Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one fo
 
 
 class TimeModulation(nn.Module):
-    """Embed timesteps and compute shifts, scales and gates of them: n -> n R C and n C, float32."""
+    """Embeds timesteps and computes shifts, scales and gates of them: n to n R C and n C, float32."""
 
     def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class TimeModulation(nn.Module):
         self.linear = nn.Linear(dim, rows * dim)
 
     def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows, n R C, and embedded times, n C, of timesteps n."""
         layers: Any = self.emb["timestep_embedder"]
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
@@ -64,14 +65,12 @@ class StreamInputs:
 
     @property
     def num_given(self) -> int:
-        """Return the number of tokens in front that have a time of their own: those of references and given
-        frames.
-        """
+        """Number of tokens in front with a time of their own: those of references and given frames."""
         in_given_frames = self.given_frames * self.latents.shape[-1] * self.latents.shape[-2]
         return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return further channels of queries and keys that dim references; None if nothing dims them."""
+        """Return additional channels of queries and keys that dim references; None if nothing dims them."""
         strengths = self.references.strengths
         if strengths is None:
             return None
@@ -79,11 +78,11 @@ class StreamInputs:
 
 
 class LtxModel(nn.Module):
-    """Predict the velocities of noisy latents of a video and of its sound, or of one of them.
+    """Predicts the velocities of noisy latents of a video and of its audio, or of one of them.
 
     Simplified, without references, given frames and the code around the blocks, for each stream:
 
-        x = patchify_proj(latents.flatten(2).mT)                        # B L C; sound: B M C
+        x = patchify_proj(latents.flatten(2).mT)                        # B L C; audio: B M C
         rows, time = adaln_single(timesteps)                            # B 9 C, B C
         text = caption_projection(text)                                 # B T C; LTX-2.0 only
         for block in transformer_blocks:
@@ -101,7 +100,7 @@ class LtxModel(nn.Module):
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -144,6 +143,7 @@ class LtxModel(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype of the network's biases, since weights may be in 8 bits."""
         first = next(iter(self.config.streams)).prefix
         name = f"transformer_blocks.0.{first}attn1.to_q.bias"
         return self.get_parameter(name).dtype  # the weight may be in 8 bits
@@ -161,18 +161,25 @@ class LtxModel(nn.Module):
         tweaks: Tweaks = NO_TWEAKS,
         references: LtxReferences = NO_REFERENCES,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the velocities of video and sound, in float32; None for one that is not given.
+        """Return the velocities of video and audio in float32; None for a stream that is not given.
 
-        noisy: B Z F H W, latents of the video; None: sound alone. timesteps: B, 0..1000; 0 for a video that
-        is given. text: B T text_dim, states for the video's stream, all of which are seen. fps: of the video.
-        sound: B Z M K, latents of the sound, K bins of each; None: video alone, no weight of the sound's
-        stream takes part. sound_timesteps: B, 0 for a sound that is given; None: those of the video.
-        sound_text: B T text_dim, states for the sound's stream. has_sound: B, whether a sample has sound:
-        without, its sound has no influence on its video; None: all have it. tweaks: changes to this call;
-        their second text has arguments named text and sound_text. Their given frames have the time 0, and
-        their velocity is 0. references: if they are noisy, the video's velocity is B Z N of their tokens, and
-        then its own. Raises ValueError if sizes do not go together, or for sound if the network has no stream
-        for it.
+        Args:
+            noisy: Latents of the video, B Z F H W; None for audio alone.
+            timesteps: B, 0..1000; 0 for a video that is given.
+            text: States for the video's stream, B T text_dim, all of which are seen.
+            fps: Frame rate of the video.
+            sound: Latents of the audio, B Z M K with K bins each; None for video alone: then no weight of the
+                audio stream is used.
+            sound_timesteps: B, 0 for audio that is given; None: those of the video.
+            sound_text: States for the audio stream, B T text_dim.
+            has_sound: B, whether a sample has audio; without, its audio has no influence on its video. None:
+                all have it.
+            tweaks: Changes to this call; their second text has arguments named text and sound_text. Their
+                given frames have the time 0, and their velocity is 0.
+            references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
+
+        Raises:
+            ValueError: If sizes do not match, or there is audio but the network has no stream for it.
         """
         latents = {}
         if noisy is not None:
@@ -206,7 +213,7 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References are in front of the video's tokens: attention knows no order but that of positions.
+        References come before the video's tokens; attention depends on positions only, not on the order.
         """
         self._check(latents, texts)
         first = next(iter(latents.values()))
@@ -246,10 +253,9 @@ class LtxModel(nn.Module):
         return Hidden(tokens.join(parts), tokens)
 
     def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
-        """Return the inputs of the blocks for a single stream, without those for attention to the other
-        stream.
+        """Return the inputs of the blocks for a single stream, without the attention to the other stream.
 
-        texts: embedded, each B T C.
+        `texts` are embedded, B T C each.
         """
         rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
         return Stream(
@@ -263,7 +269,7 @@ class LtxModel(nn.Module):
         )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the embedded texts of a stream, for attention to them, each B T C."""
+        """Return the embedded texts of a stream, B T C each, for attention to them."""
         if not self.config.projects_text:
             return texts
         layer = self._get_layer(names, "caption_projection")
@@ -272,7 +278,7 @@ class LtxModel(nn.Module):
     def _embed_text_times(self, inputs: StreamInputs, rows: Tensor) -> Tensor | None:
         """Return shift and scale of a stream's text, B 1 2 C; zeros if no time changes them.
 
-        rows: of the stream, for their dtype and device. Returns None if texts are not modulated.
+        Returns None if texts are not modulated. `rows` are the stream's, for their dtype and device.
         """
         if not self.config.modulates_text:
             return None
@@ -286,8 +292,8 @@ class LtxModel(nn.Module):
     ) -> CrossInputs:
         """Return the inputs for a stream's attention to the other stream.
 
-        Shifts and scales follow its own times, the gate the other stream's. influence: B bool, whether the
-        other stream has an effect in each sample; None: always.
+        Shifts and scales follow its own times, the gate the other stream's. `influence`, B bool, says whether
+        the other stream has an effect in each sample; None: always.
         """
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_times * self.config.gate_time)
@@ -323,10 +329,9 @@ class LtxModel(nn.Module):
         return velocities
 
     def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
-        """Add the learned mark to the `count` tokens of x, B L C, whose latent frame holds a single frame of
-        pixels.
+        """Add the learned mark to the `count` tokens of x, B L C, whose latent frame is one pixel frame.
 
-        before: number of tokens of references in front, which are not marked.
+        `before` counts the tokens of references in front, which are not marked.
         """
         in_front, first, behind = x.split([before, count, x.shape[1] - before - count], dim=1)
         return torch.cat([in_front, first + self.keyframes_abs_pos_embedding.to(x.dtype), behind], dim=1)
@@ -337,8 +342,8 @@ class LtxModel(nn.Module):
     def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
         """Return rows, B S R C, and times, B S C, of the layer.
 
-        If tokens in front have a time of their own, S is 2, theirs first: the references' share of the
-        timestep, which is 0 if they are clean.
+        If tokens in front have a time of their own, S is 2 and theirs is first: the references' fraction of
+        the timestep, which is 0 if they are clean.
         """
         timesteps, share = inputs.timesteps, inputs.references.share
         if inputs.num_given == 0:
@@ -351,7 +356,7 @@ class LtxModel(nn.Module):
     def _make_rotation(self, inputs: StreamInputs, fps: Fps, by_time: bool) -> Tensor:
         """Return the rotations of a stream's tokens, L N D/2 2, or B L N D/2 2 if samples differ in fps.
 
-        by_time: for the attention between the streams, by time alone.
+        With `by_time`, they are for the attention between the streams, which uses time only.
         """
         latents = inputs.latents
         width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
@@ -388,7 +393,7 @@ class LtxModel(nn.Module):
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
-    Given tokens have the velocity 0. Those of references are cut off, unless they are wanted too: then the
+    Given tokens have the velocity 0. Those of references are cut off, unless they are requested; then the
     result is B Z L.
     """
     if names is VIDEO and tokens.keeps_references:
@@ -409,7 +414,7 @@ def _pair_times(rows: Tensor, batch: int) -> Tensor:
 
 
 def _list_distinct_rates(fps: Fps) -> tuple[float, ...]:
-    """Return the frames a second of each sample; a single number if all have the same."""
+    """Return the frame rate of each sample; a single number if all are equal."""
     numbers = fps.tolist() if isinstance(fps, Tensor) else fps
     rates = (numbers,) if isinstance(numbers, (int, float)) else tuple(numbers)
     return rates if len(set(rates)) > 1 else rates[:1]

@@ -49,6 +49,7 @@ class Ltx2ModelOptions(Options):
 
     @property
     def streams(self) -> tuple[str, ...]:
+        """Streams of the mode: video, audio or both."""
         return MODES[self.ltx_mode]
 
 
@@ -79,17 +80,19 @@ class Ltx2TextOptions(Options):
 
     @property
     def gemma(self) -> Path:
+        """Path of Gemma: the single file, else the folder."""
         return self.gemma_safetensors or self.gemma_root
 
     @property
     def tokenizer(self) -> Path | None:
+        """Folder of the tokenizer if Gemma is a single file; None to look next to Gemma."""
         is_there = self.gemma_root != GEMMA or self.gemma_root.is_dir()
         return self.gemma_root if self.gemma_safetensors is not None and is_there else None
 
     def words(self, checkpoint: Path) -> dict[str, Any]:
-        """Return options that encode texts in the same way, with the text encoder of a release.
+        """Return the options that encode texts in the same way, with the text encoder of a release.
 
-        checkpoint: the released file. A file that is not given is replaced by a placeholder.
+        `checkpoint` is the released file. A placeholder stands for a missing file.
         """
         encoder_file: Path | str | None = self.ltx2_text_encoder_checkpoint
         folder: Path | str | None = self.gemma_root
@@ -157,5 +160,6 @@ class Ltx2GuidanceOptions(Options, title="guidance of both streams"):
     )
 
     def rescaling(self, stream: str) -> float | None:
+        """Return the rescaling of a stream: its own option, else that of both; None for the release's."""
         of_stream = self.video_rescale_scale if stream == VIDEO else self.audio_rescale_scale
         return self.rescale_scale if of_stream is None else of_stream

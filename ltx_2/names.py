@@ -1,4 +1,4 @@
-"""What LTX-2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""LTX-2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 import re
 
@@ -70,7 +70,7 @@ _LTX_REGISTERS = tuple(
     for start in ("connectors.", "")
     for stream in _LTX_STREAMS
 )
-# of sound, between sound and picture, and layers of pictures: what a run of one stream is without
+# of sound, between sound and image, and layers of images: what a run of one stream is without
 _LTX_STREAM = re.compile(r"audio|a2v|v2a|av_ca|^transformer_blocks\.\{n\}\.(attn\d|ff)\.(?!to_gate)")
 
 _LTX_ALIASES = (  # diffusers layout

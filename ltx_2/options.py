@@ -50,7 +50,7 @@ _REFERENCES = "it is for sounds as references, which are not built; v2v has clip
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # of the release
-# what is for pictures, or between both streams
+# what is for images, or between both streams
 _OF_IMAGES = {
     "video_loss_weight",
     "independent_audio_timestep",
@@ -105,7 +105,7 @@ def _version() -> Any:
 
 
 def log_ignored(streams: Collection[str], *records: Options) -> None:
-    """Warn of given options of records that have no effect on pictures alone, or on sound alone."""
+    """Warn of given options that have no effect without audio, or without video."""
     if VIDEO not in streams:
         lacking, reason = _OF_IMAGES, "sound alone has no pictures"
     elif AUDIO not in streams:
@@ -139,7 +139,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
 
     @property
     def sound_files(self) -> tuple[str, Path | None] | None:
-        """Return the option that takes sound from files, and their folder."""
+        """The option that takes audio from files, and their folder; None if audio is in the clips."""
         if self.ltx2_audio_source == "video":
             return None
         return "--ltx2_audio_source audio_files", self.ltx2_audio_dir
@@ -155,7 +155,7 @@ class Ltx2TextCachingOptions(Options, title=NAME):
 
     @property
     def text_dtype(self) -> str | None:
-        """Return the dtype of the text encoder by name. Raises OptionError if two are asked for."""
+        """Dtype of the text encoder by name. Raises OptionError if two are given."""
         mixed = DTYPES.get(self.mixed_precision)
         return _select_value("text_encoder_dtype", self.text.text_encoder_dtype, mixed)
 
@@ -176,6 +176,7 @@ class Ltx2TransformerOptions(Options, title=NAME):
 
     @property
     def dit_file(self) -> Path:
+        """File of the transformer: that of --dit, else the released file."""
         return self.dit or self.model.ltx2_checkpoint
 
 
@@ -202,7 +203,7 @@ class Ltx2SigmaOptions(Options):
 
 
 def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
-    """Warn of options in `Ltx2SigmaOptions` without their sampler. sampler: its name."""
+    """Warn of options in `Ltx2SigmaOptions` that have no effect with another `sampler`."""
     if args.timestep_sampling == sampler:
         return
     default = option_values(Ltx2SigmaOptions.usual())
@@ -375,6 +376,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
 
     @property
     def streams(self) -> tuple[str, ...]:
+        """Streams to generate."""
         return (AUDIO,) if self.sample_audio_only else self.model.streams
 
 
@@ -392,7 +394,7 @@ _KERNELS = {"flash_attn": "flash", "flash3": "flash3", "sage_attn": "sageattn", 
 
 
 def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T, Ltx2GenerationOptions]:
-    """Move options that have other names in the official script into the shared record; return both records.
+    """Copy options with names of the official script into the shared record; return both records.
 
     Raises OptionError if an option is given under both names, with two values.
     """
@@ -429,9 +431,9 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the attention modes that were chosen, by the option. Raises OptionError if they differ.
+    """Return the selected attention modes, by the option. Raises OptionError if they differ.
 
-    values: of the shared options. A preset's mode gives way to an option of the known script.
+    `values` are the shared options. A preset's mode gives way to an option of the official script.
     """
     kernels = {f"--{flag}": mode for flag, mode in _KERNELS.items() if getattr(own_options, flag)}
     mode = values["attn_mode"]
@@ -444,8 +446,9 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
 
 
 def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return the one value of two that is given; None if neither is. Raises OptionError if both are given and
-    differ.
+    """Return the one given value of two; None if neither is given.
+
+    Raises OptionError if both are given and differ.
     """
     if None not in (ours, theirs) and ours != theirs:
         raise OptionError(f"--{name} {ours} and --{other_name} {theirs} mean the same: give one of them")
@@ -459,6 +462,7 @@ declare_all(Ltx2GenerationOptions, GENERATION)
 
 
 def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     checkpoint = options.model.ltx2_checkpoint
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}

@@ -32,6 +32,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
     )
 
     def words(self) -> dict[str, int | None]:
+        """Return the options as words, without defaults."""
         size, time = self.reference_downscale, self.reference_temporal_scale
         return {
             "--reference_downscale": size if size > 1 else None,
@@ -90,6 +91,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def paths(self) -> tuple[Path, ...]:
+        """Files of all references, in the order of the options."""
         first = () if self.reference_video is None else (self.reference_video,)
         files = (self.video_conditioning or ())[::2]
         conditions = (to_path("--video-conditioning", file) for file in files)
@@ -97,7 +99,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def strength(self) -> float:
-        """Return the strength of all references. Raises OptionError if two are given."""
+        """Strength of all references. Raises OptionError if two are given."""
         words = self.video_conditioning or ()  # a file and its strength, in turn
         try:
             strengths = {float(word) for word in words[1::2]}
@@ -118,7 +120,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     @property
     def attention(self) -> tuple[Path | None, float]:
-        """Return the mask's file, or None, and the strength of attention between video and references."""
+        """Mask file or None, and strength of the attention between video and references."""
         *file, number = self.conditioning_attention_mask or ("1",)
         try:
             strength = float(number)

@@ -1,7 +1,7 @@
 """References of LTX-2 (IC-LoRA): what is read of them, and the factors that a LoRA has learned.
 
-Their tokens are clean and have time 0 and positions of their own, from 0: pixels times the size factor, and
-seconds times the time factor S, less (S - 1) frames. Source: the released code of LTX-2.
+Their tokens are clean, and have time 0 and positions of their own, starting at 0: pixels times the size
+factor, and seconds times the time factor S, minus (S - 1) frames. Source: the released code of LTX-2.
 """
 
 import logging
@@ -49,7 +49,7 @@ FACTOR_NAMES = {
 
 
 def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
-    """Return the frames of a reference that are encoded, of B F H W C.
+    """Return the frames of a reference that are encoded, of frames B F H W C.
 
     With the time factor S these are 0, 1, 1 + S, 1 + 2S, ..., and 8n + 1 in number.
     """
@@ -58,7 +58,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return the number of a reference's frames that are encoded, of `frames`; see `thin_out`."""
+    """Return how many of a reference's frames are encoded; see `thin_out`."""
     count = 1 + len(range(1, frames, rules.time_factor))
     most = min(count, rules.frames or count)
     return (most - 1) // frame_step * frame_step + 1
@@ -67,7 +67,7 @@ def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
 def check_references(
     paths: Sequence[Path], mask: Path | None, frames: int, rules: ReferenceRules, latent: LatentSpec
 ) -> None:
-    """Decode references and their mask, before a text encoder is loaded. frames: of the target.
+    """Decode references and their mask for a target of `frames`, before a text encoder is loaded.
 
     Raises MediaError if one cannot be decoded, OptionError if the mask is shorter than a reference.
     """
@@ -81,7 +81,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if too few frames of a mask are taken for those of a reference."""
+    """Raise OptionError if a mask has fewer frames than are encoded of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
@@ -90,53 +90,55 @@ def check_mask_length(mask: Path, frames: int, needed: int) -> None:
 
 
 def reference_key(number: int) -> str:
+    """Return the name of a reference's latents in caches."""
     return f"{REFERENCE_LATENTS}_{number}"
 
 
 def references_of(cond: Conditions) -> tuple[Tensor, ...]:
-    """Return the latents of references among conditions, each B C f h w, in their order."""
+    """Return the latents of references among conditions, B C f h w each, in order."""
     names = sorted(name for name in cond if name.startswith(REFERENCE_LATENTS))
     references = [cond[name] for name in names]
     return tuple(latents for latents in references if isinstance(latents, Tensor))
 
 
 def join_tokens(references: Sequence[Tensor]) -> Tensor:
+    """Join the latents of references as tokens, B C N."""
     return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
 def pack(picture: Tensor, tokens: Tensor) -> Tensor:
-    """Append tokens of references, B C N, to the frames of a picture, B C F H W, padded with zeros to whole
-    frames.
-    """
+    """Append tokens of references, B C N, to latents, B C F H W, padded with zeros to whole frames."""
     tokens = functional.pad(tokens, (0, -tokens.shape[2] % math.prod(picture.shape[3:])))
     return torch.cat([picture, tokens.unflatten(2, (-1, *picture.shape[3:]))], dim=2)
 
 
 def unpack(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the picture and the tokens that stand behind it, B C N. count: N."""
+    """Undo `pack`: return the latents and the `count` tokens after them, B C N."""
     frames = packed.shape[2] - -(-count // math.prod(packed.shape[3:]))
     return packed[:, :, :frames], packed[:, :, frames:].flatten(2)[..., :count]
 
 
 @dataclass(frozen=True)
 class DenoisedReferences:
-    """References, as tokens B C N, that are denoised together with the picture, after its frames."""
+    """References, as tokens B C N, that are denoised together with the video, after its frames."""
 
     clean: Tensor
     noisy: Tensor
     strength: float  # how much of themselves they begin with; the rest is noise
 
     def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
-        """Return the noisy tokens as latents of the shapes of `references`, each B C f h w."""
+        """Return the noisy tokens as latents of the shapes of `references`, B C f h w each."""
         counts = [latents[0, 0].numel() for latents in references]
         parts = self.noisy.split(counts, dim=2)
         return [part.unflatten(2, clean.shape[2:]) for part, clean in zip(parts, references, strict=True)]
 
     def pack_velocity(self, velocity: Tensor, picture: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity of the picture, followed by that of the references as in `pack`.
+        """Return the velocity of the video, followed by that of the references as in `pack`.
 
-        velocity: B C N of the references' tokens, then the picture's. picture: B C F H W, for its shape.
-        sigma: B, the picture's noise level.
+        Args:
+            velocity: B C N of the references' tokens, then the video's.
+            picture: Latents of the video, B C F H W, for their shape.
+            sigma: The video's noise level, B.
         """
         counts = [self.clean.shape[2], picture[0, 0].numel()]
         reference_velocity, image_velocity = velocity.split(counts, dim=2)
@@ -151,7 +153,7 @@ class DenoisedReferences:
 
 
 def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
-    """Split latents into picture and sound; None for a clip without sound. joint: the shapes of both."""
+    """Split latents into video and audio by the shapes in `joint`; None for a clip without audio."""
     if joint is None:
         return latents, None
     return joint.split(latents)
@@ -160,7 +162,7 @@ def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | 
 def split_denoised(
     packed: Tensor, references: Sequence[Tensor], strength: float
 ) -> tuple[Tensor, DenoisedReferences]:
-    """Return the noisy picture and the references that are denoised behind it. references: clean latents."""
+    """Return the noisy video and the references that are denoised after it. `references` are clean."""
     clean = join_tokens(references)
     image, noisy = unpack(packed, clean.shape[2])
     return image, DenoisedReferences(clean, noisy, strength)
@@ -169,10 +171,10 @@ def split_denoised(
 def with_noisy_references(
     sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that references are denoised after their pictures. joint: shapes for sections without
-    any.
+    """Wrap sections so that references are denoised together with the video, in the frames after it.
 
-    References begin as `strength` of themselves and the rest noise, which is drawn token by token.
+    References start as `strength` of themselves and the rest noise, which is drawn token by token. `joint`
+    has the shapes for sections without any.
     """
     section = next(sections)
     try:
@@ -189,7 +191,7 @@ def with_noisy_references(
 def _denoise_with_references(
     section: Section, strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield a section with its references appended to its picture; return its latents without them."""
+    """Yield a section with its references appended to its video; return its latents without them."""
     joint = section.tweaks.joint or joint
     image, sound = split_sound(section.noise, joint)
     frames = image.shape[2]
@@ -218,16 +220,16 @@ def velocity_of_references(
 ) -> Tensor:
     """Return the velocity, B C N, with which references follow the video's noise level `sigma`, B.
 
-    velocity: the network's, at a noise level of (1 - strength) sigma. Its clean prediction is mixed with
+    `velocity` is the network's, at a noise level of (1 - strength) sigma. Its clean prediction is mixed with
     `strength` of the reference. Source: the released code of LTX-2.
     """
     return (1 - strength) ** 2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1)
 
 
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a clip, folder of images or picture: 1 3 f h w, -1..1, cropped to the reduced size of the target.
+    """Read a clip, folder of images or image, 1 3 f h w, -1..1, cropped to the target's reduced size.
 
-    size: width, height and frames of the target. Of a shorter clip all frames are taken.
+    `size` is the target's width, height and frames. Of a shorter clip all frames are used.
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
@@ -241,10 +243,10 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
 
 
 def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a mask, a picture or clip, as a strength for each token of references: 1 M float32, 0 black, 1
-    white.
+    """Read a mask image or clip as a strength for each token of references, 1 M float32: white is 1.
 
-    shown: pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of them.
+    `shown` are the pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of
+    them.
     """
     strengths = []
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
@@ -269,6 +271,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
 
 
 def check_sides(width: int, height: int, rules: ReferenceRules) -> None:
+    """Raise OptionError if the reduced size of references is not a whole number of latents."""
     step = rules.step * rules.size_factor
     if width % step or height % step:
         raise OptionError(
@@ -301,7 +304,7 @@ def read_factors(loras: Sequence[Path]) -> dict[str, int]:
 
 
 def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) -> int | None:
-    """Return the factor that a LoRA's metadata store under one of these names; None if they have none."""
+    """Return the factor in a LoRA's metadata under one of these names; None if there is none."""
     texts = [metadata[name] for name in names if name in metadata]
     if not texts:
         return None
@@ -312,7 +315,7 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
 
 
 def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
-    """Fill reference factors that are not given from the metadata of LoRAs."""
+    """Fill in reference factors that are not given from the metadata of LoRAs."""
     factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
@@ -329,6 +332,7 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
 
 
 def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
+    """Return the rules for references that the options set."""
     return ReferenceRules(
         MOST,
         LATENT.pixel_step,
@@ -340,7 +344,7 @@ def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> Reference
 
 
 def factor_metadata(rules: ReferenceRules) -> dict[str, str]:
-    """Return the metadata that tell, under all known names, which references a LoRA has learned."""
+    """Return metadata, under all known names, about the references that a LoRA has learned."""
     metadata = dict.fromkeys(SIZE_FACTOR, str(rules.size_factor))
     metadata |= dict.fromkeys(TIME_FACTOR, str(rules.time_factor))
     if rules.frames:

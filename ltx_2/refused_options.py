@@ -1,8 +1,8 @@
-"""Options of the known tuner's scripts that ours refuse, or have no need of. Standard library only.
+"""Options of musubi-tuner's LTX-2 fork that are rejected or not needed here. Standard library only.
 
 An option is written as NAME (a switch), NAME:TYPE or NAME=DEFAULT. NAME* and NAME+ take several words, NAME?
-has --no-NAME too, which asks for nothing that is not built, and NAME:switch is None if it is not given. A,B
-are two spellings of A.
+also has --no-NAME, which is accepted because it asks for nothing, and NAME:switch is None if it is not given.
+A,B are two spellings of A.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Files as LTX-2 is released: one with all parts, or diffusers' folders, and the settings next to tensors."""
+"""Files as LTX-2 is released: one with all parts, or diffusers' folders; and the settings next to tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,15 @@ def own_part(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
 
 
 def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping[str, Any]:
-    """Return the settings of a part in the file's metadata, else in config.json next to it; {} if there is
-    neither.
+    """Return the settings of a part in the file's metadata, else in config.json next to it; {} if neither.
 
-    part: "" if the file is of this part alone. class_name: of the part in diffusers, which its config.json
-    names. Raises CheckpointError if they cannot be read.
+    Args:
+        checkpoint: The open file.
+        part: Name of the part; "" if the file contains only this part.
+        class_name: Class of the part in diffusers, which its config.json names.
+
+    Raises:
+        CheckpointError: If the settings cannot be read.
     """
     try:
         settings = parse_json(checkpoint.metadata.get(CONFIG, "{}"))

@@ -1,8 +1,8 @@
-"""Positions of video and sound tokens in seconds and pixels, and rotation by them.
+"""Positions of video and audio tokens in seconds and pixels, and rotation by them.
 
-Source: the released code of LTX-2. A position is the middle of what a latent covers, as a share of the
+Source: the released code of LTX-2. A position is the middle of what a latent covers, as a fraction of the
 longest that was trained, from -1 to 1. Frequencies are computed in float64. Positions and angles are float32,
-as in training: at the highest frequency, of 15708, angles are coarse, and the model has learned them so.
+as in training: at the highest frequency, of 15708, angles are coarse, and the model was trained with these.
 """
 # Letters: B batch, L tokens, N heads, D head width, A axes, K frequencies of an axis
 
@@ -19,7 +19,7 @@ from modules.layers.rope import THETA, turns
 
 
 class Places(NamedTuple):
-    """Key of a table of rotations."""
+    """Key of a rotary table."""
 
     width: int  # channels of all heads, N * D
     grid: tuple[int, ...]  # latent frames, rows, columns of a video; latents of sound
@@ -44,7 +44,7 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 
 
 def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
-    """Return start and end of each latent in seconds: a tensor for each frame rate, or one for sound."""
+    """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
     if not places.fps:
         return [_place_latents(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
     _, time_factor = places.factors
@@ -55,15 +55,15 @@ def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the tables of several sequences of tokens, one after the other. See `make_table`."""
+    """Return the tables of several sequences of tokens, joined. See `make_table`."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
 
 def make_row_table(rows: int, longest: float, width: int, heads: int, device: torch.device) -> Tensor:
-    """Return the pairs of a text's rows, L N D/2 2 float32. The position of a row is its number.
+    """Return the pairs of a text's rows, L N D/2 2 float32. The position of a row is its index.
 
-    longest: the number by which positions are divided. width: channels of all heads.
+    Positions are divided by `longest`. `width` is the number of channels of all heads.
     """
     numbers = torch.arange(rows, dtype=torch.float32)[:, None].expand(-1, 2)
     return _turn(THETA, width // 2, device, bounds=numbers, longest=longest).unflatten(1, (heads, -1))

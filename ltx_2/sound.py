@@ -1,9 +1,9 @@
-"""LTX-2's sound: waveforms to latents, and latents by way of a mel spectrogram back to waveforms.
+"""LTX-2's audio: waveforms to latents, and latents by way of a mel spectrogram back to waveforms.
 
 The audio VAE and the vocoders are classes of diffusers, always in float32, as in the official code: errors of
 16 bits add up in the vocoder's hundred convolutions. Latents are those of the model: means of the posterior,
-normalised with the numbers in the VAE's file. Their settings are read from the sizes in files; names are
-diffusers', the official file's are translated.
+normalized with the statistics in the VAE's file. Settings are derived from tensor sizes; names are
+diffusers', to which the official file's are translated.
 """
 # Letters: B batch, C channels (2 of sound), S samples, T frames of a mel spectrogram or latent frames, M bins
 
@@ -53,21 +53,21 @@ Shape = Callable[..., tuple[int, ...]]
 
 
 def latent_count(frames: int, fps: float) -> int:
-    """Return the latent frames of the sound of a clip: 25 a second."""
+    """Return the number of latent frames of a clip's audio: 25 a second."""
     return round(frames / fps * RATE / HOP / JOINED)
 
 
 def fit_sound(waveform: Tensor, frames: int, fps: float) -> Tensor:
-    """Cut sound, B C S at 16 kHz, to the length of a clip, or append silence, to at least one mel frame."""
+    """Cut audio, B C S at 16 kHz, to the length of a clip, or append silence, to at least one mel frame."""
     length = int(frames / fps * RATE)
     waveform = waveform[..., :length]
     return functional.pad(waveform, (0, max(length, WINDOW) - waveform.shape[-1]))
 
 
 def log_mel(waveform: Tensor, bins: int) -> Tensor:
-    """Return the logarithms of the mel magnitudes, B C T M float32, T = S // 160 + 1, on the CPU.
+    """Return the logarithms of mel magnitudes, B C T M float32, T = S // 160 + 1, on the CPU.
 
-    waveform: B C S at 16 kHz, more than 512 samples. Filters are on Slaney's scale, of equal area.
+    `waveform` is B C S at 16 kHz, with more than 512 samples. Filters are on Slaney's scale, of equal area.
     """
     samples = waveform.float().cpu()
     spectrum = torch.stft(
@@ -79,7 +79,7 @@ def log_mel(waveform: Tensor, bins: int) -> Tensor:
 
 @functools.cache
 def _make_mel_filters(bins: int) -> Tensor:
-    """Return the share of each frequency in each bin, frequencies bins."""
+    """Return the weight of each frequency in each bin, frequencies bins."""
     from transformers.audio_utils import mel_filter_bank
 
     filters = mel_filter_bank(WINDOW // 2 + 1, bins, 0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
@@ -87,40 +87,41 @@ def _make_mel_filters(bins: int) -> Tensor:
 
 
 class SoundVae:
-    """The audio VAE. It encodes stereo sound at `rate` samples a second."""
+    """The audio VAE. It encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
 
     def __init__(self, network: Any) -> None:
-        """network: diffusers' AutoencoderKLLTX2Audio in float32."""
+        """Wrap diffusers' AutoencoderKLLTX2Audio in float32."""
         self._network = network
 
     @property
     def device(self) -> torch.device:
+        """Device of the VAE."""
         device: torch.device = self._network.latents_mean.device
         return device
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
-        """Return the normalised means of the posterior, B C T M float32, on the VAE's device.
+        """Return the normalized means of the posterior, B C T M float32, on the VAE's device.
 
-        waveform: B 2 S in -1..1 at `rate`, on any device, more than 512 samples. T is a quarter of the mel
-        frames, rounded up. No latent frame depends on later ones.
+        `waveform` is B 2 S in -1..1 at `rate`, on any device, with more than 512 samples. T is a quarter of
+        the mel frames, rounded up. No latent frame depends on later ones.
         """
         mel = log_mel(waveform, self._network.config.mel_bins).to(self.device)
         mean, std = self._statistics()
         return (self._network.encode(mel).latent_dist.mode() - mean) / std
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's sound, cut or with silence added: B C T M, T as `latent_count`.
+        """Return the latents of a clip's audio, cut or with silence added, B C T M with T as `latent_count`.
 
-        waveform: as for `encode`, of any length. frames, fps: of the clip.
+        `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
         return self.encode(fit_sound(waveform, frames, fps))[:, :, : latent_count(frames, fps)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the mel spectrogram, B 2 4T-3 M float32, of normalised latents B C T M on any device."""
+        """Return the mel spectrogram, B 2 4T-3 M float32, of normalized latents, B C T M on any device."""
         mean, std = self._statistics()
         return self._network.decode(latents.to(self.device).float() * std + mean).sample
 
@@ -131,10 +132,10 @@ class SoundVae:
 
 
 class Vocoder:
-    """A vocoder: mel spectrograms to sound at `rate` samples a second (24000 in LTX-2, 48000 in LTX-2.3)."""
+    """A vocoder: mel spectrograms to audio at `rate` samples per second (24000 in LTX-2, 48000 in 2.3)."""
 
     def __init__(self, network: Any, rate: int) -> None:
-        """network: diffusers' LTX2Vocoder or LTX2VocoderWithBWE in float32."""
+        """Wrap diffusers' LTX2Vocoder or LTX2VocoderWithBWE in float32."""
         self._network = network
         self.rate = rate
 
@@ -147,7 +148,7 @@ class Vocoder:
 def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the audio VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
 
-    option: the option that named the file. Raises CheckpointError for any other file.
+    `option` is the option that named the file. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "audio_vae.")
     sources = rename_sources(plain_sources(checkpoint), lambda name: STATISTICS.get(name, name))
@@ -183,8 +184,8 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 def read_vocoder(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the vocoder of LTX-2 or LTX-2.3: official file, or diffusers' layout.
 
-    option: the option that named the file. The settings are those of a vocoder with bandwidth extension if
-    they have `bwe_in_channels`. Raises CheckpointError for any other file.
+    `option` is the option that named the file. The settings are those of a vocoder with bandwidth extension
+    if they have `bwe_in_channels`. Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "vocoder.")
     sources = rename_sources(plain_sources(checkpoint), _translate_vocoder_name)
@@ -250,9 +251,9 @@ def _read_generator(
 
 
 def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> SoundVae:
-    """Load the audio VAE of LTX-2 or LTX-2.3: the official single file, its sound alone, diffusers' folder.
+    """Load the audio VAE of LTX-2 or LTX-2.3 from the official file, its audio part, or diffusers' folder.
 
-    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.
     """
     with open_checkpoint(path) as checkpoint:
@@ -265,7 +266,7 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") -> Vocoder:
     """Load the vocoder of LTX-2 or LTX-2.3, from the same kinds of files.
 
-    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.
     """
     with open_checkpoint(path) as checkpoint:
@@ -288,12 +289,12 @@ def build_sound_vae(settings: Settings) -> nn.Module:
 
 
 def _read_rate(settings: Settings) -> int:
-    """Return the sample rate of the sound that a generator makes."""
+    """Return the sample rate of a vocoder's audio."""
     return RATE // HOP * prod(settings["upsample_factors"])
 
 
 def build_vocoder(settings: Settings) -> nn.Module:
-    """Build the network for `on_meta_device`; the resampler's filter, which no file has, gets its values."""
+    """Build the network for `on_meta_device`; the resampler's filter, which no file has, is computed."""
     with hide_packages("bitsandbytes"):
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE, UpSample1d
 

@@ -50,7 +50,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
-        """Return the LoRA and its strength in each stage."""
+        """The LoRA and its strength in each stage."""
         second = self.sample_stage2_distilled_lora_multiplier
         first = self.sample_stage1_distilled_lora_multiplier or 0.0
         return self.distilled_lora_path, first, 1.0 if second is None else second
@@ -78,6 +78,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
 
     @property
     def lora(self) -> tuple[Path | None, float, float]:
+        """The LoRA and its strengths, also from --distilled-lora. Raises OptionError if that is invalid."""
         path, first, second = super().lora
         if self.distilled_lora is None:
             return path, first, second

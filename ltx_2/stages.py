@@ -1,7 +1,7 @@
 """Two stages of a clip: small, with all steps and guidance; then enlarged, and refined in a few steps.
 
 Source: the released pipelines. The second stage has fixed noise levels, no guidance and a LoRA for few steps;
-the sound of the result is that of the first stage.
+the result keeps the audio of the first stage.
 """
 
 import logging
@@ -35,7 +35,7 @@ LEVELS = (0.909375, 0.725, 0.421875, 0.0)  # of the second stage, as released
 
 @dataclass(frozen=True)
 class StageLora:
-    """A LoRA that has a strength of its own in each stage."""
+    """A LoRA with a strength of its own in each stage."""
 
     path: Path
     option: str  # that names it
@@ -45,7 +45,7 @@ class StageLora:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """Settings for making the clips of a run in two stages."""
+    """Settings for generating the clips of a run in two stages."""
 
     upscalers: Mapping[str, Path]  # by their options, in the order of their work
     steps: int  # of the second stage
@@ -54,7 +54,7 @@ class TwoStages:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return metadata of the LoRAs that only one stage has: names and strengths."""
+        """Metadata of the LoRAs that only one stage uses: names and strengths."""
         first, second = [], []
         for lora in self.loras:
             if lora.option == _LORA:
@@ -87,7 +87,7 @@ class TwoStages:
         return UpscalerGrowth(frames, side)
 
     def whole(self, latent: LatentSpec) -> LatentSpec:
-        """Return the latent space with the steps of size and length that both stages can make."""
+        """Return the latent space with the steps of size and length that both stages can generate."""
         growth = self.growth(latent)
         return replace(
             latent,
@@ -96,7 +96,7 @@ class TwoStages:
         )
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
-        """Split the request of a clip into one for each stage. dtype: of the upscalers."""
+        """Split the request of a clip into one for each stage. `dtype` is that of the upscalers."""
         request = prepared.request
         if request.source is not None:
             raise OptionError(
@@ -124,7 +124,7 @@ class TwoStages:
         return replace(prepared, stages=(first, second))
 
     def _make_first_stage(self, prepared: Prepared, latent: LatentSpec) -> Prepared:
-        """Return the request of the small clip that the first stage makes."""
+        """Return the request of the small clip that the first stage generates."""
         growth = self.growth(latent)
         width = int(prepared.width / growth.side)
         height = int(prepared.height / growth.side)
@@ -148,7 +148,7 @@ class TwoStages:
     ) -> tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...]:
         """Return functions that load the upscalers, and the shapes of their inputs.
 
-        shape: B C F H W of the first stage's latents.
+        `shape` is that of the first stage's latents, B C F H W.
         """
         loaders = []
         for option, path in self.upscalers.items():
@@ -184,7 +184,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
 def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     """Move IC-LoRAs from --lora_weight to the first stage alone; return both records.
 
-    Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns choose parts of LoRAs.
+    Source: the official pipeline of IC-LoRAs. Raises OptionError if patterns select parts of LoRAs.
     """
     both_stages: list[tuple[Path, float]] = []
     first_stage: list[tuple[Path, float]] = []
@@ -225,10 +225,14 @@ def stage_sections(
     enlarge: Callable[[Tensor], Tensor],
     noise: NoiseSource,
 ) -> Generator[Section, Tensor, Tensor]:
-    """Yield the section of each stage. draw: returns the start noise of a clip.
+    """Yield the section of each stage, and return the result of the last one.
 
-    begin: a stage, its number, its start -> its section. enlarge: the first stage's latents, B C F H W -> the
-    second's.
+    Args:
+        prepared: Request with its stages.
+        draw: Returns the initial noise of a clip.
+        begin: Returns the section of a stage, given its request, its index and its start.
+        enlarge: Returns the second stage's latents, given the first stage's, B C F H W.
+        noise: Source of the noise.
     """
     first, second = prepared.stages
     section = begin(first, 0, draw(first))

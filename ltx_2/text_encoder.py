@@ -1,7 +1,8 @@
 """LTX-2's text encoder, as the shared loops use it: the states of all layers of Gemma, and the connectors.
 
-Names of the outputs are those of the known caches, with the connectors already run. Source: the released
-model code; for Gemma 3 Gemma Team 2025, arXiv 2503.19786, and the config.json of google/gemma-3-12b-it.
+Names of the outputs are those of other trainers' caches, with the connectors already run. Source: the
+released model code; for Gemma 3 Gemma Team 2025, arXiv 2503.19786, and the config.json of
+google/gemma-3-12b-it.
 """
 
 import math
@@ -50,7 +51,7 @@ def read_settings(
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma3TextConfig, as `LanguageModel.read_settings`.
 
-    Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for impossible values.
+    Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for invalid values.
     """
     rope = settings.get("rope_parameters") or {}
     far = rope.get(FAR) or {}
@@ -148,6 +149,7 @@ GEMMA_USE = LanguageUse(
 
 
 def prompt_key(stream: str) -> str:
+    """Return the name of a stream's texts in caches."""
     return f"{stream}_prompt_embeds"
 
 
@@ -169,9 +171,16 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: the
-        streams to make texts for. dtype, tokenizer, form, on_cpu: see `LanguageModelEncoder`; the connectors
-        stay in `dtype`. use: the version of Gemma.
+        Args:
+            path: File or folder of Gemma.
+            connectors: File that holds them, or a release's folder.
+            dtype: Compute dtype, like `tokenizer`, `form` and `on_cpu` as in `LanguageModelEncoder`; the
+                connectors stay in `dtype`.
+            tokenizer: Folder or file of the tokenizer.
+            form: Form of the weights in memory.
+            on_cpu: Run on the CPU.
+            streams: Streams to make texts for.
+            use: Version of Gemma.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
         self.connectors = inside(connectors, "connectors")
@@ -183,10 +192,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on in addition to the text, found without loading weights."""
         return {**super().identity, "connectors": fingerprint(self.connectors)}
 
     def check(self) -> int:
-        """Return the bytes of the loaded connectors.
+        """Check that the files fit, and return the bytes that the connectors take.
 
         Raises CheckpointError if a file is of another kind, or the connectors take other states.
         """
@@ -209,12 +219,14 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return num_weights * self.dtype.itemsize
 
     def write(self, prompt: Prompt) -> Written:
+        """Strip white space from the prompt, and shift the positions of its weighted parts accordingly."""
         text = prompt.text.strip()
         cut = len(prompt.text) - len(prompt.text.lstrip())
         spans = tuple((first - cut, last - cut, weight) for first, last, weight in prompt.spans)
         return Written(text, text, spans)
 
     def load_network(self, device: torch.device) -> nn.Module:
+        """Load the connectors, then Gemma into the memory that is left."""
         self.check()
         # first: Gemma takes the room that is left
         with open_connectors(self.connectors, self.path) as checkpoint:
@@ -227,9 +239,11 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
     @property
     def text_side(self) -> nn.Module:
+        """The connectors."""
         return self.network.get_submodule("connectors")
 
     def waiting_bytes(self, room: int) -> int:
+        """Return how many bytes of Gemma stay in host memory next to the connectors."""
         return super().waiting_bytes(max(room - self.check(), 0))
 
     def compute(
@@ -240,7 +254,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return the texts of the streams, each 1024 S, and the mask of ones that the known caches have."""
+        """Return the texts of the streams, 1024 S each, and a mask of ones, as other trainers cache it."""
         connectors: Any = network.connectors
         device = next(connectors.parameters()).device
         width = network.get_parameter(self.embedding).shape[1]
@@ -255,6 +269,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         return all_conditions
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
+        """Return the conditions with the rows of texts scaled by their weights."""
         texts = {prompt_key(stream) for stream in self.streams}
         return {
             name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()

@@ -1,8 +1,8 @@
-"""LTX-2's latent upscalers: latents of a larger picture, or of twice the frames, from those of a clip.
+"""LTX-2's latent upscalers: latents of a larger video, or of twice the frames, from those of a clip.
 
-The network is diffusers' class, whose names the official files have too. It takes latents as the VAE makes
-them, without the model's normalisation. Sizes and kind are read from the tensors. If a resampler multiplies
-sides by 3, no tensor shows its scale (1.5 or 0.75): the record of settings tells it.
+The network is diffusers' class, whose names the official files have, too. It takes latents as the VAE makes
+them, without the model's normalization. Sizes and kind are derived from the tensors. If a resampler
+multiplies sides by 3, no tensor shows its scale (1.5 or 0.75): the record of settings has it.
 """
 
 import logging
@@ -34,11 +34,12 @@ Settings = Mapping[str, Any]  # of the class of diffusers
 
 
 def is_upscaler(checkpoint: Checkpoint) -> bool:
+    """Return whether a file is a latent upscaler."""
     return {"post_upsample_res_blocks.0.conv1.weight", "initial_conv.weight"} <= checkpoint.tensors.keys()
 
 
 def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load a latent upscaler. option: the option that named the file.
+    """Plan how to load a latent upscaler. `option` is the option that named the file.
 
     Raises CheckpointError for any other file.
     """
@@ -97,7 +98,7 @@ class UpscalerGrowth(NamedTuple):
 
 
 def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
-    """Return the factors by which an upscaler multiplies frames and sides. channels: of the latents.
+    """Return the factors by which an upscaler multiplies frames and sides of latents with `channels`.
 
     Raises CheckpointError for another file, OptionError if the upscaler belongs to the other option.
     """
@@ -118,9 +119,10 @@ def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
 
 @torch.no_grad()
 def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: torch.dtype) -> Tensor:
-    """Return enlarged latents, B C F H W float32, normalised as the given ones, on their device.
+    """Return enlarged latents, B C F H W float32, normalized like the given ones, on their device.
 
-    upscalers: files by their options, loaded one at a time. vae: the file with the statistics of latents.
+    `upscalers` are files by their options, loaded one at a time. `vae` is the file with the statistics of
+    latents.
     """
     mean, std = (statistic.to(latents.device) for statistic in read_once(vae, _read_statistics))
     latents = latents.float() * std + mean
@@ -134,12 +136,14 @@ def enlarge(latents: Tensor, upscalers: Mapping[str, Path], vae: Path, dtype: to
 
 
 def load_upscaler(path: Path, option: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load a latent upscaler. Raises CheckpointError for another file."""
     with open_checkpoint(path) as checkpoint:
         plan = read_upscaler(checkpoint, option)
         return load_planned(plan, build, device, dtype, what="the latent upscaler of LTX-2")
 
 
 def build(settings: Settings) -> nn.Module:
+    """Build diffusers' class from its settings, without importing bitsandbytes."""
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 

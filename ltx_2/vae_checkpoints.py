@@ -1,11 +1,11 @@
-"""Files of LTX-2's video VAE: recognise their dialects, read the list of layers from the tensors.
+"""Files of LTX-2's video VAE: recognize their dialects, read the list of layers from the tensors.
 
-Our modules have the names of the official file, whose lists hold residual blocks and resamplings in turn.
-diffusers' names are nested by level.
+Module names are those of the official file, whose lists alternate residual blocks and resamplings. diffusers'
+names are nested by level.
 
 Three facts are in no tensor: whether the decoder mirrors borders, looks ahead, and has shortcuts around its
 resamplings. They come from the settings in the file (metadata `config`) or in config.json next to it, else
-from the release, which the decoder's list tells: three resamplings, all in time and space, are LTX-2's, whose
+from the release, which the decoder's list shows: three resamplings, all in time and space, are LTX-2's, whose
 decoder mirrors borders and has shortcuts; others are like LTX-2.3's, with zeros and without shortcuts. Both
 decoders look ahead.
 """
@@ -31,7 +31,7 @@ FILES = "the official file of LTX-2 or LTX-2.3, its video VAE alone, or diffuser
 FACTORS: dict[int, Factors] = {2: (2, 1, 1), 4: (1, 2, 2), 8: (2, 2, 2)}  # by the size of their blocks
 ZEROS, REFLECT = "zeros", "reflect"
 DIFFUSERS_CLASS = "AutoencoderKLLTX2Video"
-# of the decoder with neighbourhood attention that LTX-2.5 has in addition to the usual one
+# of the decoder with neighborhood attention that LTX-2.5 has in addition to the usual one
 _DIFFUSION = ("decoder.det_stages.", "decoder.diff_blocks.")
 _TIMED = re.compile(r"decoder\.(?:.+\.)?(?:last_)?(?:time_embedder|timestep_scale_multiplier)\b.*")
 _LEVEL = re.compile(
@@ -84,7 +84,7 @@ def _reject_other_decoders(checkpoint: Checkpoint) -> None:
 
 
 def _halves_fit(config: VideoVaeConfig) -> bool:
-    """Return whether encoder and decoder go together, and each resampling has the width that it needs."""
+    """Return whether encoder and decoder fit each other, and each resampling has the right width."""
     encoder, decoder = config.encoder, config.decoder
     return (
         encoder.width_out >= config.latent_channels
@@ -95,8 +95,9 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
 
 
 class _NestedLevel(NamedTuple):
-    """Position of a residual block or a resampling layer in diffusers' layout; sorts in the order of the
-    layers.
+    """Position of a residual block or resampling layer in diffusers' layout.
+
+    Positions sort in the order of the layers.
     """
 
     half: str  # encoder or decoder
@@ -138,7 +139,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, refusal: CheckpointError
 ) -> HalfConfig:
-    """Read the encoder or the decoder; facts that no tensor shows are taken from LTX-2.3.
+    """Read the encoder or the decoder; what no tensor shows is as in LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
@@ -179,7 +180,7 @@ def _read_half(
 
 
 def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
-    """Add what is in no tensor. Raises CheckpointError if the file's settings cannot be used."""
+    """Add what no tensor shows. Raises CheckpointError if the file's settings cannot be used."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
     try:
@@ -199,7 +200,7 @@ def _apply_settings(
 ) -> tuple[HalfConfig, HalfConfig]:
     """Add paddings, shortcuts and causality to both halves.
 
-    Raises ValueError for impossible settings, and Python's own errors for values of other types.
+    Raises ValueError for invalid settings, and Python's own errors for values of other types.
     """
     is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
@@ -224,9 +225,9 @@ def _apply_settings(
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:
-    """Return for each resampling of the decoder whether it has a shortcut, beginning at the pixels.
+    """Return for each resampling of the decoder whether it has a shortcut, from the pixels inward.
 
-    is_first: the decoder is that of LTX-2, which has them if the settings do not say.
+    `is_first` says that the decoder is LTX-2's, which has them by default.
     """
     if "decoder_blocks" in settings:
         # [["res_x", {...}], ["compress_all", {"residual": true, ...}], ...]

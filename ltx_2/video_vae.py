@@ -1,8 +1,8 @@
 """The video VAE of LTX-2 and LTX-2.3: pixels to latents and back.
 
 It works on one latent frame at a time, and the result is that of the whole clip: memory does not grow with
-the length of the clip. Tiles in height and width bound the memory of large pictures and change the result.
-Latents are those of the model: the posterior's means, normalised with the numbers in the VAE's file.
+the length of the clip. Tiles in height and width bound the memory of large frames and change the result.
+Latents are those of the model: the posterior's means, normalized with the statistics in the VAE's file.
 """
 
 import logging
@@ -23,14 +23,14 @@ from modules.media.pixels import check_clip, from_bytes
 
 logger = logging.getLogger(__name__)
 
-MIN_TILE = 2  # latent pixels: a border is mirrored, and neighbours overlap
+MIN_TILE = 2  # latent pixels: a border is mirrored, and neighbors overlap
 
 
 class LtxVideoVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_video_vae`.
 
-    tile: edge in pixels; larger pictures are cut into overlapping tiles of this size at most, and each tile
-    goes through the whole clip before the next.
+    `tile` is the edge of a tile in pixels: larger frames are cut into overlapping tiles of at most this size,
+    and each tile goes through the whole clip before the next.
     """
 
     latents_mean: Tensor
@@ -47,19 +47,24 @@ class LtxVideoVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the network."""
         return self.encoder.conv_in.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the network."""
         return self.encoder.conv_in.conv.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return the normalised means of the posterior.
+        """Return the normalized means of the posterior, B Z n+1 H/S W/S float32, on the VAE's device.
 
-        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device (moved group by group); F = sn + 1, H and W
-        multiples of S, for the strides s of time (8) and S of space (32). Returns B Z n+1 H/S W/S, float32,
-        on the VAE's device. Raises ValueError for other sizes.
+        Args:
+            pixels: B 3 F H W in -1..1, or bytes 0..255, on any device (moved group by group). F = sn + 1; H
+                and W are multiples of S, for the strides s of time (8) and S of space (32).
+
+        Raises:
+            ValueError: For other sizes.
         """
         step, side, _ = self.config.stride
         check_clip(pixels, step, side)
@@ -78,9 +83,15 @@ class LtxVideoVae(nn.Module):
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
         """Yield pixels in playing order, some frames at a time: B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
-        in host memory, and the first one is yielded after the last tile is done. clamps: to -1..1. Raises
-        ValueError if the VAE mirrors borders and latents have a side of 1.
+        The chunks are on the VAE's device. With tiles they are in host memory, and the first one is yielded
+        after the last tile is done.
+
+        Args:
+            latents: B Z f h w, normalized, on any device.
+            clamps: Whether to clamp pixels to -1..1.
+
+        Raises:
+            ValueError: If the VAE mirrors borders and latents have a side of 1.
         """
         grid = self._tiles(latents.shape[-2]), self._tiles(latents.shape[-1])
         for chunk in decode_in_tiles(self._pixels, latents, grid, self.config.stride):
@@ -121,7 +132,7 @@ def load_video_vae(
 ) -> LtxVideoVae:
     """Load the video VAE of LTX-2 or LTX-2.3: its own file, the official single file or diffusers' folder.
 
-    tile: see `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
+    `tile` is as in `LtxVideoVae`. Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

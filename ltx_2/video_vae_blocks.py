@@ -1,8 +1,9 @@
 """Layers of LTX-2's video VAE. They process a clip in chunks; a `ClipMemory` keeps frames between these.
 
-A layer sees 3x3x3 neighbourhoods or single pixels, and nothing of the whole clip. So any chunks give what the
-whole clip gives, and each frame is computed once. Layers of the decoder look one frame ahead: such a layer
-returns one frame less of the first chunk, and the missing one if it is given None, the end of the clip.
+A layer sees 3x3x3 neighborhoods or single pixels, and nothing of the whole clip. So any chunks give the
+result of the whole clip, and each frame is computed once. Layers of the decoder look one frame ahead: such a
+layer returns one frame less of the first chunk, and the missing one when it is given None, the end of the
+clip.
 
 Module names follow the official checkpoint. Source: the released VAEs of LTX-2 and LTX-2.3.
 """
@@ -42,6 +43,7 @@ class Resampling:
     is_residual: bool  # a shortcut without weights is added
 
     def has_shortcut(self, is_down: bool) -> bool:
+        """Return whether the channels allow the averages (down) or repetitions (up) of a shortcut."""
         block = prod(self.factors)
         if is_down:  # averages groups of channels
             return self.width_in * block % self.width_out == 0
@@ -58,10 +60,11 @@ class HalfConfig:
     last_width: int
     width_out: int
     is_causal: bool  # no frame depends on a later one
-    reflects: bool = False  # the picture's border mirrors its inside; else zeros are around it
+    reflects: bool = False  # the image's border mirrors its inside; else zeros are around it
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
+        """The changes of resolution, in computing order."""
         return tuple(part for part in self.parts if isinstance(part, Resampling))
 
     @property
@@ -82,19 +85,20 @@ class VideoVaeConfig:
 
     @property
     def stride(self) -> Factors:
-        """Return the frames, rows and columns of pixels for each latent."""
+        """Frames, rows and columns of pixels for each latent."""
         frames, rows, columns = self.encoder.factors
         return frames, rows * self.patch, columns * self.patch
 
 
 class ClipMemory:
-    """Hold the frames that layers need again with the next chunk. One for each clip."""
+    """Frames that layers need again with the next chunk. Use one for each clip."""
 
     def __init__(self) -> None:
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()
 
     def take(self, layer: nn.Module) -> Tensor | None:
+        """Return and forget the frames that a layer kept; None if it kept none."""
         return self._frames.pop(layer, None)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
@@ -108,9 +112,9 @@ class ClipMemory:
         return is_first
 
     def delay(self, layer: nn.Module, x: Tensor | None, frames: int) -> Tensor:
-        """Append x to the waiting frames; return the first `frames` of them, and let the rest wait.
+        """Append x to the waiting frames; return the first `frames` of them, and keep the rest.
 
-        So a shortcut keeps pace with convolutions that look ahead.
+        This keeps a shortcut in step with convolutions that look ahead.
         """
         parts = [part for part in (self.take(layer), x) if part is not None]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -122,7 +126,7 @@ class ClipMemory:
 class ClipConv(nn.Module):
     """A 3x3x3 convolution. At both ends of a clip the outermost frame is repeated.
 
-    is_normed: divide each pixel by its root mean square and apply SiLU first.
+    With `is_normed`, each pixel is first divided by its root mean square, followed by SiLU.
     """
 
     def __init__(self, width_in: int, width_out: int, half: HalfConfig, is_normed: bool = False) -> None:
@@ -134,7 +138,7 @@ class ClipConv(nn.Module):
         self.is_normed = is_normed
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
-        """Convolve the next frames of a clip, B C T H W; None: the clip has ended. Returns B C' T' H W.
+        """Convolve the next frames of a clip, B C T H W to B C' T' H W; None marks the end of the clip.
 
         Raises ValueError if borders are mirrored and a side is 1.
         """
@@ -149,9 +153,9 @@ class ClipConv(nn.Module):
         return conv3d(self.conv, joined)
 
     def _join(self, frames_before: Tensor | None, x: Tensor) -> Tensor:
-        """Return x behind the frames before it; None: the first frame of x is repeated before it.
+        """Return x after the frames before it; None repeats the first frame of x instead.
 
-        Written into one tensor, so that no concatenation copies x again.
+        The result is written into one tensor, so that no concatenation copies x again.
         """
         batch, channels, frames, height, width = x.shape
         if self.reflects and min(height, width) < 2:
@@ -168,7 +172,7 @@ class ClipConv(nn.Module):
         return joined
 
     def _convolve_end(self, memory: ClipMemory) -> Tensor:
-        """Return the frame that waited for its successor: the last frame is repeated."""
+        """Return the frame that waited for its successor, for which the last frame is repeated."""
         frames_before = memory.take(self)
         assert frames_before is not None
         joined = torch.cat([frames_before, frames_before[:, :, -1:]], dim=2)
@@ -204,6 +208,7 @@ class PixelResidualBlock(nn.Module):
         self.conv2 = ClipConv(width, width, half, is_normed=True)
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
+        """Apply the block to the next frames x, B C T H W; None marks the end of the clip."""
         h = self.conv2(self.conv1(x, memory), memory)
         if x is None:
             h = torch.cat([h, self.conv2(None, memory)], dim=2)
@@ -219,6 +224,7 @@ class PixelsToChannels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor, memory: ClipMemory) -> Tensor:
+        """Return the next frames x, B C T H W, at the lower resolution."""
         if memory.starts(self):
             x = torch.cat([x[:, :, :1]] * (self.part.factors[0] - 1) + [x], dim=2)
         h = _fold(self.conv(x, memory), self.part.factors)
@@ -234,6 +240,7 @@ class ChannelsToPixels(nn.Module):
         self.part = part
 
     def forward(self, x: Tensor | None, memory: ClipMemory) -> Tensor:
+        """Return the next frames x, B C T H W, at the higher resolution; None marks the end of the clip."""
         h = self.conv(x, memory)
         frames = h.shape[2]
         h = _unfold(h, self.part.factors)
@@ -321,8 +328,8 @@ class VideoVaeDecoder(nn.Module):
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the pixels, B 3 T H W, of latent frames B Z 1 h w, in playing order.
 
-        With a decoder that looks ahead the first come after about half a clip, and the last ones, when each
-        layer in turn is notified of the end of the clip, a frame or two at a time: so no layer ever computes
+        With a decoder that looks ahead, the first frames come after about half a clip, and the last ones a
+        frame or two at a time, as each layer in turn reaches the end of the clip. So no layer ever computes
         more frames at once than a latent frame makes.
         """
         layers = (self.conv_in, *_flat(self.up_blocks), self.conv_out)

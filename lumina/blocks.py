@@ -1,9 +1,9 @@
 """Blocks of Lumina-Image-2.0: attention and feed-forward between two norms each, modulated by the time.
 
 Source: the released model code and Qin et al. 2025, arXiv 2503.21758, after Zhuo et al. 2024, arXiv
-2406.18583. Always float32: the embedding of time, modulation, norms, rotary angles. Everything else, also the
-residual stream, computes in the dtype of its weights or of autocast. Module names follow the published
-checkpoints.
+2406.18583. The embedding of time, modulation, norms and rotary angles are always float32. Everything else,
+including the residual stream, computes in the dtype of its weights or of autocast. Module names follow the
+published checkpoints.
 """
 # Letters: B batch, L image tokens, T caption tokens, N heads, K heads of keys, D head width, C = N * D
 
@@ -30,11 +30,11 @@ Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 
 @dataclass(frozen=True)
 class LuminaTokens:
-    """Inputs of the blocks besides the tokens x (B L+T C, the image first); built once per forward pass.
+    """Inputs of the blocks in addition to the tokens x, B L+T C with the image first.
 
-    In the published code the caption stands in front. Attention does not depend on the order of its tokens,
-    only on their positions, and with the image first it is at the same place in all samples of a batch.
-    With a second caption x is B L+T+T' C (`modules.attention.attend`).
+    Built once per forward pass. In the published code the caption comes first. Attention does not depend on
+    the order of its tokens, only on their positions, and with the image first it has the same indices in all
+    samples of a batch. With a second caption x is B L+T+T' C (`modules.attention.attend`).
     """
 
     grid: tuple[int, int]  # image tokens along rows, columns
@@ -48,17 +48,18 @@ class LuminaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
+        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
         return replace(self, part=part)
 
     @property
     def first_picture(self) -> int:
-        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
-        picture tokens are left out.
+        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+
+        `kept` are the ascending positions of the kept tokens, B K.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
@@ -70,10 +71,10 @@ class LuminaTokens:
 
 
 class TimeEmbedding(nn.Module):
-    """Embed the time of each sample, 0 noise to 1 image: B -> B time_dim float32."""
+    """Embeds the time of each sample, 0 for noise to 1 for the image, B to B time_dim float32."""
 
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
-        """hidden: width between the two layers; default: that of the embedding."""
+        """Build two layers; `hidden` is the width between them, by default that of the embedding."""
         super().__init__()
         self.freq_dim = config.freq_dim
         hidden = hidden or config.time_dim
@@ -82,6 +83,7 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, times: Tensor) -> Tensor:
+        """Return embeddings, B time_dim float32, of times, B."""
         hidden = run_float32(self.mlp[0], sinusoid(times, self.freq_dim, torch.float32))
         return run_float32(self.mlp[2], functional.silu(hidden))
 
@@ -107,17 +109,18 @@ class GroupedAttention(nn.Module):
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
-        """Return the attention of tokens, B L N D, from heads whose queries and keys are not rotated yet."""
+        """Return the attention of tokens, B L N D, from heads that are not rotated yet."""
         query, key, value = heads
         query, key = rotate(query, rotary), rotate(key, rotary)
         return attend(query, *serve(query, key, value), tokens.attention, lengths)
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the attention of tokens x to each other, B L+T C; with a second caption B L+T+T' C."""
         # x: B L+T C, with a second caption B L+T+T' C
         return self.project(self.attend_tokens(x, tokens))
 
     def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the attention of the tokens among each other, heads side by side: B L C."""
+        """Return the attention of the tokens to each other, with heads side by side, B L C."""
         heads: tuple[Tensor, ...] = self.heads(x)
         second, part = tokens.second, tokens.part
         if part is not None:
@@ -137,12 +140,12 @@ class GroupedAttention(nn.Module):
         return part.combine(attended, second_attended, second).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
-        """Return the output, B L C, of the heads' attention side by side, B L C."""
+        """Return the layer's output, B L C, of the heads' attention side by side, B L C."""
         return in_own_dtype(self.out, attended)
 
 
 def serve(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat heads of keys and values, B L K D, to one for each head of queries: B L N D."""
+    """Repeat heads of keys and values, B L K D, to one for each head of queries, B L N D."""
     served = query.shape[2] // key.shape[2]
     if served == 1:
         return key, value
@@ -159,6 +162,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         return in_own_dtype(self.w2, functional.silu(in_own_dtype(self.w1, x)) * in_own_dtype(self.w3, x))
 
 
@@ -186,6 +190,7 @@ class JointTransformerBlock(nn.Module):
         self.is_modulated = is_modulated
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         scale1, gate1, scale2, gate2 = self.modulation(tokens.time)
         branch = self.attention(modulate(self.attention_norm1(x), None, scale1, tokens.dtype), tokens)
@@ -194,8 +199,9 @@ class JointTransformerBlock(nn.Module):
         return self.feed(x, scale2, gate2, tokens.dtype)
 
     def modulation(self, time: Tensor) -> tuple[Tensor | None, ...]:
-        """Return scale and gate of attention and of feed-forward, each B 1 C float32; None for each without
-        modulation.
+        """Return scale and gate of attention and of feed-forward, each B 1 C float32.
+
+        Each is None in a block without modulation.
         """
         if not self.is_modulated:
             return (None,) * 4
@@ -207,7 +213,7 @@ class JointTransformerBlock(nn.Module):
         return scale1, gate1.tanh(), scale2, gate2.tanh()
 
     def modulated_input(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        """Return the input of attention for the image tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the image tokens of x, B L+T C to B L C."""
         scale, *_ = self.modulation(tokens.time)
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
 
@@ -227,5 +233,6 @@ class LuminaFinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+        """Return the patches of the prediction for image tokens x, B L C."""
         scale = in_own_dtype(self.adaLN_modulation[1], functional.silu(tokens.time)).float().unsqueeze(1)
         return in_own_dtype(self.linear, modulate(self.norm_final(x), None, scale, tokens.dtype))

@@ -79,6 +79,7 @@ class Lumina(ModelOfImages):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states and masks. Raises CacheError if they are missing or do not fit."""
         remedy = "lumina_cache_text_encoder_outputs.py"
         batch.check(dict.fromkeys(sorted(TEXT_INPUTS.values()), remedy), "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -88,9 +89,10 @@ class Lumina(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32: the network's own output points from noise to data.
+        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
-        cond: hidden_state B T D, attention_mask B T.
+        The network predicts the direction from noise to data. The conditions are hidden_state B T D and
+        attention_mask B T.
         """
         direction = dit(
             noisy.squeeze(2),
@@ -103,6 +105,10 @@ class Lumina(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve a request, with its limits of guidance and the solver for Lumina.
+
+        The system prompt is not put before negative and empty prompts.
+        """
         prepared = self.resolve_image(request, FLOW_SHIFT)
         texts = prepared.prompts[0]
         # the system prompt does not stand before these
@@ -122,7 +128,7 @@ class Lumina(ModelOfImages):
 
 
 def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit: float) -> GuidanceRules:
-    """Return a request's settings of guidance. Raises OptionError for impossible ones."""
+    """Return a request's settings of guidance. Raises OptionError for invalid ones."""
     try:
         ratio = float(extra.get("cfg_trunc_ratio", default_ratio))
         limit = float(extra.get("renorm_cfg", default_limit))
@@ -134,18 +140,22 @@ def guidance_rules(extra: Mapping[str, str], default_ratio: float, default_limit
 
 
 def family_for_latent_caching(options: LuminaLatentCachingOptions) -> Lumina:
+    """Describe the family for lumina_cache_latents.py, which needs only the VAE."""
     return Lumina(LuminaFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: LuminaTextCachingOptions) -> Lumina:
+    """Describe the family for lumina_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return Lumina(LuminaFiles().add_text(options.text))
 
 
 def family_for_training(options: LuminaTrainingOptions) -> Lumina:
+    """Describe the family for lumina_train_network.py."""
     return Lumina(_make_files(options), options)
 
 
 def family_for_generation(options: LuminaGenerationOptions) -> Lumina:
+    """Describe the family for lumina_generate_image.py."""
     in_negative = options.add_system_prompt_to_negative_prompt
     return Lumina(replace(_make_files(options), system_prompt_in_negative=in_negative))
 

@@ -1,5 +1,6 @@
-"""Files of a Lumina-Image-2.0 run: transformer files as published, in diffusers' layout and all-in-one; their
-paths, and the check that each fits its option.
+"""Files of a Lumina-Image-2.0 run: paths, and the check that each fits its option.
+
+Transformers are as published, in diffusers' layout, or in all-in-one files.
 """
 
 from collections.abc import Mapping
@@ -54,7 +55,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
 
 
 def _read_config(shapes: DitShapes) -> LuminaConfig:
-    """Return the sizes of a transformer. Raises CheckpointError if they are not of Lumina-Image-2.0."""
+    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
     dim, patch_width = shapes.of("x_embedder.weight")
     (head_width,) = shapes.of("layers.0.attention.q_norm.weight", axes=1)
     rows = shapes.of("layers.0.attention.qkv.weight")[0]
@@ -117,6 +118,7 @@ class LuminaFiles(AutoencoderFiles):
     format: ClassVar = FORMAT
 
     def add_text(self, options: LuminaTextOptions) -> "LuminaFiles":
+        """Return the files with the options of the text encoders."""
         return replace(
             self,
             gemma2=options.gemma2,
@@ -128,9 +130,11 @@ class LuminaFiles(AutoencoderFiles):
 
     @property
     def gemma2_path(self) -> Path:
+        """Path of Gemma 2. Raises OptionError if --gemma2 is missing."""
         return require_file(self.gemma2, GEMMA_OPTION, "Gemma 2 encodes the prompts")
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the text encoders, whose weights are read when they are loaded."""
         gemma = GemmaTextEncoder(
             self.gemma2_path,
             self.encoder_dtype(self.text_dtype),
@@ -142,6 +146,7 @@ class LuminaFiles(AutoencoderFiles):
         return [gemma]
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check that the text encoders that are given or needed fit their options and the transformer."""
         if self.gemma2 is not None or needed:
             path = GemmaTextEncoder(self.gemma2_path).path
             takes = None if config is None else config.text_dim

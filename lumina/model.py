@@ -25,7 +25,7 @@ from running.run_blocks import BlockNetwork, Hidden
 
 
 class TokenLayout(NamedTuple):
-    """Facts that decide the rotations of a batch's tokens."""
+    """What the rotations of a batch's tokens depend on."""
 
     grid: tuple[int, int]  # rows, columns of image tokens
     captions: tuple[int, ...]  # tokens of each sample's caption; one number where all are equal
@@ -33,7 +33,7 @@ class TokenLayout(NamedTuple):
 
 
 class LuminaModel(BlockNetwork):
-    """Predict the direction from noise to data of noisy latents of pictures, from a caption's states.
+    """Predict the direction from noise to data of noisy latents of images, from a caption's states.
 
     Simplified, without a second caption and the code around the blocks:
 
@@ -57,7 +57,7 @@ class LuminaModel(BlockNetwork):
     block_class: ClassVar[type[JointTransformerBlock]] = JointTransformerBlock
 
     def __init__(self, config: LuminaConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -74,13 +74,17 @@ class LuminaModel(BlockNetwork):
         self._rotary = GridTable(self._make_table)
 
     def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
-        """Build the time embedding and the layers around the blocks. first: layer from patches to tokens."""
+        """Build the time embedding and the layers around the blocks.
+
+        `first` is the layer from patches to tokens.
+        """
         self.t_embedder = TimeEmbedding(config)
         self.x_embedder = first
         self.final_layer = LuminaFinalLayer(config)
 
     @property
     def last(self) -> LuminaFinalLayer:
+        """The layer from tokens to patches."""
         return self.final_layer
 
     def embed(
@@ -88,10 +92,16 @@ class LuminaModel(BlockNetwork):
     ) -> Hidden:
         """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B in_dim H W. times: B, 0 (noise) to 1 (picture). caption: B T text_dim, states of the language
-        model. caption_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call;
-        their second text has arguments named caption and caption_mask, and its tokens follow the first
-        text's. Raises ValueError if sizes do not go together.
+        Args:
+            noisy: B in_dim H W.
+            times: B, 0 (noise) to 1 (image).
+            caption: States of the language model, B T text_dim.
+            caption_mask: B T, true or 1 for real tokens, which come first.
+            tweaks: Changes to this call; their second text has arguments named caption and caption_mask, and
+                its tokens follow those of the first text.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         self._check_sizes(noisy, caption, caption_mask)
         patch = self.config.patch_size
@@ -129,7 +139,7 @@ class LuminaModel(BlockNetwork):
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
     def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:
-        """Raise ValueError if sizes do not go together."""
+        """Raise ValueError if sizes do not match."""
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
         if any(size % self.config.patch_size for size in noisy.shape[2:]):
@@ -151,20 +161,21 @@ class LuminaModel(BlockNetwork):
         )
 
     def embed_time(self, times: Tensor) -> Tensor:
-        """Return the embedded time: B -> B time_dim float32."""
+        """Return the embedded time, B to B time_dim float32."""
         time: Tensor = self.t_embedder(times)
         return time
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return image tokens B L C of patches B L P."""
+        """Return image tokens, B L C, of patches, B L P."""
         return in_own_dtype(self.x_embedder, patches).to(dtype)
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return caption tokens B T C of the language model's states B T text_dim. counts: of real ones."""
+        """Return caption tokens, B T C, of states B T text_dim. `counts` are the real ones of each sample."""
         text = self.cap_embedder[0](caption.to(dtype))
         return in_own_dtype(self.cap_embedder[1], text).to(dtype)
 
     def count_tokens(self, real: int) -> int:
+        """Return the number of tokens of a text or image; subclasses add padding."""
         return real
 
     def _read_caption(
@@ -176,8 +187,8 @@ class LuminaModel(BlockNetwork):
     ) -> tuple[Tensor, LuminaTokens]:
         """Return refined caption tokens B T C, and the inputs of the blocks for caption and image together.
 
-        tokens_of: makes such inputs from rotations and lengths. The image stands at the position behind the
-        caption, so its rotations depend on the caption's length.
+        The image's position follows the caption, so its rotations depend on the caption's length. `tokens_of`
+        makes the inputs of blocks from rotations and lengths.
         """
         longest_rows, rows = real_tokens(caption_mask)
         counts = tuple(self.count_tokens(number) for number in rows)
@@ -198,9 +209,9 @@ class LuminaModel(BlockNetwork):
         return text, both
 
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
-        """Return (cosine, sine) pairs of image and caption tokens: L+T 1 D/2 2, or B L+T 1 D/2 2.
+        """Return (cosine, sine) pairs of image and caption tokens, L+T 1 D/2 2, or B L+T 1 D/2 2.
 
-        Angles are float64, as trained. A caption's token j stands at (first_place + j, 0, 0), an image's at
+        Angles are float64, as trained. A caption's token j is at (first_place + j, 0, 0), an image's token at
         (first_place + number of the caption's tokens, row, column), an image's padding at 0.
         """
         place_width, row_width, column_width = self.config.rotary_widths
@@ -233,8 +244,8 @@ class LuminaModel(BlockNetwork):
 def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
     """Return the longest caption's number of real rows, and that of each sample, at least 1.
 
-    mask: B T. Padding after the longest caption is cut off. An empty caption keeps one row, because its rows
-    need something to attend to. Raises ValueError if padding is before a real token.
+    `mask` is B T. Padding after the longest caption is cut off. An empty caption keeps one row, because its
+    rows need something to attend to. Raises ValueError if padding comes before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

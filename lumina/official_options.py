@@ -60,6 +60,7 @@ class LuminaImageOptions(Options, title="what to make"):
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width in pixels, rounded down to multiples of 16."""
         return self.image_height // SIZE_STEP * SIZE_STEP, self.image_width // SIZE_STEP * SIZE_STEP
 
 
@@ -91,6 +92,7 @@ TYPED = {
 
 
 def generation_words(options: LuminaMinimalOptions) -> list[str]:
+    """Translate the image guides' command line to that of lumina_generate_image.py."""
     model, image = options.model, options.picture
     values = {
         "--pretrained_model_name_or_path": model.pretrained_model_name_or_path,

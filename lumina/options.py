@@ -114,6 +114,7 @@ def check_trunc_ratio(ratio: float, option: str) -> None:
 
 
 def check_renorm(limit: float, option: str) -> None:
+    """Raise OptionError unless a limit of the norm is from 0 to 1000."""
     if not 0 <= limit <= 1000:
         raise OptionError(f"{option} {limit:g}: give a number from 0 (no limit) to 1000; 1 is usual")
 
@@ -143,6 +144,7 @@ TRAINER: Mapping[str, Any] = {
 
 
 def caching_options(options: LuminaTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     return {"--ae": options.vae.vae or FillIn("AE_FILE")}, _list_text_options(options.text)
 
 
@@ -159,6 +161,7 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
 
 
 def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of guidance that a training sample was generated with."""
     extra = sample.get("extra") or {}
     return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}
 

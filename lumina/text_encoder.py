@@ -1,7 +1,7 @@
-"""Lumina-Image-2.0's text encoder, as the shared loops use it: Gemma 2, behind the words of a system prompt.
+"""Lumina-Image-2.0's text encoder, as the shared loops use it: Gemma 2, after a system prompt.
 
-Names and shapes of the outputs are those of the known caches. Source: the released model, Qin et al. 2025,
-arXiv 2503.21758.
+Names and shapes of the outputs are those of other trainers' caches. Source: the released model, Qin et al.
+2025, arXiv 2503.21758.
 """
 
 import logging
@@ -38,7 +38,7 @@ SCALAR = "query_pre_attn_scalar"  # attention is scaled by its inverse square ro
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma2Config: `LanguageModel.read_settings`.
+    """Return settings of transformers' Gemma2Config, as `LanguageModel.read_settings`.
 
     Raises ValueError or TypeError for a value that is not a number.
     """
@@ -71,7 +71,10 @@ def read_gemma(checkpoint: Checkpoint) -> LoadPlan[language_models.LanguageConfi
 def load_gemma(
     path: Path, device: torch.device, dtype: torch.dtype, blocks: BlockPlace | None = None
 ) -> nn.Module:
-    """Load Gemma 2, fp8 dequantized. blocks: takes each layer. Raises CheckpointError for another file."""
+    """Load Gemma 2, with fp8 weights dequantized. `blocks` receives each layer.
+
+    Raises CheckpointError for another file.
+    """
     return language_models.load_language_model(path, GEMMA_2, device, dtype, states=STATES, blocks=blocks)
 
 
@@ -95,7 +98,7 @@ PROMPTS_AT_ONCE = 8  # bounds memory when many prompts are given
 
 
 class GemmaTextEncoder(FileTextEncoder[nn.Module]):
-    """Gemma 2 up to its last but one state. Rows behind a text's end are zeros and masked."""
+    """Gemma 2 up to its second-to-last state. Rows after a text's end are zeros and masked."""
 
     can = EncoderAbilities(learn=True, divide=True)
     name = "gemma2"
@@ -117,9 +120,13 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. system_prompt: words before every prompt; empty: none. in_negative: before negative
-        prompts too. max_tokens: rounded up to a multiple of 8.
+        Args:
+            path: File or folder of the model, or a release's folder that holds it as `text_encoder`.
+            dtype: Compute dtype.
+            tokenizer: Folder or file of the tokenizer.
+            system_prompt: Text before every prompt; "" for none.
+            in_negative: Put it before negative prompts, too.
+            max_tokens: Maximum length of a prompt, rounded up to a multiple of 8.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer)
         self.dtype = dtype
@@ -130,6 +137,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on in addition to the text, found without loading weights."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_gemma(checkpoint).config
         words = f"{config.num_heads} heads, theta {config.theta}, scaled by {config.settings[SCALAR]}"
@@ -137,16 +145,18 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         return {**identity, "system_prompt": self.system_prompt}
 
     def write(self, prompt: Prompt) -> Written:
+        """Put the system prompt before the prompt, except before negative ones unless asked for."""
         has_system = self.system_prompt and (self.in_negative or not prompt.is_negative)
         before = f"{self.system_prompt} {PROMPT_START} " if has_system else ""
         return Written(before + prompt.text, prompt.text, prompt.spans, len(before))
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError if it has no begin token."""
+        """Raise CheckpointError if the tokenizer has no begin token."""
         if tokenizer.number(BEGIN) is None:
             raise GEMMA_FILES.unreadable(tokenizer.file, ValueError(f"it has no {BEGIN}"))
 
     def load_network(self, device: torch.device) -> nn.Module:
+        """Load Gemma 2, and log its dtype and the system prompt."""
         gemma = load_gemma(self.path, device, self.dtype, self.blocks)
         logger.info("text encoder: %s, computing in %s", self.path, dtype_name(self.dtype))
         if self.system_prompt:
@@ -156,7 +166,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L} for each prompt, int64 ids."""
+        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt."""
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):

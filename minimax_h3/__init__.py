@@ -9,10 +9,10 @@ configs: dimensions of a transformer, noise, latents, the release
 dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops
 files: paths of a run, VAEs, Qwen3-VL with its own tokenizer
-model: the transformer: one sequence of pictures, sound and text
-names: what it is called everywhere, from the licence to tensors
+model: the transformer: one sequence of images, sound and text
+names: what it is called everywhere, from the license to tensors
 options: own options for caching, training and generation
-places: positions on a clock that text, pictures and sound share
+places: positions on a clock that text, images and sound share
 presentation: what the text encoder sees in front of a prompt
 reference_options: options of keyframes and references
 reference_sound: sound of references: read, cut, resampled
@@ -20,9 +20,9 @@ references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
 training_inputs: conditions of a training, and what a teacher sees
-training_options: own options for training, names of known tuners
+training_options: own options for training, names of other trainers
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, encoder and decoder
-vision: pictures and clips as the vision tower takes them
+vision: images and clips as the vision tower takes them
 """

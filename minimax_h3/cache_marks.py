@@ -1,7 +1,7 @@
 """What caches of texts are for: marks in their metadata, and the checks of a training.
 
 The states of a caption depend on what the text encoder saw with it: nothing, the first and the last frame of
-the clip, or references. Names and values are those of the known tuner.
+the clip, or references. Names and values are those of other trainers' caches.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
 TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
-FORMAT = "minimax-h3-text-v2"  # of text caches, as the known tuner calls it
+FORMAT = "minimax-h3-text-v2"  # of text caches, as musubi-tuner calls it
 PROBE_FORMAT = "h3-uncond-probe-v1"  # of files of --uncond_output
 TASK, FORMAT_KEY, TEACHER = "task", "cache_format", "teacher_conditions"  # in metadata
 SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
@@ -46,7 +46,7 @@ TEACHER_ROWS: Mapping[str, Rows] = {
 
 
 def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
-    """Return the metadata of a text cache. shown: content hashes of what the encoder saw with the caption."""
+    """Return the metadata of a text cache. `shown` are hashes of what the encoder saw with the caption."""
     presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
     return {
         TASK: task,
@@ -57,7 +57,7 @@ def make_marks(task: str, teacher: str | None, caption: str, shown: Sequence[str
 
 
 def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
-    """Raise CacheError if a text cache records another task or another format than the given ones.
+    """Raise CacheError if a text cache records another task or format than this training's.
 
     A cache without such records is accepted.
     """
@@ -79,7 +79,7 @@ def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> Non
 def check_texts(batch: Batch, task: str) -> None:
     """Raise CacheError unless the texts of a batch are cached for the task of a training.
 
-    Caches of the known tuner and of this program record the task. The tags of the tokens must fit it too.
+    Caches of this program and of other trainers record the task. The tags of the tokens must fit it, too.
     """
     for key, metadata in zip(batch.keys, batch.text_metadata, strict=False):
         check_marks(key, metadata, task)
@@ -89,7 +89,7 @@ def check_texts(batch: Batch, task: str) -> None:
 
 
 def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
-    """Raise CacheError if tags do not belong to states of so many rows, or to the task."""
+    """Raise CacheError if tags do not fit the number of rows of their states, or the task."""
     if tags.is_floating_point() or tags.shape != (rows,) or not torch.isin(tags, torch.tensor([0, 1])).all():
         raise CacheError(
             f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {rows} rows. Cache again with "
@@ -105,9 +105,9 @@ def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
 
 
 def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the text rows that a teacher reads in place of the captions: states, each n C, and tags, each n.
+    """Return the text rows that a teacher reads in place of captions: states, n C, and tags, n, of each.
 
-    conditions: a key of `TEACHER_ROWS`. Raises CacheError if the caches do not have these rows.
+    `conditions` is a key of `TEACHER_ROWS`. Raises CacheError if the caches do not have these rows.
     """
     names = TEACHER_ROWS[conditions]
     missing = [name for name in names if name not in batch.tensors]
@@ -127,9 +127,9 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
 
 
 def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    """Write the states of the empty prompt in the known tuner's format.
+    """Write the states of the empty prompt in the format of other trainers.
 
-    tensors: of the cache of that prompt. text: the prompt.
+    `tensors` are those of the cache of the prompt `text`.
     """
     tensors = {"hidden_states": tensors[KEY], "token_tags": tensors[TAGS]}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
 
 
 def read_probe(path: Path) -> tuple[Tensor, Tensor]:
-    """Return states, n C, and tags, n, of a file of --uncond_output, of any program.
+    """Return states, n C, and tags, n, of a file of --uncond_output, written by any program.
 
     Raises CacheError for another file.
     """

@@ -1,6 +1,6 @@
 """References that the rows of a dataset show with their clips: checked, and encoded for caches.
 
-They are prepared as those of a request: see references.py.
+They are prepared like those of a request; see references.py.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ from modules.media.samples import track_info
 
 
 def reference_of(medium: ShownMedium) -> H3Reference:
-    """Make a reference from a row. A clip's sound is the row's sound file, else the clip's own track, if any.
+    """Make a reference from a row. A clip's audio is the row's audio file, else the clip's own track.
 
     Raises MediaError if the file of a clip cannot be read.
     """
@@ -45,10 +45,13 @@ def reference_of(medium: ShownMedium) -> H3Reference:
 
 
 def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any_length: bool) -> None:
-    """Raise DatasetError if the references of a row cannot be used. name: of the table.
+    """Raise DatasetError if the references of a row cannot be used.
 
-    is_picture: the item is a picture. any_length: reference clips may have lengths for which the model was
-    not trained.
+    Args:
+        media: The references.
+        name: Name of the table, for messages.
+        is_picture: Whether the item is an image.
+        any_length: Whether reference clips may have lengths for which the model was not trained.
     """
     if not media:
         raise DatasetError(
@@ -69,7 +72,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any
 
 @contextmanager
 def _of_dataset(name: str) -> Iterator[None]:
-    """Make errors about options and files of the block errors about a table."""
+    """Convert errors of the block about options and files to errors about a table."""
     try:
         yield
     except (OptionError, MediaError) as error:
@@ -85,9 +88,9 @@ class ReferenceSizes:
     step: int
 
     def source_of(self, reference: H3Reference, frames: int) -> ImageSource | ClipSource | None:
-        """Return the source of a reference's pixels; None for a reference that is sound alone.
+        """Return the source of a reference's pixels; None for a reference that is audio alone.
 
-        frames: of the clip that is made from it; 1: of a picture, for which reference clips keep their
+        `frames` is the length of the generated clip; 1 for an image, for which reference clips keep their
         length. Raises OptionError for shapes that the model does not take.
         """
         if reference.kind == AUDIO:
@@ -107,7 +110,7 @@ def encode_references(
 ) -> dict[str, Tensor]:
     """Return the latents of the references of an item by name, each without a batch axis.
 
-    frames: of the clip that is made from them. Raises MediaError if a reference cannot be read or used.
+    `frames` is the length of the item's clip. Raises MediaError if a reference cannot be read or used.
     """
     tensors = {}
     for number, medium in enumerate(shown):

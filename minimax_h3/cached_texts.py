@@ -1,9 +1,9 @@
 """The text encoder of MiniMax-H3 as captions are cached: its tasks, and what teachers read.
 
-A caption is encoded as the task presents it, and once more as a teacher reads it, if a training is to match
-one (--teacher_conditions). A teacher that has the clip itself, or pictures of its subject, reads a caption in
-the form in which the model was trained to take references: parts that say what each reference is, what stays
-of it, and what is shown. Source of the names of these parts: the released prompts.
+A caption is encoded as the task presents it, and once more as a teacher reads it if a training is to match
+one (--teacher_conditions). A teacher that has the clip itself, or images of its subject, reads a caption in
+the form in which the model was trained to take references: parts that say what each reference is, what to
+keep of it, and what is shown. Source of the names of these parts: the released prompts.
 """
 
 import functools
@@ -49,14 +49,14 @@ detailed_description:
 
 
 def describe_copy(caption: str) -> str:
-    """Return the caption for a teacher that has the clip and its sound as references and has to copy them."""
+    """Return the caption for a teacher that has the clip and its audio as references and has to copy them."""
     return _COPIED + caption
 
 
 def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
-    """Return the caption for a teacher that has pictures of the subjects and copies only their looks.
+    """Return the caption for a teacher that has images of the subjects and copies only their looks.
 
-    pictures: of a subject each. is_still: the item is a single picture.
+    `pictures` is their number, one for each subject. `is_still` says that the item is an image.
     """
     numbers = range(1, pictures + 1)
     subjects = " and ".join(f"<Subject {number}>" for number in numbers)
@@ -83,10 +83,11 @@ class H3CachingEncoder(H3TextEncoder):
     task = "t2va"
     teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
     states_dtype: torch.dtype | None = None  # None: that it computes in
-    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: pictures, clips
+    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
     @property
     def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
+        """Abilities, which depend on the task: whether the encoder sees the clip and references."""
         # of references the length of the clip counts too
         sees_clip = self.task != "t2va" or self.teacher is not None
         sees_media = self.task == REFERENCES or self.teacher == SUBJECT
@@ -94,6 +95,7 @@ class H3CachingEncoder(H3TextEncoder):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on, including the task and the sizes of references."""
         info = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
         info["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
         info["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
@@ -101,6 +103,7 @@ class H3CachingEncoder(H3TextEncoder):
         return {**super().identity, **named}
 
     def set_task(self, task: str, teacher: str | None, states_dtype: torch.dtype | None) -> None:
+        """Set the task, the teacher whose rows are added, and the dtype of stored states."""
         self.task = task
         self.teacher = teacher
         self.states_dtype = states_dtype
@@ -109,16 +112,17 @@ class H3CachingEncoder(H3TextEncoder):
         self.variable_length = self.variable_length | set(rows)
 
     def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
+        """Return the marks of a cache; see `make_marks`."""
         return make_marks(self.task, self.teacher, caption, shown)
 
     def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Raise CacheError if a cache was made for another task."""
         check_marks(path, metadata, self.task)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `H3TextEncoder.encode`, with the media of the task, and with the rows that a teacher
-        reads.
+        """Encode as `H3TextEncoder.encode`, with the media of the task and the rows that a teacher reads.
 
-        The empty prompt is encoded without both. Raises MediaError if something cannot be shown.
+        The empty prompt is encoded without both. Raises MediaError if a file cannot be shown.
         """
         return [self._encode_item(prompt) for prompt in prompts]
 
@@ -135,7 +139,7 @@ class H3CachingEncoder(H3TextEncoder):
         return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
 
     def _present(self, prompt: Prompt) -> tuple[Shown, ...]:
-        """Return the pictures, clips and sounds that the task shows in front of a caption.
+        """Return the images, clips and audio that the task shows before a caption.
 
         Raises MediaError if the task is ref2va and the row has no references.
         """
@@ -153,7 +157,7 @@ class H3CachingEncoder(H3TextEncoder):
         return self._show_references(prompt.media, len(prompt.clip))
 
     def _show_references(self, media: Sequence[ShownMedium], frames: int) -> tuple[Shown, ...]:
-        """Return the references of a row. frames: of the clip that is made from them."""
+        """Return the references of a row for a clip of `frames`."""
         sizes = ReferenceSizes(*self.edges, LATENT.pixel_step)
         references = [reference_of(medium) for medium in media]
         try:
@@ -182,9 +186,9 @@ class H3CachingEncoder(H3TextEncoder):
 
 
 def _list_keyframes(prompt: Prompt) -> list[Tensor]:
-    """Return the first and the last frame of a clip; of a picture, its control pictures.
+    """Return the first and the last frame of a clip; for an image, its control images.
 
-    Raises MediaError for a picture that has none.
+    Raises MediaError for an image that has none.
     """
     clip = prompt.clip
     assert clip is not None, "the empty prompt shows nothing"
@@ -217,9 +221,11 @@ class H3CachingFiles(H3Files):
 
     @property
     def text_use(self) -> LanguageUse:  # type: ignore[override]
+        """How the text encoder is used, with the text of the empty prompt."""
         return _make_use(self.blank)
 
     def language_model(self) -> LanguageModelEncoder:
+        """Return the text encoder, set to the task."""
         encoder = super().language_model()
         assert isinstance(encoder, H3CachingEncoder)
         encoder.set_task(self.task, self.teacher, self.states_dtype)
@@ -227,6 +233,7 @@ class H3CachingFiles(H3Files):
         return encoder
 
     def check_texts(self, config: object, needed: bool) -> None:
+        """Check the text encoder, and its vision tower if captions are encoded with media."""
         super().check_texts(config, needed)
         if self.language_model().can.see_clip:
             self.check_tower()

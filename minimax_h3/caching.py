@@ -1,12 +1,12 @@
-"""What caches of MiniMax-H3 hold: latents of a clip or a picture, its sound, and what it is made from.
+"""What caches of MiniMax-H3 hold: latents of a clip or an image, its audio, and what it is made from.
 
-    latents                          24 f h w, a sample of the posterior, normalised
-    latents_audio, audio_present     32 2 A, the mean of the posterior, of silence without sound; 1 or 0
-    latents_first, latents_last      of fl2va: the first and the last frame, each encoded by itself
+    latents                          24 f h w, a sample of the posterior, normalized
+    latents_audio, audio_present     32 2 A, the mean of the posterior, of silence without audio; 1 or 0
+    latents_first, latents_last      of fl2va: the first and the last frame, each encoded alone
     latents_ref_000_image, ...       of ref2va: see conditions.py
-    one_frame_target_index, latents_control_000, one_frame_control_indices       of pictures
+    one_frame_target_index, latents_control_000, one_frame_control_indices       of images
 
-All are float32, except for indices. Names and metadata are those of the known tuner.
+All are float32, except for indices. Names and metadata are those of other trainers' caches.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
 
-FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of the known tuner
+FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of musubi-tuner
 REFERENCES = "ref2va"
 KEYFRAMES = "fl2va"
 TEXT_ALONE = "t2va"
-SEED = 42  # as in the known tuner
+SEED = 42  # as in musubi-tuner
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,23 @@ class H3Caching:
     seed: int
     any_length: bool
     one_frame: bool
-    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: pictures, clips
+    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: images, clips
 
     @property
     def stated(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata that tell caches of different runs apart."""
+        """Metadata that distinguish caches of different runs."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return the settings, besides files and VAEs, on which latents depend."""
+        """Settings that latents depend on, in addition to files and VAEs."""
         identity = {**dict(self.stated), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
         return identity
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table is not for the task."""
+        """Raise DatasetError if a table does not fit the task."""
         if table.has_references:
             raise DatasetError(
                 f"{table.name}: references of {NAME} are in `references` of the lines of a list. Leave "
@@ -125,7 +125,7 @@ class H3Caching:
             )
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
-        """Raise DatasetError or MediaError for a clip whose length the model was not trained for."""
+        """Raise `error` for a clip of a length that the model was not trained for."""
         if not self.any_length and not MIN_FRAMES <= frames <= MOST_FRAMES:
             raise error(
                 f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MOST_FRAMES} "
@@ -133,12 +133,12 @@ class H3Caching:
             )
 
     def check_span(self, table: MediaTable, frames: int) -> None:
-        """Raise MediaError for a clip that is cut to a length for which the model was not trained."""
+        """Raise MediaError for a clip that is cut to a length that the model was not trained for."""
         if table.kind == "video":
             self._check_length(frames, table.name, MediaError)
 
     def metadata(self, files: H3Files, media: MediaBatch) -> dict[str, str]:
-        """Return the metadata of one item, as the known tuner has them."""
+        """Return the metadata of one item, as in other trainers' caches."""
         identity = files.vae_identity()
         (span,) = media.spans
         metadata = {
@@ -166,7 +166,7 @@ class H3Caching:
     def _make_tensors(
         self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
-        """Return the tensors of one item. media: of that item alone. step: of sides in pixels."""
+        """Return the tensors of the single item in `media`. Sides in pixels are multiples of `step`."""
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
@@ -192,11 +192,11 @@ class H3Caching:
         return tensors
 
     def _select_target_index(self, media: MediaBatch) -> int:
-        """Return the position of a picture in time, in frames at 24 a second."""
+        """Return the position of an image in time, in frames at 24 per second."""
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the position of a picture in time, and the latents and positions of its control images."""
+        """Return the position of an image in time, and the latents and positions of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors
@@ -208,15 +208,16 @@ class H3Caching:
 
 
 def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
-    """Return a sample of the posterior of a clip, normalised: 1 C f h w, float32.
+    """Return a sample of the posterior of a clip, 1 3 F H W, normalized: 1 C f h w float32.
 
-    pixels: 1 3 F H W. owner: see `posterior_generator`.
+    `owner` seeds the sample; see `posterior_generator`.
     """
     moments = vae.encode_moments(pixels)
     return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
 
 
 def make_caching(options: H3LatentCachingOptions) -> H3Caching:
+    """Return the settings for caching latents that the options ask for."""
     return H3Caching(
         options.task or TEXT_ALONE,
         seed=SEED if options.cache_seed is None else options.cache_seed,

@@ -1,13 +1,13 @@
-"""What a clip of MiniMax-H3 is made from besides a text: keyframes and references, their noise and places.
+"""What a clip of MiniMax-H3 is made from in addition to text: keyframes and references, noise and positions.
 
-Pictures and clips are a sample of the VAE's posterior, always of the same seed, rounded to float16; the
-network gets them at time 0.999, nearly clean. Sound is the mean of its posterior, and clean. In dictionaries
-they have the names that caches have:
+Images and clips are a sample of the VAE's posterior, always of the same seed, rounded to float16; the network
+gets them at time 0.999, nearly clean. Audio is the mean of its posterior, and clean. In dictionaries they
+have the names that caches have:
 
     latents_first, latents_last                       keyframes, 1 Z 1 h w
-    latents_ref_000_image, ..._video, ..._audio       references, by number: 1 Z f h w, sound 1 Z' 2 A. A clip
-                                                      and its sound share a number
-    latents_control_000, one_frame_control_indices, one_frame_target_index      of a single picture
+    latents_ref_000_image, ..._video, ..._audio       references, by number: 1 Z f h w, audio 1 Z' 2 A. A clip
+                                                      and its audio share a number
+    latents_control_000, one_frame_control_indices, one_frame_target_index      of a single image
 
 Source: the released code of MiniMax-H3, as in diffusers.
 """
@@ -47,19 +47,20 @@ _REFERENCE_KEY = re.compile(rf"{REFERENCE}([0-9]+)_({IMAGE}|{VIDEO}|{AUDIO})")
 
 
 def reference_key(number: int, kind: str) -> str:
-    """Return the name of a reference's latents. kind: IMAGE, VIDEO, or AUDIO, which a clip has too."""
+    """Return the name of a reference's latents. `kind` is IMAGE, VIDEO, or AUDIO, which a clip has, too."""
     return f"{REFERENCE}{number:03d}_{kind}"
 
 
 def control_key(number: int) -> str:
+    """Return the name of a control image's latents."""
     return f"{CONTROL}{number:03d}"
 
 
 @torch.no_grad()
 def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
-    """Return the latents of a keyframe, or of a reference picture or clip: 1 Z f h w float32 on the CPU.
+    """Return the latents of a keyframe, reference image or clip, 1 Z f h w float32 on the CPU.
 
-    pixels: 1 3 F H W uint8, F = 1 or 17n + 5. Normalised and not noised yet.
+    They are normalized and not noised yet. `pixels` are 1 3 F H W uint8, F = 1 or 17n + 5.
     """
     moments = vae.encode_moments(pixels)
     generator = torch.Generator().manual_seed(SEED)
@@ -70,14 +71,14 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
 
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LIE) -> Tensor:
-    """Mix `clean` parts of the latents with noise, as the network expects its pictures and clips."""
+    """Mix the fraction `clean` of the latents with noise, as the network expects images and clips."""
     # 1 - share is rounded, as released
     share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
     return share * latents + (1 - share) * noise
 
 
 def is_visual(key: str) -> bool:
-    """Return whether a name is that of latents of a picture or a clip (which get noise), not of sound."""
+    """Return whether a name is that of latents of an image or a clip (which get noise), not of audio."""
     match = _REFERENCE_KEY.fullmatch(key)
     if match is not None:
         return match[2] != AUDIO
@@ -85,9 +86,9 @@ def is_visual(key: str) -> bool:
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
-    """Return the names of conditions in their order: first and last frame, controls, references by number.
+    """Return the names of conditions in order: first and last frame, controls, references by number.
 
-    Other names are left out. Noise is drawn in this order. A clip's sound stands before the clip.
+    Other names are left out. Noise is drawn in this order. A clip's audio comes before the clip.
     """
     names = set(keys)
     frames = [key for key in (FIRST, LAST) if key in names]
@@ -103,8 +104,9 @@ def _order_reference(key: str) -> tuple[int, bool]:
 
 
 def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
-    """Return conditions in order, with a little noise on pictures and clips. noise: one draw for all, in this
-    order.
+    """Return conditions in order, with a little noise on images and clips.
+
+    `noise` is drawn once for all, in this order.
     """
     noised = {}
     for key in in_order(conditions):
@@ -118,20 +120,23 @@ def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[
 
 @dataclass(frozen=True)
 class H3Placement:
-    """Conditions with their positions, and the clock time at which the learned pictures and their sound
-    start.
-    """
+    """Conditions with their positions, and the time at which the learned frames and their audio start."""
 
     conditions: tuple[H3Condition, ...]
     start: float
 
 
 def place_conditions(conditions: Conditions, sample: int, num_text: int, target: ImageGrid) -> H3Placement:
-    """Place the conditions of one sample of a batch on the clock, which starts behind the text.
+    """Place the conditions of one sample of a batch on the clock, which starts after the text.
 
-    conditions: of a batch, pictures and clips noised already; other names are passed over. num_text: tokens
-    of the text. target: grid of the learned pictures. Keyframes stand where the first and the last frame do;
-    references follow one another, and the learned pictures follow them.
+    Keyframes are at the times of the first and the last frame; references follow one another, and the learned
+    frames follow them.
+
+    Args:
+        conditions: Conditions of the batch; images and clips are noised already. Other names are ignored.
+        sample: Index of the sample.
+        num_text: Number of tokens of the text.
+        target: Grid of the learned frames.
     """
     clock = float(num_text)
     placed: list[H3Condition] = []
@@ -168,7 +173,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
 
 
 def _list_control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
-    """Return the start times of the control pictures of a single picture, on the clock of the tokens."""
+    """Return the start times of a single image's control images, on the clock of the tokens."""
     indices = conditions.get(CONTROL_INDICES)
     if indices is None:
         return []

@@ -24,7 +24,7 @@ class H3Config:
     ffn_dim: int = 14336
     num_layers: int = 50
     refiner_layers: int = 2
-    channels: int = 24  # of the latents of pictures
+    channels: int = 24  # of the latents of images
     sound_channels: int = 32
     text_dim: int = 5120
     freq_dim: int = 256
@@ -39,11 +39,11 @@ class H3Config:
 
     @property
     def inner_dim(self) -> int:
-        """Return the width of all heads together, which differs from the width of tokens."""
+        """Width of all heads together, which differs from the width of tokens."""
         return self.num_heads * self.head_width
 
 
-# Source: the known tuner's page, which has no recipe of plain training
+# Source: musubi-tuner's page, which has no recipe of plain training
 FEW_STEPS = FewSteps(
     base="",
     targets=(
@@ -59,7 +59,7 @@ FEW_STEPS = FewSteps(
     cost="clips need guidance, which a generation does not give",
     is_certain=True,
 )
-IMAGE_SHIFT = 12.0  # of the noise levels of pictures
+IMAGE_SHIFT = 12.0  # of the noise levels of images
 SOUND_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,
@@ -107,4 +107,5 @@ PRUNED_DIT = replace(DIT, form_exclude={})
 
 
 def spec_of(config: H3Config) -> DitSpec:
+    """Return the names inside the transformer, which differ for pruned files."""
     return PRUNED_DIT if config.table_rows else DIT

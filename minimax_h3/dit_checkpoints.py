@@ -2,7 +2,7 @@
 
 The rows of fused queries, keys and values have two orders of equal shapes. The release's shards have them
 interleaved by head, all single files in circulation stacked: the file's name decides, or --h3_qkv_layout.
-diffusers stores them apart, with the halves of the feed-forward's first layer in the other order.
+diffusers stores them separately, with the halves of the feed-forward's first layer in the other order.
 """
 
 import functools
@@ -69,16 +69,15 @@ IGNORED = ("rope.inv_freq",)  # computed
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of fused rows in a file with released names, which only the file's name tells.
+    """Return the order of fused rows in a file with released names, which only the file's name shows.
 
-    path: a file, a first shard, an index or a folder; the last three are read as shards.
+    `path` is a file, a first shard, an index or a folder; the last three count as shards.
     """
     return INTERLEAVED if is_sharded(path) else STACKED
 
 
 def find_task(path: Path) -> str | None:
-    """Return the task in a transformer's name, "fl2va" (which includes text to video) or "ref2va"; None
-    without.
+    """Return the task in a transformer's name, "fl2va" (includes text to video) or "ref2va"; else None.
 
     The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
     """
@@ -90,8 +89,10 @@ def find_task(path: Path) -> str | None:
 
 
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
-    """Return dimensions, dialect and dtype. layout: of fused rows, STACKED or INTERLEAVED; None: by name. A
-    trained file says its own. Raises CheckpointError for another file.
+    """Return dimensions, dialect and dtype of a transformer file.
+
+    `layout` is the order of fused rows, STACKED or INTERLEAVED; None: by name. A trained file records its
+    own. Raises CheckpointError for another file.
     """
     names = checkpoint.tensors
     if MARK in names and "adaln_t_table" in names or MARK in names and "video_patch_proj.weight" in names:
@@ -118,7 +119,7 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
 
 
 def _reject_other_model(path: Path) -> None:
-    """Raise CheckpointError for a model with the same tensors, which only the file's name tells."""
+    """Raise CheckpointError for a model with the same tensors, which only the file's name shows."""
     what = kind_by_name(path, is_sharded(path))
     if what is not None:
         raise CheckpointError(
@@ -129,10 +130,10 @@ def _reject_other_model(path: Path) -> None:
 
 
 def _read_frequencies(checkpoint: Checkpoint) -> int | None:
-    """Return the frequencies of positions on each axis that a trained file says in its metadata, or else the
-    config.json next to the file, if any.
+    """Return the frequencies of positions on each axis that the file records; None if it does not.
 
-    Raises CheckpointError if that is not a whole number.
+    A trained file has them in its metadata; otherwise they are read from the config.json next to the file.
+    Raises CheckpointError if the value is not a whole number.
     """
     noted = checkpoint.metadata.get(FREQUENCIES_KEY)
     if noted is not None:
@@ -148,7 +149,7 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
 
 
 def _check_positions(config: H3Config, path: Path) -> None:
-    """Raise CheckpointError if heads have fewer channels than positions turn."""
+    """Raise CheckpointError if heads have fewer channels than positions rotate."""
     turned = 2 * AXES * config.frequencies
     if not 0 < turned <= config.head_width:
         raise CheckpointError(
@@ -208,7 +209,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mappin
 def _make_stackers(
     checkpoint: Checkpoint, header: DitHeader[H3Config]
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return a function for each tensor with interleaved rows, by name, that stacks these rows."""
+    """Return functions that stack rows, for each tensor with interleaved rows, by name."""
     if header.dialect != INTERLEAVED:
         return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)
@@ -218,7 +219,7 @@ def _make_stackers(
 
 @functools.cache
 def make_format(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
-    """Return the description by which transformer files are read. layout: see `read_header`."""
+    """Return the format of transformer files. `layout` is as in `read_header`."""
     return DitFormat(
         functools.partial(read_header, layout=layout),
         lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,

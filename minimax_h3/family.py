@@ -1,4 +1,4 @@
-"""MiniMax-H3, described for the shared loops: video with sound."""
+"""MiniMax-H3, described for the shared loops: video with audio."""
 
 import logging
 from collections.abc import Generator, Iterator, Mapping
@@ -118,7 +118,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """Media that a clip is made from besides its text, and the pixels of them that are read."""
+    """Media that a clip is made from in addition to its text, and the sources of their pixels."""
 
     media: H3Media
     sources: H3Sources
@@ -133,7 +133,7 @@ class MiniMaxH3(OneTransformer):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     caching: H3Caching | None = None  # of latents
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
-    image_edge: int = IMAGE_EDGE  # short side of reference pictures
+    image_edge: int = IMAGE_EDGE  # short side of reference images
     video_edge: int = VIDEO_EDGE  # and of reference videos
     options: Any = NO_OPTIONS  # of a training
 
@@ -161,16 +161,19 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model; full trainings add how rows are ordered."""
         if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.named)
         frequencies = self.files.dit_header().config.frequencies
         return self.metadata_of(self.named | {LAYOUT_KEY: STACKED, FREQUENCIES_KEY: str(frequencies)})
 
     def why_few_steps(self) -> str:
+        """Return the reason why every run counts as distilled: guidance is built into the model."""
         return "it makes clips without a second pass for guidance"
 
     @property
     def latent(self) -> LatentSpec:
+        """Latent space of the video VAE, with the marks of caches."""
         latent = self.files.latent
         if self.caching is None:
             return latent
@@ -178,10 +181,12 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def sound(self) -> SoundSpec:
+        """Format of the audio latents."""
         return self.files.sound
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, length, steps and solver of a generation."""
         height, width = SIZE
         return SamplingDefaults(
             steps=STEPS,
@@ -204,38 +209,47 @@ class MiniMaxH3(OneTransformer):
             self.caching.check_table(table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: clips are whole. Raises MediaError if one is too short or long for the model."""
+        """Return None: clips are cached as a whole.
+
+        Raises MediaError if the model does not take the length.
+        """
         if self.caching is not None:
             self.caching.check_span(table, frames)
         return None
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What caches depend on: the VAEs and the settings of caching."""
         identity = dict(super().media_identity)
         return identity if self.caching is None else {**identity, **self.caching.identity}
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the video VAE, and for caching also the audio VAE."""
         encoders = super().media_encoders(device, images)
         if self.caching is None:
             return encoders
         return replace(encoders, sound=self.files.load_sound(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entries that caches hold: see caching.py."""
+        """Return the entries that caches hold; see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
 
     @property
     def sound_identity(self) -> Mapping[str, str]:
+        """What cached audio depends on besides the samples."""
         return self.files.sound_identity()
 
     def sound_networks(self, device: torch.device, decodes: bool) -> H3SoundVae:
+        """Load the audio VAE, which both encodes and decodes."""
         return self.files.load_sound(device)
 
     def encode_sound(self, networks: H3SoundVae, samples: Tensor, frames: int, fps: float) -> Tensor:
+        """Encode the audio of clips; `fps` is unused, because clips always have 24 frames per second."""
         return networks.encode_clip(samples, frames, FPS)
 
     def decode_sound(self, networks: H3SoundVae, latents: Tensor) -> Sound:
+        """Decode audio latents to a track."""
         return networks.decode(latents)
 
     # the network
@@ -275,7 +289,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **told_media(batch, self.files.task, latents), **self._make_shares()}
 
     def _make_shares(self) -> Conditions:
-        """Return the condition with the shares of clean signal in a training; empty outside of one."""
+        """Return the condition with the fractions of clean signal in a training; empty otherwise."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
@@ -284,9 +298,10 @@ class MiniMaxH3(OneTransformer):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict noise - latents of pictures and sound joined, B N in float32, sample by sample.
+        """Predict noise - latents of frames and audio joined, B N float32, sample by sample.
 
-        timesteps: B 2 of pictures and of sound. cond: states of texts and their tags, a list of n C and n.
+        `timesteps` are B 2, of frames and of audio. The conditions are states of texts, n C each, and their
+        tags, n each.
         """
         joint = tweaks.joint
         assert joint is not None, "there is always sound"
@@ -313,9 +328,7 @@ class MiniMaxH3(OneTransformer):
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
-        """Place keyframes and references of a sample on the clock; return them, and the time at which its
-        clip starts.
-        """
+        """Place keyframes and references of a sample on the clock, with the time at which its clip starts."""
         placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
         shares = clean_shares(cond)
         placed = []
@@ -328,9 +341,10 @@ class MiniMaxH3(OneTransformer):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request.
+        """Resolve a request.
 
-        Raises OptionError for sizes and lengths that the model does not make, and solvers with one schedule.
+        Raises OptionError for sizes and lengths that the model does not generate, and for solvers with one
+        schedule.
         """
         check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
         if request.negative_prompt:
@@ -386,7 +400,7 @@ class MiniMaxH3(OneTransformer):
         )
 
     def _check_frames(self, frames: int) -> None:
-        """Raise OptionError if the model does not make so many frames."""
+        """Raise OptionError if the model does not generate this number of frames."""
         if frames == 1:
             return
         lengths = self.latent.lengths
@@ -408,7 +422,7 @@ class MiniMaxH3(OneTransformer):
             )
 
     def _check_media(self, request: Request, media: H3Media) -> None:
-        """Raise OptionError if task or transformer are not those of the media, or a video is too long."""
+        """Raise OptionError if task or transformer do not fit the media, or a video is too long."""
         task = request.extra.get(TASK, media.task)
         if task != media.task:
             needed = {
@@ -426,7 +440,7 @@ class MiniMaxH3(OneTransformer):
                 check_video_length(reference.path, self.any_length)
 
     def _resolve_size(self, request: Request, media: H3Media) -> tuple[int, int, int]:
-        """Return width, height and frames. Without a size they are those of the first keyframe."""
+        """Return width, height and frames. The default size is that of the first keyframe."""
         width, height, frames = size_of(request, self.defaults)
         is_adaptive = request.width is None and request.height is None
         if is_adaptive and media.keyframes:
@@ -436,7 +450,7 @@ class MiniMaxH3(OneTransformer):
         return width, height, frames
 
     def _make_sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
-        """Return the sources of the pixels that are read from media. size: width and height of the clip."""
+        """Return the sources of the pixels of media, for a clip of this size (width, height) and length."""
         step = self.latent.pixel_step
         references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
@@ -449,10 +463,11 @@ class MiniMaxH3(OneTransformer):
         return H3Sources(tuple(keyframe_sources(media.keyframes, size)), tuple(references))
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether the request has keyframes or references."""
         return not prepared.family_record.media.is_empty
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return the latents of keyframes and references, not noised yet, and the place of a single picture.
+        """Return latents of keyframes and references, not noised yet, and the position of a single image.
 
         Raises MediaError if a file cannot be read, or a video is too short.
         """
@@ -469,7 +484,7 @@ class MiniMaxH3(OneTransformer):
         return {0: conditions} if conditions else {}
 
     def _encode_references(self, encoders: MediaEncoders, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of references by name. The VAE of sound is loaded if one has sound."""
+        """Return the latents of references by name. The audio VAE is loaded if one has audio."""
         record = prepared.family_record
         references = record.media.references
         conditions: dict[str, Tensor] = {}
@@ -495,9 +510,11 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def source(self) -> rules.SourceRules:
+        """Rules for what denoising may start from: media, or latents of this model."""
         return rules.SourceRules(SOURCES, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames as a posterior sample with this seed, normalized."""
         return encode_target(encoders.vae, byte_clips(frames), seed)
 
     def sections(
@@ -509,7 +526,7 @@ class MiniMaxH3(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section.
 
-        Noise is drawn for keyframes or references, then for pictures, then for tokens of sound: left, then
+        Noise is drawn for keyframes or references, then for frames, then for tokens of audio: left, then
         right.
         """
         joint = prepared.joint
@@ -523,6 +540,7 @@ class MiniMaxH3(OneTransformer):
         return (yield prompts[0].section(joint.join(image, sound), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels in playing order, clip by clip."""
         yield from encoders.vae.decode(latents)
 
 
@@ -532,7 +550,7 @@ def _make_clip(frames: Tensor) -> Tensor:
 
 
 def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
-    """Return the texts of a request with what the encoder sees, and a line break for each `\\n` typed."""
+    r"""Return the texts of a request with what the encoder sees, and a line break for each typed `\n`."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
     seen = list(media.keyframes)
@@ -547,7 +565,7 @@ def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -
 
 
 def _describe_media(media: H3Media) -> dict[str, str]:
-    """Return the metadata that name the media from which a clip was made."""
+    """Return metadata with the media from which a clip was made."""
     names = {"first_frame": media.first, "last_frame": media.last}
     metadata = {name: path.name for name, path in names.items() if path is not None}
     if media.controls:
@@ -558,7 +576,7 @@ def _describe_media(media: H3Media) -> dict[str, str]:
 
 
 def _find_sound_shift(request: Request, noise: NoiseSpec) -> float:
-    """Return the time shift of the sound's schedule. Raises OptionError if it is not above 0."""
+    """Return the time shift of the audio schedule. Raises OptionError if it is not above 0."""
     shift = float(request.extra.get(SHIFT_OF_SOUND, noise.base_shift * noise.sound_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")

@@ -1,4 +1,4 @@
-"""Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
+"""Files of a MiniMax-H3 run: transformer, VAEs of video and audio, Qwen3-VL with its own tokenizer."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ from modules.errors import CheckpointError, MediaError, OptionError
 UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # of Qwen3-VL before the state that is read
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
-MOST_TOKENS = 32768  # of a prompt, as in the known tuner
+MOST_TOKENS = 32768  # of a prompt, as in musubi-tuner
 # of H3's tokenizer, which no other tokenizer of Qwen has
 OWN_TOKENS = (
     "<d>",
@@ -111,7 +111,7 @@ class H3TextEncoder(LanguageModelEncoder):
             )
 
     def preprocessing(self) -> Preprocessing:
-        """Return the limits for resizing pictures and clips, read from files next to tokenizer or encoder."""
+        """Limits for resizing images and clips, read from files next to tokenizer or encoder."""
         folders = []
         tokenizer, _ = self.source.find(self.tokenizer, self.path)
         if tokenizer is not None:
@@ -123,8 +123,7 @@ class H3TextEncoder(LanguageModelEncoder):
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Encode as `LanguageModelEncoder.encode`, with the media that are presented with prompts.
 
-        Raises MediaError if one cannot be shown, or a prompt with its media has more tokens than the model
-        takes.
+        Raises MediaError if one cannot be shown, or a prompt with its media has too many tokens.
         """
         encoded = []
         for prompt in prompts:
@@ -160,7 +159,7 @@ class H3TextEncoder(LanguageModelEncoder):
     def _list_tokens(
         self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
     ) -> tuple[list[int], list[int]]:
-        """Return the tokens of the media in front of a prompt, and the tag of each token."""
+        """Return the tokens of the media before a prompt, and the tag of each token."""
         begin = self.find_token(tokenizer, BEGIN)
         pad = self.find_token(tokenizer, PAD)
         end = self.find_token(tokenizer, END)
@@ -179,9 +178,9 @@ class H3TextEncoder(LanguageModelEncoder):
 
 
 def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
-    """Return the shape of the latents of a clip's sound: numbers, left and right, moments.
+    """Return the shape of the latents of a clip's audio: channels, left and right, moments.
 
-    fps: has no effect, because clips of the model always have 24 frames a second.
+    `fps` is unused, because clips of the model always have 24 frames per second.
     """
     return channels, CHANNELS, latent_count(frames, FPS)
 
@@ -201,15 +200,18 @@ class H3Files(LanguageModelFiles):
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
+        """Format of transformer files, which depends on --h3_qkv_layout."""
         return make_format(self.qkv_layout)
 
     def add_vaes(self, options: H3VaeOptions) -> Self:
+        """Return the files with the options of both VAEs."""
         return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
 
     # the transformer
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def check_task(self) -> None:
@@ -225,22 +227,24 @@ class H3Files(LanguageModelFiles):
     # the autoencoders
 
     def load_vae(self, device: torch.device) -> H3VideoVae:
+        """Load the VAE with the options for its dtype and tiles."""
         return load_video_vae(
             self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile or TILE
         )
 
     def vae_identity(self) -> dict[str, str]:
-        """Return the facts, besides pixels and sound, on which latents depend; all is encoded in float32."""
+        """Return what latents depend on besides pixels and audio; all is encoded in float32."""
         tile = self.vae_tile or TILE
         return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.sound_identity()}
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if a VAE is another model's."""
         read_once(self.vae_path, _read_video_vae)
         read_once(self.audio_vae_path, _read_sound_vae)
 
     @property
     def latent(self) -> LatentSpec:
-        """Return the latent space of the video VAE; without its file, the release's."""
+        """Latent space of the video VAE; without its file, the release's."""
         try:
             config: H3VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
         except (OptionError, OSError):
@@ -258,11 +262,13 @@ class H3Files(LanguageModelFiles):
 
     @property
     def audio_vae_path(self) -> Path:
+        """Path of the audio VAE. Raises OptionError if --audio_vae is missing."""
         path = require_file(self.audio_vae, "--audio_vae", "it turns sound into latents and back")
         return inside(path, "audio_vae")
 
     @property
     def sound(self) -> SoundSpec:
+        """Format of the audio latents; without the VAE's file, the release's."""
         try:
             settings: Settings = read_once(self.audio_vae_path, _read_sound_vae)
             channels: int = settings["latent_channels"]
@@ -271,18 +277,21 @@ class H3Files(LanguageModelFiles):
         return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2, is_inside=True)
 
     def sound_identity(self) -> dict[str, str]:
-        """Return the facts, besides the samples, on which cached sound depends; the VAE is in float32."""
+        """Return what cached audio depends on besides the samples; the VAE is float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
     def load_sound(self, device: torch.device) -> H3SoundVae:
+        """Load the audio VAE."""
         return load_sound_vae(self.audio_vae_path, device)
 
     # texts
 
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
+        """Return the files with the options of the text encoders."""
         return replace(super().add_text(options), text_form=options.form)
 
     def check(self, needed: Collection[str] = ()) -> None:
+        """Check the task, and the files that are given or needed. Loads nothing."""
         self.check_task()
         super().check(needed)
 

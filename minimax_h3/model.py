@@ -1,12 +1,13 @@
-"""The transformer of MiniMax-H3: one sequence of pictures, sound, conditions and text, one stack of blocks.
+"""The transformer of MiniMax-H3: one sequence of frames, audio, conditions and text, one stack of blocks.
 
-Module names are the released ones. Always float32: the layers that take and give latents, the embedding of
-time, modulation, rotary angles. Source: the released weights, and diffusers' `MiniMaxH3Transformer3DModel`.
+Module names are the released ones. The input and output layers of latents, the embedding of time, modulation
+and rotary angles are always float32. Source: the released weights, and diffusers'
+`MiniMaxH3Transformer3DModel`.
 
-The release packs [text, conditions, sound, pictures]. Attention sees all tokens and knows no order but that
-of positions, so here the learned pictures come first, then their sound, then conditions, then the text.
+The release packs [text, conditions, audio, frames]. Attention sees all tokens and depends on positions only,
+so here the learned frames come first, then their audio, then conditions, then the text.
 """
-# Letters: B batch, L all tokens, V of the learned pictures, M of their sound, T of the text, C their width,
+# Letters: B batch, L all tokens, V of the learned images, M of their sound, T of the text, C their width,
 # N heads, D head width, S segments of tokens that share time and kind, K times, E their width, Z latents
 
 from collections.abc import Sequence
@@ -40,24 +41,24 @@ IMAGES_LIE = 0.999  # the time of a condition at least: nearly clean
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Latents at their position on the clock: a condition, clean or with a little noise, or the learned
-    latents.
-    """
+    """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
 
-    latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
+    latents: Tensor  # B Z F H W of images, B Z 2 A of sound
     place: ImagePlace | SoundPlace
     clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
     @property
     def is_sound(self) -> bool:
+        """Whether the latents are audio."""
         return isinstance(self.place, SoundPlace)
 
     @property
     def kind(self) -> int:
+        """Kind of the tokens, which selects their modulation."""
         return SOUND if self.is_sound else PICTURE
 
     def level(self, image_time: float) -> float:
-        """Return its time. picture_time: of the learned pictures."""
+        """Return its time, at least that of the learned frames, `image_time`."""
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
@@ -65,7 +66,7 @@ class H3Condition:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of tokens that share a time and a kind."""
+    """Consecutive tokens that share a time and a kind."""
 
     tokens: int
     time: int  # number among the times of a pass
@@ -74,9 +75,9 @@ class TokenRun:
 
 @dataclass(frozen=True)
 class H3Tokens:
-    """Inputs of the blocks besides x, B L C; built once per forward pass."""
+    """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
-    grid: ImageGrid  # of the learned pictures, whose tokens come first
+    grid: ImageGrid  # of the learned images, whose tokens come first
     sound: int  # tokens of the learned sound, M, which follow
     rotary: Tensor  # of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them
@@ -87,18 +88,18 @@ class H3Tokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "H3Tokens":
-        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
+        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
         starts = tuple(part.of_first(start) for start in self.starts)
         return replace(self, part=part, starts=starts)
 
     @property
     def image(self) -> int:
-        """Number of tokens of the learned pictures, V."""
+        """Number of tokens of the learned frames, V."""
         return self.grid.tokens
 
 
 class H3Attention(nn.Module):
-    """Self-attention over all tokens; the heads are together wider than the tokens."""
+    """Self-attention over all tokens; all heads together are wider than the tokens."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -114,6 +115,7 @@ class H3Attention(nn.Module):
         return self.q_norm(query), self.k_norm(key), value
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
+        """Return the attention of tokens x, B L C."""
         query, key, value = self.heads(x)
         if tokens.part is not None:
             query, key, value = tokens.part.gather_tokens(query, key, value)
@@ -125,7 +127,7 @@ class H3Attention(nn.Module):
         return in_own_dtype(self.out_proj, attended.flatten(2))
 
     def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
-        """Return the output of attention among text tokens x, B T C, which have no positions yet."""
+        """Return the attention of text tokens x, B T C, which have no positions yet."""
         query, key, value = self.heads(x)
         return in_own_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
 
@@ -139,12 +141,13 @@ class H3FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         gate, value = in_own_dtype(self.fc1, x).chunk(2, dim=-1)
         return in_own_dtype(self.fc2, functional.silu(gate) * value)
 
 
 class H3StreamBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm."""
+    """Attention and feed-forward, each after a norm."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -158,6 +161,7 @@ class H3RefinerBlock(H3StreamBlock):
     """Block over text tokens, without positions or time."""
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+        """Apply the block to text tokens x, B T C."""
         # x: B T C
         x = x + self.attn.see_text(self.norm1(x), choice)
         output: Tensor = x + self.mlp(self.norm2(x))
@@ -165,7 +169,7 @@ class H3RefinerBlock(H3StreamBlock):
 
 
 class H3TokenRefiner(nn.Module):
-    """Let the tokens of a text attend to each other: B T C -> B T C."""
+    """Lets the tokens of a text attend to each other."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -173,6 +177,7 @@ class H3TokenRefiner(nn.Module):
         self.final_norm = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+        """Return refined text tokens, B T C."""
         for block in self.blocks:
             x = block(x, choice)
         normed: Tensor = self.final_norm(x)
@@ -200,6 +205,7 @@ class H3Block(H3StreamBlock):
         return chosen.unsqueeze(0).unbind(2)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
+        """Apply the block to tokens x, B L C."""
         # x: B L C
         shift, scale, gate, *feed_rows = self.rows(tokens)
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.starts)
@@ -212,7 +218,7 @@ class H3Block(H3StreamBlock):
         return torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: H3Tokens) -> Tensor:
-        """Return the input of attention for the tokens of learned pictures in x: B L C -> B V C."""
+        """Return the input of attention for the tokens of learned frames in x, B L C to B V C."""
         shift, scale, *_ = self.rows(tokens)
         return modulate(self.norm1(x[:, : tokens.starts[0]]), shift[:, :1], scale[:, :1], tokens.dtype)
 
@@ -222,7 +228,7 @@ class H3Block(H3StreamBlock):
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulated by the time alone, and the projections to latents of pictures and of sound."""
+    """Norm, modulated by the time alone, and the projections to latents of frames and of audio."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
@@ -232,7 +238,7 @@ class FinalLayer(nn.Module):
         self.audio_out = nn.Linear(config.dim, config.sound_channels)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the learned tokens: B V Z*4 and B M Z', float32."""
+        """Return the outputs of the learned tokens, B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
@@ -243,13 +249,13 @@ class FinalLayer(nn.Module):
 
 
 class H3Model(nn.Module):
-    """Predict the clean latents minus the noise of a video and of its sound.
+    """Predicts the clean latents minus the noise of a video and of its audio.
 
     Simplified, without conditions and the code around the blocks:
 
         x = cat([video_patch_proj(patches of noisy), audio_patch_proj(sound), text])   # B V+M+T C
         text = token_refiner(condition_proj(text))                         # B T C
-        time = silu(time_embedder(sinusoid(times)))                        # K E: of pictures, of sound
+        time = silu(time_embedder(sinusoid(times)))                        # K E: of frames, of audio
         for block in blocks:
             shift, scale, gate, shift2, scale2, gate2 = block.adaln_proj(time) for time and kind of each token
             x = x + gate * attn(norm1(x) * (1 + scale) + shift)
@@ -262,7 +268,7 @@ class H3Model(nn.Module):
     spec = DIT
 
     def __init__(self, config: H3Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.spec = spec_of(config)
@@ -286,6 +292,7 @@ class H3Model(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype of the network's norms, since weights may be in 8 bits."""
         return self.get_parameter("blocks.0.norm1.weight").dtype
 
     def forward(
@@ -299,7 +306,7 @@ class H3Model(nn.Module):
         conditions: Sequence[H3Condition] = (),
         tweaks: Tweaks = NO_TWEAKS,
     ) -> tuple[Tensor, Tensor]:
-        """Return the outputs of pictures, B Z F H W, and of sound, B Z' 2 A. Arguments as in `embed`."""
+        """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A. Arguments as in `embed`."""
         hidden = self.embed(
             noisy,
             sound,
@@ -322,13 +329,19 @@ class H3Model(nn.Module):
         start: float | None = None,
         conditions: Sequence[H3Condition] = (),
     ) -> Hidden:
-        """Return the tokens of pictures, sound, conditions and text, and the other inputs of the blocks.
+        """Return the tokens of frames, audio, conditions and text, and the other inputs of the blocks.
 
-        noisy: B Z F H W. sound: B Z' 2 A, two channels. times: of pictures and of sound, 0 noise, 1 clean.
-        text: B T text_dim, states of the language model, all of which are seen. shown: of each of them,
-        whether it stands for a part of a picture; empty: none does. start: of the clock of noisy latents;
-        None: behind the text. conditions: in the order of the clock; sound that stands on it at time 1.
-        Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B Z F H W.
+            sound: B Z' 2 A, two channels.
+            times: Times of frames and of audio, 0 for noise, 1 for clean.
+            text: States of the language model, B T text_dim, all of which are seen.
+            shown: Whether each of these stands for a part of an image; empty if none does.
+            start: Start of the noisy latents on the clock; None: after the text.
+            conditions: In the order of the clock; audio on it is at time 1.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         self._check_sizes(noisy, sound)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -365,7 +378,7 @@ class H3Model(nn.Module):
         return Hidden(torch.cat(embedded, dim=1), tokens)
 
     def _embed_medium(self, medium: H3Condition) -> Tensor:
-        """Return the tokens of pictures or of sound: B L C."""
+        """Return the tokens of frames or of audio, B L C."""
         if medium.is_sound:
             return self._embed_sound(medium.latents)
         return self._embed_images(medium.latents)
@@ -381,12 +394,12 @@ class H3Model(nn.Module):
             )
 
     def _embed_images(self, latents: Tensor) -> Tensor:
-        """Return the tokens of pictures: B Z F H W -> B L C."""
+        """Return the tokens of frames, B Z F H W to B L C."""
         patches = rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return run_float32(self.video_patch_proj, patches)
 
     def _embed_sound(self, latents: Tensor) -> Tensor:
-        """Return the tokens of sound, the left channel's first: B Z' 2 A -> B 2A C."""
+        """Return the tokens of audio, the left channel's first, B Z' 2 A to B 2A C."""
         return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
 
     def _embed_text(self, text: Tensor) -> Tensor:
@@ -403,14 +416,14 @@ class H3Model(nn.Module):
         return functional.silu(run_float32(self.time_embedder["proj_out"], hidden))
 
     def _look_up(self, times: Tensor) -> Tensor:
-        """Return the rows of a pruned file's table at these times, linear between neighbours: K E."""
+        """Return the rows of a pruned file's table at these times, interpolated linearly, K E."""
         table = self.adaln_t_table.float()
         places = times.clamp(0, 1) * (len(table) - 1)
         below = places.floor().long().clamp(max=len(table) - 2)
         return table[below].lerp(table[below + 1], (places - below)[:, None])
 
     def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
-        """Return the outputs of pictures, B Z F H W, and of sound, B Z' 2 A, in float32."""
+        """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A, in float32."""
         patches, sound = self.final_layer(x, tokens)
         images = rearrange(
             patches,
@@ -436,8 +449,9 @@ class H3Model(nn.Module):
 
 
 def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
-    """Return the segments of a text, which has the time of the pictures. shown: whether each token stands for
-    a part of a picture; see `H3Model.embed`.
+    """Return the segments of a text, which has the time of the frames.
+
+    `shown` says whether each token stands for a part of an image; see `H3Model.embed`.
     """
     if not shown:
         return [TokenRun(num_text, 0, TEXT)]

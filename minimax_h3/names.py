@@ -1,4 +1,4 @@
-"""What MiniMax-H3 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""MiniMax-H3's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names import layouts

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
 FPS = 24.0  # of all clips
-SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
+SIZE = (1344, 768)  # height and width where nothing is said, as in musubi-tuner
 FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
@@ -111,7 +111,7 @@ class H3TextOptions(TextEncoderOptions):
 
     @property
     def form(self) -> str | None:
-        """Return the form in which linear layers are kept; None: that of the file."""
+        """Form in which linear layers are kept; None: that of the file."""
         quantization = self.text_encoder_quantization
         return text_form(self) if quantization == "none" else quantization
 
@@ -183,6 +183,7 @@ class H3TextCachingOptions(Options, title=NAME):
 
     @property
     def caches_empty_prompt(self) -> bool:
+        """Whether the empty prompt is cached, too."""
         return self.cache_guidance_empty or self.uncond_output is not None
 
 
@@ -270,6 +271,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
 
     @property
     def chosen_task(self) -> str:
+        """Task of the training: that of --task, else that of --h3_training_mode."""
         return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
 
 
@@ -339,7 +341,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 
 def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     task = {"--task": options.task}
     latents = {
         "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
@@ -369,7 +371,7 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
 
 
 def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the media that a clip of a task begins with: a sample's, or a placeholder."""
+    """Return the options of the media that a clip of a task starts from: a sample's, or placeholders."""
     if task == "fl2va":
         first, last = sample.get("image_path"), sample.get("end_image_path")
         return {
@@ -386,7 +388,7 @@ def _list_media_words(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_guidance(scale: float | None, flag: str) -> None:
-    """Raise OptionError for a guidance scale, which the model has no second pass for."""
+    """Raise OptionError for a guidance scale, because the model has no second pass for guidance."""
     if scale not in (None, 1):
         raise OptionError(
             f"{flag} {scale:g}: the guidance of {NAME} is built in, so that there is no pass without the "
@@ -395,7 +397,7 @@ def check_guidance(scale: float | None, flag: str) -> None:
 
 
 def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Move --width, --height, --ratio, --duration and --dtype into the shared options with their meaning.
+    """Move --width, --height, --ratio, --duration and --dtype into the shared options.
 
     Raises OptionError if another option contradicts them, or for guidance, which is built into the model.
     """
@@ -431,7 +433,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
 def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
     """Return height and width; None if the first keyframe of each prompt line decides.
 
-    Raises OptionError if two options state different ones.
+    Raises OptionError if two options give different ones.
     """
     own_size = None
     words = f"--ratio {own_options.ratio}"
@@ -454,7 +456,7 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
 
 
 def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
-    """Return the number of frames. Raises OptionError if two options state different numbers."""
+    """Return the number of frames. Raises OptionError if two options give different numbers."""
     if own_options.media.one_frame_inference is None:
         return resolve_length(frames, own_options.duration)
     if own_options.duration is not None or frames not in (None, 1):
@@ -475,7 +477,7 @@ def resolve_length(frames: int | None, seconds: float | None) -> int:
 
 
 def check_ratio(what: str, width: int, height: int) -> None:
-    """Raise OptionError for sides that the model was not trained with. what: a file, for the message."""
+    """Raise OptionError for sides that the model was not trained with. `what` is a file, for the message."""
     if max(width, height) > MAX_RATIO * min(width, height):
         raise OptionError(
             f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MAX_RATIO} to "
@@ -484,9 +486,9 @@ def check_ratio(what: str, width: int, height: int) -> None:
 
 
 def canvas(ratio: float, short_edge: int = SIZE[1], step: int = TOKEN) -> tuple[int, int]:
-    """Return height and width of the size that the model was trained with. ratio: width by height.
+    """Return the trained height and width for an aspect `ratio`, width by height.
 
-    The short side is `short_edge`, the area at most 768 x 1344, then both are rounded to multiples of `step`.
+    The short side is `short_edge`, the area at most 768 x 1344; then both are rounded to multiples of `step`.
     Source: the released code, as in diffusers.
     """
     short = float(short_edge)

@@ -1,7 +1,7 @@
-"""Where the tokens of MiniMax-H3 stand: a clock that text, conditions, sound and pictures share.
+"""Positions of MiniMax-H3's tokens: a clock that text, conditions, audio and frames share.
 
-The tokens of a text stand at 0, 1, 2, ...; the clock of everything else starts behind them. A latent frame
-takes 5/3 units for each frame that it covers, a latent of sound takes one. All in float64: sums of thirds in
+The tokens of a text are at 0, 1, 2, ...; the clock of everything else starts after them. A latent frame takes
+5/3 units for each frame that it covers, a latent of audio takes one. All are float64: sums of thirds in
 float32 would drift. Source: the released code of MiniMax-H3, as in diffusers.
 """
 # Letters: L tokens
@@ -15,7 +15,7 @@ from torch import Tensor
 
 UNITS_A_FRAME = 5 / 3
 FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # again and again
-SIDE = 32.0  # of a square picture, in units of space
+SIDE = 32.0  # of a square image, in units of space
 
 
 class ImageGrid(NamedTuple):
@@ -27,6 +27,7 @@ class ImageGrid(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Number of tokens."""
         return self.frames * self.rows * self.columns
 
 
@@ -40,25 +41,21 @@ class ImagePlace:
 
 @dataclass(frozen=True)
 class SoundPlace:
-    """Position of the tokens of sound on the clock: all latents of the left channel, then those of the right
-    one.
-    """
+    """Position of audio tokens on the clock: all latents of the left channel, then of the right one."""
 
     latents: int
     start: float
-    grid: ImageGrid  # of the pictures whose left and right edges the channels borrow
+    grid: ImageGrid  # of the images whose left and right edges the channels borrow
 
 
 def spans(frames: int) -> Tensor:
-    """Return the duration of each of so many latent frames: frames, float64, in units of the clock."""
+    """Return the duration of each of `frames` latent frames, float64, in units of the clock."""
     pattern = [UNITS_A_FRAME * FRAMES_A_LATENT[index % len(FRAMES_A_LATENT)] for index in range(frames)]
     return torch.tensor(pattern, dtype=torch.float64)
 
 
 def last_frame_place(start: float, frames: int) -> float:
-    """Return the clock time of a keyframe at the end of a clip of `frames` latent frames that begins at
-    `start`.
-    """
+    """Return the time of a keyframe at the end of a clip of latent `frames` that begins at `start`."""
     total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
     return start + total - UNITS_A_FRAME
 
@@ -79,7 +76,7 @@ def image_places(place: ImagePlace) -> Tensor:
 
 
 def sound_places(place: SoundPlace) -> Tensor:
-    """Return time, height and width of each token: 2 latents x 3 float64. Sound has no height."""
+    """Return time, height and width of each token, 2 latents x 3 float64. Audio has no height."""
     times = place.start + torch.arange(place.latents, dtype=torch.float64)
     _, widths = _measure_edges(place.grid)
     channels = []
@@ -97,7 +94,7 @@ def text_places(tokens: int) -> Tensor:
 
 
 def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
-    """Return the upper edges of rows and the left edges of columns: a square picture spans 0 to 32."""
+    """Return the upper edges of rows and the left edges of columns: a square image spans 0 to 32."""
     root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
     edges = []
     for size in (grid.rows, grid.columns):
@@ -108,7 +105,7 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
 
 
 def all_places(media: Sequence[ImagePlace | SoundPlace], text: int) -> Tensor:
-    """Return the places of all tokens, those of media first, then those of the text: L 3 float64."""
+    """Return the positions of all tokens, those of media first, then those of the text, L 3 float64."""
     parts = []
     for place in media:
         parts.append(image_places(place) if isinstance(place, ImagePlace) else sound_places(place))

@@ -1,9 +1,9 @@
-"""How MiniMax-H3 presents keyframes and references to its text encoder: in front of the prompt.
+"""How MiniMax-H3 presents keyframes and references to its text encoder: before the prompt.
 
-A picture is `<Picture i>: ` and a vision block. A clip is `<Video n>: ` and, for each pair of its frames, two
-a second, `<T seconds>` and a vision block. Sound is `<Audio n>: ` alone: the encoder does not hear it. The
-prompt follows as it was typed. Rows of a vision block, its two borders too, have the tag of pictures, 0; all
-others that of texts, 1. Each text becomes tokens by itself. Source: the released code, as in diffusers.
+An image is `<Picture i>: ` and a vision block. A clip is `<Video n>: ` and, for each pair of its frames, two
+per second, `<T seconds>` and a vision block. Audio is `<Audio n>: ` alone: the encoder does not hear it. The
+prompt follows as it was typed. Rows of a vision block, including its two borders, have the tag of images, 0;
+all others that of texts, 1. Each text is tokenized separately. Source: the released code, as in diffusers.
 
     prompt = replace(prompt, presented=present_keyframes([first, last]))      # H W 3 uint8, on the canvas
     prompt = replace(prompt, presented=(show_clip(frames, has_sound=True), SHOWN_SOUND))
@@ -27,7 +27,7 @@ from modules.errors import MediaError
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with pictures
+PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with images
 USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
 IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
@@ -35,15 +35,16 @@ SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture, a clip or a sound that is presented in front of a prompt."""
+    """An image, a clip or audio that is presented before a prompt."""
 
     kind: str  # IMAGE, VIDEO or AUDIO
     has_sound: bool = False  # of a clip
     source: Hashable = None  # what the pixels are read from: equal ones are encoded once
-    # returns H W 3 of a picture, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
+    # returns H W 3 of an image, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def pixels(self) -> Tensor:
+        """Return the pixels, H W 3 or F H W 3 uint8; audio has none."""
         assert self.read is not None, "a sound has no pixels"
         return self.read()
 
@@ -52,12 +53,12 @@ SHOWN_SOUND = Shown(AUDIO)
 
 
 def show_image(pixels: Tensor) -> Shown:
-    """Present a picture: H W 3 uint8."""
+    """Present an image, H W 3 uint8."""
     return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
 
 
 def show_clip(frames: Tensor, has_sound: bool = False) -> Shown:
-    """Present a clip: F H W 3 uint8, at 24 frames a second."""
+    """Present a clip, F H W 3 uint8, at 24 frames per second."""
     return Shown(VIDEO, has_sound, source=_hash(frames), read=lambda: frames)
 
 
@@ -67,7 +68,7 @@ def _hash(pixels: Tensor) -> str:
 
 
 def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
-    """Present keyframes, first and last: each H W 3 uint8, as large as the clip."""
+    """Present keyframes, first and last, H W 3 uint8 each, as large as the clip."""
     return tuple(show_image(image) for image in pictures)
 
 
@@ -80,7 +81,7 @@ class PresentedPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Presentation:
-    """Texts and vision blocks in front of a prompt."""
+    """Texts and vision blocks before a prompt."""
 
     pieces: tuple[PresentedPiece, ...]
     pictures: ReadImages  # of the vision blocks, in their order
@@ -89,9 +90,9 @@ class Presentation:
 def present(
     media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: ImageUse = USE
 ) -> Presentation:
-    """Return labels and vision blocks of media in their order. tower: the vision tower, loaded.
+    """Return labels and vision blocks of media in order. `tower` is the loaded vision tower.
 
-    Raises MediaError if a picture cannot be shown, or a clip has too few frames.
+    Raises MediaError if an image cannot be shown, or a clip has too few frames.
     """
     pieces: list[PresentedPiece] = []
     cuts: list[ReadImages] = []
@@ -124,8 +125,8 @@ def present(
 def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return the indices of the frames that the encoder sees, and the second of each group of them.
 
-    frames: of the clip, at 24 a second. at_once: frames of a group; of the last one the last may be repeated.
-    Raises MediaError if the clip has fewer than one group.
+    `frames` is the length of the clip at 24 per second, `at_once` that of a group; the last frame of the last
+    group may be repeated. Raises MediaError if the clip has fewer frames than one group.
     """
     stride = FPS / SEEN_FPS
     indices = tuple(range(0, frames, round(stride)))

@@ -1,4 +1,4 @@
-"""Sound of references: read at its own rate, cut, then resampled, as the released pipeline does.
+"""Audio of references: read at its own rate, cut, then resampled, as in the released pipeline.
 
 Source: torchaudio's windowed sinc interpolation, which the released pipeline uses (Smith, "Digital Audio
 Resampling", with a Hann window of 6 zero crossings).
@@ -21,7 +21,7 @@ ROLLOFF = 0.99  # share of the band that passes
 
 
 def read_reference_sound(path: Path, seconds: float) -> Tensor:
-    """Return the first seconds of a file's sound: 1 2 S float32 at the rate of the sound VAE.
+    """Return the first seconds of a file's audio, 1 2 S float32 at the rate of the audio VAE.
 
     Raises MediaError if there is none, or it cannot be read.
     """
@@ -35,9 +35,9 @@ def read_reference_sound(path: Path, seconds: float) -> Tensor:
 
 
 def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
-    """Return sound, channels x S, at another rate: a low-pass filter evaluated at the new places.
+    """Return audio, channels x S, at another rate: a low-pass filter evaluated at the new positions.
 
-    rate, wanted: samples a second, before and after.
+    `rate` and `wanted` are samples per second, before and after.
     """
     if rate == wanted:
         return samples.contiguous()
@@ -54,9 +54,9 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
 
 
 def _make_low_pass_filters(step: int, count: int) -> Tensor:
-    """Return the factors of the old samples around each new one: count x (2 reach + step), float32.
+    """Return the weights of the old samples around each new one, count x (2 reach + step) float32.
 
-    step: old samples in the time of `count` new ones.
+    `step` is the number of old samples in the time of `count` new ones.
     """
     band = min(step, count) * ROLLOFF
     reach = math.ceil(CROSSINGS * step / band)  # old samples on each side that count

@@ -1,8 +1,8 @@
-"""Keyframes and references of a request: which there are, whether they may be, and their pixels and sound.
+"""Keyframes and references of a request: which there are, whether they are valid, their pixels and audio.
 
 Keyframes get the size of the clip: the first one is stretched, a following one covers it and is cropped.
-Reference pictures get a short side of their own, reference videos the size that the model was trained with in
-their shape, and 24 frames a second. Source: the released code of MiniMax-H3, as in diffusers.
+Reference images get a short side of their own, reference videos the trained size in their shape, and 24
+frames per second. Source: the released code of MiniMax-H3, as in diffusers.
 """
 
 import logging
@@ -68,26 +68,28 @@ class H3Reference:
 
 @dataclass(frozen=True)
 class H3Media:
-    """Everything that a clip or a picture is made from besides its text."""
+    """Everything that a clip or an image is made from in addition to its text."""
 
     first: Path | None = None
     last: Path | None = None
-    controls: tuple[Path, ...] = ()  # of a single picture
+    controls: tuple[Path, ...] = ()  # of a single image
     one_frame: OneFrame | None = None
     references: tuple[H3Reference, ...] = ()
 
     @property
     def keyframes(self) -> tuple[Path, ...]:
-        """Return keyframes and control pictures, in their order."""
+        """Keyframes and control images, in order."""
         frames = tuple(path for path in (self.first, self.last) if path is not None)
         return (*frames, *self.controls)
 
     @property
     def is_empty(self) -> bool:
+        """Whether there are neither keyframes nor references."""
         return not (self.keyframes or self.references)
 
     @property
     def task(self) -> str:
+        """Task that these media require."""
         if self.references:
             return "ref2va"
         return "fl2va" if self.keyframes else "t2va"
@@ -158,7 +160,7 @@ def _read_places(text: str) -> OneFrame:
 
 
 def _check_places(places: OneFrame, controls: int) -> None:
-    """Raise OptionError if a control picture has no place, or a place no picture."""
+    """Raise OptionError unless each control image has a position, and each position an image."""
     indices = len(places.control_indices)
     if indices != controls and not (indices == 0 and controls == 1):
         raise OptionError(
@@ -168,7 +170,7 @@ def _check_places(places: OneFrame, controls: int) -> None:
 
 
 def _read_references(request: Request) -> Iterator[H3Reference]:
-    """Yield references in their order. Raises OptionError if two ways of naming them are mixed."""
+    """Yield references in order. Raises OptionError if two ways of naming them are mixed."""
     by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
     ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
     if len(ways) > 1:
@@ -216,7 +218,7 @@ def _read_line_references(request: Request) -> Iterator[H3Reference]:
 
 
 def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
-    """Read one reference of a dataset's line. A null for the sound of a video leaves the sound out."""
+    """Read one reference of a dataset's line. A null as the audio of a video leaves out the audio."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     sound = entry.get("audio_path", "")
@@ -236,7 +238,7 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
 
 
 def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
-    """Make a reference. fields: its kind, unless the suffix tells it, and the sound file of a video."""
+    """Make a reference. `fields` are its kind, unless the suffix shows it, and a video's audio file."""
     path = to_path(where, text)
     kind = fields.get(FIELDS[0]) or _find_kind(path)
     if kind not in KINDS:
@@ -265,7 +267,7 @@ def _find_kind(path: Path) -> str:
 
 
 def _require(where: str, path: Path, is_image: bool) -> None:
-    """Raise OptionError if a picture or a video cannot be opened."""
+    """Raise OptionError if an image or a video cannot be opened."""
     if not path.exists():
         raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
     check_opens(where.removeprefix("--"), path, is_image=is_image)
@@ -283,7 +285,7 @@ def _require_sound(where: str, path: Path) -> None:
 
 
 def check_references(references: Sequence[H3Reference]) -> None:
-    """Raise OptionError for more references than the model takes, or for sound alone."""
+    """Raise OptionError for more references than the model takes, or for audio alone."""
     if not references:
         return
     counts = {
@@ -306,7 +308,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
 
 
 def check_video_length(path: Path, any_length: bool) -> None:
-    """Raise OptionError if a reference video is shorter or longer than the model knows."""
+    """Raise OptionError if the model was not trained for the length of a reference video."""
     info = video_info(path)
     fps = info.fps or FPS
     seconds = info.frames / fps if info.frames else info.seconds
@@ -325,14 +327,14 @@ def check_video_length(path: Path, any_length: bool) -> None:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A keyframe or a reference picture, and the size that it gets."""
+    """A keyframe or a reference image, and the size that it gets."""
 
     path: Path
     size: Size  # width and height
     crops: bool = False  # it covers the size and is cropped; else it is stretched
 
     def read(self) -> Tensor:
-        """Return its pixels: H W 3 uint8."""
+        """Return its pixels, H W 3 uint8."""
         return torch.from_numpy(np.ascontiguousarray(self._resize(read_image(self.path))))
 
     def _resize(self, frame: Frame) -> Frame:
@@ -351,14 +353,14 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class ClipSource:
-    """A reference video with the size for its frames and the number of frames to take at 24 a second."""
+    """A reference video with the size of its frames, and the number of frames to take at 24 per second."""
 
     path: Path
     size: Size
     most: int
 
     def read(self) -> Tensor:
-        """Read its frames, F H W 3 uint8, repeated or dropped to give 24 a second."""
+        """Read its frames, F H W 3 uint8, repeated or dropped to give 24 per second."""
         fps = video_info(self.path).fps or FPS
         frames: list[Frame] = []
         for number, frame in enumerate(video_frames(self.path)):
@@ -380,22 +382,19 @@ class ClipSource:
 
 
 def _find_slot(number: int, fps: float) -> int:
-    """Return the index, at 24 frames a second, at which a frame of a video begins."""
+    """Return the index, at 24 frames per second, at which a frame of a video begins."""
     return math.floor(number * (FPS / fps) + 0.5)
 
 
 def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
-    """Return keyframes at the size of the clip. The first is stretched to it, later ones are cropped to cover
-    it.
-    """
+    """Return keyframes at the size of the clip: the first is stretched, later ones cover it, cropped."""
     return [ImageSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
 
 
 def reference_picture(path: Path, short_edge: int, step: int) -> ImageSource:
-    """Return a reference picture resized to a short side of `edge` pixels. step: sides become multiples of
-    it.
+    """Return a reference image resized to a short side of `short_edge` pixels.
 
-    Raises OptionError if it is more than four times as long as wide.
+    Sides become multiples of `step`. Raises OptionError if it is more than four times as long as wide.
     """
     width, height = image_size(path)
     check_ratio(f"reference {path}", width, height)
@@ -405,7 +404,7 @@ def reference_picture(path: Path, short_edge: int, step: int) -> ImageSource:
 
 
 def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipSource:
-    """Return a reference video in its own shape. frames: of the clip that is made, which it is cut to.
+    """Return a reference video in its own shape, cut to the `frames` of the generated clip.
 
     Raises OptionError if it is more than four times as long as wide.
     """
@@ -416,7 +415,7 @@ def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipS
 
 
 def full_clip(frames: Tensor) -> Tensor:
-    """Return the frames of a reference video that the VAE takes, 17n + 5, at least 22: F H W 3.
+    """Return the frames of a reference video that the VAE takes, F H W 3 with F = 17n + 5, at least 22.
 
     Raises MediaError if there are fewer.
     """
@@ -431,7 +430,7 @@ def full_clip(frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class H3Sources:
-    """Pixels of the media of a request, in their order."""
+    """Sources of the pixels of a request's media, in order."""
 
     keyframes: tuple[ImageSource, ...] = ()
     references: tuple[ImageSource | ClipSource | None, ...] = ()  # None: of sound

@@ -1,8 +1,8 @@
-"""MiniMax-H3's sound: waveforms to latents and back.
+"""MiniMax-H3's audio: waveforms to latents and back.
 
 The audio VAE is a class of diffusers, always in float32: its weight-normed convolutions lose 20 dB in bf16.
-Each channel of stereo sound goes through it by itself. Latents are those of the model: means of the
-posterior, normalised by channel. Its settings are read from the sizes in the file.
+Each channel of stereo audio is processed separately. Latents are those of the model: means of the posterior,
+normalized per channel. Its settings are derived from the sizes in the file.
 """
 # Letters: B batch, S samples, Z latent channels, A latents of sound in time
 
@@ -47,29 +47,30 @@ Shape = Callable[..., tuple[int, ...]]
 
 
 def latent_count(frames: int, fps: float) -> int:
-    """Return the number of latents of a clip's sound: 40 a second, 2 for a single frame."""
+    """Return the number of latents of a clip's audio: 40 per second, 2 for a single frame."""
     return round(frames / fps * LATENTS_A_SECOND)
 
 
 class H3SoundVae:
-    """The audio VAE. It encodes stereo sound at `rate` samples a second."""
+    """The audio VAE. It encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
 
     def __init__(self, network: Any) -> None:
-        """network: diffusers' AutoencoderKLMiniMaxH3Audio in float32."""
+        """Wrap diffusers' AutoencoderKLMiniMaxH3Audio in float32."""
         self._network = network
 
     @property
     def device(self) -> torch.device:
+        """Device of the network."""
         device: torch.device = self._network.mean_proj.weight.device
         return device
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
-        """Return the normalised means of the posterior, B Z 2 A float32, on the VAE's device.
+        """Return the normalized means of the posterior, B Z 2 A float32, on the VAE's device.
 
-        waveform: B 2 S in -1..1 at `rate`, on any device. Silence is added to whole latents.
+        `waveform` is B 2 S in -1..1 at `rate`, on any device. Silence is added to fill the last latent.
         """
         channels = waveform.to(self.device, torch.float32).flatten(0, 1).unsqueeze(1)
         means = self._network.encode(channels).latent_dist.mode()
@@ -77,9 +78,9 @@ class H3SoundVae:
         return ((means - mean) / std).unflatten(0, (-1, CHANNELS)).transpose(1, 2)
 
     def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
-        """Return the latents of a clip's sound, cut or with silence added: B Z 2 A, A as `latent_count`.
+        """Return the latents of a clip's audio, cut or with silence added, B Z 2 A with A as `latent_count`.
 
-        waveform: as for `encode`, of any length. frames, fps: of the clip.
+        `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
         latents = latent_count(frames, fps)
         samples = latents * self._hop
@@ -88,7 +89,7 @@ class H3SoundVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Sound:
-        """Return the sound of normalised latents, 1 Z 2 A on any device."""
+        """Return the audio of normalized latents, 1 Z 2 A on any device."""
         mean, std = self._statistics()
         by_channel = latents[0].transpose(0, 1).to(self.device, torch.float32)  # 2 Z A
         waveform: Tensor = self._network.decode(by_channel * std + mean).sample
@@ -107,7 +108,7 @@ class H3SoundVae:
 
 
 def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
-    """Plan how to load the audio VAE. option: the option that named the file.
+    """Plan how to load the audio VAE. `option` is the option that named the file.
 
     Raises CheckpointError for any other file.
     """
@@ -139,7 +140,7 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
 
 
 def _parametrized(name: str) -> str:
-    """Return the name of a tensor in a network whose norms are parametrisations."""
+    """Return the name of a tensor in a network whose norms are parametrizations."""
     path, _, end = name.rpartition(".")
     return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name
 
@@ -156,8 +157,9 @@ def _read_encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
 
 
 def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
-    """Return the settings of the decoder. The rate of a stage follows from its kernel, which is 2 * rate or 2
-    * rate - 1.
+    """Return the settings of the decoder.
+
+    The rate of a stage follows from its kernel, which is 2 * rate or 2 * rate - 1.
     """
     kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
     block_kernels = []
@@ -175,7 +177,7 @@ def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, 
 def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3SoundVae:
     """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
 
-    option: the option that named the path. Raises CheckpointError if the file is damaged or holds another
+    `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.
     """
     with open_checkpoint(path) as checkpoint:
@@ -190,8 +192,8 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 def build_sound_vae(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it.
 
-    Diffusers normalises weights in the way that PyTorch has replaced by parametrisations, which warns for
-    each layer: what is built has these instead, with weights of other names (`PARTS_OF_WEIGHTS`).
+    diffusers normalizes weights with a function that PyTorch has replaced by parametrizations, and that warns
+    for each layer. The result has parametrizations instead, with weights of other names (`PARTS_OF_WEIGHTS`).
     """
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         try:

@@ -1,6 +1,6 @@
-"""What a training tells the network besides a noised clip and its text, and what a teacher sees beyond that.
+"""Training inputs of the network besides a noised clip and its text, and what a teacher sees in addition.
 
-Keyframes and references get new noise in each step. Names are those of caches: see conditions.py.
+Keyframes and references get new noise in each step. Names are those of caches; see conditions.py.
 """
 
 from typing import NamedTuple
@@ -37,14 +37,14 @@ CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the
 
 
 class Clean(NamedTuple):
-    """Shares of the latents in conditions; the rest is noise."""
+    """Fractions of the latents in conditions; the rest is noise."""
 
-    visual: float  # of pictures and clips
+    visual: float  # of images and clips
     sound: float
 
 
 def clean_shares(cond: Conditions) -> Clean:
-    """Return the shares of clean signal in the conditions of a pass; if it states none, the released ones."""
+    """Return the fractions of clean signal in a pass's conditions; by default the released ones."""
     shares = cond.get(CLEAN)
     if not isinstance(shares, Tensor):
         return Clean(IMAGES_LIE, 1.0)
@@ -87,7 +87,7 @@ def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def teacher_key(view: str) -> str:
-    """Return the name in caches of the states that a teacher reads. view: as `Batch.view`."""
+    """Return the name in caches of the states that a teacher reads. `view` is as in `Batch.view`."""
     return TEACHER_ROWS[_name_conditions(view)].states
 
 
@@ -97,11 +97,15 @@ def _name_conditions(view: str) -> str:
 
 
 def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
-    """Return the conditions that the network gets: keyframes, references and positions, by their names in
-    caches.
+    """Return the network's conditions, keyframes, references and positions, by their names in caches.
 
-    batch: for a teacher's pass with the media that the teacher sees. latents: of the clip, in model space.
-    Raises CacheError if caches lack some, or hold others than the network takes.
+    Args:
+        batch: The batch; in a teacher's pass, with the media that the teacher sees.
+        task: Task of the training.
+        latents: Latents of the clip, in model space.
+
+    Raises:
+        CacheError: If caches lack some of them, or hold others than the network takes.
     """
     tensors = batch.tensors
     if batch.view == CLIP:
@@ -121,7 +125,7 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
 
 
 def _read_places(tensors: Conditions) -> dict[str, Tensor]:
-    """Return the positions in time of a picture and its control images; {} if caches do not have them."""
+    """Return the positions in time of an image and its control images; {} if caches have none."""
     return {key: _read_tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
@@ -141,7 +145,7 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
 
 
 def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None:
-    """Raise CacheError if a condition has another form than the network takes."""
+    """Raise CacheError if a condition has another shape than the network takes."""
     is_sound = not is_visual(key)
     heard = batch.tensors.get(SOUND)
     channels = heard.shape[1] if is_sound and isinstance(heard, Tensor) else latents.shape[1]
@@ -158,7 +162,7 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
 
 
 def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
-    """Return a clip, with its sound if it has some, as a reference for itself."""
+    """Return a clip, with its audio if it has any, as a reference for itself."""
     clip = tensors.get(TAUGHT, latents)  # noised, except for a check of caches
     assert isinstance(clip, Tensor)
     if clip.shape[2] == 1:

@@ -1,4 +1,4 @@
-"""Options of a training by the known tuners' names, and what they are among the shared ones.
+"""Options of a training by other trainers' names, and what they mean among the shared ones.
 
 Standard library only.
 """
@@ -43,6 +43,7 @@ _MEANS = (
 
 
 def granularity_option(default: str | None) -> Any:
+    """Declare --block_swap_granularity, of which only whole blocks are supported."""
     return option(
         "what --blocks_to_swap moves: block, whole ones",
         default=default,
@@ -107,6 +108,7 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
     @property
     def sound_weight(self) -> float:
+        """Weight of the loss of audio; 0 with --video_only."""
         return 0.0 if self.video_only else self.audio_loss_weight
 
 
@@ -280,7 +282,7 @@ class H3RefusedOptions(Options, title="not for this model"):
 
 
 def base_time(text: str) -> float | int:
-    """Read a base time: thousandths as an int, a share of 1 as a float."""
+    """Parse a base time: thousandths as an int, a fraction of 1 as a float."""
     try:
         return int(text)
     except ValueError:
@@ -288,8 +290,9 @@ def base_time(text: str) -> float | int:
 
 
 def in_thousandths(name: str, share: float) -> int:
-    """Convert a share to whole thousandths. Raises OptionError outside of 0..1, or for more than three
-    digits.
+    """Convert a fraction to whole thousandths.
+
+    Raises OptionError outside 0..1, or for more than three digits.
     """
     thousandths = share * THOUSAND
     if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
@@ -298,7 +301,7 @@ def in_thousandths(name: str, share: float) -> int:
 
 
 def translate(args: argparse.Namespace) -> None:
-    """Copy options with the known tuner's names to the options that every family has.
+    """Copy options with other trainers' names to the options that every family has.
 
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
@@ -328,9 +331,9 @@ def translate(args: argparse.Namespace) -> None:
 
 
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
-    """Return what the scripts that train change of the shared options, for `TrainerChanges`.
+    """Return how the training scripts change the shared options, for `TrainerChanges`.
 
-    samplers, weightings: all that the shared options have.
+    `samplers` and `weightings` are all that the shared options offer.
     """
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
@@ -360,7 +363,7 @@ DEFAULT: dict[str, Any] = {
 
 
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option. Raises OptionError if it is given already, with another value."""
+    """Set a shared option. Raises OptionError if it is already given, with another value."""
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
     untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
@@ -431,7 +434,7 @@ def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _read_bounds(args: argparse.Namespace) -> None:
-    """Convert --min_timestep and --max_timestep to thousandths; values up to 1 are shares of 1000."""
+    """Convert --min_timestep and --max_timestep to thousandths; values up to 1 are fractions of 1000."""
     names = ("min_timestep", "max_timestep")
     bounds = [getattr(args, name) for name in names]
     given = [bound for bound in bounds if bound is not None]
@@ -444,7 +447,7 @@ def _read_bounds(args: argparse.Namespace) -> None:
 
 
 def _select_rank(args: argparse.Namespace) -> None:
-    """Give a LoRA the rank and the alpha that are usual for the model, if neither is given."""
+    """Give a LoRA the model's default rank and alpha, if neither is given."""
     if not hasattr(args, "network_module"):  # the transformer itself is trained
         return
     is_lora = args.network_module is None or args.network_module.startswith("networks.lora")
@@ -454,7 +457,7 @@ def _select_rank(args: argparse.Namespace) -> None:
 
 
 def warn_of_clean_shares(args: argparse.Namespace) -> None:
-    """Warn of shares of noise in conditions that the clips of the task have not."""
+    """Warn of options for the noise in conditions that clips of the task do not have."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
     has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}
@@ -467,7 +470,7 @@ def warn_of_clean_shares(args: argparse.Namespace) -> None:
 
 
 def _check_view(args: argparse.Namespace) -> None:
-    """Raise OptionError if a teacher is to see more than the conditions of a task that has some."""
+    """Raise OptionError if a teacher is to see additional media in a task with conditions of its own."""
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(
             f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "

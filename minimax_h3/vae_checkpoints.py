@@ -1,10 +1,10 @@
-"""Files of MiniMax-H3's video VAE: recognise their dialects, read dimensions off the tensors.
+"""Files of MiniMax-H3's video VAE: recognize their dialects, read dimensions from the tensors.
 
-Our modules have the names of the released file, whose rows of queries, keys and values are interleaved by
-head. diffusers stores them apart, and the halves of the feed-forward's first layer in the other order.
+Module names are those of the released file, whose rows of queries, keys and values are interleaved by head.
+diffusers stores them separately, and the halves of the feed-forward's first layer in the other order.
 
 Some facts are in no tensor: how levels stride, how long a clip is, and the statistics of latents. They come
-from config.json in diffusers' folder, else they are those of the release.
+from config.json in diffusers' folder; otherwise they are those of the release.
 """
 
 import functools
@@ -89,7 +89,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 @dataclass(frozen=True)
 class _StatedInfo:
-    """Facts that config.json states and tensors do not show; if it states none, the release's."""
+    """What config.json says and tensors do not show; the release's values by default."""
 
     time_strides: tuple[int, ...] = ()
     space_strides: tuple[int, ...] = ()
@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _read_stated_info(checkpoint: Checkpoint) -> _StatedInfo:
-    """Return the facts in config.json next to the file. Raises CheckpointError if it cannot be used."""
+    """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
@@ -140,7 +140,7 @@ def _is_number(value: Any, kind: type) -> bool:
 def _read_config(
     checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _StatedInfo
 ) -> H3VideoVaeConfig:
-    """Return the dimensions. Raises CheckpointError if they do not go together."""
+    """Return the dimensions. Raises CheckpointError if they do not match each other."""
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
@@ -169,8 +169,8 @@ def _read_config(
 def _read_levels(shapes: DitShapes, facts: _StatedInfo) -> tuple[H3VaeLevel, ...]:
     """Return the levels of the encoder.
 
-    Without config.json each resampling halves the sides. Those behind the first one also halve time, until
-    the patches of the decoder have as many frames.
+    Without config.json each resampling halves the sides. Those after the first one also halve time, until the
+    patches of the decoder have as many frames.
     """
     starts = [f"encoder.down.{number}" for number in range(shapes.blocks("encoder.down"))]
     resamples = [f"{start}.downsample.conv.weight" in shapes.shapes for start in starts]
@@ -194,7 +194,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedInfo) -> tuple[H3VaeLevel, ...
 
 
 def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
-    """Return the strides in time: 2 at each resampling but the first, until they multiply to `frames`."""
+    """Return the strides in time: 2 at each resampling except the first, until their product is `frames`."""
     strides: list[int] = []
     has_first = False
     for has in resamples:
@@ -205,7 +205,10 @@ def _list_time_strides(resamples: Sequence[bool], frames: int) -> tuple[int, ...
 
 
 def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
-    """Raise CheckpointError if parts do not fit each other. patch: rows of the decoder's last layer."""
+    """Raise CheckpointError if parts do not fit each other.
+
+    `patch` is the rows of the decoder's last layer.
+    """
     numbers = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"

@@ -2,7 +2,7 @@
 
 A video is encoded in clips of 17 frames, 5 latent frames each, of which the last 3 of the whole video are
 dropped: 17n + 5 frames are 5n + 2 latent frames. Decoded clips share frames and fade into each other. Tiles
-in height and width are part of the released model: its pictures are those of blended tiles.
+in height and width are part of the released model: its output is that of blended tiles.
 """
 
 import logging
@@ -24,8 +24,8 @@ from modules.layers.norms import in_own_dtype
 logger = logging.getLogger(__name__)
 
 TILE = 256  # pixels along the side of a tile
-OVERLAP = 64  # pixels that neighbouring tiles share at least
-# by which the pixels of ImageNet, 0..1, were normalised: red, green, blue
+OVERLAP = 64  # pixels that neighboring tiles share at least
+# by which the pixels of ImageNet, 0..1, were normalized: red, green, blue
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 FLOAT32_PARTS = ("encoder.", "quant_conv.")
@@ -62,7 +62,8 @@ def cut_axis(length: int, size: int, least: int, step: int) -> TileRow:
 class H3VideoVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_video_vae`.
 
-    tile: edge of the tiles in pixels; None: whole pictures, whose result differs a little from the release's.
+    `tile` is the edge of the tiles in pixels; None computes whole frames, whose result differs slightly from
+    the release's.
     """
 
     def __init__(self, config: H3VideoVaeConfig, tile: int | None = TILE) -> None:
@@ -77,18 +78,20 @@ class H3VideoVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the network."""
         return self.decoder.x_embedder.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the network."""
         return self.encoder.conv_in.weight.device
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, not normalised: B 2Z f h w float32.
+        """Return means and logarithms of variances, not normalized, B 2Z f h w float32.
 
-        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 1 or 17n + 5, H and W multiples of 16.
-        Raises ValueError for other sizes.
+        `pixels` are B 3 F H W in -1..1, or bytes 0..255, on any device; F = 1 or 17n + 5, H and W multiples
+        of 16. Raises ValueError for other sizes.
         """
         config = self.config
         frames, height, width = pixels.shape[2:]
@@ -125,7 +128,7 @@ class H3VideoVae(nn.Module):
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
         """Yield pixels in playing order, clip by clip: B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, normalised, on any device. clamps: to -1..1.
+        `latents` are B Z f h w, normalized, on any device. `clamps` says whether to clamp pixels to -1..1.
         """
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
         for chunk in self._decode_clips(self.denormalize(latents.to(self.device).float())):
@@ -137,6 +140,7 @@ class H3VideoVae(nn.Module):
         return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
+        """Return latents, B Z f h w, as the VAE has them."""
         return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
 
     def _of_channels(self, numbers: Sequence[float]) -> Tensor:
@@ -151,9 +155,7 @@ class H3VideoVae(nn.Module):
             yield from self._decode_neighbors(latents)
 
     def _decode_neighbors(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames of several consecutive clips, blended where two clips have decoded the same
-        frames.
-        """
+        """Yield the frames of consecutive clips, blended where two clips have decoded the same frames."""
         config = self.config
         size = config.clip_latents
         missing = -(latents.shape[2] + config.dropped) % size
@@ -178,7 +180,7 @@ class H3VideoVae(nn.Module):
             yield before[:, :, :frames_left]
 
     def _count_frames(self, latent_frames: int) -> int:
-        """Return the frames of so many latent frames: the first of each clip covers fewer."""
+        """Return the number of frames of latent frames; the first of each clip covers fewer."""
         clips = math.ceil(latent_frames / self.config.clip_latents)
         return latent_frames * self.config.time_stride - clips * self.config.first_padding
 
@@ -193,7 +195,7 @@ class H3VideoVae(nn.Module):
     ) -> Tensor:
         """Compute x, B C F H W, in tiles in height and width, which fade into each other.
 
-        pixels_in, pixels_out: pixels along the side of a place of x and of a place of the result.
+        `pixels_in` and `pixels_out` are the pixels along the side of one element of x and of the result.
         """
         if self.tile is None:
             return compute(x)
@@ -217,9 +219,7 @@ class H3VideoVae(nn.Module):
 
 
 def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-    """Join tiles: blend each with the one above, then with the one to its left, both before their own
-    blending.
-    """
+    """Join tiles: blend each with the tile above and the tile to its left, as these were before blending."""
     joined_rows = []
     for number, tiles in enumerate(parts):
         joined = []
@@ -253,8 +253,8 @@ def load_video_vae(
 ) -> H3VideoVae:
     """Load the video VAE of MiniMax-H3: the official file, ComfyUI's or diffusers' folder.
 
-    dtype: of the decoder's layers; the encoder is always float32. tile: see `H3VideoVae`. Raises
-    CheckpointError if the file is damaged or holds another model.
+    `dtype` is that of the decoder's layers; the encoder is always float32. `tile` is as in `H3VideoVae`.
+    Raises CheckpointError if the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_video_vae(checkpoint)

@@ -1,8 +1,8 @@
 """Layers of MiniMax-H3's video VAE: a causal convolutional encoder and a transformer as decoder.
 
-Module names follow the released file. Always float32: the encoder, norms and the residual stream of the
-decoder; the decoder's other layers compute in the dtype of their weights. Source: the released weights of
-MiniMax-H3, and diffusers' `AutoencoderKLMiniMaxH3` for what the tensors do not say.
+Module names follow the released file. The encoder, norms and the residual stream of the decoder are always
+float32; the decoder's other layers compute in the dtype of their weights. Source: the released weights of
+MiniMax-H3, and diffusers' `AutoencoderKLMiniMaxH3` for what the tensors do not show.
 """
 # Letters: B batch, C channels, F frames, H height, W width, L tokens, N heads, D head width, Z latents'
 
@@ -17,7 +17,7 @@ from modules.attention.attend import attend
 from modules.layers.norms import RMSNorm, in_own_dtype
 from modules.layers.rope import turns
 
-GROUPS = 32  # of channels that are normalised together
+GROUPS = 32  # of channels that are normalized together
 ENCODER_EPS = 1e-6
 DECODER_EPS = 1e-5
 THETA = 100.0  # base of the decoder's frequencies
@@ -25,7 +25,7 @@ THETA = 100.0  # base of the decoder's frequencies
 
 @dataclass(frozen=True)
 class H3VaeLevel:
-    """A level of the encoder: residual blocks of one width, and the resampling behind them."""
+    """A level of the encoder: residual blocks of one width, and the resampling after them."""
 
     width: int
     num_blocks: int
@@ -34,6 +34,7 @@ class H3VaeLevel:
 
     @property
     def resamples(self) -> bool:
+        """Whether the level ends with a resampling."""
         return self.time_stride * self.space_stride > 1
 
 
@@ -57,35 +58,37 @@ class H3VideoVaeConfig:
 
     @property
     def time_stride(self) -> int:
+        """Frames of pixels for each latent frame."""
         return math.prod(level.time_stride for level in self.levels)
 
     @property
     def space_stride(self) -> int:
+        """Rows, and columns, of pixels for each latent pixel."""
         return math.prod(level.space_stride for level in self.levels)
 
     @property
     def first_padding(self) -> int:
-        """Return the number of frames that are missing before a clip to fill its first latent frame."""
+        """Number of frames that are missing before a clip to fill its first latent frame."""
         return -self.clip % self.time_stride
 
     @property
     def tail(self) -> int:
-        """Return the number of frames of a video after its last whole clip."""
+        """Number of frames of a video after its last whole clip."""
         return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
 
     @property
     def clip_latents(self) -> int:
-        """Return the latent frames of a clip."""
+        """Number of latent frames of a clip."""
         return math.ceil(self.clip / self.time_stride)
 
     @property
     def shared_latents(self) -> int:
-        """Return the latent frames of the next clip that a clip is decoded with."""
+        """Number of the next clip's latent frames that a clip is decoded with."""
         return -self.dropped % self.clip_latents
 
     @property
     def shared_frames(self) -> int:
-        """Return the frames that two neighbouring clips both decode."""
+        """Number of frames that two neighboring clips both decode."""
         return max(0, self.shared_latents * self.time_stride - self.first_padding)
 
 
@@ -98,6 +101,7 @@ class CausalConv(nn.Conv3d):
         super().__init__(width_in, width_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve x, B C T H W."""
         return super().forward(_pad_front(self._mirror(x), self.kernel_size[0] - 1))
 
     def _mirror(self, x: Tensor) -> Tensor:
@@ -113,9 +117,10 @@ def _pad_front(x: Tensor, frames: int) -> Tensor:
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group norm of each frame by itself: B C F H W."""
+    """Group norm of each frame separately, B C F H W."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize each frame of x, B C F H W."""
         frames = x.transpose(1, 2).flatten(0, 1)
         return super().forward(frames).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
@@ -133,6 +138,7 @@ class EncoderBlock(nn.Module):
             self.nin_shortcut = CausalConv(width_in, width, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to x, B C T H W to B C' T H W."""
         branch = self.conv1(functional.silu(self.norm1(x)))
         branch = self.conv2(functional.silu(self.norm2(branch)))
         if hasattr(self, "nin_shortcut"):
@@ -154,6 +160,7 @@ class EncoderLevel(nn.Module):
             self.downsample = nn.ModuleDict({"conv": CausalConv(level.width, level.width, stride=stride)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks and the resampling to x, B C T H W."""
         for block in self.block:
             x = block(x)
         if hasattr(self, "downsample"):
@@ -177,6 +184,7 @@ class H3VideoEncoder(nn.Module):
         self.conv_out = CausalConv(last, 2 * config.latent_channels)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return moments, B 2Z f h w, of pixels, B 3 F H W."""
         x = self.conv_in(pixels)
         for level in self.down:
             x = level(x)
@@ -193,6 +201,7 @@ class DecoderAttention(nn.Module):
         self.to_out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Return the attention of tokens x, B L C."""
         # x: B L C, returned alike
         query, key, value = self.to_qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
         query = rotate_first(_normalize_head(query), rotary)
@@ -205,10 +214,10 @@ def _normalize_head(x: Tensor) -> Tensor:
 
 
 def rotate_first(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate the first channels of each head, pairs of one from their first half and one from the second.
+    """Rotate the first channels of each head: pairs of one from their first half and one from the second.
 
-    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels after 2K stay unchanged. Computed
-    in float32, returned in the dtype of x.
+    It is computed in float32 and returned in the dtype of x. `x` is B L N D; `rotary` is L 1 K 2, cosines and
+    sines of K pairs; the channels after 2K stay unchanged.
     """
     pairs = rotary.shape[-2]
     cosine, sine = rotary.unbind(-1)
@@ -226,6 +235,7 @@ class DecoderFeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         gate, value = self.w1(x).chunk(2, dim=-1)
         return self.w2(functional.silu(gate) * value)
 
@@ -243,6 +253,7 @@ class DecoderBlock(nn.Module):
         self.scale2 = nn.Parameter(torch.zeros(config.dim))
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Apply the block to tokens x, B L C float32."""
         # x: B L C float32
         dtype = self.attn.to_qkv.weight.dtype
         x = x + self.attn(self.norm1(x).to(dtype), rotary) * self.scale1
@@ -250,7 +261,7 @@ class DecoderBlock(nn.Module):
 
 
 class H3VideoDecoder(nn.Module):
-    """Turn latents B Z f h w into pixels B 3 4f 16h 16w, float32; each latent is a token that sees all."""
+    """Turns latents B Z f h w into pixels B 3 4f 16h 16w, float32; each latent is a token that sees all."""
 
     def __init__(self, config: H3VideoVaeConfig) -> None:
         super().__init__()
@@ -262,6 +273,7 @@ class H3VideoDecoder(nn.Module):
         self.proj_out = nn.Linear(config.dim, 3 * config.time_stride * config.space_stride**2)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Return pixels, B 3 4f 16h 16w, of latents, B Z f h w."""
         grid = latents.shape[2:]
         x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
         num_latents = x.shape[1]
@@ -280,8 +292,8 @@ class H3VideoDecoder(nn.Module):
     def _make_rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 K 2.
 
-        The centres of a clip's tokens are spread over -1..1 along each axis. `others` is the number of
-        further tokens, at 0.
+        The centers of a clip's tokens are spread over -1..1 along each axis. `others` is the number of
+        additional tokens, at 0.
         """
         width = int(self.config.head_width * self.config.rotary_share)
         exponents = torch.arange(0, 1, 6 / width, device=device)

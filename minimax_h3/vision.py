@@ -1,6 +1,6 @@
-"""Pictures and clips as the vision tower of MiniMax-H3's text encoder takes them.
+"""Images and clips as the vision tower of MiniMax-H3's text encoder takes them.
 
-Limits of sizes and colours are those of the preprocessor files in the model's folder, else the released ones.
+Limits of sizes and colors are those of the preprocessor files in the model's folder, else the released ones.
 Source: the image and video processors of Qwen3-VL in transformers, and the released preprocessor files.
 """
 # Letters: F frames, T pairs of frames, H W pixels, P patches, K numbers of a patch
@@ -25,14 +25,14 @@ BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each o
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MOST_PIXELS = 1 << 40  # in a preprocessor file
-MAX_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
+MAX_ENLARGED = 1 << 24  # likewise, to which smaller images are enlarged
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for resizing and normalising pictures, or clips, for the vision tower."""
+    """Limits for resizing and normalizing images, or clips, for the vision tower."""
 
-    fewest: int  # pixels of a picture, or of all frames of a clip; smaller ones are enlarged
+    fewest: int  # pixels of an image, or of all frames of a clip; smaller ones are enlarged
     most: int  # larger ones are reduced
     colours: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
     tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Limits of the pictures and of the clips that the text encoder sees."""
+    """Limits of the images and of the clips that the text encoder sees."""
 
     pictures: Limits
     clips: Limits
@@ -51,7 +51,7 @@ RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25
 
 
 def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
-    """Return the limits in the preprocessor files, from the first folder that has each, or the released ones.
+    """Return the limits in the preprocessor files, from the first folder that has each, or as released.
 
     Raises CheckpointError if a file cannot be read.
     """
@@ -63,7 +63,7 @@ def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
 
 
 def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file with the settings for pictures or for clips, and the settings; {} if there is none."""
+    """Return the file with the settings for images or for clips, and the settings; {} if there is none."""
     for folder in folders:
         for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
             if not file.is_file():
@@ -82,7 +82,7 @@ def _read_settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[st
 
 
 def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
-    """Return the limits on sizes in a preprocessor's settings, with released values where they state none."""
+    """Return the limits on sizes in a preprocessor's settings; the released values by default."""
     file, settings = source
     sizes = settings.get("size") or {}
     if not isinstance(sizes, dict):
@@ -112,15 +112,15 @@ def _make_error(file: Path, why: str) -> CheckpointError:
 
 
 def cut_image(tower: nn.Module, picture: Tensor, limits: Limits, use: ImageUse) -> ReadImages:
-    """Cut a picture, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
+    """Cut an image, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
     use = replace(use, fewest=limits.fewest, most=limits.most)
     return read_images(tower, [picture], use, limits.colours)
 
 
 def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
-    """Cut the frames of a clip, F H W 3 uint8, into patches of pairs of frames; the last one may be repeated.
+    """Cut the frames of a clip, F H W 3 uint8, into patches of pairs of frames; the last may be repeated.
 
-    Each pair becomes a picture of its own: its tokens follow its time in the prompt. Raises MediaError if
+    Each pair becomes an image of its own: its tokens follow its time in the prompt. Raises MediaError if
     frames are too long and narrow.
     """
     config: Any = tower.config
@@ -160,10 +160,10 @@ def _read_tower_colors(tower: nn.Module) -> Mapping[str, Sequence[float]]:
 def resized_sides(
     frames: int, sides: tuple[int, int], limits: Limits, step: int, at_once: int
 ) -> tuple[int, int]:
-    """Return the height and width to which frames are resized for the vision tower: multiples of `step`.
+    """Return the height and width to which frames are resized for the vision tower, in multiples of `step`.
 
-    frames: of the clip. sides: its height and width. at_once: frames that are merged into one token; the
-    count of frames is rounded to a multiple of it. Raises MediaError if the sides differ too much.
+    `frames` and `sides` (height, width) are the clip's. `at_once` frames are merged into one token, and the
+    number of frames is rounded to a multiple of it. Raises MediaError if the sides differ too much.
     """
     height, width = sides
     if min(sides) < step:

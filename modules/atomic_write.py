@@ -35,8 +35,11 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path next to `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
-    runs are removed. size_bytes: size of the whole file, compared with the free space first. Raises
-    OutputError if the folder cannot be written or the disk is full; an existing file then stays unchanged.
+    runs are removed. `size_bytes` is the size of the whole file, compared with the free space first.
+
+    Raises:
+        OutputError: If the folder cannot be written or the disk is full; an existing file then stays
+            unchanged.
     """
     reject_writing(path)
     with explain_errors(path):
@@ -60,7 +63,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; if the block succeeds, rename it to `path`.
 
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
-    renames. Raises OutputError if the folder cannot be written.
+    renames.
+
+    Raises:
+        OutputError: If the folder cannot be written.
     """
     reject_writing(path)
     with explain_errors(path):
@@ -93,8 +99,10 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
     If the block succeeds, move its files next to `path` too. Use it for files that belong together: none
     appears before all are written, and then they appear in the order of their names. No file is replaced.
-    size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written or one of their names is
-    taken.
+    `size_bytes` is as for `atomic_path`.
+
+    Raises:
+        OutputError: If they cannot be written or one of their names is taken.
     """
     reject_writing(path)
     with explain_errors(path):
@@ -115,7 +123,9 @@ def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 def place_new(file: Path, path: Path) -> None:
     """Move a finished file to a name on the same volume that nothing has; also another process may want it.
 
-    Raises FileExistsError if something has the name by then, OSError if it cannot be moved.
+    Raises:
+        FileExistsError: If something has the name by then.
+        OSError: If it cannot be moved.
     """
     if os.name == "nt":
         os.rename(file, path)  # Windows replaces nothing by this  # noqa: PTH104
@@ -163,7 +173,10 @@ def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
     The claim is a hidden file named like a temporary file, with the mark of its writer as its text, so the
-    claim of a killed run is removed with other leftovers. Raises OutputError if the file cannot be made.
+    claim of a killed run is removed with other leftovers.
+
+    Raises:
+        OutputError: If the file cannot be made.
     """
     # different from every name of a temporary file or folder of `path`
     claim = path.with_name(f".{path.name}{_CLAIMED}")
@@ -200,9 +213,9 @@ def remove_leftovers(
 ) -> None:
     """Remove temporary files and folders of killed runs. Files of living processes are left alone.
 
-    of: given the final name of a temporary file, returns whether to remove it. older_seconds: how long a file
-    must have been unchanged if its name does not show whether its writer lives. Machines that share the
-    folder need clocks that agree to within an hour.
+    `of` gets the final name of a temporary file and returns whether to remove it. `older_seconds` is how long
+    a file must have been unchanged if its name does not show whether its writer lives. Machines that share
+    the folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
@@ -238,25 +251,41 @@ _sweep = lru_cache(maxsize=64)(remove_leftovers)
 
 
 def give_name(file: Path, path: Path) -> None:
-    """Rename a finished file in its folder, replacing an existing one. Raises OutputError if that fails."""
+    """Rename a finished file in its folder, replacing an existing one.
+
+    Raises:
+        OutputError: If that fails.
+    """
     with explain_errors(path):
         os.replace(file, path)
         flush_folder(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, completely or not at all. Raises OutputError if that fails."""
+    """Write `data` to `path`, completely or not at all.
+
+    Raises:
+        OutputError: If that fails.
+    """
     with atomic_path(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, completely or not at all. Raises OutputError if that fails."""
+    """Write `text` as UTF-8 to `path`, completely or not at all.
+
+    Raises:
+        OutputError: If that fails.
+    """
     write_bytes(path, text.encode("utf-8"))
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append `text` as UTF-8; a kill may leave its last line unfinished. Raises OutputError if it fails."""
+    """Append `text` as UTF-8; a kill may leave its last line unfinished.
+
+    Raises:
+        OutputError: If it fails.
+    """
     reject_writing(real_path(path))  # a link of this name is followed
     with explain_errors(path), path.open("ab") as file:
         file.write(text.encode("utf-8"))
@@ -265,7 +294,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def make_storable(text: str) -> str:
-    """Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\\udce9`."""
+    r"""Return the text as valid UTF-8, for metadata: undecodable bytes of file names become `\udce9`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -322,6 +351,7 @@ _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
+    """Return the path that this process writes to before it renames the file to `path`."""
     return path.with_name(f".{path.name}.{_mark_of_writer()}.tmp")
 
 
@@ -332,8 +362,8 @@ def _mark_of_writer() -> str:
 def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
-    writer: the match of a mark. -inf if the process that wrote it has ended; `older_seconds` if it runs on
-    another machine or an unknown one.
+    `writer` is the match of a mark. -inf if the process that wrote it has ended. `older_seconds` if it runs
+    on another machine or an unknown one.
     """
     is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there

@@ -21,7 +21,10 @@ def name_backup(path: Path) -> Path:
 def keep_backup(path: Path) -> None:
     """Copy a file to the first free name of NAME.bak, NAME.2.bak, NAME.3.bak, ...
 
-    No older backup is replaced. Raises OutputError if the copy cannot be written.
+    No older backup is replaced.
+
+    Raises:
+        OutputError: If the copy cannot be written.
     """
     backup = name_backup(path)
     with atomic_path(backup, path.stat().st_size) as temporary:

@@ -43,7 +43,10 @@ class Bar(ExitStack):
         now: Callable[[], float] = time.monotonic,
         is_terminal: Callable[[], bool] = lambda: sys.stderr.isatty(),
     ) -> None:
-        """total: None if not known. at_once: show the bar now; else it appears after a second."""
+        """total: None if not known.
+
+        With `at_once`, show the bar now; else it appears after a second.
+        """
         super().__init__()
         self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now
         self.shown = shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
@@ -56,6 +59,7 @@ class Bar(ExitStack):
             self._open_bar()
 
     def update(self, amount: float = 1) -> None:
+        """Count `amount` more units as done, and show the progress if its time has come."""
         self.done += amount
         if not self.shown:
             return
@@ -121,7 +125,10 @@ def track(
     unit: str = STEPS,
     shown: bool = True,
 ) -> Iterator[T]:
-    """Yield the items and show how far the loop is. size: what an item adds to `total` once it is used."""
+    """Yield the items and show how far the loop is.
+
+    `size` is what an item adds to `total` once it is used.
+    """
     with Bar(total, what, unit, shown) as bar:
         for item in items:
             amount = size(item)

@@ -46,15 +46,25 @@ class BuildChoice:
 
 
 def select_build() -> BuildChoice:
-    """Return the build for this machine. Raises InstallationError if none fits it."""
+    """Return the build for this machine.
+
+    Raises:
+        InstallationError: If none fits it.
+    """
     return select_for(sys.platform, platform.machine(), find_nvidia_cards(), read_amd_cards(KFD))
 
 
 def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Sequence[int]) -> BuildChoice:
     """Return the build for a machine.
 
-    system: `sys.platform`. machine: `platform.machine()`. nvidia: its cards. amd: the numbers of its cards on
-    Linux. Raises InstallationError if none fits, with the driver that was found and the one that is needed.
+    Args:
+        system: `sys.platform`.
+        machine: `platform.machine()`.
+        nvidia: Its cards.
+        amd: The numbers of its cards on Linux.
+
+    Raises:
+        InstallationError: If none fits, with the driver that was found and the one that is needed.
     """
     if system == "darwin":
         if machine != "arm64":

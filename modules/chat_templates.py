@@ -35,9 +35,12 @@ def render_chat(
 ) -> str:
     """Return the text of a conversation that the model is to continue with.
 
-    tokenizer: of transformers, whose special tokens the template may use. template: its text, or a mapping
-    with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: after which it
-    is stopped. more: further variables. Raises TemplateError if it fails or goes beyond a bound.
+    `tokenizer` is that of transformers, whose special tokens the template may use. `template` is its text, or
+    a mapping with one called default; None means the tokenizer's. `turns` are `role` and `content` each.
+    Rendering is stopped after `seconds`. `more` are additional variables.
+
+    Raises:
+        TemplateError: If it fails or goes beyond a bound.
     """
     if template is None:
         template = tokenizer.get_chat_template()

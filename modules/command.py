@@ -68,6 +68,7 @@ def start_logging(level: int = logging.INFO) -> None:
 
 
 def draws_boxes(stream: Any) -> bool:
+    """Return whether a stream is a terminal that can draw boxes and bars."""
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -130,7 +131,8 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
+    Args:
+        names: Flag, or flag and value -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield
@@ -159,7 +161,10 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def respell_options(text: str, names: Mapping[str, str]) -> str:
-    """Return a message with other spellings of options. names: see `name_as_typed`."""
+    """Return a message with other spellings of options.
+
+    For `names` see `name_as_typed`.
+    """
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
@@ -179,8 +184,8 @@ def command_line(
 ) -> None:
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
-    explain: given the file of a CheckpointError, returns its real kind, or None; printed as a hint.
-    needs_packages: end at once if a package of requirements.txt is missing, but show the help without it.
+    `explain` gets the file of a CheckpointError and returns its real kind, or None; printed as a hint. With
+    `needs_packages`, end at once if a package of requirements.txt is missing, but show the help without it.
     """
     start_logging()
     try:
@@ -285,6 +290,7 @@ def _find_folder_with_blank(command: str) -> str | None:
 
 
 def print_loading() -> None:
+    """Print on a terminal that torch is being loaded, once for all processes of a run."""
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 
@@ -301,7 +307,7 @@ def wait_for_first_process() -> None:
 def plain_message(text: str, typed: Sequence[str] = ()) -> str:
     """Return a message as a console can show it: control codes are written out, long lines shortened.
 
-    typed: words of the command line; in the message each is one line, and a long one is shortened.
+    `typed` are the words of the command line; in the message each is one line, and a long one is shortened.
     """
     for word in typed:
         for part in (word, word.partition("=")[2]):
@@ -311,7 +317,11 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
 
 
 def message_of(errors: str) -> str:
-    """Return the message, without its kind, of the error that ended a program of ours. errors: its stderr."""
+    """Return the message, without its kind, of the error that ended a program of ours.
+
+    Args:
+        errors: Its stderr.
+    """
     last = errors.rpartition("Traceback (most recent call last):")[2]
     match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
     if match is None:
@@ -321,14 +331,20 @@ def message_of(errors: str) -> str:
 
 
 def one_line(word: str) -> str:
+    r"""Return a typed word for a message: shortened, with line breaks written as \n."""
     return shorten(word, MAX_OF_WORD).replace("\n", "\\n")
 
 
 def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> str:
-    """Return " Did you mean NAME?" with the most similar name, else a name with which `word` begins, else
-    the only name that begins with `word` (both up to a _). Return "" if there is none.
+    """Return " Did you mean NAME?" with the most similar of `names`; "" if none is similar.
 
-    least_similar: of the most similar name; 1: equal.
+    Without a similar name it is one with which `word` begins, else the only one that begins with `word` (both
+    up to a _).
+
+    Args:
+        word: Word that is not known.
+        names: Known names.
+        min_similar: Similarity that a name needs, up to 1 for equal ones.
     """
     names = list(names)
     near = difflib.get_close_matches(word[:MAX_OF_WORD], names, 1, min_similar)
@@ -349,6 +365,7 @@ def as_typed(words: Sequence[str]) -> str:
 
 
 def quote_for_shell(words: Sequence[str]) -> str:
+    """Return words as a command line that this system's shell reads as the same words."""
     return shlex.join(words) if os.name != "nt" else quote_for_windows(words)
 
 

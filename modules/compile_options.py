@@ -106,9 +106,13 @@ class CompileOptions(Options):
     )
 
     def compilation(self, usual: tuple[str, ...]) -> Compilation:
-        """Return the settings for compiling blocks. usual: the default of --compile_args.
+        """Return the settings for compiling blocks.
 
-        Raises OptionError if a word is unknown, or if two options say the same.
+        Args:
+            usual: The default of --compile_args.
+
+        Raises:
+            OptionError: If a word is unknown, or if two options say the same.
         """
         named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._words(usual)
         backend, mode, dynamic, fullgraph = named.values()
@@ -209,6 +213,7 @@ class GenerationCompileOptions(CompileOptions):
 
     @property
     def choice(self) -> Compilation | None:
+        """How to compile; None if --compile is off."""
         return self.compilation(GENERATION_ARGS) if self.compile else None
 
 

@@ -26,8 +26,8 @@ MAX_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
     """Log a box with one line per row: (label, text). Rows whose text is None or empty are left out.
 
-    commands: (what it does, command) below the box, never wrapped, so that they can be copied. All texts are
-    shown verbatim: markup is not interpreted and control codes are written out.
+    `commands` (what it does, command) are shown below the box and never wrapped, so that they can be copied.
+    All texts are shown verbatim: markup is not interpreted and control codes are written out.
     """
     filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)
@@ -61,8 +61,8 @@ def draw_box(
 ) -> str:
     """Return the box for a terminal, with lines below it.
 
-    colour: use ANSI colours. unicode: draw with line characters instead of ASCII. columns: of the terminal,
-    asked from the system if None.
+    With `colour`, use ANSI colours. With `unicode`, draw with line characters instead of ASCII. `columns` is
+    that of the terminal, asked from the system if None.
     """
     from rich import box  # slow, and only for a terminal
     from rich.console import Console
@@ -97,6 +97,7 @@ def draw_box(
 
 
 def show_traceback() -> None:
+    """Print the current exception with its traceback, for an error in this program."""
     from rich.console import Console  # slow, and only for an error of ours on a terminal
 
     Console(stderr=True).print_exception()
@@ -133,6 +134,7 @@ def count_of(number: int, what: str) -> str:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
+    """Return the first names, and how many more there are."""
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail
 

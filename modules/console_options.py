@@ -22,7 +22,11 @@ class ConsoleOptions(Options, title="log lines"):
     console_log_simple: bool = option("plain lines: no colours, no boxes")
 
     def apply(self) -> None:
-        """Change the handlers of the root logger. Raises OptionError if the file cannot be written."""
+        """Change the handlers of the root logger.
+
+        Raises:
+            OptionError: If the file cannot be written.
+        """
         root = logging.getLogger()
         if self.console_log_level is not None:
             root.setLevel(self.console_log_level)

@@ -27,15 +27,16 @@ def drop_control_codes(text: str) -> str:
 
 
 def escape_control_codes(text: str) -> str:
-    """Return the text with control codes written out (`\\x1b`, `\\u202e`), so that they reach no terminal.
+    r"""Return the text with control codes written out (`\x1b`, `\u202e`), so that they reach no terminal.
 
-    Names, captions and metadata come from other people's files: their codes could colour, move, hide or
+    Names, captions and metadata come from other people's files: their codes could color, move, hide or
     reorder what is shown. Newlines and tabs stay, and letters of every language.
     """
     return _CODES.sub(_compute_plainly, text)
 
 
 def replace_control_codes(name: str) -> str:
+    """Return a name with _ in place of control codes, line breaks and tabs, so that files can have it."""
     return re.sub(r"[\n\t]", "_", _CODES.sub("_", name))
 
 
@@ -48,6 +49,7 @@ def shorten(text: str, most: int) -> str:
 
 
 def shorten_lines(text: str, most: int) -> str:
+    """Return a text whose lines have at most `most` characters each."""
     return "\n".join(shorten(line, most) for line in text.split("\n"))
 
 
@@ -58,7 +60,7 @@ _COMMAND = re.compile(r"(^|[\s:$])(python3?|reelsmith|accelerate|torchrun|pip|ba
 def fold(text: str, columns: int | None) -> str:
     """Return the text with lines of a terminal's width, broken at blanks; commands and long words stay whole.
 
-    columns: None if there is no terminal: nothing changes.
+    `columns` is None if there is no terminal: nothing changes.
     """
     lines = []
     for line in text.split("\n") if columns else [text]:
@@ -78,6 +80,7 @@ def fold(text: str, columns: int | None) -> str:
 
 
 def columns_of(stream: Any) -> int | None:
+    """Return the width of a stream's terminal in characters; None if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
     except (AttributeError, OSError, ValueError):  # closed, or replaced
@@ -95,10 +98,10 @@ _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 
 
 def take_answer(text: str, max_characters: int = MAX_ANSWER_CHARACTERS) -> str:
-    """Return the paragraph in an answer: without thoughts, control codes, line breaks, and quotation marks
-    around it.
+    """Return the paragraph in a model's answer, as a caption.
 
-    Text beyond `max_characters` is cut off.
+    Thoughts, control codes, line breaks and quotation marks around it are removed. Text beyond
+    `max_characters` is cut off.
     """
     text = _THOUGHTS.sub("", text).rpartition("</think>")[2]
     text = " ".join(drop_control_codes(text).split())[:max_characters]

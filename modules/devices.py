@@ -59,7 +59,9 @@ def select_device(name: str | None) -> torch.device:
 
     Also makes CUDA compute float32 exactly. A GPU with a number becomes the current one: pinning and
     synchronising act on the current GPU, and would otherwise also use memory of the first one.
-    Raises OptionError if the device does not exist.
+
+    Raises:
+        OptionError: If the device does not exist.
     """
     torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, not for matrix products
     if name is None:
@@ -170,7 +172,10 @@ def leave_cudnn_out(device: torch.device) -> None:
 
 
 def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
-    """Return whether an option that is for CUDA devices acts, and warn if it does not. what: it changes."""
+    """Return whether an option that is for CUDA devices acts, and warn if it does not.
+
+    `what` is what the option changes.
+    """
     if device.type == "cuda":
         return True
     logger.warning(
@@ -192,7 +197,8 @@ def dtype_named(name: str, option: str) -> torch.dtype:
 def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
-    Raises OptionError if the name is unknown or an fp8 dtype.
+    Raises:
+        OptionError: If the name is unknown or an fp8 dtype.
     """
     if name is None:
         return usual
@@ -203,7 +209,10 @@ def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.d
 
 
 def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torch.dtype:
-    """Return float32 for float16 on a CPU, where it is slow; else `dtype`. what: the network, for the log."""
+    """Return float32 for float16 on a CPU, where it is slow; else `dtype`.
+
+    `what` is the network, for the log.
+    """
     if device.type != "cpu" or dtype != torch.float16:
         return dtype
     logger.info("%s computes in float32: the CPU has no fast float16", what)
@@ -211,6 +220,7 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
+    """Return the dtype that a network computes in: its `compute_dtype`, else that of its first parameter."""
     dtype = getattr(dit, "compute_dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
@@ -226,7 +236,7 @@ def emulates_bfloat16() -> bool:
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
     """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
 
-    what: name of the network.
+    `what` is the name of the network.
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and emulates_bfloat16():
         logger.warning(
@@ -242,6 +252,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(device: torch.device) -> None:
+    """Return unused memory of Python and of the device's allocator to the system."""
     gc.collect()
     release_heap()
     if device.type == "cuda":
@@ -286,6 +297,7 @@ _GLIBC = _LIBC if hasattr(_LIBC, "malloc_trim") else None  # other C libraries h
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the device or the host has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
@@ -353,7 +365,7 @@ class Failures:
             logger.error("%s is skipped. %s", label, self.reasons[label], exc_info=not is_known)
 
     def raise_if_any(self, total: int, where: str = "") -> None:
-        """Raise UserError listing the failures. where: begins the message, as "prompts.txt: ".
+        """Raise UserError listing the failures. `where` begins the message, such as "prompts.txt: ".
 
         If all failures share an exit code that says more than 1 or 2, the error has that code.
         """
@@ -367,6 +379,7 @@ class Failures:
 
 
 def gib(size: int) -> str:
+    """Return a size in GiB with two decimals."""
     return f"{size / GIB:.2f}"
 
 
@@ -383,5 +396,6 @@ def host_peak() -> int:
 
 
 def peak_in_words(device: torch.device) -> str:
+    """Return the most memory that was in use so far: on CUDA that of the device, else that of the host."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
     return f"{gib(used)} GiB"

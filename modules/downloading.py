@@ -78,10 +78,11 @@ def receive(
 ) -> None:
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
-    tries: how many attempts in a row may bring little. wait: called with the seconds before another attempt.
-    first_wait: in seconds, doubled with each such attempt. size_bytes: of the file; None: the site says it.
-    check: called with each answer before its data are read. progress: called with the number of bytes that
-    the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
+    `tries` is how many attempts in a row may bring little. `wait` is called with the seconds before another
+    attempt. `first_wait` is in seconds, and doubled with each such attempt. `size_bytes` is that of the file;
+    None means the site says it. `check` is called with each answer before its data are read. `progress` is
+    called with the number of bytes that the file has. Raises BrokenTry after the last try, RefusedBySite,
+    OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
     most = path.stat().st_size  # bytes of the file at the last attempt that brought much
@@ -119,7 +120,11 @@ def receive(
 
 
 def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int], object]) -> int:
-    """Write a site's answer at its place; return where it ends. Raises BrokenTry if it comes too slowly."""
+    """Write a site's answer at its place; return where it ends.
+
+    Raises:
+        BrokenTry: If it comes too slowly.
+    """
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
@@ -145,7 +150,11 @@ def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int]
 
 @lru_cache(maxsize=256)
 def _get_session(thread: int) -> "requests.Session":
-    """Return a thread's connections, kept open between files. thread: its number."""
+    """Return a thread's connections, kept open between files.
+
+    Args:
+        thread: Its number.
+    """
     import requests
 
     return requests.Session()
@@ -155,7 +164,7 @@ def _get_session(thread: int) -> "requests.Session":
 def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
-    """Ask for a file by http or https, as `Ask`. headers: further ones, such as a token."""
+    """Ask for a file by http or https, as `Ask`. `headers` are additional ones, such as a token."""
     import requests  # 0.1 s that a dataset without addresses does without
     import urllib3
 
@@ -226,7 +235,8 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
     """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
 
-    Raises RefusedBySite if the answer begins elsewhere.
+    Raises:
+        RefusedBySite: If the answer begins elsewhere.
     """
     if answer.status_code != 206:
         return 0

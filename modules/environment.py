@@ -67,10 +67,12 @@ def prepare_environment(
 
     These are the runtime requirements, one extra of pyproject.toml and further packages. The environment is
     the active one, else `.venv` in the repository; missing packages are installed. An installed torch is
-    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed.
-    build: which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew
-    after an installation that was ended half way, and the output of the installation is shown. Raises
-    UserError if it fails.
+    kept, whatever its version, unless `is_replacing`. An interrupted installation is resumed. `build` is
+    which torch; then the environment is always `.venv`, sees no packages of this Python, is made anew after
+    an installation that was ended half way, and the output of the installation is shown.
+
+    Raises:
+        UserError: If it fails.
     """
     torch_line = TORCH if build is None else build.torch
     runtime = [torch_line if requirement_name(line) == "torch" else line for line in read_requirements()]
@@ -110,9 +112,12 @@ def python_of(folder: Path) -> Path:
 
 
 def create_environment(folder: Path, may_inherit: bool = True) -> None:
-    """Make a virtual environment without pip. may_inherit: it sees this Python's packages if torch is there.
+    """Make a virtual environment without pip.
 
-    Raises UserError if that fails.
+    `may_inherit` says that it sees this Python's packages if torch is there.
+
+    Raises:
+        UserError: If that fails.
     """
     shutil.rmtree(folder, ignore_errors=True)  # the incomplete one of an interrupted run
     try:
@@ -133,7 +138,8 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
 def provide_pip(python: Path) -> None:
     """Install pip into an environment without it: a new or incomplete one, or one made by uv.
 
-    Raises UserError if that fails.
+    Raises:
+        UserError: If that fails.
     """
     if _succeeds(python, "-m", "pip", "--version"):
         return
@@ -177,10 +183,13 @@ def _install(
 def _install_lines(
     python: Path, lines: list[str], flags: list[str], uv: str | None, is_shown: bool = False
 ) -> None:
-    """Install packages, with pip if there is no uv or if uv fails: settings of pip may name an index that uv
-    does not know. Raises UserError if that fails too.
+    """Install packages, with pip if there is no uv or if uv fails.
 
-    is_shown: show uv's progress; if it fails, it runs once more and what it says is read for the cause.
+    Settings of pip may name an index that uv does not know. With `is_shown` uv's progress is shown; if it
+    fails, it runs once more, and its output is read for the cause.
+
+    Raises:
+        UserError: If pip fails too.
     """
     what = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
     if uv is not None:
@@ -214,7 +223,7 @@ def _run_installer(command: Sequence[str]) -> str | None:
 def find_cause(said: str, python: Path) -> str:
     """Return why an installation failed, from what the installer said; "" if that does not tell.
 
-    python: of the environment.
+    `python` is that of the environment.
     """
     if FULL_DISK.search(said):
         free = shutil.disk_usage(python.parent).free / 1e9

@@ -15,7 +15,7 @@ MAX_FLUSHES = 16  # at once
 def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:
     """Write many small files, each completely or not at all, in the time of few: their flushes overlap.
 
-    Nothing is replaced before all are on the disk. Files that exist keep their mode. note: is called with
+    Nothing is replaced before all are on the disk. Files that exist keep their mode. `note` is called with
     each path once it has its new content. Raises OutputError, also after some are replaced.
     """
     temporaries: dict[Path, Path] = {}

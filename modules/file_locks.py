@@ -62,8 +62,12 @@ def _open_own(name: str, flags: int) -> int:
 def only_one(path: Path, waits: bool = True) -> Iterator[None]:
     """Let one process at a time run the block. Other processes wait until it has ended or was killed.
 
-    path: the lock file. waits: if False, raise BlockingIOError instead of waiting. On a volume without locks
-    nobody waits. Raises OSError if the file cannot be made.
+    Args:
+        path: The lock file.
+        waits: If False, raise BlockingIOError instead of waiting. On a volume without locks nobody waits.
+
+    Raises:
+        OSError: If the file cannot be made.
     """
     while True:
         with open(path, "ab", opener=_open_own) as file:  # noqa: PTH123

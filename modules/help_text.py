@@ -145,7 +145,7 @@ def _in_short(
 ) -> list[str]:
     """Return the lines of an option in the short help: whole clauses, its choices and its default.
 
-    shown: the one flag to show if there is no room for all.
+    `shown` is the one flag to show if there is no room for all.
     """
     names = [*map(str, action.choices or ())]
     is_long = len(" ".join(names)) > LONGEST_CHOICES

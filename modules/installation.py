@@ -98,6 +98,7 @@ def find_namesake() -> str | None:
 
 
 def import_own(name: str) -> ModuleType:
+    """Import a module of this program by its name in a checkout, also from the installed package."""
     return importlib.import_module(PREFIX + name)
 
 
@@ -112,7 +113,7 @@ def own_name(name: str) -> str:
 def command_words(words: Sequence[str]) -> list[str]:
     """Return a command of ours as this copy has it, and as it can be typed where this program was.
 
-    words: as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    `words` are as in the folder of a checkout: `python wan_train_network.py ...` or `accelerate launch ...
     wan_train_network.py ...`. In the package this is `wan_train_network ...`, for scripts of no model
     `reelsmith compare ...`, or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
@@ -173,17 +174,20 @@ def find_script(word: str) -> Path | None:
 
 
 def program_words(script: Path) -> list[str]:
+    """Return the words after `python` that run a script: its path, or `-m` and its module in the package."""
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
 def program_environment(**variables: str) -> dict[str, str]:
-    """Return the environment for a program of ours. In the package it keeps `python -m` from importing from
-    the working folder, which may be somebody else's.
+    """Return the environment for a program of ours.
+
+    In the package it keeps `python -m` from importing from the working folder, which may be somebody else's.
     """
     return {**os.environ, **variables, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
 
 
 def read_requirements() -> list[str]:
+    """Return the lines of requirements.txt without comments."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
@@ -261,7 +265,7 @@ def reject_starting(option: str, deed: str = "starts a program") -> None:
     """Raise OptionError if an option that starts another program was not typed, but read from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
-    deed: the effect of the option, for the message.
+    `deed` is the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
@@ -275,7 +279,8 @@ def reject_starting(option: str, deed: str = "starts a program") -> None:
 def reject_in_queue(option: str) -> None:
     """Raise OptionError if the command of this program is a job of the browser's queue.
 
-    option: names a file that no page shows, and that can say where another library sends data.
+    Args:
+        option: Names a file that no page shows, and that can say where another library sends data.
     """
     if os.environ.get(FROM_QUEUE):
         raise OptionError(
@@ -285,10 +290,10 @@ def reject_in_queue(option: str) -> None:
 
 
 def reject_standard_module(option: str, name: str, module: str) -> None:
-    """Raise OptionError if a module that an option names is of Python's standard library: such a module is
-    never meant, and some have effects when imported (antigravity opens a browser).
+    """Raise OptionError if a module that an option names is of Python's standard library.
 
-    name: what the user gave to the option.
+    Such a module is never meant, and some have effects when they are imported (antigravity opens a browser).
+    `name` is what the user gave to the option.
     """
     if module.split(".")[0] in sys.stdlib_module_names:
         raise OptionError(
@@ -298,11 +303,18 @@ def reject_standard_module(option: str, name: str, module: str) -> None:
 
 
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
-    """Import a module by the name that a user gave to an option. The working folder is searched too, if the
-    user has typed the name (`rejects_code`).
+    """Import a module by the name that a user gave to an option.
 
-    example: a valid name. remedy: more words for the error if it is not found. Raises OptionError if it
-    cannot be imported.
+    The working folder is searched too, if the user has typed the name (`rejects_code`).
+
+    Args:
+        option: The option.
+        name: Name of the module.
+        example: A valid name, for messages.
+        remedy: More words for the error if the module is not found.
+
+    Raises:
+        OptionError: If the module cannot be imported.
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")

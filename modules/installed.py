@@ -23,8 +23,8 @@ from modules.text_files import real_path
 def require_installed(place: str, name: str, remedy: str) -> None:
     """Raise OptionError if a module that a file names is not one of an installed package.
 
-    place: the option or file that states the name. remedy: advice if the code is the user's own. Both are for
-    the message.
+    `place` is the option or file that states the name. `remedy` is advice if the code is the user's own. Both
+    are for the message.
     """
     if find_installed(own_name(name)) is not None:
         return

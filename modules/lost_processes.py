@@ -58,7 +58,11 @@ class OtherProcesses:
     """The other processes of a run, watched until the block ends."""
 
     def __init__(self, rank: int, count: int, pace: Pace = DEFAULT) -> None:
-        """Connect the processes; all of them must call it. Raises UserError if one cannot be reached."""
+        """Connect the processes; all of them must call it.
+
+        Raises:
+            UserError: If one cannot be reached.
+        """
         self.advice: Callable[[], str] = lambda: AGAIN
         # called before a thread ends this process, with what is printed
         self.at_end: Callable[[str], None] = lambda _: None

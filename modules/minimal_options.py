@@ -27,11 +27,16 @@ class MinimalLoraOptions(Options):
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """Return path and strength of each LoRA. Raises OptionError if a strength is not a number."""
+        """Return path and strength of each LoRA.
+
+        Raises:
+            OptionError: If a strength is not a number.
+        """
         return [_read_lora_word(text) for text in self.lora_weights]
 
     @property
     def lora_options(self) -> dict[str, Any]:
+        """The LoRAs as options of our generation scripts."""
         return {
             "--lora_weight": [path for path, _ in self.loras],
             "--lora_multiplier": [f"{strength:g}" for _, strength in self.loras],

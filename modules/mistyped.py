@@ -213,7 +213,7 @@ def guess_option(flags: Flags, name: str) -> str:
 def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
     """Return the advice for a name of other programs or a key of a file; "" if it is unknown.
 
-    key_files: the files whose keys may have been meant, the likeliest first.
+    `key_files` are the files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
@@ -274,8 +274,8 @@ def explain_rest(
 ) -> str:
     """Explain words that belong to no option.
 
-    words: all of the command line. unused: those without an option. by_place: options that are taken without
-    a flag.
+    `words` are all of the command line. `unused` are those without an option. `by_place` are the options that
+    are taken without a flag.
     """
     first = unused[0]
     for before, path, word in zip(words, words[1:], words[2:], strict=False):

@@ -23,6 +23,7 @@ class NvidiaCard:
 
     @property
     def series(self) -> int:
+        """Series of the driver: 535 for 535.104.05."""
         return int(self.driver.partition(".")[0])
 
 
@@ -63,7 +64,9 @@ def read_nvidia_cards(text: str) -> list[NvidiaCard]:
 def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
     """Return why a torch without CUDA devices has none although the driver lists a card; None without one.
 
-    torch_version, cuda: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.
+    Args:
+        torch_version: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.
+        cuda: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.
     """
     cards = find_nvidia_cards()
     if not cards:

@@ -91,6 +91,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
 
 
 def list_paths(value: Any) -> list[Path]:
+    """Return the paths in the value of an option, which may be a tuple."""
     values = value if isinstance(value, tuple) else (value,)
     return [path for path in values if isinstance(path, Path)]
 
@@ -106,7 +107,7 @@ def _find_relation_hint(facts: Info) -> str:
 
 
 def _check_limits(option: str, number: Any, facts: Info, hint: str) -> None:
-    """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
+    """Raise OptionError if a number is not within the limits among the facts. `hint` ends the message."""
     if not isinstance(number, (int, float)):
         return
     limits = {fact: facts[fact] for fact in LIMITS if fact in facts}

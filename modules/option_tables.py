@@ -20,7 +20,10 @@ def _read_lines() -> Mapping[str, str]:
 
 
 def read_entry(kind: str, name: str) -> Any:
-    """Return an entry of the file. kind: option, section, keys or script."""
+    """Return an entry of the file.
+
+    `kind` is the option, section, keys or script.
+    """
     return json.loads(_read_lines()[f"{kind} {name}"])
 
 
@@ -33,7 +36,11 @@ def list_option_names() -> tuple[str, ...]:
 
 
 def find_table(script: Path | None) -> Mapping[str, Any] | None:
-    """Return the table of a script; None if it has none. script: its path in the checkout or the package."""
+    """Return the table of a script; None if it has none.
+
+    Args:
+        script: Its path in the checkout or the package.
+    """
     if script is None:
         return None
     name = script.with_suffix("").as_posix()

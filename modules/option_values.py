@@ -41,6 +41,11 @@ class FillIn(str):
 
 
 def check_characters(option: str, value: Any) -> None:
+    """Check that the texts of an option's value hold no character that no text or file name can have.
+
+    Raises:
+        OptionError: If one does.
+    """
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
         if isinstance(text, Path) and "\0" in str(text):  # other bytes that are not UTF-8 may be in a name
@@ -55,7 +60,8 @@ def check_characters(option: str, value: Any) -> None:
 def to_path(option: str, text: str) -> Path:
     """Return the path with `~` resolved.
 
-    Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
+    Raises:
+        OptionError: For a name that no file can have, and for usual mistakes in one that is not there.
     """
     try:
         path = expand_path(text)
@@ -76,8 +82,8 @@ def height_width(joined: re.Match[str]) -> tuple[str, str]:
 def check_path(option: str, path: Path, place: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
-    place: what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder", "new
-    file", or "safetensors" for a new file of that kind). hint: advice for a path that has to exist.
+    `place` is what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder",
+    "new file", or "safetensors" for a new file of that kind). `hint` is advice for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)
@@ -97,6 +103,11 @@ def check_path(option: str, path: Path, place: str, hint: str) -> None:
 
 
 def check_numbers(option: str, value: Any) -> None:
+    """Check that the numbers of an option's value are finite and not absurdly large.
+
+    Raises:
+        OptionError: If one is not.
+    """
     for number in value if isinstance(value, (list, tuple)) else [value]:
         if not isinstance(number, (int, float)) or option in UNBOUNDED:
             continue
@@ -107,6 +118,7 @@ def check_numbers(option: str, value: Any) -> None:
 
 
 def show_number(number: float) -> str:
+    """Return a number for messages; a very long one is described by its number of digits."""
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
@@ -118,6 +130,11 @@ def as_shape(sizes: Iterable[int]) -> str:
 
 
 def convert_value(value: Any, hint: Any, option: str) -> Any:
+    """Convert a typed or given value to the type of its option's field.
+
+    Raises:
+        OptionError: If it cannot be that type.
+    """
     if value is None:
         return None
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -150,7 +167,11 @@ def check_seed(option: str, seed: int | None) -> None:
 
 
 def gibibytes(text: str) -> float:
-    """Parse an amount of memory in GiB: 12, 12GB, 12 gib. Raises ArgumentTypeError for anything else."""
+    """Parse an amount of memory in GiB: 12, 12GB, 12 gib.
+
+    Raises:
+        ArgumentTypeError: For anything else.
+    """
     match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
@@ -160,7 +181,8 @@ def gibibytes(text: str) -> float:
 def int_or_float(text: str) -> int | float:
     """Parse a number of steps or a fraction: "100" -> 100, "0.05" and "5%" -> 0.05.
 
-    Raises ArgumentTypeError if the text is neither, such as "1.5".
+    Raises:
+        ArgumentTypeError: If the text is neither, such as "1.5".
     """
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -182,7 +204,8 @@ def int_or_float(text: str) -> int | float:
 def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
     """Parse `key=value` texts to a dictionary; the value may contain further `=`.
 
-    Raises OptionError if an item has no `=` or no key, or if it is too long to be meant.
+    Raises:
+        OptionError: If an item has no `=` or no key, or if it is too long to be meant.
     """
     pairs: dict[str, str] = {}
     for item in items:
@@ -211,7 +234,7 @@ _JOINED = (
 def _check_single_pair(option: str, item: str, value: str) -> None:
     """Raise OptionError for two settings in one word, and for a separator behind the value.
 
-    item: the whole word. value: what follows its first `=`.
+    `item` is the whole word. `value` is what follows its first `=`.
     """
     if '"' in value or "'" in value:
         return
@@ -246,8 +269,10 @@ def _parse_literal(text: str) -> Any:
 def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """Return the seed that a text stands for: a whole number itself, other text hashed to `bits` bits.
 
-    Raises ValueError for a number of more digits than any seed has.
     Source: the known tools; the measured values are in tests/golden/string_seeds.json.
+
+    Raises:
+        ValueError: For a number of more digits than any seed has.
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return few_digits(text.strip())
@@ -286,16 +311,22 @@ def read_full(text: str) -> int:
 
 
 def few_digits(text: str) -> int:
+    """Return a text as a whole number.
+
+    Raises:
+        ValueError: If it is none, or has more digits than any number of an option; Python takes long for
+            these.
+    """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"{text[:10]}... has {len(text)} digits, more than any number here")
     return int(text)
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """Return options as words of a command line: True is a switch; None, False and an empty sequence leave
-    one out.
+    """Return options as words of a command line.
 
-    One text that begins with - goes behind an equals sign.
+    True is a switch; None, False and an empty sequence leave an option out. One text that begins with - goes
+    behind an equals sign.
     """
     words: list[str] = []
     for name, value in values.items():

@@ -68,7 +68,7 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something
 def of_request(name: str) -> dict[str, str]:
     """Return the facts of an option that belongs to a single request; the family reads its value as text.
 
-    name: its key in `Request.extra`. A prompt line may give it too.
+    `name` is its key in `Request.extra`. A prompt line may give it too.
     """
     return {**OF_REQUEST, "extra": name}
 
@@ -110,21 +110,21 @@ def option(
 ) -> Any:
     """Return a field of an `Options` record, with the facts of its option.
 
-    default: False for a switch, else None, when not given. name: the public name if the field has another;
-    flags: further spellings. often: -h shows it. positional: given by its place, without a flag. by_place:
-    taken also from words that belong to no option, if its flag is not given.
-    title: the heading of its group, if not that of the record. least, most, above, below: limits of a number,
-    or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
-    be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
-    replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
-    excludes: options that cannot be given together with it. only_with: likewise as `needs`, but without it
-    this one is ignored, with a warning. A usual value that is typed has a warning in both cases. acts_if:
-    why it may do nothing -> whether the record lets it act.
-    hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
-    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. known_as: its
-    names in other programs, for the message on a name that no option has. facts: FREE, NO_PIXELS and the
-    like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its options,
-    and settings are those of `add_options`.
+    default: False for a switch, else None, when not given. `name` is the public name if the field has
+    another; flags: further spellings. often: -h shows it. positional: given by its place, without a flag.
+    by_place: taken also from words that belong to no option, if its flag is not given. `title` is the heading
+    of its group, if not that of the record. least, most, above, below: limits of a number, or of each of a
+    tuple. `one_of` are its values, where the parser is not to know them. `place` is what a path has to be, or
+    each of a tuple, as `check_path` says. `spares` is the options of this record whose files must not be
+    replaced by this one. `needs` is an option of this record that has to be given too; of a tuple, one of
+    them. `excludes` is the options that cannot be given together with it. only_with: likewise as `needs`, but
+    without it this one is ignored, with a warning. A usual value that is typed has a warning in both cases.
+    acts_if: why it may do nothing -> whether the record lets it act. hint: follows the message on a wrong
+    value, or on `needs` or `excludes` if nothing else limits the value; of a `place` the text behind "Give".
+    `refused` are the values of `choices` -> why they are refused. `known_as` are its names in other programs,
+    for the message on a name that no option has. facts: FREE, NO_PIXELS and the like. settings: further ones
+    of `add_argument`. In front of a record, `facts` hold for all its options, and settings are those of
+    `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
     metadata |= {
@@ -181,13 +181,14 @@ class Rejection(NamedTuple):
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
+    """Return why an argument is not supported; None if it is."""
     return vars(action).get("refusal")
 
 
 def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Rejection:
     """Return a record's attribute for an option that --help lists and that is refused when it is used.
 
-    reason: completes "--flag is refused: ...". It is a switch unless `settings` give its values.
+    `reason` completes "--flag is refused: ...". The option is a switch unless `settings` give its values.
     """
     settings = settings or {"action": "store_true"}
     return Rejection(help=help, reason=reason, instead="", values=values, settings=settings)
@@ -232,7 +233,12 @@ class Options:
             field.metadata = types.MappingProxyType({"option": name, **field.metadata})
 
     def __init__(self, **values: Any) -> None:
-        """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
+        """Make the record.
+
+        Raises:
+            OptionError: For a wrong value.
+            TypeError: For a name that no field has.
+        """
         fields = dataclasses.fields(self)
         unknown = values.keys() - {field.name for field in fields}
         if unknown:
@@ -253,6 +259,7 @@ class Options:
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
+        """Make the record with its default values, except for the given ones."""
         return cls(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -321,7 +328,11 @@ NO_OPTIONS = NoOptions()
 
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
-    """Return the default of a record's field. Raises TypeError if it must be given."""
+    """Return the default of a record's field.
+
+    Raises:
+        TypeError: If it must be given.
+    """
     declared = field.metadata.get("declared")
     hint = hints_of(cls)[field.name]
     if declared is not None and declared.default is not _UNSET:
@@ -340,6 +351,7 @@ def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
 
 
 def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
     except TypeError:  # it has none
@@ -375,11 +387,11 @@ def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _tell_idle(record: Any, typed: Collection[str]) -> None:
-    """Warn of options that are typed with their default values and have no effect, as another option is
-    missing.
+    """Warn of options that are typed with their default values and have no effect.
 
-    Other values are refused or reported by `_check_info`. Default values change nothing, and commands of
-    other programs contain them. typed: names of the typed arguments.
+    Another option is missing for them. Other values are rejected or reported by `_check_info`. Default values
+    change nothing, and commands of other programs contain them. `typed` holds the names of the typed
+    arguments.
     """
     fields = _fields_by_name(type(record))
     for field in (fields[name] for name in fields if name.replace("-", "_") in typed):
@@ -392,10 +404,9 @@ def _tell_idle(record: Any, typed: Collection[str]) -> None:
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
-    """Return the public names of options with default values that have no effect, as another option is
-    missing.
+    """Return the public names of options with default values that have no effect.
 
-    written: names of the arguments that the user wrote.
+    Another option is missing for them. `written` holds the names of the arguments that the user wrote.
     """
     idle = []
     for field in dataclasses.fields(record):
@@ -463,9 +474,12 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
-    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
-    user's. Warns of options that are typed with their usual values and do nothing.
+    Warns of options that are typed with their usual values and do nothing.
+
+    Raises:
+        OptionError: If a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+            number is infinite or beyond all sense.
+        TypeError: If a field has no argument: that is our mistake, not the user's.
     """
     hints = hints_of(cls)
     records = _list_records(cls)
@@ -542,7 +556,8 @@ def info_of(cls: type) -> dict[str, dict[str, Any]]:
 def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with synonyms replaced, such as "va" with "av", so that equal meanings compare equal.
 
-    values: by public names. The fact `same_as` of an option maps each synonym to the value that replaces it.
+    `values` have public names. The fact `same_as` of an option maps each synonym to the value that replaces
+    it.
     """
     info = info_of(cls)
     plain = dict(values)
@@ -554,6 +569,7 @@ def in_one_spelling(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_with(cls: type, fact: str, value: Any) -> tuple[str, ...]:
+    """Return the names of a record's options for which a fact has a value."""
     return tuple(name for name, info in info_of(cls).items() if info.get(fact) == value)
 
 
@@ -576,6 +592,7 @@ def record_of(hint: Any) -> Any:
 
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
+    """Return the public name of a field's option, without --."""
     return str(field.metadata.get("option", field.name))
 
 

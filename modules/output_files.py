@@ -28,8 +28,8 @@ OTHER_KINDS = {
 def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
 
-    is_new: refuse also what Windows cannot have, on every machine: LoRAs and runs are copied from one to
-    another. A run that has begun under such a name can continue.
+    With `is_new`, names that Windows cannot have are rejected on every machine: LoRAs and runs are copied
+    from one to another. A run that has begun under such a name can continue.
     """
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
@@ -111,10 +111,12 @@ Answer = Literal["overwrite", "leave", "free"]
 
 
 def has_terminal() -> bool:
+    """Return whether a person at a terminal can be asked."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_on_terminal(question: str) -> str:
+    """Write a question to standard error and return the line that is typed."""
     sys.stderr.write(question)  # standard output is for results
     sys.stderr.flush()
     return sys.stdin.readline()
@@ -126,9 +128,11 @@ def ask_at_console(
     is_terminal: Callable[[], bool] = has_terminal,
     offers_name: bool = True,
 ) -> Answer | None:
-    """Ask whether to overwrite; return None without a terminal. An empty answer leaves the files untouched.
+    """Ask whether to overwrite; return None without a terminal.
 
-    offers_name: "free" can be answered, which is to find a free name.
+    An empty answer leaves the files untouched.
+
+    With `offers_name`, "free" can be answered, which asks for a free name.
     """
     if not is_terminal():
         return None
@@ -140,6 +144,7 @@ def ask_at_console(
 
 
 def ask_yes_or_no(question: str) -> Answer | None:
+    """Ask whether to overwrite, without the offer of another name; None if there is no terminal."""
     return ask_at_console(question, offers_name=False)
 
 
@@ -148,7 +153,10 @@ def ask_to_replace(
 ) -> None:
     """Ask whether files that exist may be replaced; do nothing if there are none, or `yes` is set.
 
-    ask: as `ask_yes_or_no`. Raises OutputError if the answer is no, or if there is nobody to ask.
+    `ask` is as `ask_yes_or_no`.
+
+    Raises:
+        OutputError: If the answer is no, or if there is nobody to ask.
     """
     existing = [path for path in paths if path.exists()]
     if not existing or yes:

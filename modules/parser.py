@@ -99,12 +99,14 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
+        """Return the help of --help: all options."""
         from modules.help_text import full_help  # only -h and --help need it
 
         return full_help(self)
 
     def format_short_help(self) -> str:
-        from modules.help_text import short_help  # likewise
+        """Return the help of -h: the options that are needed often."""
+        from modules.help_text import short_help  # only -h needs it
 
         return short_help(self)
 
@@ -192,8 +194,8 @@ class Parser(argparse.ArgumentParser):
     def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
         """Return the words, with those that belong to no option placed after flags of `by_place` options.
 
-        takers: the `by_place` options. The first free word goes to the first one without a value, and
-        so on; an option of several values takes all words.
+        `takers` are the `by_place` options. The first free word goes to the first one without a value, and so
+        on; an option of several values takes all words.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
         parsed, unused = self._parse_without_required(typed)
@@ -302,7 +304,7 @@ class Parser(argparse.ArgumentParser):
     def _explain_unknown(self, before: str, word: str) -> str:
         """Explain a word that looks like an option and is not one; "" for any other word.
 
-        before: the previous word.
+        `before` is the previous word.
         """
         flags = self._option_string_actions
         name = word.partition("=")[0]
@@ -407,10 +409,10 @@ def add_options(
     """Declare the options of records, and of the records in them, to a parser.
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
-    `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as in `option`)
-    are the script's own;
-    `refused` says why the script refuses an option. group: where a record without a title goes.
+    `without` are options that the script does not have, whose record holds the default. `defaults` and
+    `settings` (of `add_argument`, such as `help`. `flags` for further spellings. `refused` as in `option`)
+    are the script's own. `refused` says why the script refuses an option. `group` is where a record without a
+    title goes.
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
@@ -527,6 +529,7 @@ def _add_rejection(group: _Group, cls: type[Options], name: str, refusal: Reject
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Return the parser's group with a title, which is added if it is not there."""
     for group in parser._action_groups:
         if group.title == title:
             return group
@@ -536,7 +539,10 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 def _add_option(
     group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
 ) -> argparse.Action:
-    """Declare an option to a group of the parser. settings: of `add_argument`, also those of the script."""
+    """Declare an option to a group of the parser.
+
+    `settings` are those of `add_argument`, also those of the script.
+    """
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
     usual = "default: the task's" if default is None else f"default {default}"
@@ -572,8 +578,9 @@ def _add_option(
 def reject_unsupported(
     parser: argparse.ArgumentParser, args: argparse.Namespace, tells_unneeded: bool = True
 ) -> None:
-    """Raise OptionError if an option that is refused is used; with `tells_unneeded` log those that are not
-    needed.
+    """Raise OptionError if an option that is not supported is used.
+
+    With `tells_unneeded`, options that are not needed are logged.
     """
     for action in parser._actions:
         rejection = find_rejection(action)

@@ -57,7 +57,7 @@ def expand_path(text: str, base: Path | None = None) -> Path:
 
 
 def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
-    """Return whether a path is on a share of another machine (\\\\machine\\share) that a base is not on.
+    r"""Return whether a path is on a share of another machine (\\machine\share) that a base is not on.
 
     Windows logs in there as soon as the path is looked at, so a path from a file of somebody else is not.
     """
@@ -80,6 +80,7 @@ def check_length(path: Path) -> None:
 
 
 def path_from(folder: Path, path: Path) -> str:
+    """Return a path relative to a folder; absolute if they are on different drives of Windows."""
     try:
         return os.path.relpath(path, folder)
     except ValueError:
@@ -191,10 +192,12 @@ _AZURE = re.compile(r"s[eiprtv]|sr[ts]|spr|sip|sdd|sk(oid|tid|t|e|s|v)", re.IGNO
 
 
 def is_address(text: str) -> bool:
+    """Return whether a text begins with a protocol, such as https://."""
     return _ADDRESS.match(text) is not None
 
 
 def protocol_of(address: str) -> str:
+    """Return the protocol of an address in lower case."""
     match = _ADDRESS.match(address)
     assert match is not None
     return match[1].lower()
@@ -235,6 +238,7 @@ def address_identity(address: str) -> str:
 
 
 def address_name(address: str) -> str:
+    """Return the last part of an address's path, decoded, without query and fragment."""
     path = address.partition("://")[2].partition("?")[0].partition("#")[0].partition("/")[2]
     return unquote(path.rstrip("/").rpartition("/")[2], errors="replace")
 

@@ -43,14 +43,19 @@ READ_NUMBER = torch.ops.aten._local_scalar_dense.default  # what `Tensor.item` c
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **settings: Any) -> Tensor:
+    """Multiply matrices in 8 bits with scales; `settings` are those of torch's `_scaled_mm`."""
     # not functional.scaled_mm, which torch 2.10 and 2.11 do not compile (pytorch/pytorch#180604)
     return torch._scaled_mm(a, b, scale_a, scale_b, **settings)
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sums of products of int8 values, int32. a: M K. b: K N, column-major.
+    """Return the sums of products of int8 values, int32.
 
     CUDA wants more than 16 rows and multiples of 32 (on Turing; later ones of 8): zeros are added there.
+
+    Args:
+        a: M K.
+        b: K N, column-major.
     """
     rows, columns = len(a), b.shape[1]
     if a.device.type == "cuda":
@@ -72,13 +77,14 @@ def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:
+    """Move each value towards its end by `share`, in place."""
     torch._foreach_lerp_(values, list(ends), share)
 
 
 def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
     """Send row i of each tensor, P ..., to process i of a group; return the rows that the P processes send.
 
-    group: its name. All rows are sent at the same time. Not differentiable; unlike public functions it
+    `group` is its name. All rows are sent at the same time. Not differentiable; unlike public functions it
     compiles.
     """
     functional = torch.ops._c10d_functional
@@ -98,6 +104,7 @@ def release_host_cache() -> None:
 
 
 def dynamo() -> Any:
+    """Return torch's module for tracing, which takes seconds to import."""
     import torch._dynamo
 
     return torch._dynamo
@@ -116,12 +123,14 @@ def has_cpp_compiler() -> bool:
 
 
 def has_triton_package() -> bool:
+    """Return whether Triton is installed, for any device."""
     from torch.utils import _triton
 
     return _triton.has_triton_package()
 
 
 def has_triton() -> bool:
+    """Return whether Triton is installed and works with the device here."""
     from torch.utils import _triton
 
     return _triton.has_triton()

@@ -45,6 +45,7 @@ class RepeatedOption(NamedTuple):
 
     @property
     def is_switch(self) -> bool:
+        """Whether the option takes no value."""
         return isinstance(self.value, bool)
 
 
@@ -53,7 +54,7 @@ def accepted_options(
 ) -> dict[str, AcceptedOption]:
     """Return the options of a record, and of the records in it, by public name.
 
-    flags: further spellings by public name, as the field that holds the record declares them.
+    `flags` are additional spellings by public name, as the field that holds the record declares them.
     """
     extra_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}
@@ -82,8 +83,8 @@ def accepted_options(
 def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
     """Return the options of a record that differ from their defaults.
 
-    typed: spelling of the given options by public name; options not in it are left out, as a script may have
-    defaults of its own. None: all are given.
+    `typed` is the spelling of the given options by public name; options not in it are left out, as a script
+    may have defaults of its own. None means that all are given.
     """
     accepted = accepted_options(type(options))
     return [
@@ -107,8 +108,9 @@ def join_options(
 ) -> dict[str, Any]:
     """Return the options of a command by flag: the chosen ones, then those of earlier commands that it has.
 
-    record: of the command. chosen: value by flag; None and False leave an option out, and it is not repeated
-    either. A chosen option is spelled as the user typed it, and a `FillIn` takes the repeated value.
+    `record` is that of the command. `chosen` are the value by flag; None and False leave an option out, and
+    it is not repeated either. A chosen option is spelled as the user typed it, and a `FillIn` takes the
+    repeated value.
     """
     accepted = accepted_options(record)
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
@@ -160,8 +162,10 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
 
 
 def types_of(option: AcceptedOption) -> tuple[Any, ...]:
+    """Return the types that an option's value may have."""
     return typing.get_args(option.hint) if isinstance(option.hint, UnionType) else (option.hint,)
 
 
 def is_path_option(option: AcceptedOption) -> bool:
+    """Return whether an option's value is a path."""
     return Path in types_of(option)

@@ -31,8 +31,8 @@ def limit_variables(
 ) -> dict[str, str]:
     """Return the variables that limit a process, and those that it starts, to writing below these folders.
 
-    folders: at least one. typed: names of the options that may send something. command: of a run, for
-    messages; empty for commands of which no option widens the limits.
+    `folders` has at least one. `typed` are the names of the options that may send something. `command` is
+    that of a run, for messages; empty for commands of which no option widens the limits.
     """
     import json  # here: all options import this file
 
@@ -80,6 +80,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_limited() -> bool:
+    """Return whether this process runs a described folder, so that the limits hold."""
     return bool(os.environ.get(FOLDERS))
 
 
@@ -130,7 +131,7 @@ def reject_writing(path: Path) -> None:
 def reject_sending(option: str, value: object, is_of_run: bool = False) -> None:
     """Raise OptionError if an option sends something from this machine and is not typed for the run.
 
-    is_of_run: `run` has the option too.
+    `is_of_run` says that `run` has the option too.
     """
     if not is_limited() or option in os.environ.get(TYPED, "").split():
         return

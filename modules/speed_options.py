@@ -86,7 +86,10 @@ class TextEncoderOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self, stand_in: str) -> dict[str, Any]:
-        """Return the options that encode texts in the same way. stand_in: for a file that is not given."""
+        """Return the options that encode texts in the same way.
+
+        `stand_in` takes the place of a file that is not given.
+        """
         fp8 = next(option_name(field) for field in dataclasses.fields(self) if field.name == "in_fp8")
         return {
             "--text_encoder": self.text_encoder or FillIn(stand_in),
@@ -97,7 +100,11 @@ class TextEncoderOptions(Options):
 
 
 def take_ae(args: argparse.Namespace) -> None:
-    """Put --ae into --vae. Raises OptionError if both are given and differ."""
+    """Put --ae into --vae.
+
+    Raises:
+        OptionError: If both are given and differ.
+    """
     if args.ae is not None and args.vae not in (None, args.ae):
         raise OptionError(f"--ae {args.ae} and --vae {args.vae} name two autoencoders: give one of them")
     args.vae = args.ae if args.vae is None else args.vae
@@ -160,6 +167,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
+        """The back end that is switched on, sdpa if none is."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
@@ -179,10 +187,12 @@ class GenerationAttentionOptions(Options):
 
     @property
     def choice(self) -> AttentionChoice:
+        """The back end of --attn_mode."""
         return AttentionChoice(GENERATION_VALUES[self.attn_mode], self.split_attn)
 
 
 def flag_of(mode: str, training: bool) -> str:
+    """Return the option, with its value, that chooses a back end in training or generation scripts."""
     if training:
         return TRAINING_FLAGS[mode]
     return f"--attn_mode {next(name for name, meant in GENERATION_VALUES.items() if meant == mode)}"
@@ -273,6 +283,7 @@ class TrainingFp8Options(Options):
 
     @property
     def quantisation(self) -> Quantisation | None:
+        """Form in which the frozen model's weights are stored; None for that of the file."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
             return Quantisation("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")

@@ -110,7 +110,8 @@ def _is_worker() -> bool:
 def _find_running_script(typed: str) -> Path | None:
     """Return the path in ROOT of the script that a process was started with; None if it is none of ours.
 
-    typed: the first word of the command line: a file, or in the package also a console command.
+    Args:
+        typed: The first word of the command line: a file, or in the package also a console command.
     """
     path = Path(typed)
     try:

@@ -226,7 +226,8 @@ def _find_key_file(hint: str) -> KeyFile:
 def describe_parser(parser: Parser) -> dict[str, Any]:
     """Return the table of a script as JSON can hold it; its sections hold the rows of their options.
 
-    parser: built from the records of the script.
+    Args:
+        parser: Built from the records of the script.
     """
     sections: list[dict[str, Any]] = []
     groups = [group for group in parser._action_groups if group.title is not None]

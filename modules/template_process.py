@@ -70,4 +70,5 @@ def _generate(job: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Render the job on standard input and write the result to standard output, both as JSON."""
     json.dump(render(json.load(sys.stdin)), sys.stdout)

@@ -1,8 +1,8 @@
-"""Guess the encoding of a text file that is not UTF-8, to name it and to convert the file. Standard library
-only.
+"""Guess the encoding of a text file that is not UTF-8. Standard library only.
 
-Each encoding that decodes the bytes is scored by how usual its characters are in a text: letters that stand
-in words of their own script, and the most frequent letters and signs of the languages that use the encoding.
+The guess names the encoding in messages and converts the file. Each encoding that decodes the bytes is scored
+by how usual its characters are in a text: letters that stand in words of their own script, and the most
+frequent letters and signs of the languages that use the encoding.
 """
 
 import codecs
@@ -78,6 +78,7 @@ class EncodingGuess:
 
     @property
     def name(self) -> str:
+        """Name of the encoding for people, such as "Windows-1252"."""
         return NAMES.get(self.encoding, self.encoding)
 
 
@@ -125,7 +126,10 @@ def _count_beyond_ascii(text: str) -> int:
 
 
 def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
-    """Return the guess for two or four bytes a character. marked: by a byte order mark."""
+    """Return the guess for two or four bytes a character.
+
+    `marked` says that there is a byte order mark.
+    """
     half = len(content) // 2
     zeros = content[::2].count(0), content[1::2].count(0)
     # without a mark only ASCII is recognised, half of whose bytes are 0

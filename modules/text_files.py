@@ -1,7 +1,7 @@
-"""Text files that a user names: regular, of a bounded size, parsed without recursion errors. Standard library
-only.
+"""Text files that a user names: regular, of a bounded size, parsed without recursion errors.
 
-Faults are raised as OSError or ValueError; callers make a UserError of them that names the option or table.
+Standard library only. Errors are raised as OSError or ValueError; callers make a UserError of them that names
+the option or table.
 """
 
 import errno
@@ -31,8 +31,9 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links resolved. Links in a circle stay, and so does a path that no file can have;
-    `Path.resolve` would raise.
+    """Return the path with links resolved.
+
+    Links in a circle stay, and so does a path that no file can have; `Path.resolve` would raise.
     """
     try:
         return Path(os.path.realpath(path))
@@ -41,11 +42,13 @@ def real_path(path: Path) -> Path:
 
 
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
-    """Check that `path` is a regular file, or a link to one: reading anything else could wait or continue for
-    ever.
+    """Check that `path` is a regular file, or a link to one, and return its size in bytes.
 
-    Returns its size. Raises OSError whose `strerror` names its kind, as `open` does for a folder or a missing
-    file, or says that it is larger than `limit_bytes`.
+    Reading anything else could wait or continue forever.
+
+    Raises:
+        OSError: If it is of another kind, missing, or larger than `limit_bytes`. `strerror` says which, as
+            `open` does for a folder or a missing file.
     """
     try:
         status = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
@@ -101,9 +104,11 @@ def read_tensor_header(
 ) -> TensorHeader:
     """Read the header of a safetensors file.
 
-    read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
-    if most headers are short. no_repeats: see `parse_json`. Raises ValueError if the header is wrong;
-    entries are not looked at.
+    `read` returns the next bytes of the file. `size` is that of the file in bytes. `first` is the bytes to
+    read at once, more if most headers are short. For `no_repeats` see `parse_json`.
+
+    Raises:
+        ValueError: If the header is wrong; entries are not looked at.
     """
     start = read(min(size, first))
     length = int.from_bytes(start[:8], "little")
@@ -138,7 +143,8 @@ def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
 def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """Return the bytes of a regular file.
 
-    Raises OSError if the file cannot be read, is not regular or is larger than `limit_bytes`.
+    Raises:
+        OSError: If the file cannot be read, is not regular or is larger than `limit_bytes`.
     """
     most = limit_bytes + 1  # one more than allowed, not what a size claims: a file may grow
     size = require_regular_file(path, limit_bytes) + 1
@@ -158,8 +164,9 @@ def read_content(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
 def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
     """Yield the lines of a regular file in UTF-8, without their ends; only one is in memory at a time.
 
-    Raises OSError if the file cannot be read, is not regular or has a line of more than `limit` characters,
-    UnicodeDecodeError if it is not UTF-8.
+    Raises:
+        OSError: If the file cannot be read, is not regular or has a line of more than `limit` characters.
+        UnicodeDecodeError: If it is not UTF-8.
     """
     require_regular_file(path)
     with path.open(encoding="utf-8-sig") as file:
@@ -196,6 +203,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
 
 
 def looks_like_object(text: str) -> bool:
+    """Return whether a text begins as a JSON object does."""
     return text.lstrip().startswith("{")
 
 
@@ -252,7 +260,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 def _explain_toml(text: str, error: str) -> str:
     """Return a hint for the usual mistakes in TOML, beginning with a newline, or "".
 
-    error: of the parser; it names a line.
+    `error` is that of the parser; it names a line.
     """
     match = re.search(r"at line (\d+)", error)
     lines = text.splitlines()
@@ -281,7 +289,9 @@ def _explain_toml(text: str, error: str) -> str:
 def _explain_json(following: str, before: str) -> str:
     """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
 
-    following: the part that the parser cannot read. before: the text before it.
+    Args:
+        following: The part that the parser cannot read.
+        before: The text before it.
     """
     hints = (
         (r"None", "For nothing write null, or leave the key out"),
@@ -297,10 +307,10 @@ def _explain_json(following: str, before: str) -> str:
 
 
 def bad_character(text: str) -> str | None:
-    """Describe the first character that no text can hold: NUL, or half of a surrogate pair. None if there is
-    none.
+    r"""Describe the first character that no text can hold: NUL, or half of a surrogate pair.
 
-    Halves come from a JSON escape such as \\ud800, or from a name that is not UTF-8.
+    Halves come from a JSON escape such as \ud800, or from a name that is not UTF-8. None if there is no such
+    character.
     """
     if "\0" in text:
         return "the character NUL (\\u0000)"

@@ -21,10 +21,13 @@ VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
 
 def read_command(option: str, text: str) -> list[str]:
-    """Return the words of a command, split as this system's command line is. option: the flag of its option.
+    """Return the words of a command, split as this system's command line is.
 
-    Raises OptionError if no program of this name can be started from the current folder, if its script is not
-    there, or if the command needs a shell.
+    `option` is the flag of its option.
+
+    Raises:
+        OptionError: If no program of this name can be started from the current folder, if its script is not
+            there, or if the command needs a shell.
     """
     words = _split(option, text)
     if not words or not words[0]:

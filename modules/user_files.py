@@ -21,7 +21,10 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
     """Return the folder of these files, which need not exist.
 
     It is where the system wants what programs remember: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
-    Support. Raises OSError if the user has no home folder.
+    Support.
+
+    Raises:
+        OSError: If the user has no home folder.
     """
     try:
         home = Path.home()
@@ -38,7 +41,7 @@ def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.p
 
 
 def write_user_file(name: str, text: str) -> Path:
-    """Write a file that only this user can read, and return its path. name: may have folders, with /.
+    """Write a file that only this user can read, and return its path. `name` may have folders, with /.
 
     Raises OSError.
     """

@@ -13,7 +13,11 @@ class BoundedFile(io.FileIO):
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read as any file does. Raises BadZipFile for a piece that is too large."""
+        """Read as any file does.
+
+        Raises:
+            BadZipFile: For a piece that is too large.
+        """
         most = MOST_LISTED_BYTES + 1
         piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
         if len(piece) == most:

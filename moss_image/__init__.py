@@ -3,10 +3,10 @@
 configs: dimensions of a transformer, latents, noise, names of parts
 family: MOSS-Image, described for the shared loops
 files: transformers in all layouts, the language model, FLUX.2's autoencoder
-layouts: captions with boxes, which follow their picture to its bucket
+layouts: captions with boxes, which follow their image to its bucket
 model: the transformer, with one modulation for all blocks
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
-references: pictures to edit, as the text encoder sees them
+references: images to edit, as the text encoder sees them
 schedule: noise levels of a generation
 """

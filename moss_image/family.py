@@ -48,7 +48,7 @@ DEFAULTS = pictures.image_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHI
 
 @dataclass(frozen=True)
 class NegativeSkipChoice:
-    """Which blocks the negative pass leaves out, and in which share of the steps."""
+    """Which blocks the negative pass skips, and in which fraction of the steps."""
 
     blocks: str = own.SKIPPED
     start: float = 0.0
@@ -88,22 +88,26 @@ class MossImage(pictures.ModelOfImages):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return the names of all models that use FLUX.2's encoder: its releases, and the other families."""
+        """All models that use FLUX.2's encoder: its releases, and the other families."""
         return list_same_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:
+        """How many reference images the model takes, and what sees them."""
         return ReferenceRules(most=MAX_REFERENCES, seen_by_text=True)
 
     # layouts
 
     def names_places(self, caption: str) -> bool:
+        """Return whether a caption is a JSON object."""
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
+        """Return what is wrong with a layout for an image of this size."""
         return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:
+        """Return a layout whose boxes are in the pixels of the image's bucket."""
         return fit_layout(caption, size, fit)
 
     # the network
@@ -128,7 +132,11 @@ class MossImage(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from qwen3_5_embed, T D each, and for edits latents_control_0, ..., B C 1 h w each."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are qwen3_5_embed, T D for each sample, and for edits latents_control_0, ..., B C 1 h w
+        each.
+        """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -142,7 +150,7 @@ class MossImage(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request: noise levels by the schedule, blocks that the negative pass leaves out.
+        """Resolve a request: noise levels of the schedule, and blocks that the negative pass skips.
 
         Raises OptionError if a size or a number cannot be used.
         """
@@ -171,7 +179,7 @@ class MossImage(pictures.ModelOfImages):
         return replace(prepared, steps=made, levels=levels)
 
     def _select_skips(self, request: Request) -> NegativeSkips:
-        """Return what the negative pass leaves out. Raises OptionError for a block that is not there."""
+        """Return what the negative pass skips. Raises OptionError for a block that does not exist."""
         blocks = own.read_blocks(request.extra.get("negative_skip_blocks", self.skips.blocks))
         count = self.files.dit_header().config.num_layers if self.files.dit is not None else None
         missing = sorted(block for block in blocks if count is not None and block >= count)
@@ -202,16 +210,19 @@ class MossImage(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         has_references = self.isolated and bool(prepared.request.control_images)
         return (yield replace(section, tweaks=Tweaks(section_cache={})) if has_references else section)
 
 
 def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:
+    """Describe the family for moss_image_cache_latents.py, which needs only the VAE."""
     return MossImage(MossImageFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.MossImageTextCachingOptions) -> MossImage:
+    """Describe the family for moss_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return MossImage(MossImageFiles().add_text(options.text))
 
 
@@ -229,6 +240,7 @@ def family_for_training(options: own.MossImageTrainingOptions) -> MossImage:
 
 
 def family_for_generation(options: own.MossImageGenerationOptions) -> MossImage:
+    """Describe the family for moss_image_generate_image.py."""
     return _describe(options, NO_OPTIONS)
 
 

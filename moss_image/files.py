@@ -1,7 +1,7 @@
 """Transformer files of MOSS-Image, and the files of a run: transformer, FLUX.2's autoencoder and Qwen3.5.
 
 Transformers have the released names; Comfy-Org's stack queries, keys and values. Base and SFT have equal
-tensors: only names tell them apart.
+tensors: only names distinguish them.
 """
 
 import re
@@ -84,7 +84,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
 
 
 def _read_config(shapes: DitShapes) -> MossImageConfig:
-    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    """Return the dimensions of a transformer. Raises CheckpointError if they do not match each other."""
     dim, channels = shapes.of("video_embedder.weight")
     (width,) = shapes.of("layers.0.q_norm.weight", axes=1)
     ffn_dim = shapes.of("layers.0.proj.ffn_down.weight")[1]
@@ -130,8 +130,9 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 def find_sft(dit: Path | None) -> str | None:
-    """Return the name that says that a transformer is SFT: the nearest that says what it is, of the file or
-    of the folders of its release.
+    """Return the name that says that a transformer is SFT; None if none does.
+
+    It is the nearest name that says what the model is: of the file, or of the folders of its release.
     """
     if dit is None:
         return None
@@ -153,11 +154,14 @@ class MossImageFiles(LanguageModelFiles):
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
+        """Load the VAE with the options for its dtype and tiles."""
         dtype = self.encoder_dtype(self.vae_dtype, self.vae_usual)
         return load_vae(self.vae_path, device, dtype, self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         read_once(self.vae_path, read_vae)

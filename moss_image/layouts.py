@@ -1,6 +1,6 @@
-"""Layouts: captions that are JSON objects with boxes, in pixels of their picture, counted from its center.
+"""Layouts: captions that are JSON objects with boxes, in pixels of their image, counted from its center.
 
-A box is [top, left, bottom, right]. Boxes follow their picture to its bucket. Source: the prompts of the
+A box is [top, left, bottom, right]. Boxes follow their image to its bucket. Source: the prompts of the
 release, as ComfyUI and SimpleTuner write them.
 """
 
@@ -17,7 +17,7 @@ BOX_SIDES = 4
 
 
 def find_layout_errors(text: str, size: Size) -> list[str]:
-    """Return what is wrong with a layout for a picture of this size, width and height; [] if nothing is."""
+    """Return what is wrong with a layout for an image of this size (width, height); [] if nothing is."""
     try:
         layout = read_object(text)
     except ValueError as error:
@@ -75,10 +75,10 @@ def _find_box_errors(box: Any, size: Size) -> list[str]:
 
 
 def fit_layout(text: str, size: Size, fit: Fit) -> str:
-    """Return a layout whose boxes are those of the picture in its bucket; other texts as they are.
+    """Return a layout whose boxes are in the pixels of the image's bucket; other texts unchanged.
 
-    size: width and height of the picture. Boxes are cut at the edges of the bucket; items that are cropped
-    away are left out.
+    `size` is the image's width and height. Boxes are clipped at the edges of the bucket; items that are
+    cropped away are left out.
     """
     try:
         layout = read_object(text)

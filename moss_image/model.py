@@ -1,14 +1,14 @@
-"""The transformer of MOSS-Image: equal blocks over one stream of a picture and a refined text.
+"""The transformer of MOSS-Image: equal blocks over one stream of an image and a refined text.
 
 All blocks share one modulation. Names of modules are the released ones. Source: arXiv 2610.23374, and open
-ports of the released pipeline. Always float32: the embedding of time, modulation, norms, rotary angles.
-References of an edit stand first, then the picture, then the text; the ports have another order. Attention
-does not depend on the order, only on positions. References that attend to each other alone, at time 0, are
-the same in all steps of a generation: their keys and values are computed once for each text and set of
-skipped blocks (`MossImageModel.remember`).
+ports of the released pipeline. The embedding of time, modulation, norms and rotary angles are always float32.
+References of an edit come first, then the image, then the text; the ports have another order. Attention does
+not depend on the order, only on positions. References that attend only to each other, at time 0, are the same
+in all steps of a generation: their keys and values are computed once for each text and set of skipped blocks
+(`MossImageModel.remember`).
 """
-# Letters: B batch, R tokens of references, L of the picture, T of text, N heads, D head width, C = N * D, F
-# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the picture's
+# Letters: B batch, R tokens of references, L of the image, T of text, N heads, D head width, C = N * D, F
+# width of a feed-forward, S 1, or 2 if there are references: time 0, theirs, stands before the image's
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then o
 END_ROWS = 2  # that modulate the final norm: shift and scale
 GATE_CAP, VALUE_CAP = 4.0, 25.0  # of the two halves of a feed-forward, as trained
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 def situ(value: Tensor, gate: Tensor) -> Tensor:
@@ -71,6 +71,7 @@ class MossImageTextBlock(nn.Module):
         self.ffn_down = nn.Linear(config.ffn_dim, dim)
 
     def forward(self, x: Tensor, rotary: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
+        """Apply the block to text tokens x, B T C."""
         # x: B T C
         qkv = in_own_dtype(self.qkv, self.norm1(x)).unflatten(-1, (3, -1, self.head_width))
         query, key, value = qkv.unbind(2)  # each B T N D
@@ -84,7 +85,7 @@ class MossImageTextBlock(nn.Module):
 
 
 class MossImageText(nn.Module):
-    """Turn states of the language model into tokens, which attend to each other."""
+    """Turns states of the language model into tokens, which attend to each other."""
 
     def __init__(self, config: MossImageConfig) -> None:
         super().__init__()
@@ -99,6 +100,7 @@ class MossImageText(nn.Module):
         choice: AttentionChoice,
         lengths: Lengths | None,
     ) -> Tensor:
+        """Return text tokens, B T C in the dtype `stream`, of states B T text_dim."""
         # states: B T text_dim. stream: dtype of the result
         x = in_own_dtype(self.proj, states).to(stream)
         for block in self.blocks:
@@ -132,12 +134,14 @@ class MossImageBlock(GroupedAttention):
     def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
+        """Return the attention of tokens, B L N D; isolated references attend only to each other."""
         assert isinstance(tokens, MossImageTokens)
         query, key, value = heads
         rotated = rotate_halves(query, rotary), rotate_halves(key, rotary), value
         return attend_rotated(self, rotated, tokens, lengths)
 
     def forward(self, x: Tensor, tokens: MossImageTokens) -> Tensor:  # type: ignore[override]
+        """Apply the block to tokens x, B R+L+T C."""
         # x: B R+L+T C
         shift, scale, gate, *feed_rows = tokens.time[:, :ROWS].unbind(1)  # each B S C
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -151,7 +155,7 @@ class MossImageBlock(GroupedAttention):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: MossImageTokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B R+L+T C -> B L C."""
+        """Return the input of attention for the image tokens of x, B R+L+T C to B L C."""
         shift, scale, *_ = (row[:, -1:] for row in tokens.time.unbind(1))
         image = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.norm1(image), shift, scale, tokens.dtype)
@@ -164,36 +168,35 @@ class MossImageBlock(GroupedAttention):
 
 
 class MossImageLayout(NamedTuple):
-    """The key of a table of rotations."""
+    """Key of a rotary table."""
 
-    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    grid: Grid  # of the image's tokens; (0, 0): there is no image
     references: tuple[Grid, ...]
     texts: int  # tokens of each text, with padding
-    # real tokens of each text, which are the clock of its picture and references; one number if all are alike
+    # real tokens of each text, which are the clock of its image and references; one number if all are alike
     clocks: tuple[int, ...]
 
 
 class RefinedText(NamedTuple):
-    """A text as tokens, or its states before that."""
+    """A text as tokens, or its states before refinement."""
 
     states: Tensor  # B T C
     counts: tuple[int, ...]  # real tokens of each sample
 
     @property
     def clocks(self) -> tuple[int, ...]:
+        """Lengths of the texts, which set the images' positions in time; one if all are equal."""
         return tuple(dict.fromkeys(self.counts)) if len(set(self.counts)) == 1 else self.counts
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return the number of real tokens of each sample, with `before` tokens in front; None if all are
-        real.
-        """
+        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
         if len(self.clocks) == 1:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
 
 
 class MossImageModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3.5.
+    """Predict the velocity of noisy latents of an image from states of Qwen3.5.
 
     Simplified, without references, a second text and the code around the blocks:
 
@@ -216,7 +219,7 @@ class MossImageModel(BlockNetwork):
     dtype_of = "layers.0.norm1.weight"
 
     def __init__(self, config: MossImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -242,8 +245,10 @@ class MossImageModel(BlockNetwork):
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` says. With `tweaks.section_cache` isolated references are computed once for
-        each pass: their positions follow its text's length, and their keys its skipped blocks.
+        """Predict as `embed` describes.
+
+        With `tweaks.section_cache`, isolated references are computed once for each pass: their positions
+        depend on its text's length, and their keys on its skipped blocks.
         """
         memory = tweaks.section_cache if isolated and references else None
         if memory is None or tweaks.turn is None or tweaks.away is not None:
@@ -260,7 +265,10 @@ class MossImageModel(BlockNetwork):
     def remember(
         self, references: Sequence[Tensor], text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
-        """Return keys and values of references by block. Inputs: those of `embed`; tweaks: skipped blocks."""
+        """Return the keys and values of references by block.
+
+        Arguments as in `embed`; `tweaks` has skipped blocks.
+        """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(len(references[0]), device=device)
@@ -281,6 +289,7 @@ class MossImageModel(BlockNetwork):
         return remember(self, Hidden(x, tokens), self.attentions(), tweaks)
 
     def attentions(self) -> list[MossImageBlock]:
+        """The blocks, which are attention layers themselves."""
         return [block for block in self.layers if isinstance(block, MossImageBlock)]
 
     def embed(
@@ -293,13 +302,20 @@ class MossImageModel(BlockNetwork):
         references: Sequence[Tensor] = (),
         isolated: bool = True,
     ) -> Hidden:
-        """Return the tokens of references, picture and text, B R+L+T C, and the other inputs of the blocks.
+        """Return the tokens of references, image and text, B R+L+T C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model.
-        text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to this call; their
-        second text has arguments named text and text_mask, and its tokens follow the first text's.
-        references: clean latents of pictures to look at, each B Z 1 h w of its own size. isolated: these
-        attend to each other alone; all other tokens attend to all. Raises ValueError if sizes do not fit.
+        Args:
+            noisy: B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+                tokens follow those of the first text.
+            references: Clean latents of reference images, each B Z 1 h w of its own size.
+            isolated: References attend only to each other; all other tokens attend to all.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
@@ -344,7 +360,7 @@ class MossImageModel(BlockNetwork):
         return self._rotary.get_table(layout, text.states.device)
 
     def _embed_text(self, arguments: Mapping[str, Any], stream: torch.dtype) -> RefinedText:
-        """Return a refined text. arguments: text and text_mask, as in `embed`. stream: its dtype."""
+        """Return a refined text in the dtype `stream`. `arguments` are text and text_mask, as in `embed`."""
         longest, counts = real_tokens(arguments["text_mask"])
         states = arguments["text"][:, :longest]
         text = RefinedText(states, counts)
@@ -353,7 +369,7 @@ class MossImageModel(BlockNetwork):
         return text._replace(states=refined)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
@@ -362,11 +378,11 @@ class MossImageModel(BlockNetwork):
         return height, width
 
     def embed_picture(self, latents: Tensor) -> Tensor:
-        """Return the tokens of a picture, one for each latent pixel: B Z 1 H W -> B L C."""
+        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
         return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """Return the rows that modulate all blocks and the end: B -> B 8 C float32."""
+        """Return the rows that modulate all blocks and the end, B to B 8 C float32."""
         first, _, second = self.time_embedding
         waves = sinusoid(timesteps, self.config.freq_dim)
         time = run_float32(second, functional.silu(run_float32(first, waves)))  # no SiLU behind the second
@@ -394,15 +410,16 @@ class MossImageModel(BlockNetwork):
     def _make_table(self, layout: MossImageLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, R+L+T 1 D/2 2 float32, or B R+L+T 1 D/2 2.
 
-        Positions: tokens of the picture (0, clock, row, column), of reference k (from 1) (k, clock, row,
-        column), of the text (0, place, 0, 0). Rows and columns are counted from the middle of their picture.
+        Positions are (0, clock, row, column) for image tokens, (k, clock, row, column) for those of reference
+        k (from 1), and (0, index, 0, 0) for the text; the clock is the text's length. Rows and columns are
+        counted from the middle of their image.
         """
         tables = {clock: self._make_sample_table(layout, clock, device) for clock in set(layout.clocks)}
         samples = [tables[clock] for clock in layout.clocks]
         return samples[0] if len(samples) == 1 else torch.stack(samples)
 
     def _make_sample_table(self, layout: MossImageLayout, clock: int, device: torch.device) -> Tensor:
-        """Return the pairs of a sample's tokens, R+L+T 1 D/2 2. clock: tokens of its text."""
+        """Return the pairs of a sample's tokens, R+L+T 1 D/2 2. `clock` is the length of its text."""
         tables = []
         grids = [*enumerate(layout.references, 1), (0, layout.grid)]
         for number, (rows, columns) in grids:
@@ -418,7 +435,7 @@ class MossImageModel(BlockNetwork):
         return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
     def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the pairs of a grid, n 1 D/2 2 float32. positions: along each axis, float64, on the CPU."""
+        """Return the pairs of a grid, n 1 D/2 2 float32, from float64 positions along each axis."""
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:

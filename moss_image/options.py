@@ -21,7 +21,7 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 
 NAME = "MOSS-Image"
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 STEPS, GUIDANCE = 50, 3.0
 SHIFT = 5.0  # of the noise levels of a generation; training has its own
 SCHEDULES = OFFICIAL, SIMPLE = ("official", "simple")
@@ -124,7 +124,7 @@ class MossImageGenerationOptions(MossImageModelOptions, title=NAME):
 
 
 def read_blocks(text: str) -> frozenset[int]:
-    """Return the blocks of --negative_skip_blocks. Raises OptionError for other words."""
+    """Return the blocks of --negative_skip_blocks. Raises OptionError for other text."""
     if text.strip() in (NO_BLOCKS, ""):
         return frozenset()
     words = [word.strip() for word in text.split(",")]
@@ -137,7 +137,7 @@ def read_blocks(text: str) -> frozenset[int]:
 
 
 def check_window(start: float, end: float) -> None:
-    """Raise OptionError if the share of the steps at which the skipping begins is not below its end."""
+    """Raise OptionError if the skipping of steps does not begin before it ends."""
     if start >= end:
         raise OptionError(
             f"--negative_skip_start {start:g}: give less than --negative_skip_end, {end:g}; to leave out no "
@@ -146,14 +146,14 @@ def check_window(start: float, end: float) -> None:
 
 
 def check_schedule(name: str) -> str:
-    """Return a name of --moss_schedule. Raises OptionError if there is no such schedule."""
+    """Return the name of --moss_schedule. Raises OptionError if there is no such schedule."""
     if name not in SCHEDULES:
         raise OptionError(f"--moss_schedule {name!r}: give {' or '.join(SCHEDULES)}")
     return name
 
 
 def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     return options.vae.file.words(), options.text.words("QWEN3_5_FILE")
 
 

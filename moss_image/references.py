@@ -1,4 +1,4 @@
-"""Pictures to edit: their sizes for the text encoder. Source: ai-toolkit's format (`model_kwargs.edit`)."""
+"""Images to edit: their sizes for the text encoder. Source: ai-toolkit's format (`model_kwargs.edit`)."""
 
 import math
 from pathlib import Path
@@ -9,11 +9,11 @@ from torch import Tensor
 from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_frame
 
-SHOWN_PIXELS = 384 * 384  # of a picture that the text encoder sees, at most
+SHOWN_PIXELS = 384 * 384  # of an image that the text encoder sees, at most
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Return a picture, H W 3 uint8, of at most `SHOWN_PIXELS`: Lanczos, never enlarged."""
+    """Return an image, H W 3 uint8, of at most `SHOWN_PIXELS`: Lanczos, never enlarged."""
     frame = picture[..., :3].numpy()
     height, width = frame.shape[:2]
     scale = math.sqrt(SHOWN_PIXELS / (width * height))
@@ -24,7 +24,7 @@ def shrink(picture: Tensor) -> Tensor:
 
 
 def read_shown(path: Path, size: Size | None = None) -> Tensor:
-    """Read a picture as the text encoder sees it, H W 3 uint8. size: that it is first resized to cover.
+    """Read an image as the text encoder sees it, H W 3 uint8, after it was resized to cover `size`.
 
     Raises MediaError if it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Noise levels of a generation: shifted, and snapped to the thousandths that the model was trained at.
+"""Noise levels of a generation: shifted, and rounded to the thousandths that the model was trained at.
 
 Source: the released schedule, as open ports have it, which are equal to the last bit.
 """
@@ -11,8 +11,9 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, shift_sigmas
 def snap_levels(steps: int, shift: float) -> tuple[float, ...]:
     """Return noise levels from 1 down, each a whole thousandth, and then 0.
 
-    Even levels down to the one that the shift makes a thousandth are shifted, and each is put on the nearest
-    thousandth, the lower one of two. Equal ones are left out: there may be fewer than `steps`.
+    Even levels down to the one that the shift makes a thousandth are shifted, and each is rounded to the
+    nearest thousandth, down if two are equally near. Duplicates are dropped, so there may be fewer than
+    `steps`.
     """
     # float32, as released: a level close to the middle of two thousandths depends on it
     even = torch.linspace(1, shift / (TRAIN_TIMESTEPS - 1 + shift), steps, dtype=torch.float32)

@@ -137,7 +137,8 @@ class ForeignNetwork:
     def load_weights(self, path: Path) -> object:
         """Start from a file; return the network's own report.
 
-        Raises CheckpointError if the file is damaged, has other sizes, or holds nothing for this network.
+        Raises:
+            CheckpointError: If the file is damaged, has other sizes, or holds nothing for this network.
         """
         from networks.loading import read_lora  # only for --network_weights
 
@@ -163,7 +164,10 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
 def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError if a file has other sizes than a network, or nothing of it.
 
-    state: of the network. shapes: of the file's tensors.
+    Args:
+        path: Path of the file.
+        state: State dict of the network.
+        shapes: Shapes of the file's tensors.
     """
     common = [name for name in state if name in shapes]
     wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
@@ -183,7 +187,11 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
 def _reject_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a file has alphas outside of its tensors, other than those of a network.
 
-    Loading sets only tensors; the scale was computed at construction. state: tensors of the network.
+    Loading sets only tensors; the scale was computed at construction.
+
+    Args:
+        path: Path of the file.
+        state: State dict of the network.
     """
     from networks.alphas import PEFT_FILE  # only for --network_weights
     from networks.key_formats import to_native
@@ -214,7 +222,11 @@ def check_network(
 ) -> None:
     """Raise OptionError if a module cannot be imported, or a setting of one of our modules is wrong.
 
-    name: of the module. depths: known numbers of blocks by list of the model. numbered: see `DitSpec`.
+    Args:
+        options: Options of the run.
+        name: Name of the module.
+        depths: Known numbers of the model's blocks by list.
+        numbered: See `DitSpec`.
     """
     if name in OWN_MODULES:
         settings, _ = read_own(name, _arguments_of(options))
@@ -242,12 +254,22 @@ def make_network(
 ) -> TrainableNetwork:
     """Build the network that the options ask for, load `--network_weights`, and put it into the models.
 
-    seed: for the initial values, which are the same on every machine. encoders: the loaded networks of text
-    encoders that learn, by `LearningEncoder.lora_prefix`, in the order of their learning rates. in_dit:
-    whether the DiT gets a network too. resumed: tensors of the state that will be loaded into it. Modules
-    that only the file or the state has are added, see `build_network`. Parameters are on the CPU; move
-    `.module` to the device. Raises OptionError or CheckpointError if the module, its settings or the file
-    cannot be used.
+    Modules that only the file or the state has are added, see `build_network`. Parameters are on the CPU;
+    move `.module` to the device.
+
+    Args:
+        options: Options of the network.
+        default_module: Module of the family for `--network_module networks.lora`.
+        dit: The transformer.
+        seed: Seed of the initial values, which are the same on every machine.
+        encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
+            of their learning rates.
+        in_dit: Whether the DiT gets a network too.
+        resumed: Tensors of the state that will be loaded into it; None without a state.
+
+    Raises:
+        OptionError: If the module or its settings cannot be used.
+        CheckpointError: If the file cannot be used.
     """
     encoders = encoders or {}
     name = options.network_module or default_module
@@ -342,8 +364,11 @@ def _tensors_of(
 def tie_network(network: nn.Module, twin: nn.Module) -> None:
     """Make `twin` share the parameters and buffers of `network`; both are on the same device.
 
-    They were built with equal options, for DiTs of one shape. Raises OptionError if their values differ:
-    then these depend on the weights of the DiTs, as DoRA magnitudes do.
+    They must have been built with equal options, for DiTs of one shape.
+
+    Raises:
+        OptionError: If their values differ, because they depend on the weights of the DiTs, as DoRA
+            magnitudes do.
     """
     state = network.state_dict(keep_vars=True)
     twin_state = twin.state_dict(keep_vars=True)
@@ -360,9 +385,12 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
 
 
 def import_network_module(name: str) -> ModuleType:
-    """Import another package's module with `create_network(...)`. The working folder is searched too.
+    """Import another package's module with `create_network(...)`.
 
-    Raises OptionError if it cannot be imported or builds no network.
+    The working folder is searched too.
+
+    Raises:
+        OptionError: If it cannot be imported or builds no network.
     """
     if name in _NOT_BUILT:
         raise OptionError(f"--network_module {name}: {_NOT_BUILT[name]}")

@@ -89,7 +89,14 @@ class AddedPart:
     def __init__(
         self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
-        """delta: on the CPU. by_frozen_norms: see `Magnitudes.decompose`."""
+        """Hold the change of one module; it acts after `place_on`.
+
+        Args:
+            place: Parameter that is changed.
+            delta: The change, on the CPU.
+            multiplier: Strength.
+            by_frozen_norms: See `Magnitudes.decompose`.
+        """
         self.place = place
         self.delta = delta
         self.multiplier = multiplier
@@ -153,7 +160,10 @@ class AddedPart:
     def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
-        out: may be changed in place. has_weight: False adds the change of the bias alone.
+        Args:
+            out: Output of the module; it may be changed in place.
+            x: Input of the module.
+            has_weight: Whether the change of the weight is added; False adds that of the bias only.
         """
         if has_weight and self._adds_in_place(out):
             # the last product is added to `out` in place: one pass over it, not three
@@ -235,11 +245,21 @@ class AddedPart:
         return self._masked(hidden * self.multiplier)
 
     def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return values between the factors, without those of ranks that do not act. axis: of the ranks."""
+        """Return values between the factors, without those of ranks that do not act.
+
+        Args:
+            hidden: The values.
+            axis: Axis of the ranks.
+        """
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
 
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Mask ranks if the LoRA was trained so (T-LoRA). network: has the module. metadata: of the file."""
+        """Mask ranks if the LoRA was trained so (T-LoRA).
+
+        Args:
+            network: Network that contains the module.
+            metadata: Metadata of the LoRA file.
+        """
         rule = rule_of(metadata)
         rank = deltas.rank_of(self.delta.factors)
         if rule is not None and rank:
@@ -396,7 +416,13 @@ class AddedLoras:
     def switched_on(
         self, device: torch.device, dtype: torch.dtype, strength: float | None = None
     ) -> Iterator[None]:
-        """Add the LoRAs while the model computes in `dtype`. strength: of all LoRAs; None: each its own."""
+        """Add the LoRAs while the model computes in `dtype`.
+
+        Args:
+            device: Device of the run.
+            dtype: Dtype in which the model computes.
+            strength: Strength of all LoRAs; None gives each its own.
+        """
         try:
             for layer in self.layers:
                 for part in layer.parts:
@@ -411,11 +437,19 @@ class AddedLoras:
 def add_loras(
     dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False, option: str = "--sample_lora"
 ) -> AddedLoras:
-    """Put LoRAs into a model, switched off. Call after a network was attached, before compilation.
+    """Put LoRAs into a model, switched off.
 
-    is_compiled: blocks will be compiled; changes of norms are left out, because compiled code keeps its
-    weights. option: the option with the files, for messages. Raises CheckpointError if a file does not fit
-    the model or has magnitudes.
+    Call after a network was attached, before compilation.
+
+    Args:
+        dit: The transformer.
+        uses: LoRA files with their strengths.
+        is_compiled: Whether blocks will be compiled; changes of norms are then left out, because compiled
+            code keeps their weights.
+        option: The option with the files, for messages.
+
+    Raises:
+        CheckpointError: If a file does not fit the model or has magnitudes.
     """
     by_name = places(dit)
     parts: list[dict[str, AddedPart]] = []
@@ -471,7 +505,9 @@ def attach_parts(
 ) -> list[AddedLayer]:
     """Put the parts of several LoRAs into a model, switched off; return its changed layers.
 
-    parts: for each LoRA, by our names of modules. by_name: the `places` of the model.
+    Args:
+        parts: Parts of each LoRA, by our names of modules.
+        by_name: The `places` of the model.
     """
     by_module: dict[str, list[AddedPart]] = {}
     for lora_parts in parts:
@@ -498,7 +534,9 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
 def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
     """Return the modules that LoRAs may change, by our names: `lora_unet_blocks_0_ffn_0`.
 
-    published: maps the path of a module to its path in files.
+    Args:
+        dit: The transformer.
+        published: Maps the path of a module to its path in files.
     """
     by_name: dict[str, ChangedPlace] = {}
     for path, module in dit.named_modules():
@@ -515,8 +553,13 @@ def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, C
 def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Delta]:
     """Return the changes by a file for the modules of a model; warn of modules that the model lacks.
 
-    by_name: the `places` of the model. option: the option with the file, for messages. Raises
-    CheckpointError if the file does not fit the model.
+    Args:
+        lora: The LoRA file.
+        by_name: The `places` of the model.
+        option: The option with the file, for messages.
+
+    Raises:
+        CheckpointError: If the file does not fit the model.
     """
     heights = {name: len(place.shaped) for name, place in by_name.items()}
     stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, heights.get)))
@@ -551,7 +594,14 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
 def _misfit(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
-    """Return the error for a file of which a model has no module. absent: its modules."""
+    """Return the error for a file of which a model has no module.
+
+    Args:
+        lora: The LoRA file.
+        absent: Modules of the file.
+        family: Family of the model.
+        option: Option that names the file, for messages.
+    """
     if not lora.encoder:
         loading.reject_unknown(lora, option)
     lora_family = lora.family()
@@ -573,7 +623,8 @@ def _misfit(
 def _fit_delta(lora: LoraFile, name: str, delta: Delta, place: ChangedPlace, option: str) -> Delta:
     """Return the change of a module, without factors for other input channels of a first layer.
 
-    Raises CheckpointError if they do not fit the module.
+    Raises:
+        CheckpointError: If they do not fit the module.
     """
     weight = place.shaped
     if delta.sets_weight and place.leaf == "weight" and stored_in(place.module) is not None:

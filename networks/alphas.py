@@ -100,11 +100,18 @@ def find_alphas(
 ) -> FoundAlphas:
     """Find alphas for modules that have none, in the header or in PEFT settings there or in a file.
 
-    is_written_here: the file was written by us; then alphas are in tensors or folded into factors. modules:
-    factors by name. paths: of these modules, as in the file. start: prefix of their network in pipelines of
-    diffusers; "" if it has none. stacked: module -> number of factors that were joined into its own, each of
-    the trained rank. Raises CheckpointError if two places differ, ValueError and the like if PEFT's
-    settings cannot be used.
+    Args:
+        path: Path of the file.
+        metadata: Metadata of the file.
+        is_written_here: Whether the file was written by us; alphas are then in tensors or folded into
+            factors.
+        modules: Factors by module name.
+        paths: Paths of these modules, as in the file.
+        start: Prefix of their network in pipelines of diffusers; "" if it has none.
+        stacked: Number of factors that were joined into a module's own, each of the trained rank, by module.
+
+    Raises:
+        CheckpointError: If two places differ, ValueError and the like if PEFT's settings cannot be used.
     """
     ranks = _ranks_without_alpha(modules, stacked)
     if not ranks:
@@ -179,8 +186,12 @@ def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[
 def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Return the tensors of a file written by us with the alphas that were folded into their factors.
 
-    tensors: under our names. The change of the weights stays the same. Factors keep their dtype if that is
-    exact, else they become float32.
+    The change of the weights stays the same. Factors keep their dtype if that is exact, else they become
+    float32.
+
+    Args:
+        tensors: Tensors under our names.
+        metadata: Metadata of the file.
     """
     strengths = read_folded(metadata)
     modules = group_by_module(tensors)
@@ -321,8 +332,16 @@ def _sources_in_folder(path: Path, start: str) -> _Sources:
 def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
     """Return the settings in JSON for the network that a pipeline calls `start`, in any spelling.
 
-    network: of keys that name none. Settings without an alpha may hold nested ones, as PEFT's for
-    several adapters do. Raises AttributeError if `settings` is not a JSON object.
+    Settings without an alpha may hold nested ones, as PEFT's for several adapters do.
+
+    Args:
+        place: Description of where the settings are, for messages.
+        settings: The settings.
+        start: Prefix of the network in pipelines of diffusers.
+        network: Network of keys that name none.
+
+    Raises:
+        AttributeError: If `settings` is not a JSON object.
     """
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
     all_names = {key.name for key, _ in entries}
@@ -388,8 +407,16 @@ def read_alphas(
 ) -> FoundAlphas:
     """Find the alphas of a file's modules and text encoders by `find_alphas`.
 
-    expert: the expert of this part of the file; None: it has no parts. warns: log unusable values. Raises
-    CheckpointError if settings are unusable.
+    Args:
+        path: Path of the file.
+        metadata: Metadata of the file.
+        native: Tensors under our names.
+        expert: Expert of this part of the file; None if the file has no parts.
+        is_written_here: Whether the file was written by us.
+        warns: Whether unusable values are logged.
+
+    Raises:
+        CheckpointError: If settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
     start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
@@ -487,9 +514,10 @@ def peft_alphas(
     config: Mapping[str, Any],
     stacked: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """Return the alphas that PEFT settings give to modules.
+    """Return the alphas that PEFT settings give to modules; the arguments are those of `find_alphas`.
 
-    Arguments as for `find_alphas`. Raises ValueError if the settings cannot be used.
+    Raises:
+        ValueError: If the settings cannot be used.
     """
     rules = _read_rules(config)
     alphas: dict[str, Tensor] = {}
@@ -524,8 +552,8 @@ def _finite(value: Any) -> float:
 def _expression(key: str) -> Callable[[str], bool]:
     """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
-    Raises ValueError if the key is not a regular expression; so does the function if the search takes too
-    long.
+    Raises:
+        ValueError: If the key is not a regular expression; so does the function if the search takes too long.
     """
     import regex  # seldom needed
 

@@ -79,8 +79,15 @@ class Change:
     ) -> "Change":
         """Return the change fitted to this weight, which may be a part of the LoRA's module, or contain it.
 
-        relative: how the two are related; None: they are the same. name, model, option: for messages.
-        Raises CheckpointError if the shapes differ.
+        Args:
+            relative: How the weight and the LoRA's module are related; None if they are the same.
+            weight: The weight.
+            name: Name of the weight, for messages.
+            model: Name of the model, for messages.
+            option: Option that names the file, for messages.
+
+        Raises:
+            CheckpointError: If the shapes differ.
         """
         path = self.use.lora.path
         if self.delta.rotation is not None:
@@ -104,7 +111,14 @@ class Change:
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
         """Return a rotation of inputs fitted to a weight, which all of its rows have, or those of a part.
 
-        misfit: for messages, which file does not fit which model. Raises CheckpointError.
+        Args:
+            relative: How the weight and the LoRA's module are related; None if they are the same.
+            weight: The weight.
+            name: Name of the weight.
+            misfit: Start of the message, which says which file does not fit which model.
+
+        Raises:
+            CheckpointError: If the rotation does not fit.
         """
         path = self.use.lora.path
         rotation = self.delta.rotation
@@ -126,7 +140,9 @@ class Change:
     def _describe_error(self, shape: list[int], expected: list[int]) -> str:
         """Return the reason why the change does not fit, as in "it has ..."; "" if it fits.
 
-        shape: of the change. expected: shape of the rows of the parameter that it is for.
+        Args:
+            shape: Shape of the change.
+            expected: Shape of the rows of the parameter that the change is for.
         """
         if math.prod(shape) != math.prod(expected) or shape[:1] != expected[:1]:
             families = " or ".join(family.name for family in self.use.lora.families())
@@ -143,8 +159,10 @@ class Change:
     def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
         """Return the change of the whole layer that this one is the first part of, if the weight has it all.
 
-        Magnitudes by input need the norms of the whole layer. Raises MismatchError if the weight is
-        a part of it.
+        Magnitudes by input need the norms of the whole layer.
+
+        Raises:
+            MismatchError: If the weight is a part of it.
         """
         size = self.delta.size()
         first, last = deltas.rows_in(self.delta.factors)
@@ -196,8 +214,10 @@ class Change:
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
 
-        block: the rows, which may be every n-th; None: all. weight: these rows before any change; a change
-        that `sets_weight` is written into it, float32.
+        Args:
+            total: Sum of changes of these rows, changed in place.
+            block: Rows, which may be every n-th; None for all.
+            weight: These rows before any change; a change that `sets_weight` is written into it, float32.
         """
         if self.rows is not None:
             start = 0 if block is None else block.start
@@ -302,9 +322,13 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[Non
 def _sum_changes(
     changes: Sequence[Change], rows: slice | None, weight: Tensor, sample: SampledRows | None = None
 ) -> Tensor:
-    """Return the sum of changes for some rows of a parameter, float32. rows, weight: see `Change.add_to`.
+    """Return the sum of changes for some rows of a parameter, float32.
 
-    sample: notes what each file adds; if `rows` are given, they are those of the sample.
+    Args:
+        changes: Changes of the parameter.
+        rows: See `Change.add_to`.
+        weight: See `Change.add_to`.
+        sample: Records what each file adds; if `rows` are given, they are those of the sample.
     """
     total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for change in changes:
@@ -319,7 +343,12 @@ def _round_into(
 ) -> None:
     """Write the sum of base and changes into these elements of a parameter.
 
-    base: their values before the changes. start: number of elements before them.
+    Args:
+        weight: Elements of the parameter, changed in place.
+        base: Values of the elements before the changes.
+        total: Sum of the changes.
+        at_random: Random rounding; None rounds to the nearest.
+        start: Number of the parameter's elements before these.
     """
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
@@ -399,9 +428,16 @@ class LoraPatch:
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        target: dtype that the caller rounds the changed weight to; None: that of the weight. Works on blocks
-        of rows, to need no second copy. A change of the first layer for another number of input channels is
-        left out, and `check` reports it. Raises CheckpointError if a LoRA has another size.
+        It works on blocks of rows, so that no second copy of the weight is needed. A change of the first
+        layer for another number of input channels is left out, and `check` reports it.
+
+        Args:
+            name: Name of the weight.
+            weight: The weight.
+            target: Dtype to which the caller rounds the changed weight; None for that of the weight.
+
+        Raises:
+            CheckpointError: If a LoRA has another size.
         """
         changes = [change.to(weight.device) for change in self._fitting(name, weight)]
         blocks = [] if weight.is_meta else _blocks(weight, changes)
@@ -433,9 +469,13 @@ class LoraPatch:
     def _rounding_of(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
-        """Return the random rounding of a parameter; None: it is rounded to the nearest.
+        """Return the random rounding of a parameter; None if it is rounded to the nearest.
 
-        dtype, sample: see `LoraRounding.select_random`.
+        Args:
+            name: Name of the parameter.
+            device: Device of the parameter.
+            dtype: See `LoraRounding.select_random`.
+            sample: See `LoraRounding.select_random`.
         """
         if self._rounding is None or not self._rounding.select_random(dtype, sample):
             return None
@@ -488,7 +528,9 @@ class LoraPatch:
     def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
         """Change the weights of a loaded network, also those split among processes; `check` afterwards.
 
-        published: maps the name of a parameter to its name in files.
+        Args:
+            network: The network.
+            published: Maps the name of a parameter to its name in files.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
             if self.touches(published(name)):
@@ -501,7 +543,8 @@ class LoraPatch:
     def check(self) -> None:
         """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
 
-        Raises CheckpointError if no part of a LoRA has a weight.
+        Raises:
+            CheckpointError: If no part of a LoRA has a weight.
         """
         self.reject_misfits()
         family = select_family(self._modules, LIKELY_MODEL)
@@ -545,7 +588,12 @@ class LoraPatch:
                 raise self._misfit(use.lora, keys)
 
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
-        """Return the error for a LoRA of which no part has a weight. keys: of its changes."""
+        """Return the error for a LoRA of which no part has a weight.
+
+        Args:
+            lora: The LoRA file.
+            keys: Names of the parameters that the LoRA changes.
+        """
         if not lora.encoder:
             reject_unknown(lora)
         family = select_family(self._modules, LIKELY_MODEL)
@@ -631,8 +679,13 @@ class OriginalWeights:
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Keep a copy of the weight if a LoRA changes it, and return the weight as it is.
 
-        target: as `LoraPatch.add_to` has it; `switch` reads it from the network. Raises CheckpointError if a
-        LoRA has another size.
+        Args:
+            name: Name of the weight.
+            weight: The weight.
+            target: See `LoraPatch.add_to`; `switch` reads it from the network.
+
+        Raises:
+            CheckpointError: If a LoRA has another size.
         """
         published = self._published(name)
         self._all.add_to(published, deltas.hollow(weight))
@@ -663,8 +716,13 @@ class OriginalWeights:
 def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:
     """Compare names and shapes of LoRAs with the header of a transformer's file, before it is loaded.
 
-    companion: a file with more tensors of the model. Raises CheckpointError if a LoRA has another size, or
-    if no part of it has a weight.
+    Args:
+        model: File of the transformer.
+        uses: LoRA files with their strengths.
+        companion: File with further tensors of the model; None if there is none.
+
+    Raises:
+        CheckpointError: If a LoRA has another size, or if no part of it has a weight.
     """
     if not uses:
         return

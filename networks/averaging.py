@@ -94,7 +94,9 @@ def average_files(options: AveragingOptions) -> None:
 
     Sums are computed in float64. Alphas, and tensors of whole numbers, are not averaged but have to be equal.
     Memory: the result; if it is larger than a LoRA, one tensor, and hashes are left out.
-    Raises CheckpointError if the files are not of one network or hold NaN or infinite values.
+
+    Raises:
+        CheckpointError: If the files are not of one network or hold NaN or infinite values.
     """
     output = options.output_file
     with contextlib.ExitStack() as stack:
@@ -182,8 +184,9 @@ def exponent_of(sigma_rel: float) -> float:
 def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the files without copies, and without averages (EMA) if there are other files.
 
-    Raises CheckpointError if fewer than two are left, if names or shapes differ, or if the files are for
-    different experts.
+    Raises:
+        CheckpointError: If fewer than two are left, if names or shapes differ, or if the files are for
+            different experts.
     """
     chosen = _without_copies(files)
     if len(chosen) < 2:
@@ -280,7 +283,13 @@ def _make_averaging(files: Sequence[Checkpoint], weights: Sequence[float]) -> Ca
 
 
 def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
-    """Raise CheckpointError if a tensor differs between files. last: that of the last file."""
+    """Raise CheckpointError if a tensor differs between files.
+
+    Args:
+        name: Name of the tensor.
+        last: The tensor in the last file.
+        files: The files.
+    """
     for file in files[:-1]:
         if not torch.equal(file.read(name).double(), last.double()):
             raise CheckpointError(

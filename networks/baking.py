@@ -83,9 +83,11 @@ class Loss(NamedTuple):
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """Replace each module of another kind by the best LoRA of a given rank for its change at multiplier 1.
 
-    Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
-    OptionError if there is nothing to replace, or a kind that needs its model without it, CheckpointError if
-    the model does not fit.
+    Other modules do not change. Memory: the LoRA, and one weight with its change in float32.
+
+    Raises:
+        OptionError: If there is nothing to replace, or a kind that needs its model without it.
+        CheckpointError: If the model does not fit.
     """
     assert baking.rank is not None
     tensors = lora.tensors
@@ -188,7 +190,14 @@ def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, devic
 def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
     """Return the weight that a module changes, and its file.
 
-    rows: of the weight; None: not known. Raises CheckpointError if it is missing.
+    Args:
+        name: Name of the module.
+        rows: Number of rows of the weight; None if unknown.
+        lora: The LoRA file.
+        weights: Files of the model.
+
+    Raises:
+        CheckpointError: If it is missing.
     """
     alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
     bare = name.removeprefix(f"{prefix_of(name)}_")

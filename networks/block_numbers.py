@@ -43,7 +43,11 @@ class BlockSettings:
         return float(self.texts.get(THRESHOLD, 0))
 
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
-        """Return the settings for a model. Raises OptionError for lists of a wrong length."""
+        """Return the settings for a model.
+
+        Raises:
+            OptionError: For lists of a wrong length.
+        """
         first = next(iter(self.texts))
         if numbered is None:
             raise OptionError(
@@ -90,7 +94,8 @@ class BlockSettings:
 def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
     """Return the settings of numbered blocks among --network_args; None if there are none.
 
-    Raises OptionError for texts that are no numbers.
+    Raises:
+        OptionError: For texts that are no numbers.
     """
     texts = {key: str(arguments[key]) for key in KEYS if arguments.get(key) is not None}
     if not texts:

@@ -233,8 +233,10 @@ def convert_flux(options: FluxConvertOptions) -> None:
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     """Convert a LoRA of HunyuanImage-2.1 to ComfyUI's module names, or back.
 
-    Tensors and metadata stay, but hashes in metadata are recomputed. Raises CheckpointError if nothing
-    in the file has a name to change.
+    Tensors and metadata stay, but hashes in metadata are recomputed.
+
+    Raises:
+        CheckpointError: If nothing in the file has a name to change.
     """
     source = options.src_path
     output = options.dst_path
@@ -269,8 +271,11 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     """Convert a LoRA of Z-Image to ComfyUI's layout, where queries, keys and values are one module, or back.
 
     A joined LoRA has the sum of the three ranks, and as many times the alpha. Metadata are kept; hashes are
-    recomputed. Raises CheckpointError if nothing in the file is of the model, OptionError if a LoKr is to be
-    joined without --lokr_rank.
+    recomputed.
+
+    Raises:
+        CheckpointError: If nothing in the file is of the model.
+        OptionError: If a LoKr is to be joined without --lokr_rank.
     """
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
@@ -310,7 +315,12 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
 
 
 def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if ComfyUI reads no file of this kind. names: of its tensors."""
+    """Raise CheckpointError if ComfyUI reads no file of this kind.
+
+    Args:
+        source: The source file.
+        names: Names of its tensors.
+    """
     kind = kind_of_files(names, [kind for kind in KINDS if kind.refusal_by_comfyui])
     if kind is not None:
         raise CheckpointError(f"{source} {kind.refusal_by_comfyui}", source)
@@ -329,13 +339,23 @@ def _find_unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors
 def convert_file(
     source: Path, output: Path, target: str, family: str | None = None, baking: Baking | None = None
 ) -> None:
-    """Write the LoRA of `source`, of any dialect, in the dialect `target`. family, baking: see `Conversion`.
+    """Write the LoRA of `source`, of any dialect, in the dialect `target`.
 
-    Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. Modules
-    without a form in the other dialect are listed in a warning. LoRAs for parts of a fused module are joined.
-    A file with a LoRA for each expert stays one file in diffusers' dialect; the others have no form for it.
-    Raises CheckpointError if the file is not a LoRA, if nothing of it can be written, or if its model is not
-    `family` or ambiguous; OptionError if the output would replace the source.
+    Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. A
+    warning lists modules without a form in the other dialect. LoRAs for parts of a fused module are joined. A
+    file with a LoRA for each expert stays one file in diffusers' dialect; other dialects have no form for it.
+
+    Args:
+        source: File of the LoRA.
+        output: File to write.
+        target: Dialect to write.
+        family: See `Conversion`.
+        baking: See `Conversion`.
+
+    Raises:
+        CheckpointError: If the file is not a LoRA, if nothing of it can be written, or if its model is
+            ambiguous or not `family`.
+        OptionError: If the output would replace the source.
     """
     reject_replacing("--output", output, checkpoint_paths(source))
     how = Conversion(target, family, baking)
@@ -366,7 +386,13 @@ def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
 
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
-    """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
+    """Write one file of diffusers' dialect with a LoRA for each expert.
+
+    Args:
+        parts: LoRA of each expert.
+        output: File to write.
+        how: How to convert.
+    """
     for lora in parts.values():
         kind = kind_of_files(lora.tensors, [kind for kind in KINDS if kind.no_two_experts])
         if how.baking is None and kind is not None:
@@ -435,8 +461,14 @@ def converted(
 ) -> ConvertedLora:
     """Convert a LoRA to another dialect; warn of parts without a form in it.
 
-    family: of the LoRA. start: prefix of the names in diffusers' dialect. Raises CheckpointError if no part
-    can be written.
+    Args:
+        lora: The LoRA file.
+        target: Dialect to write.
+        family: Family of the LoRA.
+        start: Prefix of the names in diffusers' dialect.
+
+    Raises:
+        CheckpointError: If no part can be written.
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
@@ -486,8 +518,12 @@ def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "")
 def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     """Return the family of a LoRA by its module names; None if no family has them.
 
-    name: the family that the user or a family's own script names. Raises CheckpointError if the file is of
-    another family, or if several are possible and none is named.
+    Args:
+        lora: The LoRA file.
+        name: Family that the user or a family's own script names; None if none is named.
+
+    Raises:
+        CheckpointError: If the file is of another family, or if several are possible and none is named.
     """
     trained_family = module_names.read_family(lora.metadata)
     likely = lora.families()
@@ -524,7 +560,15 @@ def _save(
     family: FamilyNames | None,
     baked: str = "",
 ) -> None:
-    """Write a converted LoRA. baked: a text about the loss by conversion to plain factors."""
+    """Write a converted LoRA.
+
+    Args:
+        output: File to write.
+        result: The converted LoRA.
+        sources: Files that it was made from.
+        family: The model family.
+        baked: Text about the loss by conversion to plain factors.
+    """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [
         ("from", "\n".join(f"{lora.path}, {dialect_in_words(lora.dialect)}" for lora in sources)),

@@ -26,8 +26,13 @@ def fit_depths(
 ) -> list[LoraUse]:
     """Return LoRAs with the blocks that a model has; those for as many blocks unchanged.
 
-    names: of the model's tensors or modules. model: its file, for messages. Raises CheckpointError for a LoRA
-    whose blocks cannot be mapped to those of the model.
+    Args:
+        uses: LoRA files with their strengths.
+        names: Names of the model's tensors or modules.
+        model: File of the model, for messages.
+
+    Raises:
+        CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
     grown_of_uses = [_find_grown(use.lora) for use in uses]
     if not any(grown_of_uses):
@@ -64,7 +69,12 @@ def _find_grown(lora: LoraFile) -> GrownBlocks | None:
 
 
 def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
-    """Return the number of blocks of a model. names: of its tensors, in any layout."""
+    """Return the number of blocks of a model.
+
+    Args:
+        names: Names of the model's tensors, in any layout.
+        grown: How the family's deeper variants repeat blocks.
+    """
     modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
     family = select_family(modules)
     starts = (

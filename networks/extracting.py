@@ -173,8 +173,13 @@ def _extract_blocks(
 ) -> None:
     """Write the LoRA of a transformer's blocks, as `_extract`.
 
-    names_of: returns what the metadata say of the original. Raises CheckpointError if these tensors are
-    missing or differ in shape.
+    Args:
+        options: Options of the run.
+        weights: Names of the weights.
+        names_of: Returns what the metadata say about the original.
+
+    Raises:
+        CheckpointError: If these tensors are missing or differ in shape.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _values_of_both(bare_names(original), bare_names(tuned))
@@ -228,8 +233,10 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
 def extract_full(options: ExtractOptions) -> None:
     """Write the LoRA of a Stable Diffusion checkpoint, as `_extract`.
 
-    A text encoder is left out if none of its values has changed by more than `min_diff`. Raises
-    CheckpointError if the two are not of the same model.
+    A text encoder is left out if none of its values has changed by more than `min_diff`.
+
+    Raises:
+        CheckpointError: If the two are not of the same model.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
         pair = _values_of_both(original, tuned)
@@ -288,7 +295,14 @@ def _extract(
     """Write a LoRA whose product is near the difference of two models, tensor by tensor.
 
     Factors are U * S and V^T, limited to a quantile of their values; alpha is the rank. Memory: one weight of
-    each model, and the LoRA. family: its aliases name the modules.
+    each model, and the LoRA.
+
+    Args:
+        options: Options of the run.
+        pair: Files of both models.
+        plan: What to extract.
+        metadata: Metadata of the LoRA.
+        family: Family whose aliases name the modules; None keeps their names.
     """
     start = time.monotonic()
     output = options.save_to
@@ -329,9 +343,16 @@ class KeptChange:
 def _factors_of_change(
     options: ExtractOptions, pair: Pair, plan: Plan, kept: KeptChange
 ) -> dict[str, Tensor]:
-    """Return the LoRA of the difference of two models. Raises CheckpointError if they are equal.
+    """Return the LoRA of the difference of two models.
 
-    kept: counts the change, and what is left of it.
+    Args:
+        options: Options of the run.
+        pair: Files of both models.
+        plan: What to extract.
+        kept: Sums up the change, and what is left of it.
+
+    Raises:
+        CheckpointError: If they are equal.
     """
     device = select_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
@@ -359,7 +380,15 @@ def _factors_of_change(
 def _factors_of_module(
     module: ExtractedModule, difference: Tensor, *, quantile: float, dtype: torch.dtype, kept: KeptChange
 ) -> dict[str, Tensor]:
-    """Return the LoRA of a module, on the CPU. difference: the change of its tensor."""
+    """Return the LoRA of a module, on the CPU.
+
+    Args:
+        module: Name of the module and its rank.
+        difference: Change of its weight.
+        quantile: Quantile of the factors' values to which they are limited.
+        dtype: Dtype of the factors.
+        kept: Sums up the change, and what is left of it.
+    """
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
     kept.add(change.flatten(1), up @ down)

@@ -39,7 +39,12 @@ class Geometry:
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of x, B in H W. weight: out in * kernel, or out in kernel."""
+        """Return the convolution of x, B in H W.
+
+        Args:
+            x: Input, B in H W.
+            weight: Weight, out in * kernel, or out in kernel.
+        """
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
         return functional.conv2d(x, shaped, None, self.stride, self.padding, self.dilation)
 
@@ -78,9 +83,14 @@ class FactoredLayer(nn.Module):
     alpha: Tensor
 
     def __init__(self, original: Factored, shapes: Shapes, rank: int, alpha: float, product: Product) -> None:
-        """shapes: of the factors by name. alpha: 0 means rank.
+        """Make uninitialized factors for a frozen module; a Conv2d must have one group and pad with zeros.
 
-        A Conv2d is one of a single group that pads with zeros.
+        Args:
+            original: The frozen module.
+            shapes: Shapes of the factors by name.
+            rank: Rank of the factors.
+            alpha: Numerator of the scale alpha / rank; 0 means the rank.
+            product: Computes with the factors.
         """
         super().__init__()
         self.kind = product.kind

@@ -35,8 +35,9 @@ def _shape_of(module: Factored) -> tuple[int, ...]:
 def layer_of(module: Factored, path: str, factors: Factors, product: Product) -> FactoredLayer:
     """Return a layer with the rank and alpha of a file's factors.
 
-    Raises CheckpointError if its factors are not for the module's weight, or have a core (LyCORIS'
-    use_tucker) or magnitudes, which are not trained here.
+    Raises:
+        CheckpointError: If its factors are not for the module's weight, or have a core (LyCORIS' use_tucker)
+            or magnitudes, which are not trained here.
     """
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)

@@ -74,7 +74,12 @@ class LoraFormat:
     ) -> None:
         """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
-        dtype: of the tensors in the file; None: as trained. beside: as in `save_network`.
+        Args:
+            network: The network.
+            path: Path of the file.
+            dtype: Dtype of the tensors in the file; None keeps that of training.
+            metadata: Metadata of the file.
+            beside: See `save_network`.
         """
         # converted as trained, so that there is one rounding
         converted = self.convert(_on_cpu(network))
@@ -88,8 +93,11 @@ class LoraFormat:
     def convert(self, tensors: Mapping[str, Tensor]) -> Formatted:
         """Return tensors under the names of this format.
 
-        tensors: under our names, on the CPU. alpha / rank is folded into the factors by powers of two, where
-        the format has no alphas; the metadata say how (`FOLDED`), so that reading the file brings it back.
+        If the format has no alphas, alpha / rank is folded into the factors by powers of two. The metadata
+        say how (`FOLDED`), so that reading the file restores the alphas.
+
+        Args:
+            tensors: Tensors under our names, on the CPU.
         """
         if self.name == KNOWN:
             return Formatted(self._under_known_names(tensors), {}, {})
@@ -138,7 +146,12 @@ class LoraFormat:
         return groups
 
     def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> TranslatedModules:
-        """Return the tensors of a DiT. is_folded: fold alpha / rank into the factors."""
+        """Return the tensors of a DiT.
+
+        Args:
+            tensors: Tensors by name.
+            is_folded: Whether alpha / rank is folded into the factors.
+        """
         from networks.writing import in_own_form, in_target  # most runs save the known names
 
         native = in_own_form(tensors, self.family)
@@ -177,11 +190,19 @@ def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
 def select_format(
     options: NetworkOptions, family_name: str, module: str, texts: Mapping[str, str]
 ) -> LoraFormat | None:
-    """Return the format of --lora_format, or the family's usual one; None for another package's network.
+    """Return the format of --lora_format, or the family's default; None for another package's network.
 
-    module: that builds the network. texts: text encoders that learn, start of their modules' names -> name.
-    Raises OptionError if the format that was asked for cannot hold such a network. If the usual one cannot,
-    the names of the known tuners are used, and the log says why.
+    If the default cannot hold the network, the names of the known tuners are used, and the log gives the
+    reason.
+
+    Args:
+        options: Options of the network.
+        family_name: Name of the family.
+        module: Name of the module that builds the network.
+        texts: Names of the text encoders that are trained, by the start of their modules' names.
+
+    Raises:
+        OptionError: If the format that was asked for cannot hold the network.
     """
     family = read_family({TRAINED_ON: family_name})
     typed_name = options.lora_format

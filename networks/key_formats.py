@@ -87,7 +87,12 @@ def to_native(
     """Rename the tensors of any dialect to ours.
 
     Values are unchanged, except that `rewrite` joins some, and magnitudes become columns; missing alphas stay
-    missing. with_texts: also rename tensors of text encoders.
+    missing.
+
+    Args:
+        tensors: Tensors by name.
+        family_hint: Family that the user or the metadata names.
+        with_texts: Whether to rename tensors of text encoders too.
     """
     internal = tuple(key for key in tensors if ROWS in key)  # `rewrite` alone may say which rows a part has
     default = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
@@ -198,10 +203,15 @@ def _our_modules(places: Mapping[str, Place], families: Sequence[FamilyNames]) -
 def _find_family_for_texts(
     places: Mapping[str, TextPlace], families: Sequence[FamilyNames], hint: str | None
 ) -> FamilyNames | None:
-    """Return the family whose text encoders a file changes.
+    """Return the family whose text encoders a file changes; None if it is ambiguous.
 
-    families: by the names of modules of the DiT. None if several are possible whose text encoders have
-    different names: encoders are then called as in the file.
+    Then several are possible whose text encoders have different names, and encoders are called as in the
+    file.
+
+    Args:
+        places: Positions of the file's text encoders in their models.
+        families: Families that are possible by the names of the DiT's modules.
+        hint: Family that the user or the metadata names.
     """
     most = max((place.number for place in places.values()), default=1)
     likely = [family for family in families if len(family.encoders) >= most] or families[:1]
@@ -225,7 +235,10 @@ def _rename(
 ) -> dict[str, Tensor]:
     """Return tensors under our names, magnitudes as columns; modules without an alpha get that of the file.
 
-    names: by key. tensors: of the whole file, by key.
+    Args:
+        names: Our name of each key.
+        first_keys: First key of each module.
+        tensors: Tensors of the whole file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
     renamed = {f"{module}.alpha": tensors[key] for key in FOR_ALL if key in tensors for module in modules}

@@ -39,7 +39,9 @@ def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> 
 def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     """Return the kind of a tensor that is not a part of a LoRA, as in "tensors {words}".
 
-    family: of the LoRA.
+    Args:
+        family: Family of the LoRA; None if unknown.
+        key: Name of the tensor in the file.
     """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = strip_starts(_IN_PEFT.sub("", key.removesuffix(leaf))).path
@@ -93,10 +95,13 @@ def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
 def kind_of_module(
     model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str
 ) -> UnusedKind:
-    """Return the kind of a part that a model lacks. name: `lora_unet_x.weight` or `lora_unet_x`.
+    """Return the kind of a part that a model lacks.
 
-    model: the model's family. has_side: the model has modules of the text encoder's side. numberless: its
-    modules `without_numbers`.
+    Args:
+        model: Family of the model.
+        has_side: Whether the model has modules of the text encoder's side.
+        numberless: Names of the model's modules, `without_numbers`.
+        name: Name such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     side = "" if has_side else module_names.on_text_side(module)
@@ -137,7 +142,11 @@ _ENCODERS = {
 
 
 def kind_of_text_module(name: str) -> UnusedKind:
-    """Return the kind of a part that a text encoder lacks. name: `lora_te2_text_projection.weight`."""
+    """Return the kind of a part that a text encoder lacks.
+
+    Args:
+        name: Name such as `lora_te2_text_projection.weight`.
+    """
     prefix, _, path = name.partition(".")[0].partition("_")[2].partition("_")
     encoder = _ENCODERS.get(f"lora_{prefix}", "a text encoder")
     if path == TEXT_PROJECTION:
@@ -165,7 +174,10 @@ def module_of(name: str) -> str:
 def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
     """Return the parts of a LoRA whose modules a model lacks, because not all models of its family have them.
 
-    weights: names of the model's tensors.
+    Args:
+        names: Names of the LoRA's parts.
+        weights: Names of the model's tensors.
+        model: Family of the model.
     """
     existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not existing:

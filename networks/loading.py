@@ -116,8 +116,11 @@ class LoraFile:
     def for_expert(self, expert: str | None) -> "LoraFile":
         """Return the part for an expert if the file has parts, else the file itself.
 
-        expert: empty or None if the model has no experts or its expert is unknown. Raises CheckpointError
-        if the file has no part for it.
+        Args:
+            expert: Name of the expert; empty or None if the model has no experts or its expert is unknown.
+
+        Raises:
+            CheckpointError: If the file has no part for it.
         """
         if not self.parts:
             return self
@@ -128,7 +131,8 @@ class LoraFile:
     def modules(self) -> dict[str, dict[str, Tensor]]:
         """Return the factors of each module: `{"lora_unet_blocks_0_self_attn_q": {"lora_down.weight": ...}}`.
 
-        Raises CheckpointError if the file has parts and no part was chosen.
+        Raises:
+            CheckpointError: If the file has parts and no part was chosen.
         """
         if self.parts:
             raise _several(self.path)
@@ -241,8 +245,14 @@ def _read_part(
 ) -> LoraFile:
     """Rename the tensors of a file, or of one expert's part, to ours.
 
-    expert: None if names in the file do not show it. is_own: the file was written by us. family: see
-    `read_lora`.
+    Args:
+        path: Path of the file.
+        stored: Tensors as stored in the file.
+        metadata: Metadata of the file.
+        expert: Expert of the part; None if names in the file do not show it.
+        with_texts: Whether to read changes of text encoders.
+        is_own: Whether the file was written by us.
+        family: See `read_lora`.
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
@@ -302,7 +312,8 @@ def _recognise(
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
     """Return the tensors with our names, and the metadata with the family and the form that they show.
 
-    Raises CheckpointError if they are no LoRA or two have one name.
+    Raises:
+        CheckpointError: If they are no LoRA, or if two have one name.
     """
     trained_family = read_family(metadata)
     hint = family or (None if trained_family is None else trained_family.name)
@@ -350,7 +361,13 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
 
 
 def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if underscored names in a file are those of no module. stored: all its names."""
+    """Raise CheckpointError if underscored names in a file are those of no module.
+
+    Args:
+        path: Path of the file.
+        stored: All names in the file.
+        family: The model family.
+    """
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if strangers:
@@ -384,7 +401,10 @@ def _part_in_words(
 def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
     """Raise CheckpointError for factors that define no change, or are of a kind that is to be read otherwise.
 
-    unknown: keys that are not read.
+    Args:
+        path: Path of the file.
+        modules: Factors of each module, by name.
+        unknown: Keys that are not read.
     """
     for module, delta in read_deltas(modules).items():
         reason = delta.find_error()
@@ -421,7 +441,12 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the paths of a weight and of a part of it in a family. paths: `NativeTensors.paths`."""
+    """Yield the paths of a weight and of a part of it that a file has both, in a family.
+
+    Args:
+        family: The model family.
+        paths: See `NativeTensors.paths`.
+    """
     for name, path in paths.items():
         for relative in relatives(name.removeprefix(OURS), family):
             part_path = paths.get(OURS + relative.name) if relative.is_part else None
@@ -430,7 +455,14 @@ def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
-    """Warn of keys of a file that are not read. total: number of all keys."""
+    """Warn of keys of a file that are not read.
+
+    Args:
+        path: Path of the file.
+        native: Tensors under our names.
+        family: The model family.
+        total: Number of all keys.
+    """
     ignored = (
         (native.text_encoder, "tensors of a text encoder are ignored"),
         (list(native.repeated), "tensors of parts named once more are ignored"),
@@ -460,7 +492,11 @@ def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
 def reject_unknown(lora: LoraFile, option: str = "") -> None:
     """Raise CheckpointError if no known model has modules of a LoRA's names.
 
-    Call if no module of it has found a place. option: the option with the file.
+    Call if no module of it has found a place.
+
+    Args:
+        lora: The LoRA file.
+        option: Option that names the file, for messages.
     """
     if lora.unknown_names:
         raise CheckpointError(
@@ -476,7 +512,12 @@ def warn_of_unused_parts(
 ) -> None:
     """Warn of unused names, with a second, louder line if they are more than a few of `total`.
 
-    what: as in "4 of 24 {what}: a, b, c". consequence: if many are unused; "": none.
+    Args:
+        path: File of the LoRA.
+        unused: Unused names.
+        total: Number of all names.
+        what: Plural noun, as in "4 of 24 {what}: a, b, c".
+        consequence: Sentence for the case that many are unused; may be empty.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
     if consequence and len(unused) > A_FEW * total:
@@ -527,7 +568,11 @@ def lora_uses(
 ) -> list[LoraUse]:
     """Read LoRA files, given with their multipliers; return each with its patterns.
 
-    with_texts: with their changes of text encoders. with_words: with the learned words that they bring along.
+    Args:
+        files: Files with their multipliers.
+        patterns: Patterns of each file.
+        with_texts: Whether to read changes of text encoders.
+        with_words: Whether to read the trained words in the files.
     """
     included = _group_patterns_by_file(patterns, "include_patterns", len(files))
     excluded = _group_patterns_by_file(patterns, "exclude_patterns", len(files))
@@ -595,8 +640,14 @@ def warn_of_absent(
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_unused_parts`.
 
-    absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. total: number of all
-    parts. modules: of the model, without the prefix. encoder: `LoraFile.encoder`.
+    Args:
+        path: File of the LoRA.
+        absent: Names of the parts, `lora_unet_x.weight` or `lora_unet_x`.
+        total: Number of all parts.
+        what: Plural noun for the parts.
+        model: Name of the model.
+        modules: Names of the model's modules, without our prefix.
+        encoder: See `LoraFile.encoder`.
     """
     modules = list(modules)
     if encoder:
@@ -650,8 +701,13 @@ def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
     """Warn if a LoRA fits by its names but its metadata say that it was trained for another model.
 
-    modules: of the model; they show its release. Raises CheckpointError if the metadata name a need that this
-    program does not support.
+    Args:
+        lora: The LoRA file.
+        model: Name of the model.
+        modules: Names of the model's modules, which show its release.
+
+    Raises:
+        CheckpointError: If the metadata name a need that this program does not support.
     """
     if model is None:
         return
@@ -686,7 +742,10 @@ def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
     """Warn if a LoRA was trained for another expert than the one it is added to.
 
-    expert: the one it is added to; empty or None if the model has no experts or its expert is unknown.
+    Args:
+        lora: The LoRA file.
+        expert: Expert that the LoRA is added to; empty or None if the model has no experts or its expert is
+            unknown.
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return

@@ -166,7 +166,12 @@ class LoraLayer(nn.Module):
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return the addition by the LoRA. x: ... in, or B in H W, in the dtype of the products."""
+        """Return the addition by the LoRA.
+
+        Args:
+            x: Input, ... in, or B in H W, in the dtype of the products.
+            dropouts: Dropouts; None outside training.
+        """
         factors = self._factors_in(x.dtype)
         if factors is None:
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
@@ -231,7 +236,11 @@ class LoraLayer(nn.Module):
         """Return whether the LoRA's products are added to the tensors of the frozen module in place.
 
         Not in compiled code, which fuses the operations by itself, and not with `combine`, which needs both
-        outputs more than once. dtype: of the products.
+        outputs more than once.
+
+        Args:
+            x: Input of the layer.
+            dtype: Dtype of the products.
         """
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:

@@ -32,7 +32,13 @@ class OwnNetwork(nn.Module):
     """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
-        """layers: each has `attach`, `norm`, `shrink`, its `kind`, `rank`, `size_word` and `multiplier`."""
+        """Collect the layers of the network; `attach` puts them into the models.
+
+        Args:
+            layers: Layers by name. Each has `attach`, `norm`, `shrink`, its `kind`, `rank`, `size_word` and
+                `multiplier`.
+            settings: Settings of the network.
+        """
         super().__init__()
         self.settings = settings
         self.names = list(layers)
@@ -65,7 +71,11 @@ class OwnNetwork(nn.Module):
         self.state_beside_file = {"ggpo": strengths}
 
     def attach(self, in_dit: bool = True) -> None:
-        """Put the layers into the models they were built for. in_dit: into the DiT too."""
+        """Put the layers into the models they were built for.
+
+        Args:
+            in_dit: Whether layers are put into the DiT too.
+        """
         for name, layer in zip(self.names, self.layers, strict=True):
             if in_dit or prefix_of(name) != UNET:
                 layer.attach()
@@ -87,8 +97,14 @@ class OwnNetwork(nn.Module):
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
         """Start from a file of any dialect; returns (and warns of) modules that only file or network has.
 
-        The file's alphas are loaded too. modules: of the model; they show its release. Raises
-        CheckpointError if a module has other factors or sizes here, or if no module is here.
+        The file's alphas are loaded too.
+
+        Args:
+            path: Path of the file.
+            modules: Modules of the model, which show its release.
+
+        Raises:
+            CheckpointError: If a module has other factors or sizes here, or if no module is here.
         """
         from networks import loading  # only for --network_weights
         from networks.depths import fit_depths
@@ -173,10 +189,14 @@ class OwnNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and a name of each for logs.
 
-        unet_lr: rate of the DiT's part; None: `learning_rate`. text_encoder_lr: rates of the trained text
-        encoders in order, the last one for all further ones; None: `learning_rate`. Parts with rate 0 are in
-        no group. With LoRA+ the up matrices have their own groups. The last matching pattern of
-        network_reg_lrs gives a module's rate.
+        Parts with rate 0 are in no group. With LoRA+ the up matrices have their own groups. The last matching
+        pattern of network_reg_lrs gives a module's rate.
+
+        Args:
+            learning_rate: Rate of parts without one of their own.
+            unet_lr: Rate of the DiT's part; None for `learning_rate`.
+            text_encoder_lr: Rates of the trained text encoders in order, the last one for all further ones;
+                None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         rates = self._select_rates_of_text_encoders(text_rates)
@@ -270,7 +290,12 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
 
 
 def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
-    """Return the error for a file of which the network has no module. stored: its modules."""
+    """Return the error for a file of which the network has no module.
+
+    Args:
+        lora: The LoRA file.
+        stored: Modules of the file.
+    """
     from networks import leftovers, loading  # only for --network_weights
 
     loading.reject_unknown(lora, "--network_weights")
@@ -292,7 +317,12 @@ def _warn_of_unusable(
 ) -> list[str]:
     """Warn of modules of a file that this model cannot have a LoRA for, and return them.
 
-    absent: modules of the file that the network lacks. modules: of the model.
+    Args:
+        path: Path of the file.
+        stored: Factors in the file, by module.
+        absent: Modules of the file that the network lacks.
+        modules: Modules of the model.
+        family: The model family.
     """
     from networks import leftovers, loading  # only for --network_weights
 
@@ -320,7 +350,13 @@ def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping
 
 
 def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return a remedy for a module of a file that does not fit. factors: those that it has in the network."""
+    """Return a remedy for a module of a file that does not fit.
+
+    Args:
+        stored: Factors in the file.
+        factors: Factors of the module in the network.
+        name: Name of the module.
+    """
     if DOWN not in factors:
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
     if stored[name].keys() != factors.keys():
@@ -348,8 +384,12 @@ def prefix_of(name: str) -> str:
 def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors of text encoders under the prefixes that a model has.
 
-    prefixes: those of the model. The only or first encoder is `lora_te` in some models and `lora_te1` in
-    others. Models with two CLIPs have no `lora_te`; there the name is another model's.
+    The only or first encoder is `lora_te` in some models and `lora_te1` in others. Models with two CLIPs have
+    no `lora_te`; there the name is another model's.
+
+    Args:
+        texts: Tensors of text encoders.
+        prefixes: Prefixes of the model's text encoders.
     """
     first_names = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
     if "lora_te2" in prefixes:

@@ -24,8 +24,12 @@ from modules.private_torch import disable_dynamo
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return x for a frozen layer, and x @ down^T, ... R.
 
-    x: ... in. down: R x in, in the dtype of x. The frozen layer must be linear and must be the only one to
-    use the first result: the input gradient that it computes becomes the sum of both, in place.
+    The frozen layer must be linear and must be the only one to use the first result: the input gradient that
+    it computes becomes the sum of both, in place.
+
+    Args:
+        x: Input, ... in.
+        down: Down factor, R x in, in the dtype of x.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x, functional.linear(x, down)
@@ -91,9 +95,13 @@ class _Hold(torch.autograd.Function):
 def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], saved: Tensor | None) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
-    out: ... out, of a frozen layer; nothing else may use it. hidden: ... R and up: out x R, in its dtype.
-    heights: rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as wide as
-    `up`. saved: the result of `hold` for the same arguments.
+    Args:
+        out: Output of a frozen layer, ... out; nothing else may use it.
+        hidden: Values between the factors, ... R.
+        up: Up factor, out x R, in the dtype of `hidden`.
+        heights: Rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as wide
+            as `up`.
+        saved: Result of `hold` for the same arguments.
     """
     heights = tuple(heights or up.shape[:1])
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
@@ -133,7 +141,13 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right, if contiguous in place of `total`, ... C. left: M K. right: K C."""
+    """Return total + left @ right, ... C, in place of `total` if that is contiguous.
+
+    Args:
+        total: Tensor to add to, ... C.
+        left: Left matrix, M K.
+        right: Right matrix, K C.
+    """
     # in place, because torch begins a product with a result of its own by copying `total` there
     total = total.contiguous()
     total.view(-1, total.shape[-1]).addmm_(left, right)
@@ -155,7 +169,12 @@ class BlockUp(nn.Module):
     """
 
     def __init__(self, rank: int, heights: Sequence[int]) -> None:
-        """rank: of all parts together. heights: rows of each part; uninitialised, float32 on the CPU."""
+        """Make uninitialized blocks, float32 on the CPU.
+
+        Args:
+            rank: Rank of all parts together.
+            heights: Rows of each part.
+        """
         super().__init__()
         self.heights = tuple(heights)
         self.weight = nn.Parameter(torch.empty(sum(heights), rank // len(heights)))
@@ -195,9 +214,17 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
 
-    rows, columns: of the layer's weight; queries are as many as its columns, or a third of the rows if heads
-    are together wider than their input. Of 3 parts, keys and values share the remaining rows (they may have
-    fewer heads); of 4, they are as high as queries. () if that does not fit.
+    The queries have as many rows as the weight has columns, or a third of the rows if the heads together are
+    wider than their input. Of 3 parts, keys and values share the remaining rows (they may have fewer heads);
+    of 4, they are as high as queries.
+
+    Args:
+        parts: Number of parts.
+        rows: Number of rows of the layer's weight.
+        columns: Number of columns of the layer's weight.
+
+    Returns:
+        The rows, or () if they do not fit.
     """
     heights: tuple[int, ...] = ()
     if parts == 3:
@@ -212,7 +239,9 @@ def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
 def diagonal_blocks(up: Tensor, heights: Sequence[int]) -> list[Tensor] | None:
     """Return the blocks of a block-diagonal up factor, None if it is none.
 
-    up: out x P R. heights: rows of each of the P parts.
+    Args:
+        up: Up factor, out x P R.
+        heights: Rows of each of the P parts.
     """
     if up.ndim != 2 or sum(heights) != len(up) or up.shape[1] % len(heights):
         return None
@@ -238,8 +267,13 @@ def row_strengths(
 
     It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base^2 + |row of up @ down|^2) and g = |row of
     scale * (up @ d_down + d_up @ down)|. Only products of the rank's width are computed.
-    factors: down R x in, up out x R. gradients: of both. base: the mean norm of the frozen weight's rows.
-    rule: sigma and beta.
+
+    Args:
+        factors: Down factor, R x in, and up factor, out x R.
+        gradients: Gradients of both factors.
+        scale: Scale of the LoRA.
+        base: Mean norm of the frozen weight's rows.
+        rule: Values of sigma and beta.
     """
     down, up = factors
     d_down, d_up = gradients
@@ -290,9 +324,14 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return the effect of a weight's noise on a layer's output. x: ... in. deviations: out, one per row.
+    """Return the effect of a weight's noise on a layer's output.
 
     Gradients flow to x; the noise itself is treated as constant.
+
+    Args:
+        x: Input, ... in.
+        deviations: Standard deviation of the noise in each row of the weight, out.
+        seed: Seed of the noise.
     """
     added: Tensor = _Noise.apply(x, deviations.to(x.device), seed)
     return added

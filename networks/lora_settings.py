@@ -51,7 +51,11 @@ def readers_of(rules: LoraRules) -> dict[str, Reader]:
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read `all`, `none` or a list such as `0,1,8-12`. Raises OptionError for anything else."""
+    """Read `all`, `none` or a list such as `0,1,8-12`.
+
+    Raises:
+        OptionError: For anything else.
+    """
     text = str(typed)
     if text.strip() in ("all", "none"):
         return None if text.strip() == "all" else frozenset()
@@ -152,7 +156,15 @@ def read_settings(
 ) -> LoraSettings:
     """Read settings from the options and from `--network_args`, whose values may be strings.
 
-    rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
+    Args:
+        rank: Value of --network_dim.
+        alpha: Value of --network_alpha.
+        neuron_dropout: Value of --network_dropout.
+        arguments: Values of --network_args.
+        rules: Rules of the family's module.
+
+    Raises:
+        OptionError: If a key is unknown or a value is out of range.
     """
     blocks = read_blocks(arguments)
     values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
@@ -257,8 +269,11 @@ def _with_keys(keys: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
     """Return settings whose patterns fit names in either spelling; warn of patterns that fit none.
 
-    modules: of all networks that may get a LoRA: (start of the name in files, path with dots). Patterns that
-    fit some modules as written are unchanged; the others are tried in all spellings.
+    Patterns that fit some modules as written are unchanged; the others are tried in all spellings.
+
+    Args:
+        settings: Settings of the network.
+        modules: Modules of all networks that may get a LoRA: start of the name in files, and path with dots.
     """
     paths = [path for _, path in modules]
     names = [start + path.replace(".", "_") for start, path in modules]
@@ -305,7 +320,13 @@ def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
 
 
 def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, ...]]) -> None:
-    """Log which patterns override earlier ones. matches: for each module, the result of `find_by_pattern`."""
+    """Log which patterns override earlier ones.
+
+    Args:
+        argument: Name of the argument.
+        pairs: Patterns with their values.
+        matches: Patterns that match each module, from `find_by_pattern`.
+    """
     counts = Counter((place, places[-1]) for places in matches for place in places[:-1])
     for (place, last), count in sorted(counts.items()):
         overridden, _ = pairs[place]

@@ -75,7 +75,8 @@ def merge_dit(options: MergeOptions) -> None:
 def merge_whole(options: FullMergeOptions) -> None:
     """Merge LoRAs of Stable Diffusion into a single-file checkpoint, or into one LoRA if none is given.
 
-    Raises CheckpointError if a file cannot be used or fits nothing.
+    Raises:
+        CheckpointError: If a file cannot be used or fits nothing.
     """
     uses = _read_uses(options)
     if options.sd_model is None:
@@ -95,8 +96,9 @@ def merge_whole(options: FullMergeOptions) -> None:
 def merge_flux(options: FluxMergeOptions) -> None:
     """Merge LoRAs of FLUX into its transformer and its text encoders, or into one LoRA if none is given.
 
-    Raises CheckpointError if a file cannot be used or fits nothing, OptionError if a model has no part in any
-    LoRA.
+    Raises:
+        CheckpointError: If a file cannot be used or fits nothing.
+        OptionError: If a model has no part in any LoRA.
     """
     device = torch.device(options.working_device)
     uses = _read_uses(options)
@@ -163,7 +165,14 @@ def _metadata_of_sum(
     family: FamilyNames | None,
     no_metadata: bool,
 ) -> dict[str, str]:
-    """Return the metadata of the sum of LoRAs. no_metadata: only what loaders need to know."""
+    """Return the metadata of the sum of LoRAs.
+
+    Args:
+        loras: The files.
+        tensors: Tensors by name.
+        family: The model family.
+        no_metadata: Whether to keep only what loaders need.
+    """
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     module = "networks.lora_flux"
@@ -197,7 +206,8 @@ def _find_family_of_sum(
 ) -> FamilyNames | None:
     """Return the family of a sum of LoRAs; None if there are only parts of text encoders.
 
-    Raises CheckpointError if several are possible and nothing says which one.
+    Raises:
+        CheckpointError: If several are possible and nothing says which one.
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
@@ -240,13 +250,23 @@ def merge_into_file(
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
-    dtype: of the result's weights; None: as in the model, bfloat16 for quantised ones. option: that of
-    `output`, for messages. rounding: a value of `--lora_rounding`. in_channels: required input channels of
-    the model's first layer. Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the
-    tensor's change in float32).
+    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
+    float32).
 
-    Raises CheckpointError if a file is unusable or a LoRA fits nothing, OptionError if the output would
-    replace an input, OutputError if it cannot be written.
+    Args:
+        model: File of the model.
+        uses: LoRA files with their strengths.
+        output: File to write.
+        device: Device of the run.
+        in_channels: Required input channels of the model's first layer.
+        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
+        option: Option that names `output`, for messages.
+        rounding: A value of `--lora_rounding`.
+
+    Raises:
+        CheckpointError: If a file is unusable or a LoRA fits nothing.
+        OptionError: If the output would replace an input.
+        OutputError: If it cannot be written.
     """
     start = time.monotonic()
     reject_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
@@ -319,7 +339,13 @@ def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[Lora
 def _written_tensors(
     checkpoint: Checkpoint, quantised: Collection[str], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
-    """Return the tensors of a merged model. quantised: weights that are quantised in the model's file."""
+    """Return the tensors of a merged model.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        quantised: Names of weights that are quantized in the model's file.
+        dtype: Dtype of the result's weights.
+    """
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
         if info.dtype in _WIDE:  # whole numbers stay as they are
@@ -360,9 +386,17 @@ def _add_up(
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) of all files as a LoRA, module by module.
 
-    concat: keep all ranks, which is exact. Otherwise approximate each module's sum at the rank that it has in
-    the first file with the module. Raises CheckpointError for anything but plain LoRAs, for other sizes and
-    for LoRAs of several models.
+    Otherwise approximate each module's sum at the rank that it has in the first file with the module.
+
+    Args:
+        uses: LoRA files with their strengths.
+        concat: Whether to keep all ranks, which is exact. Otherwise each module's sum is approximated at the
+            rank that it has in the first file with the module.
+        dtype: Dtype of the result.
+        device: Device of the run.
+
+    Raises:
+        CheckpointError: For anything but plain LoRAs, for other sizes and for LoRAs of several models.
     """
     _reject_other_families([use.lora for use in uses])
     for use in uses:

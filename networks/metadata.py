@@ -52,7 +52,8 @@ def in_words(expert: str) -> str:
 def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
     """Return the metadata for one expert's part of a file; they name the expert.
 
-    Raises ValueError if the file's metadata of its parts are unreadable.
+    Raises:
+        ValueError: If the file's metadata of its parts are unreadable.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
     of_expert = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
@@ -114,7 +115,12 @@ def save_network(
 ) -> None:
     """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
-    dtype: of the tensors in the file; None: as trained. beside: further tensors, by their names there.
+    Args:
+        module: The module.
+        path: Path of the file.
+        dtype: Dtype of the tensors in the file; None keeps that of training.
+        metadata: Metadata of the file.
+        beside: Further tensors, by their names in the file.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
@@ -157,7 +163,10 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
     """Describe the LoRA of one expert, or of a model without experts; None if it is not a LoRA.
 
-    names: of its tensors. part: the expert, if the file has a LoRA for each.
+    Args:
+        checkpoint: The opened checkpoint.
+        names: Names of its tensors.
+        part: Expert, if the file has a LoRA for each; else None.
     """
     from networks import key_formats  # only for LoRAs
     from networks.tensor_names import dialect_in_words

@@ -54,10 +54,13 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
 
 
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
-    """Return the families whose LoRAs the scripts of a family take. name: of the family that has scripts.
+    """Return the families whose LoRAs the scripts of a family take.
 
     A variant in a folder of its own (FLUX.1 Kontext, Stable Diffusion XL) takes those of the folder around:
     those of its own names if there are any, else all.
+
+    Args:
+        name: Name of a family that has scripts.
     """
     folder = FOLDERS[name]
     families: tuple[FamilyNames, ...] = import_own(f"{folder}.names").LORA
@@ -386,7 +389,7 @@ class _Table(Generic[Entry]):
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
-        """pairs: (template, its entry), in order of precedence."""
+        """Index the templates; `pairs` are templates with their entries, in order of precedence."""
         self._entries: dict[str, list[tuple[int, Entry]]] = {}
         for place, (template, entry) in enumerate(pairs):
             self._entries.setdefault(template.replace(".", "_"), []).append((place, entry))

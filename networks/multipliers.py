@@ -11,7 +11,12 @@ from modules.paths import explain_missing
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
     """Return the file and the multiplier of each `FILE[:MULTIPLIER]`.
 
-    option: that they are from. Raises OptionError if a file is missing or a multiplier is not finite.
+    Args:
+        option: Option that gives the texts, for messages.
+        texts: The texts.
+
+    Raises:
+        OptionError: If a file is missing or a multiplier is not finite.
     """
     files = [split_multiplier(option, text) for text in texts]
     for path, _ in files:

@@ -53,7 +53,8 @@ WITH_FILE = {
 def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     """Read the settings of one of our modules, and what its kind reads of `--network_args` for its layers.
 
-    Raises OptionError for a setting that is unknown or out of range, or that only LoRAs have.
+    Raises:
+        OptionError: For a setting that is unknown or out of range, or that only LoRAs have.
     """
     module = OWN_MODULES[name]
     kind = module.kind

@@ -43,7 +43,8 @@ class LoraSize(NamedTuple):
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
     """Return the modules of a DiT that its spec, rules and patterns choose, by our names.
 
-    Raises OptionError if no module is left, or for blocks that the DiT does not have.
+    Raises:
+        OptionError: If no module is left, or for blocks that the DiT does not have.
     """
     spec = spec_of(unet)
     rules = settings.rules
@@ -93,8 +94,11 @@ def _choose(
 ) -> dict[str, Target]:
     """Choose modules.
 
-    start: of their names. optional: parts of paths to leave out unless a pattern or a rank of their kind
-    asks for them.
+    Args:
+        candidates: Modules by path.
+        settings: Settings of the network.
+        start: Prefix of our names.
+        optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
@@ -130,7 +134,13 @@ def _choose(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether patterns leave a module out. is_optional: it is left out unless a pattern asks."""
+    """Return whether patterns leave a module out.
+
+    Args:
+        path: Path of the module.
+        settings: Settings of the network.
+        is_optional: Whether the module is left out unless a pattern asks for it.
+    """
     is_excluded = is_optional or any(pattern.match(path) for pattern in settings.exclude)
     return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
@@ -143,7 +153,12 @@ def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[Pl
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
-    """Raise OptionError for numbers of blocks that a model does not have. depths: by list of blocks."""
+    """Raise OptionError for numbers of blocks that a model does not have.
+
+    Args:
+        settings: Settings of the network.
+        depths: Number of blocks by list.
+    """
     rules = settings.rules
     if rules is None:
         return
@@ -209,10 +224,16 @@ def build_network(
 ) -> OwnNetwork:
     """Build one of our networks on the modules that the settings choose.
 
-    name: of the module, in OWN_MODULES. dit: None if only encoders learn. encoders: text encoders that learn,
-    by their `lora_prefix`. begun: tensors under our names that the network begins with; those of its modules
-    that are not default and not left out by `typed.arguments` are added, with their own rank and alpha.
-    Raises OptionError for wrong settings, or if no module is left.
+    Args:
+        name: Name of the module, one of OWN_MODULES.
+        typed: Settings as the user typed them.
+        dit: The transformer; None if only text encoders are trained.
+        encoders: Text encoders that are trained, by their `lora_prefix`.
+        begun: Tensors under our names with which the network starts. Modules that are neither default nor
+            left out by `typed.arguments` are added, with their own rank and alpha.
+
+    Raises:
+        OptionError: For wrong settings, or if no module is left.
     """
     settings, own = read_own(name, typed)
     learning = {
@@ -256,7 +277,8 @@ def build_network(
 def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
     """Give the LoRAs of a DiT the masks of their rule; those of text encoders see no noise and have none.
 
-    Raises OptionError if only text encoders learn.
+    Raises:
+        OptionError: If only text encoders learn.
     """
     if settings.rank_rule is None:
         return
@@ -279,7 +301,12 @@ def _joining_layers(
 ) -> dict[str, nn.Module]:
     """Return the layers that `begun` adds to those of a network, see `build_network`.
 
-    name: of the network's module. by_name: all modules that can have a LoRA.
+    Args:
+        layers: Layers of the network by name.
+        name: Name of the network's module.
+        settings: Settings of the network.
+        begun: Tensors with which the network starts.
+        by_name: All modules that can have a LoRA, by name.
     """
     kind = OWN_MODULES[name].kind
     joining: dict[str, nn.Module] = {}
@@ -296,7 +323,13 @@ def _joining_layers(
 def _in_order(
     layers: dict[str, nn.Module], joining: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Return the layers with those that join them, in the model's order. names: of all modules."""
+    """Return the layers with those that join them, in the model's order.
+
+    Args:
+        layers: Layers by name.
+        joining: Layers that join them, by name.
+        names: Names of all modules, in the model's order.
+    """
     if not joining:
         return layers
     logger.info(
@@ -308,7 +341,13 @@ def _in_order(
 
 
 def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> bool:
-    """Return whether arguments leave a module out. name: our name."""
+    """Return whether arguments leave a module out.
+
+    Args:
+        placed: The module and where it is.
+        name: Our name of the module.
+        settings: Settings of the network.
+    """
     if not name.startswith(OURS):
         settings = replace(settings, rules=None)
     rules = settings.rules
@@ -364,8 +403,17 @@ def build_from_tensors(
 ) -> OwnNetwork:
     """Build one of our networks with the modules, ranks and alphas of a file's tensors, not their values.
 
-    tensors: under our names. Of `typed` only dropout and arguments count. Modules that the model does not
-    have are logged. Raises CheckpointError if nothing fits, or if the file holds another kind of network.
+    Modules that the model does not have are logged.
+
+    Args:
+        name: Name of the module, one of OWN_MODULES.
+        tensors: Tensors under our names.
+        typed: Settings as the user typed them; only dropout and arguments count.
+        dit: The transformer.
+        encoders: Text encoders that are trained.
+
+    Raises:
+        CheckpointError: If nothing fits, or if the file holds another kind of network.
     """
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)

@@ -78,8 +78,9 @@ def is_cut(part: WeightPart) -> bool:
 def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
     """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
 
-    tensors: under our names, with our prefix; others are unchanged. height: module -> number of rows of its
-    weight, None if the model lacks the module.
+    Args:
+        tensors: Tensors under our names, with our prefix; others are unchanged.
+        height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
     return fuse(cut(tensors, height), height)
 
@@ -108,7 +109,10 @@ def _heights_of_parts(
 ) -> dict[Relative, int | None]:
     """Return the rows of the parts of a module that have no LoRA of their own; None if the model lacks one.
 
-    modules: with LoRAs. height: as for `for_model`.
+    Args:
+        name: Name of the module.
+        modules: Modules with LoRAs.
+        height: See `for_model`.
     """
     heights: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
@@ -156,7 +160,9 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
 def joined_blocks(factors: Factors, heights: Sequence[int]) -> list[Factors]:
     """Return the LoRAs that one of several parts was joined from; [] of one that was trained as a whole.
 
-    heights: rows of the parts.
+    Args:
+        factors: Factors of the module, by name of the part.
+        heights: Rows of the parts.
     """
     is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
     if not is_plain or len(heights) < 2:
@@ -212,12 +218,15 @@ def fuse(
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module to one for the module; warn of LoRAs that cannot be joined.
 
-    tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
-    its weight, None if the model lacks it: its parts then do not change. Without `height` every part is
-    joined, and heights come from the parts, also those in other blocks; if no block has the last part of a
-    weight, its height is that of all published models. family: of the modules; None: any. The
-    change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
-    one down factor.
+    Without `height` every part is joined, and heights come from the parts, also those in other blocks; if no
+    block has the last part of a weight, its height is that of all published models. The change of the weight
+    stays the same. The rank is the sum of the parts' ranks, or their rank if they share one down factor.
+
+    Args:
+        tensors: Tensors under our names, with our prefix; others are unchanged.
+        height: Returns the number of rows of a fused module's weight; None if the model lacks the module,
+            whose parts then do not change.
+        family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
     fused: dict[str, Factors] = {}
@@ -283,7 +292,9 @@ def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
 def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
     """Estimate the rows of a weight from those of some of its parts; 0 if there are none.
 
-    siblings: all parts of the weight. rows: index of a part -> its rows.
+    Args:
+        siblings: All parts of the weight.
+        rows: Number of rows by index of the part.
     """
     reference = next((part for part in siblings if rows.get(part.index)), None)
     if reference is None:
@@ -308,8 +319,11 @@ def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]
 def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none.
 
-    is_for_model: make whole differences of parts whose factors cannot be joined. These are large, so files
-    get the parts separately.
+    Args:
+        pieces: Factors of the parts.
+        height: Number of rows of the weight.
+        is_for_model: Whether parts whose factors cannot be joined become full differences. These are large,
+            so files get the parts separately.
     """
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:
@@ -372,7 +386,9 @@ def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
 def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     """Return one LoRA whose up factor has the parts' up factors as blocks, each in its rows.
 
-    placed: in the order of the rows, which is that of the ranks.
+    Args:
+        placed: Factors with their rows, in the order of the rows, which is that of the ranks.
+        height: Number of rows of the weight.
     """
     scales = [strength(part.factors) for part in placed]
     scale = scales[0]
@@ -394,7 +410,14 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
 
 
 def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
-    """Return an up factor with those of parts as blocks. is_shared: the parts share their down factor."""
+    """Return an up factor with those of parts as blocks.
+
+    Args:
+        placed: Factors with their rows.
+        height: Number of rows of the weight.
+        rank: Rank of all parts together.
+        is_shared: Whether the parts share their down factor.
+    """
     joined = placed[0].factors[UP].new_zeros(height, rank)
     start = 0
     for part in placed:
@@ -456,7 +479,9 @@ def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
 def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
     """Return the change of a weight of this height by its parts, float32, or the reason why there is none.
 
-    placed: in the order of the rows.
+    Args:
+        placed: Factors with their rows, in the order of the rows.
+        height: Number of rows of the weight.
     """
     parts = [read_delta(part.factors) for part in placed]
     if any(part.sets_weight for part in parts):
@@ -517,8 +542,10 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return a LoRA in which the parts of joined layers are forms that files have, without `ROWS`.
 
     Factors whose blocks of rows lie between the parts are cut (LoKr), others become whole differences, in the
-    dtype of their factors. Raises CheckpointError for magnitudes by input: they belong to the whole
-    layer.
+    dtype of their factors.
+
+    Raises:
+        CheckpointError: For magnitudes by input: they belong to the whole layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROWS in factors for factors in modules.values()):
@@ -558,8 +585,14 @@ def stack_rows(
 ) -> dict[str, Tensor]:
     """Return a LoRA whose fused layers have all rows of q first, then k, then v.
 
-    tensors: under our names. stored: names in the file; they show whether its program has the rows by head.
-    Raises CheckpointError if these are not rows of whole heads.
+    Args:
+        path: Path of the file.
+        tensors: Tensors under our names.
+        family: The model family.
+        stored: Names in the file; they show whether its program orders rows by head.
+
+    Raises:
+        CheckpointError: If these are not rows of whole heads.
     """
     rule = None if family is None else family.rows_by_head
     if rule is None or not any(re.search(rule.mark, name) for name in stored):

@@ -46,7 +46,9 @@ def in_any_spelling(pattern: str) -> str:
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     """Return a sentence about a pattern that fits none of these names, with the most similar parts of names.
 
-    names: with underscores.
+    Args:
+        pattern: The pattern.
+        names: Names with underscores.
     """
     text = re.sub(r"\\[a-zA-Z]", "_", pattern)
     text = re.sub(r"[\W_]+", "_", text)

@@ -58,7 +58,9 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
 def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: bool) -> None:
     """Report LoRAs that were trained on a model that predicts something else.
 
-    loras: metadata of each file. predicts_v: whether the model that they are used with is taken to predict v.
+    Args:
+        loras: Metadata of each file.
+        predicts_v: Whether the model that they are used with is assumed to predict v.
     """
     for path, metadata in loras.items():
         said = read_prediction(metadata)

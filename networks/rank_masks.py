@@ -24,7 +24,13 @@ class RankMask:
     """Which ranks of the LoRAs of one size act in the current pass of a network."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
-        """num_parts: of equal ranks, one after the other, whose first ranks act. rank: of all together."""
+        """Start without a mask; `set_levels` computes it before each pass.
+
+        Args:
+            rule: How many ranks act at a noise level.
+            rank: Rank of all parts together.
+            num_parts: Number of parts of equal ranks, one after the other; the first ranks of each act.
+        """
         self.rule = rule
         self.rank = rank
         self.num_parts = num_parts
@@ -40,7 +46,10 @@ class RankMask:
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return values between the factors with those of the ranks that do not act set to 0.
 
-        hidden: B ... R, or B R ... with `axis` 1. B is S, or S times the rows that each sample has.
+        Args:
+            hidden: Values, B ... R, or B R ... if `axis` is 1. B is S, or S times the rows that each sample
+                has.
+            axis: Axis of the ranks.
         """
         rows = self.rows
         assert rows is not None, "the levels of a pass are set before it"
@@ -63,7 +72,9 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
 def set_levels(network: nn.Module, levels: Tensor) -> None:
     """Set the levels of the next pass of a network; do nothing if it has no masks.
 
-    levels: S, the share of noise of each sample; a single one is for all.
+    Args:
+        network: The network.
+        levels: Noise level of each sample, S; a single one is for all.
     """
     # its own fields: a module looks for what it lacks in three more places, in each step of every training
     masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
@@ -72,15 +83,26 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
 
 
 def set_level(network: nn.Module, level: float, device: torch.device) -> None:
-    """Set the same level for all samples of the next pass, as `set_levels`. device: to compute on."""
+    """Set the same level for all samples of the next pass, as `set_levels`.
+
+    Args:
+        network: The network.
+        level: Noise level, 0 to 1.
+        device: Device to compute on.
+    """
     if network.__dict__.get(_MASKS):
         set_levels(network, torch.full((1,), level, device=device))
 
 
 def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
-    """Return the rule that a LoRA was trained with, as its metadata say; None: all ranks act.
+    """Return the rule that a LoRA was trained with, as its metadata say; None if all ranks act.
 
-    path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
+    Args:
+        metadata: Metadata of the file.
+        path: Path of the file, for messages.
+
+    Raises:
+        CheckpointError: If its numbers cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
     asked = [kind for kind in VARIANTS if kind.switch in arguments]

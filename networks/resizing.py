@@ -142,10 +142,11 @@ class ResizedModule:
 
 
 def resize_file(options: ResizeOptions) -> None:
-    """Write a LoRA with fewer ranks.
+    """Write a LoRA with fewer ranks; memory is needed for both LoRAs.
 
-    Memory: both LoRAs. Raises CheckpointError if the file is of another kind of network, has no alpha beside
-    its factors but elsewhere, or holds NaN or infinite values.
+    Raises:
+        CheckpointError: If the file is of another kind of network, has alphas elsewhere than next to its
+            factors, or holds NaN or infinite values.
     """
     source = options.model
     with open_checkpoint(source) as checkpoint:
@@ -235,7 +236,11 @@ def _to_plain_file(source: Path, *options: str) -> str:
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
-    """Return the modules of a file that have both factors of a LoRA. shapes: of its tensors, by name."""
+    """Return the modules of a file that have both factors of a LoRA.
+
+    Args:
+        shapes: Shapes of its tensors, by name.
+    """
     modules: list[FactorNames] = []
     for down in shapes:
         match = _DOWN_NAME.fullmatch(down)
@@ -324,7 +329,13 @@ def _resize_module(
 def select_rank(sizes: np.ndarray[Any, Any], most: int, method: str | None, param: float | None) -> int:
     """Return the rank of a module, 1 to `most`, from its singular values, the largest first.
 
-    method, param: of --dynamic_method. A module that learned nothing has rank 1.
+    A module that learned nothing has rank 1.
+
+    Args:
+        sizes: Singular values, the largest first.
+        most: Largest rank.
+        method: Value of --dynamic_method.
+        param: Value of --dynamic_param.
     """
     if sizes[0] <= SMALLEST:
         return 1

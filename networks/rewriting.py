@@ -207,7 +207,13 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
 def _order_pieces(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return the factors of each number in order. alpha: of those without one."""
+    """Return the factors of each number in order.
+
+    Args:
+        keys: Keys of the factors by number.
+        tensors: Tensors by name.
+        alpha: Alpha of factors without one.
+    """
     shared = {} if alpha is None else {"alpha": alpha}
     pieces: list[Factors] = []
     for number in sorted(keys):

@@ -38,7 +38,9 @@ MAX_METADATA = 300  # characters
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype of 16 bits that a changed weight is rounded to; None if it stays in float32.
 
-    stored: of the weight when it is changed. target: of the network or file that it is for; None: the same.
+    Args:
+        stored: Dtype of the weight when it is changed.
+        target: Dtype in the network or file that the weight is for; None for the same.
     """
     for dtype in _DROPPED_BITS:  # the coarser one first
         if dtype in {stored, target}:
@@ -85,7 +87,12 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def note(self, path: Path, total: Tensor) -> None:
-        """Take what a file has added since the last call. total: the sum of changes of these rows."""
+        """Take what a file has added since the last call.
+
+        Args:
+            path: File of the LoRA.
+            total: Sum of the changes of these rows.
+        """
         added = total - self._total
         self.additions[path] = self.additions[path] + added if path in self.additions else added
         self._total = total.clone()
@@ -123,8 +130,12 @@ class RandomRounding:
     def round(self, values: Tensor, start: int) -> None:
         """Round float32 values in place to numbers of the dtype.
 
-        start: number of the weight's elements before these. Each chunk takes a part of the noise that begins
-        at a place of its own: to draw new numbers takes longer than all the rest of merging.
+        Each chunk uses a part of the noise that begins at its own position, because drawing new numbers takes
+        longer than the rest of merging.
+
+        Args:
+            values: The values.
+            start: Number of the weight's elements before these.
         """
         flat = values.view(-1)
         for first in range(0, len(flat), _CHUNK):
@@ -135,9 +146,13 @@ class RandomRounding:
             self._round_with(chunk, self.noise[offset : offset + len(chunk)])
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
-        """Round all values of a small weight: as the best of a few draws, by what is kept of the change.
+        """Round all values of a small weight by the best of a few draws: that which keeps most.
 
-        change: what LoRAs added, float32. Chance loses or adds 1 % and more of it in few elements.
+        In few elements, chance loses or adds 1 % of the change and more.
+
+        Args:
+            values: The values.
+            change: Sum of the changes by LoRAs, float32.
         """
         least = math.inf
         best = values
@@ -181,7 +196,7 @@ class LoraRounding:
     """
 
     def __init__(self, rule: str) -> None:
-        """rule: a value of `--lora_rounding`."""
+        """Prepare to round by `rule`, a value of `--lora_rounding`."""
         self._rule = rule
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # of `RandomRounding`
         self._forget()
@@ -200,7 +215,9 @@ class LoraRounding:
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
         """Return whether a weight is to be rounded at random, and remember it for `words`.
 
-        dtype: of `narrow_dtype`. sample: of a weight in 16 bits, if `needs_samples`.
+        Args:
+            dtype: Dtype of the result, from `narrow_dtype`.
+            sample: Sample of a weight in 16 bits, if `needs_samples`.
         """
         self._num_changed += 1
         if dtype is None:
@@ -218,7 +235,13 @@ class LoraRounding:
         return is_random
 
     def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
-        """Return the random rounding of a weight. seed: of `seed_of`."""
+        """Return the random rounding of a weight.
+
+        Args:
+            dtype: Dtype of the result.
+            device: Device of the run.
+            seed: Seed from `seed_of`.
+        """
         key = dtype, device
         if key not in self._noise:
             generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
@@ -254,7 +277,11 @@ class LoraRounding:
         return {METADATA_KEY: self.words()[:MAX_METADATA]} if self._num_random else {}
 
     def report(self, num_unmerged: int = 0) -> None:
-        """Log what `words` says, once. num_unmerged: weights in 8 or 4 bits that LoRAs are added beside."""
+        """Log what `words` says, once.
+
+        Args:
+            num_unmerged: Number of weights in 8 or 4 bits next to which LoRAs are added.
+        """
         words = self.words()
         if num_unmerged and not self._num_changed and self._rule != AUTO:
             words = (

@@ -31,8 +31,11 @@ def uses_for(
 ) -> list[LoraUse]:
     """Return the parts of LoRAs for one network, named as for its own file; skip LoRAs without such parts.
 
-    prefix: of a text encoder in LoRA files; "" for the DiT or U-Net. prefixes: of all text encoders of the
-    model, as for `rename_texts`; None: the LoRAs have these names already (`for_encoders`).
+    Args:
+        uses: LoRA files with their strengths.
+        prefix: Prefix of a text encoder in LoRA files; "" for the DiT or U-Net.
+        prefixes: Prefixes of all text encoders of the model, as for `rename_texts`; None if the LoRAs have
+            these names already (`for_encoders`).
     """
     parts = []
     for use in uses:
@@ -65,7 +68,12 @@ class TextLoras:
     """Add LoRAs to text encoders after loading, once each, and to modules that are loaded with them."""
 
     def __init__(self, uses: Sequence[LoraUse], rounding: str = NEAREST) -> None:
-        """rounding: a value of `--lora_rounding`."""
+        """Prepare to add LoRAs to text encoders.
+
+        Args:
+            uses: LoRA files with their strengths.
+            rounding: A value of `--lora_rounding`.
+        """
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         self._on_side = on_side(uses, True)
@@ -101,7 +109,8 @@ class TextLoras:
     def add_to(self, encoder: TextEncoder) -> None:
         """Add the encoder's LoRAs to its weights; do nothing if that is done, or if it has none.
 
-        Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
+        Raises:
+            CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
         """
         if self._uses and can_learn(encoder):
             prefix = encoder.lora_prefix
@@ -127,9 +136,14 @@ class TextLoras:
 
 
 def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
-    """Return the family whose prompts may have the learned words of LoRAs. uses: by expert.
+    """Return the family whose prompts may have the learned words of LoRAs.
 
-    Raises CheckpointError if a word does not fit its text encoders.
+    Args:
+        family: The model family.
+        uses: LoRA files by expert.
+
+    Raises:
+        CheckpointError: If a word does not fit its text encoders.
     """
     files = {use.lora.path: use.lora.words for use in chain(*uses) if use.lora.words}
     return family.with_words(files, "--lora_weight") if files and takes_words(family) else family
@@ -195,7 +209,14 @@ class FullPatch:
         model: Path,
         rounding: LoraRounding | None = None,
     ) -> None:
-        """names: of all tensors in the file. rounding: as `LoraPatch` has it, of all networks together."""
+        """Split the LoRAs by the networks of a checkpoint.
+
+        Args:
+            uses: LoRA files with their strengths.
+            names: Names of all tensors in the file.
+            model: File of the checkpoint, for messages.
+            rounding: See `LoraPatch`; it is that of all networks together.
+        """
         names = list(names)
         texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
         fitting = for_encoders(uses, str(model), texts)
@@ -228,8 +249,13 @@ class FullPatch:
 def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
     """Return LoRAs with the names of a model's text encoders; warn of parts for other encoders.
 
-    prefixes: of the model's encoders, as for `rename_texts`. Raises CheckpointError if nothing of a LoRA is
-    left.
+    Args:
+        uses: LoRA files with their strengths.
+        model: Name of the model, for messages.
+        prefixes: Prefixes of the model's encoders, as for `rename_texts`.
+
+    Raises:
+        CheckpointError: If nothing of a LoRA is left.
     """
     fitting: list[LoraUse] = []
     for use in uses:

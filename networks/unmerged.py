@@ -21,9 +21,15 @@ from networks.rank_masks import rule_of
 def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Put changes of quantised weights round their layers, switched on. Call before networks and compilation.
+    """Put changes of quantised weights round their layers, switched on.
 
-    changes: `LoraPatch.unmerged`. dtype: to compute in.
+    Call before networks and compilation.
+
+    Args:
+        dit: The transformer.
+        changes: Changes by weight, from `LoraPatch.unmerged`.
+        device: Device of the run.
+        dtype: Dtype to compute in.
     """
     for name, weight_changes in changes.items():
         place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
@@ -54,7 +60,8 @@ def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]
 def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
     """Return the changes by T-LoRAs in a loaded network, for `add_unmerged`; warn of parts that it lacks.
 
-    Raises CheckpointError if a file does not fit, or changes more than the weights of layers.
+    Raises:
+        CheckpointError: If a file does not fit, or changes more than the weights of layers.
     """
     patch = LoraPatch(uses, is_masked=True)
     for place in places(dit).values():

@@ -37,7 +37,13 @@ def lora_rounding_option(
 
 
 def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
-    """Raise OptionError if --lora_rounding is given, and no LoRA is merged. option: that names LoRAs."""
+    """Raise OptionError if --lora_rounding is given, and no LoRA is merged.
+
+    Args:
+        rounding: Value of --lora_rounding.
+        files: The files.
+        option: Option that names LoRAs.
+    """
     if rounding != AUTO and not any(files):
         raise OptionError(
             f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
@@ -103,7 +109,10 @@ class LoraPatternOptions(Options):
 def require_files(option: str, paths: Sequence[Path], folders: str | None = None) -> None:
     """Raise OptionError for the first path that does not exist, before anything heavy is loaded.
 
-    folders: advice for users who give a folder; if set, folders are refused too.
+    Args:
+        option: Option that names the file, for messages.
+        paths: Paths of the files.
+        folders: Advice for users who give a folder; if it is not empty, folders are rejected too.
     """
     for path in paths:
         if not path.exists():
@@ -121,8 +130,15 @@ def multipliers_for(
 ) -> tuple[float, ...]:
     """Return one multiplier per file: the given ones, then 1.0.
 
-    warns: log multipliers without a file, unless there are no files, when they may be the default. Raises
-    OptionError if a multiplier is infinite or NaN.
+    Args:
+        files: The files.
+        multipliers: The given multipliers.
+        option: Option that names the file, for messages.
+        warns: Whether multipliers without a file are logged; without any file they are not, because they may
+            be the default.
+
+    Raises:
+        OptionError: If a multiplier is infinite or NaN.
     """
     surplus = multipliers[len(files) :] if files and warns else ()
     if surplus:

@@ -37,11 +37,16 @@ def in_dialect(
     alphas. Only ComfyUI reads these, except files of one kind that `NetworkKind.write_for_diffusers` writes.
     A whole difference of a matrix becomes a LoRA of full rank for diffusers, which is exact. Module paths
     come from the list of the family's real modules.
-    start: of the names in diffusers, by the network of the pipeline.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
     their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
     ai-toolkit and ComfyUI read FLUX's plain LoRAs in this form too, all else in the form of ours.
+
+    Args:
+        tensors: Tensors by name.
+        family: The model family.
+        target: "other" for ComfyUI, or "diffusers".
+        start: Prefix of names in diffusers, which is the network in the pipeline.
     """
     modules = deltas.group_by_module(tensors)
     if family is None:
@@ -76,7 +81,13 @@ def in_dialect(
 def write_pieces_for_diffusers(
     modules: Mapping[str, Factors], family: FamilyNames, start: str
 ) -> TranslatedModules:
-    """Return modules cut as diffusers has them. start: of the names."""
+    """Return modules cut as diffusers has them.
+
+    Args:
+        modules: Factors of each module, by name.
+        family: The model family.
+        start: Start of the names.
+    """
     return write_modules(modules, start, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
 
 
@@ -115,7 +126,10 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
 def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
     """Return the factors of a module that is whole in the other dialect.
 
-    reason: why it has no path, if so.
+    Args:
+        path: Path of the module in the dialect.
+        factors: Factors of the module, by name of the part.
+        reason: Reason why it has no path; empty if it has one.
     """
     return reason if path is None else {path: factors}
 
@@ -260,7 +274,12 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
-    """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
+    """Return the factors of each part of a fused weight, or why there are none.
+
+    Args:
+        factors: Factors of the module, by name of the part.
+        paths: Paths of the parts.
+    """
     rotation = read_delta(factors).rotation
     if rotation is not None:
         # copies: files cannot hold tensors that share memory
@@ -316,7 +335,11 @@ def in_target(
 ) -> TranslatedModules:
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
-    native: on the family's own modules, see `in_own_form`. start: as for `in_dialect`.
+    Args:
+        native: Tensors of the family's own modules, see `in_own_form`.
+        family: The model family.
+        target: The target.
+        start: See `in_dialect`.
     """
     without_form: dict[str, str] = {}
     for name, factors in deltas.group_by_module(native).items() if target == "other" else ():
@@ -363,7 +386,8 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Return our LoRA on the modules that the family's model has here: parts joined, or stacks split.
 
-    Raises CheckpointError if a part of a joined layer has no form of its own.
+    Raises:
+        CheckpointError: If a part of a joined layer has no form of its own.
     """
     if family is not None and family.joined:
         return resolve_rows(take_apart(tensors, family))
@@ -394,7 +418,10 @@ def rename_to_aliases(
 ) -> dict[str, Tensor]:
     """Return the tensors of our LoRA renamed to the family's aliases where modules have one.
 
-    change: `to_alias`, or `alias` for the way back.
+    Args:
+        tensors: Tensors by name.
+        family: The model family.
+        change: `to_alias`, or `alias` for the way back.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

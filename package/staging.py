@@ -40,8 +40,11 @@ def package_name(name: str) -> str:
 def rewrite_imports(source: str, ours: Collection[str]) -> str:
     """Change every absolute import of our modules to names below `reelsmith`; line numbers stay the same.
 
-    ours: top-level names of the checkout. Raises ValueError for `import modules.errors` if the text uses the
-    name `modules` that this binds: in the package it would bind `reelsmith`.
+    `ours` are top-level names of the checkout.
+
+    Raises:
+        ValueError: For `import modules.errors` if the text uses the name `modules` that this binds: in the
+            package it would bind `reelsmith`.
     """
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -67,7 +70,10 @@ class OwnImport(NamedTuple):
 
 
 def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> Iterator[OwnImport]:
-    """Yield each import of ours. lines: of the source."""
+    """Yield each import of ours.
+
+    `lines` are those of the source.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -114,7 +120,8 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
 def add_entry_point(source: str, script: str) -> str:
     """Add the function `run` to a script, which does the work of its `__main__`, for the console command.
 
-    Raises ValueError if the script does not end with that.
+    Raises:
+        ValueError: If the script does not end with that.
     """
     block = MAIN_BLOCK.search(source)
     if block is None:

@@ -93,7 +93,8 @@ class CloneMove:
 def update(root: Path, file: Path | None) -> None:
     """Update the checkout in `root`, from a zip file or, without one, from where git cloned it.
 
-    Raises UserError if that cannot be done; then nothing has changed, or `go_back` undoes it.
+    Raises:
+        UserError: If that cannot be done; then nothing has changed, or `go_back` undoes it.
     """
     is_clone = (root / ".git").exists()
     if is_clone and file is not None:
@@ -116,8 +117,9 @@ def update(root: Path, file: Path | None) -> None:
 def go_back(root: Path) -> None:
     """Return to the version before the last update.
 
-    Raises UserError if there was none, if work of the user's own would be lost, or if git refuses; then
-    nothing has changed.
+    Raises:
+        UserError: If there was none, if work of the user's own would be lost, or if git refuses; then nothing
+            has changed.
     """
     with _only_change(root):
         is_unfinished = (root / NOTES / BACK / UNFINISHED).exists()
@@ -136,8 +138,10 @@ def go_back(root: Path) -> None:
 def repair(root: Path) -> None:
     """Put right what an update or a `go_back` that was killed has left; do nothing if there is nothing.
 
-    A zip file's update is undone, that of a clone finished. Raises UserError if that cannot be done, or if an
-    update is running.
+    A zip file's update is undone, that of a clone finished.
+
+    Raises:
+        UserError: If that cannot be done, or if an update is running.
     """
     if any((root / NOTES / name).exists() for name in (BACK, f"{BACK}.part", f"{BACK}.old", NEW)):
         with _only_change(root):
@@ -165,7 +169,11 @@ def note_version(root: Path) -> None:
 
 @contextmanager
 def _only_change(root: Path) -> Iterator[None]:
-    """Let one process at a time change a folder. Raises UserError if another one does."""
+    """Let one process at a time change a folder.
+
+    Raises:
+        UserError: If another one does.
+    """
     try:
         (root / NOTES).mkdir(exist_ok=True)
         with only_one(root / NOTES / LOCK, waits=False):
@@ -219,7 +227,8 @@ def _update_clone(root: Path) -> None:
 def _move_clone(root: Path, move: CloneMove) -> None:
     """Let git change the files to those of another commit; the next start finishes it if it is killed.
 
-    Raises UserError if git refuses.
+    Raises:
+        UserError: If git refuses.
     """
     kept = root / NOTES / BACK
     _keep_program(root)
@@ -251,7 +260,8 @@ def _end_move(root: Path, move: CloneMove) -> None:
 def _finish_clone(root: Path, words: Sequence[str]) -> None:
     """Finish an update of a clone, or a way back, that was killed while git changed the files.
 
-    Raises UserError if git may be at work still, or refuses.
+    Raises:
+        UserError: If git may be at work still, or refuses.
     """
     if len(words) < 2 or not all(map(OBJECT.fullmatch, words[:2])):  # killed before it began
         shutil.rmtree(root / NOTES / BACK)
@@ -276,7 +286,11 @@ def _list_differing(root: Path, commit: str) -> set[str]:
 
 
 def _read_commits(root: Path) -> UpdateNote:
-    """Return what the last update noted. Raises UserError if it noted nothing that can be read."""
+    """Return what the last update noted.
+
+    Raises:
+        UserError: If it noted nothing that can be read.
+    """
     path = root / NOTES / COMMIT
     if not path.is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
@@ -331,7 +345,11 @@ def _reject_changes(root: Path) -> None:
 
 
 def _git(root: Path, *words: str) -> str:
-    """Return the output of git. Raises UserError if there is no git, or with its last words if it fails."""
+    """Return the output of git.
+
+    Raises:
+        UserError: If there is no git, or with its last words if it fails.
+    """
     program = shutil.which("git")
     if program is None:
         raise UserError(
@@ -440,7 +458,11 @@ def _is_listed(root: Path, name: str) -> bool:
 
 
 def _unpack(file: Path, folder: Path) -> list[str]:
-    """Unpack a version into a folder, and return its files. Raises UserError if it is none, or is damaged."""
+    """Unpack a version into a folder, and return its files.
+
+    Raises:
+        UserError: If it is none, or is damaged.
+    """
     try:
         with BoundedFile(file, "rb") as content, zipfile.ZipFile(content) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -525,7 +547,11 @@ def _find_fault(name: str) -> str:
 
 
 def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
-    """Return what the files of the new version change. Raises UserError if a folder is in a file's place."""
+    """Return what the files of the new version change.
+
+    Raises:
+        UserError: If a folder is in a file's place.
+    """
     blocked = next((name for name in files if _is_blocked(root, name)), None)
     if blocked is not None:
         raise UserError(
@@ -646,7 +672,11 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
 
 
 def _read_change(path: Path) -> FileChange:
-    """Return what the last update changed. Raises UserError if its note is damaged."""
+    """Return what the last update changed.
+
+    Raises:
+        UserError: If its note is damaged.
+    """
     try:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]

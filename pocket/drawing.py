@@ -125,7 +125,7 @@ def paint(
 ) -> None:
     """Fill a form into a picture that is FINE times larger than the clip.
 
-    centre, pixels: in pixels of the clip.
+    `centre` and `pixels` are in pixels of the clip.
     """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
     contours = [
@@ -138,7 +138,8 @@ def paint(
 def outline(form: str) -> Sequence[NDArray[np.float64]]:
     """Return the contours of a form one unit wide around (0, 0). Overlapping contours make a hole.
 
-    Raises KeyError for an unknown form.
+    Raises:
+        KeyError: For an unknown form.
     """
     match form:
         case "circle":
@@ -190,7 +191,10 @@ def pick(random: np.random.Generator, values: Sequence[str]) -> str:
 
 
 def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0) -> NDArray[np.float64]:
-    """Return points on a circle. turn: place of the first one, in whole turns from the right."""
+    """Return points on a circle.
+
+    `turn` is the place of the first one, in whole turns from the right.
+    """
     angles = 2 * np.pi * (np.arange(points) / points + turn)
     return np.stack([radius * np.cos(angles), radius * np.sin(angles)], axis=1)
 

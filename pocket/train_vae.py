@@ -84,8 +84,8 @@ def train(
 ) -> Path:
     """Train from nothing or resume from `folder`/vae_state.pt; return the path of the final vae.safetensors.
 
-    All files are in `folder`. clips: real footage. `encoder_final.safetensors` is written when the encoder
-    has stopped learning. every: steps between states.
+    All files are in `folder`. `clips` are real footage. `encoder_final.safetensors` is written when the
+    encoder has stopped learning. `every` is the number of steps between states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

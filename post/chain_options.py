@@ -61,14 +61,17 @@ class Chain:
 
     @property
     def added(self) -> str:
+        """Text for names of results, from the tools."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
     def labels(self) -> list[str]:
+        """Labels for progress bars: none for the first tool, "--then NAME" for the others."""
         return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
 
     @property
     def needs_video(self) -> bool:
+        """Whether a tool needs several frames, so that single images are refused."""
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
@@ -128,22 +131,31 @@ class NamedTools:
 
     @property
     def labels(self) -> list[str]:
+        """Labels for progress bars, with the option that names the tools."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
     def hiding(self) -> str | None:
+        """Name of the first tool that hides something; None if no tool does."""
         return hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str:
+        """Tools and settings for metadata, joined by "--then"."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
 def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
     """Read tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
-    option: the option that the texts were given to, for messages. Exits, as argparse does, if a word is
-    not understood. Raises OptionError.
+    If a word is not understood, the program exits as argparse does.
+
+    Args:
+        texts: Words of the option.
+        option: Option that the texts were given to, for messages.
+
+    Raises:
+        OptionError: If a tool or a value cannot be used.
     """
     tools = []
     for text in texts:
@@ -160,8 +172,14 @@ def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     """Read the name of a tool and its options: `facefix --weight 0.7`, or `facefix weight=0.7`.
 
-    Without a model the downloaded one is taken. before: the words before the name in a command, for messages.
-    Ends the program if help is asked for. Raises OptionError.
+    Without a model the downloaded one is used. The program ends if help is asked for.
+
+    Args:
+        words: The name and the options.
+        before: Words before the name in a command, for messages.
+
+    Raises:
+        OptionError: If the tool is unknown or an option cannot be used.
     """
     if not words:
         raise OptionError(f"the name of a tool is missing. Give {tool_names()}.")
@@ -200,7 +218,11 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool of that name, in small or capital letters. Raises OptionError if there is none."""
+    """Return the tool of that name, in small or capital letters.
+
+    Raises:
+        OptionError: If there is none.
+    """
     for tool in TOOLS:
         if name.lower().removesuffix(".py") in {tool.name.lower(), *tool.aliases}:
             return tool
@@ -209,19 +231,19 @@ def find_tool(name: str) -> Tool:
 
 
 def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
+    """Return the name of the first tool that hides something, such as faces; None if no tool does."""
     return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
 def tool_names() -> str:
+    """Return the names of all tools as a list in words."""
     names = [tool.name for tool in TOOLS]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Prefix the message of a UserError in the block with the tool's name, at most once; do nothing if the
-    name is empty.
-    """
+    """Prefix a UserError of the block with the tool's name, at most once; an empty name does nothing."""
     try:
         yield
     except UserError as error:
@@ -231,8 +253,9 @@ def name_tool(name: str) -> Iterator[None]:
 
 
 def tool_in_words(tool: Tool, options: Any) -> str:
-    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`; only names of
-    files, so that folders stay private.
+    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`.
+
+    Paths are reduced to file names, so that folders stay private.
     """
     words = [tool.name]
     for name, value in option_values(options).items():
@@ -285,9 +308,13 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
     """Return the downloaded model for a tool, and log which; None for a mode that the tool does not have.
 
-    tool: its name in `TOOLS`. mode: value of --mode, "" for tools without it. folders: where models are
-    downloaded to; the first folder with all files of the first task is used. Raises OptionError with the
-    download command if no folder has them.
+    Args:
+        tool: Its name in `TOOLS`.
+        mode: Value of --mode, "" for tools without it.
+        folders: Where models are downloaded to; the first folder with all files of the first task is used.
+
+    Raises:
+        OptionError: With the download command if no folder has them.
     """
     from downloads.catalogue import model_sets  # only without --model
 

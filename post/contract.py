@@ -48,8 +48,10 @@ class Stage(Protocol):
         """Yield the results in playing order, with a bounded number of pictures in memory.
 
         Pictures that a stage does not change keep their pixels, whatever their dtype. Its summary of the clip
-        is logged when the last picture has gone through. Raises UserError if the result must not be kept;
-        nothing is written then.
+        is logged when the last picture has gone through.
+
+        Raises:
+            UserError: If the result must not be kept; nothing is written then.
         """
 
 
@@ -89,6 +91,7 @@ LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 
 
 def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
+    """Return width and height times a factor, rounded down."""
     return int(width * factor), int(height * factor)
 
 

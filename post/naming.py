@@ -34,8 +34,14 @@ class FileJob:
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
     """Return the jobs, sorted by name; empty if results exist and must not be overwritten.
 
-    ask: asks the user about existing results; returns None if nobody can answer. Raises OptionError,
-    MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
+    Args:
+        chain: The run with its tools.
+        ask: Asks the user about existing results; returns None if nobody can answer.
+
+    Raises:
+        OptionError: If a file is missing, or if a result would replace an input or another result.
+        MediaError: If an input is not a supported file.
+        OutputError: If results exist and nobody can answer.
     """
     sources = list_sources(chain)
     if chain.run.output is None:
@@ -55,9 +61,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: its folder is a dataset, into which results must not be
-    written.
-    """
+    """Raise OptionError if a source has a caption: results must not be written into a dataset's folder."""
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(
@@ -138,7 +142,11 @@ def _is_still(path: Path) -> bool:
 
 
 def name_output(chain: Chain, source: Path) -> Path:
-    """Return the path of a file's result. Raises OptionError if it cannot be written to --output."""
+    """Return the path of a file's result.
+
+    Raises:
+        OptionError: If it cannot be written to --output.
+    """
     run = chain.run
     suffix = IMAGE_SUFFIX if is_picture(source) else run.format.suffix
     default = f"{source.stem}_{chain.added}{suffix}"
@@ -175,7 +183,8 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
 def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
     """Return the jobs to do, after asking the user about existing results.
 
-    Raises OutputError if a result exists and nobody can answer.
+    Raises:
+        OutputError: If a result exists and nobody can answer.
     """
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:

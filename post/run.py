@@ -57,10 +57,10 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Work on the files in turn. If one of several fails, the failure is reported and the remaining ones
-    continue.
+    """Process the files in turn; if one of several fails, report it and continue with the others.
 
-    Raises UserError at the end if one failed, with the exit code of the failures if all have the same.
+    Raises:
+        UserError: At the end if a file failed, with the exit code of the failures if it is the same for all.
     """
     done = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
@@ -80,10 +80,14 @@ FOLDER = "frames"
 
 
 def write_frames(path: Path, folder: Path, most: int | None) -> None:
-    """Write a video's frames, or the first `most`, to `folder`/frames as PNG; a picture gives one PNG.
+    """Write a video's frames, or the first `most`, to `folder`/frames as PNG; an image gives one PNG.
 
-    The folder appears when all are written. Reads no further than necessary, with few frames in memory.
-    Raises OutputError if `folder`/frames is there already; MediaError if the file cannot be read.
+    The folder appears when all are written. The video is read no further than necessary, with few frames in
+    memory.
+
+    Raises:
+        OutputError: If `folder`/frames exists.
+        MediaError: If the file cannot be read.
     """
     if not path.exists():
         raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Give a video.")
@@ -116,6 +120,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
+    """Return metadata entries `post_N` for the tools of this run, numbered after those of earlier runs."""
     numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
@@ -125,10 +130,18 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 
 
 def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
-    """Run all stages on a picture, and write a PNG. done: descriptions of the tools, for its metadata.
+    """Run all stages on an image, and write a PNG.
 
-    Tools process the colours of a transparent picture. Its transparency is resized with it and kept. hides:
-    leave out metadata that may hold a small copy of the picture. Raises UserError.
+    Tools process the colors of a transparent image. Its transparency is resized with it and kept.
+
+    Args:
+        stages: The loaded stages.
+        job: File to read and file to write.
+        done: Descriptions of the tools, for the metadata.
+        hides: Whether to leave out metadata that may hold a small copy of the image.
+
+    Raises:
+        UserError: If the image cannot be read, processed or written.
     """
     pixels, alpha = split_alpha(read_image(job.source, alpha=True))
     is_opaque = alpha is None or int(alpha.min()) == 255
@@ -146,6 +159,7 @@ def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], h
 
 
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+    """Yield the images, and write each into a folder as a PNG with its index as name."""
     for index, image in enumerate(pictures):
         write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
         yield image
@@ -154,10 +168,19 @@ def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
 def run_video(
     stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
 ) -> None:
-    """Run all stages on a video. done: descriptions of the tools, for its metadata. hides: see `Chain.hides`.
+    """Run all stages on a video.
 
-    Reading and writing have a thread each. The output appears only when all of it is written. Raises
-    UserError.
+    Reading and writing have a thread each. The output appears only when it is complete.
+
+    Args:
+        stages: The loaded stages.
+        job: File to read and file to write.
+        done: Descriptions of the tools, for the metadata.
+        form: Format of the output.
+        hides: See `Chain.hides`.
+
+    Raises:
+        UserError: If the video cannot be read, processed or written.
     """
     started = time.monotonic()
     info = source_info(job.source)

@@ -58,7 +58,16 @@ def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: tor
 def make_stages(
     tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
 ) -> list[NamedStage]:
-    """Load the networks of all tools. labels: see `NamedStage`. Raises UserError."""
+    """Load the networks of all tools.
+
+    Args:
+        tools: Tools with their options.
+        labels: See `NamedStage`.
+        device: Device of the run.
+
+    Raises:
+        UserError: If a model file cannot be used.
+    """
     stages = []
     for (_, options), label in zip(tools, labels, strict=True):
         with name_tool(label), _explain_memory("its network"):
@@ -107,7 +116,11 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError, with a remedy, if memory runs out in the block. what: the things too large."""
+    """Raise MemoryPlanError, with a remedy, if memory runs out in the block.
+
+    Args:
+        what: The things too large.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -136,16 +149,23 @@ class PostTools:
 
     @property
     def hides(self) -> bool:
+        """Whether a tool hides something, so that unprocessed frames must not be shown."""
         return self.selected.hiding is not None
 
     def check(self) -> None:
-        """Read the headers of the tools' model files. Raises UserError if they do not fit."""
+        """Read the headers of the tools' model files.
+
+        Raises:
+            UserError: If they do not fit.
+        """
         check_tools(self.selected.tools, self.selected.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
-        label: names the frames in the message.
+        Args:
+            frames: The frames.
+            label: Names the frames in the message.
         """
         for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
@@ -155,10 +175,15 @@ class PostTools:
                 )
 
     def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
-        """Return the tools' results for frames, and their frames per second.
+        """Return the tools' results for frames, and their frame rate; the first call loads the networks.
 
-        is_single: there is only one frame. Loads the networks on the first call.
-        Raises UserError.
+        Args:
+            frames: The frames.
+            fps: Frames per second.
+            is_single: Whether there is only one frame.
+
+        Raises:
+            UserError: If a tool fails.
         """
         first = next(frames)
         alpha = None

@@ -36,7 +36,11 @@ class Pipe(Generic[T]):
         self._error: BaseException | None = None
 
     def put(self, item: T) -> None:
-        """Append an item; wait while the queue is full. Raises Closed if nobody takes items any more."""
+        """Append an item; wait while the queue is full.
+
+        Raises:
+            Closed: If nobody takes items any more.
+        """
         with self._changed:
             while len(self._items) >= self._depth and not self._is_closed:
                 self._changed.wait(PAUSE)
@@ -46,7 +50,11 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the input. error: drop the waiting items and raise this where items are taken."""
+        """End the input.
+
+        Args:
+            error: Drop the waiting items and raise this where items are taken.
+        """
         with self._changed:
             if error is not None:
                 self._items.clear()

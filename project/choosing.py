@@ -77,7 +77,10 @@ class ModelChoice:
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
-    """Return the facts of a model; imports its family. files: its files by option; they need not exist."""
+    """Return the facts of a model; imports its family.
+
+    `files` are its files by option; they need not exist.
+    """
     family = _make_family_for_caching(model)
     rules = family.references
     references = 0 if rules is None or rules.clips else rules.most
@@ -95,7 +98,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         pairs_sounds=pairs_sounds,
         learns_clips=model.data["frames"] > 1,
         least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
-        learns_sounds="sound_alone" in model.data,
+        learns_sounds=learns_sound_alone(model),
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_has_latents(family, "has_alpha"),
         learns_layers=_has_latents(family, "has_layers"),
@@ -104,6 +107,11 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
+
+
+def learns_sound_alone(model: ModelSet) -> bool:
+    """Return whether the model can be trained on sounds without pictures."""
+    return bool(model.data.get("sound_alone"))
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
@@ -190,7 +198,8 @@ def _names_of(parser: argparse.ArgumentParser) -> set[str]:
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
     """Return those options of a command that have one of the names, with their values.
 
-    files: paths that stand for words such as {vae}. An option whose file is not among them is left out.
+    `files` are the paths that stand for words such as {vae}. An option whose file is not among them is left
+    out.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -203,7 +212,11 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
 
 
 def script_family(words: Sequence[str]) -> str:
-    """Return the family of a command that caches latents. Raises KeyError if it is none."""
+    """Return the family of a command that caches latents.
+
+    Raises:
+        KeyError: If it is none.
+    """
     scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     return scripts[words[1]]
 
@@ -292,13 +305,17 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     return " and ".join(kinds)
 
 
-def select_model(options: NewOptions, memory: float) -> ModelChoice:
+def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
-    memory: GiB of the card. Raises OptionError if the model is unknown, or nobody can be asked.
+    `memory` is the GiB of the card. `before_asking` raises errors that would make questions useless.
+
+    Raises:
+        OptionError: If the model is unknown, or nobody can be asked.
     """
     models = find_models()
     if options.family is None:
+        before_asking()
         named = _ask_for_family(options, models, memory)
     else:
         named = read_family(options.family, models)
@@ -308,6 +325,7 @@ def select_model(options: NewOptions, memory: float) -> ModelChoice:
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
     if asks_for_task:
+        before_asking()
         model = _ask_for_task(options, tasks, memory)
     elif len(tasks) > 1:
         model = _select_task(options.task, tasks)
@@ -332,7 +350,11 @@ def select_model(options: NewOptions, memory: float) -> ModelChoice:
 
 
 def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
-    """Ask for the family on a terminal. Raises OptionError if there is none."""
+    """Ask for the family on a terminal.
+
+    Raises:
+        OptionError: If there is none.
+    """
     families = families_of(models)
     if not has_terminal():
         raise OptionError(f"--family is missing: give one of {', '.join(families)}")
@@ -373,9 +395,12 @@ def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence
 
 
 def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
-    """Return the task to take if nobody can be asked. Raises OptionError if several are as good.
+    """Return the task to take if nobody can be asked.
 
-    text: what was given as --task, which fits all of `tasks`; None: nothing.
+    `text` is what was given as --task, which fits all of `tasks`; None means nothing.
+
+    Raises:
+        OptionError: If several are as good.
     """
     if text is not None:
         return tasks[0]
@@ -419,7 +444,8 @@ def _read_trigger(text: str) -> str:
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     """Read the name of a task in any spelling; several if the training's own name stands for all of them.
 
-    Raises OptionError if there is none, or if it is not clear.
+    Raises:
+        OptionError: If there is none, or if it is not clear.
     """
     plain = plain_name(text)
     exact = [model for model in tasks if is_task_spelling(text, model.task)]

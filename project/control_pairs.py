@@ -19,9 +19,9 @@ def describe_control_pairs(
 ) -> str | None:
     """Return a line about a folder of control pictures: how many pairs there are, and what learns them.
 
-    pictures: those that the folder may belong to. kind: what is trained, without them. control_kind: what
-    learns them. Returns None if the folder has another name, cannot be listed, or has no control picture of
-    any picture.
+    `pictures` are those that the folder may belong to. `kind` is what is trained, without them.
+    `control_kind` is what learns them. Returns None if the folder has another name, cannot be listed, or has
+    no control picture of any picture.
     """
     if not CONTROLS.fullmatch(place.name):
         return None

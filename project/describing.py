@@ -85,18 +85,22 @@ class Choice:
 
     @property
     def folder(self) -> Path:
+        """The described folder, with links resolved."""
         return real_path(self.options.folder)
 
     @property
     def media(self) -> list[Media]:
+        """Clips, pictures or sounds of the folder."""
         return self.content.media
 
     @property
     def model_name(self) -> str:
+        """Family and task of the model."""
         return f"{self.model.family} {self.model.task}"
 
     @property
     def is_of_sound(self) -> bool:
+        """Whether the folder holds sounds to learn."""
         return self.media[0].kind == "audio"
 
     @property
@@ -127,6 +131,7 @@ class Choice:
         return not self.memory and emulates_bfloat16()
 
     def inside(self, path: Path) -> str:
+        """Return a path relative to the folder, with forward slashes."""
         return Path(path_from(self.folder, real_path(path))).as_posix()
 
 
@@ -204,6 +209,7 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def lengths_of(model: ModelSet) -> ClipLengths:
+    """Return the numbers of frames that clips of a model may have."""
     return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
 
 
@@ -223,6 +229,7 @@ def is_too_short(item: Media, model: ModelSet) -> bool:
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
+    """Return the number of frames of a clip at the model's frame rate, rounded down."""
     return int((clip.seconds or 0) * model.data["fps"])
 
 
@@ -254,8 +261,9 @@ def describe_dataset(choice: Choice) -> str:
 
 
 def _describe_subsets(choice: Choice) -> list[str]:
-    """Return the tables of dataset.toml in the image guides' form, which has regularisation pictures and
-    shuffled tags.
+    """Return the tables of dataset.toml in the image guides' form.
+
+    This form has regularization pictures and shuffled tags.
     """
     shortest = min(choice.size)
     smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
@@ -414,8 +422,9 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(choice: Choice) -> str:
-    """Return the sample options for width, height and frames; for sounds their length alone, for models of
-    pictures no frames.
+    """Return the sample options for width, height and frames.
+
+    Sounds have only a length, and models of pictures no frames.
     """
     if choice.is_of_sound:
         return f"--f {SOUND_FRAMES}"
@@ -616,7 +625,10 @@ def _training_words(choice: Choice) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of typed options by name. files: paths for words such as {vae}. A flag is True."""
+    """Return the values of typed options by name.
+
+    `files` are the paths for words such as {vae}. A flag is True.
+    """
     values: dict[str, Any] = {}
     name = ""
     for word in words:

@@ -26,7 +26,10 @@ class EndCommand:
         self._facts: Callable[[], RunFacts] | None = None
 
     def describe(self, facts: Callable[[], RunFacts]) -> None:
-        """Have the command started in the end, as the run begins. facts: of the run, as they are then."""
+        """Have the command started in the end, as the run begins.
+
+        `facts` are those of the run at that time.
+        """
         self._facts = facts
 
     def __enter__(self) -> "EndCommand":
@@ -42,8 +45,8 @@ class EndCommand:
 def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunFacts:
     """Return the known facts of a run, from the files that its training has written.
 
-    output, name: of the training. steps: in total; None: not known. began: when the run began, in seconds
-    since 1970. Older files are of an earlier run.
+    `output` and `name` are those of the training. `steps` is the total; None if it is not known. `began` is
+    when the run began, in seconds since 1970. Older files are of an earlier run.
     """
     story = _read_story(output, name, began)
     page = wait_for_page(history_path(output, name))

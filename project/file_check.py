@@ -14,7 +14,11 @@ from project.options import find_models
 
 
 def main(words: Sequence[str]) -> int:
-    """Print why a file does not fit; return 1 if it does not. words: family, task, option and path."""
+    """Print why a file does not fit; return 1 if it does not.
+
+    Args:
+        words: Family, task, option and path.
+    """
     family, task, option, path = words
     for model in find_models():
         if (model.family, model.task) == (family, task):

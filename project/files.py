@@ -31,6 +31,7 @@ from project.choosing import (
     check_model_files,
     check_word,
     describe_makes,
+    learns_sound_alone,
     select_model,
 )
 from project.fitting import describe_fit, find_memory, needs_image
@@ -75,14 +76,12 @@ def write_project(options: NewOptions) -> None:
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures. Raises OutputError if one of the three files exists.
+    learns pictures.
+
+    Raises:
+        OutputError: If one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
-    existing = [path for path in paths if path.exists()]
-    if existing and not (options.overwrite or options.dry_run or options.print_run):
-        raise OutputError(
-            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
-        )
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
     asked = ""  # what the project trains, if nothing else is typed
@@ -90,11 +89,12 @@ def write_project(options: NewOptions) -> None:
         asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
         options = fill_in(foreign, options)
     try:
-        model_choice = select_model(options, memory)
+        model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     kind = _select_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    _reject_existing(options, paths)  # behind what is mistyped, which --overwrite would not mend
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
     if options.print_run:
@@ -125,6 +125,15 @@ def write_project(options: NewOptions) -> None:
         lines.append(f"written: {', '.join(map(str, paths))}")
         lines.append(_describe_next(choice, bool(errors)))
     print_lines(lines)
+
+
+def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
+    """Raise OutputError if a file that is to be written is there, and is not to be replaced."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not (options.overwrite or options.dry_run or options.print_run):
+        raise OutputError(
+            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
+        )
 
 
 def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
@@ -161,7 +170,7 @@ def _gather_choice(
 ) -> describing.Choice:
     """Return all that the three files are made of: looks at the folder, and checks named model files.
 
-    kind: of the run.
+    `kind` is that of the run.
     """
     model = model_choice.model
     if 0 < memory < describing.SMALL:
@@ -234,8 +243,10 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
 def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
     """Return what is trained: what is typed, else a control network if the folder has pairs, else a LoRA.
 
-    chosen: the model and the trigger word. asked: what of another trainer's project asks for it. Raises
-    OptionError if the model cannot have what is typed, or an embedding no such word.
+    `chosen` is the model and the trigger word. `asked` is what of another trainer's project asks for it.
+
+    Raises:
+        OptionError: If the model cannot have what is typed, or an embedding no such word.
     """
     model = chosen.model
     if options.trains is None:
@@ -267,7 +278,10 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
     edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    sound_families = dict.fromkeys(entry.family for entry in models if "sound_alone" in entry.data)
+    hearing = [f"--task {entry.task}" for entry in of_family if learns_sound_alone(entry)]
+    if not hearing:
+        families = dict.fromkeys(entry.family for entry in models if learns_sound_alone(entry))
+        hearing = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
     if facts.hears:
         silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
@@ -278,7 +292,7 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
         kind=kind,
         control_kind=find_control_kind(model),
         edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
-        hearing=" or ".join(f"--family {family}" for family in sound_families),
+        hearing=" or ".join(hearing),
         silent=silent_tasks[0] if silent_tasks else "",
     )
 
@@ -296,9 +310,9 @@ def _write_content(content: FolderContent) -> None:
 def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
-    dataset: text of dataset.toml. remarks: takes lines about what is odd and ends no run. Nothing is found
-    for pictures that a --dry_run does not write. Missing captions are left out, as other lines report them,
-    except those of files that cannot be read.
+    `dataset` is the text of dataset.toml. `remarks` gets lines about odd things that end no run. Nothing is
+    found for pictures that a --dry_run does not write. Missing captions are left out, as other lines report
+    them, except those of files that cannot be read.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
@@ -348,7 +362,10 @@ def _describe_next(choice: describing.Choice, has_errors: bool) -> str:
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:
-    """Return lines about the folder, the model, and how well they fit. remarks: on the model's choice."""
+    """Return lines about the folder, the model, and how well they fit.
+
+    `remarks` are about the model's choice.
+    """
     lines = [_summarize(choice), *choice.content.lines, *remarks]
     reason = describing.explain_size(choice.model, choice.media)
     if reason and "resolution" not in choice.data:
@@ -527,7 +544,10 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
 
 
 def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -> list[Path]:
-    """Return media without a caption for which the trigger word stands. bare: those without either."""
+    """Return media without a caption for which the trigger word stands.
+
+    `bare` are those without either.
+    """
     content = choice.content
     lacking = [item.path for item in choice.media if item.caption is None]
     replaced = [path for path in lacking if path not in {*bare, *content.bad_captions}]
@@ -535,7 +555,10 @@ def _find_replaced_by_trigger(choice: describing.Choice, bare: Sequence[Path]) -
 
 
 def _describe_again(choice: describing.Choice, **more: str) -> str:
-    """Return the command for this description again. more: options with other values."""
+    """Return the command for this description again.
+
+    `more` is the options with other values.
+    """
     model = choice.model
     words = ["new", as_operand(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "overwrite": True, "dry_run": False, **more}

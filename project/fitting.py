@@ -22,6 +22,7 @@ def needs_image(model: ModelSet) -> bool:
 
 
 def transformer_bytes(model: ModelSet) -> int:
+    """Return the bytes of a model's transformers as a training holds them; 0 for unknown sizes."""
     return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 

@@ -30,8 +30,8 @@ class KnownFolder:
 def remember_folder(folder: Path, models: Path | None = None) -> None:
     """Remember that the user has described a folder, or has read what its run does.
 
-    models: folder that its download fills, of a description. Without a place to keep it, the folder is asked
-    about again.
+    `models` is the folder that its download fills, of a description. Without a place to keep it, the folder
+    is asked about again.
     """
     info = {"models": None if models is None else str(real_path(models))}
     remember_info(KIND, folder, info)
@@ -48,7 +48,10 @@ def recall_folder(folder: Path) -> KnownFolder | None:
 
 
 def remember_info(kind: str, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the user's file about a folder, as far as there is a place for it. kind: as of `user_file_of`."""
+    """Write the user's file about a folder, as far as there is a place for it.
+
+    `kind` is as in `user_file_of`.
+    """
     with contextlib.suppress(OSError):
         write_user_file(user_file_of(kind, folder), json.dumps({**identify_folder(folder), **facts}))
         return
@@ -69,7 +72,10 @@ def recall_info(kind: str, folder: Path) -> Mapping[str, Any]:
 
 
 def user_file_of(kind: str, folder: Path) -> str:
-    """Return the name of the user's file about a folder. kind: of what is remembered."""
+    """Return the name of the user's file about a folder.
+
+    `kind` is that of what is remembered.
+    """
     text = os.path.normcase(real_path(folder))
     return f"{kind}/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
 

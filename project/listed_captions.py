@@ -45,7 +45,9 @@ class ListedCaptions:
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:
     """Return the captions that lists in folders have for media.
 
-    files: folder -> its media. ignored: names of files that are no lists.
+    Args:
+        files: Folder -> its media.
+        ignored: Names of files that are no lists.
     """
     listed = ListedCaptions()
     by_name = _by_name([path for media in files.values() for path in media])
@@ -99,7 +101,10 @@ def _add_rows(
     rows: Sequence[tuple[str, Any]],
     by_name: Mapping[Path, Sequence[Path]],
 ) -> None:
-    """Add the captions of a list. rows: names as the list has them, and captions. by_name: of `_by_name`."""
+    """Add the captions of a list.
+
+    `rows` are the names as the list has them, and captions. `by_name` are those of `_by_name`.
+    """
     missing: list[str] = []
     without_text: list[str] = []
     count = 0
@@ -126,7 +131,7 @@ def _add_rows(
 
 
 def _is_text(caption: Any, place: str) -> bool:
-    """Return whether a caption is a text that a caption file may hold. place: for messages."""
+    """Return whether a caption is a text that a caption file may hold. `place` is for messages."""
     if not isinstance(caption, str) or not caption.strip():
         return False
     try:
@@ -149,10 +154,12 @@ def _find_media(folder: Path, name: str, by_name: Mapping[Path, Sequence[Path]])
 def _read_rows(
     path: Path, subject: Path | None, names: Collection[str], remarks: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions of a list. subject: the file that a JSON file of its name is about.
+    """Yield the names and captions of a list.
 
-    names: of the media in its folder. remarks: takes lines about what is read in another way. Raises
-    DatasetError, OSError or ValueError if it cannot be read.
+    `subject` is the file that a JSON file of its name is about.
+
+    `names` are those of the media in its folder. `remarks` gets lines about what is read in another way.
+    Raises DatasetError, OSError or ValueError if it cannot be read.
     """
     if path.suffix.lower() == JSON:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
@@ -163,7 +170,10 @@ def _read_rows(
 
 
 def _read_json_rows(content: Any, subject: Path | None) -> Iterator[tuple[str, Any]]:
-    """Yield the names and captions in the content of a JSON file. subject: as `_read_rows` takes it."""
+    """Yield the names and captions in the content of a JSON file.
+
+    `subject` is as `_read_rows` takes it.
+    """
     if isinstance(content, dict) and subject is not None:
         yield subject.name, _first_text(content)
     elif isinstance(content, dict):
@@ -183,7 +193,11 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table. path: for messages. Raises DatasetError if it lacks a column."""
+    """Yield the rows of a table. `path` is for messages only.
+
+    Raises:
+        DatasetError: If it lacks a column.
+    """
     columns = column_names(table)
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
@@ -220,7 +234,11 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
 
 
 def _decode_table(path: Path, remarks: list[str]) -> str:
-    """Return the text of a table. Raises DatasetError if its encoding cannot be guessed."""
+    """Return the text of a table.
+
+    Raises:
+        DatasetError: If its encoding cannot be guessed.
+    """
     content = read_content(path, MAX_METADATA_BYTES)
     try:
         return content.decode("utf-8-sig")
@@ -233,7 +251,10 @@ def _decode_table(path: Path, remarks: list[str]) -> str:
 
 
 def _add_column_names(path: Path, text: str, names: Collection[str]) -> str:
-    """Return the text of a table with a first line of columns. names: of the media in its folder."""
+    """Return the text of a table with a first line of columns.
+
+    `names` are those of the media in its folder.
+    """
     if not FORMAT_OF_SUFFIX[path.suffix.lower()].has_header:
         return text
     first_line = text.split("\n", 1)[0]

@@ -73,6 +73,7 @@ class Media:
 
     @property
     def is_clip(self) -> bool:
+        """Whether it is a video."""
         return self.kind == "video"
 
 
@@ -121,11 +122,14 @@ def collect_content(
 ) -> FolderContent:
     """Return the media of a folder and of its sub-folders, with references if the model edits.
 
-    name: of the model, for messages. kind: what is trained; control_kind: what would learn control pictures.
-    edits: name of a model of its family that edits, if this one does not. hearing: models that learn sounds
-    alone. silent: task of the family that learns clips without their sound.
-    Raises DatasetError if there are no media, no references for a model that needs them, no control pictures
-    for what sees them, or no sound for a model that learns it.
+    `name` is that of the model, for messages. `kind` is what is trained. `control_kind` is what would learn
+    control pictures. `edits` is the name of a model of its family that edits, if this one does not. `hearing`
+    are models that learn sounds alone. `silent` is the task of the family that learns clips without their
+    sound.
+
+    Raises:
+        DatasetError: If there are no media, no references for a model that needs them, no control pictures
+            for what sees them, or no sound for a model that learns it.
     """
     content = FolderContent()
     content.masks = read_kept_masks(folder)
@@ -199,8 +203,8 @@ def _describe_control_pairs(
 ) -> dict[Path, str]:
     """Return a line for each folder of control pictures: in the folder, in those learned, or next to it.
 
-    kind: what is trained. control_kind: what learns control pictures; None: nothing of the model does, and
-    there is no line.
+    `kind` is what is trained. `control_kind` is what learns control pictures; None means nothing of the model
+    does, and there is no line.
     """
     if control_kind is None:
         return {}
@@ -222,7 +226,7 @@ def _describe_unused_sources(
 ) -> list[str]:
     """Return lines about folders of references, for a model that does not edit.
 
-    described: folders that another line is about.
+    `described` are the folders that another line is about.
     """
     inner_sources = [source for place in places.learned[1:] for source in _sources_in(place)]
     return [
@@ -301,7 +305,7 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
-    reason: why it is one. kind: what is trained.
+    `reason` says why it is one. `kind` is what is trained.
     """
     images = _files_in(place, image_suffixes())
     if not images:
@@ -519,7 +523,10 @@ def _has_made_masks(folder: Path) -> bool:
 
 
 def _explain_masks(folder: Path, place: Path) -> str:
-    """Return the line that makes dataset.toml use the masks in a place. folder: that of dataset.toml."""
+    """Return the line that makes dataset.toml use the masks in a place.
+
+    `folder` is that of dataset.toml.
+    """
     inside = Path(path_from(real_path(folder), real_path(place))).as_posix()
     return f'masks are left out. mask_directory = "{inside}" in dataset.toml, with their pictures, takes them'
 
@@ -581,7 +588,8 @@ def _describe_other_files(
 ) -> list[str]:
     """Return lines about captions without a file, and about files that are left out.
 
-    other_files: by suffix; no clips and no pictures. media: files that captions may belong to.
+    `other_files` are counted by suffix; clips and pictures are not among them. `media` are the files that
+    captions may belong to.
     """
     owned_captions = {caption_path(path, content.captions) for path in media}
     stems = {path.stem for path in media}
@@ -644,7 +652,11 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFac
 
 
 def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: list[str]) -> Media:
-    """Return a clip or picture with its caption. Raises MediaError if it cannot be read."""
+    """Return a clip or picture with its caption.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     caption = _find_caption(path, content, remarks)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:
@@ -657,7 +669,7 @@ def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: l
 def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str | None:
     """Return the caption of a file on one line: of its caption file, else of a list; None if there is none.
 
-    remarks: takes a line about a file that is not UTF-8.
+    `remarks` gets a line about a file that is not UTF-8.
     """
     place = caption_path(path, content.captions)
     try:
@@ -679,7 +691,10 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
 
 
 def _take_first_frames(folder: Path, content: FolderContent, name: str) -> None:
-    """Put the first frame of each clip in its place, as a picture that `new` writes. name: of the model."""
+    """Put the first frame of each clip in its place, as a picture that `new` writes.
+
+    `name` is that of the model.
+    """
     images: list[Media] = []
     for clip in content.media:
         if clip.is_clip:
@@ -797,7 +812,10 @@ def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) 
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
-    """Leave out clips, which have no control pictures. kind: what is trained."""
+    """Leave out clips, which have no control pictures.
+
+    `kind` is what is trained.
+    """
     clips = [item.path for item in content.media if item.is_clip]
     if clips:
         content.lines.append(f"{name_some(clips)}: left out, as {kind.title} learns pictures alone")
@@ -852,6 +870,7 @@ def find_equal(media: Iterable[Media]) -> list[list[Path]]:
 
 
 def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
+    """Return the references of a medium in a folder; empty if there are none or their names do not fit."""
     try:
         return ControlFolder(source, {media.path.stem}).for_image(media.path.stem, None)
     except DatasetError:
@@ -934,6 +953,7 @@ def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
 
 
 def is_narrow(item: Media) -> bool:
+    """Return whether a picture is far longer than wide, or wider than long."""
     return max(item.size) > LONG * min(item.size)
 
 
@@ -992,8 +1012,9 @@ def _require_media(
 ) -> None:
     """Raise DatasetError if a folder lacks what a model learns.
 
-    name: of the model. kind: what is trained. alone, instead: what else could be done with such a folder.
-    has_sounds: sounds lie next to the clips, which `audio_directory` in dataset.toml joins with them.
+    `name` is that of the model. `kind` is what is trained. `alone` and `instead` are what else could be done
+    with such a folder. `has_sounds` says that sounds lie next to the clips, which `audio_directory` in
+    dataset.toml joins with them.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
     if not content.media:

@@ -16,7 +16,8 @@ from project.new_options import NewOptions
 def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option.
 
-    Raises OptionError if there are two for one option.
+    Raises:
+        OptionError: If there are two for one option.
     """
     texts: dict[str, str] = {}
     for typed in options.model_files:
@@ -32,7 +33,8 @@ def typed_files(options: NewOptions) -> dict[str, str]:
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
     """Return the path of each file of the model by its option.
 
-    Raises OptionError if a file is given for an unknown option, or does not exist.
+    Raises:
+        OptionError: If a file is given for an unknown option, or does not exist.
     """
     parts = {part.option.lstrip("-"): part for part in model.components if part.option}
     files = {name: options.models / part.path for name, part in parts.items()}
@@ -46,7 +48,11 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
-    """Return the path that --model_file gives. Raises OptionError if there is no such file."""
+    """Return the path that --model_file gives.
+
+    Raises:
+        OptionError: If there is no such file.
+    """
     path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(
@@ -63,7 +69,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
 def find_inside(model: ModelSet, typed: Mapping[str, str]) -> dict[str, str]:
     """Return the networks that a named file of the model has too, unless a file is named for them.
 
-    typed: as `typed_files` returns them. The result has that file, as typed, by the network's option.
+    `typed` are as `typed_files` returns them. The result has that file, as typed, by the network's option.
     """
     holders = {}
     for part in model.components:
@@ -86,7 +92,10 @@ def _has_inside(path: Path, inside: Inside) -> bool:
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
-    """Return a model without some of its files, which its commands do not name then. names: of options."""
+    """Return a model without some of its files, which its commands do not name then.
+
+    `names` are those of options.
+    """
     placeholders = {f"{{{name}}}" for name in names}
     commands = {}
     for step, command in model.commands.items():

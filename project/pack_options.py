@@ -47,7 +47,8 @@ class UnpackOptions(Options):
 def find_error_of_name(name: str, on_windows: bool) -> str:
     """Return the reason why a packed file may not have a name; empty if it may.
 
-    A name is the path in the folder, with /. on_windows: refuse also what only Windows cannot have.
+    A name is the path in the folder, with /. With `on_windows`, names that only Windows cannot have are
+    rejected too.
     """
     parts = PurePosixPath(name).parts
     if name != "/".join(parts) or name.startswith("/") or ".." in parts or not parts:

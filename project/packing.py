@@ -67,14 +67,16 @@ class PackMember:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the file, or of the content that takes its place in the pack."""
         return self.path.stat().st_size if self.content is None else len(self.content)
 
 
 def pack_folder(options: PackOptions) -> None:
     """Write the packed file and print what it holds, what is left out, and the command for the other machine.
 
-    Raises OptionError if the folder is not described, or if its texts name places outside of it; OutputError
-    if the file exists or cannot be written.
+    Raises:
+        OptionError: If the folder is not described, or if its texts name places outside of it.
+        OutputError: If the file exists or cannot be written.
     """
     folder = options.folder
     output = options.output or real_path(folder).with_name(f"{real_path(folder).name}-pack.zip")
@@ -106,7 +108,11 @@ def pack_folder(options: PackOptions) -> None:
 
 
 def read_described(folder: Path) -> PackSource:
-    """Read run.toml. Raises OptionError if there is none, or if it is not as `new` writes it."""
+    """Read run.toml.
+
+    Raises:
+        OptionError: If there is none, or if it is not as `new` writes it.
+    """
     path = folder / RUN_FILE
     try:
         tables = parse_toml(read_text(path))
@@ -158,7 +164,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
     """Return the paths of model files in the packed folder by those here, and which no download brings.
 
-    target: the folder that a download fills, as run.toml has it.
+    `target` is the folder that a download fills, as run.toml has it.
     """
     names: dict[str, str] = {} if target is None else {target: MODELS_PART}
     own: list[str] = []
@@ -179,9 +185,12 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
 
 
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
-    """Yield the files to pack, following links. hidden: takes the names of what is left out for its kind.
+    """Yield the files to pack, following links.
 
-    Raises OptionError for a name that the other machine could not have.
+    `hidden` gets the names of files that are left out for their kind.
+
+    Raises:
+        OptionError: For a name that the other machine could not have.
     """
     walked: set[Path] = set()
     for place, folders, files in os.walk(described.folder, followlinks=True):
@@ -228,7 +237,8 @@ def _relocate_texts(
 ) -> tuple[list[PackMember], list[str]]:
     """Return the members with the paths of texts replaced, and the secret options that were left out.
 
-    Raises OptionError for texts that name other places of this machine.
+    Raises:
+        OptionError: For texts that name other places of this machine.
     """
     secret = {name for name, info in info_of(TrainingOptions).items() if info.get("secret")}
     relocated: list[PackMember] = []
@@ -260,7 +270,11 @@ def _relocate_texts(
 def _relocate_file(
     relocate: Callable[..., RelocatedText], places: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
-    """Return the text of a file as `relocate` makes it. Raises OptionError if it cannot be read."""
+    """Return the text of a file as `relocate` makes it.
+
+    Raises:
+        OptionError: If it cannot be read.
+    """
     try:
         return relocate(read_text(path), places, *without)
     except (OSError, ValueError) as error:
@@ -270,7 +284,7 @@ def _relocate_file(
 
 
 def _write(output: Path, name: str, members: Sequence[PackMember]) -> None:
-    """Write the archive. name: that of the folder. Raises OutputError; then there is no such file."""
+    """Write the archive. `name` is that of the folder. Raises OutputError; then there is no such file."""
     modified = {member.name: member.path.stat().st_mtime_ns for member in members}
     manifest = {"version": VERSION, "name": name, "modified": modified}
     total = sum(member.size_bytes for member in members)

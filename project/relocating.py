@@ -76,7 +76,10 @@ class RelocatedText(NamedTuple):
 def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
     """Return a TOML text with relative paths, its comments kept.
 
-    without: keys to remove, wherever they stand. Raises ValueError for a text that is no TOML.
+    `without` are the keys to remove, wherever they stand.
+
+    Raises:
+        ValueError: For a text that is no TOML.
     """
     try:
         document = tomlkit.parse(text)
@@ -97,7 +100,7 @@ def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()
 
 
 def change_texts(values: Any, change: Callable[[str, str], str], key: str = "") -> None:
-    """Change all texts in tables and lists. change: gets the key, or that of the list, and the text."""
+    """Change all texts in tables and lists. `change` gets the key, or that of the list, and the text."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for place, value in list(pairs):
         name = str(place) if isinstance(values, dict) else key

@@ -76,6 +76,7 @@ class Project:
 
     @property
     def missing(self) -> list[str]:
+        """Files that the run needs and that are not there."""
         return [name for name in self.files if not (self.folder / name).exists()]
 
 
@@ -95,9 +96,12 @@ def run_project(options: RunOptions) -> None:
 def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     """Check, download, cache and train; end with the path of the training's page.
 
-    Files that cannot be read are left out, and listed at the end. Raises OptionError if the folder is not
-    described, or if files of the model are missing and may not be downloaded. Exits with the code of the
-    first command that fails.
+    Files that cannot be read are left out, and listed at the end. Exits with the code of the first command
+    that fails.
+
+    Raises:
+        OptionError: If the folder is not described, or if files of the model are missing and may not be
+            downloaded.
     """
     typed = _list_typed_options(options)
     folder = options.folder.parent if options.folder.name == RUN_FILE else options.folder
@@ -153,7 +157,10 @@ def _print_ending(project: Project, left_out: Sequence[str]) -> None:
 
 
 def _explain_missing(project: Project, models: Path) -> str:
-    """Return the message for files of the model that are missing. models: as `_download_words` takes it."""
+    """Return the message for files of the model that are missing.
+
+    `models` is as `_download_words` takes it.
+    """
     size = _download_size(project.download)
     options = _download_words(project, models)
     return (
@@ -171,8 +178,10 @@ def _print_command(words: Sequence[str], folder: Path) -> None:
 def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace: RunTrace) -> list[str]:
     """Run commands and return the files that are left out, as the check of media reports them.
 
-    Raises OptionError if files of the model are still missing after their download. Exits with the code of
-    the first command that fails.
+    Exits with the code of the first command that fails.
+
+    Raises:
+        OptionError: If files of the model are still missing after their download.
     """
     left_out: list[str] = []
     is_checked = was_checked(project.folder, project.commands, project.files)
@@ -198,7 +207,10 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 def check_project(project: Project) -> None:
     """Make all checks that a run begins with, and print what they find; cache and train nothing.
 
-    Exits with 1 if there are faults that end a run. Raises OptionError for wrong options of the training.
+    Exits with 1 if there are faults that end a run.
+
+    Raises:
+        OptionError: For wrong options of the training.
     """
     print_lines([f"In the folder {project.folder}:"])
     if project.missing:
@@ -230,7 +242,7 @@ def check_project(project: Project) -> None:
 def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
     """Check the training's options and the media. Returns the files that are left out.
 
-    Exits with 1 if there are faults that end the run. words: of the command that checks media.
+    Exits with 1 if there are faults that end the run. `words` are those of the command that checks media.
     """
     _check_training(project)
     outcome = _check_media(words, project.folder, project.validation)
@@ -247,8 +259,8 @@ def _run_or_exit(
 ) -> None:
     """Run a command; exit with its code if it fails.
 
-    may_leave_out: a command that leaves files out has not failed, as the check has found which these are.
-    progress: see `run_command`.
+    `may_leave_out` says that a command that leaves files out has not failed, as the check has found which
+    these are. For `progress` see `run_command`.
     """
     code = run_command(words, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
@@ -261,10 +273,14 @@ def _run_or_exit(
 
 
 def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
-    """Read the run.toml of a folder. typed: options of its training, which count before those of the file.
+    """Read the run.toml of a folder.
 
-    place: the folder, or its run.toml. Raises OptionError if it is not as `new` writes it, or if results
-    would lie outside of what is allowed.
+    Args:
+        place: The folder, or its run.toml.
+        typed: Options of its training, which count before those of the file.
+
+    Raises:
+        OptionError: If it is not as `new` writes it, or if results would lie outside of what is allowed.
     """
     folder = _find_described_folder(place)
     path = folder / RUN_FILE
@@ -300,7 +316,11 @@ def _extend_training(project: Project, words: Sequence[str]) -> Project:
 
 
 def _find_described_folder(place: Path) -> Path:
-    """Return the folder of a run.toml. Raises OptionError for another file."""
+    """Return the folder of a run.toml.
+
+    Raises:
+        OptionError: For another file.
+    """
     if place.name == RUN_FILE and not place.is_dir():
         return place.parent
     if place.is_file():
@@ -356,7 +376,8 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
 def _report_trained(project: Project, options: RunOptions) -> bool:
     """Return whether the run is finished, and if so print what can be done next. Loads nothing.
 
-    Raises OptionError if the trained file is of another model.
+    Raises:
+        OptionError: If the trained file is of another model.
     """
     file = project.output / f"{project.name}.safetensors"
     if not file.exists():  # a model in diffusers' layout, which says it in its U-Net
@@ -402,7 +423,10 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options of `run` that let it download. models: the folder that --download alone may fill."""
+    """Return the options of `run` that let it download.
+
+    `models` is the folder that --download alone may fill.
+    """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
     return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
@@ -469,7 +493,10 @@ def _check_training(project: Project) -> None:
 
 
 def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
-    """Check media with the script that caches latents. validation: share and seed of the training."""
+    """Check media with the script that caches latents.
+
+    `validation` is the fraction and the seed of the training.
+    """
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
@@ -500,7 +527,10 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
 
 
 def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
-    """Print what helps if a check fails. kinds: of the faults that it found."""
+    """Print what helps if a check fails.
+
+    `kinds` are those of the faults that it found.
+    """
     if "--check" not in words:
         return
     print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
@@ -523,8 +553,10 @@ def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> N
 
 
 def _require_script(words: Sequence[str]) -> Path:
-    """Return the script of a command. Raises OptionError if it is not one that a run needs: run.toml may come
-    from somebody else.
+    """Return the script of a command.
+
+    Raises:
+        OptionError: If it is not one that a run needs: run.toml may come from somebody else.
     """
     script = _find_script(words)
     if script is None or script not in _scripts_of_runs():
@@ -548,10 +580,12 @@ def _scripts_of_runs() -> set[Path | None]:
 def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
 
-    progress: file in which the program is to note how far it is.
+    `progress` is the file in which the program is to note how far it is.
 
-    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end. Raises
-    OptionError if it is not one of our scripts.
+    The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end.
+
+    Raises:
+        OptionError: If it is not one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []

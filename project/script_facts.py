@@ -30,7 +30,11 @@ class AskedOption:
     reaches_out: bool  # it names code, or a place outside of the program
 
     def read(self, value: Any) -> Any:
-        """Return a value of another program's file. Raises ValueError if the option cannot have it."""
+        """Return a value of another program's file.
+
+        Raises:
+            ValueError: If the option cannot have it.
+        """
         if self.kind == "switch":
             return read_switch(value)
         if self.kind in NUMBERS:
@@ -55,7 +59,11 @@ class ScriptOptions:
 
 @cache
 def ask_script(name: str) -> ScriptOptions:
-    """Return the options of a script that trains. Raises OptionError if there is no such script."""
+    """Return the options of a script that trains.
+
+    Raises:
+        OptionError: If there is no such script.
+    """
     table = find_table(installation.find_script(name))
     if table is None:
         raise OptionError(f"{name}: there is no such script")
@@ -89,7 +97,7 @@ def _read_default(option: DescribedOption) -> Any:
 def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
     """Return the message of a script that refuses its options; None if it takes them.
 
-    It reads them and ends, before torch loads. folder: in which it runs.
+    It reads them and ends, before torch loads. `folder` is where it runs.
     """
     process = _run_script(
         name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"}

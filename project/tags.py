@@ -46,7 +46,11 @@ class TagLists:
         return next((tag for tags in self.lists for tag in tags if UNDERSCORE.search(tag)), None)
 
     def make_keys(self, trigger: str | None) -> Mapping[str, Any]:
-        """Return the keys of dataset.toml that shuffle the tags. trigger: a word that is put in front."""
+        """Return the keys of dataset.toml that shuffle the tags.
+
+        Args:
+            trigger: A word that is put in front.
+        """
         keys: dict[str, Any] = {"shuffle_caption": True}
         if self.separator != ",":
             keys["caption_separator"] = self.separator

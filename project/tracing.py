@@ -64,7 +64,10 @@ class RunTrace:
         self._since = 0.0  # when it began
 
     def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
-        """Start a trace. again: words after `reelsmith` that repeat the run. The rest: of its training."""
+        """Start a trace.
+
+        `again` are the words after `reelsmith` that repeat the run. The rest: of its training.
+        """
         words = command_words(["python", FRONT_SCRIPT, *again])
         note = "It continues where it ended."
         command = ["Run it again", shlex.join(words), quote_for_powershell(words), note]
@@ -126,7 +129,7 @@ class RunTrace:
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:
-        """Note how the run ended, unless its training notes that itself. kind: as of a history's end."""
+        """Note how the run ended, unless its training notes that itself. `kind` is as in a history's end."""
         if self._history is None or not self._step:
             return
         with self._guarded():

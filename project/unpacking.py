@@ -40,8 +40,11 @@ LATEST_NS = 1 << 62  # of the time of a file: the year 2116
 def unpack_folder(options: UnpackOptions) -> None:
     """Write the folder, then print the command that trains.
 
-    Raises OptionError if the file is no packed folder, whole and harmless; OutputError if the folder exists
-    or cannot be written. Then there is no folder.
+    Then there is no folder.
+
+    Raises:
+        OptionError: If the file is no packed folder, whole and harmless.
+        OutputError: If the folder exists or cannot be written.
     """
     path = options.file
     try:
@@ -110,7 +113,7 @@ def _read_models(archive: zipfile.ZipFile, models: Path) -> list[str]:
 def _check_entries(entries: Sequence[zipfile.ZipInfo], size_bytes: int) -> None:
     """Raise ValueError for members that lead out of the folder, are no files, or hold more than there is.
 
-    size_bytes: of the archive.
+    `size_bytes` is that of the archive.
     """
     names: set[str] = set()
     for entry in entries:
@@ -188,7 +191,11 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
 
 
 def _place_models(text: str, models: Path) -> str:
-    """Return a run.toml with this machine's folder of models in it. Raises ValueError if it is no TOML."""
+    """Return a run.toml with this machine's folder of models in it.
+
+    Raises:
+        ValueError: If it is no TOML.
+    """
     parse_toml(text)  # with limits, which the next one lacks
     try:
         document = tomlkit.parse(text)
@@ -208,7 +215,7 @@ def _place_models(text: str, models: Path) -> str:
 def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> list[str]:
     """Return the lines about an unpacked folder: its size, missing models, the command that trains.
 
-    models: paths that run.toml lists.
+    `models` are the paths that run.toml lists.
     """
     paths = [path for path in folder.rglob("*") if path.is_file()]
     size = as_size(sum(path.stat().st_size for path in paths))

@@ -4,9 +4,9 @@ caches: trainings check that caches are of their release
 configs: dimensions of a transformer, latents, names of parts
 family: Qwen-Image, described for the shared loops
 files: releases as data; transformer files; paths, each checked
-layered: Qwen-Image-Layered, which takes pictures apart into layers
-model: double blocks over picture and text tokens
+layered: Qwen-Image-Layered, which takes images apart into layers
+model: double blocks over image and text tokens
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
-references: pictures to edit: sizes, masks, what of them stays
+references: images to edit: sizes, masks, what of them stays
 """

@@ -1,4 +1,4 @@
-"""What trainings check of Qwen-Image's caches: that they were made for the release that learns."""
+"""Check that Qwen-Image's caches were made for the release that is trained."""
 
 from collections.abc import Collection
 
@@ -12,7 +12,7 @@ PIXELS = {"pixels": "-1..1"}  # the input of the VAE, in records of caches
 
 
 def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
-    """Raise CacheError for texts of another release, and for latents encoded from a wrong range of pixels."""
+    """Raise CacheError for texts of another release, and for latents of pixels in a wrong range."""
     batch.check({KEY: TEXTS_AGAIN}, "the transformer")
     width = files.dit_header().config.text_dim
     batch.check_widths({KEY: width}, files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
@@ -21,7 +21,7 @@ def check_batch(batch: Batch, version: Version, files: QwenImageFiles) -> None:
 
 
 def _check_cache(cache: MadeBy, version: Version) -> None:
-    """Raise CacheError if a cache was made for another release. Other tools do not record it."""
+    """Raise CacheError if a cache was made for another release. Other programs do not record it."""
     if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
         raise CacheError(
             f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
@@ -37,7 +37,7 @@ def _check_cache(cache: MadeBy, version: Version) -> None:
 
 
 def _name_models_with(fingerprint: str) -> str:
-    """Return the models whose use of the text encoder has this fingerprint, in words."""
+    """Describe the models whose use of the text encoder has this fingerprint."""
     versions: Collection[Version] = VERSIONS.values()
     called = [version.called for version in versions if version.use.fingerprint == fingerprint]
     return " or ".join(called) or "another model"

@@ -35,7 +35,7 @@ class QwenImageConfig:
     freq_dim: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-6
-    has_layers: bool = False  # its frames are a picture and the layers of it
+    has_layers: bool = False  # its frames are an image and the layers of it
 
     kind = "t2i"
 
@@ -54,7 +54,7 @@ LATENT_OF_LAYERS = replace(LATENT, has_alpha=True, has_layers=True)
 NOISE = NoiseSpec(tokens=count_image_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),
-    fp8_exclude=("_mod.",),  # in 8 bits pictures are visibly worse
+    fp8_exclude=("_mod.",),  # in 8 bits images are visibly worse
     # a third of the weights: 4 bits of the rest alone save little. Source: diffusers, Qwen-Image in nf4
     form_exclude={"nf4": ("transformer_blocks.0.img_mod.",)},
     lora_exclude=("_mod.",),  # as the known trainer

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 NEGATIVE = " "  # if nothing is said, as released
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 DEFAULTS = image_defaults(25, 4.0, 1328)
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
 
@@ -82,10 +82,12 @@ class QwenImage(ModelOfImages):
 
     @property
     def name(self) -> str:
+        """Name of the architecture in caches and saved files, which depends on the release."""
         return self.version.name
 
     @property
     def cache_tag(self) -> str:
+        """End of the names of cache files, which depends on the release."""
         return self.version.cache_tag
 
     draws_latents: ClassVar[bool] = False
@@ -94,18 +96,22 @@ class QwenImage(ModelOfImages):
 
     @property
     def called(self) -> str:
+        """Name of the release in messages."""
         return self.version.called
 
     @property
     def release(self) -> ModelRelease:
+        """Repository and license of the released model."""
         return self.version.release
 
     @property
     def references(self) -> ReferenceRules | None:
+        """How many reference images the model takes, and what sees them."""
         return self.version.references
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model: architecture, training resolution and, for edits, the task."""
         names = {
             "architecture": self.version.architecture,
             "resolution": "1328x1328" if self.references is None else "1024x1024",
@@ -120,22 +126,20 @@ class QwenImage(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """Return the facts on which cached latents depend: the VAE and the range of its input, which was
-        0..255 in earlier versions.
-        """
+        """What cached latents depend on: the VAE and the range of its input, 0..255 in earlier versions."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return each picture's entry: normalised means of it and its references, in the VAE's dtype."""
+        """Return each image's entry: normalized means of it and its references, in the VAE's dtype."""
         vae = encoders.vae
         return encode_images(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: the captions' states, and the references.
+        """Return the conditions of a training batch: the captions' states, and the references.
 
-        Raises CacheError for texts of another release, and for latents encoded from a wrong range of pixels.
+        Raises CacheError as `caches.check_batch`.
         """
         check_batch(batch, self.version, self.files)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
@@ -143,7 +147,11 @@ class QwenImage(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from vl_embed, T D of each sample; latents_control_0, ..., B C 1 h w, of its references."""
+        """Predict the velocity, B C 1 H W float32.
+
+        The conditions are vl_embed, T D for each sample, and for references latents_control_0, ..., B C 1 h
+        w.
+        """
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
@@ -157,7 +165,7 @@ class QwenImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a flow shift noise levels follow the size, as released."""
+        """Resolve a request. Without a flow shift, noise levels depend on the size, as released."""
         if request.control_images and self.references is None:
             raise OptionError(
                 f"--control_image_path: {self.called} makes pictures from texts alone. Give --model_version "
@@ -175,7 +183,7 @@ class QwenImage(ModelOfImages):
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
@@ -191,6 +199,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section; with a mask or --rcm_threshold, parts of it are held to the first image."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
@@ -199,23 +208,26 @@ class QwenImage(ModelOfImages):
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> "QwenImage | QwenImageLayered":
+    """Describe the family for qwen_image_cache_latents.py, which needs only the VAE."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(version=version).add_vae(options.vae.file)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_text_caching(options: QwenImageTextCachingOptions) -> "QwenImage | QwenImageLayered":
+    """Describe the family for qwen_image_cache_text_encoder_outputs.py, which needs only the text encoder."""
     version = VERSIONS[options.version.name]
     files = QwenImageReleaseFiles(text_use=version.use, version=version).add_text(options.text)
     return QwenImageLayered(files) if version.has_layers else QwenImage(files, version)
 
 
 def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenImageLayered":
+    """Describe the family for qwen_image_train_network.py and qwen_image_train.py."""
     version = VERSIONS[options.version.name]
     files = files_of(options, version, version.use)
     if not version.has_layers:
         return QwenImage(files, version, options)
-    # the picture is then given, clean and in front of its layers, in each batch
+    # the image is then given, clean and in front of its layers, in each batch
     probability = float(options.remove_first_image_from_target)
     return QwenImageLayered(
         files,
@@ -226,6 +238,7 @@ def family_for_training(options: QwenImageTrainingOptions) -> "QwenImage | QwenI
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | QwenImageLayered":
+    """Describe the family for qwen_image_generate_image.py."""
     version = VERSIONS[options.version.name]
     references = options.references
     use = version.use

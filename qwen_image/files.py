@@ -1,8 +1,8 @@
 """Qwen-Image's releases and text encoder (Qwen2.5-VL) as data, and the files of a run, each checked.
 
-Transformer files have the released names in diffusers and ComfyUI too.
-Transformers of the releases look alike: the option says which one it is. Templates and lengths of texts are
-those of the releases; the name of the states is that of the known caches.
+Transformer files have the released names in diffusers and ComfyUI, too. Transformers of the releases look
+alike, so an option says which release a file is. Templates and lengths of texts are those of the releases;
+the name of the states is that of other trainers' caches.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ QWEN_USE = LanguageUse(
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
 )
 _SHOWN = "<|vision_start|>{tokens}<|vision_end|>"
-# sizes as trained; the model sees one picture
+# sizes as trained; the model sees one image
 EDIT_USE = replace(
     QWEN_USE,
     before="<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, "
@@ -91,7 +91,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
 
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
-    """Return the sizes of a transformer. Raises CheckpointError if they are not of Qwen-Image."""
+    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
     dim, numbers = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
     if dim % width or width % 16 or numbers % PATCH**2:
@@ -119,22 +119,22 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 # the VAE of Wan2.1 is the same
 VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
-MOST = 10  # pictures to edit; trained with up to three
+MOST = 10  # images to edit; trained with up to three
 
 
 @dataclass(frozen=True)
 class Version:
-    """Facts about a release: names, use of the text encoder, and references."""
+    """A release: names, use of the text encoder, and references."""
 
     name: str  # of the model in caches and saved files
     cache_tag: str
     called: str  # in messages
-    architecture: str  # modelspec.architecture, as the known tuner has it
+    architecture: str  # modelspec.architecture, as musubi-tuner has it
     release: ModelRelease
     use: LanguageUse
     references: ReferenceRules | None = None
     clean_references: bool = False  # their tokens are modulated with time 0
-    has_layers: bool = False  # it takes a picture apart into layers
+    has_layers: bool = False  # it takes an image apart into layers
     vae_files: str = VAE_FILES
 
 
@@ -184,10 +184,12 @@ class QwenImageFiles(LanguageModelFiles):
     called: ClassVar[str] = NAME
 
     def load_vae(self, device: torch.device) -> WanVae:
+        """Load the VAE with the options for its dtype and tiles."""
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not the VAE of this model."""
         version = self.version
         called = f"the VAE of {version.called if version.has_layers else NAME}"
         config = read_once(self.vae_path, read_vae, called, version.vae_files).config
@@ -198,10 +200,10 @@ class QwenImageFiles(LanguageModelFiles):
 
 @dataclass(frozen=True)
 class QwenImageReleaseFiles(QwenImageFiles):
-    """Files of a run with a release of Qwen-Image itself, not with another model that has its VAE."""
+    """Files of a run with a release of Qwen-Image itself, not with another model that uses its VAE."""
 
     def dit_header(self) -> DitHeader[QwenImageConfig]:
-        """Return what the transformer's file says. Raises CheckpointError if it is of another release."""
+        """Return the header of the transformer. Raises CheckpointError if it is of another release."""
         header = super().dit_header()
         if header.config.has_layers and not self.version.has_layers:
             raise CheckpointError(
@@ -219,5 +221,6 @@ class QwenImageReleaseFiles(QwenImageFiles):
 
 
 def files_of(options: QwenImageModelOptions, version: Version, use: LanguageUse) -> QwenImageReleaseFiles:
+    """Return the files that the options of a training or a generation name."""
     files = QwenImageReleaseFiles(text_use=use, version=version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

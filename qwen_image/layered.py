@@ -1,7 +1,7 @@
-"""Qwen-Image-Layered, described for the shared loops: it takes a picture apart into transparent layers.
+"""Qwen-Image-Layered, described for the shared loops: it decomposes an image into transparent layers.
 
-Its latents are L + 1 frames: the whole picture made anew, then its layers from back to front. The picture to
-take apart stays clean next to them.
+Its latents are L + 1 frames: the whole image generated anew, then its layers from back to front. The input
+image stays clean next to them.
 """
 
 import math
@@ -50,15 +50,15 @@ from qwen_image.options import LAYER_COUNT, LAYERED, MAX_LAYERS, QwenImageRefere
 from qwen_image.references import official_size, read_reference, taken_size
 
 VERSION = VERSIONS[LAYERED]
-SIDE = 640  # a picture is made as large as the square of this side. Source: the released pipeline
-LAYERS = 4  # of a picture, if nothing is said. Source: likewise
+SIDE = 640  # an image is made as large as the square of this side. Source: the released pipeline
+LAYERS = 4  # of an image, if nothing is said. Source: likewise
 NEGATIVE = " "  # if nothing is said, as released
-FEW_TOKENS = 256  # of a picture whose noise levels are not shifted. Source: the released pipeline
+FEW_TOKENS = 256  # of an image whose noise levels are not shifted. Source: the released pipeline
 DEFAULTS = image_defaults(50, 4.0, SIDE, frames=LAYERS, sized_by_references=True)
 
 
 class TakenImage(NamedTuple):
-    """The size in which the model sees the picture to take apart, as `taken_size` has it."""
+    """Size in which the model sees the input image, as arguments of `taken_size`."""
 
     area: int | None
     target: Size | None
@@ -71,8 +71,8 @@ class QwenImageLayered(ModelOfImages):
     files: QwenImageFiles
     options: Any = NO_OPTIONS  # of a training
     edit: QwenImageReferenceOptions = QwenImageReferenceOptions()
-    layers_alone: bool = False  # the whole picture is not made anew in front of the layers
-    keeps_norms: bool = False  # guidance keeps the norm of each token, as in the known tuner
+    layers_alone: bool = False  # the whole image is not made anew in front of the layers
+    keeps_norms: bool = False  # guidance keeps the norm of each token, as in musubi-tuner
 
     lora_module: str = field(default=LORA[0].network_module, init=False)
     noise: NoiseSpec = field(default=NOISE, kw_only=True)
@@ -86,10 +86,12 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
+        """Latent space of layers, with or without the whole image in front of them."""
         return replace(LATENT_OF_LAYERS, has_whole=not self.layers_alone)
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model."""
         return self.metadata_of(
             {
                 "architecture": VERSION.architecture,
@@ -103,25 +105,26 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What cached latents depend on: the VAE and the range of its input."""
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each picture: normalised means of it and of its layers, each encoded alone."""
+        """Return the entry of each image: normalized means of it and of its layers, each encoded alone."""
         vae = encoders.vae
         entries = []
         for frames in media.frames:
             encoded = [vae.encode(_to_pixels(frame[None, None])).to(vae.dtype) for frame in frames]
             latents = torch.cat(encoded, dim=2)[0]
-            # as the known tuner names them
+            # as musubi-tuner names them
             entries.append([CacheEntry({"latents": latents}, grid=(1, *latents.shape[2:]))])
         return entries
 
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the captions' states, and the pictures to take apart: the first of the frames.
+        """Return the captions' states, and the input images, which are the first of the frames.
 
-        Raises CacheError for texts of another release, and for pictures without layers.
+        Raises CacheError for texts of another release, and for images without layers.
         """
         check_batch(batch, VERSION, self.files)
         if latents.shape[2] == 1:
@@ -134,9 +137,10 @@ class QwenImageLayered(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from vl_embed, T D of each sample, and latents_control, B C 1 h w.
+        """Predict the velocity, B C F H W float32.
 
-        A frame that is given (`Tweaks.given_frames`) is the picture itself, which is then not made anew.
+        The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. A given frame
+        (`Tweaks.given_frames`) is the image itself, which is then not generated anew.
         """
         given = tweaks.given_frames
         velocity: Tensor = dit(
@@ -151,9 +155,9 @@ class QwenImageLayered(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a flow shift noise levels follow the size of the picture, as released.
+        """Resolve a request. Without a flow shift, noise levels depend on the image's size, as released.
 
-        Raises OptionError unless there is exactly one picture, and for a number of layers that cannot be.
+        Raises OptionError unless there is exactly one image, and for an invalid number of layers.
         """
         self.files.check()
         request = self._keep_image(request)
@@ -161,7 +165,7 @@ class QwenImageLayered(ModelOfImages):
         own = image_size(path)
         area = None
         if request.width is None and request.height is None:
-            area = SIDE**2  # the picture and its layers are of this size, as released
+            area = SIDE**2  # the image and its layers are of this size, as released
             width, height = official_size(own, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
@@ -187,7 +191,7 @@ class QwenImageLayered(ModelOfImages):
         return request
 
     def _count_layers(self, request: Request) -> int:
-        """Return the number of layers: of a training's sample, of a prompt line, or of the option."""
+        """Return the number of layers in a training's sample, in a prompt line, or in the option."""
         text = request.extra.get(LAYER_COUNT)
         count = int(text) if text is not None else request.frames or LAYERS
         if not 1 <= count <= MAX_LAYERS:
@@ -197,7 +201,7 @@ class QwenImageLayered(ModelOfImages):
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the picture to take apart, 1 C 1 h w: the mean."""
+        """Encode the input image, 1 C 1 h w: the mean."""
         (path,) = prepared.request.control_images
         taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)
@@ -210,6 +214,7 @@ class QwenImageLayered(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section, whose noise is one draw, layer after layer, as in the released pipeline."""
         _, channels, frames, height, width = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
@@ -219,14 +224,15 @@ class QwenImageLayered(ModelOfImages):
 
     @property
     def source(self) -> SourceRules:
+        """Rules for starts of denoising: saved latents of this model only."""
         return SourceRules((LATENTS,), self.called, False, self.same_latents)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the picture and its layers, 1 4 1 H W each, decoded alone."""
+        """Yield the image and its layers, 1 4 1 H W each, each decoded alone."""
         for frame in latents.split(1, dim=2):
             yield from encoders.vae.decode(frame)
 
 
 def _to_pixels(frames: Tensor) -> Tensor:
-    """Return B 4 F H W float32 of B F H W 4 uint8, -1..1."""
+    """Return B F H W 4 uint8 as B 4 F H W float32, -1..1."""
     return from_bytes(frames.movedim(-1, 1))

@@ -1,10 +1,10 @@
-"""The transformer of Qwen-Image: double blocks alone, over a picture and states of a language model.
+"""The transformer of Qwen-Image: double blocks alone, over an image and states of a language model.
 
 Names of modules are the released ones, which are those of diffusers. Source: the released code, and Wu et al.
-2025, arXiv 2508.02324. `hunyuan_model.blocks` lists the steps in float32, and the order of tokens: the
-picture first, then the text. The released code has the text first; attention does not depend on the order.
+2025, arXiv 2508.02324. `hunyuan_model.blocks` lists the steps in float32, and the order of tokens: the image
+first, then the text. The released code has the text first; attention does not depend on the order.
 """
-# Letters: B batch, L picture tokens, with those of references, T text tokens, N heads, D head width,
+# Letters: B batch, L image tokens, with those of references, T text tokens, N heads, D head width,
 # C = N * D
 
 import math
@@ -48,23 +48,25 @@ class QwenTokens(blocks.TokensWithTurnedText):
     rotary_of_clean: Tensor = field(kw_only=True)
 
     def cut(self, part: "TokenPart") -> Self:
+        """Cut as `TokensWithTurnedText.cut`, including the rotary rows of clean references."""
         of_clean = part.rows(self.rotary_of_clean, self.video - self.rotary_of_clean.shape[-4])
         return replace(super().cut(part), rotary_of_clean=of_clean)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
+        """The vectors that modulate the image's tokens, with a row for clean references, and the texts'."""
         return self.vector, self.vector[:, :1]
 
     @property
     def clean(self) -> int:
-        """Return the negative index, among the picture tokens, at which those of clean references begin."""
+        """Negative index among the image tokens at which those of clean references begin."""
         return -self.rotary_of_clean.shape[-4] or blocks.NOWHERE
 
 
 class QwenLayout(NamedTuple):
-    """Key of a table of rotations: the sizes of pictures and texts."""
+    """Key of a rotary table: the sizes of images and texts."""
 
-    # index, rows and columns of each picture's tokens, the ones to make first
+    # index, rows and columns of each image's tokens, the ones to make first
     pictures: tuple[tuple[int, int, int], ...]
     texts: tuple[int, ...]  # tokens of each text
 
@@ -84,7 +86,7 @@ class QwenAttention(nn.Module):
         self.norm_added_q, self.norm_added_k = RMSNorm(width, config.eps), RMSNorm(width, config.eps)
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
-        """Return query, key and value of a stream's tokens, each B L N D; the first two normalised."""
+        """Return query, key and value of a stream's tokens, each B L N D; the first two normalized."""
         if is_text:
             layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
             norm_q, norm_k = self.norm_added_q, self.norm_added_k
@@ -97,7 +99,7 @@ class QwenAttention(nn.Module):
 
 
 class QwenBlock(blocks.DoubleStreamBlock):
-    """Block in which picture and text have separate weights and share one attention."""
+    """Block in which image and text have separate weights and share one attention."""
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__(config.dim, config.eps)
@@ -106,16 +108,18 @@ class QwenBlock(blocks.DoubleStreamBlock):
         self.img_mlp, self.txt_mlp = (NamedFeedForward(config.dim, config.ffn_dim, gelu) for _ in range(2))
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
         if is_text:
             return self.txt_mod, self.attn.to_add_out, self.txt_mlp
         return self.img_mod, self.attn.to_out[0], self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
+        """Return query, key and value of a stream's tokens, B L C; see `DoubleStreamBlock.heads`."""
         return self.attn.heads(x, is_text)
 
 
 class QwenTimeEmbedding(nn.Module):
-    """Embed timesteps, 0..1000: B -> B 1 C float32."""
+    """Embeds timesteps, 0..1000, as B 1 C float32."""
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__()
@@ -126,10 +130,11 @@ class QwenTimeEmbedding(nn.Module):
                 "linear_2": nn.Linear(config.dim, config.dim),
             }
         )
-        # a row for pictures with alpha, and one for those without, which no release uses
+        # a row for images with alpha, and one for those without, which no release uses
         self.addition_t_embedding = nn.Embedding(2, config.dim) if config.has_layers else None
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Return embeddings, B 1 C float32, of timesteps, B."""
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
@@ -148,31 +153,32 @@ class LastNorm(nn.Module):
         self.linear = nn.Linear(config.dim, 2 * config.dim)
 
     def forward(self, x: Tensor, tokens: blocks.TokensWithTurnedText) -> Tensor:
+        """Return the modulated norm of tokens x, B L C."""
         rows = in_own_dtype(self.linear, functional.silu(tokens.vector[:, :1])).float()
         scale, shift = rows.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale, tokens.dtype)
 
 
 class QwenImageModel(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen2.5-VL.
+    """Predict the velocity of noisy latents of an image from states of Qwen2.5-VL.
 
     Simplified, without references, a second text and the code around the blocks:
 
-        picture = img_in(patches of noisy)                                  # B L C
+        image = img_in(patches of noisy)                                  # B L C
         text = txt_in(txt_norm(text))                                       # B T C
         vector = time_text_embed(timesteps)                                 # B C
         for block in transformer_blocks:
             rows, text_rows = block.img_mod(vector), block.txt_mod(vector)  # each 6: shifts, scales, gates
-            branches = attention of modulated picture and text to each other                      # B L+T C
-            picture, text = each + gate * proj(its branch), then + gate * mlp(modulated)
-        velocity = proj_out(norm_out(picture, vector))                      # B L Z*4, returned as B Z F H W
+            branches = attention of modulated image and text to each other                      # B L+T C
+            image, text = each + gate * proj(its branch), then + gate * mlp(modulated)
+        velocity = proj_out(norm_out(image, vector))                      # B L Z*4, returned as B Z F H W
     """
 
     spec = DIT
     dtype_of = "transformer_blocks.0.attn.to_q.bias"
 
     def __init__(self, config: QwenImageConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -196,14 +202,21 @@ class QwenImageModel(BlockNetwork):
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
     ) -> Hidden:
-        """Return picture and text tokens, B L+T C, and the other inputs of the blocks.
+        """Return image and text tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B Z F H W, F > 1 if the model makes layers. timesteps: B, 0..1000. text: B T text_dim, states
-        of the language model. text_mask: B T, true or 1 for real tokens, which come first. tweaks: changes to
-        this call; their second text has arguments named text and text_mask. references: clean latents of
-        pictures to edit, each B Z 1 h w of its own size. clean_references: modulate their tokens with time 0,
-        not with that of the picture. References come behind the picture, a second text behind the first one.
-        Raises ValueError if sizes do not fit.
+        References come after the image, a second text after the first one.
+
+        Args:
+            noisy: B Z F H W; F > 1 if the model generates layers.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            tweaks: Changes to this call; their second text has arguments named text and text_mask.
+            references: Clean latents of images to edit, each B Z 1 h w of its own size.
+            clean_references: Modulate the tokens of references with time 0 instead of the image's time.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         images = (noisy, *references)
         for latents in images:
@@ -241,9 +254,9 @@ class QwenImageModel(BlockNetwork):
         )
 
     def _place_images(self, noisy: Tensor, references: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-        """Return index, rows and columns of each picture's tokens: the ones to make, then references.
+        """Return index, rows and columns of each image's tokens: the generated images, then references.
 
-        The picture that is taken apart into layers is in front of them, at -1.
+        The input image of a model of layers has the index -1.
         """
         grids: list[tuple[int, int, int]] = []
         for latents in (noisy, *references):
@@ -261,8 +274,8 @@ class QwenImageModel(BlockNetwork):
     def _make_table(self, layout: QwenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
-        A picture's token stands at (index of the picture, row, column), with rows and columns counted from
-        the middle. A text's token j is at j + the largest half of a picture's side, on all three axes; with
+        An image's token is at (index of the image, row, column), with rows and columns counted from the
+        middle. A text's token j is at j + the largest half of an image's side, on all three axes; with
         layers, at least at j + their number.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)

@@ -47,6 +47,7 @@ class QwenImageVersionOptions(Options):
 
     @property
     def name(self) -> str:
+        """Release that the options name; the original one by default."""
         if self.model_version:
             return self.model_version
         if self.edit_plus:
@@ -227,6 +228,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     version = {"--model_version": _not_original(options.version)}
     latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("QWEN_FILE"), **version}
@@ -250,7 +252,7 @@ def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, A
 
 
 def _count_layers(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> int | None:
-    """Return the number of layers of a sample, whose frames may have the whole picture in front of them."""
+    """Return the number of layers of a sample, whose frames may start with the whole image."""
     if options.version.name != LAYERED or "frames" not in sample:
         return None
     return int(sample["frames"]) - (not options.remove_first_image_from_target)

@@ -1,4 +1,4 @@
-"""Pictures to edit: their sizes, for the VAE and for the text encoder, and what of the first one stays."""
+"""Images to edit: their sizes for the VAE and for the text encoder, and what of the first one is kept."""
 
 import logging
 import math
@@ -22,16 +22,16 @@ from qwen_image.options import MASK, QwenImageReferenceOptions
 
 logger = logging.getLogger(__name__)
 
-# pixels of a picture as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
+# pixels of an image as the VAE and, from Edit-2509 on, the text encoder got it in training, with sides that
 # are multiples of OFFICIAL_STEP. Source: the released pipelines
 MEGAPIXEL, SHOWN_AREA = 1024 * 1024, 384 * 384
 OFFICIAL_STEP = 32
-STEP = 16  # of pictures that keep their size
+STEP = 16  # of images that keep their size
 AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 
 def official_size(size: Size, area: int) -> Size:
-    """Return width and height of about `area` pixels in the shape of `size`, multiples of OFFICIAL_STEP."""
+    """Return a size of about `area` pixels in the shape of `size`, in multiples of OFFICIAL_STEP."""
     shape = size[0] / size[1]
     width = math.sqrt(area * shape)
     height = width / shape
@@ -42,6 +42,11 @@ def official_size(size: Size, area: int) -> Size:
 
 
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
+    """Return the size in which the model sees an image (width, height).
+
+    It is `target` if given, else the official size of `area` pixels, else the image's own size, rounded down
+    to multiples of STEP.
+    """
     if target is not None:
         return target
     if area is not None:
@@ -52,11 +57,17 @@ def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size
 def read_reference(
     path: Path, target: Size | None = None, *, area: int | None = None, has_alpha: bool = False
 ) -> Tensor:
-    """Read a picture as the model takes it: H W 3 uint8, or H W 4 with alpha.
+    """Read an image as the model takes it: H W 3 uint8, or H W 4 with alpha.
 
-    target: resize it to cover this size, and crop. area: else stretch it to its official size of about this
-    many pixels; None: keep its size, cut at the right and below to multiples of STEP. Raises MediaError if it
-    cannot be read, or nothing would be left.
+    Args:
+        path: The image file.
+        target: Size to cover; the rest is cropped.
+        area: Without `target`, stretch the image to its official size of about this many pixels. None keeps
+            its size, cropped at the right and bottom to multiples of STEP.
+        has_alpha: Return four channels.
+
+    Raises:
+        MediaError: If the image cannot be read, or nothing would be left.
     """
     frame = add_alpha(read_image(path, alpha=True)) if has_alpha else read_image(path)
     height, width = frame.shape[:2]
@@ -71,25 +82,25 @@ def read_reference(
 
 
 def find_area(options: QwenImageReferenceOptions) -> int | None:
-    """Return the pixels of the official size for the VAE; None if that size is not asked for."""
+    """Return the pixels of the official size for the VAE; None if that size is not requested."""
     return MEGAPIXEL if options.resize_control_to_official_size else None
 
 
 def fill_size(request: Request) -> Request:
-    """Fill a missing size of the request: a megapixel in the shape of its last picture."""
+    """Fill in a missing size of the request: a megapixel in the shape of its last image."""
     if request.width is not None or request.height is not None or not request.control_images:
         return request
     try:
         width, height = official_size(image_size(request.control_images[-1]), MEGAPIXEL)
-    except MediaError:  # which says so when the pictures are checked
+    except MediaError:  # which says so when the images are checked
         return request
     return replace(request, width=width, height=height)
 
 
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
-    """Return the request with its pictures in all prompts, and in the names of its files if asked for.
+    """Return the request with its images in all prompts, and in the names of its files on request.
 
-    Raises OptionError if the result cannot be held to the first picture, or the mask cannot be read.
+    Raises OptionError if the result cannot be held to the first image, or the mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
@@ -115,7 +126,7 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
 
 
 def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
-    """Raise OptionError if a picture is taken with another size than the result. option: needs it."""
+    """Raise OptionError if an image is used in another size than the result's, which `option` requires."""
     width, height = size
     if size != (prepared.width, prepared.height):
         raise OptionError(
@@ -126,7 +137,7 @@ def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) ->
 
 
 def check_mask(path: Path, has_image: bool) -> None:
-    """Raise OptionError if a mask has nothing to keep, or cannot be read."""
+    """Raise OptionError if a mask has no black pixels, or cannot be read."""
     if not has_image:
         raise OptionError(
             f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
@@ -138,9 +149,9 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return the anchor that holds the result to the first picture; None if it is not asked for.
+    """Return the anchor that holds the result to the first image; None if it is not requested.
 
-    latents: of the first picture, 1 C 1 h w.
+    `latents` are those of the first image, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     threshold = options.rcm_threshold
@@ -161,10 +172,9 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
 
 def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
-    """Read a mask of the region to change: 1 1 1 h w float32, 1 where the file is white, else 0.
+    """Read a mask of the region to change, 1 1 1 h w float32: 1 where the file is white, else 0.
 
-    size: width and height of the picture, which the mask is stretched to. Raises MediaError if it cannot be
-    read.
+    The mask is stretched to `size`, the image's width and height. Raises MediaError if it cannot be read.
     """
     frame = resize_frame(read_image(path), size, "lanczos")
     gray = torch.from_numpy(frame.copy()).float().mean(-1)

@@ -7,6 +7,6 @@ files: transformers in both layouts, Turbo's levels, encoders
 model: the transformer, with attention in segments
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
-references: pictures to edit: sizes, masks
+references: images to edit: sizes, masks
 vae: the autoencoder, with transparency
 """

@@ -1,7 +1,7 @@
-"""Caches of latents and texts: hashes of reference pictures, and whether the two belong together.
+"""Caches of latents and texts: hashes of reference images, and whether the two belong together.
 
-A text's states have seen the reference pictures, and their latents are put where the text encoder saw them.
-So both caches hold the hashes of the pictures as these were encoded, under the names of the known tuner.
+A text's states have seen the reference images, and the images' latents are inserted where the text encoder
+saw them. So both caches hold the hashes of the images as these were encoded, under the names of musubi-tuner.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from qwen_image_21.options import NAME
 
 SLOTS, SIZES = "image_slots", "reference_grids"  # places of references in a text, and their latents' sides
 HASHES = "reference_hashes"  # in caches of latents: n 32 uint8
-SEEN_HASHES = "vlm_reference_hashes"  # in caches of texts, of the pictures that the text encoder saw
+SEEN_HASHES = "vlm_reference_hashes"  # in caches of texts, of the images that the text encoder saw
 HASH_BYTES = 32
 TEXTS_AGAIN = "qwen_image_21_cache_text_encoder_outputs.py"
 LATENTS_AGAIN = "qwen_image_21_cache_latents.py"
@@ -26,10 +26,10 @@ BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
 
 
 def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
-    """Return the SHA-256 of each picture: n 32 uint8, in their order.
+    """Return the SHA-256 of each image, n 32 uint8, in their order.
 
-    pictures: each H W 4 or H W 3 uint8, in the size that is encoded; three channels are opaque. What is
-    hashed is `{W}x{H}:` and the bytes of the RGBA picture.
+    `pictures` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels are opaque. The hash
+    is over `{W}x{H}:` and the bytes of the RGBA image.
     """
     digests = []
     for image in pictures:
@@ -42,7 +42,7 @@ def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the entry of each picture of a batch with the hashes of its references, none or several."""
+    """Return the entry of each image of a batch with the hashes of its references."""
     hashed = []
     for index, (entry,) in enumerate(entries):
         hashes = hash_pictures([frames[index, 0] for frames in media.control])
@@ -54,7 +54,7 @@ def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> li
 def check_states(cache: MadeBy, part: str) -> None:
     """Raise CacheError if a caption's states were taken after the final norm instead of before it.
 
-    part: the text encoder's name in records. Caches of other programs have no records.
+    `part` is the text encoder's name in records. Caches of other programs have no records.
     """
     if cache.part != part or not cache.encoder:
         return
@@ -68,9 +68,9 @@ def check_states(cache: MadeBy, part: str) -> None:
 
 
 def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
-    """Raise CacheError if the captions were encoded with other references than the cached ones.
+    """Raise CacheError if captions were encoded with other references than the cached ones.
 
-    references: cached latents by name, in order, B C 1 h w each.
+    `references` are the cached latents by name, in order, B C 1 h w each.
     """
     sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
     for index, key in enumerate(batch.keys):
@@ -92,7 +92,7 @@ def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
 
 
 def _check_hashes(batch: Batch, index: int, count: int) -> None:
-    """Raise CacheError if an item's caption was encoded with pictures of other bytes, or in another order."""
+    """Raise CacheError if a caption was encoded with images of other bytes, or in another order."""
     key = batch.keys[index]
     for name, made_by in ((HASHES, LATENTS_AGAIN), (SEEN_HASHES, TEXTS_AGAIN)):
         if name not in batch.tensors:

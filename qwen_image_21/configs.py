@@ -36,11 +36,12 @@ class QwenImage21Config:
 
     @property
     def head_width(self) -> int:
+        """Number of channels of one attention head."""
         return self.dim // self.num_heads
 
 
 def default_axes(head_width: int) -> tuple[int, int, int]:
-    """Return the channels of a head for time, rows and columns if no config.json states them.
+    """Return the channels of a head for time, rows and columns if no config.json gives them.
 
     An eighth encodes the time. Each number is even: 16, 56 and 56 of the release's 128.
     """
@@ -50,7 +51,7 @@ def default_axes(head_width: int) -> tuple[int, int, int]:
 
 
 def count_tokens(shape: Sequence[int]) -> int:
-    """Return the tokens of a picture: one for each latent pixel. shape: B C F H W."""
+    """Return the number of tokens of an image of this shape, B C F H W: one for each latent pixel."""
     return shape[-2] * shape[-1]
 
 

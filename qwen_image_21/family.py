@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
 DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
-# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
 REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
@@ -78,11 +78,13 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
+        """Latent space with as many channels as the given files have."""
         channels = self.files.channels
         return LATENT if channels in (None, LATENT.channels) else replace(LATENT, channels=channels)
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model."""
         return self.metadata_of(
             {
                 "architecture": NAME,
@@ -94,17 +96,19 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Size, steps and guidance; Turbo takes as many steps as it has noise levels."""
         turbo = find_turbo(self.files.dit)
         return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
 
     def why_few_steps(self) -> str | None:
+        """Return the evidence that the transformer is Turbo, else None."""
         turbo = find_turbo(self.files.dit)
         return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
 
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalised means of pictures and their references, in the VAE's dtype, and their hashes."""
+        """Return normalized means of images and their references, in the VAE's dtype, and their hashes."""
         vae = encoders.vae
         entries = pictures.encode_images(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
@@ -116,8 +120,8 @@ class QwenImage21(pictures.ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states, the references and their positions.
 
-        Raises CacheError for states of another encoder or after the final norm, and for references other than
-        those that the text encoder saw.
+        Raises CacheError for states of another encoder or after the final norm, and for other references than
+        the text encoder saw.
         """
         batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
         config = self.files.dit_header().config
@@ -131,9 +135,10 @@ class QwenImage21(pictures.ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict from vl_embed, T D, and image_slots, n, of each sample, and the latents of n references.
+        """Predict the velocity, B C 1 H W float32.
 
-        These are latents_control_0, ..., each B C 1 h w.
+        The conditions are vl_embed, T D, and image_slots, n, of each sample, and the latents of n references:
+        latents_control_0, ..., B C 1 h w each.
         """
 
         def named(text: Conditions) -> dict[str, Tensor]:
@@ -152,7 +157,7 @@ class QwenImage21(pictures.ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. Without a flow shift noise levels follow the size, as released.
+        """Resolve a request. Without a flow shift, noise levels depend on the size, as released.
 
         Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
         """
@@ -188,7 +193,7 @@ class QwenImage21(pictures.ModelOfImages):
             )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
         conditions: dict[str, Tensor | list[Tensor]] = {}
@@ -198,7 +203,7 @@ class QwenImage21(pictures.ModelOfImages):
         return {0: conditions}
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W C uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        """Encode an image, 1 1 H W C uint8, in model space, 1 C 1 h w; `seed` is unused."""
         latents: Tensor = encoders.vae.encode(all_channels(frames))
         return latents
 
@@ -209,6 +214,10 @@ class QwenImage21(pictures.ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section, with a cache for the prefix's keys and values unless --no_kv_cache is set.
+
+        With a mask, parts of it are held to the first image.
+        """
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):
@@ -224,18 +233,22 @@ def all_channels(frames: Tensor) -> Tensor:
 
 
 def family_for_latent_caching(options: own.QwenImage21LatentCachingOptions) -> QwenImage21:
+    """Describe the family for qwen_image_21_cache_latents.py, which needs only the VAE."""
     return QwenImage21(QwenImage21Files().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: own.QwenImage21TextCachingOptions) -> QwenImage21:
+    """Describe the family for qwen_image_21_cache_text_encoder_outputs.py: only the text encoder."""
     return QwenImage21(QwenImage21Files().add_text(options.text))
 
 
 def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
+    """Describe the family for qwen_image_21_train_network.py."""
     return QwenImage21(_make_files(options, options.dit_dtype), options)
 
 
 def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
+    """Describe the family for qwen_image_21_generate_image.py."""
     files = _make_files(options, options.dit_dtype or options.dtype)
     return QwenImage21(files, edit=options.references, keeps_prefix=not options.no_kv_cache)
 

@@ -1,7 +1,7 @@
 """Transformer files of Qwen-Image-2.1, Turbo's noise levels, and the files of a run.
 
 Files have the names of diffusers, which are the released ones, or ComfyUI's, which stack two layers of each
-block. Base and Turbo have equal tensors: `find_turbo`.
+block. Base and Turbo have equal tensors; see `find_turbo`.
 """
 
 import functools
@@ -35,7 +35,7 @@ from qwen_image_21.options import BLANK, NAME
 from qwen_image_21.references import lay_on_white, read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
-KEY = "vl_embed"  # of the known tuner's caches
+KEY = "vl_embed"  # of musubi-tuner's caches
 MOST_TOKENS = 8192  # of a prompt; trained positions reach so far
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEXT_USE = LanguageUse(
@@ -93,9 +93,7 @@ MAX_LEVELS = 1000
 
 
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
-    """Read a file's header. config_json: path given by --dit_config; None: the one next to the file, if there
-    is one.
-    """
+    """Read a file's header, with the --dit_config file or else the config.json next to it."""
     names = checkpoint.tensors
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
@@ -118,7 +116,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
 
 
 def _read_config_json(path: Path) -> Mapping[str, Any]:
-    """Return the settings in --dit_config. Raises CheckpointError for a file of another model."""
+    """Return the settings in --dit_config. Raises CheckpointError for the file of another model."""
     try:
         settings = parse_json(read_text(path))
     except (OSError, ValueError) as error:
@@ -135,9 +133,10 @@ def _read_config_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
-    """Return the sizes of a transformer. settings: of the config.json `source`, {} if there is none.
+    """Return the dimensions of a transformer.
 
-    Raises CheckpointError if they do not go together, or the network is another one.
+    `settings` are those of the config.json `source`, {} without one. Raises CheckpointError if dimensions do
+    not match each other, or the network is another model's.
     """
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
@@ -193,7 +192,7 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
 
 
 def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:
-    """Return the channels of a head for each axis of positions. Raises CheckpointError for unfit ones."""
+    """Return the channels of a head for each axis of positions. Raises CheckpointError if they do not fit."""
     axes = settings.get("axes_dims_rope", default_axes(width))
     is_list = isinstance(axes, list | tuple) and len(axes) == 3
     if not is_list or not all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes):
@@ -214,7 +213,7 @@ def _make_sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Ma
 
 @functools.cache  # so that headers that were read are found again
 def make_format(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
-    """Return the format of transformer files. config_json: of --dit_config."""
+    """Return the format of transformer files. `config_json` is that of --dit_config."""
     return DitFormat(
         functools.partial(_read_header, config_json=config_json),
         lambda _: WHAT,
@@ -287,25 +286,28 @@ class QwenImage21Files(LanguageModelFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def add_config(self, path: Path | None) -> Self:
-        """Return a copy with --dit_config. Raises OptionError if there is no such file."""
+        """Return the files with --dit_config. Raises OptionError if there is no such file."""
         if path is not None and not path.is_file():
             raise OptionError(f"--dit_config {path}: no such file. Correct the path, or leave the option out")
         return replace(self, dit_config=path)
 
     @property
     def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]  # depends on --dit_config
+        """Format of transformer files, which depends on --dit_config."""
         return make_format(self.dit_config)
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer; in the folder of a release its subfolder `transformer`."""
         return inside(super().dit_path, "transformer")
 
     def load_vae(self, device: torch.device) -> QwenImage21Vae:
+        """Load the VAE with the options for its dtype and tiles."""
         self.check_vae()
         return load_vae(self.vae_path, device, self.encoder_dtype(self.vae_dtype), tile=self.vae_tile)
 
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is not the model's VAE, or has other latents than --dit takes."""
+        """Raise CheckpointError if the file is not the model's VAE, or its latents do not fit --dit."""
         channels = read_vae_config(self.vae_path).latent_channels
         if self.dit is not None and self.dit_header().config.channels != channels:
             raise CheckpointError(
@@ -316,7 +318,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Return the number of latent channels of the given files; None if no file is given."""
+        """Number of latent channels of the given files; None if no file is given."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

@@ -1,19 +1,19 @@
-"""The transformer of Qwen-Image-2.1: single-stream blocks over a picture and what stands before it.
+"""The transformer of Qwen-Image-2.1: single-stream blocks over an image and the prefix before it.
 
-Names of modules are the released ones, which are those of diffusers. Always float32: the embedding of time,
-modulation, norms, rotary angles.
+Names of modules are the released ones, which are those of diffusers. The embedding of time, modulation, norms
+and rotary angles are always float32.
 
-The released model has one sequence: the text, with the tokens of each reference picture in its place, and
-then the picture that is made. A token of the text sees what stands before it, one of a picture also its whole
-picture. So nothing but the picture that is made depends on that picture or on the time: text and references,
+The released model has one sequence: the text, with the tokens of each reference image where the text names
+it, and then the generated image. A text token sees the tokens before it; a token of an image also sees its
+whole image. So nothing except the generated image depends on that image or on the time: text and references,
 the prefix, are modulated with time 0. Their keys and values are computed once for all steps of a generation
 (`QwenImage21Model.remember`).
 
-Here the picture stands first, as in all models, and the prefix behind it: attention depends on positions and
-on what a token may see, not on the order in memory.
+Here the image comes first, as in all models, and the prefix after it: attention depends on positions and on
+what a token may see, not on the order in memory.
 """
-# Letters: B batch, L tokens of the picture, P of the prefix, R of references, T of text, N heads, D head
-# width, C = N * D, S rows of modulation: the picture's, then the prefix'
+# Letters: B batch, L tokens of the image, P of the prefix, R of references, T of text, N heads, D head
+# width, C = N * D, S rows of modulation: the image's, then the prefix'
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,11 +51,11 @@ LARGEST = 65504.0  # in float16
 
 gelu = partial(functional.gelu, approximate="tanh")  # as trained
 
-Grid = tuple[int, int]  # rows and columns of a picture's tokens
+Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
 class Segment(NamedTuple):
-    """Tokens of a prefix that attend to the same tokens."""
+    """Consecutive tokens of a prefix that attend to the same tokens."""
 
     start: int  # in the prefix
     end: int
@@ -72,6 +72,7 @@ class Prefix:
 
     @property
     def segments(self) -> list[Segment]:
+        """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
         start = 0
         before = 0  # tokens of the text
@@ -88,6 +89,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
+        """Number of tokens of the prefix, references included."""
         return self.texts + sum(rows * columns for rows, columns in self.grids)
 
 
@@ -95,40 +97,42 @@ class Prefix:
 class QwenImage21Tokens:
     """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
 
-    grid: Grid  # of the picture's tokens
+    grid: Grid  # of the image's tokens
     picture: int  # how many of them there are, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
     # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
     segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
     rows: Tensor  # B S 4C float32: scales and gates of all blocks
-    time: Tensor  # B 1 C float32, the embedded time of the picture
+    time: Tensor  # B 1 C float32, the embedded time of the image
     dtype: torch.dtype  # of activations between layers
     attention: AttentionChoice
     remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
     second_segments: tuple[tuple[Segment, ...], ...] = ()
-    second_rotary: Tensor | None = None  # as `rotary`, of the picture and the second prefix
+    second_rotary: Tensor | None = None  # as `rotary`, of the image and the second prefix
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     @property
     def first_picture(self) -> int:
+        """Index of the first token of the generated image: always 0."""
         return 0
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
+        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
         return replace(self, part=part, split=part.of_first(self.picture))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; none of
-        the prefix is left out.
+        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+
+        `kept` are the ascending positions of the kept tokens, B K.
         """
         image = self.picture - num_left_out
         return replace(self, picture=image, split=image, rotary=take_rows(self.rotary, kept, num_left_out))
 
 
 class QwenImage21Attention(nn.Module):
-    """Attention of a picture to all tokens; tokens of the prefix attend to earlier tokens only."""
+    """Attention of an image to all tokens; tokens of the prefix attend to earlier tokens only."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -140,6 +144,7 @@ class QwenImage21Attention(nn.Module):
         self.remembered: Sequence[Tensor] = ()  # of the prefix, B P N D; see `running/memories.py`
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        """Return the attention of tokens x, B L+P C."""
         # x: B L+P C
         heads = tuple(
             in_own_dtype(layer, x).unflatten(-1, (-1, *self.norm_q.normalized_shape))
@@ -149,7 +154,7 @@ class QwenImage21Attention(nn.Module):
         return in_own_dtype(self.to_out[0], attended.flatten(2))
 
     def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
-        """Return the attention of the tokens among each other, B L+P N D. heads: query, key, value."""
+        """Return the attention of the tokens to each other, B L+P N D. `heads` are query, key and value."""
         second, part = tokens.second, tokens.part
         if part is not None:
             heads = part.gather_tokens(*heads)
@@ -174,7 +179,7 @@ class QwenImage21Attention(nn.Module):
         tokens: QwenImage21Tokens,
         segments: Sequence[Sequence[Segment]],
     ) -> Tensor:
-        """Return the attention of a picture and its prefix, B L+P N D. heads: before rotation."""
+        """Return the attention of an image and its prefix, B L+P N D, from heads before rotation."""
         query, key, value = heads
         query = rotate(query, rotary)
         key = rotate(key, rotary)
@@ -195,7 +200,8 @@ def attend_segments(
 ) -> Tensor:
     """Return the attention of samples with the same segments; queries of padding give zeros.
 
-    query: B L+P N D, or B L N D if the keys and values of the prefix were remembered. key, value: B L+P N D.
+    `query` is B L+P N D, or B L N D if the keys and values of the prefix were remembered. `key` and `value`
+    are B L+P N D.
     """
     choice = tokens.attention
     start = tokens.picture
@@ -226,6 +232,7 @@ class QwenImage21FeedForward(nn.Module):
         self.out = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward to x, B L C."""
         gates = functional.silu(in_own_dtype(self.gate_layer, x))
         return in_own_dtype(self.out, gates * in_own_dtype(self.proj, x))
 
@@ -241,6 +248,7 @@ class QwenImage21Block(nn.Module):
         self.img_mlp = QwenImage21FeedForward(config)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        """Apply the block to tokens x, B L+P C."""
         # x: B L+P C
         scale, gate, *feed_rows = tokens.rows.chunk(ROWS, dim=-1)  # each B S C
         h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.split)
@@ -254,7 +262,7 @@ class QwenImage21Block(nn.Module):
         return x.clamp(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
 
     def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
-        """Return the input of attention for the picture's tokens of x: B L+P C -> B L C."""
+        """Return the input of attention for the image tokens of x, B L+P C to B L C."""
         scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
         return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
 
@@ -264,7 +272,7 @@ class QwenImage21Block(nn.Module):
 
 
 class QwenImage21Time(nn.Module):
-    """Embed timesteps, 0..1000: B -> B C float32."""
+    """Embeds timesteps, 0..1000, as B C float32."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -277,6 +285,7 @@ class QwenImage21Time(nn.Module):
         )
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Return embeddings, B C float32, of timesteps, B."""
         # float32 angles, as in training
         waves = sinusoid(timesteps, self.freq_dim, torch.float32)
         hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
@@ -284,7 +293,7 @@ class QwenImage21Time(nn.Module):
 
 
 class QwenImage21TextLayers(nn.Module):
-    """Turn states of the language model into tokens: ... text_dim -> ... C."""
+    """Turns states of the language model into tokens, ... text_dim to ... C."""
 
     def __init__(self, config: QwenImage21Config) -> None:
         super().__init__()
@@ -293,6 +302,7 @@ class QwenImage21TextLayers(nn.Module):
         self.out_layer = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return tokens, ... C, of states ... text_dim."""
         return in_own_dtype(self.out_layer, gelu(in_own_dtype(self.in_layer, self.text_norm(states))))
 
 
@@ -305,16 +315,17 @@ class QwenImage21LastNorm(nn.Module):
         self.linear = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        """Return the scaled norm of tokens x, B L C."""
         scale = in_own_dtype(self.linear, functional.silu(tokens.time)).float()
         return modulate(self.norm(x), None, scale, tokens.dtype)
 
 
 class QwenImage21Layout(NamedTuple):
-    """The key of a table of rotations."""
+    """Key of a rotary table."""
 
-    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    grid: Grid  # of the image's tokens; (0, 0): there is no image
     prefixes: tuple[Prefix, ...]  # of each sample
-    has_prefix: bool  # else the table is of the picture alone
+    has_prefix: bool  # else the table is of the image alone
 
 
 class PrefixTokens(NamedTuple):
@@ -325,7 +336,7 @@ class PrefixTokens(NamedTuple):
 
 
 class QwenImage21Model(BlockNetwork):
-    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL and reference pictures.
+    """Predict the velocity of noisy latents of an image from states of Qwen3-VL and reference images.
 
     Simplified, without references, a second text and the code around the blocks:
 
@@ -334,7 +345,7 @@ class QwenImage21Model(BlockNetwork):
         rows, rows0 = modulation(silu(time)), modulation(silu(time0))       # rows0 for the text; each B 4C
         for block in transformer_blocks:
             scale, gate, scale2, gate2 = rows (or rows0), the gates' tanh   # each B 1 C
-            x = x + gate * attn(norm(x) * (1 + scale))      # the picture sees all, the text what precedes
+            x = x + gate * attn(norm(x) * (1 + scale))      # the image sees all, the text what precedes
             x = x + gate2 * mlp(norm(x) * (1 + scale2))
         velocity = proj_out(norm(x[:, :L]) * (1 + norm_out(silu(time))))    # B L Z, returned as B Z 1 H W
     """
@@ -343,7 +354,7 @@ class QwenImage21Model(BlockNetwork):
     dtype_of = "transformer_blocks.0.attn.norm_q.weight"
 
     def __init__(self, config: QwenImage21Config, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -358,7 +369,7 @@ class QwenImage21Model(BlockNetwork):
         self._rotary = GridTable[QwenImage21Layout](self._make_table)
 
     def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
-        """Predict as `embed` says. With `tweaks.section_cache` the prefix of each pass is computed once."""
+        """Predict as `embed` describes. With `tweaks.section_cache`, each pass's prefix is computed once."""
         memory = tweaks.section_cache
         if memory is None or tweaks.turn is None or tweaks.away is not None or tweaks.leaves_out:
             return super().forward(*inputs, tweaks=tweaks, **named_inputs)
@@ -371,7 +382,7 @@ class QwenImage21Model(BlockNetwork):
     def remember(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
     ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
-        """Return keys and values of the prefix by block's attention. Inputs: those of `embed`."""
+        """Return the prefix's keys and values by the attention of each block. Arguments as in `embed`."""
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
@@ -391,6 +402,7 @@ class QwenImage21Model(BlockNetwork):
         return remember(self, Hidden(embedded.x, tokens), self.attentions())
 
     def attentions(self) -> list[QwenImage21Attention]:
+        """The attention of each block."""
         return [block.attn for block in self.transformer_blocks if isinstance(block, QwenImage21Block)]
 
     def embed(
@@ -404,14 +416,20 @@ class QwenImage21Model(BlockNetwork):
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
-        """Return the tokens of picture and prefix, B L+P C, and the other inputs of the blocks.
+        """Return the tokens of image and prefix, B L+P C, and the other inputs of the blocks.
 
-        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
-        B T, true or 1 for real tokens, which come first. slots: B n, on the host: before which token of its
-        text each reference stands, rising. tweaks: changes to this call; their second text has arguments
-        named text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
-        its own size. is_remembered: leave the prefix out, whose keys and values the blocks have. Raises
-        ValueError if sizes do not fit.
+        Args:
+            noisy: B Z 1 H W.
+            timesteps: B, 0..1000.
+            text: States of the language model, B T text_dim.
+            text_mask: B T, true or 1 for real tokens, which come first.
+            slots: B n ascending, on the host: the text token before which each reference is inserted.
+            tweaks: Changes to this call; their second text has arguments named text, text_mask and slots.
+            references: Clean latents of n images to edit, each B Z 1 h w of its own size.
+            is_remembered: Leave out the prefix, whose keys and values the blocks have.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = self.grid_of(noisy)
@@ -461,7 +479,7 @@ class QwenImage21Model(BlockNetwork):
         slots: Tensor,
         references: Sequence[Tensor] = (),
     ) -> PrefixTokens:
-        """Return texts and references in their order. Inputs: as of `embed`. dtype: of the tokens."""
+        """Return texts and references in their order. Inputs as in `embed`; `dtype` is that of the tokens."""
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
             self.grid_of(latents)
@@ -481,7 +499,7 @@ class QwenImage21Model(BlockNetwork):
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
     def grid_of(self, latents: Tensor) -> Grid:
-        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        """Return rows and columns of an image's tokens. Raises ValueError if its channels do not match."""
         channels, frames, height, width = latents.shape[1:]
         if channels != self.config.channels or frames != 1:
             raise ValueError(
@@ -490,11 +508,11 @@ class QwenImage21Model(BlockNetwork):
         return height, width
 
     def embed_picture(self, latents: Tensor) -> Tensor:
-        """Return the tokens of a picture, one for each latent pixel: B Z 1 H W -> B L C."""
+        """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
         return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 
     def modulation_rows(self, times: Tensor) -> Tensor:
-        """Return scale and gate of attention, then of feed-forward: B S C -> B S 4C float32."""
+        """Return scale and gate of attention, then of feed-forward, B S C to B S 4C float32."""
         rows = in_own_dtype(self.modulation[1], functional.silu(times)).float()
         scale, gate, feed_scale, feed_gate = rows.chunk(ROWS, dim=-1)
         return torch.cat([scale, gate.tanh(), feed_scale, feed_gate.tanh()], dim=-1)
@@ -508,9 +526,9 @@ class QwenImage21Model(BlockNetwork):
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
 
-        Computed from float64 angles. Each token of the text advances all three positions by one. A picture's
-        token stands at (time, row, column), with the time that the text has reached, and rows and columns
-        counted from the middle; the text continues behind its longer side.
+        They are computed from float64 angles. Each token of the text advances all three positions by one. An
+        image's token is at (time, row, column), with the time that the text has reached, and rows and columns
+        counted from the middle; the text continues after its longer side.
         """
         tables = {prefix: self._make_sample_table(layout, prefix, device) for prefix in set(layout.prefixes)}
         if len(tables) == 1:
@@ -550,7 +568,7 @@ class QwenImage21Model(BlockNetwork):
 
 
 def list_segments(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
-    """Return the segments of each prefix, or of one if all are alike."""
+    """Return the segments of each prefix, or of one if all are equal."""
     different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
     return tuple(tuple(prefix.segments) for prefix in different)
 

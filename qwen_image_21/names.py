@@ -1,4 +1,4 @@
-"""What Qwen-Image-2.1 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Qwen-Image-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, WeightPart, with_endings

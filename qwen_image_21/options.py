@@ -20,7 +20,7 @@ from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_opti
 from qwen_image.options import MASK
 
 NAME = "Qwen-Image-2.1"
-SIDE = 1024  # of pictures, where nothing is said
+SIDE = 1024  # of images, where nothing is said
 STEPS = 40
 BLANK = " "  # what an empty prompt is written as, as released
 NO_TEXT = ("", '""', "''")
@@ -115,14 +115,14 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
 
 
 def read_negative(text: str) -> str:
-    """Return the negative prompt that a text means: a blank for an empty text, because guidance needs one."""
+    """Return the negative prompt: a blank for an empty text, because guidance needs one."""
     return BLANK if text.strip() in NO_TEXT else text
 
 
 def resolve_generation(
     options: Any, own_options: QwenImage21GenerationOptions
 ) -> tuple[Any, QwenImage21GenerationOptions]:
-    """Return the options with an empty --negative_prompt replaced by the text that it means."""
+    """Return the options with an empty --negative_prompt replaced as in `read_negative`."""
     negative = options.request.negative_prompt
     if negative is None:
         return options, own_options
@@ -131,7 +131,7 @@ def resolve_generation(
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
+    """Return the options of the latent and the text caching script for a training."""
     return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
 
 

@@ -1,7 +1,7 @@
-"""Pictures to edit: their sizes and colours, for the VAE and for the text encoder.
+"""Images to edit: their sizes and colors, for the VAE and for the text encoder.
 
-Both get one picture of the same size, since the tokens of the text encoder's vision tower and the latents
-have to match: about a megapixel in the picture's own shape, or the size of the result. Source: the released
+Both get one image of the same size, because the tokens of the text encoder's vision tower and the latents
+have to match: about a megapixel in the image's own shape, or the size of the result. Source: the released
 pipeline.
 """
 
@@ -34,10 +34,10 @@ WHITE = 255
 
 
 def read_reference(path: Path, target: Size | None = None) -> Tensor:
-    """Read a picture as the model takes it: H W 3 uint8, or H W 4 if it has transparency.
+    """Read an image as the model takes it: H W 3 uint8, or H W 4 if it has transparency.
 
-    target: resize it to cover this size, and crop; None: stretch it to its official size. Raises MediaError
-    if it cannot be read, or is too small.
+    It covers the size `target` and is cropped; without `target` it is stretched to its official size. Raises
+    MediaError if it cannot be read, or is too small.
     """
     frame = read_image(path, alpha=True)
     height, width = frame.shape[:2]
@@ -50,7 +50,7 @@ def read_reference(path: Path, target: Size | None = None) -> Tensor:
 
 
 def lay_on_white(picture: Tensor) -> Tensor:
-    """Lay a picture, H W 3 or H W 4 uint8, on white: H W 3 uint8. Its colours are rounded as by Pillow."""
+    """Lay an image, H W 3 or H W 4 uint8, on white: H W 3 uint8, rounded as by Pillow."""
     if picture.shape[-1] == 3:
         return picture
     shown = Image.fromarray(picture.numpy(), "RGBA")
@@ -60,12 +60,12 @@ def lay_on_white(picture: Tensor) -> Tensor:
 
 
 def read_shown(path: Path, target: Size | None = None) -> Tensor:
-    """Read a picture as the text encoder sees it: `read_reference`, on white."""
+    """Read an image as the text encoder sees it: `read_reference`, on white."""
     return lay_on_white(read_reference(path, target))
 
 
 def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
-    """Return the request with its pictures in all prompts.
+    """Return the request with its images in all prompts.
 
     Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask
     cannot be read.
@@ -86,10 +86,9 @@ def add_images(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prep
 
 
 def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
-    """Return the anchor that keeps the result equal to the first picture outside of the mask; None without a
-    mask.
+    """Return the anchor that keeps the result equal to the first image outside the mask; None without.
 
-    latents: of the first picture, 1 C 1 h w.
+    `latents` are those of the first image, 1 C 1 h w.
     """
     mask = prepared.request.extra.get(MASK)
     if mask is None:

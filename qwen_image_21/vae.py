@@ -1,7 +1,7 @@
-"""The autoencoder of Qwen-Image-2.1: pictures with alpha to latents and back.
+"""The autoencoder of Qwen-Image-2.1: images with alpha to latents and back.
 
-It is Wan2.2's VAE for single frames: convolutions are 2-D, pixels have four channels, and nothing is cut into
-patches. Our modules have the names of the released file. Source: the released code of Qwen-Image-2.1.
+It is Wan2.2's VAE for single frames: convolutions are 2-D, pixels have four channels, and no patches are cut.
+Module names are those of the released file. Source: the released code of Qwen-Image-2.1.
 """
 # Letters: B batch, C channels, Z latent channels, H height, W width (at the layer's own resolution)
 
@@ -41,7 +41,7 @@ FOLDER = "vae"  # in a whole release
 STRIDE = 16  # height and width of one latent pixel, in pixels
 PIXEL_CHANNELS = 4  # red, green, blue, alpha
 LARGEST = 1e6  # mean or deviation of latents; float32 has room for these
-OPAQUE = 1.0  # alpha of a picture without transparency, in -1..1
+OPAQUE = 1.0  # alpha of an image without transparency, in -1..1
 
 # fmt: off
 # of the latents, per channel. Source: the defaults of diffusers' AutoencoderKLQwenImage21
@@ -89,6 +89,7 @@ class ImageConv(nn.Conv2d):
     """A convolution of clips of one frame: B C 1 H W."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x, B C 1 H W to B C' 1 H W."""
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
@@ -104,6 +105,7 @@ class ImageResidual(nn.Module):
         self.conv_shortcut = ImageConv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to x, B C 1 H W to B C' 1 H W."""
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(self.conv_shortcut(x))
@@ -118,6 +120,7 @@ class ImageMiddle(nn.Module):
         self.attentions = nn.ModuleList([WanFrameAttention(width)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the three layers to x, B C 1 H W."""
         before, after = self.resnets
         (attention,) = self.attentions
         h: Tensor = after(attention(before(x), None))
@@ -125,7 +128,7 @@ class ImageMiddle(nn.Module):
 
 
 class ImageResample(nn.Module):
-    """Halve or double height and width. A single frame passes the released layers over time unchanged."""
+    """Halves or doubles height and width. The released layers over time leave a single frame unchanged."""
 
     def __init__(self, width: int, is_down: bool) -> None:
         super().__init__()
@@ -134,6 +137,7 @@ class ImageResample(nn.Module):
         self.is_down = is_down
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x, B C 1 H W, at the new resolution."""
         image = x.squeeze(2)
         # one row more below and one column more at the right, as trained
         image = F.pad(image, (0, 1, 0, 1)) if self.is_down else repeat_pixels(image, 2)
@@ -151,6 +155,7 @@ class DownLevel(nn.Module):
         self.factors = level.factors
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks to x, and add averaged groups of x to the result."""
         h = x
         for block in self.resnets:
             h = block(h)
@@ -169,6 +174,7 @@ class UpLevel(nn.Module):
         self.factors = level.factors
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks to x, and add repeated values of x if they enlarge."""
         h = x
         for block in self.resnets:
             h = block(h)
@@ -200,6 +206,7 @@ class ImageEncoder(nn.Module):
         self.conv_out = ImageConv(width, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return moments, B 2Z 1 h w, of pixels x, B 4 1 H W."""
         h = self.conv_in(x)
         for level in self.down_blocks:
             h = level(h)
@@ -221,6 +228,7 @@ class ImageDecoder(nn.Module):
         self.conv_out = ImageConv(levels[-1].width_out, PIXEL_CHANNELS, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return pixels, B 4 1 H W, of latents x, B Z 1 h w."""
         h = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             h = level(h)
@@ -231,8 +239,8 @@ class ImageDecoder(nn.Module):
 class QwenImage21Vae(ImageVae):
     """Encoder and decoder. Latents B Z 1 h w are in model space. Load one with `load_vae`.
 
-    Pictures of a batch are computed one after the other, so that memory does not grow with their number and
-    no result depends on the rest of the batch.
+    Images of a batch are computed one after another, so that memory does not grow with their number and no
+    result depends on the rest of the batch.
     """
 
     stride = STRIDE
@@ -248,19 +256,25 @@ class QwenImage21Vae(ImageVae):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the network."""
         return self.quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the network."""
         return self.quant_conv.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return the normalised means of the posterior, B Z 1 h w float32, on the VAE's device.
+        """Return the normalized means of the posterior, B Z 1 h w float32, on the VAE's device.
 
-        pixels: B 4 1 H W in -1..1, or bytes 0..255, on any device; with three channels they are opaque. H and
-        W are multiples of 16. generators: must be None, because nothing is drawn. Raises ValueError for other
-        sizes.
+        Args:
+            pixels: B 4 1 H W in -1..1, or bytes 0..255, on any device; with three channels they are opaque. H
+                and W are multiples of 16.
+            generators: Must be None, because nothing is drawn.
+
+        Raises:
+            ValueError: For other sizes.
         """
         if generators is not None:
             raise ValueError("the latents are means of the posterior: nothing is drawn")
@@ -268,14 +282,14 @@ class QwenImage21Vae(ImageVae):
 
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """Return pixels B 4 1 H W, as `ImageVae.decode_unclamped`. latents: B Z 1 h w, normalised."""
+        """Return pixels B 4 1 H W of normalized latents B Z 1 h w, as `ImageVae.decode_unclamped`."""
         images = []
         for image in latents.split(1):
             images.append(super().decode_unclamped(image))
         return torch.cat(images)
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        """Return normalised means, B Z h w float32. pixels: B 4 H W."""
+        """Return normalized means, B Z h w float32, of pixels B 4 H W."""
         if pixels.dtype == torch.uint8:
             pixels = from_bytes(pixels.to(self.device))
         moments = self.quant_conv(self.encoder(self.place(pixels).unsqueeze(2))).squeeze(2)
@@ -284,9 +298,9 @@ class QwenImage21Vae(ImageVae):
         return (means - mean) / deviation
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """Return pixels, B 4 H W float32. latents: B Z h w, normalised."""
+        """Return pixels, B 4 H W float32, of normalized latents, B Z h w."""
         mean, deviation = self._statistics()
-        # in float32: 16 bits would tint every picture
+        # in float32: 16 bits would tint every image
         means = self.place(latents.to(self.device).float() * deviation + mean)
         pixels: Tensor = self.decoder(self.post_quant_conv(means.unsqueeze(2)))
         return pixels.squeeze(2).float()
@@ -299,7 +313,7 @@ class QwenImage21Vae(ImageVae):
 
 
 def add_alpha(pixels: Tensor) -> Tensor:
-    """Return pixels with four channels, B 4 F H W; those with three become opaque. uint8 or -1..1."""
+    """Return pixels, uint8 or -1..1, with four channels, B 4 F H W; three channels become opaque."""
     if pixels.shape[1] == PIXEL_CHANNELS:
         return pixels
     opaque = 255 if pixels.dtype == torch.uint8 else OPAQUE
@@ -347,8 +361,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[QwenImage21VaeConfig]:
 def _read_levels(
     shape: Callable[..., tuple[int, ...]], sources: Mapping[str, TensorSource], start: str, resampler: str
 ) -> tuple[VaeLevel, ...]:
-    """Read the levels of the encoder or the decoder. start, resampler: names of the levels, and of their last
-    layer.
+    """Read the levels of the encoder or the decoder.
+
+    `start` and `resampler` are the names of the levels and of the last layer of each.
     """
     levels = []
     for index in range(count(sources, rf"{re.escape(start)}\.\d+")):
@@ -362,9 +377,7 @@ def _read_levels(
 
 
 def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel], is_down: bool) -> None:
-    """Raise CheckpointError if levels of the encoder or decoder do not fit each other, or change the scale
-    wrongly.
-    """
+    """Raise CheckpointError if levels do not fit each other, or change the scale wrongly."""
     scale = math.prod(level.factors[1] for level in levels)
     error = None
     if scale != STRIDE:
@@ -388,8 +401,8 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and deviation of the latents: those of config.json next to the file, else as released.
 
-    Raises CheckpointError if they are not numbers for each channel, or are missing for another number of
-    channels than the released one.
+    Raises CheckpointError unless there is a number for each channel. Without config.json, only the released
+    number of channels is accepted.
     """
     path, settings = stated_settings(checkpoint, CLASSES)
     means = settings.get("latents_mean", MEAN)
@@ -427,7 +440,7 @@ def read_vae_config(path: Path) -> QwenImage21VaeConfig:
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = None) -> QwenImage21Vae:
-    """Load the VAE. path: its file or folder. tile: as for `ImageVae`.
+    """Load the VAE from a file or folder; `tile` as in `ImageVae`.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

@@ -64,7 +64,10 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
 def check_compilation(choice: Compilation | None, device: torch.device, spec: DitSpec | None = None) -> None:
     """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded.
 
-    spec: of the network; None: it is compiled for general sizes.
+    Args:
+        choice: How to compile.
+        device: Device of the run.
+        spec: Names of the network's blocks; None if it is compiled for general sizes.
     """
     if choice is None:
         return

@@ -28,7 +28,11 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Return the findings about this environment, a line each. folder: of models and caches, for its disk."""
+    """Return the findings about this environment, a line each.
+
+    Args:
+        folder: Folder of models and caches, for its disk.
+    """
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
     free = shutil.disk_usage(folder).free / _GB
     few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
@@ -115,7 +119,12 @@ def _examine_torch() -> Iterator[Finding]:
 
 
 def _without_cuda(kind: str, reason: str | None) -> Finding:
-    """Return the finding for a torch without CUDA. reason: why it does not see a card that is there."""
+    """Return the finding for a torch without CUDA.
+
+    Args:
+        kind: Build of torch.
+        reason: Why torch does not see a card that the machine has.
+    """
     if reason is not None:
         return Finding("GPU", reason, is_fit=False)
     if shutil.which("nvidia-smi") is None:

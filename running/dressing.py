@@ -27,7 +27,14 @@ class Checkpointing:
 def swapped_weights(
     spec: DitSpec, swap: SwapOptions, device: torch.device, all_weights: bool = False
 ) -> HostWeights | None:
-    """Return host memory for swapped weights, or None. all_weights: hold all, if the network takes turns."""
+    """Return host memory for swapped weights, or None.
+
+    Args:
+        spec: Names of the network's blocks.
+        swap: Options of block swap.
+        device: Device of the run.
+        all_weights: Whether to hold all weights, for a network that takes turns.
+    """
     if not (all_weights or swap.number or swap.img_in_txt_in_offloading):
         return None
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
@@ -46,8 +53,18 @@ def dress(
 ) -> None:
     """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
 
-    host, blocks: as the network was loaded with.
-    Raises OptionError if the network has fewer blocks than are to be swapped.
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        device: Device of the run.
+        compilation: How to compile; None does not compile.
+        host: Host memory that the network was loaded with.
+        checkpointing: How to checkpoint; None keeps all activations.
+        in_pieces: Whether token-wise parts are computed in pieces.
+        blocks: Where the blocks are, as the network was loaded with.
+
+    Raises:
+        OptionError: If the network has fewer blocks than are to be swapped.
     """
     if in_pieces:
         from running.offload.checkpointing import compute_in_pieces

@@ -37,7 +37,11 @@ SWAPPING = ("blocks_to_swap", "img_in_txt_in_offloading")
 
 
 def number_or_auto(text: str) -> int | str:
-    """Parse the value of --blocks_to_swap. Raises ArgumentTypeError if it is neither."""
+    """Parse the value of --blocks_to_swap.
+
+    Raises:
+        ArgumentTypeError: If it is neither a number nor `auto`.
+    """
     if text.strip().lower() == AUTO:
         return AUTO
     try:
@@ -96,7 +100,9 @@ class SwapOptions(Options):
     def reject_trained(self, steps_in_backward: bool) -> None:
         """Raise OptionError if the swapped weights themselves cannot learn.
 
-        steps_in_backward: each is stepped during the backward pass (--fused_backward_pass).
+        Args:
+            steps_in_backward: Whether each weight is stepped during the backward pass
+                (--fused_backward_pass).
         """
         if self.blocks_to_swap and not steps_in_backward:
             raise OptionError(
@@ -111,7 +117,11 @@ class SwapOptions(Options):
 
     @property
     def number(self) -> int:
-        """Return the number of blocks to swap. Raises OptionError if it is not chosen yet."""
+        """Number of blocks to swap.
+
+        Raises:
+            OptionError: If it is `auto` and not resolved yet.
+        """
         if isinstance(self.blocks_to_swap, str):
             raise OptionError(
                 "--blocks_to_swap auto: the number of blocks is not chosen yet. Give one, such as 20"
@@ -120,7 +130,11 @@ class SwapOptions(Options):
 
 
 def cards_or_size(text: str) -> str:
-    """Parse the value of --plan, GIB or NxGIB. Raises ArgumentTypeError if it is neither."""
+    """Parse the value of --plan, GIB or NxGIB.
+
+    Raises:
+        ArgumentTypeError: If it has another form.
+    """
     match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(
@@ -145,6 +159,7 @@ class PlanOptions(Options):
 
     @property
     def is_planning(self) -> bool:
+        """Whether --plan is given, so that the command predicts its memory and exits."""
         return self.plan is not None
 
     @property
@@ -221,4 +236,5 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
+    """Return the options with another number of swapped blocks."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

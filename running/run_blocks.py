@@ -53,6 +53,7 @@ Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the ne
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run the blocks of a DiT in the way that its runner says; `hidden` is changed in place."""
     runner_of(dit)(dit, hidden, tweaks)
 
 
@@ -110,16 +111,24 @@ class BlockNetwork(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the blocks compute: that of the parameter `dtype_of`."""
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
-        """Predict from the inputs of `embed`. tweaks: changes to this call."""
+        """Predict from the inputs of `embed`.
+
+        Args:
+            inputs: Positional inputs of `embed`.
+            tweaks: Changes to this call.
+            named_inputs: Inputs of `embed` by name.
+        """
         hidden = self.embed(*inputs, tweaks=tweaks, **named_inputs)
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 
 
 def runner_of(dit: nn.Module) -> Runner:
+    """Return the runner that was set on a DiT; by default the one that runs all blocks in order."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 
@@ -138,7 +147,11 @@ def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
 
 
 def spec_of(dit: nn.Module) -> DitSpec:
-    """Return the `spec` that a network's class states. Raises TypeError if it states none."""
+    """Return the `spec` that a network's class states.
+
+    Raises:
+        TypeError: If it states none.
+    """
     spec = getattr(dit, "spec", None)
     if not isinstance(spec, DitSpec):
         raise TypeError(f"{type(dit).__name__} has no DitSpec as its `spec`")

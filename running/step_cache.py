@@ -102,6 +102,7 @@ class StepCache:
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
+        """Forget the residuals, so that the next pass is computed."""
         self._branches.clear()
 
 
@@ -137,8 +138,11 @@ def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
 def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks], None]) -> Iterator[DitAt]:
     """Yield `dit_at` whose networks have `run` around the runner of their blocks.
 
-    run: is given that runner first. At the end, also after an exception, every network has its own runner
-    again.
+    At the end, also after an exception, every network has its own runner again.
+
+    Args:
+        dit_at: Returns the network to call at a timestep.
+        run: Runs the blocks; its first argument is the network's own runner.
     """
     # with the networks alone: a runner that fetches swapped weights would keep those of one that is freed
     dressed = weakref.WeakSet[nn.Module]()
@@ -162,7 +166,14 @@ class MagCacheRule:
     """Decides for one pass of each step; looks at no tensor."""
 
     def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
-        """ratios: one for each step that is made. The others: see `contract.rules.MagCache`."""
+        """Start without skipped passes.
+
+        Args:
+            ratios: One ratio for each step of the video.
+            retention: See `contract.rules.MagCache`.
+            threshold: See `contract.rules.MagCache`.
+            most_skips: See `contract.rules.MagCache`.
+        """
         self._ratios, self._retention = ratios, retention
         self._threshold, self._most_skips = threshold, most_skips
         self._last: int | None = None  # step of the last call
@@ -205,7 +216,12 @@ class TeaCacheRule:
     """Decides for one pass of each step. The host waits for one number of each."""
 
     def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
-        """coefficients: of the polynomial, highest power first."""
+        """Start without skipped passes.
+
+        Args:
+            threshold: Sum of changes from which a pass is computed again.
+            coefficients: Coefficients of the polynomial, highest power first.
+        """
         self._threshold, self._coefficients = threshold, coefficients
         self._distance = 0.0
         self._before: Tensor | None = None
@@ -229,14 +245,16 @@ class TeaCacheRule:
 
 
 def relative_change(before: Tensor, now: Tensor) -> Tensor:
-    """Return the mean absolute difference of two tensors of one shape, as a share of the mean size of the
-    first: a number on their device, float32.
+    """Return the mean absolute difference of two tensors, divided by the mean absolute value of the first.
+
+    The result is a float32 scalar on their device, so that no copy to the host is needed.
     """
     size = before.abs().mean(dtype=torch.float32)
     return (now - before).abs_().mean(dtype=torch.float32) / size
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
+    """Evaluate a polynomial; the coefficient of the highest power comes first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient
@@ -255,6 +273,10 @@ Measure = Callable[[Turn, Signal, Tensor], None]
 
 
 def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run all blocks, and pass what entered them and their residual to `measure`.
+
+    Passes outside the steps of a video, and passes that leave out blocks, are not measured.
+    """
     before = hidden.x
     inner(dit, hidden, tweaks)
     if tweaks.turn is not None and not tweaks.leaves_out:
@@ -272,6 +294,7 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
+        """Forget the sizes of earlier steps."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -300,9 +323,11 @@ class Changes:
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
+        """Forget the tensors of earlier steps."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        """Record the relative changes since the previous step of the same pass; the first step has none."""
         entered = signal()
         step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
         if step == turn.step - 1:

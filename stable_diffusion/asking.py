@@ -42,9 +42,11 @@ SIDE = 8  # pixels of one latent: sides are multiples of it
 class Seeds:
     """Source of the seeds of a run: given ones first, then drawn ones.
 
-    random: the generator that seeds are drawn from. single: --seed, if the run makes only one picture.
-    round_seed: with --iter_same_seed, the seed of each prompt's first picture in this round; seeds of its
-    further pictures are drawn from it.
+    Attributes:
+        random: Generator that seeds are drawn from.
+        single: Value of --seed, if the run generates only one image.
+        round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; seeds of its
+            further images are drawn from it.
     """
 
     random: Random
@@ -52,6 +54,7 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
+        """Draw the seed of each prompt's first image in a new round."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
@@ -73,7 +76,12 @@ def _draw(random: Random) -> int:
 
 
 def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
-    """Return the source of a run's seeds. lines: all of its lines, None if they are not known yet."""
+    """Return the source of a run's seeds.
+
+    Args:
+        options: Options of the run.
+        lines: All lines of the run; None if they are not known yet.
+    """
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
     if lines is not None and len(lines) == 1 and prompts.n_iter == 1:
@@ -86,8 +94,9 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 class Asking:
     """Turns prompt lines into requested pictures.
 
-    num_pictures: pictures so far in this round, which selects the next input picture. num_lines: lines read
-    so far.
+    Attributes:
+        num_pictures: Number of images so far in this round, which selects the next input image.
+        num_lines: Number of lines read so far.
     """
 
     options: GenImgOptions
@@ -187,7 +196,11 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
-    """Override the options by those of a line. Raises OptionError if a value cannot be used."""
+    """Override the options by those of a line.
+
+    Raises:
+        OptionError: If a value cannot be used.
+    """
     names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in names})
 
@@ -207,10 +220,16 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 def settle(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
-    """Return the settings of a picture of one part.
+    """Return the settings of an image of one part; warn of values without effect.
 
-    values: options of its line, from `read_line`; they override `options`. image: the input picture; its size
-    is the default. Warns of values without effect. Raises OptionError if a value cannot be used.
+    Args:
+        options: Options of the command line.
+        values: Options of the line, from `read_line`; they override `options`.
+        kind: Kind of the checkpoint.
+        image: The input image; its size is the default. None without one.
+
+    Raises:
+        OptionError: If a value cannot be used.
     """
     options = with_line(options, values)
     multipliers = _select_strengths(options, values)
@@ -280,7 +299,12 @@ def _warn_of_unused(
 ) -> None:
     """Warn of options that have no effect without `name`, on the command line or in a picture's line.
 
-    name: letters of a line's option. The options that need it begin with the same two letters.
+    The options that need it begin with the same two letters.
+
+    Args:
+        values: Options of the line.
+        name: Letters of an option of lines.
+        typed: Options of the command line that were given.
     """
     default = option_values(type(typed)())
     unused = [
@@ -300,7 +324,9 @@ def _warn_of_unused(
 def batches(pictures: Iterable[AskedImage], size: int) -> Iterator[list[AskedImage]]:
     """Group consecutive pictures with equal settings and the same kinds of inputs.
 
-    size: the most pictures in a group.
+    Args:
+        pictures: The images.
+        size: Largest number of images in a group.
     """
     batch: list[AskedImage] = []
     for image in pictures:

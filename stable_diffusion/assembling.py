@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
     """Return the cross-attentions of a U-Net: name in XTI files (IN01, MID, OUT03) -> diffusers' module path.
 
-    names: diffusers' names of the U-Net's tensors.
+    Args:
+        names: Diffusers' names of the U-Net's tensors.
     """
     levels = range(count(names, r"down_blocks\.\d+"))
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]

@@ -23,9 +23,15 @@ class ChosenAttention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: None = None,
     ) -> Tensor:
-        """Return B L C. hidden_states: B L C. encoder_hidden_states: B S C', of a text; None: self-attention.
+        """Return B L C.
 
-        attn: of diffusers, whose calls have these names. These U-Nets have no masks.
+        These U-Nets have no masks.
+
+        Args:
+            attn: Attention module of diffusers, whose calls have these argument names.
+            hidden_states: States of the image, B L C.
+            encoder_hidden_states: States of a text, B S C'; None for self-attention.
+            attention_mask: Always None: these U-Nets have no masks.
         """
         assert attention_mask is None
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states

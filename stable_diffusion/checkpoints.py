@@ -27,7 +27,11 @@ from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samp
 
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
-    """Return the number of residual blocks of each level on the way down. names: the released tensors'."""
+    """Return the number of residual blocks of each level on the way down.
+
+    Args:
+        names: Names of the released tensors.
+    """
     last_blocks = []  # of all levels but the last
     block_numbers = {0}
     for name in names:
@@ -43,7 +47,8 @@ def read_levels(names: Collection[str]) -> tuple[int, ...]:
 def name_translator(names: Collection[str]) -> Callable[[str], str]:
     """Return a function from released to diffusers' tensor names; it leaves unknown names unchanged.
 
-    names: all released tensor names of the U-Net.
+    Args:
+        names: Names of all released tensors of the U-Net.
     """
     layers = read_levels(names)
     paths = dict((*ENDS, *ADDED))
@@ -99,8 +104,13 @@ class UnetDepths(NamedTuple):
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
     """Plan how to load the U-Net of a single file, whose prefix is cut off.
 
-    pooled: width of SDXL's pooled text state; 0 for other kinds. Raises CheckpointError if tensors that tell
-    a dimension are missing or make no sense.
+    Args:
+        checkpoint: The opened checkpoint.
+        kind: Kind of the checkpoint.
+        pooled: Width of SDXL's pooled text state; 0 for other kinds.
+
+    Raises:
+        CheckpointError: If tensors that tell a dimension are missing or make no sense.
     """
     names = checkpoint.tensors
     sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
@@ -160,7 +170,12 @@ def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths
 
 
 def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
-    """Read how deep the attention of each block is. layers: residual blocks of each level."""
+    """Read how deep the attention of each block is.
+
+    Args:
+        sources: Tensors by diffusers' name.
+        layers: Number of residual blocks of each level.
+    """
 
     def read_depths(side: str, level: int, blocks: int) -> tuple[int, ...]:
         start = rf"{side}_blocks\.{level}\.attentions"
@@ -226,8 +241,13 @@ _OLD_ATTENTION: dialects.Names = (  # of diffusers before 0.17
 def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialects.LoadPlan[VaeSizes]:
     """Plan how to load a VAE: alone or within a whole checkpoint, with released or diffusers' names.
 
-    option: the option that named the file. latent_scale: for diffusers' configuration. Raises CheckpointError
-    for any other file.
+    Args:
+        checkpoint: The opened checkpoint.
+        option: Option that names the file.
+        latent_scale: Scale of latents for diffusers' configuration.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     vae, sources = vae_sources(checkpoint)
     wrong = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)

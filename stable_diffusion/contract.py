@@ -59,7 +59,11 @@ KINDS = (SD1, SD2, SDXL)
 
 
 def text_encoder_name(number: int) -> str:
-    """Return the name of a text encoder in caches, states and folders. number: counted from 0."""
+    """Return the name of a text encoder in caches, states and folders.
+
+    Args:
+        number: Index of the encoder, from 0.
+    """
     return f"text_encoder_{number + 1}" if number else "text_encoder"
 
 
@@ -98,6 +102,7 @@ class Model:
 
     @property
     def is_inpainting(self) -> bool:
+        """Whether the U-Net takes 9 channels: noisy latents, mask, and latents of the masked image."""
         return int(self.unet.config.in_channels) == 9
 
 

@@ -47,7 +47,13 @@ class ControlNets:
     """The ControlNets of a run."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
-        """networks: diffusers' ControlNetModels on the model's device. uses: how each is used."""
+        """Hold loaded ControlNets for a model.
+
+        Args:
+            networks: Diffusers' ControlNetModels on the model's device.
+            uses: How each network is used.
+            model: The loaded model.
+        """
         self._networks = networks
         self._uses = uses
         self._model = model
@@ -56,7 +62,9 @@ class ControlNets:
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Yield the hook that adds residuals for pictures of this size; None if they have no guides.
 
-        Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
+        Raises:
+            OptionError: For a wrong number of guides.
+            MediaError: If one cannot be read.
         """
         if not any(image.guides for image in pictures):
             yield None
@@ -105,7 +113,13 @@ class ControlNets:
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
     """Compare the headers of all ControlNets with a U-Net, before anything is loaded.
 
-    unet: the configuration of diffusers' UNet2DConditionModel. Raises CheckpointError.
+    Args:
+        options: Options of ControlNets.
+        unet: Configuration of diffusers' UNet2DConditionModel.
+        kind: Kind of the checkpoint.
+
+    Raises:
+        CheckpointError: If a ControlNet does not fit the U-Net.
     """
     for use in options.uses if options.control_net_models else ():
         load_control_net(use.path, unet, words=kind.words, device=torch.device("meta"), dtype=torch.float32)
@@ -114,7 +128,8 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
     """Load the ControlNets of a run onto the model's device; None if there are none.
 
-    Raises CheckpointError as `check_control_nets`, or if tensors are missing or damaged.
+    Raises:
+        CheckpointError: As `check_control_nets` does, or if tensors are missing or damaged.
     """
     if not options.control_net_models:
         return None
@@ -161,10 +176,18 @@ class BatchGuides:
         width: int,
         height: int,
     ) -> None:
-        """uses: one for each model, in the order of `AskedImage.guides`. option: it names the models.
+        """Read the guide images of a batch.
 
-        Raises OptionError unless a picture has one guide for each model or one for all, MediaError if a guide
-        cannot be read.
+        Args:
+            uses: Networks in the order of `AskedImage.guides`.
+            option: Option that names the networks, for messages.
+            pictures: Images of the batch.
+            width: Width in pixels.
+            height: Height in pixels.
+
+        Raises:
+            OptionError: If an image has neither one guide for each network nor one for all.
+            MediaError: If a guide cannot be read.
         """
         for image in pictures:
             if len(image.guides) not in {1, len(uses)}:
@@ -205,7 +228,14 @@ def is_active(use: ControlUse, call: UnetCall) -> bool:
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Return an image, H W 3, at a size. canny: thresholds of the edges that are drawn in its place."""
+    """Return an image, H W 3, at a size.
+
+    Args:
+        image: The image.
+        canny: Thresholds of the edges that are drawn in its place; None keeps the image.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
     if image.shape[:2] != (height, width):
         image = resize_frame(image, (width, height), "lanczos")
     # drawn at the picture's size, so that lines stay one pixel wide

@@ -70,9 +70,17 @@ def load_control_net(
 ) -> ControlNetModel:
     """Load a ControlNet from a file or a diffusers folder; on the meta device only headers are compared.
 
-    unet: the configuration of diffusers' UNet2DConditionModel. words: name of the U-Net's model. base: the
-    U-Net itself, to which a file of differences is added. Raises CheckpointError if the file is something
-    else or belongs to another U-Net, or if tensors are missing, unexpected, of other shapes or damaged.
+    Args:
+        path: File or folder of the ControlNet.
+        unet: Configuration of diffusers' UNet2DConditionModel.
+        words: Name of the U-Net's model.
+        device: Device of the run.
+        dtype: Dtype of the weights.
+        base: The U-Net itself, to which a file of differences is added.
+
+    Raises:
+        CheckpointError: If the file is something else or belongs to another U-Net, or if tensors are missing,
+            unexpected, of other shapes or damaged.
     """
     place = require_file(path, OPTION, "")
     opened = open_part(place, ("diffusion_pytorch_model",)) if place.is_dir() else open_checkpoint(place)
@@ -113,7 +121,14 @@ def _reject_similar(bare: Checkpoint) -> None:
 def _read_control_net(
     path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
 ) -> LoadPlan[dict[str, Any]]:
-    """Plan how to load an open file. path: as the user gave it."""
+    """Plan how to load an open file.
+
+    Args:
+        path: Path as the user gave it.
+        checkpoint: The opened checkpoint.
+        unet: Configuration of the U-Net.
+        words: Name of the U-Net's model.
+    """
     bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be next to it
     _reject_similar(bare)
     translate = name_translator(bare.tensors)
@@ -158,9 +173,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name is returned unchanged, to be reported as
-    unexpected.
-    """
+    """Return diffusers' name of a tensor; an unknown name stays, to be reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:
@@ -249,7 +262,12 @@ def _read_config(
 
 
 def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _Levels:
-    """Read which levels have attention. blocks: module paths of the levels, the middle one last."""
+    """Read which levels have attention.
+
+    Args:
+        sources: Tensors by diffusers' name.
+        blocks: Module paths of the levels, the middle one last.
+    """
     attends = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
     # smaller ones of XL have attentions without transformer blocks, or no attention at all
     depths = [
@@ -269,7 +287,14 @@ _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_condit
 
 
 def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[str, Any], words: str) -> None:
-    """Raise CheckpointError if a ControlNet does not belong to a U-Net. words: the model in words."""
+    """Raise CheckpointError if a ControlNet does not belong to a U-Net.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        config: Dimensions of the ControlNet.
+        unet: Configuration of the U-Net.
+        words: Name of the U-Net's model.
+    """
     if config["in_channels"] != 4 or config["conditioning_channels"] != 3:
         raise CheckpointError(
             f"{checkpoint.path} takes latents of {config['in_channels']} and guide images of "

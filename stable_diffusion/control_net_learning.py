@@ -37,13 +37,19 @@ class TrainedControlNet(nn.Module):
     """A ControlNet next to the U-Net of a training."""
 
     def __init__(self, network: ControlNetModel, own_rate: float | None) -> None:
-        """own_rate: learning rate of the parts that a U-Net does not have; None: as all."""
+        """Take a network to train.
+
+        Args:
+            network: ControlNetModel of diffusers.
+            own_rate: Learning rate of the parts that a U-Net does not have; None for that of all parts.
+        """
         super().__init__()
         self.network = network
         self.own_rate = own_rate
         self.multiplier = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of the ControlNet."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
@@ -61,7 +67,10 @@ class TrainedControlNet(nn.Module):
     ) -> dict[str, Any]:
         """Return what it adds to the features of a call of the U-Net; {} without control pictures.
 
-        controls: B 3 H W in 0..1. arguments: of the call.
+        Args:
+            controls: Control images, B 3 H W in 0..1.
+            strength: Factor on the residuals.
+            arguments: Arguments of the U-Net's call.
         """
         strength *= self.multiplier
         if controls is None or strength == 0:
@@ -96,8 +105,16 @@ def make_control_net(
 ) -> TrainedControlNet:
     """Make a ControlNet for a U-Net: a copy of its first half, or with the values of a file.
 
-    path: of the file. checkpoints: its blocks are computed again in the backward pass, as the U-Net's. Raises
-    CheckpointError if the file does not fit the U-Net.
+    Args:
+        path: File to start from; None copies the U-Net.
+        own_rate: Learning rate of the parts that the U-Net does not have.
+        checkpoints: Whether its blocks are computed again in the backward pass, as the U-Net's are.
+        kind: Kind of the checkpoint.
+        unet: The U-Net.
+        with_values: Whether the values are read.
+
+    Raises:
+        CheckpointError: If the file does not fit the U-Net.
     """
     if path is None or not with_values:
         network = copy_unet(unet)
@@ -176,7 +193,9 @@ def _write(
 def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
     """Return the released name of each weight of a ControlNet, by diffusers' name.
 
-    layers: number of residual blocks of each level.
+    Args:
+        layers: Number of residual blocks of each level.
+        names: Diffusers' names of the weights.
     """
     own = [name for name in names if name.startswith(OWN_PARTS)]
     of_unet = [name for name in names if not name.startswith(OWN_PARTS)]
@@ -185,7 +204,12 @@ def released_names(layers: list[int], names: Sequence[str]) -> dict[str, str]:
 
 
 def _name_own(name: str, names: Collection[str]) -> str:
-    """Return the released name of a weight that a U-Net does not have. names: of all of them."""
+    """Return the released name of a weight that a U-Net does not have.
+
+    Args:
+        name: Diffusers' name of the weight.
+        names: Names of all weights.
+    """
     place = _HINT_BLOCK.fullmatch(name)
     if place is not None:  # an activation stands between convolutions
         return f"input_hint_block.{2 * int(place[1]) + 2}.{place[2]}"

@@ -26,6 +26,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def weights_option() -> Any:
+    """Return the option for the ControlNet to start from."""
     return option(
         "ControlNet to start from: a file, or a folder in diffusers' layout; default: a copy of the U-Net",
         place="there",
@@ -35,6 +36,7 @@ def weights_option() -> Any:
 
 
 def rate_option() -> Any:
+    """Return the option for the learning rate of the parts that the U-Net does not have."""
     return option(
         "learning rate of the parts that the U-Net does not have: the control picture's embedding and the "
         "outputs, which begin with zeros",
@@ -55,7 +57,12 @@ def say_generation(
 ) -> list[str]:
     """Return the command of gen_img.py that generates with a trained file, which no other script takes.
 
-    flag: the option for the file. sample: values by the names of `Request`.
+    Args:
+        options: Options of the run.
+        flag: Option for the file.
+        file: The trained file.
+        sample: Values of the sample, by the names of `Request`.
+        _: Ignored.
     """
     words = {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),

@@ -12,12 +12,14 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
+    """Import the class of the U-Net."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
 
 
 def vae_class() -> type[Any]:
+    """Import the class of the VAE."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL
@@ -34,13 +36,18 @@ def scheduler_class(name: str) -> type[Any]:
 
 
 def make_xformers_processor() -> Any:
+    """Return an attention processor that calls xformers."""
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
     return XFormersAttnProcessor()
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return the betas of a schedule whose last timestep is noise alone. betas: float32, one per timestep."""
+    """Return the betas of a schedule whose last timestep is noise alone.
+
+    Args:
+        betas: Betas of the schedule, float32, one per timestep.
+    """
     from diffusers.schedulers import scheduling_ddim
 
     return scheduling_ddim.rescale_zero_terminal_snr(betas)
@@ -55,6 +62,7 @@ def translate_vae_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict
 
 
 def diffusers_version() -> str:
+    """Return the version of diffusers, which files of results record."""
     import diffusers
 
     return str(diffusers.__version__)

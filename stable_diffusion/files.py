@@ -75,10 +75,12 @@ class Marks:
 
 
 def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) -> Marks:
-    """Return the kind of a file with tensors of these names, and what it says that its model predicts.
+    """Return the kind of a file with tensors of these names, and what its model predicts.
 
-    Tensors count more than metadata, because all programs read them. Raises CheckpointError naming its real
-    kind, or the missing network.
+    Tensors take precedence over metadata, because all programs read them.
+
+    Raises:
+        CheckpointError: If the file is something else, with its real kind or the missing network.
     """
     kind = _find_kind(names)
     other_model = _describe_other(names, kind)

@@ -106,7 +106,12 @@ def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
 
 
 def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
-    """Plan how to load the folder's U-Net. files: closes opened files."""
+    """Plan how to load the folder's U-Net.
+
+    Args:
+        folder: Folder of the files.
+        files: Closes opened files.
+    """
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", unet_class())
     _check_levels(config, folder / "unet" / "config.json")
@@ -149,7 +154,13 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
 
 
 def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[TextPlan, ...]:
-    """Plan how to load the folder's text encoders. files: closes opened files."""
+    """Plan how to load the folder's text encoders.
+
+    Args:
+        folder: Folder of the files.
+        kind: Kind of the checkpoint.
+        files: Closes opened files.
+    """
     plans = []
     for number, name in enumerate(("text_encoder", "text_encoder_2")[: 2 if kind is SDXL else 1]):
         checkpoint = files.enter_context(open_part(folder / name, ("model", "pytorch_model")))
@@ -161,7 +172,8 @@ def read_folder_texts(folder: Path, kind: ModelKind, files: ExitStack) -> tuple[
 def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
     """Open the weights of one network of a folder: safetensors before torch files, float32 before float16.
 
-    Raises CheckpointError if there are none, or as `open_checkpoint`.
+    Raises:
+        CheckpointError: If there are none, or as `open_checkpoint` does.
     """
     for endings in (_ENDINGS, _OLD_ENDINGS):
         for stem in stems:
@@ -257,6 +269,11 @@ def _are_counts(value: object, length: int) -> bool:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
+    """Read a JSON configuration of a folder in diffusers' layout.
+
+    Raises:
+        CheckpointError: If the file is missing, cannot be read, or holds no object.
+    """
     try:
         content = parse_json(read_text(file))
     except FileNotFoundError:

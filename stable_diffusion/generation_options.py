@@ -67,7 +67,9 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
 def script_defaults(side: int, side_step: int) -> ScriptDefaults:
     """Return a script's defaults and limits for the shared options.
 
-    side: usual width and height of its pictures, in pixels. side_step: they are multiples of it.
+    Args:
+        side: Default width and height of the images, in pixels.
+        side_step: Number of which width and height must be multiples.
     """
     return ScriptDefaults(
         fps=IMAGE_FPS,

@@ -67,7 +67,11 @@ class Vgg16(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features B C h w in the compute dtype. pixels: B 3 H W, in 0..1."""
+        """Return features B C h w in the compute dtype.
+
+        Args:
+            pixels: Pixels, B 3 H W in 0..1.
+        """
         weight = next(self.features.parameters())
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
         return self.features(((pixels - mean) / std).to(weight.device, weight.dtype))
@@ -76,7 +80,9 @@ class Vgg16(nn.Module):
 def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
     """Load the layers up to that number; on the meta device they are compared and not read.
 
-    Raises CheckpointError if the file holds something else, OptionError if it lacks the layer.
+    Raises:
+        CheckpointError: If the file holds something else.
+        OptionError: If it lacks the layer.
     """
     with open_checkpoint(path) as checkpoint:
         layers = _plan_layers(checkpoint, last)
@@ -131,7 +137,11 @@ class FullClip:
 
     @torch.no_grad()
     def encode_text(self, ids: Sequence[int]) -> Tensor:
-        """Return the vector of a text, 1 P. ids: its tokens, with start and end token."""
+        """Return the vector of a text, 1 P.
+
+        Args:
+            ids: Token ids of the text, with start and end token.
+        """
         tokens = torch.tensor([ids], device=self.text.device)
         return self.text(tokens, torch.tensor([len(ids) - 1], device=self.text.device)) @ self.projection.T
 
@@ -146,9 +156,15 @@ class Guides:
     vgg: Vgg16 | None
 
     def steer(self, guidance: Guidance, passes: UnetPasses, picture: AskedImage) -> Guidance:
-        """Wrap guidance so that the networks steer one picture. passes: run the U-Net for the prediction.
+        """Wrap guidance so that the networks steer one picture.
 
-        Raises MediaError if the guide picture cannot be read.
+        Args:
+            guidance: Guidance to wrap.
+            passes: Runs the U-Net for the prediction.
+            picture: The image to steer.
+
+        Raises:
+            MediaError: If the guide picture cannot be read.
         """
         measure = self._measure(picture)
         model = self.model

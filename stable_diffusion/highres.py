@@ -39,7 +39,8 @@ class UpscalingModule:
     def upscale(self, model: Model, stage: Made, width: int, height: int, vae_batch: int) -> SecondStart:
         """Enlarge a stage's result to a size in pixels; return pictures or latents.
 
-        Raises OptionError if the module fails or returns something else.
+        Raises:
+            OptionError: If the module fails or returns something else.
         """
         images = None
         latents = None
@@ -91,9 +92,14 @@ def _are_images(result: Any, count: int) -> bool:
 
 
 def load_upscaler(name: str, args: str | None) -> UpscalingModule:
-    """Import a module and make its upscaler. args: `key=value`, several joined by `;`.
+    """Import a module and make its upscaler.
 
-    Raises OptionError if it cannot be used.
+    Args:
+        name: Name of the module.
+        args: Arguments as `key=value`, several joined by `;`.
+
+    Raises:
+        OptionError: If it cannot be used.
     """
     hint = f" Or give {OURS}, which takes SwinIR and ESRGAN files (model=FILE)."
     module = import_user_module(OPTION, OTHER_NAMES.get(name, name), OURS, hint)
@@ -146,9 +152,13 @@ Highres = tuple[HighresOptions, UpscalingModule | None]
 
 
 def prepare_highres(options: HighresOptions) -> Highres | None:
-    """Import the upscaler of the first stage's pictures, before the model is loaded. None: one stage only.
+    """Import the upscaler of the first stage's images, before the model is loaded.
 
-    Raises OptionError if --highres_fix_upscaler cannot be used.
+    Returns:
+        The second stage with its upscaler; None if there is a single stage.
+
+    Raises:
+        OptionError: If --highres_fix_upscaler cannot be used.
     """
     if options.highres_fix_scale is None:
         return None
@@ -160,10 +170,15 @@ def prepare_highres(options: HighresOptions) -> Highres | None:
 def make_images(
     maker: Maker, highres: Highres | None, pictures: Sequence[AskedImage]
 ) -> Iterator[SavedStage]:
-    """Make a batch: yield the pictures to save of each stage as soon as they are made.
+    """Generate a batch: yield the images to save of each stage as soon as they are finished.
 
-    pictures: of equal settings, as `Maker.make` takes them. Raises UserError, as `Maker.make`, and if
-    --highres_fix_upscaler fails.
+    Args:
+        maker: Makes the images.
+        highres: Options and upscaler of the second stage; None for one stage.
+        pictures: Images of equal settings, as `Maker.make` takes them.
+
+    Raises:
+        UserError: As `Maker.make` does, and if --highres_fix_upscaler fails.
     """
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")
@@ -190,7 +205,12 @@ def make_images(
 
 
 def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> ImageSettings:
-    """Return the settings of the first stage. settings: those of the final picture."""
+    """Return the settings of the first stage.
+
+    Args:
+        options: Options of the run.
+        settings: Settings of the final image.
+    """
     scale = options.highres_fix_scale
     assert scale is not None
 
@@ -209,7 +229,14 @@ def _make_first_settings(options: HighresOptions, settings: ImageSettings) -> Im
 def enlarge(maker: Maker, highres: Highres, result: Made, settings: ImageSettings) -> SecondStart:
     """Enlarge the first stage's result to the size of the second stage.
 
-    settings: those of the final picture. Raises OptionError if --highres_fix_upscaler fails.
+    Args:
+        maker: Makes the images.
+        highres: Options and upscaler of the second stage.
+        result: Result of the first stage.
+        settings: Settings of the final image.
+
+    Raises:
+        OptionError: If --highres_fix_upscaler fails.
     """
     options, upscaler = highres
     if upscaler is not None:

@@ -87,6 +87,7 @@ class LearntRows(nn.Module):
             self.register_parameter(name, Parameter(tensor))
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return one parameter group with all vectors, and its name for the logs."""
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -125,7 +126,14 @@ def report_rows(module: nn.Module) -> None:
 
 
 def write_rows(module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    """Write the vectors, and log their norms. dtype: None: float32."""
+    """Write the vectors, and log their norms.
+
+    Args:
+        module: Module with the vectors.
+        path: Path of the file.
+        dtype: Dtype of the file; None for float32.
+        metadata: Metadata of the file.
+    """
     report_rows(module)
     tensors = {name: rows.detach() for name, rows in module.named_parameters()}
     infos = {name: TensorInfo(dtype or rows.dtype, tuple(rows.shape)) for name, rows in tensors.items()}
@@ -158,7 +166,9 @@ class Inversion:
     ) -> MadeNetwork:
         """Return it as the network that a training makes.
 
-        sentences: with the word, which are learned in place of captions. generate: see `MadeNetwork`.
+        Args:
+            sentences: Sentences with the word, which are learned instead of captions.
+            generate: See `MadeNetwork`.
         """
         word = self.word
         encoders = "both text encoders" if self.files.kind is SDXL else "the text encoder"
@@ -186,8 +196,14 @@ class Inversion:
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
         """Make the rows, and let the text encoders read them.
 
-        Random rows are drawn from torch's generator. with_values: else all are zero, as on a device without
-        values. Raises as `check`.
+        Random rows are drawn from torch's generator.
+
+        Args:
+            encoders: Networks of the text encoders.
+            with_values: Whether rows have values; otherwise all are zero, as on a device without values.
+
+        Raises:
+            UserError: As `check` does.
         """
         networks = [cast(ClipText, network) for network in encoders.children()]
         tables = [cast(GrowingEmbedding, network.embeddings.token_embedding) for network in networks]
@@ -204,7 +220,11 @@ class Inversion:
         return rows
 
     def _make_starts(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """Return the first rows of each text encoder, V C. tables: of token embeddings."""
+        """Return the first rows of each text encoder, V C.
+
+        Args:
+            tables: Tables of token embeddings, one for each text encoder.
+        """
         count = self.word.count
         brought = self._read_weights()
         if brought is not None:
@@ -240,10 +260,10 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> LearnedWord | None:
-        """Read what the vectors begin with: the file of a textual inversion, or a LoRA that brings the word.
+        """Read the vectors to start with, from a textual inversion or a LoRA; None without a file.
 
-        Returns None if there is none. Raises CheckpointError if it does not fit the text encoders or the
-        options.
+        Raises:
+            CheckpointError: If the file does not fit the text encoders or the options.
         """
         flags = self.asked.flags
         word: LearnedWord | None = None
@@ -280,7 +300,11 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a sentence about captions without the word. Raises DatasetError if none has it."""
+        """Return a sentence about captions without the word.
+
+        Raises:
+            DatasetError: If none has it.
+        """
         found = with_words(lambda text: [], self.word.list_ids(0))
         without = [caption for caption in captions if not found(caption)]
         word = self.word.text
@@ -299,7 +323,11 @@ class Inversion:
 
 
 def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeNetwork:
-    """Return what a training of textual inversion makes. Raises OptionError if there is no word."""
+    """Return what a training of textual inversion makes.
+
+    Raises:
+        OptionError: If there is no word.
+    """
     sentences: tuple[str, ...] = ()
     if options.use_object_template:
         sentences = OBJECT_SENTENCES
@@ -311,7 +339,13 @@ def describe_inversion(options: InversionOptions, files: TrainingFiles) -> MadeN
 def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
     """Return the vectors of a word that a LoRA file brings along; None for a file without them.
 
-    option: that names the file. Raises CheckpointError for vectors that cannot be read.
+    Args:
+        path: File of the LoRA.
+        word: The word.
+        option: Option that names the file.
+
+    Raises:
+        CheckpointError: For vectors that cannot be read.
     """
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
@@ -328,7 +362,14 @@ def _find_in_lora(path: Path, word: str, option: str) -> LearnedWord | None:
 def _say_generation(
     options: InversionOptions, file: Path, sample: Mapping[str, Any], _: Sequence[str]
 ) -> list[str]:
-    """Return the command that generates with a file. sample: values by the names of `Request`."""
+    """Return the command that generates with a file.
+
+    Args:
+        options: Options of the run.
+        file: The file.
+        sample: Values of the sample, by the names of `Request`.
+        _: Ignored.
+    """
     words = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
         "--textual_inversion_embeddings": file,

@@ -58,7 +58,11 @@ class InversionOptions(Options, title="textual inversion"):
 
     @property
     def word(self) -> WordToLearn:
-        """Return the new word. Raises OptionError if there is none."""
+        """Return the new word.
+
+        Raises:
+            OptionError: If there is none.
+        """
         if self.token_string is None:
             raise OptionError("--token_string is missing. Give the new word, such as --token_string mycat")
         return WordToLearn(

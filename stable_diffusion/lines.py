@@ -116,8 +116,12 @@ def find_option(word: str) -> prompt_lines.LineOption | None:
 def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     """Read a prompt line into `prompt` and its options by key; unknown options are ignored with a warning.
 
-    where: names the line in warnings. Raises OptionError if a value cannot be read, or if --f is not a valid
-    file name on every system.
+    Args:
+        line: The prompt line.
+        where: Name of the line in warnings.
+
+    Raises:
+        OptionError: If a value cannot be read, or if --f is not a valid file name on every system.
     """
     values = prompt_lines.parse_words(line, LINE_OPTIONS, where, find_option)
     name = values.get("file_name")
@@ -142,7 +146,8 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 def split_seeds(line: str) -> tuple[int, ...] | None:
     """Return the seeds of a line's --d, which are needed before its variants are chosen; None without them.
 
-    Raises OptionError if they cannot be read.
+    Raises:
+        OptionError: If they cannot be read.
     """
     for part in prompt_lines.split_line(line).options:
         word, _, text = part.partition(" ")
@@ -179,7 +184,9 @@ def expand(text: str, random: Random) -> list[str]:
     """Return the texts that a prompt stands for: one, or one for each choice of its `{e$$...}` groups.
 
     All variants of a group are expanded from the same state of `random`. Equal texts are returned once.
-    Raises OptionError if there are more than MAX_VARIANTS texts.
+
+    Raises:
+        OptionError: If there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
     for number, variant in enumerate(_expand_groups(text, random), 1):
@@ -241,6 +248,7 @@ class Inputs:
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
+        """Return the mask of the image with this number; files are used in turn. None without masks."""
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
@@ -252,10 +260,16 @@ class Inputs:
 
 
 def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
-    """List the input pictures of a run, and read their headers.
+    """List the input images of a run, and read their headers.
 
-    control_nets: guides for each picture, at least one. Raises OptionError if a file is missing, or the
-    number of guides is neither 1 nor a multiple of it; MediaError if a file is not a picture.
+    Args:
+        options: Options of input images.
+        control_nets: Number of guides for each image, at least one.
+
+    Raises:
+        OptionError: If a file is missing, or the number of guides is neither 1 nor a multiple of
+            `control_nets`.
+        MediaError: If a file is not an image.
     """
     guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(
@@ -298,13 +312,16 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
+        """Whether the prompt comes from an image's metadata, where no options or variants are read."""
         return self.image_number is not None
 
 
 def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
     """Return the lines of a run that takes them from --from_file, --prompt or its input pictures.
 
-    Raises OptionError if there are none, MediaError if an input picture cannot be read.
+    Raises:
+        OptionError: If there are none.
+        MediaError: If an input picture cannot be read.
     """
     prompts = options.prompts
     if prompts.from_file is not None:
@@ -333,8 +350,10 @@ def list_lines(options: GenImgOptions, inputs: Inputs) -> list[Line]:
 def import_prompter(name: str) -> ModuleType:
     """Import the module of `--from_module`: an import path, or a .py file.
 
-    The working folder is searched too. The code in it runs, as the user asks for. Raises OptionError if it
-    cannot be imported or has no get_prompter.
+    The working folder is searched too. The code in the module runs, because the user asked for it.
+
+    Raises:
+        OptionError: If it cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
         reason = rejects_code()
@@ -369,12 +388,20 @@ def module_lines(
 ) -> Callable[[int | None], Iterator[Line]]:
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
-    args: all options, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae` and `texts` are
-    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. count_pictures: returns the
-    number of pictures so far in the round. The returned function takes the round's seed (--iter_same_seed)
-    and ends when the prompter returns None. If the prompter returns a list of one prompt, it is made
-    --images_per_prompt times; prompts of longer lists are made once each. Raises UserError if the module
-    fails, as does the returned function.
+    The returned function takes the round's seed (--iter_same_seed) and ends when the prompter returns None.
+    If the prompter returns a list of one prompt, --images_per_prompt images are generated of it; prompts of
+    longer lists give one image each.
+
+    Args:
+        module: The module.
+        options: Options of the run; `args` has all of them as attributes.
+        pipe: The loaded `contract.Model`, whose `unet`, `vae` and `texts` are the networks.
+        networks: `loras.ChosenLoras`, or None.
+        random: Draws seeds.
+        count_images: Returns the number of images so far in the round.
+
+    Raises:
+        UserError: If the module fails; the returned function raises it too.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"

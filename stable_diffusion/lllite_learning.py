@@ -47,6 +47,7 @@ class TrainedLllite(Lllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of all modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
@@ -55,9 +56,14 @@ class TrainedLllite(Lllite):
         self.strength = strength
 
     def hang_into(self, unet: nn.Module, path: Path) -> None:
-        """Put the modules in front of their layers. path: of their file, for messages.
+        """Put the modules in front of their layers.
 
-        Raises CheckpointError if they do not fit the U-Net.
+        Args:
+            unet: The U-Net.
+            path: File of the modules, for messages.
+
+        Raises:
+            CheckpointError: If they do not fit the U-Net.
         """
         for name, module in self.named_children():
             assert isinstance(module, LlliteModule)
@@ -85,10 +91,18 @@ class TrainedLllite(Lllite):
 
 
 def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
-    """Make the modules for a U-Net and hang them into it. with_values: those of --network_weights.
+    """Make the modules for a U-Net and hang them into it.
 
-    New ones do nothing at first: both weight and bias of `up` are zero. Raises CheckpointError if the file
-    does not fit the U-Net, OptionError if it has other sizes than the options.
+    New ones do nothing at first: both weight and bias of `up` are zero.
+
+    Args:
+        options: Options of the run.
+        unet: The U-Net.
+        with_values: Whether the values of --network_weights are read.
+
+    Raises:
+        CheckpointError: If the file does not fit the U-Net.
+        OptionError: If it has other sizes than the options.
     """
     path = options.network_weights
     if path is None:

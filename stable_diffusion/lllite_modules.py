@@ -85,6 +85,7 @@ class LlliteModule(nn.Module):
         return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return what is added to the layer's input `x`, given the embedding of the control image."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
@@ -105,7 +106,10 @@ class Lllite(nn.Module):
 def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]:
     """Return the dimensions of all modules of a U-Net, by their names in files, in the order of its layers.
 
-    width: of the embedding of control pictures, even. rank: of what inputs are projected down to.
+    Args:
+        unet: The U-Net.
+        width: Width of the embedding of control images, even.
+        rank: Width to which inputs are projected.
     """
     levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     parts = {}
@@ -150,7 +154,15 @@ def _input_width(layer: Any) -> int | None:
 def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option: str) -> nn.Module:
     """Return the layer of a U-Net that a module of the file `path` changes.
 
-    name: of the module. option: that names the file. Raises CheckpointError if the module does not fit.
+    Args:
+        unet: The U-Net.
+        name: Name of the module.
+        part: Dimensions of the module.
+        path: Path of the file.
+        option: Option that names the file.
+
+    Raises:
+        CheckpointError: If the module does not fit.
     """
     layer = _get_layer(unet, find_layer_path(name))
     width = _input_width(layer)
@@ -167,9 +179,14 @@ def find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path, option:
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[dict[str, LllitePart]]:
-    """Plan how to load a file of ControlNet-LLLite. option: that names it.
+    """Plan how to load a file of ControlNet-LLLite.
 
-    Raises CheckpointError if it is another file.
+    Args:
+        checkpoint: The opened checkpoint.
+        option: Option that names the file.
+
+    Raises:
+        CheckpointError: If it is another file.
     """
     names = {name.partition(".")[0] for name in checkpoint.tensors if name.startswith(PREFIX)}
     if not names:

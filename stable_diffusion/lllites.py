@@ -35,9 +35,15 @@ class Lllites:
     """The LLLites of a run."""
 
     def __init__(self, networks: Sequence[Lllite], uses: Sequence[ControlUse], model: Model) -> None:
-        """networks: on the model's device. uses: how each is used.
+        """Hold loaded LLLites for a model.
 
-        Raises CheckpointError if one does not fit the U-Net.
+        Args:
+            networks: Networks on the model's device.
+            uses: How each network is used.
+            model: The loaded model.
+
+        Raises:
+            CheckpointError: If a network does not fit the U-Net.
         """
         self._uses = uses
         self._model = model
@@ -54,7 +60,9 @@ class Lllites:
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
         """Attach the modules while a batch of this size is made; yield the hook, or None if it has no guides.
 
-        Raises OptionError for a wrong number of guides, MediaError if one cannot be read.
+        Raises:
+            OptionError: For a wrong number of guides.
+            MediaError: If one cannot be read.
         """
         if not any(image.guides for image in pictures):
             yield None
@@ -129,7 +137,8 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
 def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     """Load the LLLites of a run onto the model's device, after `check_lllites`; None if there are none.
 
-    Raises CheckpointError if one is damaged or does not fit the U-Net.
+    Raises:
+        CheckpointError: If one is damaged or does not fit the U-Net.
     """
     if not options.control_net_lllite_models:
         return None

@@ -48,6 +48,7 @@ class OpenedCheckpoint:
 
     @property
     def kind(self) -> ModelKind:
+        """Kind of the checkpoint."""
         return self.marks.kind
 
 
@@ -128,8 +129,13 @@ def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
 def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     """Find and open the files of --ckpt and --vae, and plan how their networks are loaded.
 
-    files: closes them. Raises OptionError if an option contradicts them, CheckpointError if they cannot be
-    used.
+    Args:
+        options: Options of the run.
+        files: Closes the files.
+
+    Raises:
+        OptionError: If an option contradicts them.
+        CheckpointError: If they cannot be used.
     """
     path = find_checkpoint(options.ckpt)
     if path.is_dir():
@@ -172,7 +178,8 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
 def find_checkpoint(ckpt: Path) -> Path:
     """Return the file or folder that --ckpt names; `owner/name`, if not here, is fetched from the hub.
 
-    Raises CheckpointError if it is missing, or the folder is not one of diffusers.
+    Raises:
+        CheckpointError: If it is missing, or the folder is not one of diffusers.
     """
     if ckpt.is_dir():
         if (ckpt / "unet").is_dir() or (ckpt / "model_index.json").is_file():
@@ -203,9 +210,16 @@ def _require(path: Path, option: str, give: str) -> None:
 def read_chosen_vae(
     path: Path, option: str, kind: ModelKind, files: ExitStack
 ) -> LoadPlan[checkpoints.VaeSizes]:
-    """Plan how to load the VAE of --vae or of a folder. files: closes what is opened.
+    """Plan how to load the VAE of --vae or of a folder.
 
-    Raises CheckpointError if it is missing or another network.
+    Args:
+        path: File or folder of the VAE.
+        option: Option that names the file, for messages.
+        kind: Kind of the checkpoint.
+        files: Closes what is opened.
+
+    Raises:
+        CheckpointError: If it is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
         inner = path / "vae"

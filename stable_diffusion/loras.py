@@ -43,7 +43,13 @@ class ChosenLoras:
         use: Callable[[Multipliers], None],
         layers: Sequence[Mapping[str, AddedPart]] | None,
     ) -> None:
-        """defaults: strengths of the command line. use: makes the model compute with these strengths."""
+        """Hold LoRAs whose strengths can be chosen.
+
+        Args:
+            defaults: Strengths of the command line.
+            use: Makes the model compute with the given strengths.
+            layers: Added layers of each LoRA, by module name; None if LoRAs are folded into the weights.
+        """
         self._defaults = defaults
         self._use = use
         self._current: Multipliers | None = None  # None: none are set throughout
@@ -58,8 +64,13 @@ class ChosenLoras:
     def settle(self, multipliers: Multipliers | None, part: int | None = None) -> Multipliers:
         """Return the strength of each LoRA.
 
-        multipliers: a prompt's (`--am`), the last repeated for further LoRAs; None: the command line's. part:
-        index of the only LoRA to use; None: all. Raises OptionError if there are too many multipliers.
+        Args:
+            multipliers: Multipliers of a prompt (`--am`), the last one repeated for further LoRAs; None for
+                those of the command line.
+            part: Index of the only LoRA to use; None for all.
+
+        Raises:
+            OptionError: If there are too many multipliers.
         """
         strengths = self._defaults if multipliers is None else multipliers
         if len(strengths) > len(self) or not strengths:
@@ -99,7 +110,8 @@ class _Target:
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
-    Raises CheckpointError if one is not a LoRA, or for a model that is not Stable Diffusion.
+    Raises:
+        CheckpointError: If one is not a LoRA, or for a model that is not Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -123,14 +135,19 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
 
 
 def words_of(loras: Iterable[LoraFile]) -> tuple[LearnedWord, ...]:
-    """Return the learned words that LoRAs bring along. Raises CheckpointError as `read_bundled`."""
+    """Return the trained words that LoRAs bring along.
+
+    Raises:
+        CheckpointError: As `read_bundled` does.
+    """
     return read_bundled({lora.path: lora.words for lora in loras if lora.words}, OPTION)
 
 
 def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None:
     """Compare LoRAs with the headers of the checkpoint, before it is loaded.
 
-    Raises CheckpointError if a LoRA is of another kind or size, or fits nothing.
+    Raises:
+        CheckpointError: If a LoRA is of another kind or size, or fits nothing.
     """
     check_kind(loras, release.kind)
     uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
@@ -149,9 +166,10 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
 
 
 def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
-    """Compare LoRAs with the kind of a checkpoint.
+    """Compare LoRAs with the kind of a checkpoint; warn if a LoRA's metadata name another kind.
 
-    Raises CheckpointError if one has another kind's text width, warns if its metadata name another kind.
+    Raises:
+        CheckpointError: If a LoRA has the text width of another kind.
     """
     kinds = {known_kind.name: known_kind for known_kind in KINDS}
     for lora in loras:
@@ -175,8 +193,16 @@ def load_networks(
 ) -> ChosenLoras | None:
     """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
 
-    loras: the files, if they are read already. Returns None if there are none, or if all are folded in
-    permanently. Raises CheckpointError if a file is not a LoRA or does not fit.
+    Args:
+        options: Options of the run.
+        model: The loaded model.
+        loras: The files, if they have been read already.
+
+    Returns:
+        The LoRAs; None if there are none, or if all are folded in permanently.
+
+    Raises:
+        CheckpointError: If a file is not a LoRA or does not fit.
     """
     if not options.files:
         return None

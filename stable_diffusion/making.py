@@ -31,7 +31,8 @@ class MakesIdeas(Protocol):
 
     def for_batch(
         self, pictures: Sequence[contract.AskedImage], width: int, height: int
-    ) -> AbstractContextManager[contract.Idea | None]: ...
+    ) -> AbstractContextManager[contract.Idea | None]:
+        """Open the block in which a batch is generated; yield its `Idea`, or None if the batch needs none."""
 
 
 class _Texts(NamedTuple):
@@ -74,10 +75,18 @@ class Maker:
         start: contract.SecondStart | None = None,
         wants_images: bool = True,
     ) -> contract.Made:
-        """Make a batch. A picture does not depend on the rest of its batch.
+        """Generate a batch; an image does not depend on the rest of its batch.
 
-        pictures: all have equal settings. They are made in groups of equal text length and kinds of inputs,
-        or one at a time if CLIP or VGG16 steers them. start: replaces the input images. Raises UserError.
+        Images are generated in groups of equal text length and kinds of inputs, or one at a time if CLIP or
+        VGG16 steers them.
+
+        Args:
+            pictures: Images with equal settings.
+            start: What replaces the input images; None keeps them.
+            wants_images: Whether images are returned instead of latents.
+
+        Raises:
+            UserError: If an input cannot be used.
         """
         for image in pictures:
             starting.check_start(self.model, image, start)
@@ -245,7 +254,11 @@ class Maker:
     ) -> dict[tuple[str, int | None], contract.TextState]:
         """Return the states of all texts, by the text and, if LoRAs are regional, by the part.
 
-        picture: any of the group. prompts: parts of each picture's prompt. avoided: its texts to avoid.
+        Args:
+            picture: Any image of the group, because all have the same settings.
+            prompts: Parts of each image's prompt.
+            avoided: Texts that guidance leads away from.
+            is_regional: Whether LoRAs act in regions.
         """
         settings = picture.settings
         chunks = self._count_chunks(picture)

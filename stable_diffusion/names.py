@@ -42,7 +42,8 @@ ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_emb
 def unet_blocks(layers: Sequence[int]) -> Iterator[tuple[str, str, bool]]:
     """Yield (LDM path, our path, whether the block is an attention rather than a residual block).
 
-    layers: number of residual blocks of each level on the way down.
+    Args:
+        layers: Number of residual blocks of each level on the way down.
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers, layers[::-1], strict=True)):
@@ -80,8 +81,10 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str],
 def _pair_names(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     """Return the names of all modules of a U-Net.
 
-    transformer: index of the transformer block, or `{n}`. plain: levels on the way up that have no attention
-    in the released models.
+    Args:
+        levels: Number of residual blocks of each level.
+        transformer: Index of the transformer block, or `{n}`.
+        plain: Levels on the way up that have no attention in the released models.
     """
     pairs: list[tuple[str, str]] = [*ENDS]
     inside = [

@@ -17,7 +17,11 @@ class NewWord:
     count: int = 1  # of its vectors
 
     def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the ids of the word and of its single vectors. vocabulary: rows of the table without it."""
+        """Return the ids of the word and of its single vectors.
+
+        Args:
+            vocabulary: Number of rows of the table without the word.
+        """
         ids = [*range(vocabulary, vocabulary + self.count)]
         single = {f"{self.text}{place}": [number] for place, number in enumerate(ids[1:], 1)}
         return {self.text: ids, **single}

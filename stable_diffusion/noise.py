@@ -31,7 +31,13 @@ class VariedNoise:
     discount: float = 0.3  # factor on each coarser level
 
     def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the noise B C 1 h w. latents: B C 1 h w, in model space."""
+        """Return the noise B C 1 h w.
+
+        Args:
+            noise: Gaussian noise, B C 1 h w.
+            latents: Latents in model space, B C 1 h w.
+            generator: Source of random numbers.
+        """
         if self.offset is not None:
             noise = self._add_offset(noise, latents, generator)
         return self._add_levels(noise, generator) if self.levels else noise
@@ -88,7 +94,11 @@ def make_noise_spec(
 ) -> NoiseSpec:
     """Return the conventions of a model that predicts noise, or v.
 
-    zero_terminal_snr: rescale the betas so that the last timestep is noise alone.
+    Args:
+        predicts_v: Whether the U-Net predicts v instead of noise.
+        zero_terminal_snr: Whether the betas are rescaled so that the last timestep is pure noise.
+        weights: Options of the factors on losses.
+        vary: Changes the noise; None leaves it Gaussian.
     """
     betas = read_betas()
     shares = torch.cumprod(1 - betas, dim=0)
@@ -109,8 +119,13 @@ def make_noise_spec(
 def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -> tuple[float, ...]:
     """Return the factor on the loss of each timestep; () if all are 1.
 
-    Several weightings multiply. shares: `alphas_cumprod` of the betas before they are rescaled for a zero
-    terminal SNR, as known trainers have it: with the rescaled ones the last factor would divide by zero.
+    Several weightings multiply.
+
+    Args:
+        weights: Options of the factors.
+        shares: `alphas_cumprod` of the betas before they are rescaled for a zero terminal SNR, as in known
+            trainers; with rescaled betas the last factor would divide by zero.
+        predicts_v: Whether the U-Net predicts v instead of noise.
     """
     if not weights.has_any:
         return ()

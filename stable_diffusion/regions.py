@@ -31,10 +31,19 @@ _DARK = 1e-4  # below it, no part has a pixel: they share it
 def read_regions(path: Path, parts: int, width: int, height: int, color_codes: int | None = None) -> Tensor:
     """Return the region of each part of a prompt: P height width, float32, 0..1.
 
-    The red, green and blue channels are the regions of parts 1 to 3. color_codes: number of parts that pure
-    colours mark instead: the number of a part is the sum of red 1, green 2 and blue 4. Parts without a
-    channel or a colour, and those whose region is empty, act everywhere. Raises MediaError if the image
-    cannot be read.
+    The red, green and blue channels are the regions of parts 1 to 3. Parts without a channel or a colour, and
+    those whose region is empty, act everywhere.
+
+    Args:
+        path: File of the mask.
+        parts: Number of parts of the prompt.
+        width: Width in pixels.
+        height: Height in pixels.
+        color_codes: Number of parts that pure colors mark instead of channels; the index of a part is the sum
+            of red 1, green 2 and blue 4.
+
+    Raises:
+        MediaError: If the image cannot be read.
     """
     pixels = Image.fromarray(read_image(path))
     # colours must not blend into other codes
@@ -69,14 +78,19 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
+    """Split a prompt into the parts of its regions."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
 def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     """Return the state of a prompt from those of its parts.
 
-    states: of equal length. regions: P H W. The contexts are one after the other (P*L C); the pooled
-    vectors, which act on the whole picture, are averaged by the areas of the parts.
+    The contexts are one after the other (P*L C); the pooled vectors, which act on the whole picture, are
+    averaged by the areas of the parts.
+
+    Args:
+        states: States of the parts, of equal length.
+        regions: Regions of the parts, P H W.
     """
     context = torch.cat([state.context for state in states])
     pooled = [state.pooled for state in states if state.pooled is not None]
@@ -90,7 +104,10 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 def check_regions(parts: int, loras: int, is_folded: bool) -> None:
     """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
 
-    loras: number of LoRAs that are not folded in permanently. is_folded: LoRAs are folded in for each batch.
+    Args:
+        parts: Parts of the prompt.
+        loras: Number of LoRAs that are not folded in permanently.
+        is_folded: Whether LoRAs are folded in for each batch.
     """
     if is_folded:
         raise OptionError(
@@ -115,9 +132,12 @@ class Regions:
         layers: Sequence[Mapping[str, AddedPart]] | None = (),
         color_codes: int | None = None,
     ) -> None:
-        """layers: the added layers of each LoRA, by module name; None: LoRAs are folded in for each batch.
+        """Prepare a U-Net for regional prompts.
 
-        color_codes: see `read_regions`.
+        Args:
+            unet: The U-Net.
+            layers: Added layers of each LoRA, by module name; None if LoRAs are folded in for each batch.
+            color_codes: See `read_regions`.
         """
         self._is_folded = layers is None
         self._layers = layers or ()
@@ -125,10 +145,12 @@ class Regions:
         self._color_codes = color_codes
 
     def read(self, picture: AskedImage, width: int, height: int) -> Tensor:
-        """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
+        """Return the regions of an image's parts at a size in pixels: P height width; P 1 1 without a mask.
 
-        Raises OptionError if a picture with a mask has not as many LoRAs as parts, or if they are folded
-        into the weights; MediaError if its mask cannot be read.
+        Raises:
+            OptionError: If an image with a mask has not as many LoRAs as parts, or if they are folded into
+                the weights.
+            MediaError: If its mask cannot be read.
         """
         parts = picture.settings.parts
         if picture.mask is None:
@@ -189,9 +211,7 @@ class _Batch:
                 module.forward = self._couple(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that limits the effect of a part's LoRA on the module `name` to the part's
-        region.
-        """
+        """Return a function that limits the effect of a part's LoRA on the module `name` to its region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
@@ -249,6 +269,7 @@ class _Batch:
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
+    """Restore the forward of a module; None means that it had only that of its class."""
     if forward is None:
         del module.forward
     else:

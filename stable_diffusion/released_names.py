@@ -33,7 +33,9 @@ _VAE = (
 def released_unet_names(layers: list[int], names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield (released name, our name) of each weight of a U-Net.
 
-    layers: number of residual blocks of each level on the way down. names: of its weights.
+    Args:
+        layers: Number of residual blocks of each level on the way down.
+        names: Names of the U-Net's weights.
     """
     paths = {ours: released for released, ours in (*ENDS, *ADDED)}
     for released, ours, is_attention in unet_blocks(layers):
@@ -72,7 +74,10 @@ def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def released_text_names(kind: ModelKind, number: int, names: Collection[str]) -> dict[str, list[str]]:
     """Return the weights of a text encoder that a tensor of a released file joins, by its name.
 
-    number: of the encoder. names: of its weights, as ours.
+    Args:
+        kind: Kind of the checkpoint.
+        number: Index of the encoder.
+        names: Our names of the encoder's weights.
     """
     start, is_open_clip = TEXTS[kind][number]
     if not is_open_clip:
@@ -94,7 +99,13 @@ _LAYER = ("ln_1.{}", "ln_2.{}", "mlp.c_fc.{}", "mlp.c_proj.{}", "attn.out_proj.{
 
 
 def _name_layer(start: str, number: int, source: int) -> dict[str, list[str]]:
-    """Return the tensors of a layer of OpenCLIP. number: in the file. source: of our layer."""
+    """Return the tensors of a layer of OpenCLIP.
+
+    Args:
+        start: Prefix of the layers in the file.
+        number: Index of the layer in the file.
+        source: Path of our layer.
+    """
     leaves = [leaf.format(part) for leaf in _LAYER for part in ("weight", "bias")]
     block = "transformer.resblocks"
     return {f"{start}{block}.{number}.{leaf}": _list_parts(f"{block}.{source}.{leaf}") for leaf in leaves}

@@ -60,10 +60,19 @@ class ImageFiles:
     _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
 
     def save(self, picture: AskedImage, image: Image, digit: str, number: int) -> Path:
-        """Write a picture under a free name, completely or not at all. Returns its path.
+        """Write a picture under a free name, completely or not at all.
 
-        digit: stands for the stage in the name; empty if there is one stage. number: index of the picture in
-        its batch. Raises OutputError if it cannot be written.
+        Args:
+            picture: What was asked for.
+            image: The image.
+            digit: Text for the stage in the name; empty if there is one stage.
+            number: Index of the image in its batch.
+
+        Returns:
+            Its path.
+
+        Raises:
+            OutputError: If it cannot be written.
         """
         # under the names of the image guides
         settings = picture.settings
@@ -170,9 +179,13 @@ class Run:
     files: ImageFiles
 
     def make_all(self, lines: Iterable[Line], failures: Failures) -> list[Path]:
-        """Make the pictures of lines, batch by batch, and write them. Returns the paths.
+        """Generate the images of lines, batch by batch, and write them; failures of lines are recorded.
 
-        Failures are noted. Raises OutputError if pictures cannot be written.
+        Returns:
+            The paths.
+
+        Raises:
+            OutputError: If images cannot be written.
         """
         paths = []
         images = self.asking.pictures(lines, failures)
@@ -212,9 +225,15 @@ class Run:
 
 
 def generate(options: GenImgOptions, load: Load = assemble) -> None:
-    """Make all pictures that the options ask for. load: loads the checkpoint and returns a `Maker`.
+    """Generate all images that the options ask for.
 
-    Raises UserError; with several prompts only after the pictures of all usable ones are made.
+    Args:
+        options: Options of the run.
+        load: Loads the checkpoint and returns a `Maker`.
+
+    Raises:
+        UserError: If something fails; with several prompts only after the images of all usable ones are
+            generated.
     """
     freeze_libraries()
     device = select_device(options.device)
@@ -223,7 +242,11 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     highres = prepare_highres(options.highres)
 
     def start(lines: Sequence[Line] | None = None) -> Run:
-        """Load the networks. lines: all lines of the run, if they are known."""
+        """Load the networks.
+
+        Args:
+            lines: All lines of the run, if they are known.
+        """
         maker = load(options, device)
         kind = maker.model.kind
         asking = Asking(options, kind, inputs, make_seeds(options, lines))

@@ -54,12 +54,15 @@ _SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def make_scheduler(
     sampler: str, predicts_velocity: bool, zero_terminal_snr: bool = False, steps_offset: int = 1
 ) -> Any:
-    """Return the diffusers scheduler of a --sampler, with the defaults of its class for all else.
+    """Return the diffusers scheduler of a --sampler, with the defaults of its class for everything else.
 
-    steps_offset: the lowest timestep, in classes that have it. zero_terminal_snr: make the last timestep of
-    training pure noise, and begin sampling there (timesteps are spaced from the end). Only for models that
-    predict v, as predicted noise says nothing about a sample of noise alone. Source: Lin et al. 2023, arXiv
-    2305.08891.
+    Args:
+        sampler: Value of --sampler.
+        predicts_velocity: Whether the network predicts v.
+        zero_terminal_snr: Whether the last timestep of training is pure noise and sampling begins there, with
+            timesteps spaced from the end. It is only for models that predict v, because predicted noise says
+            nothing about a sample of pure noise (Lin et al. 2023, arXiv 2305.08891).
+        steps_offset: Lowest timestep, in classes that have it.
     """
     class_name, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
     made_class = scheduler_class(class_name)
@@ -82,11 +85,10 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of the derivative from `which` steps ago (0: the latest) in a linear multistep of
-    that order.
+    """Return the weight of the derivative from `which` steps ago (0 is the latest) in a linear multistep.
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
-    those of the other derivatives. Three Gauss points are exact, as the degree is at most 3.
+    those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
     """
     start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -161,6 +163,7 @@ class SchedulerSolver:
 
     @property
     def noise_level(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
@@ -175,7 +178,13 @@ class SchedulerSolver:
         return self.scheduler.add_noise(latents, noise, self.scheduler.timesteps[index : index + 1])
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample. velocity: the network's output, noise or v."""
+        """Return the next sample.
+
+        Args:
+            index: Index of the step.
+            velocity: Output of the network, noise or v.
+            sample: Noisy latents, B 4 1 h w.
+        """
         if self.around is None:
             return self._step(index, velocity, sample)
         return self.around(self._step, index, velocity, sample)
@@ -196,7 +205,9 @@ class SchedulerSolver:
 def count_left_out(steps: int, strength: float | None) -> int | None:
     """Return the number of steps that image-to-image skips; None without a picture.
 
-    strength: the share of the steps to make; of less than one step none is made.
+    Args:
+        steps: Number of steps.
+        strength: Fraction of the steps to run; less than one step runs none. None without an image.
     """
     return None if strength is None else steps - min(int(steps * strength), steps)
 
@@ -206,8 +217,13 @@ def begin_sampling(
 ) -> SchedulerSolver:
     """Set a scheduler to this many steps and return its solver; earlier steps are forgotten.
 
-    left_out: number of steps that image-to-image skips; None: sampling begins from noise. If all steps are
-    skipped, the solver begins at `schedule.num_steps`.
+    If all steps are skipped, the solver begins at `schedule.num_steps`.
+
+    Args:
+        scheduler: Scheduler of diffusers.
+        steps: Number of steps.
+        generators: Generator of each image.
+        left_out: Number of steps that image-to-image skips; None to begin from noise.
     """
     if "skip_prk_steps" in scheduler.config:  # of PNDM alone
         # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
@@ -236,12 +252,14 @@ class SeenSolver:
 
     @property
     def schedule(self) -> Schedule:
+        """Schedule of the wrapped solver."""
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
         """Return the start latents of a picture, scaled for the U-Net, and the first step.
 
-        clean: its latents, 1 4 1 h w.
+        Args:
+            clean: Clean latents of the image, 1 4 1 h w.
         """
         first = self.solver.first
         noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
@@ -249,7 +267,13 @@ class SeenSolver:
         return self.seen(first), first
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
-        """Predict the clean latents. noisy, output: input and output of the U-Net at a noise level."""
+        """Predict the clean latents.
+
+        Args:
+            sigma: Noise level.
+            noisy: Input of the U-Net at the noise level.
+            output: Output of the U-Net.
+        """
         share = max(1 - sigma**2, MIN_SHARE) ** 0.5  # of the data
         return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
@@ -337,7 +361,11 @@ def make_conditions(
 ) -> Conditions:
     """Return the conditions of one pass.
 
-    states: one for each picture, of equal lengths. sizes: 1 6, of SDXL.
+    Args:
+        states: States of each image's text, of equal lengths.
+        device: Device of the run.
+        sizes: Sizes for SDXL, 1 6; None for other kinds.
+        negative: Whether these are the conditions of the negative text.
     """
     conditions = {
         CONTEXT: torch.stack([state.context for state in states]).to(device),

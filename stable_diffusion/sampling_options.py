@@ -235,7 +235,11 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
 
     @property
     def unsharp(self) -> "Unsharp | None":
-        """The unsharp mask of steps that make latents grow. Raises OptionError if it cannot be read."""
+        """The unsharp mask of steps that make latents grow.
+
+        Raises:
+            OptionError: If it cannot be read.
+        """
         text = self.gradual_latent_unsharp_params
         return None if text is None else read_unsharp("--gradual_latent_unsharp_params", text)
 

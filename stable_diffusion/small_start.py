@@ -36,9 +36,10 @@ class DeepShrinks:
 
     @contextmanager
     def for_batch(self, pictures: Sequence[AskedImage], width: int, height: int) -> Iterator[Idea | None]:
-        """Set the U-Net up for a batch; it is put back at the end. None: the batch wants no Deep Shrink.
+        """Set the U-Net up for a batch and restore it at the end; yield None without Deep Shrink.
 
-        Raises OptionError if the U-Net is not that deep.
+        Raises:
+            OptionError: If the U-Net is not that deep.
         """
         shrink = pictures[0].settings.deep_shrink
         if shrink is None:
@@ -73,6 +74,7 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
+    """Return the modules of the U-Net's first half as its published blocks are numbered."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]
@@ -89,6 +91,7 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
+    """Return a size times a ratio, at least 1 on each side."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 
@@ -215,7 +218,9 @@ def scale_size(full: Size, ratio: float) -> Size:
 def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> dict[int, float]:
     """Map the index of each step that enlarges the latents to the size ratio after it.
 
-    timesteps: of the steps to make, falling; indices count in them.
+    Args:
+        timesteps: Timesteps of the steps to run, falling; indices count in them.
+        gradual: Options of Gradual Latent.
     """
     growth: dict[int, float] = {}
     ratio = gradual.gradual_latent_ratio
@@ -235,8 +240,10 @@ def begin_small(
 ) -> tuple[Tensor, SchedulerSolver]:
     """Return the start latents, B C 1 h w, at their first size, and the sampler that enlarges them later.
 
-    If no step is made, both are returned unchanged. Raises OptionError if the blur of an unsharp mask is
-    larger than the latents.
+    If no step is made, both are returned unchanged.
+
+    Raises:
+        OptionError: If the blur of an unsharp mask is larger than the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
@@ -301,7 +308,14 @@ class GrowingSteps:
     s_noise: float
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Return the next sample, larger if this step makes it grow. velocity: the U-Net's output."""
+        """Return the next sample, larger if this step makes it grow.
+
+        Args:
+            step: Takes a step of the sampler.
+            index: Index of the step.
+            velocity: Output of the U-Net.
+            sample: Noisy latents.
+        """
         if index not in self.growth:
             return step(index, velocity, sample)
         unsharp = self.unsharp

@@ -34,7 +34,13 @@ MIN_STEP, MAX_STEP = 2.0, 4.0
 
 
 def vary_noise(noise: Tensor, options: StartNoiseOptions, generator: torch.Generator) -> Tensor:
-    """Add pyramid noise, then an offset, each with its probability. noise: C h w, standard deviation 1."""
+    """Add pyramid noise, then an offset, each with its probability.
+
+    Args:
+        noise: Noise of standard deviation 1, C h w.
+        options: Options of the noise.
+        generator: Source of random numbers.
+    """
     if _draw_hit(options.pyramid_noise_prob, generator):
         assert options.pyramid_noise_discount_range is not None
         noise = add_pyramid(noise, _draw_between(options.pyramid_noise_discount_range, generator), generator)
@@ -86,9 +92,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask resized to that size, 1 1 H W: 1 (repaint) for values of at least half grey, else 0, as
-    in diffusers.
-    """
+    """Return a mask resized to a size, 1 1 H W: 1 (repaint) from half gray on, else 0, as in diffusers."""
     gray = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(gray, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -96,7 +100,9 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """Wraps the steps of a sampler. After each step the latents become
+    """Wrap the steps of a sampler, so that only masked areas are repainted.
+
+    After each step the latents become
 
         original with noise * (1 - mask) + latents * mask
 
@@ -109,6 +115,7 @@ class Inpainting:
     mask: Tensor  # B 1 h w; 1 is painted anew
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Take a step, then restore what lies outside the mask."""
         painted = step(index, velocity, sample).squeeze(2)
         original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
@@ -134,6 +141,7 @@ def is_masked(picture: AskedImage) -> bool:
 
 
 def find_strength(picture: AskedImage, start: SecondStart | None) -> float | None:
+    """Return how much of an image is denoised anew; None for images that start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -160,8 +168,15 @@ def begin(
 ) -> Beginning:
     """Encode the input pictures, draw their start noise and blend both.
 
-    pictures: all with an input picture or none, all with a mask or none. start: as many entries as pictures.
-    Raises MediaError if an input picture or a mask cannot be read.
+    Args:
+        model: The loaded model.
+        pictures: Images; all have an input image or none has, and likewise a mask.
+        start: Latents or images to start from, as many as images; None without.
+        sampler: The sampler.
+        noise_options: Options of the noise.
+
+    Raises:
+        MediaError: If an input picture or a mask cannot be read.
     """
     settings = pictures[0].settings
     generators = sampler.generators
@@ -233,11 +248,16 @@ STRIDE = 8  # pixels of one latent
 
 
 def latent_size(settings: ImageSettings) -> tuple[int, int]:
+    """Return height and width of the latents."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB, upright. Raises MediaError if it cannot be read."""
+    """Read a picture as RGB, upright.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     return Image.fromarray(read_image(path))
 
 
@@ -249,6 +269,7 @@ def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return an image resized to a size, by Lanczos; unchanged if it has that size."""
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.LANCZOS)
@@ -273,7 +294,14 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
 def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
-    """Return the pictures of latents B 4 h w. labels: of the pictures, for warnings."""
+    """Return the pictures of latents B 4 h w.
+
+    Args:
+        model: The loaded model.
+        latents: Latents, B 4 h w.
+        labels: Names of the images for warnings.
+        vae_batch_size: Number of images that the VAE decodes at once; None for all.
+    """
     images: list[Image.Image] = []
     size = vae_batch(vae_batch_size, len(latents))
     for group in latents.split(size):
@@ -297,7 +325,12 @@ def to_image(pixels: Tensor, label: str) -> Image.Image:
 
 
 def vae_batch(size: float | None, count: int) -> int:
-    """Return the number of pictures that the VAE takes at once. size: --vae_batch_size; None: all."""
+    """Return the number of pictures that the VAE takes at once.
+
+    Args:
+        size: Value of --vae_batch_size; None for all images.
+        count: Number of images.
+    """
     if size is None:
         return count
     return max(int(size * count if size < 1 else size), 1)

@@ -54,9 +54,17 @@ class Texts:
     ) -> None:
         """Teach the encoders the words of embeddings, which adds rows to their networks.
 
-        layers: names of the U-Net's cross-attentions, with --XTI_embeddings: a text then has states for each
-        of them, one after the other. bundled: words that LoRAs bring. Raises OptionError if an encoder lacks
-        the layer of --clip_skip, CheckpointError as `add_words`.
+        Args:
+            towers: Text encoders of the checkpoint.
+            kind: Kind of the checkpoint.
+            options: Options of texts.
+            layers: Names of the U-Net's cross-attentions, with --XTI_embeddings. A text then has states for
+                each of them, one after the other.
+            bundled: Words that LoRAs bring along.
+
+        Raises:
+            OptionError: If an encoder lacks the layer of --clip_skip.
+            CheckpointError: As `add_words` does.
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
@@ -74,12 +82,18 @@ class Texts:
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
-        """Return the states of a text. They are remembered: do not change them in place.
+        """Return the states of a text.
 
-        chunks: pad the text to this many chunks; None: as many as it takes. networks: further values that the
-        result depends on, such as multipliers of LoRAs in the text encoders. Weights multiply each encoder's
-        states separately. The pooled state (SDXL) is the last encoder's, of the first chunk and without
-        weights.
+        They are remembered: do not change them in place.
+
+        Weights multiply each encoder's states separately. The pooled state (SDXL) is the last encoder's, of
+        the first chunk and without weights.
+
+        Args:
+            text: The text.
+            chunks: Number of chunks to which the text is padded; None for as many as it needs.
+            networks: Further values that the result depends on, such as multipliers of LoRAs in the text
+                encoders.
         """
         chunks = self.chunks(text) if chunks is None else chunks
         return self._remembered(text, chunks, networks)
@@ -148,7 +162,14 @@ class Texts:
 def warn_of_unread(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
 ) -> None:
-    """Warn of a text whose end is not read. count: number of its chunks. most: number that is read."""
+    """Warn of a text whose end is not read.
+
+    Args:
+        parts: Parts of the text with their weights.
+        tokenize: Returns the tokens of a text.
+        count: Number of chunks of the text.
+        most: Number of chunks that are read.
+    """
     if count > most:
         logger.warning(
             "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
@@ -172,7 +193,8 @@ def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
 def join_chunks(states: Tensor) -> Tensor:
     """Return the states of all chunks as one row of 75 K + 2, without start and end states between them.
 
-    states: K 77 C.
+    Args:
+        states: States of each chunk, K 77 C.
     """
     return torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[-1, -1:]])
 
@@ -180,8 +202,12 @@ def join_chunks(states: Tensor) -> Tensor:
 def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     """Multiply states by weights; with mode "original" or "abs", restore their mean by scaling.
 
-    states: L C. weights: L. mode: "original" restores the mean, "abs" the mean of absolute values, "none"
-    neither. Computed in float32 and rounded once; returns the same states if all weights are 1.
+    The result is computed in float32 and rounded once. If all weights are 1, the same states are returned.
+
+    Args:
+        states: States, L C.
+        weights: Weight of each token, L.
+        mode: "original" restores the mean, "abs" the mean of absolute values, "none" neither.
     """
     if all(weight == 1 for weight in weights):
         return states
@@ -202,8 +228,16 @@ def check_texts(
 ) -> None:
     """Compare options with a checkpoint's text encoders before these are loaded.
 
-    configs: dimensions of the text encoders. layers, bundled: as for `Texts`. Raises OptionError or
-    CheckpointError as `Texts` does, except for words that are already tokens.
+    Args:
+        options: Options of texts.
+        kind: Kind of the checkpoint.
+        configs: Dimensions of the text encoders.
+        layers: See `Texts`.
+        bundled: See `Texts`.
+
+    Raises:
+        OptionError: As `Texts` does.
+        CheckpointError: As `Texts` does, except for words that are already tokens.
     """
     for config in configs:
         check_layer(options.clip_skip, config.num_layers, kind)
@@ -221,6 +255,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
 
 
 def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
+    """Raise OptionError if --clip_skip is larger than the number of the text encoder's layers."""
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
@@ -241,7 +276,9 @@ def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> i
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
     """Return the layer whose states are used, counted from the end of the loaded network.
 
-    missing_layers: last ones that are not loaded.
+    Args:
+        kind: Kind of the checkpoint.
+        missing_layers: Number of last layers that are not loaded.
     """
     return max(1, kind.clip_skip - missing_layers)
 
@@ -278,8 +315,10 @@ class ImageVectors:
     def replace_pooled(self, states: Sequence[TextState], pictures: Sequence[Path]) -> list[TextState]:
         """Return the states of prompts with the vectors of pictures, one for each, as their pooled states.
 
-        Each picture is seen by itself, so that its vector depends on no other, and once in a run. Raises
-        CheckpointError if the tower's files are damaged or do not fit the model.
+        Each picture is seen by itself, so that its vector depends on no other, and once in a run.
+
+        Raises:
+            CheckpointError: If the tower's files are damaged or do not fit the model.
         """
         new = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
         device = self._model.device
@@ -316,9 +355,11 @@ class ImageVectors:
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return the file of bigG's image tower for a checkpoint of that kind.
+    """Return the file of bigG's image tower for a checkpoint of a kind.
 
-    Raises OptionError if it is not SDXL, DownloadError as `find_image_tower`.
+    Raises:
+        OptionError: If the kind is not SDXL.
+        DownloadError: As `find_image_tower` does.
     """
     if kind is not SDXL:
         raise OptionError(
@@ -331,7 +372,14 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
     """Return bigG's image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
 
-    checkpoint: of --ckpt. Downloads it if it is nowhere. Raises DownloadError if the hub does not give it.
+    If it is in none of these, it is downloaded.
+
+    Args:
+        checkpoint: File or folder of --ckpt.
+        tokenizer_cache_dir: Folder with downloaded tokenizers; None without one.
+
+    Raises:
+        DownloadError: If the download fails.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     places = [folder / "image_encoder"]

@@ -55,7 +55,8 @@ class TextPlan:
 def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
     """Plan how to load the text encoders of a single file.
 
-    Raises CheckpointError if one is missing or its tensors make no sense.
+    Raises:
+        CheckpointError: If one is missing or its tensors make no sense.
     """
     if kind is SD1:
         return (_read_clip_l(checkpoint, SD1_TEXT),)
@@ -101,7 +102,9 @@ def _cut_third(third: int, rows: Tensor) -> Tensor:
 def join_released(name: str, weights: Sequence[Tensor]) -> Tensor:
     """Return a tensor of a released file made of our weights: the inverse of how `read_texts` makes them.
 
-    name: in the file. weights: one, or OpenCLIP's queries, keys and values.
+    Args:
+        name: Name of the tensor in the file.
+        weights: Our weights: one, or queries, keys and values of OpenCLIP.
     """
     joined = weights[0] if len(weights) == 1 else torch.cat([*weights])
     return joined.t() if name.endswith("text_projection") else joined

@@ -60,9 +60,14 @@ def read_words(
 ) -> tuple[LearnedWord, ...]:
     """Read files of textual inversion: safetensors, or pickled tensors without running code.
 
-    extended: files of extended textual inversion, which have a tensor for each of these `layers`. option:
-    that names `paths`. Raises CheckpointError if one is missing or of another kind, or if two have the same
-    name.
+    Args:
+        paths: Paths of the files.
+        extended: Files of extended textual inversion, which have a tensor for each of `layers`.
+        layers: Names of the U-Net's cross-attentions.
+        option: Option that names `paths`.
+
+    Raises:
+        CheckpointError: If one is missing or of another kind, or if two have the same name.
     """
     plain = [_read_word(path, option, path.stem, _read_content(path, option)) for path in paths]
     words = (*plain, *(_read_extended(path, layers) for path in extended))
@@ -78,9 +83,14 @@ def read_words(
 
 
 def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
-    """Return the words that LoRA files bring along; tell which each brings. option: that names the files.
+    """Return the words that LoRA files bring along; log which file brings which.
 
-    Raises CheckpointError if one is none that can be read.
+    Args:
+        files: Contents of each word by LoRA file.
+        option: Option that names the files.
+
+    Raises:
+        CheckpointError: If a word cannot be read.
     """
     words: list[LearnedWord] = []
     for path, contents in files.items():
@@ -112,9 +122,12 @@ def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -
 def add_words(
     towers: Sequence[TextTower], kind: ModelKind, words: Sequence[LearnedWord]
 ) -> tuple[TextTower, ...]:
-    """Return text encoders that know these words. Their networks get rows for them.
+    """Return text encoders that know these words.
 
-    Raises CheckpointError if vectors do not fit an encoder, or if it has a token of that name already.
+    Their networks get rows for them.
+
+    Raises:
+        CheckpointError: If vectors do not fit an encoder, or if it has a token of that name already.
     """
     if not words:
         return tuple(towers)
@@ -134,7 +147,13 @@ def add_words(
 
 
 def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
-    """Return a text encoder that knows words. index: of the encoder, equal to that of the words' vectors."""
+    """Return a text encoder that knows words.
+
+    Args:
+        tower: The text encoder.
+        words: The words.
+        index: Index of the encoder, which is that of the words' vectors.
+    """
     embeddings = tower.network.embeddings
     ids = list_ids(words, index, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
@@ -146,15 +165,25 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
 
 
 def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> nn.Embedding:
-    """Return a table of token embeddings with the words' vectors as further rows. index: of the encoder."""
+    """Return a table of token embeddings with the words' vectors as further rows.
+
+    Args:
+        table: The table.
+        words: The words.
+        index: Index of the encoder.
+    """
     old = table.weight.detach()
     vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
     return nn.Embedding.from_pretrained(torch.cat([old, *vectors]), freeze=True)
 
 
 def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[str, list[int]]:
-    """Return the ids of all names of words. index: of the encoder. vocabulary: rows of its table without
-    them.
+    """Return the token ids of all names of words.
+
+    Args:
+        words: The words with their vectors.
+        index: Index of the text encoder.
+        vocabulary: Number of rows of its table without the words.
     """
     ids: dict[str, list[int]] = {}
     first = vocabulary  # row of the word's first vector
@@ -170,9 +199,7 @@ def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return the derived names and their ids: names of each word's single vectors, and the names in the
-    files.
-    """
+    """Return derived names and their ids: those of each word's single vectors, and the names in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]
@@ -212,7 +239,9 @@ def _marked(name: str) -> str:
 def warn_of_unknown(text: str, known: Iterable[str]) -> None:
     """Warn of words that a prompt marks as embeddings, as ComfyUI does, and that nothing has loaded.
 
-    known: the names of all words.
+    Args:
+        text: The text.
+        known: Names of all words.
     """
     names = {name.lower() for name in known}
     for marked in find_embeddings(text):
@@ -274,7 +303,12 @@ def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -
 
 
 def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
-    """Read a file of extended textual inversion. layers: names of its tensors, in their order."""
+    """Read a file of extended textual inversion.
+
+    Args:
+        path: Path of the file.
+        layers: Names of its tensors, in their order.
+    """
     content = _read_content(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):

@@ -32,9 +32,14 @@ OPEN_CLIP_PAD = 0
 def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]) -> list[ClipWords]:
     """Load the tokenizer of each text encoder.
 
-    cache: folder of --tokenizer_cache_dir. checkpoint: file or folder. are_open_clip: for each encoder
-    whether it is OpenCLIP, else CLIP-L. Raises OptionError if the option names a file, CheckpointError if
-    there is no tokenizer or it cannot be read.
+    Args:
+        cache: Folder of --tokenizer_cache_dir.
+        checkpoint: File or folder of the checkpoint.
+        are_open_clip: For each encoder whether it is OpenCLIP; otherwise it is CLIP-L.
+
+    Raises:
+        OptionError: If the option names a file.
+        CheckpointError: If there is no tokenizer or it cannot be read.
     """
     loaded: dict[Path, ClipWords] = {}
     words = []
@@ -93,8 +98,15 @@ def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
 def keep_tokenizer(source: Path, target: Path, are_open_clip: Sequence[bool]) -> None:
     """Copy the tokenizer in or next to a checkpoint next to another file, if there is none.
 
-    target: a single file that was trained from `source`. Of several tokenizers the first one is copied, as
-    its vocabulary is that of the others. Raises OutputError if it cannot be written.
+    Of several tokenizers the first one is copied, as its vocabulary is that of the others.
+
+    Args:
+        source: File or folder of the source checkpoint.
+        target: Single file that was trained from `source`.
+        are_open_clip: For each encoder whether it is OpenCLIP.
+
+    Raises:
+        OutputError: If it cannot be written.
     """
     if any(file is not None for _, file in find_tokenizer_files(None, target, are_open_clip)):
         return

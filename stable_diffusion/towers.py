@@ -94,11 +94,16 @@ class TowerEncoder:
         learning: LearningTexts | None = None,
         bundled: Sequence[LearnedWord] = (),
     ) -> None:
-        """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
+        """Describe an encoder; `load` reads its weights.
 
-        clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
-        prompts that are not read to their end. learning: of a training of their weights. bundled: words that
-        LoRAs bring along.
+        Args:
+            files: Files of the checkpoint.
+            number: Index of the encoder in the checkpoint.
+            chunks: Number of 75-token chunks that are read.
+            clip_skip: Value of the option; None for the layer that the model was trained with.
+            tells_cut: Whether to warn of prompts that are cut off.
+            learning: How the weights are trained; None if they are frozen.
+            bundled: Words that LoRAs bring along.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -163,9 +168,12 @@ class TowerEncoder:
         }
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens, with start and end token. Weights are not loaded.
+        """Return a function that counts a text's tokens, with start and end token.
 
-        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        Weights are not loaded.
+
+        Raises:
+            CheckpointError: If there is no tokenizer here; none is downloaded.
         """
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
@@ -208,12 +216,21 @@ class TowerEncoder:
         return network, LoadedWords(words, pad, layer)
 
     def _teach(self, words: ClipWords, vocabulary: int) -> ClipWords:
-        """Return a tokenizer that knows new words. vocabulary: rows of the table without them."""
+        """Return a tokenizer that knows new words.
+
+        Args:
+            words: The new words.
+            vocabulary: Number of rows of the table without them.
+        """
         ids = self._list_words(vocabulary)
         return replace(words, tokenize=with_words(words.tokenize, ids)) if ids else words
 
     def _list_words(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the ids of new words by their names. vocabulary: rows of the table without them."""
+        """Return the ids of new words by their names.
+
+        Args:
+            vocabulary: Number of rows of the table without the words.
+        """
         if self._word is not None:
             return self._word.list_ids(vocabulary)
         return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
@@ -302,6 +319,7 @@ class TowerEncoder:
         return row
 
     def free(self) -> None:
+        """Release the network and its tokenizer."""
         self._loaded.free()
 
 
@@ -320,6 +338,16 @@ def make_encoders(
     learning: LearningTexts | None = None,
     bundled: Sequence[LearnedWord] = (),
 ) -> list[TowerEncoder]:
+    """Make the encoders of a checkpoint, one or two.
+
+    Args:
+        files: The checkpoint.
+        chunks: Number of 75-token chunks to which texts are padded or cut.
+        clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
+        tells_cut: Warn about texts that are cut off.
+        learning: The encoders that are trained; None if all are frozen.
+        bundled: Words whose vectors a LoRA file brings along.
+    """
     encoders = []
     for number in range(len(files.kind.lora_prefixes)):
         encoder = TowerEncoder(

@@ -78,7 +78,9 @@ class TrainingFiles:
     def marks(self) -> Marks:
         """Return the facts about the checkpoint's model, by its header.
 
-        Raises CheckpointError if this script does not take it, OptionError if it contradicts --v2.
+        Raises:
+            CheckpointError: If this script does not take it.
+            OptionError: If it contradicts --v2.
         """
         path = self.path
         if path.is_dir():
@@ -107,10 +109,12 @@ class TrainingFiles:
 
     @property
     def kind(self) -> ModelKind:
+        """Kind of the checkpoint; without one, the first kind of the script."""
         return self.kinds[0] if self.ckpt is None else self.marks.kind
 
     @property
     def predicts_v(self) -> bool:
+        """Whether the U-Net predicts v instead of noise: by an option, or by the checkpoint."""
         return self.says_v or (self.ckpt is not None and self.marks.predicts_velocity)
 
     @contextmanager
@@ -142,6 +146,7 @@ class TrainingFiles:
 
     @cached_property
     def unet_config(self) -> Mapping[str, Any]:
+        """Configuration of the U-Net in diffusers' terms."""
         with self.opened() as release:
             return release.unet.config
 
@@ -156,7 +161,8 @@ class TrainingFiles:
     def load_unet(self, placement: Placement, spec: DitSpec) -> nn.Module:
         """Load the U-Net as a placement says, in evaluation mode, without gradients.
 
-        Raises CheckpointError if the file is damaged.
+        Raises:
+            CheckpointError: If the file is damaged.
         """
         with self.opened() as release:
             plan = release.unet
@@ -244,16 +250,23 @@ class DiffusersVae:
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
     def to(self, device: torch.device) -> "DiffusersVae":
+        """Move the network to a device, and return this object."""
         self.network.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, clips: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return samples of the posteriors, B 4 1 h w float32. clips: B 3 1 H W uint8."""
+        """Return samples of the posteriors, B 4 1 h w float32.
+
+        Args:
+            clips: Images, B 3 1 H W uint8.
+            generators: Generator of each image.
+        """
         samples = []
         for clip, generator in zip(clips, generators, strict=True):
             pixels = from_bytes(clip[:, 0]).unsqueeze(0).to(self.device)
@@ -263,7 +276,11 @@ class DiffusersVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W in -1..1. latents: B 4 1 h w, not scaled."""
+        """Return pixels B 3 1 H W in -1..1.
+
+        Args:
+            latents: Latents, not scaled, B 4 1 h w.
+        """
         pixels: Tensor = self.network.decode(latents.squeeze(2).float().to(self.device)).sample
         return pixels.clamp(-1, 1).unsqueeze(2)
 

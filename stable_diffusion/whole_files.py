@@ -66,7 +66,10 @@ class CheckpointFiles:
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         """Write a file, completely or not at all, with a tokenizer next to it.
 
-        dtype: of the networks; None: that of the source.
+        Args:
+            path: Path of the file.
+            dtype: Dtype of the networks; None keeps that of the source.
+            metadata: Metadata of the file.
         """
         self.keep_tokenizer(path)
         states = {name: network.state_dict() for name, network in self.networks.items()}
@@ -78,7 +81,11 @@ class CheckpointFiles:
         stream_tensors(path, infos, read, metadata)
 
     def list_infos(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors of a file. dtype: as for `write`."""
+        """Return dtypes and shapes of the tensors of a file.
+
+        Args:
+            dtype: See `write`.
+        """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
         stored = {} if self.source is None else self.source.tensors
         for name, info in (stored | {name: part.info for name, part in self.parts.items()}).items():
@@ -89,7 +96,12 @@ class CheckpointFiles:
         return infos
 
     def _make(self, name: str, states: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """Return a tensor of the file. states: weights of the networks that learn."""
+        """Return a tensor of the file.
+
+        Args:
+            name: Name of the tensor.
+            states: Weights of the trained networks.
+        """
         part = self.parts.get(name)
         if part is not None:
             weights = [read_weight(self.plans, states, part.network, weight) for weight in part.weights]
@@ -111,7 +123,10 @@ def make_writer(
 ) -> CheckpointFiles:
     """Return the writer for the checkpoint of a training.
 
-    networks: those that learn. marks: what the trained model predicts, which the file says by empty tensors.
+    Args:
+        checkpoint: The source checkpoint.
+        networks: The trained networks, by name.
+        marks: What the trained model predicts, which the file records by empty tensors.
     """
     path = checkpoint.path
     if path.is_dir():
@@ -159,6 +174,7 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
+    """Return the plan of each network of a checkpoint by the name that a training has for it."""
     texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 

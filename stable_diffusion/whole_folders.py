@@ -88,9 +88,12 @@ class FolderWriter:
     form: SavedForm  # of each network
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write a folder, completely or not at all. dtype: of the networks; None: that of the source.
+        """Write a folder, completely or not at all.
 
-        metadata: for the file of the U-Net.
+        Args:
+            path: Folder to write.
+            dtype: Dtype of the networks; None keeps that of the source.
+            metadata: Metadata for the file of the U-Net.
         """
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = {network: self._list_infos(network, dtype) for network in self.files}
@@ -116,12 +119,24 @@ class FolderWriter:
         announced: Mapping[str, TensorInfo],
         name: str,
     ) -> Tensor:
-        """Return a tensor of a network's file. states: weights of the networks that learn."""
+        """Return a tensor of a network's file.
+
+        Args:
+            states: Weights of the trained networks, by network.
+            network: Name of the network.
+            announced: Dtype and shape of each tensor, by name.
+            name: Name of the tensor.
+        """
         weight = read_weight(self.plans, states, network, self.files[network].weights[name])
         return weight.detach().to(announced[name].dtype)
 
     def _list_infos(self, network: str, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes in the file of a network. dtype: as for `write`."""
+        """Return dtypes and shapes in the file of a network.
+
+        Args:
+            network: Name of the network.
+            dtype: See `write`.
+        """
         infos = {}
         for name, info in self.files[network].infos.items():
             written = info.dtype if dtype is None or not info.dtype.is_floating_point else dtype
@@ -135,10 +150,16 @@ def make_folder_writer(
     marks: Marks,
     form: SavedForm = IN_ONE_FILE,
 ) -> FolderWriter:
-    """Return the writer for the checkpoint of a training. networks: those that learn.
+    """Return the writer for the checkpoint of a training.
 
-    marks: what the trained model predicts. form: of each network. Raises CheckpointError if a
-    tokenizer is missing.
+    Args:
+        checkpoint: The source checkpoint.
+        networks: The trained networks, by name.
+        marks: What the trained model predicts.
+        form: Form of each network's files.
+
+    Raises:
+        CheckpointError: If a tokenizer is missing.
     """
     opened = ExitStack()
     release = opened.enter_context(replace(checkpoint, vae=None).opened())  # its own VAE, not that of --vae
@@ -231,7 +252,10 @@ def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str
 def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> dict[str, Any]:
     """Return the list of the parts, with further settings of the source if that is a folder.
 
-    scheduler: its class.
+    Args:
+        source: File or folder of the source checkpoint.
+        release: The opened checkpoint.
+        scheduler: Class of the scheduler.
     """
     is_xl = release.kind is SDXL
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
@@ -298,7 +322,8 @@ def _describe_tokens(is_open_clip: bool) -> dict[str, dict[str, Any]]:
 def _read_tokenizer(source: TokenizerFiles, file: Path) -> dict[str, bytes]:
     """Return the vocabulary and the merges of a tokenizer, by their files' names.
 
-    Raises CheckpointError if they cannot be read.
+    Raises:
+        CheckpointError: If they cannot be read.
     """
     merges = find_merges(file)
     if merges is not None:

@@ -11,8 +11,13 @@ def explain_bad_step(
 ) -> UserError:
     """Return the error for a step whose loss or gradient norm is not finite.
 
-    keys: of the items of this process. remedy: a sentence for the end. before: how many such steps in a row
-    were left out.
+    Args:
+        step: Number of the optimizer step.
+        loss: Mean loss of the step.
+        norm: Norm of the gradients.
+        keys: Keys of the items of this process.
+        remedy: Advice at the end of the message; may be empty.
+        before: Number of such steps in a row that were skipped before.
     """
     listed = ", ".join(keys)
     items = f" The items of this process in that step: {listed}." if listed else ""

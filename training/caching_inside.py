@@ -103,10 +103,18 @@ def prepare_sources(
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
-    options: None for a script that trains from caches alone. device: for encoding. texts: encoders that work
-    while training; their outputs are not cached. commands: to show if a cache cannot be used.
-    All processes of a training call this, and share the work. Raises UserError if something cannot be cached
-    in this way, or a file cannot be used.
+    All processes of a training call this, and share the work.
+
+    Args:
+        family: The model family.
+        config: The dataset, as read from its file.
+        options: Options of caching; None for a script that trains from caches alone.
+        device: Device for encoding.
+        texts: Encoders that work while training; their outputs are not cached.
+        commands: Commands to show if a cache cannot be used.
+
+    Raises:
+        UserError: If something cannot be cached in this way, or a file cannot be used.
     """
     plans = plan_tables(family, config, options, () if texts is None else texts.keys)
     stores = open_stores(family, plans)
@@ -177,9 +185,15 @@ def plan_tables(
 ) -> list[TablePlan]:
     """Decide where latents and texts of each table are; nothing is encoded.
 
-    live: names of text tensors that are encoded at each step; the others come from caches. Raises
-    DatasetError if pictures that change each time are to be cached, OptionError if npz files are asked for
-    and the family has none.
+    Args:
+        family: The model family.
+        config: The dataset, as read from its file.
+        options: Options of the run.
+        live: Names of text tensors that are encoded at each step; the others come from caches.
+
+    Raises:
+        DatasetError: If pictures that change each time are to be cached.
+        OptionError: If npz files are asked for and the family has none.
     """
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
@@ -236,8 +250,14 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
     """Return the tables whose sources are read while training, by index.
 
-    tag: the family's cache_tag. needs_captions: list all tables, with captions. Raises DatasetError if
-    captions are missing, MediaError if the header of a picture cannot be read.
+    Args:
+        tag: The family's `cache_tag`.
+        plans: Where latents and texts of each table are.
+        needs_captions: Whether all tables are listed, with captions.
+
+    Raises:
+        DatasetError: If captions are missing.
+        MediaError: If the header of a picture cannot be read.
     """
     live_tables: dict[int, ItemKind] = {}
     full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
@@ -269,7 +289,11 @@ def _warn_of_live(
 ) -> None:
     """Log the remarks about pictures and captions that are encoded while training, as caching logs them.
 
-    encoders: of captions; nothing, if these are cached.
+    Args:
+        family: The model family.
+        config: The dataset, as read from its file.
+        tables: Tables that are read while training.
+        encoders: Encoders of the captions; empty if captions are cached.
     """
     images: list[MediaSource] = []
     lists: list[DatasetTable] = []
@@ -318,7 +342,11 @@ UNET_ONLY = "--network_train_unet_only"
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded, which also encode the empty prompt if a target asks for it.
 
-    None: all texts come from caches. Raises OptionError as `_select_live_texts`.
+    Returns:
+        The encoders; None if all texts come from caches.
+
+    Raises:
+        OptionError: As `_select_live_texts` does.
     """
     texts = _select_live_texts(family, options, config)
     if texts is None:
@@ -329,8 +357,11 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
 
-    None: all texts come from caches. Raises OptionError if caches are asked for texts that change, or
-    if an encoder that is needed is not given.
+    Returns:
+        The encoders; None if all texts come from caches.
+
+    Raises:
+        OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
     caches_texts = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.changes.varying_keys), None)
@@ -372,7 +403,8 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
 def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
     """Return the text encoders if all weights of some of them learn; None if none learns.
 
-    Raises OptionError if their outputs are to be cached.
+    Raises:
+        OptionError: If their outputs are to be cached.
     """
     if not trains_checkpoint(family):
         return None
@@ -394,7 +426,13 @@ def _learns_in_spite_of_caches(
 ) -> bool:
     """Return whether text encoders learn though --cache_text_encoder_outputs is given; log what is left out.
 
-    learning: all text encoders. Raises OptionError if nothing else is trained.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        learning: All text encoders.
+
+    Raises:
+        OptionError: If nothing else is trained.
     """
     names = " and ".join(encoder.name for encoder in learning)
     switches = _switches(family, options)
@@ -425,7 +463,7 @@ def _may_learn(options: TrainingOptions) -> bool:
 
 
 def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:
-    """Return the text encoders. Raises OptionError if one is not given. why: the reason in that message."""
+    """Return the text encoders; if one is missing, raise OptionError with `why` they are needed."""
     try:
         return family.text_encoders()
     except OptionError as error:
@@ -437,7 +475,8 @@ def _select_learning_encoders(
 ) -> list[LearningEncoder]:
     """Return the encoders that get a network, of those that can learn.
 
-    Raises OptionError if nothing but text encoders is to be trained, and none can be.
+    Raises:
+        OptionError: If nothing but text encoders is to be trained, and none can be.
     """
     if not _may_learn(options) or options.network is None or options.parts is None:
         return []

@@ -49,7 +49,16 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_loading(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> None:
-    """Raise UserError for a run that is impossible. others: models besides the trained one."""
+    """Check everything about a run that can be known before networks are loaded.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        others: Models besides the trained one.
+
+    Raises:
+        UserError: If the run is impossible.
+    """
     sampling = others.sampling
     family.check_given_files()
     reject_quantized_bases(family, options)
@@ -104,7 +113,9 @@ def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
 def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
     """Raise UserError if the optimizer or its schedule cannot be made; both are, for a stand-in of a weight.
 
-    total_steps: of the whole run; None: not known yet, nothing is too long for it.
+    Args:
+        options: Options of the run.
+        total_steps: Steps of the whole run; None if they are unknown, so that no length is too long.
     """
     with quiet():
         stand_in: Mapping[str, object] = {
@@ -116,7 +127,12 @@ def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:
-    """Check previews, prompts, and the LoRAs of --sample_lora. family: the model of samples."""
+    """Check previews, prompts, and the LoRAs of --sample_lora.
+
+    Args:
+        family: The model of samples.
+        options: Options of the run.
+    """
     samples = options.samples
     if samples.preview.preview_latent_every is not None:
         from blissful_tuner.latent_preview import check_preview  # only with previews
@@ -161,7 +177,13 @@ def _list_rates(options: TrainingOptions) -> dict[str, float]:
 
 
 def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool) -> dict[str, float]:
-    """Return the learning rates that --network_args give, by argument. base: of the transformer's part."""
+    """Return the learning rates that --network_args give, by argument.
+
+    Args:
+        network: The network.
+        base: Learning rate of the transformer's part.
+        trains_texts: Whether text encoders get a network too.
+    """
     rates: dict[str, float] = {}
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
@@ -176,7 +198,13 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
 
 
 def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return what a training does that ways to run may not go with. others: as `check_before_loading`."""
+    """Return what the training does that may conflict with a way to run the transformer.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        others: See `check_before_loading`.
+    """
     modules: list[str] = []
     for expert in family.experts:
         network = network_for(options, expert)
@@ -257,7 +285,10 @@ def select_lora_format(
 ) -> LoraFormat | None:
     """Return the format of saved LoRAs, as `select_format`; None if there is no network of ours.
 
-    texts: text encoders that learn, as far as they are known.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        texts: Text encoders that learn, as far as they are known.
     """
     if options.network is None or made_network_of(family) is not None:
         return None
@@ -284,7 +315,12 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
 def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -> int:
     """Return a lower bound for the bytes of a trained transformer, and of its state if one is saved with it.
 
-    file: that is trained. Counted are the weights of blocks, whose names most files have as the network.
+    Counted are the weights of blocks, whose names most files have as the network.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        file: File of the transformer that is trained.
     """
     from checkpoints.dits import bare_names  # only for whole models
 
@@ -311,9 +347,14 @@ def list_unused_options(
     """Return one line for each given option that has no effect together with the others.
 
     Most are found without the model (`list_without_effect`); this adds those that depend on it.
-    takes_guidance: the model has an input for embedded guidance. shifts_table: see
-    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options. family_options: the
-    record of the model's own options. parts: of a whole checkpoint that learn.
+
+    Args:
+        options: Options of the run.
+        takes_guidance: Whether the model has an input for embedded guidance.
+        shifts_table: See `NoiseSpec.table_is_shifted`.
+        tables: Tables of the dataset, whose keys may replace options.
+        family_options: The model's own options.
+        parts: Parts of a whole checkpoint that are trained.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
@@ -330,7 +371,9 @@ def list_unused_options(
 def judge_rate(options: TrainingOptions, made: MadeNetwork | None = None) -> str:
     """Return the learning rate, and the usual one if it is far from that.
 
-    made: trained in place of a LoRA.
+    Args:
+        options: Options of the run.
+        made: Network that is trained in place of a LoRA; None for a LoRA.
     """
     optimizer = options.optimizer
     parts = options.parts

@@ -45,9 +45,12 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 
     Tables are flattened, except for `reelsmith`, which is not for training; the last of equal keys wins. An
     empty text is no value. A key that is similar to no option is ignored with a warning: it may be another
-    tool's. Raises UserError if
-    the file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong
-    type or is not one of the choices.
+    tool's.
+
+    Raises:
+        UserError: If the file is missing or is not TOML.
+        OptionError: If a key is a mistyped option, or if a value has a wrong type or is not one of the
+            choices.
     """
     if name.lower().endswith((".yaml", ".yml", ".json")):
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
@@ -116,7 +119,10 @@ def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.A
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
     """Raise OptionError for a value that names code to import, unless an installed package has the code.
 
-    values: by destination. place: the file that they are from, for the message.
+    Args:
+        parser: The parser of the script.
+        values: Values by destination.
+        place: The file that the values come from, for the message.
     """
     from modules.installed import require_installed  # not for --help
 
@@ -136,7 +142,8 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as TOML, to be read by `read_config_file`.
 
-    Raises OptionError if the file is there already or cannot be written.
+    Raises:
+        OptionError: If the file is there already or cannot be written.
     """
     reject_outside("output_config", path)
     if path.exists():

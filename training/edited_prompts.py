@@ -30,8 +30,12 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
     """Return a sampler of the prompts that are in the file now; the same one if the file has not changed.
 
     Texts that are new are encoded, with encoders that are loaded for it and freed. If the file cannot be
-    used, the samples stay as they are and a warning says why. everyone: processes of the run, which all have
-    to call this; the first one reads the file. note: gets in words what takes a while.
+    used, the samples stay as they are and a warning says why.
+
+    Args:
+        sampler: The current sampler.
+        everyone: Processes of the run, which all have to call this; the first one reads the file.
+        note: Called with a description of work that takes a while.
     """
     before = sampler.source
     text, fault = before.text, before.fault
@@ -70,7 +74,12 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
 
 
 def _read_prompts(path: Path, before: str) -> tuple[str, str]:
-    """Return the text of a prompt file, and why it cannot be read. before: the text if it cannot."""
+    """Return the text of a prompt file, and why it cannot be read.
+
+    Args:
+        path: Path of the file.
+        before: Text to return if the file cannot be read.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for

@@ -45,8 +45,10 @@ TRAINING_ADAPTER = "--training_adapter"
 class ExpertNetworks:
     """Networks by the index of their expert, with the LoRAs that are switched on when they work.
 
-    copies: those that take turns on the device, while the others wait in host memory; empty if all stay.
-    loras: of --training_adapter in networks that train, of --sample_lora in those that make samples.
+    Attributes:
+        copies: Host copies of networks that take turns on the device; empty if all stay there.
+        loras: LoRAs of --training_adapter in networks that are trained, of --sample_lora in those that
+            generate samples.
     """
 
     networks: Sequence[nn.Module]
@@ -139,8 +141,11 @@ def note_experts(
 ) -> None:
     """Log the noise levels on which the transformers are trained; warn of one distilled to few steps.
 
-    times: options of timesteps of the tables, see `list_times`. samples_with_others: whether samples are made
-    with those that are not trained too.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        times: Options of the timesteps of the tables, see `list_times`.
+        samples_with_others: Whether samples also use transformers that are not trained.
     """
     experts, default = family.experts, family.defaults.experts
     _warn_of_few_steps(family, options)
@@ -202,7 +207,12 @@ def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str
 
 
 def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
-    """Warn that one of two transformers is trained at all timesteps. boundary: where they meet."""
+    """Warn that one of two transformers is trained at all timesteps.
+
+    Args:
+        options: Options of the run.
+        boundary: Timestep at which the two transformers meet.
+    """
     below = "--max_timestep"
     above = "--min_timestep"
     counted = round(boundary)
@@ -225,8 +235,11 @@ def expert_metadata(
 ) -> dict[str, str]:
     """Return the metadata on the transformers that a file was trained in; nothing if there is one.
 
-    times: see `note_experts`. part: the name of the expert that the file is for; empty if it is for all that
-    were trained.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        times: See `note_experts`.
+        part: Name of the expert that the file is for; empty if it is for all that were trained.
     """
     experts = family.experts
     if len(experts) > 1 and not part:
@@ -246,7 +259,11 @@ def expert_metadata(
 def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert that the only transformer of a run is trained as; None if that is not clear.
 
-    If it is not said which one the transformer is, the range of timesteps decides. times: see `note_experts`.
+    If it is not said which one the transformer is, the range of timesteps decides.
+
+    Args:
+        family: The model family.
+        times: See `note_experts`.
     """
     experts, default = family.experts, family.defaults.experts
     if len(experts) > 1 or len(default) == 1:
@@ -312,9 +329,12 @@ def dress(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantisation | None:
-    """Return the quantisation, with the products to use on the device. Loads nothing.
+    """Return the quantisation, with the products to use on the device.
 
-    Raises OptionError if the quantisation, the attention or the precision is not available.
+    Loads nothing.
+
+    Raises:
+        OptionError: If the quantisation, the attention or the precision is not available.
     """
     stored = options.speed.fp8.quantisation
     quantization = None if stored is None else prepare(stored, device)

@@ -79,9 +79,12 @@ class TrainingCommand:
         )
 
     def generation_words(self, sample: Mapping[str, Any], with_caches: bool) -> list[str]:
-        """Return the script and the options that generate. sample: its values as `Request` names them.
+        """Return the script and the options that generate.
 
-        with_caches: name the files that made the caches, which a training without samples does not need.
+        Args:
+            sample: Values of the sample, as `Request` names them.
+            with_caches: Whether to name the files that made the caches, which a training without samples does
+                not need.
         """
         assert self.entry is not None
         if not with_caches:
@@ -323,7 +326,10 @@ class NextSteps:
     def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
         """Return a command with the trained files of one transformer and the LoRAs of samples.
 
-        ending: of the options for that transformer.
+        Args:
+            words: Words of the command.
+            ending: Ending of the options for that transformer.
+            files: The trained files.
         """
         words = [*words]
         loras: list[tuple[Path, float]] = []
@@ -342,7 +348,13 @@ class NextSteps:
         return words
 
     def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
-        """Return a command with a trained file in place of a transformer. name: of its option."""
+        """Return a command with a trained file in place of a transformer.
+
+        Args:
+            words: Words of the command.
+            name: Name of the option for the transformer.
+            file: The trained file.
+        """
         assert self.command.entry is not None
         flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
         place = next((place for place, word in enumerate(words) if word in flags), len(words))
@@ -358,7 +370,9 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the words of shared options that make a sample, given by the names of `Request`.
 
-    spellings: see `FamilyEntry`.
+    Args:
+        sample: Values of the sample.
+        spellings: See `FamilyEntry`.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {

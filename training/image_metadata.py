@@ -76,7 +76,9 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
     """Return the learning rates of a LoRA's parts, in the form that image trainers write.
 
-    parts: None if there is no LoRA.
+    Args:
+        rate: Learning rate of the transformer's part.
+        parts: Which parts get a LoRA; None if there is no LoRA.
     """
     if parts is None:
         return {}
@@ -247,7 +249,13 @@ def _describe_datasets(
 
 
 def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tags: Tags) -> dict[str, Any]:
-    """Return the entry of one dataset. tables: its subsets."""
+    """Return the entry of one dataset.
+
+    Args:
+        tables: Subsets of the dataset.
+        counted: Numbers of images.
+        tags: Frequency of each tag by folder.
+    """
     described = [table.describe() for table in tables]
     first = _settings_of(tables[0])
     buckets = tables[0].buckets

@@ -90,9 +90,15 @@ def read_image_training(
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model; return what `read_training` does.
 
-    record: the family's own options. learner: see `training_parser`. --pretrained_model_name_or_path and
-    --vae are declared here, and are read by a field of the record with that option name. Ends the program
-    after --output_config.
+    The program ends after --output_config.
+
+    Args:
+        doc: Docstring of the script.
+        record: Class of the family's own options. --pretrained_model_name_or_path and --vae are declared here
+            and fill fields of the record with these option names.
+        defaults: Differences between image families.
+        argv: Command line; None for that of the process.
+        learner: See `training_parser`.
     """
 
     def build_parser() -> Parser:
@@ -158,7 +164,10 @@ def image_training_parser(
 ) -> Parser:
     """Return a parser with all options that every image trainer has.
 
-    doc: the script's docstring. learner: see `training_parser`.
+    Args:
+        doc: The script's docstring.
+        defaults: Differences between image families.
+        learner: See `training_parser`.
     """
     default = {
         "timestep_sampling": defaults.timestep_sampling,
@@ -225,7 +234,12 @@ def _translate(args: argparse.Namespace) -> None:
 
 
 def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
-    """Return the options whose values were given by `OtherNames`. tokenizers: names of their options."""
+    """Return the options whose values were given by `OtherNames`.
+
+    Args:
+        args: Parsed arguments.
+        tokenizers: Names of the tokenizers' options.
+    """
     names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name, False)}
     if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
@@ -542,7 +556,11 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
 
 
 def _reject_loras(called: str) -> dict[str, str]:
-    """Return why options of LoRAs are refused, by name. called: the network that is trained."""
+    """Return why options of LoRAs are refused, by name.
+
+    Args:
+        called: Name of the network that is trained.
+    """
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
@@ -613,7 +631,8 @@ _REFUSED_FOR_WORDS = {
 def word_trainer(**settings: Any) -> ImageTrainerDefaults:
     """Return the differences of a script that trains textual inversion for a model of noise.
 
-    settings: of `ImageTrainerDefaults`.
+    Args:
+        settings: Fields of `ImageTrainerDefaults` to replace.
     """
     called = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
     reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_FOR_WORDS.items()}

@@ -69,8 +69,11 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
-    swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
-    a part of the network.
+    The text encoders that stay are loaded already; those that learn get a part of the network.
+
+    Args:
+        plan: The plan of the run.
+        swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
     networks = load_networks(plan, swap)
@@ -158,7 +161,10 @@ def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
     """Load the networks that only samples are made with; return all that samples need, by their experts.
 
-    networks: those that are trained.
+    Args:
+        loading: Loads the networks.
+        learners: The trained parts.
+        networks: Networks that are trained.
     """
     plan = loading.plan
     by_file = dict(zip(plan.family.dit_files, networks, strict=True))
@@ -391,7 +397,8 @@ class Loading:
     def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
-        Raises MemoryPlanError if the device has no room for the next network.
+        Raises:
+            MemoryPlanError: If the device has no room for the next network.
         """
         device = self.plan.accelerator.device
         dit, family = network.dit, network.family

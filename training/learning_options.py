@@ -257,7 +257,10 @@ class PartsOptions(Options, title="what is trained"):
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
         """Return a learning rate for each of this many text encoders that can learn.
 
-        One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
+        One value is for all of them, none means --learning_rate.
+
+        Raises:
+            OptionError: If there are too many.
         """
         rates = self.text_encoder_lr or (learning_rate,)
         if len(rates) > max(count, 1):

@@ -220,10 +220,13 @@ def _find_kind(run: TrainingRun, group: range) -> str:
 def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tensor]:
     """Step the weights and their learning rates, and let features act.
 
-    gate: decides whether the step is taken; if not, the learning rates alone move on.
+    Args:
+        run: The run.
+        gate: Decides whether the step is taken; if not, only the learning rates advance.
 
-    Returns the norms that end a row, 1-D each: those of --scale_weight_norms, if they are limited, and the
-    norm of the gradients before clipping.
+    Returns:
+        The norms that end a row, 1-D each: those of --scale_weight_norms, if they are limited, and the norm
+        of the gradients before clipping.
     """
     model = run.model
     if gate is None:
@@ -304,7 +307,12 @@ def _propagate(
 ) -> _Losses:
     """Run a micro-batch forward and backward through an expert, so that its gradients are added.
 
-    divisor: what its loss is divided by. is_void: add zeros, for processes that need this one's passes.
+    Args:
+        run: The run.
+        expert: Index of the expert.
+        noisy_batch: Batch with noise and timesteps.
+        divisor: Number by which the loss is divided.
+        is_void: Whether zeros are added, for processes that need the passes of this one.
     """
     dit = run.model.dits.at(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -326,7 +334,11 @@ def _propagate(
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
     """Return the experts that run in a pass: that of the micro-batch; in lockstep those of all processes.
 
-    place: of the micro-batch in each process' share of the group.
+    Args:
+        run: The run.
+        group: Indices of the group's micro-batches.
+        place: Position of the micro-batch in each process's part of the group.
+        expert: Index of the micro-batch's expert.
     """
     steps = run.steps
     if len(run.family.experts) == 1 or not steps.in_lockstep:
@@ -340,7 +352,12 @@ def _add_parts(
 ) -> None:
     """Add the losses of a micro-batch to a row, if the run has several parts: experts, or picture and sound.
 
-    loss: of the micro-batch. losses: of its streams.
+    Args:
+        run: The run.
+        row: The row of the step, changed in place.
+        expert: Index of the expert.
+        loss: Loss of the micro-batch.
+        losses: Losses of the micro-batch's streams.
     """
     if not run.parts:
         return
@@ -363,7 +380,8 @@ def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: T
 def _note(run: TrainingRun, step: StepReport | None) -> None:
     """Log a step, if there is one.
 
-    Raises UserError if its loss or gradient norm is NaN or infinite, before anything made from it is saved.
+    Raises:
+        UserError: If its loss or gradient norm is NaN or infinite, before anything made from it is saved.
     """
     if step is None:
         return
@@ -442,7 +460,12 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
 
 
 def _is_due(every: int | None, count: int) -> bool:
-    """Return whether something is due after this many steps or epochs. every: None for never."""
+    """Return whether something is due after this many steps or epochs.
+
+    Args:
+        every: Number of steps or epochs between two times; None for never.
+        count: Steps or epochs done.
+    """
     return every is not None and count % every == 0
 
 

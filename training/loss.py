@@ -156,7 +156,12 @@ def sample_errors_outside(
 
 
 def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean of each sample, B, over the frames that are not given. errors: B C F H W."""
+    """Return the mean of each sample, B, over the frames that are not given.
+
+    Args:
+        errors: Error of each element, B C F H W.
+        noisy_batch: Batch with noise and timesteps.
+    """
     return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
 
 
@@ -179,12 +184,17 @@ def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, 
 def sample_errors(
     spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule
 ) -> tuple[Tensor, ...]:
-    """Return the mean error of each sample: B, float32; if the batch has sound, a second one of its sound.
+    """Return the mean error of each sample, B float32; if the batch has audio, a second tensor for its audio.
 
-    differences: B C F H W, or B N of a picture and its sound. If the batch has a mask (`MASK`, `LOSS_MASK`),
-    errors of the picture are multiplied by it before the mean over all elements: the mean is over the masked
-    ones too, so the smaller a mask, the smaller the loss. Given frames are left out: the mean is over the
-    others.
+    If the batch has a mask (`MASK`, `LOSS_MASK`), errors of images are multiplied by it before the mean over
+    all elements. The mean includes masked elements, so a smaller mask gives a smaller loss. Given frames are
+    excluded from the mean.
+
+    Args:
+        spec: What the family says about its noise.
+        differences: Differences from the target, B C F H W, or B N for video with audio.
+        noisy_batch: Batch with noise and timesteps.
+        rule: How losses are reduced.
     """
     sound, options = noisy_batch.sound, rule.options
     if sound is not None:
@@ -205,7 +215,12 @@ def sample_errors(
 
 
 def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
-    """Return the weight of each place, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
+    """Return the weight of each place, B 1 F H W or B 1 1 H W; None without masks.
+
+    Args:
+        batch: The batch.
+        errors: Error of each element, B C F H W.
+    """
     image_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
     weights: Tensor | None = None
     if isinstance(image_mask, Tensor):  # averaged over the area of each latent
@@ -225,9 +240,15 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Return the network's prediction in the form of the target: B C F H W float32, with sound B N.
+    """Return the network's prediction in the form of the target, float32: B C F H W, or B N with audio.
 
-    latents: of the batch, in model space.
+    Args:
+        family: The model family.
+        dit: The transformer.
+        latents: Clean latents of the batch, in model space.
+        noisy_batch: Batch with noise and timesteps.
+        autocast: Opens the autocast context of a pass.
+        rule: How the prediction is compared.
     """
     given_frames, noise, sound = noisy_batch.given_frames, noisy_batch.noise, noisy_batch.sound
     conditions = family.batch_conditions(latents, noisy_batch.batch)
@@ -263,10 +284,17 @@ def predict(
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
-    additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents minus sigma times
-    the output. Neither estimates the velocity; known trainers compare so. sign: of the velocity in the
-    output (`NoiseSpec.output_sign`); where it is -1, output and target are both negated, which
-    changes no loss.
+    With `additive` it is the network's output plus the noisy latents; with `sigma_scaled` it is the noisy
+    latents minus sigma times the output. Neither estimates the velocity; they are defined as in known
+    trainers.
+
+    Args:
+        velocity: The predicted velocity.
+        noisy: Noisy latents.
+        sigmas: Fraction of noise of each sample, B.
+        prediction: Value of --model_prediction_type.
+        sign: Sign of the velocity in the output (`NoiseSpec.output_sign`). If it is -1, output and target are
+            both negated, which does not change the loss.
     """
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()
@@ -276,10 +304,19 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
 def element_errors(
     options: LossOptions, spec: NoiseSpec, differences: Tensor, sigmas: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """Return the error of each element. differences: B C F H W. sigmas, timesteps: B, as in `NoisyBatch`.
+    """Return the error of each element.
 
     For small differences d huber is d^2 and smooth_l1 is d^2 / c; for large ones they are 2 c |d| and 2 |d|.
-    Raises ValueError for a loss that it does not know.
+
+    Args:
+        options: Options of the run.
+        spec: What the family says about its noise.
+        differences: Differences from the target, B C F H W.
+        sigmas: Fraction of noise, B, as in `NoisyBatch`.
+        timesteps: Timesteps, B, as in `NoisyBatch`.
+
+    Raises:
+        ValueError: For a loss that it does not know.
     """
     if options.loss_type == "l2":
         return differences.square()
@@ -294,11 +331,17 @@ def element_errors(
 
 
 def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the threshold c of each sample for --huber_schedule: B, float32.
+    """Return the threshold c of each sample for --huber_schedule, B float32.
 
-    timesteps: B, the network's input, 0..1000. snr: (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio
-    of noise to data, sigma over the share of the latents. Known trainers define it only for models that
-    predict noise; for a flow it falls from 1 to huber_c too.
+    With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to data, sigma over
+    the fraction of the latents. Known trainers define it only for models that predict noise; for a flow it
+    also falls from 1 to huber_c.
+
+    Args:
+        options: Options of the loss.
+        spec: What the family says about its noise.
+        sigmas: Fraction of noise of each sample, B.
+        timesteps: Input of the network, B, 0..1000.
     """
     if options.huber_schedule == "constant":
         return torch.full_like(sigmas.float(), options.huber_c * options.huber_scale)

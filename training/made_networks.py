@@ -28,9 +28,17 @@ def make_trained_network(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Return the network that learns, put into the loaded model.
+    """Return the trained network, put into the loaded model.
 
-    with_values: it begins with those of its file. The rest as in `networks.adapter.make_network`.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        dit: The transformer.
+        seed: See `networks.adapter.make_network`, as for the following ones.
+        encoders: Text encoders that are trained too.
+        in_dit: Whether the transformer gets a network.
+        resumed: Tensors of the state that the run resumes from.
+        with_values: Whether the network starts with the values of its file.
     """
     made = made_network_of(family)
     if made is None:
@@ -67,10 +75,18 @@ def written_by(family: Family) -> WritesNetwork | None:
 
 
 def check_data(made: MadeNetwork | None, config: DatasetConfig, kept: str) -> DatasetConfig:
-    """Check the tables of a made network: its control pictures, or that all pictures are of what it learns.
+    """Check the tables of a made network: its control images, or that all images show what it learns.
 
-    kept: attribute of tables whose samples stay as the model without a network predicts them. Returns the
-    tables; with sentences in place of captions, pictures need none. Raises DatasetError.
+    Args:
+        made: The network; None for a LoRA.
+        config: The dataset, as read from its file.
+        kept: Attribute of tables whose samples must remain as the model without a network predicts them.
+
+    Returns:
+        The tables; if sentences take the place of captions, images need none.
+
+    Raises:
+        DatasetError: If a table does not fit the network.
     """
     if made is None:
         return config

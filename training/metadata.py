@@ -35,7 +35,9 @@ IMAGE_RESOLUTION = "1024x1024"
 def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     """Return rank and alpha of a network that continues from a file or a state, if they are not the options'.
 
-    part: whose file it is, see `Trainable.writes`.
+    Args:
+        model: The loaded networks.
+        part: Part that the file is for, see `Trainable.writes`.
     """
     options = model.plan.options
     network = options.network
@@ -64,12 +66,17 @@ def _hash_files(family: Family) -> dict[str, str]:
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
-    """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
+    """Return the `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
-    optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
-    vae_name; resolution if it is not the usual one; base_model_version if files name the model otherwise than
-    we do; `modelspec.*` that loading needs; trained_for if a model has several uses that its files do not
-    distinguish; `ss_*` that its known trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
+    `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
+    the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
+    trained_for if a model has several uses that its files do not distinguish; and `ss_*` that its known
+    trainer writes. A fully trained DiT has no `ss_network_*`, because these identify a LoRA.
+
+    Args:
+        plan: The plan of the run.
+        optimizer: Name of the optimizer.
+        lr_scheduler: Name of the learning-rate schedule.
     """
     network, family = plan.options.network, plan.family
     info = family.metadata
@@ -141,11 +148,19 @@ def file_metadata(
 ) -> dict[str, str]:
     """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
 
-    epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
-    tables: of the dataset, whose timesteps may differ from those of the options. ending: of the architecture
-    of a network.
-    Hashes of a LoRA are added when its tensors are written.
-    Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
+    Hashes of a LoRA are added when its tensors are written. Source of `modelspec.*`:
+    https://github.com/Stability-AI/ModelSpec.
+
+    Args:
+        run: Metadata that stay the same over the run.
+        options: Options of the run.
+        family_metadata: `Family.metadata`.
+        step: Number of the optimizer step.
+        epoch: The current or just finished epoch, from 1.
+        now: Time of saving.
+        licence: License of the model, used without --metadata_license.
+        tables: Tables of the dataset, whose timesteps may differ from those of the options.
+        ending: Suffix of the architecture's name for a network.
     """
     texts, times = options.metadata, options.timesteps
     architecture = texts.architecture or family_metadata.get("architecture")

@@ -287,7 +287,13 @@ def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> l
 
 
 def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> ScriptOption:
-    """Return an option with its value. typed_flags: the flags on the command line, by the option's name."""
+    """Return an option with its value.
+
+    Args:
+        action: Declaration of the option in the parser.
+        value: Its value.
+        typed_flags: Flags on the command line, by the option's name.
+    """
     # the value if nothing is typed: the default, or that of another option (`not_given`)
     default = getattr(action, "not_given", action.default)
     texts = value_words(value)
@@ -332,7 +338,13 @@ def read_training(
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains: the shared ones, the family's, and both as words.
 
-    record: the family's own. doc, learner: see `training_parser`. shared: further records of shared options.
+    Args:
+        doc: See `training_parser`.
+        record: Class of the family's own options.
+        argv: Command line; None for that of the process.
+        learner: See `training_parser`.
+        shared: Further records of shared options.
+        changes: Changes of shared options by the script.
     """
 
     def build_parser() -> Parser:
@@ -375,8 +387,10 @@ def training_parser(
 ) -> Parser:
     """Return a parser with all options that every family's training has.
 
-    doc: the script's docstring. learner: `TrainedNetworkOptions` or `WholeDitOptions`. settings: defaults and
-    settings of the script, see `add_options`.
+    Args:
+        doc: The script's docstring.
+        learner: `TrainedNetworkOptions` or `WholeDitOptions`.
+        settings: Defaults and settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
     parser.changes_values = True  # by --config_file, a launcher, and other names of options

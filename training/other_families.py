@@ -35,8 +35,13 @@ NO_OTHERS = OtherFamilies()
 def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
     """Raise CheckpointError if a transformer has weights of other shapes than the trained one.
 
-    Headers of files are compared; no weight is read. Weights that one of the two lacks are left out. option:
-    of the other file. consequence: why shapes have to be equal.
+    Only headers of files are compared. Weights that one of the two lacks are ignored.
+
+    Args:
+        other: Family of the other file.
+        trained: Family of the trained model.
+        option: Option of the other file.
+        consequence: Reason why shapes must be equal, for the message.
     """
     with quiet():
         shapes = shapes_of(trained.load_dit(UNREAD))

@@ -124,7 +124,16 @@ def make_plan(
     accelerator: Accelerator,
     others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
-    """Find state, items and steps; check what can be known before loading. others: see `train_network`."""
+    """Find state, items and steps; check what can be known before loading.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        commands: Caching commands, for messages.
+        config: The dataset, as read from its file.
+        accelerator: The processes of the run.
+        others: See `train_network`.
+    """
     is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
@@ -313,7 +322,8 @@ def join_processes(
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
     """Read the data of a training: --dataset_config, or --train_data_dir and its companions.
 
-    Raises UserError if they cannot be used, or if the noise levels of a table cannot be trained.
+    Raises:
+        UserError: If they cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
     if subset is not None and subset.replaces_toml and path is None:
@@ -339,11 +349,19 @@ def _find_items(
     view: str,
     trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
-    """Find the caches by their names and check them. view: further conditions, as `Batch.view`.
+    """Find the caches by their names and check them.
 
-    trusts_caches: texts may be of another checkpoint (--skip_cache_check).
+    Args:
+        family: The model family.
+        config: The dataset, as read from its file.
+        sources: Where batches are read from.
+        accelerator: The processes of the run.
+        has_live_texts: Whether texts are encoded while training.
+        view: Further conditions, as in `Batch.view`.
+        trusts_caches: Whether texts may come from another checkpoint (--skip_cache_check).
 
-    Raises CacheError with the caching commands if there are none.
+    Raises:
+        CacheError: With the caching commands if there are none.
     """
     commands = sources.encoders.commands
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
@@ -483,7 +501,14 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
 def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
     """Put a new run's progress to the step where it begins.
 
-    is_resumed: a saved state says where to continue instead. Raises OptionError if the run has no such step.
+    Args:
+        options: Options of the run.
+        progress: Current step and epoch.
+        plan: The plan of the run.
+        is_resumed: Whether a saved state says where to continue instead.
+
+    Raises:
+        OptionError: If the run has no such step.
     """
     flag = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:

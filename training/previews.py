@@ -48,7 +48,11 @@ def show_preview(
 ) -> int:
     """Show the preview that the options ask for instead of training; returns the exit code.
 
-    commands: commands to show if caches are missing. others: models besides the trained one.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        commands: Commands to show if caches are missing.
+        others: Models besides the trained one.
     """
     show = options.joined.show
     if show is not None:
@@ -160,7 +164,10 @@ def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
 def describe_run(options: TrainingOptions, num_validation: int, made: MadeNetwork | None = None) -> list[str]:
     """Return lines of --check about a run's validation and its learning rate.
 
-    num_validation: how many items it has. made: trained in place of a LoRA.
+    Args:
+        options: Options of the run.
+        num_validation: Number of items for validation.
+        made: Network that is trained in place of a LoRA; None for a LoRA.
     """
     lines = []
     if num_validation:

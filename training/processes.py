@@ -31,7 +31,8 @@ DEFAULT_TIMEOUT = 24 * 60
 def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     """Join the processes that the launcher started and choose device and precision.
 
-    Raises OptionError if the device does not support this precision.
+    Raises:
+        OptionError: If the device does not support this precision.
     """
     reject_other_splits()  # before accelerate looks for the packages that split a model
     _check_environment()
@@ -116,8 +117,12 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
-    For bf16 gradients torch itself would round it to 3 digits. split: parameters whose rows are spread over
-    the processes; if there are any, all processes must call this.
+    For bf16 gradients torch itself would round it to 3 digits.
+
+    Args:
+        parameters: The trained parameters.
+        split: Parameters whose rows are spread over the processes; if there are any, all processes must call
+            this.
     """
     if split:
         parameters = list(parameters)

@@ -51,10 +51,16 @@ LISTED = (
 def find_state(
     options: TrainingOptions, resume: str, is_main_process: bool
 ) -> states.SavedState | states.ForeignState | None:
-    """Read the state that --resume names; None if `latest` finds none.
+    """Read the state that --resume names; None if `latest` finds none. All processes must call this.
 
-    All processes must call it. Raises OptionError or CheckpointError if there is none, or if it cannot be
-    used.
+    Args:
+        options: Options of the run.
+        resume: Value of --resume.
+        is_main_process: Whether this is the main process.
+
+    Raises:
+        OptionError: If there is no state of this name.
+        CheckpointError: If the state cannot be used.
     """
     saving = options.saving
     storage = options.joined.storage
@@ -121,9 +127,12 @@ def first_progress(
 
 
 def _claim(options: TrainingOptions, progress: Progress) -> None:
-    """Give each feature that is on what it remembered. Raises TypeError for values of another type.
+    """Give each feature that is on what it remembered.
 
     What a feature that is off remembered stays in the states of the run.
+
+    Raises:
+        TypeError: For values of another type.
     """
     for kind in options.joined.remembers:
         progress.of(kind)
@@ -161,7 +170,13 @@ def settings_of(
 
 
 def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a resumed run may change with a warning. config: all options by name."""
+    """Return the settings that a resumed run may change with a warning.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        config: All options by name.
+    """
     habits = _flagged(config, "habit")
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -188,7 +203,13 @@ def _adapter_with_content(options: TrainingOptions) -> str | None:
 
 
 def describe_adapter(path: Path, strength: float, with_content: bool = False) -> str:
-    """Return name and strength of --training_adapter. with_content: add a hash of the file's content."""
+    """Return name and strength of --training_adapter.
+
+    Args:
+        path: File of the LoRA.
+        strength: Its strength.
+        with_content: Whether to add a hash of the file's content.
+    """
     content = f", {fingerprint(path)[:12]}" if with_content else ""
     return f"{path.name}:{strength:g}{content}"
 
@@ -209,10 +230,16 @@ def check_resumable(
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn of changes.
 
-    saving: see `TrainingPlan.saving`.
+    Settings that the saved run did not record are not compared. Call it before anything large is loaded.
 
-    Settings that the saved run did not record are not compared. Returns what --resume_changed changes, if
-    given, in words by the name of the setting. Call it before anything large is loaded.
+    Args:
+        saved: The saved state.
+        settings: Settings of this run.
+        options: Options of the run.
+        saving: See `TrainingPlan.saving`.
+
+    Returns:
+        What --resume_changed changes, if given, in words by the name of the setting.
     """
     if isinstance(saved, states.ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
@@ -262,7 +289,10 @@ def _reject_differences(
 ) -> None:
     """Raise OptionError for settings that a resumed run must have as the saved run.
 
-    may_change: --resume_changed is given, which allows some of them.
+    Args:
+        saved: The saved state.
+        differences: Saved and current value of each setting that differs, by name.
+        may_change: Whether --resume_changed is given, which allows some of them.
     """
     changeable = {f"--{name}" for name in options_with(TrainingOptions, "resume_changed", True)}
     changeable |= {GROUP_SIZE, BATCHES}
@@ -323,7 +353,9 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
 def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
     """Return an identity in which settings of equal meaning are equal, however they were typed.
 
-    record: of the family's own options.
+    Args:
+        identity: Settings that identify the run.
+        record: Record of the family's own options.
     """
     by_name = {name.removeprefix("--"): value for name, value in identity.items() if name.startswith("--")}
     resolved = {

@@ -53,9 +53,18 @@ def train_network(
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
-    command: that was typed; the commands for missing caches and those that can follow repeat its options.
-    others: models besides the trained one. Returns the program's exit code. Raises UserError if the user has
-    to change something.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        command: Command that was typed; commands for missing caches and for what can follow repeat its
+            options.
+        others: Models besides the trained one.
+
+    Returns:
+        The program's exit code.
+
+    Raises:
+        UserError: If the user has to change something.
     """
     for change in options.joined.on.family:
         family = change(family)
@@ -92,9 +101,17 @@ def prepare_run(
     others: OtherFamilies = NO_OTHERS,
     end: RunEnd | None = None,
 ) -> Iterator[TrainingRun]:
-    """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`.
+    """Load everything for a run; on exit, end logs and wait for uploads.
 
-    end: notes how far the run has come.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        command: Command that was typed.
+        others: Models besides the trained one.
+        end: Records how far the run has come.
+
+    Raises:
+        UserError: If the user has to change something.
     """
     end = end or RunEnd(options.joined)
     config = read_config(options, family)  # faults in it are reported before anything is started
@@ -207,7 +224,8 @@ def _find_inputs(plan: TrainingPlan) -> list[Path]:
 def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     """Encode the texts and images of the samples; None without --sample_prompts.
 
-    Raises OptionError if an encoder is missing, before the DiT is loaded.
+    Raises:
+        OptionError: If an encoder is missing, before the DiT is loaded.
     """
     options, accelerator = plan.options, plan.accelerator
     prompts = options.samples.sample_prompts

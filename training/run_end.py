@@ -45,9 +45,16 @@ def start_command(
 ) -> None:
     """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
 
-    Nothing that the command does changes how this program ends. option: its flag. error: that ended the run.
-    has_begun: the run itself has; before that, wrong options start nothing, as somebody has just typed them.
-    patience: seconds to wait for its end.
+    Nothing that the command does changes how this program ends.
+
+    Args:
+        option: Flag of the option.
+        words: Words of the command.
+        facts: What is known of the run.
+        error: Error that ended the run.
+        has_begun: Whether the run itself has begun. Before that, wrong options start nothing, because
+            somebody has just typed them.
+        patience: Seconds to wait for its end.
     """
     code = exit_code_of(error)
     if code == OptionError.exit_code and not has_begun:
@@ -69,7 +76,13 @@ def exit_code_of(error: BaseException | None) -> int:
 
 
 def _list_variables(facts: RunFacts, code: int, error: BaseException | None) -> dict[str, str]:
-    """Return the variables that say how a run has ended. code: the exit code of this program."""
+    """Return the variables that say how a run has ended.
+
+    Args:
+        facts: What is known of the run.
+        code: Exit code of this program.
+        error: Error that ended the run; None if it has completed.
+    """
     state = FAILED
     if code == INTERRUPTED:
         state = STOPPED

@@ -23,7 +23,8 @@ TOO_LARGE_A_SEED = 2**64
 def read_seed(text: str) -> int:
     """Return the number of --seed: itself, or that of a text, as generation scripts have it.
 
-    Raises ArgumentTypeError for a number that is longer than any seed.
+    Raises:
+        ArgumentTypeError: For a number that is longer than any seed.
     """
     try:
         seed = text_to_seed(text)
@@ -204,7 +205,11 @@ class SampleOptions(Options, title="samples while training"):
         self.loras()
 
     def loras(self) -> list[tuple[Path, float]]:
-        """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
+        """Return the files of --sample_lora with their multipliers.
+
+        Raises:
+            OptionError: If one is missing.
+        """
         return files_with_multipliers("--sample_lora", self.sample_lora or ())
 
     @property

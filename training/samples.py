@@ -122,9 +122,14 @@ class Sampler:
     ) -> list[Path]:
         """Write one file for each prompt and return the paths.
 
-        dit_of: index of an expert -> its network, in evaluation mode and on its device. mark: `e000001` at
-        the end of an epoch, `000020` at a step. check: called after each step; what it raises ends the
-        samples. note: gets the sample and its step in words. Only the samples' own random state is used.
+        Only the samples' own random state is used.
+
+        Args:
+            dit_of: Returns the network of an expert by its index, in evaluation mode and on its device.
+            autocast: Opens the autocast context of a pass.
+            mark: `e000001` at the end of an epoch, `000020` at a step.
+            check: Called after each step; what it raises ends the samples.
+            note: Called with the sample and its step in words.
         """
         paths = []
         for place, sample in enumerate(self.samples, 1):
@@ -157,7 +162,16 @@ class Sampler:
         check: Callable[[], None],
         note: Callable[[str], None],
     ) -> torch.Tensor:
-        """Return the latents of a sample. title: of its bar. The others: see `make`."""
+        """Return the latents of a sample.
+
+        Args:
+            sample: The sample.
+            title: Title of the progress bar.
+            dit_of: See `make`.
+            autocast: See `make`.
+            check: See `make`.
+            note: See `make`.
+        """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
         if self.renew is not None:
@@ -184,7 +198,14 @@ class Sampler:
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
-        """Write a sample. model: the file name of its weights, for the metadata."""
+        """Write a sample.
+
+        Args:
+            latents: Latents in model space, B C F H W.
+            prepared: The request with all values resolved.
+            stem: Name of the file without its suffix.
+            model: File name of the weights, for the metadata.
+        """
         family = self.session.family
         track: Track | None = None
         if prepared.joint is not None:
@@ -233,7 +254,12 @@ def _show_steps(
 ) -> Iterator[tuple[Watcher, OnSection]]:
     """Yield callbacks for steps and sections that show the progress of a sample on a bar.
 
-    check, note: see `Sampler.make`.
+    Args:
+        title: Title of the progress bar.
+        prepared: The request with all values resolved.
+        check: See `Sampler.make`.
+        note: See `Sampler.make`.
+        preview_section: Callback for sections of a preview.
     """
     bars: list[Bar] = []
     with ExitStack() as stack:
@@ -269,13 +295,28 @@ def prepare_samples(
     together: bool = False,
     blocks: BlockPlace | None = None,
 ) -> Sampler:
-    """Read and check the prompts, and encode this process' share of texts and images.
+    """Read and check the prompts, and encode this process's share of texts and images.
 
-    together: all processes make every sample, and the first one writes it; `blocks` then splits the text
-    encoders over them.
+    Call it before the DiT is loaded.
 
-    Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
-    used.
+    Args:
+        family: The model family.
+        prompt_file: File with the prompts.
+        folder: Folder for the samples.
+        name: Name of the run.
+        device: Device of the run.
+        process: Index of this process.
+        processes: Number of processes.
+        has_metadata: Whether files of samples get metadata.
+        weights: Name of the weights, for the metadata.
+        preview: Options of previews.
+        together: Whether all processes generate every sample and the first one writes it; `blocks` then
+            splits the text encoders over them.
+        blocks: Splits blocks over processes; None keeps them complete.
+
+    Raises:
+        OptionError: As `read_requests` does.
+        CheckpointError: If a model file cannot be used.
     """
     source = PromptSource(prompt_file, process=process, processes=processes, together=together)
     source = replace(source, text=read_sample_file(prompt_file))
@@ -322,10 +363,16 @@ def encode_samples(
     writes: bool,
     loads_media: bool = False,
 ) -> list[Sample]:
-    """Encode the texts and images of samples. Texts that the session has encoded before load no encoder.
+    """Encode the texts and images of samples.
 
-    requests: by the number of the entry. writes: this process decodes samples. loads_media: load the VAE even
-    if no sample has an image.
+    Texts that the session has encoded before load no encoder.
+
+    Args:
+        session: Networks of the generation.
+        entries: Entries of the prompt file.
+        requests: Requests by the index of their entry.
+        writes: Whether this process decodes samples.
+        loads_media: Whether to load the VAE even if no sample has an image.
     """
     texts = [wanted_texts(prepared) for prepared in requests.values()]
     encoded = session.texts(texts)
@@ -405,8 +452,9 @@ def parse_requests(
 ) -> tuple[list[dict[str, Any]], list[Prepared]]:
     """Return the entries of the text of a prompt file, and the request for each.
 
-    Raises OptionError if a file that samples need is not given, or with every prompt that cannot be read or
-    made: no image for an image-to-video model.
+    Raises:
+        OptionError: If a file that samples need is not given, or if prompts cannot be read or generated, such
+            as one without an image for an image-to-video model; all of them are listed.
     """
 
     def prepare(numbered: tuple[int, Mapping[str, Any]]) -> Prepared:
@@ -433,9 +481,14 @@ def parse_requests(
 
 
 def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
-    """Turn one entry of a prompt file into a request. Missing values are the defaults of generation.
+    """Turn one entry of a prompt file into a request.
 
-    Sizes are rounded down to sizes of the family. Raises OptionError for numbers that no model takes.
+    Missing values are the defaults of generation.
+
+    Sizes are rounded down to sizes of the family.
+
+    Raises:
+        OptionError: For numbers that no model takes.
     """
     default = family.defaults
     values = {key: value for key, value in entry.items() if value is not None}
@@ -498,7 +551,10 @@ def _with_full_size(
 ) -> Request:
     """Return a request for the next lower size that the model makes; warn if it differs.
 
-    size: width, height and frames; None: as the first reference.
+    Args:
+        request: The request.
+        size: Width, height and frames; None for the size of the first reference.
+        latent: Sizes of the family's latents.
     """
     width, height, frames = size
     side = latent.pixel_step
@@ -522,7 +578,9 @@ def _with_full_size(
 def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
     """Return the solver of a prompt; None, with a warning, for samplers of other models.
 
-    own: those of the model, in place of those of every model.
+    Args:
+        values: Values of the prompt.
+        own: Solvers of the model, instead of those of every model.
     """
     name = values.get("sample_sampler")
     if name is None:
@@ -538,7 +596,7 @@ def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | 
 
 
 def _solvers_of(own: Sequence[str]) -> Mapping[str, str]:
-    """Return the names of solvers on the command line -> those of requests. own: those of a model."""
+    """Return the solvers by their names on the command line; `own` are those of a model."""
     return {name: name for name in own} if own else SOLVERS
 
 

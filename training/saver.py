@@ -59,8 +59,12 @@ def make_saver(
 ) -> Saver | None:
     """Make the saver in the main process, and remove files that it no longer keeps; else return None.
 
-    publisher: passes on what is saved. prompts: of the samples, for it. note_saved: gets the files of
-    each save, and the step. note_removed: is called after older files were removed.
+    Args:
+        model: The loaded networks.
+        publisher: Publishes what is saved.
+        prompts: Prompts of the samples, for the publisher.
+        note_saved: Called with the files of each save, and the step.
+        note_removed: Called after older files were removed.
     """
     plan, trainable = model.plan, model.trainable
     options, progress, average = plan.options, plan.progress, model.average
@@ -121,9 +125,12 @@ def make_saver(
 
 
 def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) -> dict[str, str]:
-    """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run.
+    """Return the metadata of a file that is saved now.
 
-    ending: of the architecture of a network.
+    Args:
+        plan: The plan of the run.
+        of_run: Entries that stay the same over the run.
+        ending: Suffix of the architecture's name for a network.
     """
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
@@ -187,7 +194,11 @@ def take_state(model: TrainedModel) -> states.SavedState:
 
 
 def restore(model: TrainedModel) -> None:
-    """Bring the run into the state that its plan names. Raises CheckpointError if something does not fit."""
+    """Bring the run into the state that its plan names.
+
+    Raises:
+        CheckpointError: If something does not fit.
+    """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
         if step:  # begun later

@@ -47,11 +47,17 @@ def training_script(
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
-    about: the script's docstring. script: its file, if that is not `..._train.py` with `whole_dit`. kind: of
-    the family's options, see `FamilyEntry.options_record`. images: differences between image families; None
-    for video. extra_options: records of options besides the family's. check: raises OptionError if the
-    family's options do not fit. samplers: choices of --timestep_sampling for video. changes: of shared
-    options, and what is refused of the family's.
+    Args:
+        family: Name of the family.
+        about: The script's docstring.
+        whole_dit: Whether the whole transformer is trained.
+        script: File of the script, if it is not `..._train.py` with `whole_dit`.
+        kind: Kind of the family's options, see `FamilyEntry.options_record`.
+        images: Differences between image families; None for video.
+        extra_options: Records of options besides the family's.
+        check: Raises OptionError if the family's options do not fit together.
+        samplers: Choices of --timestep_sampling for video.
+        changes: Changes of shared options, and options of the family that are rejected.
     """
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:

@@ -56,7 +56,8 @@ class Progress:
     def of(self, kind: type[T]) -> T:
         """Return the remembered values of a feature, a dataclass: those of a state, or new ones.
 
-        Raises TypeError for a value of another type than its field.
+        Raises:
+            TypeError: For a value of another type than its field.
         """
         if kind not in self.of_features:
             names = [name for name in get_type_hints(kind) if name in self.unclaimed]
@@ -144,7 +145,11 @@ class StepPlan:
     ) -> Iterator[tuple[int, int]]:
         """Yield (epoch, micro-batch) in the order in which a process needs them, from a place to the end.
 
-        num_epochs: stop after this many epochs.
+        Args:
+            process: Index of this process.
+            epoch: Epoch to begin in.
+            position: Micro-batch to begin with.
+            num_epochs: Stop after this many epochs.
         """
         end = self.num_epochs if num_epochs is None else min(epoch + num_epochs, self.num_epochs)
         for number in range(epoch, end):

@@ -47,9 +47,15 @@ SPARE = 1.05  # a disk with less room than this times what the run will write is
 def count_saves(
     options: SavingOptions, plan: StepPlan, first_step: int, first_epoch: int = 0
 ) -> tuple[int, int]:
-    """Return the numbers of models and states on disk when a run is over. Saves by the clock are left out.
+    """Return the numbers of models and states on disk when a run is over.
 
-    first_step: only saves after this step count. first_epoch: the first epoch that is not finished then.
+    Saves by the clock are left out.
+
+    Args:
+        options: Options of the run.
+        plan: The plan of the run.
+        first_step: Step after which saves count.
+        first_epoch: First epoch that is not finished at that step.
     """
     models = 0
     if options.save_every_n_steps is not None:
@@ -73,7 +79,10 @@ def saved_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of one model, with its average, and of one state.
 
-    parameters: the trained ones. dtype: of saved models; None: unchanged.
+    Args:
+        parameters: The trained parameters.
+        dtype: Dtype of saved models; None leaves it unchanged.
+        has_average: Whether an average is saved too.
     """
     model = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
     count = sum(parameter.numel() for parameter in parameters)
@@ -82,7 +91,12 @@ def saved_bytes(
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
-    """Show the plan of the run. dtype: of saved models; None: unchanged."""
+    """Show the plan of the run.
+
+    Args:
+        run: The run.
+        dtype: Dtype of saved models; None leaves it unchanged.
+    """
     split = run.model.trainable.split  # rows of a weight, and the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
@@ -90,7 +104,12 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
-    """Return the lines about what is learned, and how. parameters: the trained ones."""
+    """Return the lines about what is learned, and how.
+
+    Args:
+        run: The run.
+        parameters: The trained parameters.
+    """
     plan = run.plan
     options = run.options
     network = options.network
@@ -111,7 +130,13 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
 
 
 def _describe_rates(options: TrainingOptions, trainable: Trainable, made: MadeNetwork | None) -> str:
-    """Return the learning rate, and those of the parts if they differ. made: as in `judge_rate`."""
+    """Return the learning rate, and those of the parts if they differ.
+
+    Args:
+        options: Options of the run.
+        trainable: The trained parameters.
+        made: See `judge_rate`.
+    """
     default = options.optimizer.learning_rate
     names: dict[float, list[str]] = {}
     for name, group in zip(trainable.group_names, trainable.groups, strict=False):
@@ -167,7 +192,13 @@ def _describe_data(plan: TrainingPlan) -> str:
 
 
 def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
-    """Return the room that the run's files need. parameters: the trained ones. dtype: see `show_start`."""
+    """Return the room that the run's files need.
+
+    Args:
+        plan: The plan of the run.
+        parameters: The trained parameters.
+        dtype: See `show_start`.
+    """
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
     has_average = plan.joined.average is not None
     model, state = saved_bytes(parameters, dtype, has_average)
@@ -227,7 +258,11 @@ def _sampling_times(samples: SampleOptions) -> str:
 
 
 def _times(every: Mapping[str, float | None]) -> list[str]:
-    """Return texts such as "every 5 epochs". every: unit -> number; None is left out."""
+    """Return texts such as "every 5 epochs".
+
+    Args:
+        every: Number by unit; None is left out.
+    """
     return [
         f"every {unit.removesuffix('s')}" if number == 1 else f"every {number:.12g} {unit}"
         for unit, number in every.items()
@@ -306,7 +341,10 @@ def describe_best(story: history.Story, folder: Path, name: str) -> str:
 def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:
     """Return the size of a run's files and the free space; says so if that is too little.
 
-    saves: models and states. written: bytes of one of each.
+    Args:
+        folder: Folder of the files.
+        saves: Numbers of models and states.
+        written: Bytes of one model and of one state.
     """
     num_models, num_states = saves
     model_bytes, state_bytes = written
@@ -325,7 +363,14 @@ def watch_run(plan: TrainingPlan, step: int) -> Mapping[str, str]:
 
 
 def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) -> int | None:
-    """Return the step after which samples are due next, None for none. epoch: of the step, from 0."""
+    """Return the step after which samples are due next, None for none.
+
+    Args:
+        options: Options of the run.
+        plan: The plan of the run.
+        step: Number of the optimizer step.
+        epoch: Epoch of the step, from 0.
+    """
     every, every_epochs = options.sample_every_n_steps, options.sample_every_n_epochs
     candidates = []
     if every is not None:
@@ -339,7 +384,16 @@ def next_samples(options: SampleOptions, plan: StepPlan, step: int, epoch: int) 
 def count_pauses(
     options: TrainingOptions, saving: SavingOptions, plan: StepPlan, *, validates: bool, step: int, epoch: int
 ) -> dict[str, int]:
-    """Return the number of pauses of each kind after a step. epoch: whole epochs done by then."""
+    """Return the number of pauses of each kind after a step.
+
+    Args:
+        options: Options of the run.
+        saving: Options of saving.
+        plan: The plan of the run.
+        validates: Whether there is a validation.
+        step: Number of the optimizer step.
+        epoch: Number of whole epochs done by then.
+    """
     samples, validation = options.samples, options.validation
     total, epochs = plan.total_steps, plan.num_epochs
 
@@ -368,7 +422,9 @@ def judge_alpha(
 ) -> str | None:
     """Return alpha with its effect, and the usual value if it is low; None for networks without a rank.
 
-    sizes: ranks and alphas of a network that continues from a file; they replace the options.
+    Args:
+        network: The network.
+        sizes: Ranks and alphas of a network that continues from a file; they replace the options.
     """
     if sizes is not None:
         ranks, alphas = sizes

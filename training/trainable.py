@@ -91,7 +91,11 @@ class Trainable:
         return (*self.networks, *self.tied)
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
-        """Return all ranks and alphas of the networks, or only those in one file. part: a key of `writes`."""
+        """Return all ranks and alphas of the networks, or only those in one file.
+
+        Args:
+            part: A key of `writes`.
+        """
         pairs = zip(self.writes, self.networks, strict=True)
         chosen = [network.module for name, network in pairs if part in (None, name)]
         return sizes_of([module.state_dict() for module in chosen])
@@ -105,7 +109,11 @@ class Trainable:
                 network.on_epoch_start()
 
     def start_step(self, step: int) -> None:
-        """Freeze the parts that have learned for their number of steps. step: how many were taken."""
+        """Freeze the parts that have learned for their number of steps.
+
+        Args:
+            step: Number of steps taken.
+        """
         for part, steps in self.until.items():
             if step >= steps:
                 self.modules[part].requires_grad_(False)
@@ -165,9 +173,17 @@ def train_network(
 ) -> Trainable:
     """Move a network that is already in its DiT to the device, in float32, and return it as a `Trainable`.
 
-    lora_format: of its files; None: under the names of the network itself. write: of a network with files of
-    its own form. list_beside: returns what else a file of a LoRA holds when it is saved. Raises OptionError
-    if it has no parameters to train, or modules that the format cannot hold.
+    Args:
+        network: The network.
+        rates: Learning rates of its parts.
+        max_norm: Limit on the norm of weights; None for no limit.
+        device: Device of the run.
+        lora_format: Format of its files; None writes the names of the network itself.
+        write: Writes files of the network's own form; None for LoRA files.
+        list_beside: Returns what else a file of a LoRA holds when it is saved.
+
+    Raises:
+        OptionError: If it has no parameters to train, or modules that the format cannot hold.
     """
     if lora_format is not None:
         lora_format.check(network.module)
@@ -200,7 +216,8 @@ def train_network(
 def share_network(trainable: Trainable, network: TrainableNetwork, device: torch.device) -> Trainable:
     """Train one network in a further DiT: `network`, made for it, computes with the trained parameters.
 
-    Raises OptionError if the networks begin with different values: then they depend on the DiT's weights.
+    Raises:
+        OptionError: If the networks begin with different values: then they depend on the DiT's weights.
     """
     network.module.to(device=device, dtype=torch.float32)
     tie_network(trainable.modules["network"], network.module)
@@ -234,8 +251,16 @@ def train_dit(
 ) -> Trainable:
     """Train the whole DiT, or only the parameters whose name contains one of `name_parts`; freeze the rest.
 
-    part_rates: other learning rates, see `RatesParts`. form: of what is saved, which holds all weights under
-    the names of the released checkpoints, written tensor by tensor. Raises OptionError if no name matches.
+    Args:
+        dit: The transformer.
+        learning_rate: Learning rate of the run.
+        name_parts: Parts of names that select the trained parameters; empty for all.
+        part_rates: Other learning rates, see `RatesParts`.
+        form: Form of saved files. They hold all weights under the names of the released checkpoints and are
+            written tensor by tensor.
+
+    Raises:
+        OptionError: If no name matches.
     """
     by_rate: dict[float, list[Parameter]] = {}
     for name, parameter in dit.named_parameters():
@@ -262,7 +287,12 @@ def train_dit(
 
 
 def learns_by_name(name: str, name_parts: Sequence[str]) -> bool:
-    """Return whether --trainable_modules chooses a weight. name_parts: of names; (): all learn."""
+    """Return whether --trainable_modules chooses a weight.
+
+    Args:
+        name: Name of the weight.
+        name_parts: Parts of names; empty if all weights are trained.
+    """
     return not name_parts or any(part in name for part in name_parts)
 
 
@@ -282,7 +312,12 @@ def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
 
 
 def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
-    """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: unchanged."""
+    """Return the dtypes of tensors in a file.
+
+    Args:
+        dtypes: Dtype of each tensor, by name.
+        dtype: Dtype of floating-point tensors; None leaves it unchanged.
+    """
     if dtype is None:
         return dtypes
     return {name: dtype if default.is_floating_point else default for name, default in dtypes.items()}
@@ -295,7 +330,12 @@ def open_unused(dit: nn.Module) -> OpenedTensors | None:
 
 
 def unused_infos(unused: OpenedTensors | None, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Return dtypes and shapes of the unused tensors in a file. dtype: as for `saved_dtypes`."""
+    """Return dtypes and shapes of the unused tensors in a file.
+
+    Args:
+        unused: Tensors that the training does not use, by name.
+        dtype: See `saved_dtypes`.
+    """
     infos = {} if unused is None else unused.infos
     dtypes = saved_dtypes({name: info.dtype for name, info in infos.items()}, dtype)
     return {name: TensorInfo(dtypes[name], info.shape) for name, info in infos.items()}

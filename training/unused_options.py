@@ -19,7 +19,7 @@ def list_without_effect(
     Most options declare this with `acts_if`; this adds those that depend on several records.
 
     Args:
-        options: Of the training.
+        options: Options of the training.
         family_options: The record of the model's own options.
         more_reasons: Option name -> reason, for options without effect because of the model or the data.
     """
@@ -69,8 +69,10 @@ def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
 def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
     """Yield a line for each given option of a record, and of the records in it, that has no effect.
 
-    reasons: option name -> reason, for options without effect because of facts outside their record. typed:
-    arguments that are given even if they have their usual values.
+    Args:
+        record: The options.
+        reasons: Reason by option name, for options without effect because of something outside their record.
+        typed: Arguments that are given even if they have their default values.
     """
     for field in fields(record):
         name = option_name(field)

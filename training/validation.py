@@ -69,9 +69,12 @@ class Validation:
     def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
-        The number of a level is its timestep; levels below all experts are left out. dit_at:
-        expert -> its network. The networks are in evaluation mode. All processes must call it and get the
-        same numbers.
+        The number of a level is its timestep; levels below all experts are left out. The networks are in
+        evaluation mode. All processes must call it and get the same numbers.
+
+        Args:
+            dit_at: Returns the network of an expert.
+            autocast: Opens the autocast context of a pass.
         """
         sums = self._sum_losses(dit_at, autocast)
         if self.plan.steps.processes > 1:

@@ -25,8 +25,15 @@ def train_whole(
 ) -> Trainable:
     """Train all weights, or those that options choose: of the transformer, and of text encoders that learn.
 
-    texts: the loaded text encoders. writes: files are written, for which the source of a whole checkpoint is
-    opened. Raises OptionError if nothing learns.
+    Args:
+        family: The model family.
+        options: Options of the run.
+        dit: The transformer.
+        texts: The loaded text encoders.
+        writes: Whether files are written; the source of the checkpoint is then opened.
+
+    Raises:
+        OptionError: If nothing learns.
     """
     assert options.whole_dit is not None
     rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
@@ -75,8 +82,14 @@ def _train_checkpoint(
 ) -> Trainable:
     """Train each part of a checkpoint at the rate of `family.learning_parts`.
 
-    learning_rate: of parts without one of their own. name_parts: as in `train_dit`. as_folder, shard_bytes:
-    see `TrainsCheckpoint.checkpoint_writer`; as_folder None: nothing is written.
+    Args:
+        family: The model family.
+        dit: The transformer.
+        texts: Text encoders that are loaded.
+        learning_rate: Learning rate of parts without one of their own.
+        name_parts: See `train_dit`.
+        as_folder: See `TrainsCheckpoint.checkpoint_writer`; None writes nothing.
+        shard_bytes: See `TrainsCheckpoint.checkpoint_writer`.
     """
     parts = family.learning_parts
     groups = _Groups()

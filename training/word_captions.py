@@ -28,9 +28,10 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
 def check_source_captions(
     read: ReadCaptions, listed: Sequence[tuple[DatasetTable, Sequence[MediaSource]]]
 ) -> str:
-    """Return a remark about the captions of the sources of tables, "" if there is none.
+    """Return a warning about the captions of the sources of tables; "" if there is none.
 
-    Raises DatasetError as `check_captions`.
+    Raises:
+        DatasetError: As `check_captions` does.
     """
     captions = [
         _complete(caption, table)

@@ -9,7 +9,7 @@ files: paths of a run, whole releases, what options choose
 inputs: images and videos as conditions of the transformer
 model: the transformer, with the names of published checkpoints
 names: what it is called everywhere, from scripts to tensors
-one_frame: a single picture from control images: places, conditions, caches
+one_frame: a single image from control images: places, conditions, caches
 options: own options for caching, training and generation
 spec: latents, names inside, what blocks get besides video
 t5: umT5: each prompt to a list of vectors

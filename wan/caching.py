@@ -43,7 +43,7 @@ def encode_together(
 
         return vace_training.encode_items(vae, media, store)
     if image_kind == ONE_FRAME:
-        from wan import one_frame  # only for single pictures
+        from wan import one_frame  # only for single images
 
         return one_frame.encode_items(encoders, media, store)
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
@@ -103,7 +103,7 @@ def batch_conditions(
         CacheError: With the command that makes it, if a tensor is missing or is for another number of images.
     """
     if PLACES in batch.tensors:
-        from wan import one_frame  # only for single pictures
+        from wan import one_frame  # only for single images
 
         return one_frame.batch_conditions(task, config, batch)
     needed = {"t5": "a text cache"}

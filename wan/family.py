@@ -205,7 +205,7 @@ class Wan(OneTransformer):
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has control media that the cached kind of model cannot use."""
         if self.image_kind == ONE_FRAME:
-            from wan import one_frame  # only for single pictures
+            from wan import one_frame  # only for single images
 
             one_frame.check_table(table, self.files.clip is not None)
         elif table.has_control and len(table.clean_indices) > 1:
@@ -271,7 +271,7 @@ class Wan(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: text, `condition_latents`, CLIP features by task."""
         if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
-            from wan.one_frame import note_clips  # only for single pictures
+            from wan.one_frame import note_clips  # only for single images
 
             note_clips()
         zeros_on = latents.device if self._feature_zeros else None
@@ -317,10 +317,10 @@ class Wan(OneTransformer):
         task = self.files.task
         self.files.check_dits()
         settings: dict[str, Any] = {"usual": self.defaults, "latent": self.latent, "experts": self.experts}
-        if self.image_kind == ONE_FRAME:  # samples of a training of pictures
+        if self.image_kind == ONE_FRAME:  # samples of a training of images
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
-            from wan import one_frame  # only for single pictures
+            from wan import one_frame  # only for single images
 
             self.files.check(("dit", "clip"))
             return one_frame.prepare(task, request, **settings)
@@ -348,7 +348,7 @@ class Wan(OneTransformer):
 
             return {0: encode_control(encoders.vae, prepared)}
         if ONE_FRAME in prepared.request.extra:
-            from wan.one_frame import encode_request  # only for single pictures
+            from wan.one_frame import encode_request  # only for single images
 
             return {0: encode_request(encoders, prepared, self.files.task)}
         conditions = encode_inputs(encoders, prepared, self.files.task)
@@ -387,7 +387,7 @@ class Wan(OneTransformer):
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         is_image = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
-        # control images of a single picture
+        # control images of a single image
         front = len(request.control_images)
         frames += front
         if not is_image and appends_end(self.files.task, request):
@@ -458,7 +458,7 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
     """Describe the family for samples with a transformer that is not trained (--sample_dit_other).
 
-    None if the option is not given.
+    Returns None if the option is not given.
     """
     sample_dit, experts = options.sample_dit_other, options.experts
     if sample_dit is None:

@@ -72,7 +72,7 @@ class WanExpertOptions(Options):
 
 
 _CACHE_CPU = "keep the VAE's features between frames in host memory"
-PLACES_KEY = "f_indices"  # in caches of single pictures: their places, and those of control images
+PLACES_KEY = "f_indices"  # in caches of single images: their places, and those of control images
 ONE_FRAME = "one_frame"  # a kind of caches, and the name of --one_frame_inference in Request.extra
 
 
@@ -170,6 +170,7 @@ class WanModelOptions(Options, title="Wan"):
                 "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
                 self.task,
             )
+        # each of two transformers needs VACE's blocks, and a single one must not have two files of them
         both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
             missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"

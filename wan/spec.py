@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
 TEXT_KEYS = frozenset({"t5"})  # of the entries that the text encoder makes
-# Least squares fit of latents in model space to colours (R, G, B), which all known tools use
+# Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (
     (-0.1299, -0.1692, 0.2932),
     (0.0671, 0.0406, 0.0442),

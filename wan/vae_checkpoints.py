@@ -1,4 +1,4 @@
-"""Checkpoint files of Wan's VAEs: recognise dialect and generation, and read dimensions from tensors.
+"""Checkpoint files of Wan's VAEs: recognize dialect and generation, and read dimensions from tensors.
 
 Our modules have the names of the official files, so these need no table. diffusers' names are a list of
 (pattern, our name).

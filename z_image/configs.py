@@ -16,7 +16,7 @@ Z_IMAGE = ModelRelease(
     "https://www.apache.org/licenses/LICENSE-2.0",
 )
 PATCH = 2  # latent pixels along each side of a token
-TOKEN_STEP = 32  # texts and pictures are padded to multiples of so many tokens
+TOKEN_STEP = 32  # texts and images are padded to multiples of so many tokens
 TIME_SCALE = 1000.0  # of the share of data, which the network takes
 
 
@@ -31,6 +31,7 @@ class ZImageConfig(LuminaConfig):
 
     @property
     def rotary_widths(self) -> tuple[int, int, int]:
+        """How many channels of a head encode the position in the text, the row and the column."""
         return self.head_width // 4, 3 * self.head_width // 8, 3 * self.head_width // 8
 
 

@@ -64,8 +64,8 @@ Z_IMAGE_USE = LanguageUse(
 
 
 FLOW_SHIFT = 3.0  # where nothing is said
-SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of the known tuner
-# of a transformer whose name says no release: those of the known tuner
+SOLVER = "euler-thousandth"  # Euler's steps, at the noise levels of musubi-tuner
+# of a transformer whose name says no release: those of musubi-tuner
 DEFAULTS = image_defaults(25, 0.0, 1024, FLOW_SHIFT, solver=SOLVER, extras=tuple(EXTRAS))
 # of the releases, which names tell apart: tensors do not. Source: the model cards
 TURBO = replace(DEFAULTS, steps=8)
@@ -87,6 +87,7 @@ class ZImageFiles(AutoencoderFiles, LanguageModelFiles):
 
     @property
     def text_use(self) -> LanguageUse:
+        """How the language model is used."""
         return Z_IMAGE_USE
 
 
@@ -125,7 +126,7 @@ class ZImage(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the defaults of the release that the name of the file or of the repository shows."""
+        """Defaults of the release that the name of the file or of the repository shows."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
@@ -140,7 +141,7 @@ class ZImage(ModelOfImages):
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: a posterior sample, before shift and scale, float32."""
+        """Return each image's cache entry: a posterior sample before shift and scale, float32."""
         scaled = []
         for entries in super().encode_media(encoders, media):
             latents = [entry.tensors["latents"] / SCALE + SHIFT for entry in entries]
@@ -150,7 +151,7 @@ class ZImage(ModelOfImages):
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the transformer. Raises OptionError if float32 is asked of an attention package without it."""
+        """Load the transformer. Raises OptionError if an attention package cannot compute in float32."""
         if self.attends_in_float32:
             backend = BACKENDS[placement.attention.mode]
             if backend.dtypes is not None:
@@ -162,6 +163,7 @@ class ZImage(ModelOfImages):
         return super().load_dit(placement, expert)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states. Raises CacheError if they are missing or of another width."""
         remedy = "zimage_cache_text_encoder_outputs.py"
         batch.check({KEY: remedy}, "the transformer")
         width = self.files.dit_header().config.text_dim
@@ -171,9 +173,10 @@ class ZImage(ModelOfImages):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C 1 H W in float32: the network's own output points from noise to data.
+        """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
-        cond: llm_embed, T D of each sample.
+        The network predicts the direction from noise to data. The condition is llm_embed, T D for each
+        sample.
         """
         direction = dit(
             noisy.squeeze(2),
@@ -186,7 +189,7 @@ class ZImage(ModelOfImages):
     # generation
 
     def prepare(self, request: Request) -> Prepared:
-        """Settle a request. A guidance scale of 0 or below means no guidance."""
+        """Resolve a request. A guidance scale of 0 or below means no guidance."""
         prepared = self.resolve_image(request, FLOW_SHIFT)
         lowest = min(prepared.guidance_scale)
         if lowest < 0:
@@ -211,22 +214,27 @@ class ZImage(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode an image in model space, with the caches' missing scale applied."""
         return super().encode_source(encoders, frames, seed) / LATENT.scale
 
 
 def family_for_latent_caching(options: ZImageLatentCachingOptions) -> ZImage:
+    """Describe the family for zimage_cache_latents.py, which needs only the VAE."""
     return ZImage(ZImageFiles().add_vae(options.vae))
 
 
 def family_for_text_caching(options: ZImageTextCachingOptions) -> ZImage:
+    """Describe the family for zimage_cache_text_encoder_outputs.py, which needs only the text encoder."""
     return ZImage(ZImageFiles().add_text(options.text))
 
 
 def family_for_training(options: ZImageTrainingOptions) -> ZImage:
+    """Describe the family for zimage_train_network.py and zimage_train.py."""
     return ZImage(_make_files(options), options, options.use_32bit_attention)
 
 
 def family_for_generation(options: ZImageGenerationOptions) -> ZImage:
+    """Describe the family for zimage_generate_image.py."""
     return ZImage(_make_files(options), NO_OPTIONS, options.use_32bit_attention, options.even_steps)
 
 

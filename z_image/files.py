@@ -44,7 +44,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 
 def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
-    """Return the sizes of a transformer. Raises CheckpointError if they are not of Z-Image."""
+    """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
     dim, numbers = shapes.of(f"all_x_embedder.{PART}.weight")
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")

@@ -1,11 +1,11 @@
 """The transformer of Z-Image: the network of Lumina-Image-2.0 with other layers around the same steps.
 
 Names of modules are the released ones, which are those of diffusers. Source: the released code, and Cai et
-al. 2025, arXiv 2511.22699. `lumina.blocks` lists the steps in float32. Texts and pictures are padded with
+al. 2025, arXiv 2511.22699. `lumina.blocks` lists the steps in float32. Texts and images are padded with
 learned tokens, which take part in attention; only the rows that another sample's longer text adds to a batch
 are masked.
 """
-# Letters: B batch, L picture tokens with padding, T text tokens with padding, C width of the model
+# Letters: B batch, L image tokens with padding, T text tokens with padding, C width of the model
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ PART = "2-1"  # of the layers for patches of 2 x 2 latent pixels of one frame
 
 
 class ZImageAttention(GroupedAttention):
-    """Self-attention with queries, keys and values apart."""
+    """Self-attention with separate matrices for queries, keys and values."""
 
     def __init__(self, config: LuminaConfig) -> None:
         nn.Module.__init__(self)
@@ -41,6 +41,7 @@ class ZImageAttention(GroupedAttention):
         return self.norm_q(query), self.norm_k(key), value
 
     def project(self, attended: Tensor) -> Tensor:
+        """Return the layer's output, B L C, of the heads' attention side by side, B L C."""
         return in_own_dtype(self.to_out[0], attended)
 
 
@@ -52,13 +53,13 @@ class ZImageTransformerBlock(JointTransformerBlock):
 
 
 class ZImageModel(LuminaModel):
-    """Predict the direction from noise to data of noisy latents of pictures, from states of Qwen3."""
+    """Predicts the direction from noise to data of noisy latents of images, from states of Qwen3."""
 
     spec = DIT
     block_class = ZImageTransformerBlock
 
     def make_ends(self, config: LuminaConfig, first: nn.Linear) -> None:
-        """Build the time embedding, the layers around the blocks, and the tokens of padding."""
+        """Build the time embedding, the layers around the blocks, and the padding tokens."""
         assert isinstance(config, ZImageConfig)
         self.t_embedder = TimeEmbedding(config, config.time_hidden)
         self.all_x_embedder = nn.ModuleDict({PART: first})
@@ -68,26 +69,28 @@ class ZImageModel(LuminaModel):
 
     @property
     def last(self) -> LuminaFinalLayer:
+        """The layer from tokens to patches."""
         layer = self.all_final_layer[PART]
         assert isinstance(layer, LuminaFinalLayer)
         return layer
 
     def embed_time(self, times: Tensor) -> Tensor:
-        """Return the embedded share of data: B -> B time_dim float32."""
+        """Return the embedded fraction of data, B to B time_dim float32."""
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
-        """Return the padded number of tokens of a text or a picture, from its number of real ones."""
+        """Return the padded number of tokens of a text or an image."""
         return -(-real // TOKEN_STEP) * TOKEN_STEP
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return picture tokens B L C of patches B P 4Z, padded."""
+        """Return image tokens, B L C, of patches, B P 4Z, padded."""
         tokens = in_own_dtype(self.all_x_embedder[PART], patches).to(dtype)
         return _fill_up(tokens, self.x_pad_token, self.count_tokens(tokens.shape[1]))
 
     def embed_caption(self, caption: Tensor, counts: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Embed states as text tokens B T C, padded after the last real one. counts: number of real states of
-        each sample.
+        """Embed states as text tokens B T C, padded after the last real one.
+
+        `counts` are the real states of each sample.
         """
         tokens = super().embed_caption(caption, counts, dtype)
         if min(counts) < tokens.shape[1]:

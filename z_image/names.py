@@ -1,4 +1,4 @@
-"""What Z-Image is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Z-Image's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from lumina.names import LUMINA_BLOCKS, LUMINA_SIDES

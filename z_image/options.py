@@ -80,6 +80,7 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     return options.vae.words(), options.text.words("QWEN3_FILE")
 
 

@@ -110,7 +110,8 @@ def form_of(quantisation: Quantisation) -> StoredForm:
 def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
     """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
 
-    Raises OptionError if the device or the libraries lack it.
+    Raises:
+        OptionError: If the device or the libraries lack it.
     """
     result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
     return result
@@ -155,7 +156,10 @@ def stored_in(layer: nn.Module) -> Stored | None:
 
 
 def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the value of a layer's weight, in float32 if it is stored. weight: the layer's own, whole."""
+    """Return the value of a layer's weight, in float32 if it is stored.
+
+    `weight` is the layer's own, whole.
+    """
     stored = stored_in(layer)
     if stored is None:
         return weight

@@ -28,10 +28,10 @@ def is_fp8(dtype: torch.dtype) -> bool:
 def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
     """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
 
-    weight: out x in. kind "cast": clamped to +-448 and rounded, without a scale. "tensor" and "rows":
-    divided by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros is 1.
-    Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or the
-    weight is float16, whose range is too narrow for them.
+    `weight` is out x in. The kind "cast" clamps it to +-448 and rounds it, without a scale. "tensor" and
+    "rows" divide it by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros
+    is 1. Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or
+    the weight is float16, whose range is too narrow for them.
     """
     is_wide = quantisation.float32_scales or weight.dtype == torch.float16
     dtype = torch.float32 if is_wide else weight.dtype
@@ -63,7 +63,8 @@ def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return weight * scale, multiplied in float32 and rounded once to `dtype`.
 
-    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
+    `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
+    1).
     """
     plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
     if scale is None:

@@ -125,7 +125,9 @@ def select_product(
     """Return the first of `products` that works on the device; each is tried once on a small tile.
 
     Logs the reason if it is not the first one.
-    Raises OptionError if the device has no fp8 units, or torch cannot use them.
+
+    Raises:
+        OptionError: If the device has no fp8 units, or torch cannot use them.
     """
     remedy = "Leave --fp8_fast out: the weights stay in fp8 and are multiplied in 16 bit."
     if not supported(device):
@@ -166,7 +168,12 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Return whether `fp8_linear` supports this layer and input.
 
     It needs an e4m3 weight with one scale or one per row, sizes that are multiples of 16, and at least 16
-    tokens. Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
+    tokens. Depends on shapes and dtypes only.
+
+    Args:
+        x: ... K.
+        weight: N K.
+        scale: One number, N 1, or None.
     """
     rows, columns = weight.shape
     is_by_tensor = scale is None or scale.numel() == 1
@@ -185,9 +192,9 @@ def fp8_linear(
 ) -> Tensor:
     """Compute x W^T + b with W = weight * scale in fp8; differentiable in x only. Needs `suits_fp8`.
 
-    x: ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. weight: N K e4m3.
-    scale: one number, N 1, or None for 1. bias: N. Returns ... N in autocast's dtype if it is on, else in
-    the dtype of x.
+    `x` is ... K, of any magnitude; a row with NaN or an infinite value gives a row of NaN. `weight` is N K
+    e4m3. `scale` is one number, N 1, or None for 1. `bias` is N. Returns ... N in autocast's dtype if it is
+    on, else in the dtype of x.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -242,9 +249,9 @@ class _FrozenLinear(torch.autograd.Function):
 def quantize_rows(x: Tensor, fold: Tensor | None = None, piece: int = PIECE) -> tuple[Tensor, Tensor]:
     """Quantise x * fold to e4m3 with one scale per row: `x * fold = quantised * scales` up to rounding.
 
-    x: M K. fold: 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros; a NaN or
-    infinite value makes the scale NaN or infinite, and so the row of any product NaN. piece: how many values
-    have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
+    `x` is M K. `fold` is 1 K float32, or None. Returns M K e4m3 and M 1 float32. A row of zeros stays zeros;
+    a NaN or infinite value makes the scale NaN or infinite, and so the row of any product NaN. `piece` is how
+    many values have a float32 copy at a time; unlimited while compiling, because the copy is fused away.
     """
     parts = _split_rows(x, piece)
     if len(parts) == 1:

@@ -120,7 +120,11 @@ class Kind:
     values: Callable[[Tensor], Tensor]
 
     def rows(self, packed: Tensor) -> Tensor:
-        """Return the values of N rows of K. packed: bytes, N K/weights*size."""
+        """Return the values of N rows of K.
+
+        Args:
+            packed: Bytes, N K/weights*size.
+        """
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
@@ -147,7 +151,8 @@ KINDS = {  # by the number in files
 def kind_of_package(number: int) -> Kind | None:
     """Return the quantisation of this number that only the package `gguf` reads; None if there is none.
 
-    Raises ImportError if the package is missing.
+    Raises:
+        ImportError: If the package is missing.
     """
     import gguf
 

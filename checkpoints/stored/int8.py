@@ -194,7 +194,7 @@ def _multiply_dequantised(
 def rotate(x: Tensor, group: int | None) -> Tensor:
     """Multiply each group of columns by H, in float32: bf16 would change 9 % of the codes. group 0: none.
 
-    x: rows x columns.
+    `x` is rows x columns.
     """
     x = x.float()
     if not group:
@@ -253,7 +253,7 @@ def _by_parts(
 ) -> Tensor:
     """Apply `make` to parts of the rows of x, and return the result in a dtype.
 
-    columns: those of x if None.
+    `columns` is those of x if None.
     """
     parts = _split_rows(x)
     if len(parts) == 1:

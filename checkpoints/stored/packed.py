@@ -106,8 +106,8 @@ class RowForm:
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
     """Return scales as rows x columns from tiles of 128 x 4, which are stored as 32 lines of 16 numbers.
 
-    Row 32 a + b of a tile is stored in line b, from column 4 a on. scales: rows and columns rounded up to
-    whole tiles. Source: cuBLAS, "1D block scaling factors layout".
+    Row 32 a + b of a tile is stored in line b, from column 4 a on. `scales` have rows and columns rounded up
+    to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
     """
     down, across = scales.shape[0] // 128, scales.shape[1] // 4
     tiles = scales.contiguous().view(torch.uint8).view(down, across, 32, 4, 4)
@@ -186,7 +186,10 @@ def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 @cache
 def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that decodes rows of bitsandbytes' nf4 or fp4. values: of the codes 0 to 15."""
+    """Return the function that decodes rows of bitsandbytes' nf4 or fp4.
+
+    `values` are those of the codes 0 to 15.
+    """
 
     def rows(weight: Tensor, largest: Tensor) -> Tensor:
         # N K/2, N K/64: the largest magnitude of a block

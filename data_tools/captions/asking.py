@@ -61,7 +61,10 @@ def select_frames(num_frames: int, most: int) -> tuple[int, ...]:
 def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> Frames:
     """Return the frames of a file to show, each H W 3: an image, or evenly spaced frames of a clip.
 
-    Frames with more than `max_pixels` pixels are scaled down. Raises MediaError if the file cannot be read.
+    Frames with more than `max_pixels` pixels are scaled down.
+
+    Raises:
+        MediaError: If the file cannot be read.
     """
 
     def shrink(frame: Frame) -> Frame:
@@ -91,7 +94,7 @@ def answer_in_batches(
 ) -> Answers:
     """Yield what a model here answers for each place, in order; threads read files ahead.
 
-    item_bytes: of the frames of a place. answer_batch: answers for at most `batch_size` places.
+    `item_bytes` is that of the frames of a place. `answer_batch` answers for at most `batch_size` places.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []
@@ -109,6 +112,7 @@ def answer_in_batches(
 
 
 def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
+    """Return the question for a source: that of its own, that of the options, or the default for its kind."""
     if place.question is not None:
         return place.question
     return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
@@ -117,7 +121,10 @@ def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
 def caption_in(answer: str, was_cut: bool) -> str:
     """Return the caption in a model's answer: one line without thoughts, quotation marks and special tokens.
 
-    was_cut: the answer was ended by --max_new_tokens. Raises NoCaptionError if it is empty.
+    `was_cut` says that the answer was ended by --max_new_tokens.
+
+    Raises:
+        NoCaptionError: If it is empty.
     """
     caption = take_answer(_TOKENS.sub(" ", answer), _MAX_CHARACTERS)
     if not caption:

@@ -63,7 +63,8 @@ class ObjectAsker:
     def read_answer(self, answer: str) -> str:
         """Return the caption in an answer, with the words of the options in its texts.
 
-        Raises NoCaptionError if there is no object in it, or one that the model was not trained with.
+        Raises:
+            NoCaptionError: If there is no object in it, or one that the model was not trained with.
         """
         start, end = answer.find("{"), answer.rfind("}")
         if start < 0 or end < start:
@@ -112,6 +113,7 @@ class ObjectAsker:
 
 
 def write_object(caption: dict[str, Any]) -> str:
+    """Return a caption that is a JSON object as one line of text."""
     return json.dumps(caption, ensure_ascii=False)
 
 

@@ -58,8 +58,10 @@ class LocalModel:
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
         """Return a caption, or why there is none, for each place, in order.
 
-        If a batch fails, its images and clips are asked about one by one. Raises MemoryPlanError if the
-        device's memory is too small.
+        If a batch fails, its images and clips are asked about one by one.
+
+        Raises:
+            MemoryPlanError: If the device's memory is too small.
         """
         return answer_in_batches(
             places,
@@ -144,7 +146,8 @@ class LocalModel:
     def message(self, prompt: str, num_images: int) -> str:
         """Return the model's input text: from its chat template, or else image marks and the prompt.
 
-        Raises OptionError if the template does not take the system prompt.
+        Raises:
+            OptionError: If the template does not take the system prompt.
         """
         system = self.ask.system_prompt
         template = getattr(self.processor, "chat_template", None)
@@ -184,6 +187,7 @@ class RowNoise:
         self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores B V with noise, in float32. `input_ids` are not used."""
         # scores: B V
         uniform = torch.stack(
             [
@@ -198,7 +202,8 @@ class RowNoise:
 def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     """Load the model that --model names.
 
-    Raises CheckpointError if the folder holds an unusable model, DownloadError as `find_model_folder`.
+    Raises:
+        CheckpointError: If the folder holds an unusable model, DownloadError as `find_model_folder`.
     """
     device = select_device(options.device)
     dtype = select_compute_dtype(options.dtype, "--dtype", None)
@@ -243,7 +248,9 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
 def _load_processor(folder: Path, model_type: str) -> Any:
     """Load the processor, which makes a model's inputs from texts and images.
 
-    Raises CheckpointError if it takes no images, InstallationError if a package is missing.
+    Raises:
+        CheckpointError: If it takes no images.
+        InstallationError: If a package is missing.
     """
     from transformers import AutoProcessor
 

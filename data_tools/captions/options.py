@@ -150,6 +150,7 @@ class WordingOptions(Options, title="the text that is written"):
 
     @property
     def changes_something(self) -> bool:
+        """Whether any of these options is given."""
         return any(
             (self.trigger_word, self.caption_prefix, self.caption_suffix, self.replace, self.replace_regex)
         )

@@ -85,14 +85,17 @@ class CaptionList:
         waiting.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
+        """Return the object in an entry's line; empty if the list has no such entry."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
         """Write values into lines, except lines that have changed on disk meanwhile; return their number.
 
-        changes: (old values, new values) by the path in the line. is_foreign: a person wrote the replaced
-        values; then the first write of a run keeps the old list as .bak. Raises OutputError.
+        Args:
+            changes: (old values, new values) by the path in the line.
+            is_foreign: A person wrote the replaced values; then the first write of a run keeps the old list
+                as .bak. Raises OutputError.
         """
         for _ in range(TRIES):
             try:
@@ -197,6 +200,7 @@ class CaptionPlace:
 
     @property
     def media(self) -> str:
+        """The image or clip for messages, without passwords of an address."""
         return str(self.source.path) if self.lines is None else hide_secrets(self.entry)
 
     def __str__(self) -> str:
@@ -205,8 +209,10 @@ class CaptionPlace:
     def write(self, text: str, is_foreign: bool, record: "MadeCaptions") -> bool:
         """Write a caption atomically and return True; return False if it has changed meanwhile.
 
-        is_foreign: a person wrote the caption that is replaced. record: of the folder. Raises OutputError if
-        it cannot be written.
+        `is_foreign` says that a person wrote the caption that is replaced. `record` is that of the folder.
+
+        Raises:
+            OutputError: If it cannot be written.
         """
         if self.lines is not None:
             record.add(self.name, text)
@@ -226,11 +232,15 @@ class CaptionPlace:
 
 
 def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
-    """Return the places of the captions of all sources, each once. texts: also read captions in files.
+    """Return the places of the captions of all sources, each once.
+
+    With `texts`, captions in files are read too.
 
     Sources are listed as for caching, without control media and masks. A caption that tables share is one
-    place. Raises DatasetError if the dataset cannot be used, or has tables whose captions cannot be
-    written.
+    place.
+
+    Raises:
+        DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
     """
     unwritable = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
     if unwritable:
@@ -296,7 +306,11 @@ class MadeCaptions:
     """A record of the captions of a folder that this program wrote."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the record of a folder, if there is one. Raises DatasetError if it cannot be read."""
+        """Read the record of a folder, if there is one.
+
+        Raises:
+            DatasetError: If it cannot be read.
+        """
         self.path = folder / MADE
         self._written: set[tuple[str, str]] = set()  # names, and hashes of texts
         self._pass: str | None = None  # identifies an unfinished run that remakes captions
@@ -325,20 +339,27 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
+        """Return whether this program wrote this text as the caption of this name."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
-        """Record a caption that is about to be written. Raises OutputError if that fails."""
+        """Record a caption that is about to be written.
+
+        Raises:
+            OutputError: If that fails.
+        """
         self._append({"name": name, "sha256": _hash_of(text)})
 
     def done_before(self, what: str) -> set[str]:
         """Return the names that an interrupted pass has already remade.
 
-        what: identifies passes with equal options.
+        Args:
+            what: Identifies passes with equal options.
         """
         return self._of_pass if self._pass == what else set()
 
     def begin_pass(self, what: str) -> None:
+        """Record that a pass over all captions begins, unless the last one recorded is the same."""
         if self._pass != what:
             self._append({"begin": what})
 
@@ -359,6 +380,7 @@ def _hash_of(text: str) -> str:
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
+    """Return the record of each folder that has captions, by folder."""
     folders = {place.file.parent for place in places}
     return {folder: MadeCaptions(folder) for folder in folders}
 
@@ -380,7 +402,7 @@ def plan_captions(
 ) -> tuple[dict[CaptionPlace, str], int]:
     """Return the captions to make, each with its reason, and how many an interrupted run has already remade.
 
-    pass_id: identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
+    `pass_id` identifies runs with equal options. Reasons: MISSING, EMPTY, OURS, or FOREIGN (the old one will
     be kept as .bak). Nothing is written.
     """
     jobs = {}

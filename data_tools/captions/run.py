@@ -47,6 +47,7 @@ from data_tools.captions.places import (
 from data_tools.captions.server import ApiServer
 from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
+from dataset.listing import find_all_sources
 from dataset.sources.captions import lines_of
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
@@ -80,7 +81,11 @@ class CaptionMaker:
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Write or edit captions. Raises UserError if something is unusable, or captions failed."""
+    """Write or edit captions.
+
+    Raises:
+        UserError: If something is unusable, or captions failed.
+    """
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
             text = getattr(options.wording, name).strip()
@@ -124,8 +129,10 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Raise OptionError if a table teaches edits, whose captions say what is changed."""
+    lists = tuple(table for table in config.datasets if table.jsonl_file is not None)
+    listed = find_all_sources(replace(config, datasets=lists), captions=False)
     for table in config.datasets:
-        if table.control_directory:
+        if table.control_directory or any(one.control and one.table is table for one in listed):
             raise OptionError(
                 f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
                 "its captions say what is changed. A model that sees the results alone cannot write them"
@@ -142,9 +149,11 @@ def _pass_of(options: CaptioningOptions) -> str:
 def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
     """Write the missing captions of a dataset, and those that the maker is to make again.
 
-    dry_run: print what would be made instead. The model is loaded only if there is something to write. Each
-    caption is written as soon as it is made, so the same command continues after a kill. Raises DatasetError
-    if the dataset cannot be used, and at the end if there are sources without a caption.
+    With `dry_run`, print what would be made instead. The model is loaded only if there is something to write.
+    Each caption is written as soon as it is made, so the same command continues after a kill.
+
+    Raises:
+        DatasetError: If the dataset cannot be used, and at the end if there are sources without a caption.
     """
     start = time.monotonic()
     replaces = maker.rewritten.ours or maker.rewritten.all
@@ -200,8 +209,10 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kep
 def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
     """Make the captions of a few files and print each below the path of its file; write nothing.
 
-    Files without a caption come first. Raises DatasetError if the dataset cannot be used, or if files got
-    none.
+    Files without a caption come first.
+
+    Raises:
+        DatasetError: If the dataset cannot be used, or if files got none.
     """
     places = sorted(find_places(config, texts=False), key=lambda place: place.has_caption)[:count]
     answerer = maker.load()
@@ -221,7 +232,11 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
 
 
 def look_at(place: CaptionPlace, num_frames: int, max_pixels: int) -> Frames:
-    """Return the frames of a file that are shown, as `read_shown`. Raises MediaError if it cannot be read."""
+    """Return the frames of a file that are shown, as `read_shown`.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     source = place.source
     media = replace(source, control=(), mask=None, origins=source.origins[:1])
     is_image = source.table.kind == "image"
@@ -245,7 +260,10 @@ def _show_start(
     num_kept: int,
     num_done: int,
 ) -> None:
-    """Show what is captioned with what. num_done: captions that an interrupted run has remade."""
+    """Show what is captioned with what.
+
+    `num_done` is the captions that an interrupted run has remade.
+    """
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
@@ -278,9 +296,10 @@ def _make_captions(
     """Make captions, and write each one when it arrives.
 
     Returns the failures, and how many captions were left alone because they changed meanwhile.
-    Raises UserError if the server or the model fails again and again.
-    """
 
+    Raises:
+        UserError: If the server or the model fails again and again.
+    """
     failures: list[Failure] = []
     num_changed = 0
     rejections = _Rejections()
@@ -320,7 +339,11 @@ class _Rejections:
         self._of_server = 0
 
     def add(self, error: NoCaptionError) -> None:
-        """Count a refusal. Raises UserError if the server or the model fails again and again."""
+        """Count a refusal.
+
+        Raises:
+            UserError: If the server or the model fails again and again.
+        """
         self._total += 1
         self._of_server = self._of_server + 1 if error.server_failed else 0
         if self._of_server == SERVER_GONE:
@@ -353,9 +376,12 @@ def edit_captions(
 ) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print the changes instead. format: of captions that are JSON objects. A caption that would become
-    empty does not change. Raises DatasetError if the dataset cannot be used, or at the end if captions would
-    become empty; OptionError for words around an object without its format.
+    With `dry_run`, print the changes instead. `format` is that of captions that are JSON objects. A caption
+    that would become empty does not change.
+
+    Raises:
+        DatasetError: If the dataset cannot be used, or at the end if captions would become empty.
+        OptionError: For words around an object without its format.
     """
     places = find_places(config, texts=True)
     records = read_made(places)
@@ -454,7 +480,10 @@ def _edit_line(
     is_several: bool,
     reword_text: Callable[[CaptionPlace, str], str],
 ) -> _Edit | None:
-    """Return the edit of a line of a list; None if nothing changes. is_several: it may have "captions"."""
+    """Return the edit of a line of a list; None if nothing changes.
+
+    `is_several` says that it may have "captions".
+    """
     old: dict[str, Any] = {}
     new: dict[str, Any] = {}
     keys = ("caption", "captions") if is_several else ("caption",)

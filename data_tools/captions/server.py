@@ -75,7 +75,8 @@ class ApiServer:
     ) -> None:
         """Set up the server that --api_base names, without a request.
 
-        Raises OptionError if OPENAI_API_KEY holds an impossible key.
+        Raises:
+            OptionError: If OPENAI_API_KEY holds an impossible key.
         """
         self.ask = ask
         self.timeout = options.api_timeout or TIMEOUT
@@ -139,8 +140,9 @@ class ApiServer:
     def describe(self, place: CaptionPlace, frames: Frames) -> str:
         """Return the caption of an image or clip.
 
-        Raises NoCaptionError if the server gives none, UserError if it refuses the key or the model, or if
-        there is no server.
+        Raises:
+            NoCaptionError: If the server gives none.
+            UserError: If it refuses the key or the model, or if there is no server.
         """
         body = self._make_body(prompt_for(place, self.ask), frames)
         reason = ""
@@ -268,7 +270,11 @@ class ApiServer:
         return request
 
     def _caption_in(self, text: str) -> str:
-        """Return the caption in a server's answer. Raises NoCaptionError if there is none."""
+        """Return the caption in a server's answer.
+
+        Raises:
+            NoCaptionError: If there is none.
+        """
         try:
             choice = parse_json(text)["choices"][0]
             content = choice["message"].get("content")

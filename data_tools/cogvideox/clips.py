@@ -76,10 +76,12 @@ class PreparedItem:
     folder: Path
 
     def file(self, kind: str) -> Path:
+        """Return the path of a file that is made from the clip, by its kind: videos, tensors, ..."""
         return self.folder / kind / f"{self.name}{SUFFIXES.get(kind, '.pt')}"
 
     @property
     def facts(self) -> Path:
+        """Path of the file with size and number of frames, written last: it marks the clip as done."""
         return self.file(VIDEOS).with_suffix(".txt")
 
     def read_info(self) -> dict[str, Any]:
@@ -154,7 +156,8 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
 def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[str, str]:
     """Return the texts of the lists by file name: prompts.txt, videos.txt and data.jsonl.
 
-    items: finished items with their `read_info`. Missing files are null in data.jsonl.
+    Args:
+        items: Finished items with their `read_info`. Missing files are null in data.jsonl.
     """
     lines = []
     for item, info in items:
@@ -189,7 +192,7 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
 def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
     """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
 
-    frames: F H W 3. Raises OutputError, or CacheError if a value is NaN.
+    `frames` is F H W 3. Raises OutputError, or CacheError if a value is NaN.
     """
     item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
     write_video(item.file(VIDEOS), list(frames), fps)
@@ -214,8 +217,8 @@ def write_texts(
 ) -> None:
     """Write the results for a caption: embeddings, if any, the note of their origin, and last the caption.
 
-    tensors: by their keys in caches; a single one is stored alone, as trainers of this form read it. Raises
-    OutputError, or CacheError if a value is NaN.
+    `tensors` have their keys in caches; a single one is stored alone, as trainers of this form read it.
+    Raises OutputError, or CacheError if a value is NaN.
     """
     path = item.file(EMBEDS)
     item.file(PROMPTS).unlink(missing_ok=True)
@@ -242,7 +245,8 @@ def prepare_clips(
 ) -> list[Failure]:
     """Read, encode (if there is an encoder) and write all clips; return the failures.
 
-    Raises OutputError if a file cannot be written.
+    Raises:
+        OutputError: If a file cannot be written.
     """
     failures: list[Failure] = []
     settings = options.encoding
@@ -337,8 +341,11 @@ def _encode_clips(
 def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Clip:
     """Read the chosen frames of a clip at the chosen size: F H W 3.
 
-    name: of the item; seeds the random choices, so that they are the same in every run. threads: for
-    decoding. Raises MediaError if the clip cannot be read or is too short.
+    `name` is that of the item; seeds the random choices, so that they are the same in every run. `threads` is
+    their number for decoding.
+
+    Raises:
+        MediaError: If the clip cannot be read or is too short.
     """
     chance = random.Random(derive_seed(options.seed, "prepare", name))
     place = (chance.random(), chance.random())

@@ -68,8 +68,10 @@ class PipelineNetworks:
 def find_maker(options: EncodingOptions) -> PipelineNetworks:
     """Describe the networks of the pipeline --model_id; from the hub, the transformer is not downloaded.
 
-    Raises CheckpointError if a part is missing or of another model, OptionError for a wrong number of tokens,
-    InstallationError if a package is missing, DownloadError.
+    Raises:
+        CheckpointError: If a part is missing or of another model.
+        OptionError: For a wrong number of tokens.
+        InstallationError: If a package is missing, DownloadError.
     """
     patterns = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     folder = find_model_folder("--model_id", str(options.model_id), patterns)
@@ -135,7 +137,9 @@ def _make_of_family(
 def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     """Describe the networks of a CogVideoX pipeline.
 
-    Raises CheckpointError if a part is missing, InstallationError if a package is.
+    Raises:
+        CheckpointError: If a part is missing.
+        InstallationError: If a package is.
     """
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
@@ -198,7 +202,8 @@ class CogTextEncoder:
     def token_counter(self) -> CountTokens:
         """Return a function that counts tokens, including the end token; loads only the tokenizer.
 
-        Raises CheckpointError if the tokenizer does not give the offsets of tokens in a text.
+        Raises:
+            CheckpointError: If the tokenizer does not give the offsets of tokens in a text.
         """
         tokenizer = self._load_tokenizer()
         if not tokenizer.is_fast:
@@ -212,6 +217,7 @@ class CogTextEncoder:
         return count
 
     def load(self, device: torch.device) -> None:
+        """Load tokenizer and T5 onto `device`."""
         _, transformers = _import_packages()
         self._tokenizer = self._load_tokenizer()
         model = _load_part(transformers.T5EncoderModel, self.folder / "text_encoder", torch_dtype=self.dtype)
@@ -236,13 +242,15 @@ class CogTextEncoder:
         return [{KEY: state.clone()} for state in states]
 
     def free(self) -> None:
+        """Release tokenizer and T5."""
         self._model = self._tokenizer = None
 
 
 def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
     """Load a part of a pipeline from its folder, without running code or pickles from it.
 
-    Raises CheckpointError if it cannot be read.
+    Raises:
+        CheckpointError: If it cannot be read.
     """
     weights = {"use_safetensors": True} if settings else {}
     try:

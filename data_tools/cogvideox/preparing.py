@@ -39,10 +39,14 @@ logger = logging.getLogger(__name__)
 def prepare(options: PrepareOptions) -> None:
     """Prepare missing files, write the lists, and show the results.
 
-    A clip that cannot be read does not stop the run; it is reported at the end. Raises DatasetError if the
-    data cannot be used or a clip failed, OptionError if the folder was made with other settings,
-    CheckpointError if a model cannot be loaded, OutputError if a file cannot be written; in processes other
-    than the main one, SystemExit if a clip failed.
+    A clip that cannot be read does not stop the run; it is reported at the end.
+
+    Raises:
+        DatasetError: If the data cannot be used or a clip failed.
+        OptionError: If the folder was made with other settings.
+        CheckpointError: If a model cannot be loaded.
+        OutputError: If a file cannot be written; in processes other than the main one.
+        SystemExit: If a clip failed.
     """
     encoding = options.encoding
     maker = find_maker(encoding) if encoding.save_latents_and_embeddings else None
@@ -122,7 +126,8 @@ def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
 def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOptions:
     """Return the options with frame buckets rounded down, with a warning, to numbers that the VAE takes.
 
-    Raises OptionError if it does not take a height or width.
+    Raises:
+        OptionError: If it does not take a height or width.
     """
     if maker is None:
         return shape
@@ -143,7 +148,11 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 
 
 def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Record the settings of the folder. Raises OptionError if it was begun with different ones."""
+    """Record the settings of the folder.
+
+    Raises:
+        OptionError: If it was begun with different ones.
+    """
     settings = dataclasses.asdict(options.shape)
     for name, value in settings.items():
         if isinstance(value, tuple):
@@ -204,8 +213,10 @@ def _encode_captions(
 ) -> None:
     """Encode the captions of `items`, one text encoder after the other, and write their files.
 
-    Captions are written last, when all encoders have added to the file. Raises CheckpointError if an encoder
-    cannot be loaded.
+    Captions are written last, when all encoders have added to the file.
+
+    Raises:
+        CheckpointError: If an encoder cannot be loaded.
     """
     identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
     batch_size = options.encoding.batch_size

@@ -35,7 +35,10 @@ class DepthModel:
         """Return the depth map of an image, H W 3, at its size, H W 3: from black (far) to white (near).
 
         The nearest place of each picture is white and the farthest black, as in the maps that ControlNets of
-        depth were trained with. Raises MemoryPlanError if the device's memory is too small.
+        depth were trained with.
+
+        Raises:
+            MemoryPlanError: If the device's memory is too small.
         """
         inputs = self.processor(images=image, return_tensors="pt").to(self.network.device)
         try:
@@ -59,9 +62,10 @@ def _gives_distances(config: Any) -> bool:
 
 
 def load_depth_model(folder: Path, device: str | None) -> DepthModel:
-    """Load the model in a folder to a device, in float32. device: None is the best one available.
+    """Load the model in a folder to a device, in float32. `device` None is the best one available.
 
-    Raises CheckpointError if the folder holds no such model.
+    Raises:
+        CheckpointError: If the folder holds no such model.
     """
     chosen = select_device(device)
     if not (folder / "config.json").is_file():

@@ -84,8 +84,10 @@ class Plan:
 def make_control_images(options: ControlImageOptions) -> None:
     """Write a control picture for each picture of a folder that has none.
 
-    Each is complete or not there, so the same command continues after a stop. Raises UserError if nothing can
-    be done, and DatasetError at the end if pictures could not be read.
+    Each is complete or not there, so the same command continues after a stop.
+
+    Raises:
+        UserError: If nothing can be done, and DatasetError at the end if pictures could not be read.
     """
     folder = real_path(options.folder)
     output = folder / FOLDER_NAME if options.output is None else real_path(options.output)
@@ -161,7 +163,10 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
 
 
 def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> Plan:
-    """Return what to do. overwrite: make again what this program has made."""
+    """Return what to do.
+
+    With `overwrite`, make again what this program has made.
+    """
     existing: dict[str, Path] = {}
     if output.is_dir():
         existing = {path.stem.casefold(): path for path in _find_images(output)}

@@ -51,6 +51,7 @@ class VideoLook:
         return self.starts[number] if number < len(self.starts) else self.end
 
     def samples_between(self, begin: int, end: int) -> list[ImageMeasures]:
+        """Return the measures of the sampled pictures from number `begin` to before `end`."""
         first = bisect_left(self.samples, begin, key=lambda sample: sample.number)
         last = bisect_left(self.samples, end, key=lambda sample: sample.number)
         return self.samples[first:last]
@@ -107,6 +108,7 @@ class PlannedClip:
 
     @property
     def frames(self) -> int:
+        """Number of frames."""
         return self.end - self.first
 
 
@@ -129,6 +131,7 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
 
 
 def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, int]]:
+    """Return first and end of each scene between changes; the pictures of a change belong to no scene."""
     begins = [0, *(end for _, end in changes)]
     ends = [*(begin for begin, _ in changes), frames]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]

@@ -41,6 +41,7 @@ class SceneOptions(Options, title="scenes"):
 
     @property
     def threshold(self) -> float:
+        """Threshold of the detector: the option's, else the detector's default."""
         return THRESHOLDS[self.detector][0] if self.scene_threshold is None else self.scene_threshold
 
 
@@ -146,4 +147,5 @@ class CuttingOptions(Options, title="input and output"):
 
     @property
     def list_path(self) -> Path:
+        """Path of the list of clips: the option's, else one in the folder of the clips."""
         return self.output / LIST_NAME if self.jsonl is None else self.jsonl

@@ -48,6 +48,7 @@ class CutRecord:
     lists: tuple[str, ...] = ()  # lists that its lines were written to
 
     def is_of(self, source: Path) -> bool:
+        """Return whether the source has the size and time that it had when it was cut."""
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
 
@@ -95,7 +96,8 @@ def _deciding(options: CuttingOptions) -> dict[str, Any]:
 def read_records(output: Path) -> dict[str, CutRecord]:
     """Return the records of an output folder by the path of their source.
 
-    Raises DatasetError if a record is damaged.
+    Raises:
+        DatasetError: If a record is damaged.
     """
     records = {}
     paths = [path for path in (output / MARK).glob("*.json") if not path.name.startswith(".")]
@@ -145,7 +147,11 @@ class ClipList:
     """
 
     def __init__(self, path: Path, output: Path) -> None:
-        """Read the list if there is one. Raises OutputError if it cannot be read."""
+        """Read the list if there is one.
+
+        Raises:
+            OutputError: If it cannot be read.
+        """
         self._path, self._output = path, output
         self._was_there = path.exists()
         for _ in self._read():  # fails now if it cannot be read
@@ -155,15 +161,19 @@ class ClipList:
 
     @property
     def captioned(self) -> set[str]:
-        """Return the clips whose line has a caption now. Raises OutputError if the list cannot be read."""
+        """Return the clips whose line has a caption now.
+
+        Raises:
+            OutputError: If the list cannot be read.
+        """
         with self._lock:
             return {path for path, line in self._read() if path and "caption" in parse_json(line)}
 
     def add(self, record: CutRecord, is_new: bool) -> None:
         """Add the lines of a source; existing lines of its clips are kept.
 
-        is_new: it was cut in this run, so that its lines are written at once. Otherwise a user may have
-        removed clips.
+        `is_new` says that it was cut in this run, so that its lines are written at once. Otherwise a user may
+        have removed clips.
         """
         if is_new or str(self._path) not in record.lists or not self._was_there:
             with self._lock:

@@ -66,7 +66,8 @@ class CutResult:
 def cut_footage(options: CuttingOptions) -> None:
     """Run the work of a command line.
 
-    Raises UserError if nothing can be done, and DatasetError at the end if some sources could not be cut.
+    Raises:
+        UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
     """
     started = time.monotonic()
     load_detector(options.scenes)  # first: it says what is missing before anything is read
@@ -114,7 +115,10 @@ def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
-    """Return a job for each source, whose stem no other source has. stems: wanted, by source."""
+    """Return a job for each source, whose stem no other source has.
+
+    `stems` are those that are wanted, by source.
+    """
     # without capitals, because file systems of Windows and macOS ignore them
     used_stems = {record.stem.casefold() for record in records.values()}
     jobs = []
@@ -152,8 +156,10 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
     """Return a video, or all videos below a folder sorted by path, each with a stem.
 
     The stem, made of the path below the folder, names the clips, unless another source has it. Files in
-    `output` and in other folders that clips were cut into are left out. Raises MediaError if there is no
-    video.
+    `output` and in other folders that clips were cut into are left out.
+
+    Raises:
+        MediaError: If there is no video.
     """
     if not path.is_dir():
         return {real_path(path): readable_stem(path.stem)}
@@ -236,7 +242,10 @@ class Workshop:
             return look_at(info, frames, detector, self.options.choice.black_threshold)
 
     def _begin(self, job: CuttingJob, look: VideoLook, clips: Sequence[PlannedClip], why: str) -> CutRecord:
-        """Record how a source is cut, and remove the clips of an earlier cut. why: it is cut again."""
+        """Record how a source is cut, and remove the clips of an earlier cut.
+
+        `why` says why it is cut again.
+        """
         record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
         if job.record is not None:
             self._check_untouched(job.source, job.record, why)  # again: reading takes long
@@ -247,7 +256,8 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        Work is a file next to a clip, a caption in the list, or a changed clip. why: reason to cut again.
+        Work is a file next to a clip, a caption in the list, or a changed clip. `why` says why it is cut
+        again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]
@@ -281,7 +291,8 @@ class Workshop:
     def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
         """Remove the clips of an earlier cut and their lines; `_check_untouched` must have passed.
 
-        Raises OutputError if a new clip would overwrite a file that is not ours.
+        Raises:
+            OutputError: If a new clip would overwrite a file that is not ours.
         """
         ours = set() if old is None else {clip.name for clip in old.clips}
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]

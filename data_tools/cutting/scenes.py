@@ -32,7 +32,8 @@ WIDTH = 256  # to which PySceneDetect itself reduces pictures
 def load_detector(options: SceneOptions) -> Callable[[float], "ChangeDetector"]:
     """Return a function that makes a detector for a given number of pictures per second.
 
-    Raises InstallationError if PySceneDetect is asked for and missing, or older than 0.7.
+    Raises:
+        InstallationError: If PySceneDetect is asked for and missing, or older than 0.7.
     """
     if options.detector == OWN:
         return lambda rate: OwnDetector(options.threshold, rate)
@@ -76,6 +77,7 @@ class PySceneDetect:
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
+        """Return the cuts, each as a change without pictures of its own."""
         if self._count:
             self._cuts += self._detector.post_process(self._time(self._count - 1))
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]
@@ -172,7 +174,10 @@ class OwnDetector:
         return False
 
     def _end_plain(self, end: int, is_other: bool) -> None:
-        """End a run of one-colour pictures before `end`. is_other: whether another scene follows."""
+        """End a run of one-colour pictures before `end`.
+
+        `is_other` says whether another scene follows.
+        """
         begin, self._plain_since = self._plain_since, None
         assert begin is not None
         if is_other or end - begin >= self._plain:
@@ -199,7 +204,10 @@ class _Dissolves:
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
-        """Look at picture `number`. is_break: it follows a cut, or has one colour."""
+        """Look at picture `number`.
+
+        `is_break` says that it follows a cut, or has one colour.
+        """
         self._pictures.append(now)
         self._variances.append(float(now.grey.var()))
         if is_break:

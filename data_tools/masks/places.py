@@ -73,7 +73,11 @@ class MaskPlace:
         return not self.masks and self.before.is_dir() and any(self.before.iterdir())
 
     def target(self, moves: bool) -> Path:
-        """Return where to write a mask. moves: it has a picture for each frame."""
+        """Return where to write a mask.
+
+        Args:
+            moves: It has a picture for each frame.
+        """
         return self.folder / (self.name if moves else f"{self.name}.png")
 
     def texts(self) -> dict[str, str]:
@@ -91,14 +95,20 @@ class MaskPlace:
 def find_mask_places(folder: Path, masks: Path | None = None) -> list[MaskPlace]:
     """Return a place for each picture and clip of a folder, sorted; folders in it are not looked into.
 
-    masks: the folder of masks; None: FOLDER/masks. If it is the folder of the pictures, masks lie next to
-    them. Raises DatasetError if the folder cannot be listed.
+    `masks` is the folder of masks; None means FOLDER/masks. If it is the folder of the pictures, masks lie
+    next to them.
+
+    Raises:
+        DatasetError: If the folder cannot be listed.
     """
     return _list_places(list_media(folder), folder / FOLDER_NAME if masks is None else masks)
 
 
 def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
-    """Return the place of one picture's or clip's mask. masks: see `find_mask_places`."""
+    """Return the place of one picture's or clip's mask.
+
+    For `masks` see `find_mask_places`.
+    """
     folder = medium.parent / FOLDER_NAME if masks is None else masks
     return _list_places([(medium, _kind_of(medium))], folder)[0]
 
@@ -106,7 +116,10 @@ def find_mask_place(medium: Path, masks: Path | None = None) -> MaskPlace:
 def list_media(folder: Path) -> list[tuple[Path, Kind]]:
     """Return the pictures and clips of a folder, sorted, without hidden ones, masks and condition images.
 
-    An animated GIF or WebP is a clip. Raises DatasetError if the folder cannot be listed.
+    An animated GIF or WebP is a clip.
+
+    Raises:
+        DatasetError: If the folder cannot be listed.
     """
     suffixes = image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     try:
@@ -189,9 +202,11 @@ class _AllBlackError(Exception):
 def write_mask(place: MaskPlace, frames: Iterable[Gray], moves: bool, texts: Mapping[str, str]) -> bool:
     """Write a mask in place of the one that is there, which is kept; return whether it was written.
 
-    frames: H W each; without `moves` one. If all of them are black, nothing changes, for such a mask teaches
-    nothing. texts: for the PNG, of a folder for its first. Raises OutputError if it cannot be written, and
-    what `frames` raise.
+    `frames` are H W each; without `moves` one. If all of them are black, nothing changes, for such a mask
+    teaches nothing. `texts` are written into the PNG, of a folder into its first.
+
+    Raises:
+        OutputError: If it cannot be written, and what `frames` raise.
     """
     target = place.target(moves)
     try:
@@ -258,7 +273,8 @@ def is_reviewed(place: MaskPlace) -> bool:
 def accept_mask(place: MaskPlace) -> None:
     """Note in a made mask that a person has accepted it, so that no run makes it again.
 
-    Raises DatasetError if there is no mask, MediaError and OutputError.
+    Raises:
+        DatasetError: If there is no mask, MediaError and OutputError.
     """
     mask = _require_mask(place)
     if is_reviewed(place):
@@ -271,7 +287,8 @@ def accept_mask(place: MaskPlace) -> None:
 def invert_mask(place: MaskPlace) -> None:
     """Learn what was not learned and the reverse. The mask counts as drawn by a person from then on.
 
-    Raises DatasetError if there is no mask or nothing would be learned, MediaError and OutputError.
+    Raises:
+        DatasetError: If there is no mask or nothing would be learned, MediaError and OutputError.
     """
     mask = _require_mask(place)
     inverted = (255 - gray for gray in read_frames(mask))
@@ -282,7 +299,8 @@ def invert_mask(place: MaskPlace) -> None:
 def remove_mask(place: MaskPlace) -> None:
     """Remove the mask; runs do not make it again unless they are asked to replace masks.
 
-    Raises DatasetError if there is no mask, OutputError.
+    Raises:
+        DatasetError: If there is no mask, OutputError.
     """
     mask = _require_mask(place)
     keep_before(place)
@@ -292,9 +310,12 @@ def remove_mask(place: MaskPlace) -> None:
 def replace_mask(place: MaskPlace, pixels: NDArray[np.uint8], number: int | None = None) -> None:
     """Put a mask that a person drew in place of the one that is there, or where there was none.
 
-    pixels: H W or H W 3, white is learned. number: of the one frame of a clip that it is for, counted from 0;
-    None: for the whole picture or clip. Raises DatasetError if it has another shape than its picture or clip,
-    if the clip has no mask with such a frame, or if nothing would be learned; MediaError and OutputError.
+    `pixels` is H W or H W 3, white is learned. `number` is that of the one frame of a clip that it is for,
+    counted from 0; None means for the whole picture or clip.
+
+    Raises:
+        DatasetError: If it has another shape than its picture or clip, if the clip has no mask with such a
+            frame, or if nothing would be learned; MediaError and OutputError.
     """
     gray = as_gray(pixels)
     mask_size, size = (gray.shape[1], gray.shape[0]), frame_size(place.medium)

@@ -65,8 +65,10 @@ class MaskOutcome:
 def make_masks(options: MaskOptions) -> None:
     """Make masks for the pictures and clips of a folder, each complete or not there.
 
-    So the same command continues after a stop. Raises UserError if nothing can be done, and DatasetError at
-    the end if files could not be read.
+    So the same command continues after a stop.
+
+    Raises:
+        UserError: If nothing can be done, and DatasetError at the end if files could not be read.
     """
     options.finder.require_one()
     folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
@@ -148,7 +150,11 @@ def _reject_unclear(places: Sequence[MaskPlace]) -> None:
 
 
 def _kind_of_model(finder: FinderOptions) -> str:
-    """Return what finds, as the masks say it. Raises CheckpointError for a model that cannot."""
+    """Return what finds, as the masks say it.
+
+    Raises:
+        CheckpointError: For a model that cannot.
+    """
     if finder.prompts:
         from data_tools.masks.words import read_kind  # imports torch, which a colour does not need
 
@@ -234,7 +240,8 @@ def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
 def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptions) -> Iterator[Gray]:
     """Yield the mask of a picture, or of each frame of a clip, H W.
 
-    Raises MediaError for a file that cannot be read, _NothingFoundError at the end if nothing was found.
+    Raises:
+        MediaError: For a file that cannot be read, _NothingFoundError at the end if nothing was found.
     """
     sizes: deque[tuple[int, int]] = deque()  # of frames whose mask is to come
     frames = video_frames(place.medium) if place.kind == "video" else iter([read_image(place.medium)])

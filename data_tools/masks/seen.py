@@ -39,7 +39,8 @@ class BackgroundFinder:
     def find(self, frame: Frame) -> Values:
         """Return what stands before the background of a picture, H W 3: h w, from 0 to 1 in each picture.
 
-        Raises CheckpointError if the network fails.
+        Raises:
+            CheckpointError: If the network fails.
         """
         output = self.run(self.as_input(frame))
         if output.ndim < 2 or not np.isfinite(output).all():
@@ -59,7 +60,8 @@ class BackgroundFinder:
 def load_background_finder(path: Path) -> BackgroundFinder:
     """Load a U2Net-like ONNX file: by onnxruntime if it is installed, else by OpenCV.
 
-    Raises CheckpointError if it is none, or if neither of the two can run it.
+    Raises:
+        CheckpointError: If it is none, or if neither of the two can run it.
     """
     _require_file("--background", path)
     header, content = read_onnx(path)
@@ -142,7 +144,11 @@ class FaceFinder:
 
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
-    """Load a detector of faces. Raises CheckpointError if the file is none."""
+    """Load a detector of faces.
+
+    Raises:
+        CheckpointError: If the file is none.
+    """
     _require_file("--faces", path)
     chosen = select_device(device)
     return FaceFinder(load_detector(path, chosen, option="--faces"), least_score)
@@ -162,7 +168,7 @@ class ColorFinder:
 
 
 def make_color_finder(text: str, distance: float) -> ColorFinder:
-    """Return the finder of a colour. text: six hexadecimal digits, as the options have checked."""
+    """Return the finder of a colour. `text` is six hexadecimal digits, which the options have checked."""
     digits = IS_COLOR.fullmatch(text)
     assert digits is not None
     red, green, blue = bytes.fromhex(digits[1])

@@ -30,7 +30,9 @@ class MaskShape:
     inverts: bool
 
     def find(self, values: Values, size: tuple[int, int]) -> Values:
-        """Return where something is found, H W, 1 or, at a fading edge, less. size: (W, H) of the picture.
+        """Return where something is found, H W, 1 or, at a fading edge, less.
+
+        `size` is width and height of the picture.
 
         Not inverted: `finish` does that.
         """
@@ -60,7 +62,9 @@ class MaskShape:
 
 
 def combine(new: Values, old: Values | None, mode: str, alpha: float) -> Values:
-    """Return a mask in which the new one counts `alpha` times, H W, 0..1. old: None if there is none.
+    """Return a mask in which the new one counts `alpha` times, H W, 0..1.
+
+    `old` is None if there is none.
 
     Without an old mask everything is learned, so that `subtract` begins with white; the other modes give the
     new mask alone.
@@ -84,7 +88,10 @@ def steady(values: Iterable[Values], frames: int) -> Iterator[Values]:
     """Yield for each frame of a clip the median of its values and those of its neighbours.
 
     v'[t] = median(v[t - frames], ..., v[t + frames]) at each place, where the first and the last frame stand
-    for those beyond the ends. Raises MediaError if the frames change their size.
+    for those beyond the ends.
+
+    Raises:
+        MediaError: If the frames change their size.
     """
     window: deque[Values] = deque(maxlen=2 * frames + 1)
     for value in _repeat_ends(values, frames):

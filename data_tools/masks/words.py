@@ -47,7 +47,8 @@ class WordFinder:
     def find(self, frame: Frame) -> Values:
         """Return how well each place of a picture, H W 3, fits the prompt that it fits best: h w, 0..1.
 
-        Raises MemoryPlanError if the device's memory is too small.
+        Raises:
+            MemoryPlanError: If the device's memory is too small.
         """
         try:
             if self.network.config.model_type == CLIPSEG:
@@ -82,7 +83,11 @@ class WordFinder:
 
 
 def read_kind(folder: Path) -> str:
-    """Return the kind of model in a folder. Raises CheckpointError if it is none that is known here."""
+    """Return the kind of model in a folder.
+
+    Raises:
+        CheckpointError: If it is none that is known here.
+    """
     path = folder / "config.json"
     if not path.is_file():
         to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
@@ -108,9 +113,10 @@ def read_kind(folder: Path) -> str:
 def load_word_finder(
     folder: Path, prompts: Sequence[str], least_score: float, device: str | None
 ) -> WordFinder:
-    """Load the model in a folder to a device, in float32. device: None is the best one available.
+    """Load the model in a folder to a device, in float32. `device` None is the best one available.
 
-    Raises CheckpointError if the folder holds no such model.
+    Raises:
+        CheckpointError: If the folder holds no such model.
     """
     chosen = select_device(device)
     kind = read_kind(folder)

@@ -156,11 +156,12 @@ def check_caching(
 ) -> CheckResult:
     """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
 
-    verify: read all cache files again. parts: MEDIA checks the sources; those whose records are missing or
-    outdated are decoded. LATENTS checks their caches; it needs a family made with the options of latent
-    caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the encoders'
-    files only the captions. validation: share and seed for tables that do not give their own. counters: of
-    the text encoders of a training that encodes captions; None: TEXTS loads them.
+    With `verify`, read all cache files again. parts: MEDIA checks the sources; those whose records are
+    missing or outdated are decoded. LATENTS checks their caches; it needs a family made with the options of
+    latent caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the
+    encoders' files only the captions. `validation` is the fraction and the seed for tables that do not state
+    their own. `counters` is that of the text encoders of a training that encodes captions; None means TEXTS
+    loads them.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:
@@ -203,7 +204,10 @@ def check_caching(
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
-    """Return the recipe by which caching would make latents. identity: of the media encoders."""
+    """Return the recipe by which caching would make latents.
+
+    `identity` are those of the media encoders.
+    """
 
     def sections(table: MediaTable, frames: int) -> int | None:
         # whether images are taken alone is an option of latent caching
@@ -303,7 +307,11 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check what a table has. Raises DatasetError for what it cannot cache."""
+    """Let the family check what a table has.
+
+    Raises:
+        DatasetError: For what it cannot cache.
+    """
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
@@ -316,7 +324,10 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 def _check_table_sound(
     findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
-    """Add the findings about the sound of a table's clips. plans: of their latents."""
+    """Add the findings about the sound of a table's clips.
+
+    `plans` are those of their latents.
+    """
     table = findings.table
     work = SoundWork(family, [table], recipe.stores, torch.device("cpu"))
     sound = check_sound(table, plans, work, workers)
@@ -448,9 +459,9 @@ def check_training(
 ) -> CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
-    accumulation, processes: their product is the number of batches per optimizer step. files: lines about the
-    checkpoints that the caller recognised. text_keys: keys of a complete text cache. sound: spec of a family
-    that learns sound.
+    `accumulation` and `processes` are their product is the number of batches per optimizer step. `files` are
+    the lines about the checkpoints that the caller recognised. `text_keys` are the keys of a complete text
+    cache. `sound` is the spec of a family that learns sound.
     """
     cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
     encoders = SameEncoders(commands)
@@ -561,8 +572,9 @@ def _compare_sources(
     counters: Counters,
     hears: bool,
 ) -> None:
-    """Add remarks about sources without a cache, a caption or cached sound, if the sources are there at
-    all: training does not need them.
+    """Add remarks about sources without a cache, a caption or cached sound.
+
+    There are none if the sources are gone: training does not need them.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing the sources would download them
         name = form_of(findings.table).name

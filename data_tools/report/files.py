@@ -38,7 +38,7 @@ States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TE
 def list_files(
     tables: Sequence[TableFindings], fps: float, latent: LatentSpec, workers: int
 ) -> list[Numbers]:
-    """Return all files as JSON values, table by table. tables: measured."""
+    """Return all files as JSON values, table by table. `tables` have been measured."""
     files = []
     for findings in tables:
         states = _compare_caches(findings, fps, latent, workers)
@@ -206,7 +206,10 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
 
 
 def _media_state(plan: SourcePlan, has_files: bool) -> State:
-    """Return the state of the latents of a source. has_files: there are files of its stem."""
+    """Return the state of the latents of a source.
+
+    `has_files` says that there are files of its stem.
+    """
     if plan.outdated is not None:
         return STALE, plan.outdated
     if plan.missing is None or (plan.missing and not plan.kept):
@@ -281,7 +284,10 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
 
 
 def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, TextRecord]) -> State:
-    """Return the state of a file of an encoded caption. records: of any caption, by encoder."""
+    """Return the state of a file of an encoded caption.
+
+    `records` are those of any caption, by encoder.
+    """
     if plan.file_name not in store:
         return MISSING, ""
     if not records:

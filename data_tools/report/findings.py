@@ -63,10 +63,14 @@ class TableFindings:
     looks: list[Look] = field(default_factory=list)  # of its sources, if they were measured
 
     def unusable(self, error: DatasetError) -> None:
+        """Add the error that makes the whole table unusable."""
         self.faults.append(Fault(UNUSABLE, str(error)))
 
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
-        """Return the texts of `faults` or `remarks` by the stem of their source. with_kind: add kinds."""
+        """Return the texts of `faults` or `remarks` by the stem of their source.
+
+        With `with_kind`, add kinds.
+        """
         texts: dict[str | None, list[str]] = {}
         errors: list[Fault] = getattr(self, name)
         for error in errors:
@@ -77,11 +81,13 @@ class TableFindings:
         return texts
 
     def add_items(self, stems: Sequence[str], bucket: tuple[int, ...]) -> None:
+        """Count items of one bucket, by the stems of their sources."""
         self.buckets[bucket] += len(stems)
         self.places += [(stem, bucket) for stem in stems]
 
     @property
     def num_items(self) -> int:
+        """Number of items in all buckets."""
         return self.buckets.total()
 
     def bucket_rows(self) -> list[BucketRow]:
@@ -117,6 +123,7 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
+    """Return words for the sizes of references in a bucket, which follow its own size; "" without any."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -129,6 +136,7 @@ class Counters:
     missing: tuple[str, ...] = ()  # lines
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
+        """Return the tokens of a caption for each encoder, by the encoder's name."""
         return [(name, count(caption)) for name, count in self.by_name]
 
 
@@ -146,6 +154,7 @@ class CheckResult:
 
     @property
     def num_faults(self) -> int:
+        """Number of faults in all tables."""
         return sum(len(findings.faults) for findings in self.tables)
 
     @property
@@ -155,14 +164,17 @@ class CheckResult:
 
     @property
     def num_remarks(self) -> int:
+        """Number of remarks in all tables."""
         return sum(len(findings.remarks) for findings in self.tables)
 
     @property
     def num_batches(self) -> int:
+        """Number of batches of an epoch."""
         return count_batches(self.tables)
 
     @property
     def exit_code(self) -> int:
+        """0 if nothing is wrong, else 1; SOURCES_LEFT_OUT if the run continues without the faulty sources."""
         errors = [error for findings in self.tables for error in findings.faults]
         if os.environ.get(RUN_GOES_ON) and not any(error.ends_run for error in errors):
             return SOURCES_LEFT_OUT if errors else 0
@@ -170,6 +182,7 @@ class CheckResult:
 
     @property
     def lines(self) -> list[str]:
+        """All lines to print, the verdict last."""
         verdict = "Nothing is wrong."
         if self.num_faults:
             verdict = f"Something is wrong: see above. Faults: {self.num_faults}."
@@ -189,7 +202,10 @@ class _PlacedItem:
 
 
 def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
-    """Fill `held_back` with the split of a training. share, seed: for tables that do not give their own."""
+    """Fill `held_back` with the split of a training.
+
+    `share` and `seed` are for tables that do not state their own.
+    """
     places = [
         _PlacedItem(findings.table, stem, bucket) for findings in tables for stem, bucket in findings.places
     ]
@@ -200,7 +216,11 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set `times` for the regularisation images of each dataset. tables: all of a configuration."""
+    """Set `times` for the regularisation images of each dataset.
+
+    Args:
+        tables: All of a configuration.
+    """
     learned = Counter[int]()
     regularization = Counter[int]()
     for findings in tables:
@@ -230,13 +250,14 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
 
 
 def indent(lines: Iterable[str]) -> list[str]:
+    """Return the lines with two blanks in front."""
     return [f"  {line}" for line in lines]
 
 
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files next to them.
 
-    folders: of all tables. Remarks name unused files that look as if they were meant to be used.
+    `folders` is that of all tables. Remarks name unused files that look as if they were meant to be used.
     """
     findings = TableFindings(table)
     try:
@@ -279,6 +300,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
+    """Return how many sources have each number of references; empty if none has any."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -308,7 +330,7 @@ def check_captions(
 ) -> None:
     """Add the faults of the captions of a table's sources, except for unreadable ones.
 
-    are_cached: the outputs of text encoders are kept, so that their size is reported.
+    `are_cached` says that the outputs of text encoders are kept, so that their size is reported.
     """
     missing = [source for source in findings.sources if source.caption is None and not is_unread(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
@@ -343,8 +365,11 @@ def is_unread(source: MediaSource) -> bool:
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
     """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
-    encoding: Python's name, or GUESS: a file of uncertain encoding is left unchanged. Returns lines about
-    what was done. Raises OutputError if a file cannot be written.
+    `encoding` is Python's name, or GUESS: then a file of uncertain encoding is left unchanged. Returns lines
+    about what was done.
+
+    Raises:
+        OutputError: If a file cannot be written.
     """
     converted: list[str] = []
     left: list[str] = []

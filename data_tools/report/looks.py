@@ -102,18 +102,22 @@ class Look:
 
     @property
     def cut_percent(self) -> float:
+        """Percentage of the resized picture that the bucket cuts off."""
         return 0.0 if self.fit is None else cut_percent(self.fit)
 
     @property
     def enlarged(self) -> float:
+        """Factor by which the picture is enlarged; below 1 it is reduced."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
     def seconds(self) -> float | None:
+        """Duration; None if the rate is not known."""
         return self.frames / self.fps if self.frames and self.fps else None
 
 
 def cut_percent(fit: Fit) -> float:
+    """Return the percentage of the resized picture that the bucket cuts off."""
     return 100 * (1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1]))
 
 
@@ -163,7 +167,8 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
     """Decode a source and draw its frames; only a few small ones are kept in memory.
 
-    hears: draw the sound of a clip too. `problem` says what cannot be read; the frames before it are shown.
+    With `hears`, draw the sound of a clip too. `problem` says what cannot be read; the frames before it are
+    shown.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.picture_height
@@ -202,7 +207,7 @@ def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw frames of equal height side by side, as many as fit in `width`. fit: None draws no crop."""
+    """Draw frames of equal height side by side, as many as fit in `width`. `fit` None draws no crop."""
     widest = max(frame.shape[1] for frame in frames)
     most = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
@@ -328,6 +333,10 @@ class EvenFrames:
         self._step = 1
 
     def add(self, frame: Frame) -> None:
+        """Keep the frame if its number is a multiple of the step.
+
+        With too many frames the step is doubled, and every second one is dropped.
+        """
         if self._count % self._step == 0:
             self.frames.append(self._reduce(frame))
             if len(self.frames) > 2 * MOST_FRAMES:
@@ -402,9 +411,11 @@ class ShownReference:
 
 
 def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
-    """Draw the control images of an image; () for clips. image: fit of the image; None: it is unreadable.
+    """Draw the control images of an image; () for clips.
 
-    sizes: its picture_height is used.
+    `image` is the fit of the image, None if it is unreadable.
+
+    Of `sizes` its picture_height is used.
     """
     if source.table.kind == "video" or not source.control:
         return ()
@@ -422,7 +433,10 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
 def _show_reference(
     table: DatasetTable, path: Path, name: str, image: Fit | None, sizes: StripSize
 ) -> ShownReference:
-    """Draw a control image. path: where it is here. name: to show. image: fit of the image."""
+    """Draw a control image.
+
+    `path` is where it is here. `name` is shown below it. `image` is the fit of the image.
+    """
     bucket = None if image is None else image.bucket
     fit = None
     try:

@@ -113,7 +113,10 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:
-    """Return the masks in a folder by the names of what they mask. media: the folder with that."""
+    """Return the masks in a folder by the names of what they mask.
+
+    `media` is the folder with that.
+    """
     is_beside = media is not None and folder_id(folder) == folder_id(media)
     try:
         entries = list_entries(folder, "mask_directory")

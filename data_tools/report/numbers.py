@@ -51,8 +51,8 @@ def collect_numbers(
 ) -> Numbers:
     """Return the report as JSON values.
 
-    tables: measured. copies: groups of near duplicates. decodes: False if only headers were
-    read.
+    `tables` have been measured. `copies` are groups of near duplicates. `decodes` is False if only headers
+    were read.
     """
     epoch = sum(map(_items_per_epoch, tables))
     table_numbers = [_count_table(findings, epoch) for findings in tables]
@@ -154,7 +154,10 @@ def _items_per_epoch(findings: TableFindings) -> int:
 
 
 def _count_table(findings: TableFindings, epoch: int) -> Numbers:
-    """Return the numbers of a table. epoch: items of an epoch, of all tables."""
+    """Return the numbers of a table.
+
+    `epoch` is the items of an epoch, of all tables.
+    """
     table = findings.table
     items_per_epoch = _items_per_epoch(findings)
     share = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
@@ -273,8 +276,7 @@ def summarize(values: Sequence[float]) -> Numbers | None:
 
 
 def count_bins(values: Sequence[float]) -> list[Numbers]:
-    """Return a histogram: `from` (included), `to` (not included except in the last bin) and `count` of each
-    bin.
+    """Return a histogram: `from` (included), `to` (excluded except in the last bin), `count` of each bin.
 
     All bins have one width (1, 2 or 5 times a power of ten), and there are at most about 16. A few far larger
     values share the last bin, so that they do not squeeze the rest into one.
@@ -403,7 +405,11 @@ class _CaptionCounts:
 
 
 def _list_repeated(repeated: Mapping[str, list[str]]) -> list[Numbers]:
-    """Return the texts that several files have, the most frequent first. repeated: their paths by text."""
+    """Return the texts that several files have, the most frequent first.
+
+    Args:
+        repeated: Their paths by text.
+    """
     by_frequency = sorted(repeated.items(), key=lambda item: (-len(item[1]), item[1][0]))
     return [
         {"text": shorten(text, SHOWN_TEXT), "count": len(paths), "paths": paths[:MAX_PATHS]}

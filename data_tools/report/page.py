@@ -76,7 +76,10 @@ def write_check_page(
 ) -> None:
     """Write the page of a check: at most `most` files, each read once, in `workers` threads.
 
-    hears: the model learns sound. Raises OutputError if the page cannot be written.
+    `hears` says that the model learns sound.
+
+    Raises:
+        OutputError: If the page cannot be written.
     """
     tables = result.tables
     drawing = _CardDrawing(CHECK_STRIP, latent, fps, counters=result.counters, hears=hears)
@@ -99,9 +102,12 @@ def write_report_page(
     latent: LatentSpec,
     workers: int,
 ) -> None:
-    """Write the page of the report. numbers: the result of `collect_numbers`; the page shows nothing else.
+    """Write the page of the report.
 
-    Raises OutputError if the page cannot be written.
+    `numbers` is the result of `collect_numbers`; the page shows nothing else.
+
+    Raises:
+        OutputError: If the page cannot be written.
     """
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
@@ -132,7 +138,10 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    """Write a page with the values that both templates need. values: of this page."""
+    """Write a page with the values that both templates need.
+
+    `values` are those of this page.
+    """
     filters = []
     for mark, words in FILTERS:
         count = sum(mark in card.marks for card in cards)

@@ -52,7 +52,9 @@ DEFAULT = (16, (4, 8, 8))
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """Read the dataset, then write the page and the JSON as asked for. Faults go to the log.
 
-    Raises DatasetError if there is nothing to report on, OutputError if a file cannot be written.
+    Raises:
+        DatasetError: If there is nothing to report on.
+        OutputError: If a file cannot be written.
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
@@ -126,7 +128,10 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
 
 
 def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Return remarks that headers and listings tell. fps: of the model."""
+    """Return remarks that headers and listings tell.
+
+    `fps` is that of the model.
+    """
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
         # a card shows only the text
@@ -235,7 +240,10 @@ def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]
 
 
 def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
-    """Return groups of measured files that are near duplicates. tables: of one kind."""
+    """Return groups of measured files that are near duplicates.
+
+    `tables` are those of one kind.
+    """
     files: dict[Path, tuple[Path, Measures]] = {}  # by absolute path
     for findings in tables:
         for source, look in zip(findings.sources, findings.looks, strict=False):
@@ -331,8 +339,9 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N hashes as -1 or 1: a product of two rows is the number of equal bits minus that
-    of different ones.
+    """Return the bits of N hashes as -1 or 1.
+
+    A product of two rows is the number of equal bits minus that of different ones.
     """
     hashes = np.array([measured.hashes for measured in measures], np.uint64)
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)

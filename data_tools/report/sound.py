@@ -39,6 +39,7 @@ class Heard:
 
 
 def is_heard(table: DatasetTable) -> bool:
+    """Return whether a table's clips are learned with their sound."""
     return table.kind == "video" and table.audio != IGNORE
 
 
@@ -66,7 +67,10 @@ def listen(source: MediaSource) -> Heard:
 
 
 def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
-    """Return the misfits of a track of sound with its clip. seconds: of the clip; None: unknown."""
+    """Return the misfits of a track of sound with its clip.
+
+    `seconds` is that of the clip; None means unknown.
+    """
     misfits = []
     if track.start > FITS:
         misfits.append(f"begins {float(track.start):.2f} s late")
@@ -93,7 +97,10 @@ class SoundFindings:
 def check_sound(
     table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, workers: int
 ) -> SoundFindings:
-    """Report a table's sound and its caches. plans: of its latents."""
+    """Report a table's sound and its caches.
+
+    `plans` are those of its latents.
+    """
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return the facts about a clip's sound, and how many of its caches are valid."""

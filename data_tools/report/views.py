@@ -131,7 +131,10 @@ def _select_way(debug: DebugOptions, folder: Path) -> str:
 
 
 def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
-    """Show frames F H W 3 of an item; return the user's answer. file: path without suffix."""
+    """Show frames F H W 3 of an item; return the user's answer.
+
+    `file` is the path without suffix.
+    """
     if way == "console":
         image = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(colored_text(image, debug.console_width, debug.console_back))
@@ -179,6 +182,7 @@ def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
 
 
 def sheet(frames: NDArray[np.uint8], most: int = SHEET_FRAMES) -> Frame:
+    """Return evenly chosen frames side by side as one picture."""
     return np.concatenate(select_evenly(list(frames), most), axis=1)
 
 
@@ -207,7 +211,10 @@ def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
 
 
 def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
-    """Return a pixel as a character of SHADES in its colour. back: terminal code of the background."""
+    """Return a pixel as a character of SHADES in its colour.
+
+    `back` is the terminal code of the background.
+    """
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
     return f"\033[{back};38;2;{_rgb(pixel)}m{shade}"
 

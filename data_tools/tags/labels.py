@@ -34,7 +34,8 @@ class Label:
 def read_labels(folder: Path) -> tuple[Label, ...]:
     """Return the tags of a tagger's folder: from its table, or else from its mapping.
 
-    Raises CheckpointError if there is neither, or if a line cannot be used.
+    Raises:
+        CheckpointError: If there is neither, or if a line cannot be used.
     """
     for name, read in ((TABLE, _read_table), (MAPPING, _read_mapping)):
         path = folder / name

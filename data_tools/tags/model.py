@@ -83,7 +83,9 @@ class Tagger:
     def probabilities(self, frames: Sequence[Frame]) -> Numbers:
         """Return the probability of each tag, B T, in frames that `fit` returned, in batches of `batch_size`.
 
-        Raises CheckpointError if the network fails, MemoryPlanError if the memory is too small.
+        Raises:
+            CheckpointError: If the network fails.
+            MemoryPlanError: If the memory is too small.
         """
         size = self.fixed_batch or self.batch_size
         parts = []
@@ -149,7 +151,8 @@ class Tagger:
 def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames: int) -> Tagger:
     """Load the tagger of a folder.
 
-    Raises CheckpointError if there is none, or if it is none; InstallationError without onnxruntime.
+    Raises:
+        CheckpointError: If there is none, or if it is none; InstallationError without onnxruntime.
     """
     path = folder / MODEL
     if not path.is_file():

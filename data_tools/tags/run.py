@@ -29,7 +29,11 @@ MOST_PIXELS = 4096**2  # of a frame that is looked at
 
 
 def tag_folder(options: TaggingOptions) -> None:
-    """Write tags as captions. Raises UserError if something is unusable, or files got no tags."""
+    """Write tags as captions.
+
+    Raises:
+        UserError: If something is unusable, or files got no tags.
+    """
     with temporary_folder() as temporary:
         config = _read_config(options, temporary)
     found: Counter[str] = Counter()
@@ -108,7 +112,10 @@ def _pass_of(options: TaggingOptions) -> str:
 def _read_config(options: TaggingOptions, temporary: Path) -> DatasetConfig:
     """Return the dataset of a file, or of a folder as a file would name it.
 
-    temporary: an empty folder, in which that file is written. Raises DatasetError if there is nothing to tag.
+    `temporary` is an empty folder, in which that file is written.
+
+    Raises:
+        DatasetError: If there is nothing to tag.
     """
     if options.folder.is_file():
         for name in ("recursive", "caption_extension"):

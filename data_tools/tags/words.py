@@ -29,7 +29,10 @@ class TagChoice:
     sorts: bool  # by falling probability, else in the order of the labels
 
     def choose(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
-        """Return the tags of a picture in order, each once. probabilities: one for each label."""
+        """Return the tags of a picture in order, each once.
+
+        `probabilities` are one for each label.
+        """
         order = list(range(len(labels)))
         if self.sorts:
             order.sort(key=lambda index: -probabilities[index])
@@ -72,7 +75,11 @@ class TagChoice:
 
 
 def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
-    """Return the choice that options ask for. Raises OptionError for a bad --tag_replacement."""
+    """Return the choice that options ask for.
+
+    Raises:
+        OptionError: For a bad --tag_replacement.
+    """
     limits, words = options.thresholds, options.words
     separator = words.caption_separator.strip()
     thresholds = {}

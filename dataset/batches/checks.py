@@ -48,8 +48,8 @@ def check_channels(
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
     Looks at the header of one file of each table and size: caches of two models in one folder mostly differ
-    in their sizes. Warns of caches without a frame rate. stores: of the run. Items that are encoded while
-    training are skipped.
+    in their sizes. Warns of caches without a frame rate. `stores` is that of the run. Items that are encoded
+    while training are skipped.
     """
     stores = stores or Stores()
     unsaid: list[Path] = []  # of other programs
@@ -79,6 +79,7 @@ def check_channels(
 
 
 def other_space(channels: int, latent: data.LatentSpec) -> str:
+    """Return the message for latents whose number of channels is not the model's."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -90,7 +91,7 @@ def text_faults(
 ) -> Iterator[str]:
     """Yield the changes of the table or the caption file since a caption was encoded.
 
-    is_shared: another program may have made the cache, which keeps no record.
+    `is_shared` says that another program, which keeps no record, may have made the cache.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
@@ -161,7 +162,7 @@ def latent_faults(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents are not what the table and the model ask for.
 
-    record: None if it has none. is_shared: another program may have made them.
+    `record` is None if it has none. `is_shared` says that another program may have made them.
     """
     table = item.table
     shape = list(tensors["latents"].shape)
@@ -234,7 +235,10 @@ def _find_shape_errors(
 def _find_companion_errors(
     tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
 ) -> Iterator[str]:
-    """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
+    """Yield a line if what goes with latents has another shape.
+
+    `shape` and `expected` are those of the latents, C F H W.
+    """
     rejected = tensors.get(data.REJECTED_LATENTS)
     if rejected is not None and list(rejected.shape) != shape:
         yield f"the latents of its worse one are {as_shape(rejected.shape)}, its own are {as_shape(shape)}"
@@ -246,7 +250,10 @@ def _find_companion_errors(
 def _key_errors(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield the changed keys of sections, references and their factors. options: recorded ones."""
+    """Yield the changed keys of sections, references and their factors.
+
+    `options` are those that the cache records.
+    """
     sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:
@@ -262,7 +269,10 @@ def _key_errors(
 
 
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
-    """Yield a fault if the factors of a clip's references have changed. recorded: count, then factors."""
+    """Yield a fault if the factors of a clip's references have changed.
+
+    `recorded` are the count of references, then their factors.
+    """
     _, *factors = recorded
     if factors != [*factors_now]:
         yield (
@@ -306,7 +316,10 @@ def sound_faults(
 def _source_errors(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the differences between an item's sources and its record. folders: of each file in the record."""
+    """Yield the differences between an item's sources and its record.
+
+    `folders` are those of each file in the record.
+    """
     table = item.table
     rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
@@ -400,6 +413,7 @@ class SameEncoders:
     _warned: set[str] = field(default_factory=set)  # parts
 
     def warn(self, made_by: Iterable[data.MadeBy]) -> None:
+        """Log a warning if the batch's encoders differ from those of earlier batches."""
         warning = self.difference(made_by)
         if warning is not None:
             logger.warning(warning)
@@ -444,10 +458,12 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
+    """Return a text with its fingerprints cut to their first characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:
+    """Return a line for each part of an encoder's identity, with short fingerprints."""
     return [
         f"{key.replace('_', ' ')}: " + _FINGERPRINT.sub("fingerprint \\1...", value)
         for key, value in identity.items()

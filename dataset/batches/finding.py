@@ -77,12 +77,20 @@ def find_items(
     sound: SoundSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all items by the names of their files, reading headers at most. If a table's sources are listed
-    (encoded while training, or caches that other programs share), caches of other sources are left out.
+    """Find all items by the names of their files, reading headers at most.
 
-    text_keys: the keys of a complete text cache. stores: of the run, if caches are elsewhere than the tables
-    say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
-    trusts_index: take the items of a table from the index of its caches, if nothing has changed since.
+    If a table's sources are listed (because they are encoded while training, or because its caches are shared
+    with other programs), caches of other sources are left out.
+
+    Args:
+        config: The dataset.
+        cache_tag: End of the family's cache file names.
+        latent: The family's latent space.
+        text_keys: Names of the tensors of a complete text cache.
+        stores: Stores of the run, if caches are elsewhere than the tables say.
+        live: Tables that are encoded while training, by index.
+        sound: Spec of a family that is trained with sound.
+        trusts_index: Take the items of a table from the index of its caches, if nothing has changed since.
     """
     stores = stores or Stores((cache_tag, latent, text_keys))
     listing = FoundItems()
@@ -249,8 +257,9 @@ class _SoundNames:
 
 
 def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape of an item's latents of sound; () if the latents do not say their frame rate, which is
-    an error when they are read for a batch.
+    """Return the shape of an item's latents of sound.
+
+    It is () if the latents do not say their frame rate, which is an error when they are read for a batch.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
@@ -259,10 +268,10 @@ def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
-    """Return the items with the sizes of their references, read from headers, even if batches do not depend
-    on these sizes.
-    """
+    """Return the items with the sizes of their references, which are read from headers.
 
+    They are read even if batches do not depend on these sizes.
+    """
     sized = []
     for item in items:
         is_read = not item.references and item.kind.sizes is None
@@ -352,9 +361,7 @@ class _TextNames:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Return by stem how many captions are cached without a gap in their numbers, for stems with further ones
-    than the first.
-    """
+    """Count the captions of each stem that has more than one: those cached without a gap in their numbers."""
     further: dict[str, set[int]] = {}
     for name in names:
         parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
@@ -370,10 +377,10 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 
 
 def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
-    """Return the stems of a table's current sources, if these are read while training or if other programs
-    share its caches; None if the caches alone decide the items.
+    """Return the stems of a table's current sources; None if the caches alone decide the items.
 
-    The caching script removes our own caches when their source is gone, but never those that others share.
+    Sources are asked if they are read while training or if other programs share the caches. The caching
+    script removes our own caches when their source is gone, but never shared ones.
     """
     if kind.sources:
         return kind.sources.keys()
@@ -461,7 +468,10 @@ def _explain_empty(table: DatasetTable) -> str:
 
 
 def _explain_others(folder: Path, name: str) -> str:
-    """Explain why a text cache of another model does not count. name: its file."""
+    """Explain why a text cache of another model does not count.
+
+    `name` is its file.
+    """
     return (
         f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
         "of the caption, which this model cannot read"

@@ -31,7 +31,10 @@ class ItemKind:
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source that is read, as its file has it. number: EMPTY for the empty one."""
+        """Return a caption of a source that is read, as its file has it.
+
+        `number` is EMPTY for the empty caption.
+        """
         if number == EMPTY:
             return ""
         source = self.sources[stem]
@@ -61,22 +64,27 @@ class TrainingItem:
 
     @property
     def key(self) -> str:
+        """Name of the latent cache without its suffix, for messages and the order of batches."""
         return self.file_name.removesuffix(SUFFIX)
 
     @property
     def source_stem(self) -> str:
+        """Start of the name, which is that of the source."""
         return self.file_name[: self.stem_length]
 
     @property
     def group(self) -> tuple[int, ...]:
+        """Values that the items of one batch have in common: table or group of tables, and all sizes."""
         return (self.table.batch_group, *self.bucket, *self.references, *self.sound)
 
     @property
     def latent_path(self) -> Path:
+        """Path of the latent cache."""
         return self.table.cache_directory / self.file_name
 
     @property
     def sound_path(self) -> Path:
+        """Path of the cache of the clip's sound."""
         return self.table.cache_directory / sound_file_name(self.file_name, self.kind.tag)
 
     def caption_path(self, number: int) -> Path:
@@ -93,18 +101,22 @@ class OfSource(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def table(self) -> DatasetTable: ...
+    def table(self) -> DatasetTable:
+        """Table of the dataset file that the item belongs to."""
 
     @property
-    def source_stem(self) -> str: ...
+    def source_stem(self) -> str:
+        """Name of the source; items of one source are held out together."""
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
+    """Return the tables of items, each once, in the order of the dataset file."""
     by_index = {item.table.index: item.table for item in items}
     return [by_index[index] for index in sorted(by_index)]
 
 
 def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:
+    """Return the items by the values that a batch must have in common."""
     groups: dict[tuple[int, ...], list[TrainingItem]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)

@@ -73,7 +73,10 @@ class BatchOrder:
         ]
 
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
-        """Return the batches of an epoch in order. number: from 0. The last one asked for is remembered."""
+        """Return the batches of an epoch in order.
+
+        `number` is counted from 0. The last one asked for is remembered.
+        """
         if self._last != number:
             self._last = -1
             self._batches = []  # freed before the new ones are made
@@ -92,6 +95,7 @@ class BatchOrder:
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
+        """Return the number of items trained before batch `index` of an epoch, earlier epochs included."""
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
 
@@ -111,9 +115,9 @@ class BatchOrder:
 def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
     """Return the repeats in an epoch of each regularisation image, which sum to at least `learned`.
 
-    repeats: of the images' tables, in order. Images are taken with their repeats until there are enough; the
-    rest is left out. If all together are too few, they are repeated from the first on, one at a time.
-    learned: how many other images of the dataset are trained in an epoch.
+    `repeats` are those of the images' tables, in order. Images are taken with their repeats until there are
+    enough; the rest is left out. If all together are too few, they are repeated from the first on, one at a
+    time. `learned` is how many other images of the dataset are trained in an epoch.
     """
     if not repeats or not learned:
         return [0] * len(repeats)
@@ -130,10 +134,12 @@ class Grouped(Protocol):
     """Protocol of what an epoch is made of: an item of a table, and those that it can share a batch with."""
 
     @property
-    def table(self) -> DatasetTable: ...
+    def table(self) -> DatasetTable:
+        """Table of the dataset file, whose keys say how often the item occurs."""
 
     @property
-    def group(self) -> tuple[int, ...]: ...
+    def group(self) -> tuple[int, ...]:
+        """Values that the items of one batch have in common."""
 
 
 G = TypeVar("G", bound=Grouped)
@@ -201,8 +207,8 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     """Return a list shuffled as `random.shuffle` does it.
 
-    draw_bits: `getrandbits` of the generator. Written out, as later Pythons must give the same batches; it is
-    a fifth faster too.
+    `draw_bits` is `getrandbits` of the generator. Written out, as later Pythons must give the same batches;
+    it is a fifth faster too.
     """
     shuffled = list(values)
     for place in range(len(shuffled) - 1, 0, -1):
@@ -218,12 +224,20 @@ S = TypeVar("S", bound=OfSource)
 
 
 def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tuple[list[S], list[S]]:
-    """Split into (training, validation): tables marked `validation`, and a fraction of the sources of all
-    other tables.
+    """Split items into those for training and those for validation.
 
-    Sources are chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0
-    takes at least one source and leaves at least one. Subsets of the image guides' form are split each by
-    itself, by their own fraction and seed if they state any. seed: chooses for those that do not.
+    The latter are tables marked `validation`, and a fraction of the sources of all other tables. Sources are
+    chosen by name only: all crops of a clip, in all tables, are on one side. A fraction above 0 takes at
+    least one source and leaves at least one. Subsets of the image guides' form are split each by itself, by
+    their own fraction and seed if they state any.
+
+    Args:
+        items: Items of all tables.
+        fraction: Fraction of the sources that is held out.
+        seed: Chooses the sources of subsets that state no seed.
+
+    Returns:
+        Items for training, and items for validation.
     """
     if any(item.table.group is not None for item in items):
         return _split_subsets(items, fraction, seed)
@@ -297,8 +311,9 @@ def changed_caption(
 ) -> str:
     """Return the text that a sample is trained with now, if it is not dropped.
 
-    caption: of a source of the table (`MediaSource.caption`). step: from 0. total_steps: of the run, for a
-    warm-up that is a share of it. `select_captions` says which captions are dropped.
+    `caption` is that of a source of the table (`MediaSource.caption`). `step` is counted from 0.
+    `total_steps` is that of the run, for a warm-up that is a share of it. `select_captions` says which
+    captions are dropped.
     """
     if not changes.is_raw:  # the source has it as it is trained
         return caption
@@ -361,9 +376,9 @@ def select_captions(
 ) -> tuple[int, ...]:
     """Return the number of the caption that each item uses, from 0, or EMPTY.
 
-    number: of the micro-batch, in the whole run. epoch: from 0. EMPTY is chosen with the table's
-    caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
-    drops: if False, no caption is dropped; the choice of all other captions stays the same.
+    `number` is that of the micro-batch, in the whole run. `epoch` is counted from 0. EMPTY is chosen with the
+    table's caption_dropout_rate, and in epochs whose captions are all empty; captions are equally likely.
+    Without `drops`, no caption is dropped; the choice of all other captions stays the same.
     """
     chosen = []
     for place, item in enumerate(items):
@@ -380,7 +395,10 @@ def select_captions(
 
 
 def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> bool:
-    """Return whether a batch is trained without its references. number: of the micro-batch."""
+    """Return whether a batch is trained without its references.
+
+    `number` is that of the micro-batch.
+    """
     rate = items[0].table.reference_dropout_rate
     return rate > 0 and random.Random(derive_seed(seed, "references", number)).random() < rate
 
@@ -390,7 +408,7 @@ def change_captions(
 ) -> tuple[str, ...]:
     """Return the texts that samples are trained with, as the tables change them each time.
 
-    texts: of the sources. chosen: see `select_captions`; a caption that is EMPTY stays so.
+    `texts` are those of the sources. For `chosen` see `select_captions`; a caption that is EMPTY stays so.
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):

@@ -46,19 +46,30 @@ def read_batch(
     reads_empty: bool = False,
     reads_worse: bool = False,
 ) -> data.Batch:
-    """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
-    lists.
+    """Read and check the files of a batch and stack them: `latents` are B C F H W.
 
-    Raises CacheError naming the file, the reason and the command that repairs it: damaged, made for other
-    options, made from a source or a caption that has changed since, or not of the shape that the
-    configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
-    caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
-    flips: which items are mirrored; () for none. undropped: for a teacher, the numbers before dropout, of
-    captions that are all cached; the batch also has these texts if `captions` differ. encoded: what was
-    encoded for items, by their places: tensors without batch dimension. reads_empty: read the empty prompt
-    too, which the caches of a table with `uses_empty_prompt` have. reads_worse: give the latents of the worse
-    ones, which all items need then. For texts without a cache the batch has only `captions`, as their files
-    have them.
+    Tensors of varying length stay lists. For texts without a cache the batch has only `captions`, as their
+    files have them.
+
+    Args:
+        items: Items of the batch, all of one group.
+        latent: The family's latent space.
+        commands: Commands that repair caches, for messages.
+        checks: Checks of the run, which remember checked files.
+        captions: Number of the caption to use for each item, or EMPTY; None for the first one of each.
+        stores: Stores of the run, which keep shards open.
+        flips: Which items are mirrored; () for none.
+        undropped: For a teacher, the numbers before dropout, of captions that are all cached. The batch also
+            has these texts if `captions` differ.
+        encoded: What was encoded for items while training, by their position in the batch: tensors without
+            batch dimension.
+        reads_empty: Read the empty prompt too, which the caches of a table with `uses_empty_prompt` have.
+        reads_worse: Read the latents of the rejected clips too, which all items need then.
+
+    Raises:
+        CacheError: If a file is damaged, was made for other options or from a source or a caption that has
+            changed since, or has another shape than the configuration asks for. The message names the file
+            and the command that repairs it.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -117,9 +128,12 @@ def _list_makers(
 def _take_inner_sound(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Name the sound of caches of latents as that of caches of its own. path: of one of them.
+    """Name the sound of caches of latents as that of caches of its own.
 
-    Raises CacheError if there is none.
+    `path` is that of one of them.
+
+    Raises:
+        CacheError: If there is none.
     """
     sound, is_heard = tensors.pop(data.INNER_SOUND, None), tensors.pop(data.IS_HEARD, None)
     if not isinstance(sound, Tensor) or not isinstance(is_heard, Tensor):
@@ -133,7 +147,11 @@ def _take_inner_sound(
 
 
 def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
-    """Leave out the latents of worse ones if they are not read. Raises CacheError if an item has none."""
+    """Leave out the latents of worse ones if they are not read.
+
+    Raises:
+        CacheError: If an item has none.
+    """
     for part in media:
         if not reads_worse:
             part.tensors.pop(data.REJECTED_LATENTS, None)
@@ -142,6 +160,7 @@ def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_w
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
+    """Return the message for a cache without the rejected clip that --preference compares with."""
     return (
         f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
         f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
@@ -202,7 +221,10 @@ class _Reader:
     encoded: Mapping[int, Mapping[str, Tensor]]
 
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
-        """Read latents, and sound if there is any. place: in the batch. flip: the mirrored side."""
+        """Read latents, and sound if there is any.
+
+        `place` is the item's index in the batch. With `flip`, read the mirrored latents.
+        """
         encoded = self.encoded.get(place)
         if encoded is not None:
             part = _Part(item.latent_path, dict(encoded))
@@ -249,7 +271,10 @@ class _Reader:
         return part
 
     def read_texts(self, items: Sequence[TrainingItem], numbers: Sequence[int]) -> list[_Part]:
-        """Read a caption of each item. numbers: of the captions."""
+        """Read a caption of each item.
+
+        `numbers` are those of the captions.
+        """
         return [self.read_text(item, number) for item, number in zip(items, numbers, strict=True)]
 
     def read_text(self, item: TrainingItem, number: int) -> _Part:
@@ -298,8 +323,14 @@ class _Reader:
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, find_faults: Callable[..., Iterator[str]]
     ) -> _Part:
-        """Read a cache of media. part: for `MadeBy`. key: name of a tensor that it must have. find_faults:
-        yields why its tensors are not what the table asks for.
+        """Read a cache of media.
+
+        Args:
+            item: Item that the cache belongs to.
+            path: Path for messages.
+            part: Word of `MadeBy` for this part.
+            key: Name of a tensor that the cache must have.
+            find_faults: Yields why the tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
@@ -354,7 +385,8 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
 def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
     """Return `data.SIZES` of a picture, without batch dimension.
 
-    said: `data.SAID_SIZES` of its cache, which go before what follows from the sizes. flip: it is mirrored.
+    `said` is `data.SAID_SIZES` of its cache, which go before what follows from the sizes. `flip` says that it
+    is mirrored.
     """
     bucket = item.bucket[0], item.bucket[1]
     if said is None:
@@ -370,6 +402,7 @@ def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
+    """Return the stores that read the caches of an item's family."""
     return Stores((item.kind.tag, latent, item.kind.text_keys))
 
 
@@ -413,7 +446,10 @@ def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tens
 
 
 def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
-    """Raise CacheError if a text cache lacks tensors. keys: of all encoders of the model."""
+    """Raise CacheError if a text cache lacks tensors.
+
+    `keys` are those of all encoders of the model.
+    """
     absent = sorted(keys - entry.tensors.keys())
     if absent:
         maker = entry.metadata.get("architecture", "")

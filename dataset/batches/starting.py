@@ -53,13 +53,25 @@ def check_caches(
     view: str = "",
     own_encoders: Mapping[str, Mapping[str, str]] = NOT_KNOWN,
 ) -> None:
-    """Read the caches of at most MOST_READ items and captions and MOST_READ_BYTES: all that a small data set
-    has. Further captions of an item come last. process: number of this one and of all; each reads a share.
-    view: what a teacher sees, as `Batch.view`.
-    own_encoders: identities of the trained model's text encoders by name, if texts are compared with them.
+    """Read caches before training begins: of a small data set all, of a large one a sample.
 
-    Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
-    changed captions. What is encoded while training is not looked at.
+    At most MAX_READ items and captions and MOST_READ_BYTES are read, further captions of an item last.
+    What is encoded while training is not read.
+
+    Args:
+        family: Family that is trained.
+        items: Items of the run.
+        commands: Commands that repair caches, for messages.
+        stores: Stores of the run.
+        has_live_texts: Whether captions are encoded while training.
+        process: Number of this process and of all; each reads a share.
+        view: What a teacher sees, as `Batch.view`.
+        own_encoders: Identities of the trained model's text encoders by name, if texts are compared with
+            them.
+
+    Raises:
+        CacheError: For everything that reading a batch would reject: damage, another encoder or release,
+            changed captions.
     """
     rank, count = process
     cached = [item for item in items if item.kind.sizes is None]
@@ -127,7 +139,10 @@ def _count_batch_bytes(batch: Batch) -> int:
 def _warn_of_earlier(
     origins: Sequence[tuple[TrainingItem, MadeBy]], family: Family, commands: CachingCommands
 ) -> None:
-    """Warn of caches that earlier versions made and that would be different now. origins: of each item."""
+    """Warn of caches that earlier versions made and that would be different now.
+
+    `origins` are those of each item.
+    """
     by_own_clocks = [item for item, origin in origins if origin.own_clocks]
     if by_own_clocks:
         _compare_clocks(by_own_clocks, family.defaults.fps, commands)
@@ -139,7 +154,10 @@ def _warn_of_earlier(
 def _warn_of_fewer(
     cached: Sequence[TrainingItem], windows: Mapping[tuple[int, str], int], commands: CachingCommands
 ) -> None:
-    """Warn of clips with fewer cached items than they have windows. windows: by table index and stem."""
+    """Warn of clips with fewer cached items than they have windows.
+
+    `windows` are counted by table index and stem.
+    """
     counts = Counter((item.table.index, item.source_stem) for item in cached)
     fewer = [clip for clip, num_windows in windows.items() if counts[clip] < num_windows]
     if fewer:
@@ -176,8 +194,8 @@ def _compare_reading(
 ) -> None:
     """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
 
-    items: each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
-    MOST_LOOKED_AT clips are looked at; missing files are skipped.
+    `items` are each with the mark of how its clip was read. `keeps_alpha` is that of the family's LatentSpec.
+    At most MOST_LOOKED_AT clips are looked at; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
     for table in {item.table.index: item.table for item, _ in items}.values():
@@ -206,11 +224,17 @@ def compare_sources(
     tag: str,
     hears: bool = False,
 ) -> None:
-    """Warn of files in folders that have no latents, of latents whose file is gone, and of sound that is not
-    cached: caching may have been stopped between a clip's latents and its sound.
+    """Warn of files without latents, latents without a file, and sound that is not cached.
 
-    tag: the family's cache_tag. hears: the run is with sound. Folders of more than MOST_LISTED files are left
-    out.
+    Caching may have been stopped between a clip's latents and its sound. Folders of more than MOST_LISTED
+    files are left out.
+
+    Args:
+        tables: Tables of the dataset.
+        listing: Items that were found for them.
+        commands: Commands that cache, for messages.
+        tag: The family's cache_tag.
+        hears: Whether the run is with sound.
     """
     for table in tables:
         items = [item for item in listing.items if item.table.index == table.index]
@@ -254,8 +278,9 @@ def compare_sources(
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
-    """Return the sources of a folder by stem; None if it has more than MOST_LISTED files or cannot be
-    listed: the caches were copied without it.
+    """Return the sources of a folder by stem; None if it is large or cannot be listed.
+
+    A folder that cannot be listed is one that the caches were copied without.
     """
     try:
         with os.scandir(folder) as entries:

@@ -74,7 +74,10 @@ def list_shards(folder: Path) -> dict[str, int]:
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
-    """Open an SQLite address; threads may share the connection. seconds: to wait for locks."""
+    """Open an SQLite address; threads may share the connection.
+
+    `seconds` is the time to wait for locks.
+    """
     connection = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cache_size = -1024")
@@ -82,16 +85,18 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
 
 
 def _bound(rows: sqlite3.Connection, size: int) -> None:
-    """Stop statements that take far more steps than a file of `size` bytes can need: in a malicious file
-    pages can refer to each other in a circle.
+    """Stop statements that take far more steps than a file of `size` bytes can need.
+
+    In a malicious file pages can refer to each other in a circle.
     """
     turns = itertools.count()
     rows.set_progress_handler(lambda: next(turns) > 2 + (size >> 18), 1 << 20)
 
 
 def _require_table(rows: sqlite3.Connection) -> None:
-    """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else: a view, a
-    trigger or a computed column would run statements of whoever made the file.
+    """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else.
+
+    A view, a trigger or a computed column would run statements of whoever made the file.
     """
     statements = [sql for (sql,) in rows.execute("SELECT sql FROM sqlite_master LIMIT 3")]
     if sorted(map(str, statements)) != sorted(_STATEMENTS):
@@ -99,6 +104,7 @@ def _require_table(rows: sqlite3.Connection) -> None:
 
 
 def open_shard(path: Path) -> sqlite3.Connection:
+    """Open a finished shard for reading. SQLite takes no locks, because nobody changes such a file."""
     return connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1")
 
 
@@ -135,9 +141,11 @@ class Catalog:
         ]
 
     def names(self) -> list[str]:
+        """Return the names of all entries that have not been removed."""
         return [name for name, row in self.rows.items() if row.size is not None]
 
     def entry_bytes(self) -> dict[str, int]:
+        """Return the bytes of the current entries of each shard, by the shard's name."""
         sizes = dict.fromkeys(self.shards, 0)
         for row in self.rows.values():
             sizes[row.shard] += row.size or 0
@@ -176,8 +184,10 @@ class Catalog:
 
 
 def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
-    """Return the rows of a shard. Raises sqlite3.DatabaseError if values have other types than ours: SQLite
-    columns take any type.
+    """Return the rows of a shard.
+
+    Raises:
+        sqlite3.DatabaseError: If values have other types than ours, as SQLite columns take any type.
     """
     entries = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     limits = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
@@ -207,6 +217,7 @@ def explain_sqlite(path: Path) -> Iterator[None]:
 
 
 def machine() -> str:
+    """Return eight characters that stand for this machine in the names of shards."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -237,7 +248,7 @@ class ShardWriter:
             flush_folder(folder)
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
-        """Write a row in place of an earlier one. data: None marks the entry as removed."""
+        """Write a row in place of an earlier one. `data` None marks the entry as removed."""
         size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:
@@ -289,10 +300,10 @@ def _give_final_name(path: Path) -> None:
 
 
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may live. own_shard: of this
-    process.
+    """Finish the shards whose writers were killed; leave those whose writers may live.
 
-    Locks show whether a writer lives; for other machines and volumes without locks, the file's age decides.
+    Locks show whether a writer lives. On other machines and on volumes without locks, the file's age decides.
+    `own_shard` is the one that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
@@ -331,8 +342,10 @@ def _is_own(path: Path) -> bool:
 
 
 def _recover(path: Path, how: str = "") -> bool:
-    """Keep what the writer of a shard has committed. If not even the table was, remove the shard and return
-    True.
+    """Keep what the writer of a shard has committed.
+
+    Returns:
+        True if not even the table was committed; the shard is removed then.
     """
     with contextlib.closing(connect(f"{path.absolute().as_uri()}?mode=rw{how}", seconds=0)) as rows:
         _bound(rows, path.stat().st_size)

@@ -38,8 +38,9 @@ class Converted(NamedTuple):
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
     """Convert folders and log the results.
 
-    Raises CacheError if entries are damaged, OutputError if something cannot be written; nothing is lost
-    then, and the same command continues.
+    Raises:
+        CacheError: If entries are damaged.
+        OutputError: If something cannot be written; nothing is lost then, and the same command continues.
     """
     for table in config.datasets if config else ():
         if table.cache_format in SHARED_CACHES:
@@ -69,8 +70,8 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Put the single files of a folder into shards. Files that are not caches do not change.
 
-    Shards of earlier versions, in tars, are made again. keep: leave the files too. dry_run: change nothing.
-    Raises CacheError, OutputError.
+    Shards of earlier versions, in tars, are made again. With `keep`, leave the files too. With `dry_run`,
+    change nothing. Raises CacheError, OutputError.
     """
     names = list(single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
@@ -92,8 +93,11 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
     """Write each entry of a folder's shards as a single file.
 
-    keep: leave the shards too. dry_run: change nothing. Raises CacheError if entries are damaged (all other
-    entries are written, and the shards are kept), OutputError if a file cannot be written.
+    With `keep`, leave the shards too. With `dry_run`, change nothing.
+
+    Raises:
+        CacheError: If entries are damaged (all other entries are written, and the shards are kept).
+        OutputError: If a file cannot be written.
     """
     shards = ShardStore(folder)
     if not dry_run:
@@ -136,8 +140,15 @@ Form = SingleFiles | ShardStore
 def _copy(
     names: Sequence[str], source: Form, target: Form, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
-    """Copy entries that the target lacks or has with other contents. what: word for an entry of the source.
-    damaged: gets a line for each entry that cannot be read.
+    """Copy entries that the target lacks or has with other contents.
+
+    Args:
+        names: Names of the entries.
+        source: Form to read.
+        target: Form to write.
+        what: Word for an entry of the source.
+        dry_run: Count only.
+        damaged: List that gets a line for each entry that cannot be read.
     """
     copied = unchanged = size_bytes = 0
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):

@@ -11,8 +11,14 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Raise DatasetError, with the command that converts, if caches of a family are in the other form than
-    the `cache_format` of their table. tables: those that `may_be_mixed`. tag: the family's cache_tag.
+    """Check that caches are in the form that the `cache_format` of their table names.
+
+    Args:
+        tables: Tables that `may_be_mixed`.
+        tag: The family's cache_tag.
+
+    Raises:
+        DatasetError: If they are in the other form; the message has the command that converts.
     """
     errors = [line for table in tables for line in other_form(table, tag)]
     if errors:
@@ -58,7 +64,10 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry is one of a family's: latents, sound or texts. tag: the family's cache_tag."""
+    """Return whether an entry is one of a family's: latents, sound or texts.
+
+    `tag` is the family's cache_tag.
+    """
     for latent_tag in (tag, cache_files.sound_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
             return True

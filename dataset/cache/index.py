@@ -57,8 +57,9 @@ def is_heard_apart(table: DatasetTable, sound: SoundSpec | None) -> bool:
 
 
 def is_indexed(table: DatasetTable, sound: SoundSpec | None) -> bool:
-    """Return whether a table can have an index: a folder or a JSONL list, cached in single files, whose texts
-    are of captions alone.
+    """Return whether a table can have an index.
+
+    It is a folder or a JSONL list, cached in single files, whose texts are of captions alone.
     """
     has_other_parts = is_heard_apart(table, sound) or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
@@ -96,7 +97,9 @@ def _hash(text: str) -> str:
 def _list_path(path: Path, only_files: bool) -> list[str]:
     """Return the names in a folder, sorted, without those of caching; of a file, its size and time.
 
-    Raises OSError if it cannot be read, ValueError if the folder has too many entries.
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If the folder has too many entries.
     """
     if not path.is_dir():
         return [repr(stamp_of(path))]
@@ -124,8 +127,10 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     """Return the index of a table's caches; None if there is none, or if anything is not as it was.
 
     Args:
+        table: Table of the dataset.
         names: Names of the files in the cache folder.
         tag: The family's cache_tag.
+        latent: The family's latent space.
     """
     if NAME not in names:
         return None
@@ -173,7 +178,8 @@ def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
     """Return how many captions of each source are cached, without a gap in their numbers.
 
-    Raises KeyError if one has a further caption only.
+    Raises:
+        KeyError: If one has a further caption only.
     """
     numbers: dict[str, set[int]] = {}
     for line in lines:

@@ -37,7 +37,11 @@ def list_latent_files(
     """Yield the latent caches of a table's kind among sorted file names, in their order.
 
     Args:
+        table: Table of the dataset.
+        files: Sorted names of the files in the table's cache folder.
         tag: The family's cache_tag.
+        latent: The family's latent space.
+        store: Store of the table, which reads headers.
         reads_references: Whether batches depend on the sizes of reference images.
     """
     sections = _count_sections(files, tag) if table.kind == "video" else Counter[tuple[str, LatentName]]()
@@ -82,9 +86,12 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 
 
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control and reference latent of an entry, in order, without mirrored
-    ones; () if the entry is damaged, which is an error when it is read. The heights of all frames are added
-    up.
+    """Return width and height of each control and reference latent of an entry, in order.
+
+    Mirrored ones are left out. The heights of all frames are added up.
+
+    Returns:
+        () if the entry is damaged, which is an error when it is read for a batch.
     """
     try:
         shapes = store.read(name, is_whole=False).shapes

@@ -106,7 +106,8 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
 def latent_record(entry: Entry) -> LatentRecord | None:
     """Return the record of a latent cache; None if it has none (made by another program).
 
-    Raises CacheError if the record is damaged.
+    Raises:
+        CacheError: If the record is damaged.
     """
     record = None
     with _content(entry, "latents") as data:
@@ -135,8 +136,11 @@ def _clip_info(content: Any) -> ClipInfo:
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
     """Split the record of a latent cache into the texts around its checksums and files, and the files.
-    Records with equal texts differ in checksums and files only. None if the record cannot be split that
-    simply.
+
+    Records with equal texts differ in checksums and files only.
+
+    Returns:
+        None if the record cannot be split that simply.
     """
     text = entry.metadata.get(RECORD_KEY, "")
     parts = _OF_ITEM.split(text)
@@ -152,7 +156,8 @@ def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
     """Return the records of a text cache by encoder name; empty if it has none.
 
-    Raises CacheError if they are damaged.
+    Raises:
+        CacheError: If they are damaged.
     """
     records: dict[str, TextRecord] = {}
     with _content(entry, "texts") as data:
@@ -220,7 +225,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    origin: of a source's part; files at an address have to be downloaded.
+    `origin` is that of a source's part; files at an address have to be downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -229,8 +234,11 @@ def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
 def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -> bool:
     """Return whether a file is unchanged. Its content is read only if its time differs but its size does not.
 
-    A removed download of the same address counts as unchanged and is not downloaded again. Raises OSError if
-    the file is missing, MediaError if a folder has no images any more.
+    A removed download of the same address counts as unchanged and is not downloaded again.
+
+    Raises:
+        OSError: If the file is missing.
+        MediaError: If a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
         return then.name == path.name  # it holds a hash of the address
@@ -243,8 +251,11 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
 
-    origin: of a file inside a tar or table, which has the time of the whole. Raises OSError if the file is
-    missing, MediaError if a folder has no images.
+    `origin` is that of a file inside a tar or table, which has the time of the whole.
+
+    Raises:
+        OSError: If the file is missing.
+        MediaError: If a folder has no images.
     """
     if origin is not None and not isinstance(origin, Remote):
         # a third faster than a Path, a million times
@@ -281,8 +292,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
 @contextlib.contextmanager
 def _content(entry: Entry, key: str) -> Iterator[Any]:
-    """Yield the value of a key in an entry's record; None if there is no record. Errors of the block that
-    show a damaged record become CacheError.
+    """Yield the value of a key in an entry's record; None if there is no record.
+
+    Errors of the block that show a damaged record become CacheError.
     """
     text = entry.metadata.get(RECORD_KEY)
     if text is None:
@@ -309,6 +321,7 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
+    """Return the number of pixel frames of a section whose window has so many latent frames."""
     return latent.count_frames(window)
 
 
@@ -339,8 +352,9 @@ class CacheChecks:
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that passed; if there are too many, the older ones are forgotten and checked
-        again.
+        """Remember an item that passed.
+
+        If there are too many, the older ones are forgotten and checked again.
         """
         if len(self.checked) >= self.most_checked:
             self.checked.clear()
@@ -349,7 +363,7 @@ class CacheChecks:
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first existing source that has changed.
 
-        folders: of each file; None if unknown.
+        `folders` are those of each file; None if unknown.
         """
         for folder, file in zip(folders, files, strict=True):
             if folder is None:

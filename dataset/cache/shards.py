@@ -68,6 +68,7 @@ class ShardStore:
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
+        """Return the names of all entries, after looking for new shards."""
         with self._lock:
             return self._read_catalog(is_new=True).names()
 
@@ -77,7 +78,11 @@ class ShardStore:
             return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
-        """Read an entry to the CPU. Raises CacheError if it is missing or damaged."""
+        """Read an entry to the CPU.
+
+        Raises:
+            CacheError: If it is missing or damaged.
+        """
         path = self.folder / name
         if is_whole:
             return unpack(path, self.read_bytes(name))
@@ -93,10 +98,15 @@ class ShardStore:
         return self._with_row(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of an entry's file. Raises CacheError if it is missing or damaged."""
+        """Read the bytes of an entry's file.
+
+        Raises:
+            CacheError: If it is missing or damaged.
+        """
         return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write tensors as the bytes of a safetensors file, into this process's shard."""
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
@@ -115,6 +125,7 @@ class ShardStore:
             catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
 
     def remove(self, name: str) -> None:
+        """Write that an entry is gone; its bytes are freed when shards are rewritten."""
         with self._lock:
             if name in self:
                 self.write_bytes(name, None)
@@ -122,8 +133,12 @@ class ShardStore:
     def close(self, is_last: bool = False) -> None:
         """Make sure that all that was written survives; more begins another shard.
 
-        is_last: all writers of a run have finished. Then small shards are merged, and removed and damaged
-        entries are reclaimed. Raises OutputError if there is no room for it; nothing is lost then.
+        Args:
+            is_last: All writers of a run have finished. Then small shards are merged, and removed and damaged
+                entries are reclaimed.
+
+        Raises:
+            OutputError: If there is no room for it; nothing is lost then.
         """
         with self._lock:
             self._finish()
@@ -199,7 +214,9 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
 
 
 def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
-    """Return the bytes of an entry. rows: its open shard; None for a tar.
+    """Return the bytes of an entry.
+
+    `rows` is its open shard; None for a tar.
 
     Raises OSError or sqlite3.Error, CacheError if the bytes are missing or differ from those written.
     """
@@ -221,15 +238,18 @@ def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) ->
 
 
 def shard_errors(folder: Path) -> list[str]:
+    """Return a line for each shard of a folder that cannot be read."""
     return Catalog(folder).faults
 
 
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
     """Put a folder in order: at most one small shard, and none that is unfinished or damaged.
 
-    One process at a time does this. Shards that other processes are writing are left alone. with_tars: turn
-    those of earlier versions into SQLite files. Raises OutputError if there is no room for it; nothing is
-    lost then.
+    One process at a time does this. Shards that other processes are writing are left alone. With `with_tars`,
+    turn those of earlier versions into SQLite files.
+
+    Raises:
+        OutputError: If there is no room for it; nothing is lost then.
     """
     if not folder.is_dir():
         return
@@ -250,8 +270,9 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
-    """Write the valid entries of some shards to new ones, then remove the old ones: after a kill every entry
-    is in one shard or in two.
+    """Write the valid entries of some shards to new ones, then remove the old ones.
+
+    After a kill every entry is in one shard or in two.
     """
     sizes = catalog.entry_bytes()
     opened: dict[str, sqlite3.Connection] = {}

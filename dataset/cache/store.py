@@ -43,6 +43,7 @@ class SingleFiles:
     is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
+        """List the cache folder; it is empty if the folder does not exist."""
         # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
@@ -50,14 +51,20 @@ class SingleFiles:
         return (self.folder / name).exists()
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
+        """Read a file, or with `is_whole` False its header alone."""
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
         return read_entry(path, is_whole)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a file; after a kill it is complete or not there."""
         write_tensors(self.folder / name, tensors, metadata)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read all bytes of a file. Raises CacheError if it cannot be read."""
+        """Read all bytes of a file.
+
+        Raises:
+            CacheError: If it cannot be read.
+        """
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
@@ -68,6 +75,7 @@ class SingleFiles:
         write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:
+        """Remove a file; one that is gone already is no error."""
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
@@ -89,22 +97,26 @@ class MemoryStore:
     is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
+        """Return the names of all entries in memory."""
         return list(self.entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
+        """Return an entry in memory; it is always complete."""
         if name not in self.entries:
             raise CacheError(f"{self.folder / name}: it is not in memory")
         return self.entries[name]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Keep copies of tensors in host memory."""
         # copies: what an encoder gives may be a part of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
+        """Forget an entry; one that is not there is no error."""
         self.entries.pop(name, None)
 
     def close(self, is_last: bool = False) -> None:
@@ -112,13 +124,17 @@ class MemoryStore:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all tensors in memory."""
         return sum(tensor.nbytes for entry in self.entries.values() for tensor in entry.named.values())
 
 
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
     """Return the store of a table's cache folder, in the form that `cache_format` says.
 
-    names: of the family. Raises DatasetError if it has none and the form is npz.
+    `names` is that of the family.
+
+    Raises:
+        DatasetError: If it has none and the form is npz.
     """
     if table.cache_format == "files":
         return SingleFiles(table.cache_directory)
@@ -132,8 +148,10 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
     """Return the store of caches that other programs share, in one of `SHARED_CACHES`.
 
-    folder: of these caches, except those of pictures that a list names anywhere. Raises DatasetError if the
-    family, of which `names` are, has none in this form.
+    `folder` is that of these caches, except those of pictures that a list names anywhere.
+
+    Raises:
+        DatasetError: If the family, of which `names` are, has none in this form.
     """
     return SHARED_CACHES[cache_format].open_store(table, names, folder, partial(_list_images, table))
 
@@ -149,8 +167,9 @@ def _list_images(table: DatasetTable) -> dict[str, Path]:
 
 
 def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Return whether a table may have single files and shards, though its `cache_format` names one form; see
-    `dataset.cache.form`. names: of its cache folder, if they have been listed.
+    """Return whether a table may have single files and shards, although its `cache_format` names one form.
+
+    See `dataset.cache.form`. `names` are the names in its cache folder, if they have been listed.
     """
     folder = table.cache_directory
     if table.cache_format != "files":  # shared ones may lie next to ours, which other trainings use
@@ -160,6 +179,7 @@ def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> b
 
 
 def npz_names(family: Caches) -> NpzNames:
+    """Return what the names in npz files depend on: cache tag, latent space and keys of texts."""
     # the keys may be known only if all encoders are given, which a check does not need
     has_npz = family.latent.npz is not None
     return family.cache_tag, family.latent, family.text_keys if has_npz else frozenset()
@@ -222,7 +242,10 @@ class LatentNames:
     """The latent caches of a table by the stem of their source. There may be millions."""
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
-        """List the latent caches without opening any. kind: of the table, "image" or "video"."""
+        """List the latent caches without opening any.
+
+        `kind` is that of the table, "image" or "video".
+        """
         self._endings: dict[str, LatentName] = {}  # by the end of a name
         self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
         for file, stem, ending in latent_names(store.names(), tag, kind):
@@ -230,6 +253,7 @@ class LatentNames:
             self._files[stem] = (*self._files.get(stem, ()), file)
 
     def of(self, stem: str) -> Names:
+        """Return the latent caches of a source: the parsed name of each file."""
         return {file: self._endings[file[len(stem) :]] for file in self._files.get(stem, ())}
 
     def not_in(self, names: Container[str], except_of: Container[str]) -> list[str]:
@@ -247,7 +271,7 @@ ExistingNames = Mapping[int, LatentNames]  # by table index
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
     """Remove those of `names` whose tensor names show that they are caches; return how many were removed.
 
-    names: listed before the run listed its sources.
+    `names` were listed before the run listed its sources.
     """
     count = 0
     for name in () if store.is_shared else names:

@@ -36,8 +36,11 @@ def reject_moments(family: Caches, table: DatasetTable) -> None:
 def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSource]:
     """Return the sources; moments of first frames are left out if the family does not use them.
 
-    Raises DatasetError if the family cannot use moments, if they are visibly of another model's VAE, or if
-    moments of first frames are needed and missing. Unreadable files are reported later, by caching.
+    Unreadable files are reported later, by caching.
+
+    Raises:
+        DatasetError: If the family cannot use moments, if they are visibly of another model's VAE, or if
+            moments of first frames are needed and missing.
     """
     with_tensors = [source for source in sources if source.tensors is not None]
     if not with_tensors:
@@ -72,7 +75,11 @@ def _require_image_moments(sources: Sequence[MediaSource]) -> None:
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
-    """Return a source with its moments instead of frames. Raises MediaError if they cannot be used."""
+    """Return a source with its moments instead of frames.
+
+    Raises:
+        MediaError: If they cannot be used.
+    """
     paths = [path for path, _ in source.parts]
     # copies: a file that is mapped can change, and Windows does not replace it
     moments = tuple(moments_files.read_moments(path, latent).clone() for path in paths)
@@ -142,7 +149,10 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of the file `embeds_note`. identities: of the encoders by name. tensors: by key."""
+    """Return the content of the file `embeds_note`.
+
+    `identities` are those of the encoders by name. `tensors` are stored by their keys.
+    """
     return {
         "caption": caption,
         "architecture": architecture,

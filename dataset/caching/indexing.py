@@ -48,13 +48,15 @@ def write_index(
 ) -> None:
     """Write the part of a table in the index of its caches, in place of the one before.
 
-    A kill leaves the index before; whoever writes at the same time waits. If there is no room for it, there
-    is none, and training lists the caches.
+    A kill leaves the earlier index. Another process that writes at the same time waits. If the disk has no
+    room for an index, there is none, and training lists the caches.
 
     Args:
+        table: Table of the dataset.
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
-        mark: The mark of the table, from before its sources were listed.
+        latent: The family's latent space.
+        mark: Fingerprint of the table, taken before its sources were listed.
         right: Names of the cache files that this run made, or compared with their sources.
         left_out: Paths of the sources that could not be cached, by stem.
     """

@@ -98,7 +98,10 @@ def _add_sounds(items: Iterable[DecodedMedia], sounds: "SpanSounds") -> Iterator
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
-    """Yield items of equal shapes together. size: of a batch; None: that of its table."""
+    """Yield items of equal shapes together.
+
+    `size` is that of a batch; None means that of its table.
+    """
     return fill_batches(
         items,
         group_of=lambda item: item.group,
@@ -109,7 +112,11 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Return the media encoders of a family. Raises CheckpointError if they cannot be loaded."""
+    """Return the media encoders of a family.
+
+    Raises:
+        CheckpointError: If they cannot be loaded.
+    """
     loaded = family.media_encoders(device)
     weight = next(loaded.vae.parameters(), None) if isinstance(loaded.vae, nn.Module) else None
     if weight is not None:
@@ -118,7 +125,10 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
-    """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
+    """Return items of equal shapes as one batch for the encoders.
+
+    `keys` are their names, without suffix.
+    """
     first = items[0]
     alphas = [item.alpha for item in items if item.alpha is not None]
     control_masks = [item.control_mask for item in items if item.control_mask is not None]
@@ -145,7 +155,7 @@ def encode(
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Return the entries of each item of a batch; if its table flips, with the mirrored latents.
 
-    keys: their names, without suffix. encoders: of the family; moments need none.
+    `keys` are their names, without suffix. `encoders` is that of the family; moments need none.
     """
     if items[0].moments:
         of_items = zip(*(item.moments for item in items), strict=True)
@@ -176,7 +186,7 @@ def encode(
 def _with_frames(media: data.MediaBatch, worse: Tensor) -> data.MediaBatch:
     """Return the batch of the worse ones, which are encoded with the same control media.
 
-    worse: B F H W C uint8. They have no transparency: that of the better ones says nothing about them.
+    `worse` is B F H W C uint8. They have no transparency: that of the better ones says nothing about them.
     """
     return dataclasses.replace(media, frames=worse, alpha=None)
 
@@ -248,7 +258,9 @@ def write_entry(
     record: LatentRecord,
     facts: Mapping[str, str],
 ) -> None:
-    """Write a cache of latents with its record. named: tensors by their names in the file. facts: metadata.
+    """Write a cache of latents with its record.
+
+    `named` are the tensors by their names in the file. `facts` are metadata.
 
     Raises OutputError, or CacheError if a value is NaN or infinite.
     """

@@ -50,6 +50,7 @@ class NextCommand:
 
     @property
     def line(self) -> str:
+        """The command as the user types it."""
         return as_typed(self.words)
 
     @property
@@ -88,8 +89,12 @@ def _first_number(names: Sequence[str]) -> int | None:
 def join_processes(device: str | None) -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
-    device: the device option, if given. Processes communicate through gloo, on the CPU, whatever device they
-    encode on. Raises OptionError if the launcher's variables are incomplete.
+    Args:
+        device: The device option, if given. Processes communicate through gloo, on the CPU, whatever device
+            they encode on.
+
+    Raises:
+        OptionError: If the launcher's variables are incomplete.
     """
     rank, count, local_rank = map(_first_number, (RANK, COUNT, LOCAL_RANK))
     if count is None or count <= 1:
@@ -121,11 +126,15 @@ def cache(
 ) -> CacheReport:
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
-    kind: LATENTS or TEXTS. stores: where caches are kept, if not where the tables say. A source that cannot
-    be read becomes a failure of the report and does not stop the run. Encoders are loaded only if there is
-    something to encode. A text cache is written when all of its encoders have run; until then there is a
-    `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
-    missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
+    `kind` is LATENTS or TEXTS. `stores` is where caches are kept, if not where the tables say. A source that
+    cannot be read becomes a failure of the report and does not stop the run. Encoders are loaded only if
+    there is something to encode. A text cache is written when all of its encoders have run; until then there
+    is a `.part`, which a later run continues.
+
+    Raises:
+        DatasetError: If the dataset cannot be used or a caption is missing.
+        CheckpointError: If an encoder cannot be loaded.
+        OutputError: If a file cannot be written.
     """
     freeze_libraries()
     shard = options.shard
@@ -166,7 +175,10 @@ def _write_indexes(
     report: CacheReport,
     marks: Mapping[int, str | None],
 ) -> None:
-    """Write what a run cached into the index of each table. marks: of the tables, by index."""
+    """Write what a run cached into the index of each table.
+
+    `marks` are those of the tables, by index.
+    """
     for table in config.datasets:
         if not is_indexed(table, sound_of(family)):
             continue
@@ -195,8 +207,10 @@ def run_caching(
 ) -> None:
     """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
 
-    following: what comes next, if no shard is missing.
-    Raises UserError if caching fails, and SystemExit with the result of a check.
+    `following` is what comes next, if no shard is missing.
+
+    Raises:
+        UserError: If caching fails, and SystemExit with the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
         from data_tools.report.views import show_datasets  # only with --debug_mode

@@ -51,8 +51,8 @@ class CachingActor:
     ) -> None:
         """Keep the work; the first batch begins it.
 
-        main, words: a caching script and its arguments. threads: how many read ahead, if the arguments do not
-        say. folder: where the command was typed; the actor's process changes to it.
+        `main` and `words` are a caching script and its arguments. `threads` is how many read ahead, if the
+        arguments do not say. `folder` is where the command was typed; the actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
@@ -97,8 +97,10 @@ class CachingActor:
 def run_on_ray(main: Main, options: RayOptions) -> None:
     """Cache all shards on a cluster, and show the results.
 
-    Raises InstallationError if Ray is missing, OptionError if the command cannot be run on a cluster,
-    DatasetError if the cluster cannot be reached, a shard could not be done or a source not be used.
+    Raises:
+        InstallationError: If Ray is missing.
+        OptionError: If the command cannot be run on a cluster.
+        DatasetError: If the cluster cannot be reached, a shard could not be done or a source not be used.
     """
     words = options.command[1:]
     main(words, _reject_looks)  # a wrong option is found before anything starts

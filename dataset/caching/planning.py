@@ -78,7 +78,10 @@ class Recipe:
     sound: SoundSpec | None = None  # of a family that hears
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
-        """Return the options in the record of an item of a source. sizes: its size, bucket and span."""
+        """Return the options in the record of an item of a source.
+
+        `sizes` are its size, bucket and span.
+        """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
@@ -230,8 +233,10 @@ class Planning:
         self._by_header = False  # the wanted items are known from the source's header, not from its caches
 
     def plan_by_shape(self) -> SourcePlan:
-        """Return the same as `plan`, faster: of many sources whose caches differ only in files and values,
-        one is compared fully, and for the others only the source files are checked.
+        """Return the same as `plan`, faster.
+
+        Of many sources whose caches differ only in files and values, one is compared fully. For the others
+        only the source files are checked.
         """
         shape = self._shape()
         valid = self.recipe.valid
@@ -288,7 +293,8 @@ class Planning:
     def plan(self) -> SourcePlan:
         """Compare the cache files with the ones that this run would make.
 
-        Raises MediaError if the header of the source cannot be read.
+        Raises:
+            MediaError: If the header of the source cannot be read.
         """
         table, latent, recipe = self.table, self.recipe.latent, self.recipe
         unknown = SourcePlan(self.source, frozenset(), 0, None)
@@ -352,7 +358,7 @@ class Planning:
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
-        kept_frames: of a clip, if that was decoded. reason: why there is no span.
+        `kept_frames` is that of a clip, if that was decoded. `reason` says why there is no span.
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
@@ -420,10 +426,13 @@ class Planning:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that a file of an item equals the one that this run would write; return whether it lacks a
-        record.
+        """Check that a file of an item equals the one that this run would write.
 
-        Raises CacheError if it does not fit.
+        Returns:
+            Whether it lacks a record.
+
+        Raises:
+            CacheError: If it does not fit.
         """
         path = self.table.cache_directory / file
         entry: Entry | None = None
@@ -534,10 +543,13 @@ class Planning:
         return None
 
     def _read_image_size(self) -> Size | None:
-        """Return the size of an image, from its caches if possible, as opening images takes longer. None if
-        the image has to be fetched first and no cache has its size.
+        """Return the size of an image, from its caches if possible, as opening images takes longer.
 
-        Raises MediaError if its header cannot be read.
+        Returns:
+            None if the image has to be fetched first and no cache has its size.
+
+        Raises:
+            MediaError: If the header of the image cannot be read.
         """
         if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
             return image_size(self.source.path)

@@ -40,7 +40,10 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the failure of a source. reason: a text or the exception."""
+        """Make the failure of a source.
+
+        `reason` is a text or the exception.
+        """
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -80,7 +83,10 @@ class SourceListing(NamedTuple):
 
 
 def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
-    """List all sources. captions: read them."""
+    """List all sources.
+
+    With `captions`, read them.
+    """
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
@@ -90,6 +96,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
+    """Return the report of several shares of the sources together, with failures sorted by path."""
     fields: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)
@@ -100,9 +107,12 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
-    """Show the results. rows, commands: further lines of the box, in a run of several steps without commands.
+    """Show the results.
 
-    Raises DatasetError if a source failed; in processes other than the main one, SystemExit with its code.
+    `rows` and `commands` are further lines of the box; a run of several steps has no commands.
+
+    Raises:
+        DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
     """
     code = DatasetError.exit_code
     if os.environ.get(RUN_GOES_ON):
@@ -148,6 +158,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], most: int) -> list[str]:
+    """Return the first lines of a long list, indented, and a line that counts those that are left out."""
     lines = [f"  {line}" for line in things[:most]]
     if len(things) > most:
         lines.append(f"  ... and {len(things) - most} more")
@@ -155,7 +166,10 @@ def first_lines(things: Sequence[object], most: int) -> list[str]:
 
 
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
-    """Return the error at the end of a run for its failures. things: a word for them."""
+    """Return the error at the end of a run for its failures.
+
+    `things` is a word for them.
+    """
     lines = "\n".join(first_lines(failures, LISTED))
     return DatasetError(
         f"{len(failures)} of the {things} could not be used; all others are done:\n{lines}\n"
@@ -173,6 +187,7 @@ AT_ONCE = 64  # values that a thread of `map_ahead` takes
 
 
 def workers_of(options: CachingOptions) -> int:
+    """Return the number of threads that decode: the option's, else one less than the processor has."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
@@ -182,9 +197,9 @@ def run_ahead(
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
     Threads are enough: FFmpeg, OpenCV and hashing release the interpreter's lock, and frames need no copy
-    between processes. size_bytes: of a result; called just before a job starts. A job starts if all results
-    that are in progress, waiting or in use (until the next one is requested) stay under `limit_bytes`; a
-    single one may be larger.
+    between processes. `size_bytes` returns the size of a job's result, and is called just before the job
+    starts. A job starts if all results that are in progress, waiting or in use (until the next one is
+    requested) stay under `limit_bytes`; a single one may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used = 0  # bytes of all results in progress, waiting or in use
@@ -239,10 +254,10 @@ Write = Callable[[Callable[[], object]], None]  # runs a function in the backgro
 
 @contextlib.contextmanager
 def write_behind(threads: int = 1) -> Iterator[Write]:
-    """Yield a function that runs writes in threads, while the next items are encoded. It waits while too many
-    writes are pending.
+    """Yield a function that runs writes in threads, while the next items are encoded.
 
-    An error is raised by a later call, or at the end of the block.
+    It waits while too many writes are pending. An error is raised by a later call, or at the end of the
+    block.
     """
     waiting: collections.deque[Future[object]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
@@ -264,8 +279,10 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     most_bytes: int,
 ) -> Iterator[list[T]]:
-    """Yield items of one group together, as soon as there are `max_of` them. If all waiting items take more
-    than `most_bytes`, yield the largest group; at the end, yield the rest.
+    """Yield items of one group together, as soon as there are `max_of` them.
+
+    If all waiting items take more than `most_bytes`, the largest group is yielded. At the end the remaining
+    groups are yielded.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -296,7 +313,8 @@ def read_ahead(
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs.
 
-    decodes: `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads little.
+    With `decodes`, `work` decodes its source, and waiting frames stay under DECODED_BYTES; else it reads
+    little.
     """
     ahead = run_ahead(
         jobs,

@@ -60,8 +60,10 @@ class _SoundJob(NamedTuple):
 
 
 class SoundWork:
-    """Encode the sound of a dataset. The networks are loaded when they are first needed and stay until
-    `free`, or until the encoders of pictures take their place.
+    """Encode the sound of a dataset.
+
+    The networks are loaded when they are first needed and stay until `free`, or until the encoders of
+    pictures take their place.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class SoundWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List entries. before_loading: called to free the device before the networks are loaded."""
+        """List entries.
+
+        `before_loading` is called to free the device before the networks are loaded.
+        """
         assert family.sound is not None
         self._family, self.spec = family, family.sound
         self._stores, self._device = stores, device
@@ -90,9 +95,12 @@ class SoundWork:
     ) -> CacheReport:
         """Encode the sound of all items of some sources that have latents and no valid entry of sound.
 
-        latents: the valid entries of latents. A clip whose sound cannot be read, or is missing but needed,
-        becomes a failure of the report. Raises CheckpointError if a network cannot be loaded, OutputError if
-        an entry cannot be written.
+        `latents` is the valid entries of latents. A clip whose sound cannot be read, or is missing but
+        needed, becomes a failure of the report.
+
+        Raises:
+            CheckpointError: If a network cannot be loaded.
+            OutputError: If an entry cannot be written.
         """
         items = self._items_of(latents)
         jobs: list[_SoundJob] = []
@@ -136,7 +144,7 @@ class SoundWork:
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
         """Remove the entries of sound of a table that are not among `valid`; return how many there were.
 
-        failed: stems of sources whose entries stay.
+        `failed` are the stems of sources whose entries stay.
         """
         if table.index not in self._existing:
             return 0
@@ -145,13 +153,15 @@ class SoundWork:
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
+        """Release the networks, if they are loaded."""
         if self._networks is not None:
             self._networks = None
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
-        """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"`
-        nothing changes.
+        """Compare a clip's entries of sound with those that this run would write.
+
+        With `audio = "ignore"` existing entries are kept and none is missing.
         """
         existing = self._existing[source.table.index].of(source.stem)
         valid: list[str] = []
@@ -170,13 +180,20 @@ class SoundWork:
         return SoundPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
-        """Return the number of a clip's latents with a valid entry of sound. files: names of the latents."""
+        """Return the number of a clip's latents with a valid entry of sound.
+
+        `files` are the names of the latents.
+        """
         items = self._items_of(frozenset((source.table.index, file) for file in files))
         names = items.get((source.table.index, source.stem), ())
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items of clips by table and stem. latents: names of entries."""
+        """Return the items of clips by table and stem.
+
+        Args:
+            latents: Names of entries.
+        """
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -188,7 +205,11 @@ class SoundWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check an entry; return whether it lacks a record. Raises CacheError if it has to be made again."""
+        """Check an entry; return whether it lacks a record.
+
+        Raises:
+            CacheError: If it has to be made again.
+        """
         entry = self._stores.of(source.table).read(file, is_whole=verifies)
         record = records.latent_record(entry)
         if record is None:

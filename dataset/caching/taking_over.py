@@ -36,7 +36,10 @@ class OtherCaches:
     def take_source(self, plan: SourcePlan) -> SourcePlan:
         """Take over the latents of a source without valid caches, under this model's names.
 
-        Returns its plan, finished if there were any. Raises OutputError if an entry cannot be written.
+        Returns its plan, finished if there were any.
+
+        Raises:
+            OutputError: If an entry cannot be written.
         """
         source = plan.source
         if source.table.kind != "image" or source.tensors is not None:
@@ -64,7 +67,11 @@ class OtherCaches:
         return plan
 
     def report(self, shows: bool) -> None:
-        """Log what was taken over and what could not be. shows: this process is the one that talks."""
+        """Log what was taken over and what could not be.
+
+        Args:
+            shows: This process is the one that talks.
+        """
         if not shows:
             return
         for maker, count in sorted(self._taken.items()):

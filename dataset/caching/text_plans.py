@@ -1,5 +1,6 @@
-"""List the texts to encode, and plan their caches: which outputs of the encoders are valid, in finished and
-unfinished files, and which are missing.
+"""List the texts to encode, and plan their caches.
+
+The plan says which outputs of the encoders are valid, in finished and partial caches.
 """
 
 import logging
@@ -40,6 +41,7 @@ BLIND = Sight()
 
 
 def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
+    """Return whether any encoder sees the frames of a clip, and whether any sees the media of a row."""
     abilities = [encoder.can for encoder in encoders]
     return Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
 
@@ -96,8 +98,8 @@ def list_caption_files(
 ) -> list[CaptionFile]:
     """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
 
-    sight: of the text encoders. fit: `caption_fitter`. First captions come first, so that their batches are
-    those of a table without more texts.
+    `sight` is that of the text encoders. `fit` is `caption_fitter`. First captions come first, so that their
+    batches are those of a table without more texts.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -209,7 +211,8 @@ def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
     """Return the texts without those that an earlier table has in the same shared file.
 
-    Raises DatasetError if their captions differ.
+    Raises:
+        DatasetError: If their captions differ.
     """
     by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
@@ -227,8 +230,9 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Describe how a record differs from the current text, encoder, settings, or reference pictures; None if
-    it does not.
+    """Describe how a record differs from what is encoded now; None if it does not.
+
+    Compared are text, encoder, settings and reference pictures.
     """
     changed = (
         difference(record.encoder, identity)
@@ -263,7 +267,7 @@ def plan_texts(
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
     """Compare a text's file, finished or not, with the wanted outputs. Nothing is changed.
 
-    reads_values: compare them with their checksums too.
+    With `reads_values`, compare them with their checksums too.
     """
     store = stores.of_texts(file.table)
     if stores.trusts and store.is_shared and file.file_name in store:
@@ -285,10 +289,12 @@ def find_outputs(
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Return a text's file, and the encoders with valid outputs in it -> whether these have a record.
 
-    in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
-    caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
-    header is read. The entry is None if the file is missing or damaged. Raises CacheError if a file that
-    another program made is kept, and says that it is for something else.
+    With `in_part`, look at the unfinished file. If anything in it is from a run with other encoders or
+    another caption, nothing is found, as joining it would corrupt valid outputs. Without `reads_values`, only
+    the header is read. The entry is None if the file is missing or damaged.
+
+    Raises:
+        CacheError: If a file that another program made is kept, and says that it is for something else.
     """
     store = stores.of_texts(file.table)
     right: dict[str, bool] = {}

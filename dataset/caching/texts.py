@@ -83,10 +83,13 @@ class TextWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and captions. stores: see `MediaWork`.
+        """List entries and captions.
 
-        Raises DatasetError if the dataset cannot be used or a caption is missing, CheckpointError if a file
-        of an encoder is wrong.
+        For `stores` see `MediaWork`.
+
+        Raises:
+            DatasetError: If the dataset cannot be used or a caption is missing.
+            CheckpointError: If a file of an encoder is wrong.
         """
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
@@ -129,9 +132,12 @@ class TextWork:
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
         """Encode every caption of some batches that has no valid entry, one encoder after the other.
 
-        An encoder without work is not loaded. who: name of this share of the work, for progress bars; None:
-        show none. Raises CheckpointError if an encoder cannot be loaded, OutputError if an entry cannot be
-        written.
+        An encoder without work is not loaded. `who` is the name of this share of the work, for progress bars;
+        None means show none.
+
+        Raises:
+            CheckpointError: If an encoder cannot be loaded.
+            OutputError: If an entry cannot be written.
         """
         if who is not None:
             captions = count_of(len(self._files), "caption")
@@ -179,7 +185,7 @@ class TextWork:
     ) -> int:
         """Remove the entries of a table that belong to no caption; return how many there were.
 
-        keep_cache: remove only further captions of sources that now have fewer captions.
+        With `keep_cache`, remove only further captions of sources that now have fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # unfinished ones too
@@ -204,6 +210,7 @@ class TextWork:
         return further
 
     def free(self) -> None:
+        """Release the encoder that is loaded, if there is one."""
         if self._loaded is not None:
             self._loaded.free()
             self._loaded = None
@@ -285,7 +292,8 @@ class TextWork:
     def _show_item(self, prompt: Prompt, source: MediaSource) -> Prompt:
         """Return the prompt with what encoders see of the item of a source.
 
-        Raises MediaError if it cannot be used, or a clip has several items, whose text would be one.
+        Raises:
+            MediaError: If it cannot be used, or a clip has several items, whose text would be one.
         """
         media = self._decode(source)
         if len(media.spans) != 1:
@@ -310,13 +318,18 @@ class TextWork:
     def _frames_of(self, source: MediaSource) -> tuple[Tensor, ...]:
         """Return a source's reference pictures as the VAE encodes them, each H W C.
 
-        Raises MediaError if one cannot be used.
+        Raises:
+            MediaError: If one cannot be used.
         """
         media = self._decode(source)
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read the pixels of a source that are encoded to latents. Raises MediaError if it cannot be used."""
+        """Read the pixels of a source that are encoded to latents.
+
+        Raises:
+            MediaError: If it cannot be used.
+        """
         latent = self._family.latent
         return decode_source(
             source,
@@ -335,9 +348,11 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Pass the cache file of a caption to `write`. identity: of the encoder, for the record.
+        """Pass the cache file of a caption to `write`.
 
-        conditions: the encoder's outputs by name; one whose length varies is a list of one tensor.
+        `identity` are those of the encoder, for the record.
+
+        `conditions` is the encoder's outputs by name; one whose length varies is a list of one tensor.
         """
         named = {}
         for key, output in conditions.items():
@@ -372,8 +387,11 @@ class TextWork:
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        marks: further metadata. Tensors with other names, other metadata and other encoders' records are
-        kept. Raises OutputError if writing fails, CacheError as `_finish`.
+        `marks` are additional metadata. Tensors with other names, other metadata and other encoders' records
+        are kept.
+
+        Raises:
+            OutputError: If writing fails, CacheError as `_finish`.
         """
         store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
@@ -396,9 +414,12 @@ class TextWork:
     def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Join an entry with the file, if there is one; write the file, then remove its `.part`.
 
-        encoders: those whose valid outputs are in the entry. A changed caption is replaced with a
-        warning. Raises OutputError if writing fails, CacheError if the outputs of other encoders are gone, so
-        that no file is incomplete.
+        `encoders` are those whose valid outputs are in the entry. A changed caption is replaced with a
+        warning.
+
+        Raises:
+            OutputError: If writing fails.
+            CacheError: If the outputs of other encoders are gone, so that no file is incomplete.
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
@@ -426,7 +447,10 @@ class TextWork:
 
 
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
-    """Return consecutive texts of one table and kind together. size: of a batch; None: that of its table."""
+    """Return consecutive texts of one table and kind together.
+
+    `size` is that of a batch; None means that of its table.
+    """
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
         texts = tuple(group)

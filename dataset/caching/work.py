@@ -86,8 +86,9 @@ def _check_table(
     companions: Sequence[MediaSource],
     shown: tuple[tuple[ShownMedium, ...], ...],
 ) -> None:
-    """Raise DatasetError if a family cannot use a table. companions: sources with references or masks of
-    control clips.
+    """Raise DatasetError if a family cannot use a table.
+
+    `companions` are sources with references or masks of control clips, `shown` the media of rows.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
@@ -117,8 +118,10 @@ def _check_sound(table: DatasetTable, learns_sound_alone: bool) -> None:
 
 
 class MediaWork:
-    """Encode the latents of a dataset. The encoders are loaded when they are first needed and stay until
-    `free`; encoders of media and of sound replace each other on the device.
+    """Encode the latents of a dataset.
+
+    The encoders are loaded when they are first needed and stay until `free`. Encoders of media and of sound
+    replace each other on the device.
     """
 
     def __init__(
@@ -129,9 +132,13 @@ class MediaWork:
         device: torch.device,
         stores: Stores | None = None,
     ) -> None:
-        """List entries and sources. stores: where entries are kept, if not where the tables say.
+        """List entries and sources.
 
-        Raises DatasetError if the dataset cannot be used, CheckpointError if a file of an encoder is wrong.
+        `stores` is where entries are kept, if not where the tables say.
+
+        Raises:
+            DatasetError: If the dataset cannot be used.
+            CheckpointError: If a file of an encoder is wrong.
         """
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
@@ -187,9 +194,12 @@ class MediaWork:
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
         """Encode every item of some sources that has no valid entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the run. who: name of
-        this share of the work, for progress bars; None: show none. Raises CheckpointError if an encoder
-        cannot be loaded, OutputError if an entry cannot be written.
+        A source that cannot be read becomes a failure of the report and does not stop the run. `who` is the
+        name of this share of the work, for progress bars; None means show none.
+
+        Raises:
+            CheckpointError: If an encoder cannot be loaded.
+            OutputError: If an entry cannot be written.
         """
         workers = prefetch.workers_of(self._options)
         shows = who is not None
@@ -250,7 +260,8 @@ class MediaWork:
     ) -> int:
         """Remove the entries of a table that belong to no item; return how many there were.
 
-        right: valid files of all processes. failed: stems of sources that failed; their entries stay.
+        `right` are the valid files of all processes. `failed` are the stems of sources that failed; their
+        entries stay.
         """
         if keep_cache:
             return 0
@@ -263,6 +274,7 @@ class MediaWork:
         return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
+        """Release the encoders of media and of sound, if they are loaded."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
@@ -277,8 +289,9 @@ class MediaWork:
         workers: int,
         shows: bool,
     ) -> Generator[DecodedMedia, None, None]:
-        """Yield the missing items of the plans, while threads decode the next ones; add the completed plans
-        to `finished`, and sources that cannot be read to `failures`.
+        """Yield the missing items of the plans, while threads decode the next ones.
+
+        Completed plans are added to `finished`, and sources that cannot be read to `failures`.
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
@@ -304,8 +317,9 @@ class MediaWork:
                 del result  # frees its frames before waiting for the next source
 
     def _write(self, batch: Sequence[DecodedMedia], write: prefetch.Write) -> set[tuple[int, str]]:
-        """Encode a batch and pass its files to `write`; then files of sections that an item no longer has are
-        removed. Return table index and name of each file.
+        """Encode a batch and pass its files to `write`; return table index and name of each file.
+
+        Files of sections that an item no longer has are removed afterwards.
         """
         if self._encoders is None and not batch[0].moments:
             self.free()  # the networks of pictures and of sound take turns
@@ -363,7 +377,10 @@ class MediaWork:
     def _remove_surplus(
         self, item: DecodedMedia, name: LatentName, files: Sequence[str], write: prefetch.Write
     ) -> None:
-        """Have the files of sections removed that an item no longer has. files: those that it has."""
+        """Have the files of sections removed that an item no longer has.
+
+        `files` are those that it has.
+        """
         existing = self._existing[item.source.table.index].of(item.source.stem)
         surplus = []
         for file, existing_name in existing.items():
@@ -376,7 +393,10 @@ class MediaWork:
             write(partial(remove_caches, store, surplus, is_ours))
 
     def _show(self, to_do: Sequence[SourcePlan], num_sources: int, who: str) -> None:
-        """Show the plan of a share of the work. who: its name."""
+        """Show the plan of a share of the work.
+
+        `who` is its name.
+        """
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),
@@ -432,8 +452,9 @@ def _report_of(
     share: int,
     total: int,
 ) -> prefetch.CacheReport:
-    """Return the report of a share of the sources. share, total: how many sources it has, and how many there
-    are.
+    """Return the report of a share of the sources.
+
+    `share` and `total` are how many sources it has, and how many there are.
     """
     valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized, silent = [], [], [], []

@@ -1,5 +1,6 @@
-"""Data sets as CogVideoX's tools read and write them: prompts and clips, in two lists or a table, and next to
-the clips, on request, tensors that were computed before.
+"""Data sets as CogVideoX's tools read and write them.
+
+Prompts and clips are in two lists or a table, and tensors that were computed before may be next to them.
 """
 
 import logging
@@ -26,11 +27,13 @@ class CogVideoX(DataForm):
     shared_keys = ("caption_column",)
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
+        """Return why `alpha_mask` cannot be used with `load_tensors`, if both are set."""
         if fields["own"].load_tensors and fields["alpha_mask"]:
             return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
+        """Set `gives_latents`, and warn of keys about frames, which have no effect with given latents."""
         fields["gives_latents"] = fields["own"].load_tensors
         of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
         unused = [name for name, default in of_frames.items() if fields[name] != default]
@@ -42,6 +45,7 @@ class CogVideoX(DataForm):
             )
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        """Read the lists, or the table of the data."""
         from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
 
         return list_cogvideox(table, faults)

@@ -21,11 +21,14 @@ class CogVideoXKeys:
 
     @property
     def source(self) -> Path:
+        """Folder of the data."""
         return self.cogvideox_root
 
     @property
     def folder(self) -> Path:
+        """Folder of the data, in which caches are too unless the table says otherwise."""
         return self.cogvideox_root
 
     def source_key(self, kind: str) -> str:
+        """Return "cogvideox_root", for tables of images and of clips."""
         return "cogvideox_root"

@@ -39,7 +39,9 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
     """Return the sources of the table, in the order of its lists; add errors to `faults`.
 
     With load_tensors a source's latents are given, and its clip need not be there.
-    Raises DatasetError if there is nothing to list.
+
+    Raises:
+        DatasetError: If there is nothing to list.
     """
     sources: list[MediaSource] = []
     folders: dict[str, _TensorFolder] = {}
@@ -68,8 +70,10 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
     """Yield clips and captions in the order of the lists; add lines that cannot be used to `faults`.
 
-    name: of the data set, for messages. It is not checked whether the clips exist. Raises DatasetError if a
-    list is missing, the two lists differ in length, or a column is missing.
+    `name` is that of the data set, for messages. It is not checked whether the clips exist.
+
+    Raises:
+        DatasetError: If a list is missing, the two lists differ in length, or a column is missing.
     """
     keys = table.of(CogVideoXKeys)
     root = keys.cogvideox_root
@@ -88,7 +92,11 @@ def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[C
 
 
 def _text_in(row: TableRow, column: str) -> str:
-    """Return the text in a column, stripped of white space. Raises DatasetError if there is none."""
+    """Return the text in a column, stripped of white space.
+
+    Raises:
+        DatasetError: If there is none.
+    """
     text = row.values.get(column, "")
     if row.fault is not None or not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
@@ -97,7 +105,10 @@ def _text_in(row: TableRow, column: str) -> str:
 
 
 def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
-    """Return a fault for each clip that does not exist. name: of the data set."""
+    """Return a fault for each clip that does not exist.
+
+    `name` is that of the data set.
+    """
     kind = f"clips of {name} do not exist"
     return [
         Fault(kind, f"{row.video} ({row.where})", row.video.stem) for row in rows if not row.video.exists()
@@ -133,7 +144,10 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
 
 
 def _require_list(path: Path, key: str, name: str) -> None:
-    """Raise DatasetError if a list is missing. key: of the data set, which names another one."""
+    """Raise DatasetError if a list is missing.
+
+    `key` is that of the data set, which names another one.
+    """
     if not path.exists():
         raise DatasetError(
             f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
@@ -142,7 +156,11 @@ def _require_list(path: Path, key: str, name: str) -> None:
 
 
 def _find_prompts(root: Path, name: str) -> str:
-    """Return the usual name of the list of captions in a folder. Raises DatasetError if it has two."""
+    """Return the usual name of the list of captions in a folder.
+
+    Raises:
+        DatasetError: If it has two.
+    """
     present = [file for file in PROMPTS if (root / file).exists()]
     if len(present) > 1:
         raise DatasetError(
@@ -191,17 +209,21 @@ class CogVideoXTensors:
 
     @property
     def moments(self) -> Path:
+        """File of the moments of the clip."""
         return self.folder / MOMENTS / f"{self.name}.pt"
 
     @property
     def image(self) -> Path | None:
+        """File of the moments of the first frame; None if the family does not use them."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property
     def embeds(self) -> Path | None:
+        """File of the encoded prompt; None if the prompt is encoded here."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":
+        """Return the tensors without the moments of the first frame."""
         return replace(self, uses_image=False)
 
 
@@ -218,8 +240,8 @@ def _find_tensors(
 ) -> CogVideoXTensors | None:
     """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
-    Without a folder of embeddings, captions are encoded as always. folders: by X, those that are known. Adds
-    to `faults` and returns None if a file is missing.
+    Without a folder of embeddings, captions are encoded as always. `folders` are the known ones, by kind.
+    Adds to `faults` and returns None if a file is missing.
     """
     place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
     folder = folders.get(place)

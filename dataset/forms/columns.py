@@ -11,7 +11,11 @@ from modules.text_files import read_lines
 
 
 def table_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file without their ends. Raises DatasetError if it cannot be read as UTF-8."""
+    """Yield the lines of a file without their ends.
+
+    Raises:
+        DatasetError: If it cannot be read as UTF-8.
+    """
     number = 0
     try:
         for number, line in enumerate(read_lines(path), 1):  # noqa: B007
@@ -23,6 +27,11 @@ def table_lines(path: Path) -> Iterator[str]:
 
 
 def check_names(path: Path, names: Sequence[str]) -> None:
+    """Check the names of a table's columns.
+
+    Raises:
+        DatasetError: If there are too many columns, or if a name occurs twice.
+    """
     if len(names) > MAX_COLUMNS:
         raise DatasetError(f"{path} has {len(names):,} columns, at most {MAX_COLUMNS:,} are read")
     twice = next((name for name, count in Counter(names).items() if count > 1 and name), None)

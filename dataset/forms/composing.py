@@ -79,13 +79,17 @@ SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda
 
 
 def form_of(table: DatasetTable) -> DataForm:
+    """Return the form of data of a table, by the keys that it has."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only a form has; None: it has none. values: of all keys."""
+    """Return the record of the keys that only a form has; None: it has none.
+
+    `values` are those of all keys.
+    """
     if form.keys is None:
         return None
     own = {name: values[name] for name in declared_keys(form.keys)}
@@ -99,7 +103,11 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, by its name. Raises DatasetError if it is in no format."""
+    """Return the format of a table's rows, by its name.
+
+    Raises:
+        DatasetError: If it is in no format.
+    """
     for rows in ROWS:
         if rows.reads(path):
             return rows
@@ -112,17 +120,20 @@ def row_format(path: Path) -> RowFormat:
 def column_names(path: Path) -> tuple[str, ...]:
     """Return the names of a table's columns; of JSONL the keys of its first lines.
 
-    Raises DatasetError if the file cannot be read or has no columns.
+    Raises:
+        DatasetError: If the file cannot be read or has no columns.
     """
     return row_format(path).column_names(path)
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None: all of them. A name that is not a column is
-    left out.
+    """Yield the rows of a table with the columns `names`; None for all of them.
 
-    A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
-    file is missing, does not fit its suffix, or is not UTF-8.
+    A name that is not a column is left out. A row that cannot be read has a `fault` and no values; the next
+    ones follow.
+
+    Raises:
+        DatasetError: If the file is missing, does not fit its suffix, or is not UTF-8.
     """
     yield from row_format(path).read_rows(path, names)
 
@@ -130,7 +141,7 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
-    finds_nulls: return None for a cell that is null and names no file.
+    With `finds_nulls`, return None for a cell that is null and names no file.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 

@@ -69,10 +69,17 @@ class DataForm:
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
-        """Change fields that depend on others, with a warning. where: the table's place in the file."""
+        """Change fields that depend on others, with a warning.
+
+        `where` is the table's place in the file.
+        """
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Return the sources of a table; errors go to the list. Raises DatasetError if it cannot be read."""
+        """Return the sources of a table; errors go to the list.
+
+        Raises:
+            DatasetError: If it cannot be read.
+        """
         raise NotImplementedError(self.name)  # folders: listing reads them by itself
 
     def describe_caption_place(self, table: DatasetTable) -> str:
@@ -104,7 +111,11 @@ class RowFormat:
         return [*self.suffixes]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
-        """Return the names of the columns. Raises DatasetError if the file cannot be read or has none."""
+        """Return the names of the columns.
+
+        Raises:
+            DatasetError: If the file cannot be read or has none.
+        """
         raise NotImplementedError
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:

@@ -13,11 +13,13 @@ class Delimited(RowFormat):
     has_header = True
 
     def column_names(self, path: Path) -> tuple[str, ...]:
+        """Return the names in the first line."""
         from dataset.forms.delimited_rows import header_of  # it loads what decodes
 
         return header_of(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+        """Yield the rows below the first line."""
         from dataset.forms.delimited_rows import read_delimited
 
         return read_delimited(path, names)

@@ -20,13 +20,21 @@ def _kind_of(path: Path) -> str:
 
 
 def header_of(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns. Raises DatasetError if the file has none."""
+    """Return the names of the columns.
+
+    Raises:
+        DatasetError: If the file has none.
+    """
     names, _ = _open(path)
     return tuple(names)
 
 
 def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows; bad ones have a fault. Raises DatasetError if the file cannot be read."""
+    """Yield the rows; bad ones have a fault.
+
+    Raises:
+        DatasetError: If the file cannot be read.
+    """
     header, rows = _open(path)
     places = [(name, place) for place, name in enumerate(header) if names is None or name in names]
     while True:

@@ -34,11 +34,13 @@ class JsonLists(DataForm):
     is_listed_in_training = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
+        """Return why a folder of masks cannot be used: lines of the list name masks themselves."""
         if fields["mask_directory"]:
             return "mask_directory cannot be used here; give mask_path in the lines of the list"
         return None
 
     def complete(self, fields: dict[str, Any], where: str) -> None:
+        """Remove `control_directory` with a warning: lines of the list name control files themselves."""
         if fields["control_directory"]:
             logger.warning(
                 "%s: control_directory is ignored because a list itself names control files (control_path)",
@@ -47,16 +49,19 @@ class JsonLists(DataForm):
             fields["control_directory"] = None
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        """Read the list, line by line."""
         from dataset.forms.jsonl_rows import list_lines  # it loads what decodes
 
         return list_lines(table, faults)
 
     def look_at(self, table: DatasetTable) -> LookedAt:
+        """Return the rows of the list and the names that are read from them."""
         from dataset.forms.jsonl_rows import look_at_lines
 
         return look_at_lines(table)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
+        """Return where a missing caption would be: in the line of the list."""
         return 'no "caption" in its line'
 
 
@@ -66,11 +71,13 @@ class JsonLines(RowFormat):
     suffixes = (".jsonl", ".ndjson")
 
     def column_names(self, path: Path) -> tuple[str, ...]:
+        """Return the keys of the first lines."""
         from dataset.forms.jsonl_rows import first_keys
 
         return first_keys(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+        """Yield the object of each line."""
         from dataset.forms.jsonl_rows import read_jsonl
 
         return read_jsonl(path, names)

@@ -20,7 +20,8 @@ FIRST_LINES = 100  # whose keys are taken for the columns
 def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a list, in any order; add errors to `faults`, with numbers of lines.
 
-    Raises DatasetError if the file cannot be read.
+    Raises:
+        DatasetError: If the file cannot be read.
     """
     path = require_file(table)
     name = table.path_key
@@ -31,13 +32,18 @@ def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
 
 
 def look_at_lines(table: DatasetTable) -> LookedAt:
+    """Return the rows of a list and the names that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
     return LookedAt(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)
 
 
 def first_keys(path: Path) -> tuple[str, ...]:
-    """Return the keys of the first lines of a file. Raises DatasetError if it cannot be read."""
+    """Return the keys of the first lines of a file.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
     keys: dict[str, None] = {}
     for row in itertools.islice(read_jsonl(path, None), FIRST_LINES):
         keys |= dict.fromkeys(row.values)
@@ -47,8 +53,11 @@ def first_keys(path: Path) -> tuple[str, ...]:
 def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
     """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
 
-    example: of a line, which faults then show. Raises DatasetError if it cannot be read, and for a file of
-    another form: an array, an object over several lines, or CSV.
+    `example` is that of a line, which faults then show.
+
+    Raises:
+        DatasetError: If it cannot be read, and for a file of another form: an array, an object over several
+            lines, or CSV.
     """
     hint = f". Each line is one object such as {example}" if example else ""
     is_first = True
@@ -82,7 +91,7 @@ TO_LINES = (
 def _reject_other_form(path: Path, line: str) -> None:
     """Raise DatasetError if the first line of a list shows that the file is none of lines of JSON.
 
-    line: not empty, and no object.
+    `line` is not empty, and no JSON object.
     """
     start = line.strip()
     form = "a list has one object on each line, with nothing around or between them (JSONL)"

@@ -69,9 +69,12 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
 
 
 def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
-    """Return the picture of a key of a metadata file. Raises ValueError if there is none.
+    """Return the picture of a key of a metadata file.
 
-    listed: by folder, its pictures by name without suffix; a folder that is missing there is added.
+    `listed` are the pictures of folders by name without suffix; a folder that is missing there is added.
+
+    Raises:
+        ValueError: If there is none.
     """
     if bad_character(key) or not key.strip():
         raise ValueError("this is not a path")
@@ -93,7 +96,8 @@ def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path
 def _caption(entry: Any, table: DatasetTable) -> str | None:
     """Return the text of an entry: its caption, then its tags; with wildcards the tags end every line.
 
-    Raises ValueError if a value is not a text.
+    Raises:
+        ValueError: If a value is not a text.
     """
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")

@@ -15,9 +15,12 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 def open_store(
     table: DatasetTable, names: "NpzNames | None", folder: Path, list_images: ListImages
 ) -> "NpzStore":
-    """Return the npz files of a table. folder: of its images, but for those that `list_images` returns.
+    """Return the npz files of a table.
 
-    Raises DatasetError if the family has no caches in npz files.
+    `folder` is that of its images, but for those that `list_images` returns.
+
+    Raises:
+        DatasetError: If the family has no caches in npz files.
     """
     if names is None or names[1].npz is None:
         raise DatasetError(

@@ -65,7 +65,8 @@ class NpzArray(NamedTuple):
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
     """Return the arrays of a file whose names are wanted.
 
-    Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
+    Raises:
+        CacheError: If it is missing or damaged, or if an array holds something else than numbers.
     """
     arrays = {}
     with _open(path) as file:
@@ -82,7 +83,11 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
 
 
 def list_arrays(path: Path) -> list[str]:
-    """Return the names of the arrays of a file. Raises CacheError if it is missing or damaged."""
+    """Return the names of the arrays of a file.
+
+    Raises:
+        CacheError: If it is missing or damaged.
+    """
     with _open(path) as file:
         return _names(file)
 
@@ -106,6 +111,7 @@ def write_members(path: Path, members: Mapping[str, bytes]) -> None:
 
 
 def format_array(array: Array) -> bytes:
+    """Return an array as the bytes of a .npy file."""
     stream = io.BytesIO()
     npy.write_array(stream, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
     return stream.getvalue()
@@ -135,7 +141,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
     """Return a tensor as other programs read it: numbers of less than 32 bits become float32.
 
-    keep_half: float16 stays float16.
+    With `keep_half`, float16 stays float16.
     """
     if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
@@ -149,8 +155,13 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array. sources: array -> name of its tensor. members: the bytes of
-    the arrays.
+    """Return the record of tensors as an array of bytes, which an npz file keeps as one of its members.
+
+    Args:
+        tensors: Tensors by name.
+        sources: Name of the tensor behind each array.
+        metadata: Texts to record.
+        members: Bytes of each array, for its checksum.
     """
     described = {
         array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape), zlib.crc32(members[array])]

@@ -60,8 +60,10 @@ _OTHER_END = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 @dataclass(frozen=True)
 class NpzStore:
-    """Store entries in the npz files of a table. Messages outside this class name an entry as a single cache
-    file; messages of this class name the npz file.
+    """Store entries in the npz files of a table.
+
+    Messages outside this class name an entry as a single cache file; messages of this class name the npz
+    file.
     """
 
     table: DatasetTable
@@ -76,6 +78,7 @@ class NpzStore:
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
+        """Return the names that the entries in all npz files of the table's folders have."""
         stems = {path: stem for stem, path in self.listed.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
@@ -95,12 +98,14 @@ class NpzStore:
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write a text to its own file, or latents of one resolution into the file of their image."""
         if self._is_text(name):
             self._write_text(name, tensors, metadata)
         else:
             self._write_latents(name, tensors, metadata)
 
     def remove(self, name: str) -> None:
+        """Remove a text's file, or the members of one resolution; a file without members is removed."""
         path = self._path(name)
         if self._is_text(name):
             path.unlink(missing_ok=True)
@@ -119,6 +124,7 @@ class NpzStore:
 
     @property
     def form(self) -> NpzFormat:
+        """Layout of the family's npz files."""
         assert self.latent.npz is not None  # `dataset.forms.npz`
         return self.latent.npz
 
@@ -191,7 +197,7 @@ class NpzStore:
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the name of the entry in a file; None if it belongs to another family.
 
-        stems: of pictures that a list names, by their paths without suffix.
+        `stems` are those of pictures that a list names, by their paths without suffix.
         """
         finished = file.removesuffix(cache_files.PART)
         if not finished.endswith(NPZ):
@@ -286,7 +292,10 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return another program's mask, 1 H W of latents. mask: H W of latents or of pixels."""
+        """Return another program's mask, 1 H W of latents.
+
+        `mask` is H W of latents or of pixels.
+        """
         stride = self.latent.stride
         pixels = grid[0] * stride[1], grid[1] * stride[2]
         if mask.shape == grid:
@@ -333,8 +342,9 @@ class NpzStore:
         return f"{OURS}_{key}", as_array(tensor, keep_half=False)
 
     def _other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
-        """Return the members of a file that are of other resolutions; none if it is damaged. suffix: of the
-        members of this resolution.
+        """Return the members of a file that are of other resolutions; none if it is damaged.
+
+        `suffix` is the end of the names of this resolution's members.
         """
         if not path.is_file():
             return {}
@@ -399,7 +409,11 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `SAID_SIZES` of another program's latents. Raises CacheError if it is not in the file."""
+    """Return `SAID_SIZES` of another program's latents.
+
+    Raises:
+        CacheError: If it is not in the file.
+    """
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
         if name not in arrays or arrays[name].tensor.numel() != count:

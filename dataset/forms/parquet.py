@@ -13,27 +13,33 @@ class Parquet(RowFormat):
     is_text = False
 
     def reads(self, path: Path) -> bool:
+        """Return whether the path is a folder of parts or has the suffix of a part."""
         return path.is_dir() or super().reads(path)
 
     def list_names(self) -> list[str]:
+        """Return the suffixes, and words for a folder of parts."""
         return [*self.suffixes, "a folder of .parquet parts"]
 
     def column_names(self, path: Path) -> tuple[str, ...]:
+        """Return the names of the columns, from the schema of the parts."""
         from dataset.forms.parquet_rows import columns_of_parts  # pyarrow is an extra
 
         return columns_of_parts(path)
 
     def read_rows(self, path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
+        """Yield the rows of all parts in order of their names."""
         from dataset.forms.parquet_rows import read_parts
 
         return read_parts(path, names)
 
     def find_cells(self, path: Path, name: str, finds_nulls: bool) -> FindCell | None:
+        """Return where files in a column are, so that they are read without the other columns."""
         from dataset.forms.parquet_files import cells_of_parts
 
         return cells_of_parts(path, name, finds_nulls)
 
     def plain_columns(self, path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return the names that are columns of plain values, and those that are not."""
         from dataset.forms.parquet_rows import plain_columns_of
 
         return plain_columns_of(path, names)

@@ -36,7 +36,11 @@ _ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and
 
 
 def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, by name. Raises DatasetError if it has none."""
+    """Return the file itself, or the parts in a folder, by name.
+
+    Raises:
+        DatasetError: If it has none.
+    """
     if not path.is_dir():
         return [path]
     parts = sorted(
@@ -55,9 +59,12 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`). repeating: columns whose equal texts are held once.
+    """Open a Parquet file (a pyarrow `ParquetFile`).
 
-    Raises DatasetError if it cannot be read, there or in the block.
+    `repeating` are columns whose equal texts are held once.
+
+    Raises:
+        DatasetError: If it cannot be read, there or in the block.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -88,11 +95,19 @@ class Unpacking:
 
     @staticmethod
     def of(path: Path) -> "Unpacking":
-        """Begin for a file. Raises OSError if it is gone."""
+        """Begin for a file.
+
+        Raises:
+            OSError: If it is gone.
+        """
         return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes about to be unpacked. Raises DatasetError if they are far too many for the file."""
+        """Count bytes about to be unpacked.
+
+        Raises:
+            DatasetError: If they are far too many for the file.
+        """
         self.found_bytes += size_bytes
         if self.found_bytes > self.most_bytes:
             raise DatasetError(
@@ -103,11 +118,23 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes); 0 if
-    there is none. Each row may unpack to a value as large as that page.
+    """Return the bytes of the largest page whose values rows can refer to (a dictionary, or prefixes).
 
-    file: a `ParquetFile`. pages: counter for the pages of this row group. columns: with all nested ones.
-    Raises DatasetError if the pages unpack to too much, ValueError if they are damaged, OSError.
+    Each row may unpack to a value as large as that page.
+
+    Args:
+        file: A `ParquetFile`.
+        pages: Counter for the pages of this row group.
+        group: Index of the row group.
+        columns: Names of columns, with all nested ones.
+
+    Returns:
+        0 if there is no such page.
+
+    Raises:
+        DatasetError: If the pages unpack to too much.
+        ValueError: If the pages are damaged.
+        OSError: If the file cannot be read.
     """
     chunks = file.metadata.row_group(group)
     largest = 0
@@ -216,17 +243,22 @@ class ParquetCell:
     has_suffix = False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes at once. Raises MediaError if it is empty or cannot be read."""
+        """Yield its bytes at once.
+
+        Raises:
+            MediaError: If it is empty or cannot be read.
+        """
         yield read_cell(self)
 
     def describe(self) -> dict[str, Any]:
+        """Return the file that the cell is in, as a cache records it."""
         return {"in": str(self.container)}
 
 
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
-    finds_nulls: see `cells_of`.
+    For `finds_nulls` see `cells_of`.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
@@ -254,11 +286,16 @@ def cell_column(path: Path, name: str) -> str | None:
 
 
 def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[int], ParquetCell | None]:
-    """Return a function: row number, from 1 -> place of the cell in a Parquet file. column: from
-    `cell_column`.
+    """Return a function of a row number, from 1, that returns the cell in a Parquet file.
 
-    finds_nulls: return None for a cell that is null and names no file; a row group with such cells is read.
-    Raises DatasetError if its row groups are too large to read one at a time.
+    Args:
+        path: A file or part.
+        column: Name that `cell_column` returned.
+        finds_nulls: Return None for a cell that is null and names no file. A row group with such cells is
+            read.
+
+    Raises:
+        DatasetError: If row groups are too large to be read one at a time.
     """
     may_be_null: list[bool] = []  # by row group: whether some cells may be null
     starts = [0]  # rows before each row group, and before the end
@@ -313,7 +350,11 @@ def _may_have_nulls(chunks: Sequence[Any]) -> bool:
 
 
 def read_cell(origin: ParquetCell) -> bytes:
-    """Return the bytes of a cell. Raises MediaError if it is empty or cannot be read."""
+    """Return the bytes of a cell.
+
+    Raises:
+        MediaError: If it is empty or cannot be read.
+    """
     where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
         content = _column(origin.container, origin.group, origin.column)[origin.row].as_py()
@@ -335,7 +376,10 @@ def _column(path: Path, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
 def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
-    """Return a column of a row group. mtime_ns: only a cache key, so that a changed file is read again."""
+    """Return a column of a row group.
+
+    `mtime_ns` is only a cache key, so that a changed file is read again.
+    """
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
         pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)

@@ -13,12 +13,20 @@ BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # in memory at a time
 
 
 def columns_of_parts(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns. Raises DatasetError if the file cannot be read."""
+    """Return the names of the columns.
+
+    Raises:
+        DatasetError: If the file cannot be read.
+    """
     return _find_columns(parquet_files.parquet_parts(path)[0], None).names
 
 
 def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows of a file, or of the parts in a folder. Raises DatasetError if it cannot be read."""
+    """Yield the rows of a file, or of the parts in a folder.
+
+    Raises:
+        DatasetError: If it cannot be read.
+    """
     for part in parquet_files.parquet_parts(path):
         yield from _read_rows(part, names)
 
@@ -57,7 +65,10 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.Unpacking
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of rows by column, some rows at a time. limit: counts the memory that they take."""
+    """Yield the values of rows by column, some rows at a time.
+
+    `limit` counts the memory that they take.
+    """
     for group in range(file.metadata.num_row_groups):
         largest = parquet_files.largest_value(file, parquet_files.Unpacking.of(path), group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))

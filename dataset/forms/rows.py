@@ -67,10 +67,16 @@ class RowReader:
     def read(
         self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
     ) -> media_source.MediaSource:
-        """Return the source of a row. where: `list.jsonl, line 3`. contained: name and place of a file in the
-        row.
+        """Return the source of a row.
 
-        Raises DatasetError if a value cannot be used, RefusedAddress for an address that is not followed.
+        Args:
+            values: Cells of the row by column, or the object of a line.
+            where: Words for messages, such as `list.jsonl, line 3`.
+            contained: Name and position of a file that the row holds itself.
+
+        Raises:
+            DatasetError: If a value cannot be used.
+            RefusedAddress: For an address that is not followed.
         """
         if contained is None:
             media = self._media(values, where)
@@ -180,7 +186,10 @@ class RowReader:
     def _add_parts(
         self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
     ) -> None:
-        """Add the files in a column by their numbers. column: its usual name. name: its name in this row."""
+        """Add the files in a column by their numbers.
+
+        `column` is its usual name. `name` is its name in this row.
+        """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
             part = self._part(name, path, where)
@@ -198,7 +207,7 @@ class RowReader:
     ) -> list[media_source.MediaSource]:
         """Return the sources with stems of their own where theirs clash; add faults of all rows to `faults`.
 
-        sources: all that `read` made, in order.
+        `sources` are all that `read` made, in order.
         """
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
@@ -210,6 +219,7 @@ class RowReader:
 
     @property
     def unit(self) -> str:
+        """Word for a row in messages."""
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
@@ -283,7 +293,7 @@ class RowReader:
     def _part(self, name: str, value: Any, where: str) -> Part | None:
         """Return the file in a column of control media, masks or sound; None if there is none.
 
-        value: a path, or the place of a file that is in the row.
+        `value` is a path, or the place of a file that is in the row.
         """
         is_blank = isinstance(value, str) and not value.strip()
         if value is None or (is_blank and not self.is_list):
@@ -306,7 +316,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
 
-    cells: finders of the files in rows, by column.
+    `cells` find the files in rows, by column.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -321,7 +331,7 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. cells: by column, finders of files in rows. Raises DatasetError."""
+    """Return the source of a row. `cells` find the files in rows, by column. Raises DatasetError."""
     if row.fault is not None:
         raise DatasetError(f"{row.where}: {row.fault}")
     if not cells:
@@ -354,7 +364,7 @@ def make_source(
     worse: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Return the source made from one row, or from one sample of a tar. where: for messages."""
+    """Return the source made from one row, or from one sample of a tar. `where` is for messages only."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
@@ -387,11 +397,15 @@ def control_number(name: str, start: str = "control_path") -> int | None:
 
 
 def download_folder(table: DatasetTable) -> Path:
+    """Return the folder for files of addresses: the table's key, else one in the cache folder."""
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
 def locate(text: str, base: Path | None, where: str) -> Path:
-    """Return the path that a row names. base: where a relative one starts; None: in the working folder."""
+    """Return the path that a row names.
+
+    `base` is where a relative one starts; None means in the working folder.
+    """
     try:
         return expand_path(text, base)
     except ValueError as error:
@@ -434,7 +448,11 @@ def _show(value: Any) -> str:
 
 
 def require_file(table: DatasetTable) -> Path:
-    """Return the file of a list or table. Raises DatasetError if there is none."""
+    """Return the file of a list or table.
+
+    Raises:
+        DatasetError: If there is none.
+    """
     path = table.source
     if not path.exists():
         raise DatasetError(f"{table.name}: {table.source_key} = {path}: no such file. Correct the path.")
@@ -463,13 +481,14 @@ def is_layer(table: DatasetTable, name: str) -> bool:
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
+    """Return whether a column holds control media."""
     return name == table.control_column or control_number(name) is not None
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
     """Return the folder that relative paths start in; None: the working folder, also if no file is found.
 
-    rows: those of the list or table at `path`, with the column of its media.
+    `rows` are those of the list or table at `path`, with the column of its media.
     """
     folder = path if path.is_dir() else path.parent
     for row in itertools.islice(rows, FIRST_ROWS):

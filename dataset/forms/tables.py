@@ -23,9 +23,11 @@ class TableKeys:
 
     @property
     def source(self) -> Path:
+        """The table's file, or its folder of parts."""
         return self.table_file
 
     def source_key(self, kind: str) -> str:
+        """Return the key that names the table: "image_table_file" or "video_table_file"."""
         return f"{kind}_table_file"
 
 
@@ -40,14 +42,17 @@ class Tables(DataForm):
     is_listed_in_training = True
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        """Read the table, row by row."""
         from dataset.forms.tables_listing import list_table  # it loads what decodes
 
         return list_table(table, table.of(TableKeys).path_column, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
+        """Return where a missing caption would be: in the row's column of captions."""
         return f'no "{table.caption_column or "caption"}" in its row'
 
     def look_at(self, table: DatasetTable) -> LookedAt:
+        """Return the rows of the table and the columns that are read."""
         from dataset.forms.tables_listing import look_at_table
 
         return look_at_table(table, table.of(TableKeys).path_column)

@@ -27,7 +27,10 @@ MOST_SHOWN = 20  # columns in a message
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table, in any order; add errors to `faults`, with numbers of rows.
 
-    path_column: as the dataset file has it. Raises DatasetError if the file cannot be read or has no paths.
+    `path_column` is the value in the dataset file.
+
+    Raises:
+        DatasetError: If the file cannot be read or has no paths.
     """
     path = require_file(table)
     columns = column_names(path)
@@ -54,9 +57,10 @@ class _ReadColumns(NamedTuple):
 
 
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the columns that are read. path_column: as the dataset file has it.
+    """Return the columns that are read. `path_column` is the value in the dataset file.
 
-    Raises DatasetError if the column of the media, or a column that a key names, is missing.
+    Raises:
+        DatasetError: If the column of the media, or a column that a key names, is missing.
     """
     named = {
         "path_column": path_column,
@@ -86,7 +90,7 @@ def _shown(columns: Sequence[str]) -> str:
 
 
 def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
-    """Open a table for remarks about its columns. path_column: as the dataset file has it.
+    """Open a table for remarks about its columns. `path_column` is the value in the dataset file.
 
     Raises DatasetError as listing it does.
     """

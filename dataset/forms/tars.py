@@ -27,6 +27,7 @@ class TarKeys:
         return Path(hide_secrets(self.tars[0]))
 
     def source_key(self, kind: str) -> str:
+        """Return the key that names the tars: "image_tars" or "video_tars"."""
         return f"{kind}_tars"
 
 
@@ -40,14 +41,17 @@ class Tars(DataForm):
     empty = "holds no {kind}s"
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
+        """Read the indexes of the tars, which are downloaded first if they are at addresses."""
         from dataset.forms.tars_listing import list_tars  # it loads what decodes
 
         return list_tars(table, table.of(TarKeys).tars, faults)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
+        """Return where a missing caption would be: in a member of the same name."""
         return "no text file and no caption in a .json of the same name in the tar"
 
     def list_addresses(self, table: DatasetTable) -> list[str]:
+        """Return the tars that are at addresses."""
         return [tar for tar in table.of(TarKeys).tars if is_address(tar)]
 
 

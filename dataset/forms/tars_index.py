@@ -93,7 +93,9 @@ class TarIndex:
 def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     """Return the samples of a tar, from the kept index if the tar has not changed since.
 
-    Raises DatasetError if it is compressed or not a tar, OSError if it cannot be read.
+    Raises:
+        DatasetError: If it is compressed or not a tar.
+        OSError: If it cannot be read.
     """
     require_regular_file(tar)
     stat = tar.stat()
@@ -115,7 +117,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
 
 
 def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
-    """Write an index. made_for: version, tar and rules that it is of."""
+    """Write an index. `made_for` is its version, its tar and its rules."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
@@ -124,7 +126,7 @@ def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
-    """Return a sample of a kept index. media, extras: as JSON values."""
+    """Return a sample of a kept index. `media` and `extras` are JSON values."""
     members = tuple((role, number, Member(*member)) for role, number, member in extras)
     return TarSample(key, Member(*media), caption, members)
 
@@ -258,7 +260,11 @@ def _media_among(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
 
 
 def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
-    """Return the caption in the texts of a sample. Raises ValueError if it cannot be used."""
+    """Return the caption in the texts of a sample.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
     for ending, text in texts.items():
         if text.startswith("\0"):
             raise ValueError(f"its .{ending} {text[1:]}")
@@ -278,7 +284,11 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
 
 
 def _captions_in_json(text: str, rules: TarRules) -> list[str]:
-    """Return the captions in the .json of a sample. Raises ValueError if they cannot be used."""
+    """Return the captions in the .json of a sample.
+
+    Raises:
+        ValueError: If they cannot be used.
+    """
     try:
         record = parse_json(text)
     except ValueError as error:
@@ -307,14 +317,20 @@ class _HeaderFile:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        """Return as many bytes as are there, at most `size`. Raises TarDamage if these are too many."""
+        """Return as many bytes as are there, at most `size`.
+
+        Raises:
+            TarDamage: If these are too many.
+        """
         if not 0 <= size <= MAX_TAR_HEADER_BYTES:
             raise TarDamage(f"a header at byte {self.tell():,} states {size:,} bytes of names")
         return self._file.read(size)
 
 
 def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
-    """Yield the regular files of a tar in order. file: not buffered, at its beginning; may be read between.
+    """Yield the regular files of a tar in order.
+
+    `file` is not buffered and at its beginning; it may be read between two members.
 
     Raises TarDamage where the tar is cut or damaged, after all members before that, OSError.
     """
@@ -358,8 +374,10 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return the name of a member without times: GNU tar writes times into incremental archives where other
-    archives have the beginning of a name, and `tarfile` reads them as such.
+    """Return the name of a member without times.
+
+    GNU tar writes times into incremental archives where other archives have the beginning of a name, and
+    `tarfile` reads them as a name.
     """
     if not info.name[0].isdigit():
         return info.name

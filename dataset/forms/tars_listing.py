@@ -48,7 +48,11 @@ class TarMember:
     has_suffix = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes. Raises OSError if the tar is gone, or shorter than it was."""
+        """Yield its bytes.
+
+        Raises:
+            OSError: If the tar is gone, or shorter than it was.
+        """
         left = self.size_bytes
         with self.container.open("rb") as file:
             file.seek(self.offset)
@@ -60,17 +64,25 @@ class TarMember:
                 yield piece
 
     def describe(self) -> dict[str, Any]:
+        """Return the tar and the bytes in it that the member has, as a cache records them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 
 def list_tars(
     table: DatasetTable, patterns: Sequence[str], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
-    """Return the sources of the table, in any order; add errors to `faults`. patterns: paths, globs or
-    addresses of its tars, with braces.
+    """Return the sources of a table of tars, in any order, and add errors to `faults`.
 
     Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
-    run. Raises DatasetError if no tar is named.
+    run.
+
+    Args:
+        table: Table of the dataset.
+        patterns: Paths, globs or addresses of its tars, with braces.
+        faults: List that gets a fault for each tar or sample that cannot be used.
+
+    Raises:
+        DatasetError: If no tar is named.
     """
     samples: list[tuple[Path, TarSample]] = []
     suffixes, spare_suffixes = media_suffixes(table.kind)
@@ -140,7 +152,11 @@ def _sources(
 
 
 def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Return the source of a sample. Raises DatasetError if it cannot be used."""
+    """Return the source of a sample.
+
+    Raises:
+        DatasetError: If it cannot be used.
+    """
     media = _part(tar, sample.media)
     controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
     masks = [_part(tar, member) for role, _, member in sample.extras if role == MASK]
@@ -163,6 +179,7 @@ def _part(tar: Path, member: Member) -> Part:
 
 
 def name_parts(path: Path, name: str) -> Path:
+    """Return a path inside `path` for a member's name, without "..", so that it stays inside."""
     return path.joinpath(*(part for part in name.split("/") if part not in ("", ".", "..")))
 
 
@@ -200,8 +217,11 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars of a name without braces. Raises DatasetError if there is none, MediaError if one
-    cannot be downloaded.
+    """Yield the tars of a name without braces.
+
+    Raises:
+        DatasetError: If there is none.
+        MediaError: If a tar cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
         name = url2pathname(split_address(name).path)
@@ -241,13 +261,15 @@ def _list_local_tars(name: str) -> list[Path]:
 
 
 def has_wildcard(name: str) -> bool:
+    """Return whether a name is a glob."""
     return any(mark in name for mark in "*?[")
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:
     """Return the names that `{000..012}` and `{a,b}` stand for, in order; numbers keep their zeros.
 
-    Raises DatasetError if they are too many.
+    Raises:
+        DatasetError: If they are too many.
     """
     names = [pattern]
     while _BRACES.search(names[0]):

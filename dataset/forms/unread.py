@@ -88,7 +88,10 @@ def find_unread(table: DatasetTable) -> list[Fault]:
 
 
 def _as_errors(path: Path, unread: Mapping[str, str]) -> list[Fault]:
-    """Return the faults of a file. unread: text by column."""
+    """Return the faults of a file.
+
+    `unread` are the text by column.
+    """
     kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
     lines = [f"{name!r}{text}" for name, text in unread.items()]
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
@@ -108,7 +111,10 @@ def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
 
 
 def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return a remark on a value, or None. media: the path that the same row reads."""
+    """Return a remark on a value, or None.
+
+    `media` is the path that the same row reads.
+    """
     hint = _make_hint(name, table)
     texts = _texts_in(value)
     for text in texts[:4]:

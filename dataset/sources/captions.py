@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
 
 
 def caption_path(media: Path, extension: str) -> Path:
+    """Return the path of the caption next to an image or a clip."""
     return media.with_name(media.stem + extension)
 
 
@@ -51,8 +52,10 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     """Return the text and encoding of a caption file; None if there is no file.
 
     A file that is not UTF-8 is read if it is Windows-1252, or UTF-16 with a byte order mark, as Windows'
-    editor saves it. Raises DatasetError if it is in another encoding, too large, no regular file, or cannot
-    be read.
+    editor saves it.
+
+    Raises:
+        DatasetError: If it is in another encoding, too large, no regular file, or cannot be read.
     """
     encoding = None
     try:
@@ -122,7 +125,11 @@ def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
 def first_and_more(
     captions: tuple[str, ...] | None, where: Path | str | None
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Split captions into the first and the remaining ones. Raises DatasetError if there are too many."""
+    """Split captions into the first and the remaining ones.
+
+    Raises:
+        DatasetError: If there are too many.
+    """
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
             f"{where}: {len(captions)} captions, at most {MAX_CAPTIONS} are used. With multi_caption = true "
@@ -170,6 +177,7 @@ def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def lines_of(text: str) -> list[str]:
+    """Return the lines of a text that are not blank, without blanks at their ends."""
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
@@ -180,6 +188,7 @@ def join_parts(text: str, changes: CaptionChanges) -> str:
 
 
 def add_trigger(caption: str, trigger: str) -> str:
+    """Put the trigger word in front of a caption that does not have it as a word."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
@@ -220,6 +229,7 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
 
 
 def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
+    """Return the message for a caption that is longer than an encoder reads, with the text that is lost."""
     words = " ".join(count.cut_text.split())
     lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
     return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

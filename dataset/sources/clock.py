@@ -43,7 +43,7 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
 
     With source_fps = "auto", and for GIF and WebP, these are the frames shown at that rate. If source_fps is
     a number, GIF and WebP are played at it, as clips of that rate. A folder of images has no times: all of
-    them are frames. alpha: with their transparency, if they have any.
+    them are frames. With `alpha`, they keep their transparency.
     """
     fps = table.target_fps or fps
     if table.is_of_sound:
@@ -78,11 +78,20 @@ def companion_frames(
     clock: Sequence[tuple[int, float]],
     alpha: bool = False,
 ) -> Iterator[reading.Frame]:
-    """Yield a frame of a control clip or mask for each kept frame of its clip; fewer if it ends earlier, but
-    at least one.
+    """Yield a frame of a control clip or mask for each kept frame of its clip.
 
-    clock: number and second of each kept frame. alpha: see `kept_frames`. Raises MediaError as `video_frames`
-    does.
+    If the companion ends earlier there are fewer frames, but at least one.
+
+    Args:
+        path: Control clip or mask.
+        clip: Clip that it belongs to.
+        table: Table of both.
+        fps: Frame rate of the kept frames.
+        clock: Number and second of each kept frame.
+        alpha: Keep transparency, as in `kept_frames`.
+
+    Raises:
+        MediaError: As `video_frames` does.
     """
     numbers = [number for number, _ in clock]
     if not _Pair(path, clip, table, fps).is_numbered:
@@ -104,7 +113,7 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    sizes: of the clip, and of its bucket. clock: see `companion_frames`. Raises MediaError.
+    `sizes` are those of the clip, and of its bucket. For `clock` see `companion_frames`. Raises MediaError.
     """
     size, bucket = sizes
     place = functools.partial(reading.resize_cover, bucket=bucket)

@@ -25,7 +25,7 @@ TORN = "are interlaced, which is not undone: what moves is torn into lines. Dein
 def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colours of transparent pixels.
 
-    keeps_alpha: of the family's LatentSpec.
+    `keeps_alpha` is that of the family's LatentSpec.
     """
     by_family = keeps_alpha and source.table.kind == "image"
     return by_family or source.table.alpha_mask, by_family
@@ -51,12 +51,18 @@ def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> st
 
 
 def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
+    """Describe the first reference on disk that was read differently when it was cached.
+
+    `as_shown` is the version of reading that the cache records. None if no reference was.
+    """
     return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
 
 
 def has_codes(path: Path) -> bool:
-    """Return whether a file may name its colours by codes, have pixels that are not square, or have an order
-    or a direction of its frames: clips, AVIFs, and folders, by their name.
+    """Return whether a file may need a look at its header to know how it is shown.
+
+    Clips, AVIFs and folders (by their name) may name their colors by codes, have pixels that are not square,
+    or have an order or a direction of their frames.
     """
     suffix = path.suffix.lower()
     return suffix == ".avif" or suffix not in image_suffixes()
@@ -67,7 +73,10 @@ def _may_differ(path: Path, as_shown: int) -> bool:
 
 
 def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
-    """Describe the first part that was read differently. parts: path, `keeps_transparency`."""
+    """Describe the first part that was read differently.
+
+    `parts` are the path, `keeps_transparency`.
+    """
     for path, keeps in parts:
         if not _may_differ(path, as_shown):
             continue
@@ -89,7 +98,8 @@ def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
 def _formerly_ignored(colours: Colors, keeps_transparent: bool, had_profiles: bool) -> str | None:
     """Name the part of a file's colours that an earlier version ignored; None if there is none.
 
-    keeps_transparent: the colours of transparent pixels are used. had_profiles: the version read profiles.
+    `keeps_transparent` says that the colours of transparent pixels are used. `had_profiles` says that the
+    earlier version read profiles.
     """
     if colours.is_transparent and not keeps_transparent and not had_profiles:
         return "its transparency"

@@ -38,11 +38,10 @@ NONE = {REFERENCE: "have no reference, while others have", MASK: "have no contro
 
 
 def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
-    """Add to a folder's sources the files of the same name in the table's folders of references and control
-    masks.
+    """Add the files of the table's folders of references and control masks to a folder's sources, by name.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; of references also `cat_0.mp4`, `cat_1.mp4`,
-    ..., in this order. Two files with one number, and a folder in which nothing fits, are faults; a warning
+    ..., in this order. Two files with one number, and a folder in which nothing fits, are faults. A warning
     counts sources and files without a partner.
     """
     stems = frozenset(source.stem for source in sources)
@@ -129,7 +128,7 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError for references, and masks of controls, that the model does not take.
 
-    sources: those of the table that have some.
+    `sources` are those of the table that have some.
     """
     rules = table.clip_references
     for source in sources:
@@ -198,12 +197,14 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
-    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`, and with
-    `size_changes` a text for each reference whose frames change their size.
+    """Read references and the control mask of a fetched source, as fields of `DecodedMedia`.
 
-    References are cropped to the bucket divided by the family's factor, or padded with white. A clip gives
-    `count` frames, those shown at the times of `clock`, its last one repeated; a picture gives one. Raises
-    MediaError.
+    With `size_changes` there is also a text for each reference whose frames change their size. References are
+    cropped to the bucket divided by the family's factor, or padded with white. A clip gives `count` frames,
+    those shown at the times of `clock`, its last one repeated; a picture gives one.
+
+    Raises:
+        MediaError: If one cannot be read.
     """
     rules = here.table.clip_references
     factor = 1 if rules is None else rules.size_factor

@@ -112,6 +112,7 @@ class DecodedMedia:
 
     @property
     def arrays(self) -> tuple[Any, ...]:
+        """All arrays that encoders take: frames, control media, masks, references, rejected clip, moments."""
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
         rejected = [] if self.worse is None else [self.worse]
         return (self.frames, *self.control, *masks, *self.references, *rejected, *self.moments)
@@ -125,6 +126,7 @@ class DecodedMedia:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes that the item takes in memory."""
         mask_bytes = 0 if self.mask is None else self.mask.nbytes
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
@@ -170,11 +172,14 @@ def decode_source(
 ) -> DecodedMedia:
     """Read a source and its control media.
 
-    Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, lengths, keeps_alpha, has_alpha: of
-    the family's LatentSpec. numbers: draws how a picture differs this time, as its table's
-    `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
-    small, DatasetError if the resolution is not a multiple of `step`.
+    Memory holds the whole clip at bucket size, and one frame at a time at its own size. `fps` is the family's
+    rate, reached by dropping frames if the table has source_fps. `step`, `lengths`, `keeps_alpha` and
+    `has_alpha` are those of the family's LatentSpec. `numbers` draw how a picture is varied this time, as its
+    table's `augmentation` says; without them it is not.
+
+    Raises:
+        MediaError: If a file is unreadable or too small.
+        DatasetError: If the resolution is not a multiple of `step`.
     """
     with fetch(source) as here:
         if source.tensors is not None:
@@ -192,7 +197,10 @@ def decode_source(
 def _decode_clip(
     source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media. here: the source with files that can be opened."""
+    """Read a clip and its control media.
+
+    `here` is the source with files that can be opened.
+    """
     table = source.table
     clock: list[tuple[int, float]] = []  # number and second of each kept frame
 
@@ -257,8 +265,9 @@ def _read_control_clips(
     clock: Sequence[tuple[int, float]],
     changes: list[str],
 ) -> list[Clip]:
-    """Read the control clips of a fetched clip of `count` frames; add a line to `changes` for each whose
-    frames change their size. clock: see `companion_frames`.
+    """Read the control clips of a fetched clip of `count` frames.
+
+    A line is added to `changes` for each whose frames change their size. `clock` is as in `companion_frames`.
     """
     clips = []
     for path in here.control:
@@ -280,7 +289,8 @@ def _lengthen(clip: Clip, count: int) -> Clip:
 def planned_bytes(source: MediaSource) -> int:
     """Return about what decoding a picture and its control pictures takes, by their headers; 0 if little.
 
-    source: fetched. What cannot be read counts as nothing: decoding says why.
+    Args:
+        source: Fetched. What cannot be read counts as nothing: decoding says why.
     """
     total = 0
     for path in (source.path, *source.control, *filter(None, (source.worse,)), *source.layers):
@@ -293,7 +303,10 @@ def planned_bytes(source: MediaSource) -> int:
 def _decode_image(
     source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
-    """Read a picture and its control pictures. source: fetched. has_alpha: all get four channels."""
+    """Read a picture and its control pictures.
+
+    `source` has been fetched. With `has_alpha`, all get four channels.
+    """
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])
@@ -366,7 +379,10 @@ def _read_controls(
     keeps_alpha: bool,
     has_alpha: bool,
 ) -> list[Clip]:
-    """Read the control images of a picture, each 1 H W C. bucket, place, is_mirrored: of the picture."""
+    """Read the control images of a picture, each 1 H W C.
+
+    `bucket`, `place` and `is_mirrored` are those of the picture.
+    """
     if source.table.references is None:
         return [_read_control(path, place, keeps_alpha) for path in source.control]
     references = []
@@ -384,7 +400,10 @@ def _read_controls(
 
 
 def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
-    """Read the worse picture of a pair, 1 H W C. size: of the better one, before it is placed."""
+    """Read the worse picture of a pair, 1 H W C.
+
+    `size` is that of the better one, before it is placed.
+    """
     from dataset.sources.pairs import require_equal_size  # few pictures have any
 
     assert source.worse is not None
@@ -395,7 +414,10 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
-    """Return the crop of a picture for this time. fit: its crop without augmentation."""
+    """Return the crop of a picture for this time.
+
+    `fit` is its crop without augmentation.
+    """
     changes = source.table.augmentation
     if changes.face_crop_range is not None:
         face = face_in_name(source.stem)
@@ -412,8 +434,10 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random
 
 
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
-    """Read a control image, 1 H W 3 or 4: alpha is kept apart from the colours, because Pillow would darken
-    the colours by it, and generation does not.
+    """Read a control image, 1 H W 3 or 4.
+
+    Alpha is kept apart from the colors, because Pillow would darken the colors by it, and generation does
+    not.
     """
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [place(colors)]
@@ -461,7 +485,8 @@ def _count_kept(source: MediaSource, fps: float) -> int:
 def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
     """Yield the frames of a source that are used, H W 3, at their own size: one of an image.
 
-    Raises MediaError if the file cannot be read.
+    Raises:
+        MediaError: If the file cannot be read.
     """
     with fetch(source) as here:
         if source.table.kind == "image":
@@ -502,8 +527,9 @@ def _repeat_first(frames: Iterator[Frame]) -> Clip:
 
 
 def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
-    never copied.
+    """Collect frames at bucket size, and their transparency if any.
+
+    The array grows in place, so that a clip is never copied.
     """
     width, height = bucket
     room = min(wanted_frames or GROWTH, GROWTH)

@@ -58,11 +58,15 @@ def download(
     wait: Callable[[float], None] = time.sleep,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Download `address` to `target`, unless it is there. wait: called with seconds before another try.
+    """Download `address` to `target`, unless it is there.
 
-    check: looks at the file before it gets its name; if it raises MediaError, nothing stays. Raises
-    MediaError if the file cannot be had, after several tries if that may help; OutputError if the disk is
-    full.
+    `wait` is called with seconds before another try.
+
+    `check` looks at the file before it gets its name; if it raises MediaError, no file is kept.
+
+    Raises:
+        MediaError: If the file cannot be had, after several tries if that may help.
+        OutputError: If the disk is full.
     """
     if target.is_file():
         return
@@ -173,7 +177,8 @@ def _explain_filesystem() -> Iterator[None]:
 def find_remote(pattern: str) -> list[str]:
     """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
 
-    Raises MediaError if they cannot be listed.
+    Raises:
+        MediaError: If they cannot be listed.
     """
     shown, protocol = hide_secrets(pattern), protocol_of(pattern)
     problem = protocol_error(protocol)

@@ -26,8 +26,10 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
     """Yield the source with files that can be opened until the block ends; if it has them, it is the same.
 
     A file at an address is downloaded and stays. One in a tar or a table is copied to the system's folder for
-    temporary files, one source at a time in each thread, and removed; errors name its own place. Raises
-    MediaError if a file is unavailable.
+    temporary files, one source at a time in each thread, and removed; errors name its own place.
+
+    Raises:
+        MediaError: If a file is unavailable.
     """
     if not source.origins:
         yield source

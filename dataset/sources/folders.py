@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a table's folder; add a fault for each file that cannot be used.
 
-    captions: read them. Raises DatasetError if the folder cannot be listed.
+    With `captions`, read them.
+
+    Raises:
+        DatasetError: If the folder cannot be listed.
     """
     paths = _leave_out_results(table, _media_in(table, faults))
     paths = _leave_out_bad_names(table, paths, faults)
@@ -81,7 +84,7 @@ def _sound_of(
 ) -> tuple[Path, None] | None:
     """Return the file with the sound of a clip; None: it has none besides its track.
 
-    sounds: files of audio_directory by clip. Adds a fault if there are several.
+    `sounds` are the files of audio_directory by clip. Adds a fault if there are several.
     """
     if clip in sounds:
         return sounds[clip], None
@@ -97,7 +100,8 @@ def _sound_of(
 def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
     """Return the one file of sound that is named like a clip, next to it, if there is any.
 
-    Raises DatasetError if there are several.
+    Raises:
+        DatasetError: If there are several.
     """
     paths = [clip.with_suffix(suffix) for suffix in sorted(SOUND_SUFFIXES)]
     files = [path for path in paths if path.exists()]
@@ -164,10 +168,10 @@ class _CaptionReader:
 def _find_companions(
     table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
 ) -> dict[Path, Path]:
-    """Return image or clip -> its mask or sound: the file in `folder` of the same name, without the suffix.
-    what: mask or sound.
+    """Return the mask or sound of each image or clip: the file of the same stem in `folder`.
 
-    Adds a fault if a name is not unique, or if no file in the folder fits.
+    `what` is "mask" or "sound". A name that is not unique and a folder in which nothing fits are added to
+    `faults`.
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
@@ -308,7 +312,7 @@ def _warn_unused_controls(
 def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     """Log the control images of each folder that belong to no image of any table.
 
-    sources: of all tables, which may share a folder.
+    `sources` are those of all tables, which may share a folder.
     """
     stems: dict[Path, set[str]] = {}
     names: dict[Path, str] = {}  # of the first table with the folder
@@ -346,8 +350,11 @@ class ControlFolder:
         self.alone = self._images.get("", [])
 
     def _owners(self, name: str) -> set[str]:
-        """Return the stems that a control image may belong to: not `pic` if there is `pic_10`, but `pic_1` is
-        also the first of `pic`. "" if there is none. name: of the control image, without suffix.
+        """Return the stems that a control image may belong to; "" if there is none.
+
+        The longest stem that begins the name counts: `pic_10_0` belongs to `pic_10`, not to `pic`. With a
+        number after the last underscore, the text before it counts too: `pic_1` belongs to `pic_1` and to
+        `pic`. `name` is that of the control image, without suffix.
         """
         longest = ""
         for length in range(len(name), 0, -1):
@@ -361,8 +368,10 @@ class ControlFolder:
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image; None: all but those named like another image.
 
-        `<stem>.*` comes first, the others follow by the number after the last underscore. Raises DatasetError
-        if there are fewer, or if a name that begins with `stem` has no number.
+        `<stem>.*` comes first, the others follow by the number after the last underscore.
+
+        Raises:
+            DatasetError: If there are fewer, or if a name that begins with `stem` has no number.
         """
         ranked = self._images_of(stem)
         if count is None:
@@ -395,7 +404,10 @@ class ControlFolder:
         """Return the control clip of a video.
 
         It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
-        in this order. Raises DatasetError if there is none.
+        in this order.
+
+        Raises:
+            DatasetError: If there is none.
         """
         if video.name in self._by_name:
             return self._by_name[video.name]
@@ -415,10 +427,12 @@ def _ends_in(path: Path, suffixes: Container[str]) -> bool:
 
 
 def list_entries(folder: Path, key: str) -> Sequence["os.DirEntry[str]"]:
-    """List a folder, sorted, without names that begin with a dot, and without a Path for each: there may be
-    a million.
+    """List a folder, sorted, without names that begin with a dot.
 
-    Raises DatasetError, naming `key`, if the folder cannot be listed.
+    No Path is made for each, as there may be a million.
+
+    Raises:
+        DatasetError: If the folder cannot be listed. The message names `key`.
     """
     try:
         with os.scandir(folder) as entries:
@@ -444,8 +458,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the suffixes of images, clips or sounds, and suffixes of files that are left out if one of the
-    first kind has the same name (previews, originals).
+    """Return the suffixes of images, clips or sounds, and those of files that may be previews or originals.
+
+    Files of the second kind are left out if one of the first kind has the same name.
     """
     if kind == "sound":
         return SOUND_SUFFIXES, frozenset()

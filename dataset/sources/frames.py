@@ -40,8 +40,8 @@ LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    lengths: of the family, to which "full" rounds down. Spans are sorted by target, then by start, without
-    duplicates.
+    `lengths` is that of the family, to which "full" rounds down. Spans are sorted by target, then by start,
+    without duplicates.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -55,7 +55,10 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the first frames of spans of `target` frames. last: the last frame at which one can begin."""
+    """Return the first frames of spans of `target` frames.
+
+    `last` is the last frame at which one can begin.
+    """
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -157,8 +160,13 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
 
 
 def file_rate(path: Path) -> float | None:
-    """Return a video's frames per second, from its header; None for folders and animations, which are timed
-    otherwise. Raises MediaError if it cannot be read.
+    """Return a video's frames per second, from its header.
+
+    Returns:
+        None for folders and animations, which are timed in another way.
+
+    Raises:
+        MediaError: If the video cannot be read.
     """
     if path.is_dir() or is_animation(path):
         return None
@@ -169,8 +177,13 @@ def file_rate(path: Path) -> float | None:
 def kept_rate(source: MediaSource, fps: float) -> float:
     """Return the rate of the kept frames, per second. Only the header of a clip is read.
 
-    source: fetched. fps: the family's rate, to which frames are dropped; pictures and folders of images have
-    this rate too. Raises MediaError if a clip cannot be read.
+    Args:
+        source: Fetched.
+        fps: The family's rate, to which frames are dropped; pictures and folders of images have this rate
+            too.
+
+    Raises:
+        MediaError: If a clip cannot be read.
     """
     table, stated = source.table, source.table.stated_fps
     fps = table.target_fps or fps
@@ -223,8 +236,8 @@ FAR = 2.0  # times by which a clip is faster or slower than a model sees others
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return a remark for each clip without source_fps whose rate is far from that of the model.
 
-    fps: of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips. Unreadable
-    files are reported elsewhere.
+    `fps` is that of the model. Only headers of clips that are here are read, of at most LOOKED_AT clips.
+    Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
@@ -251,9 +264,11 @@ Place = Callable[[Frame], Frame]  # resizes and crops a picture
 
 
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
-    """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
+    """Read an image as the mask of `num_frames` frames.
 
-    place: resizes and crops it like its picture.
+    `size` is that of the item; its shape has to be the same.
+
+    `place` resizes and crops it like its picture.
     """
     mask = _gray(path, read_mask(path), place, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
@@ -262,8 +277,9 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 def read_moving(
     path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into masks; a longer clip is cut, a shorter one repeats its
-    last frame.
+    """Turn the frames of a mask clip, H W 3 or 4, into masks.
+
+    A longer clip is cut, a shorter one repeats its last frame.
     """
     look = MaskLook()
     masks: list[Frame] = []
@@ -280,8 +296,8 @@ def read_moving(
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    stride, clip: of the family's LatentSpec. In time, the first frame of a video, or of each clip, is a
-    latent frame of its own, and after it each group of `stride[0]` frames is one.
+    `stride` and `clip` are those of the family's LatentSpec. In time, the first frame of a video, or of each
+    clip, is a latent frame of its own, and after it each group of `stride[0]` frames is one.
     """
     frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255
@@ -305,10 +321,13 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size that an image of `size` is resized to: of given latents its own. path: for messages.
+    """Return the size that an image of `size` is resized to: of given latents its own.
 
-    Raises MediaError if the image is too small to keep its size, DatasetError if the resolution does not fit
-    `step`.
+    `path` is for messages only.
+
+    Raises:
+        MediaError: If the image is too small to keep its size.
+        DatasetError: If the resolution does not fit `step`.
     """
     if table.gives_latents:
         return size

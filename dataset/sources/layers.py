@@ -38,7 +38,7 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     """Return the whole pictures among the images of a folder, each with its layers.
 
     A layer of cat.png is called cat_1.png and has no caption of its own; layers are sorted by their numbers.
-    extension: of caption files.
+    `extension` is that of caption files.
     """
     stems = {path.stem for path in paths}
 

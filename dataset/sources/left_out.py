@@ -43,10 +43,15 @@ class TableFolders:
         self._others = _other_folders(config)
 
     def left_out_files(self, table: DatasetTable) -> str | None:
-        """Return a line with the number of unread files in a table's folder, by suffix; None if there are
-        none, or if an earlier table has the same folder. Files that are usual next to media are not counted.
+        """Return a line with the number of unread files in a table's folder, by suffix.
 
-        Raises DatasetError if the folder cannot be listed.
+        Files that are usual next to media are not counted.
+
+        Returns:
+            None if there are none, or if an earlier table has the same folder.
+
+        Raises:
+            DatasetError: If the folder cannot be listed.
         """
         place = self._ids.get(table.index)
         if place is None or table.directory is None:
@@ -66,9 +71,7 @@ class TableFolders:
         return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
-        """Yield a line for each folder inside a folder of the tables that holds its kind of media and is not
-        read.
-        """
+        """Yield a line for each folder inside a table's folder that holds its kind of media and is unread."""
         used = self._others | {*self._sharing}
         for table in tables:
             if table.directory is None or not table.directory.is_dir():
@@ -147,10 +150,10 @@ class CaptionOwners:
             self._by_stem[_as_read(Path(name).stem)] = name
 
     def find(self, stem: str) -> str | None:
-        """Return the file that a caption is probably of: its name differs in capitals, in the Unicode form of
-        its letters, or has the suffix of the file too (`cat.png.txt`). None if there is none.
+        """Return the file that a caption is probably of; None if there is none.
 
-        stem: the name of the caption without its suffix.
+        Its name differs in capitals, in the Unicode form of its letters, or has the suffix of the file too
+        (`cat.png.txt`). `stem` is the name of the caption without its suffix.
         """
         key = _as_read(stem)
         return self._by_name.get(key) or self._by_stem.get(key)
@@ -164,8 +167,9 @@ def _as_read(name: str) -> str:
 def _find_captions(
     table: DatasetTable, entries: Sequence[_Named], rules: "_UnreadRules"
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that nothing reads, by what to do: those of media that have no other
-    caption, with another usual suffix or under another name.
+    """Return the names of caption files that nothing reads, by what to do with them.
+
+    They are those of media that have no other caption, with another usual suffix or under another name.
     """
     if not rules.caption_suffixes:
         return {}
@@ -219,8 +223,12 @@ class _UnreadRules:
 
     @staticmethod
     def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnreadRules":
-        """Return the rules of the tables that share a folder. has_companions: it also has masks, control
-        media or sound. with_masks: it has masks of OneTrainer, which the tables read.
+        """Return the rules of the tables that share a folder.
+
+        Args:
+            tables: These tables.
+            has_companions: Whether the folder also has masks, control media or sound.
+            with_masks: Whether it has masks of OneTrainer, which the tables read.
         """
         kinds = {str(table.holds) for table in tables}
         captions = {table.caption_extension for table in tables if table.caption_extension}
@@ -237,8 +245,9 @@ class _UnreadRules:
         )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is not media, but usual in such a folder. has_media: media with its stem are
-        there.
+        """Return whether a file is not media, but usual in such a folder.
+
+        `has_media` says that media with its stem are there.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:
             return True
@@ -307,7 +316,10 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder. suffixes: of its files."""
+    """Describe the contents of a folder.
+
+    `suffixes` are those of its files.
+    """
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)
@@ -317,7 +329,10 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder, or one inside it, has such files. used: folders to leave out."""
+    """Return whether a folder, or one inside it, has such files.
+
+    `used` are the folders to leave out.
+    """
     num_names = 0
     for place, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, LOOKED_INTO))

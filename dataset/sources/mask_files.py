@@ -25,8 +25,8 @@ def mask_suffixes(kind: str) -> frozenset[str]:
 def masks_by_stem(entries: Iterable[Path], kind: str, is_beside: bool) -> dict[str, list[Path]]:
     """Return the masks among the entries of a folder, by the names without suffix of what they mask.
 
-    kind: image or video. is_beside: the folder is that of the pictures or clips themselves; then only files
-    with the label of masks are masks, because a picture is not a mask of itself.
+    `kind` is image or video. `is_beside` says that the folder is that of the pictures or clips themselves;
+    then only files with the label of masks are masks, because a picture is not a mask of itself.
     """
     masks: dict[str, list[Path]] = {}
     for stem, paths in files_by_stem(entries, mask_suffixes(kind), kind == "video").items():
@@ -40,7 +40,7 @@ def files_by_stem(
 ) -> dict[str, list[Path]]:
     """Return the files with these suffixes among the entries of a folder, by their names without suffix.
 
-    with_folders: folders too, by their whole names.
+    With `with_folders`, folders are found too, by their full names.
     """
     by_stem: dict[str, list[Path]] = {}
     for path in entries:

@@ -38,17 +38,26 @@ class PackedFile(Protocol):
     def __hash__(self) -> int: ...
 
     @property
-    def container(self) -> Path: ...  # the file that it is in
+    def container(self) -> Path:
+        """The file that it is in."""
 
     @property
-    def size_bytes(self) -> int: ...  # 0: not known without reading it
+    def size_bytes(self) -> int:
+        """Bytes of the file; 0 if they are not known without reading it."""
 
     @property
-    def has_suffix(self) -> bool: ...  # its path ends as files of its kind do
+    def has_suffix(self) -> bool:
+        """Whether its path ends as files of its kind do."""
 
-    def pieces(self) -> Iterator[bytes]: ...  # raises MediaError, or OSError
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the bytes of the file in pieces.
 
-    def describe(self) -> dict[str, Any]: ...  # where it is, as JSON
+        Raises:
+            MediaError: If they cannot be read, or OSError.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the file is, as JSON values for the record of a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +74,23 @@ class GivenTensors(Protocol):
     """Files of tensors computed for a clip before. They may be millions: they are not opened here."""
 
     @property
-    def folder(self) -> Path: ...  # of the data
+    def folder(self) -> Path:
+        """Folder of the data."""
 
     @property
-    def moments(self) -> Path: ...
+    def moments(self) -> Path:
+        """File of the moments of all frames."""
 
     @property
-    def image(self) -> Path | None: ...  # of moments of the first frame alone, there or not; None: not used
+    def image(self) -> Path | None:
+        """File of moments of the first frame alone, which may be missing; None if it is not used."""
 
     @property
-    def embeds(self) -> Path | None: ...  # None: the caption is encoded here
+    def embeds(self) -> Path | None:
+        """File of the encoded caption; None if the caption is encoded here."""
 
-    def without_image(self) -> "GivenTensors": ...
+    def without_image(self) -> "GivenTensors":
+        """Return the tensors without moments of the first frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +150,7 @@ class MediaSource:
 
     @property
     def mask_from(self) -> str | None:
+        """Where the mask comes from, FROM_ALPHA or FROM_FILE; None without a mask."""
         if self.table.alpha_mask:
             return FROM_ALPHA
         return None if self.mask is None else FROM_FILE
@@ -196,8 +211,8 @@ def readable_stem(name: str) -> str:
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
     """Return the stems; if several are equal (ignoring case), each gets a hash of its identity.
 
-    identities: texts that differ if the sources do. A stem that occurs once depends neither on order nor on
-    other rows. Equal sources keep equal stems, which the listing reports.
+    `identities` are the texts that differ if the sources do. A stem that occurs once depends neither on order
+    nor on other rows. Equal sources keep equal stems, which the listing reports.
     """
     counts = Counter(stem for stem, _ in {*zip(map(str.casefold, stems), identities, strict=True)})
     return [
@@ -207,10 +222,10 @@ def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
 
 
 def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Give each row its own stem if several rows name one file with different captions, control media, masks
-    or sound: `t`, `t-2`, `t-3`, in the order of the rows.
+    """Give each row its own stem if several rows name one file and differ in something else.
 
-    Equal rows keep equal stems, which the listing reports.
+    They may differ in captions, control media, masks or sound. The stems are `t`, `t-2`, `t-3`, in the order
+    of the rows. Equal rows keep equal stems, which the listing reports.
     """
     places = Counter((source.path, source.origins[:1]) for source in sources)
     if not places or max(places.values()) == 1:
@@ -259,8 +274,9 @@ DOWNLOADED_SUFFIXES = frozenset(
 
 
 def local_name(address: str) -> str:
-    """Return the name of a downloaded file: the address's last part, readable, with a hash of the address,
-    and its suffix if that is one of media.
+    """Return the name of a downloaded file: the address's last part, readable, with a hash of the address.
+
+    The suffix is kept if it is one of media.
     """
     stem, suffix = split_name(address)
     suffix = suffix if suffix.lower() in DOWNLOADED_SUFFIXES else ""

@@ -34,7 +34,8 @@ def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
 def read_tensor(path: Path) -> Tensor:
     """Read the tensor of a .pt file, mapped. Code in it is refused, not run.
 
-    Raises MediaError if the file is missing, damaged, or holds anything else.
+    Raises:
+        MediaError: If the file is missing, damaged, or holds anything else.
     """
     if not path.exists():
         raise MediaError(f"{path} does not exist")
@@ -48,7 +49,9 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
-    """Read moments 2C F h w, mapped. latent: of the model that they are for.
+    """Read moments 2C F h w, mapped.
+
+    `latent` is that of the model that they are for.
 
     A leading axis of size 1, which some tools leave, is removed. Raises MediaError as `read_tensor`, and if
     the shape is another.
@@ -70,7 +73,10 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Describe the channels that the model needs. channels: those of the file."""
+    """Describe the channels that the model needs.
+
+    `channels` is those of the file.
+    """
     plain = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
@@ -82,7 +88,10 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     """Return the facts of the clip that moments 2C F h w were made from.
 
     If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
-    one. Raises MediaError if the model does not take the size.
+    one.
+
+    Raises:
+        MediaError: If the model does not take the size.
     """
     step, rows, columns = latent.stride
     count = moments.shape[1]
@@ -114,7 +123,11 @@ class PreparedFolder:
 
 
 def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
-    """Write the file of a folder. Raises OutputError if that fails."""
+    """Write the file of a folder.
+
+    Raises:
+        OutputError: If that fails.
+    """
     content = {"version": VERSION, **asdict(prepared)}
     write_text(folder / PREPARED, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
@@ -122,7 +135,8 @@ def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
 def read_prepared(folder: Path) -> PreparedFolder | None:
     """Read the file of a folder; None if there is none: another program made it.
 
-    Raises DatasetError if it cannot be read.
+    Raises:
+        DatasetError: If it cannot be read.
     """
     path = folder / PREPARED
     if not path.exists():

@@ -77,8 +77,10 @@ def read_rejected_clip(
 ) -> Clip:
     """Read the worse clip of a fetched clip, at the times of its frames: as many, F H W 3.
 
-    size: of the better one, in pixels. clock: see `companion_frames`. Raises MediaError if it has another
-    size, or is shorter.
+    `size` is that of the better one, in pixels. For `clock` see `companion_frames`.
+
+    Raises:
+        MediaError: If it has another size, or is shorter.
     """
     assert here.worse is not None
     frames: list[Clip] = []

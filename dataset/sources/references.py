@@ -109,8 +109,11 @@ def read_reference(
 ) -> NDArray[np.uint8]:
     """Read a reference picture of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
-    bucket: of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that
-    keeps its size or shape too. Raises MediaError if it cannot be used.
+    `bucket` is that of the image. `place` resizes, crops and mirrors it like the image. With `is_mirrored`,
+    one that keeps its size or shape is mirrored too.
+
+    Raises:
+        MediaError: If it cannot be used.
     """
     try:
         image = read_image(path, has_alpha)
@@ -129,7 +132,8 @@ def read_reference(
 def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
     """Yield the files of a source's reference pictures until the block ends.
 
-    Raises MediaError if one is missing or too small, by its header alone.
+    Raises:
+        MediaError: If one is missing or too small, by its header alone.
     """
     with fetch(source) as here:
         for path in here.control:
@@ -138,10 +142,15 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
-    """Return the sizes that the reference pictures of an image get, from their headers; () if they are not
-    on disk.
+    """Return the sizes that the reference pictures of an image get, from their headers.
 
-    bucket: of the image. Raises MediaError if one cannot be used.
+    `bucket` is that of the image.
+
+    Returns:
+        () if the pictures are not on disk.
+
+    Raises:
+        MediaError: If one cannot be used.
     """
     if source.origins:
         return ()
@@ -153,6 +162,7 @@ def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:
 
 
 def explain_reference(source: MediaSource, error: Exception) -> MediaError:
+    """Return the error for a reference picture that cannot be used."""
     text = f"a reference picture of {source.path.name} cannot be used: {error}"
     return MediaError(f"{text.rstrip('.')}. Replace it, or remove it")
 
@@ -160,8 +170,12 @@ def explain_reference(source: MediaSource, error: Exception) -> MediaError:
 def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | None = None) -> Fit | None:
     """Return the resizing and the crop of a reference picture of `size`; None: like its image.
 
-    bucket: of the image; None: not known yet. What keeps its size loses pixels at the right and below only,
-    as in other tuners' caches. Raises MediaError if it is too small, DatasetError if control_resolution is.
+    `bucket` is that of the image; None means not known yet. What keeps its size loses pixels at the right and
+    below only, as in other tuners' caches.
+
+    Raises:
+        MediaError: If it is too small.
+        DatasetError: If control_resolution is.
     """
     rules = table.references
     assert rules is not None

@@ -43,7 +43,7 @@ def find_media_remarks(
 ) -> list[Fault]:
     """Return remarks about the rates, lengths, order, references and colours of sources.
 
-    fps, has_rates: frames per second of the model, and whether it takes any rate.
+    `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
     """
     remarks = [] if has_rates else find_far_rates(sources, fps)
     have_companions = any(
@@ -101,7 +101,7 @@ def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _find_marks(caption: str, draws: bool) -> Iterator[str]:
-    """Yield the kinds of remarks about a caption. draws: choices are drawn."""
+    """Yield the kinds of remarks about a caption. `draws` says that choices in captions are drawn."""
     if draws:
         lines = lines_of(caption)
         if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
@@ -117,7 +117,7 @@ def find_cut_captions(
 ) -> tuple[list[Fault], dict[str, list[int]]]:
     """Return a remark for each caption that an encoder cuts off, and the bytes of all text caches by encoder.
 
-    counters: by the names of the encoders.
+    `counters` are found by the names of the encoders.
     """
     remarks = []
     sizes_bytes: dict[str, list[int]] = {}
@@ -136,7 +136,7 @@ def find_cut_captions(
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
     """Warn about captions with more tokens than the encoder reads: their ends are not used.
 
-    captions: each with its place, for the message.
+    `captions` are each with its place, for the message.
     """
     try:
         count_tokens = encoder.token_counter()
@@ -161,6 +161,9 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def warn_of_remarks(remarks: Sequence[Fault], most: int) -> None:
-    """Log remarks as one warning. most: how many of each kind are named."""
+    """Log remarks as one warning.
+
+    `most` is how many of each kind are named.
+    """
     if remarks:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, most))))

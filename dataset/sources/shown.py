@@ -20,10 +20,14 @@ MOST_SHOWN = 80  # characters of a value in a message
 
 
 def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
-    """Return the references of a row. file: the list. where: `list.jsonl, line 3`.
+    """Return the references of a row.
+
+    `file` is the list. `where` is `list.jsonl, line 3`.
 
     A relative path begins in the working folder, or if there is no such file, in the folder of the list.
-    Raises DatasetError for anything but a list of references, and for files that are not there.
+
+    Raises:
+        DatasetError: For anything but a list of references, and for files that are not there.
     """
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         example = '[{"type": "image", "path": "a.png"}]'

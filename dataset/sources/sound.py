@@ -30,10 +30,13 @@ class NoSound(MediaError):
 
 
 def find_sound(source: MediaSource) -> Path:
-    """Return the file with the sound of a clip, downloaded if it is at an address. The file may still have no
-    track.
+    """Return the file with the sound of a clip, downloaded if it is at an address.
 
-    source: fetched. Raises NoSound if no file fits, MediaError if a file is missing or unreadable.
+    `source` has been fetched. The file may still have no track.
+
+    Raises:
+        NoSound: If no file fits.
+        MediaError: If a file is missing or unreadable.
     """
     table, path = source.table, source.path
     stated = table.stated_fps
@@ -68,8 +71,11 @@ class SpanSounds:
 def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundSpec) -> SpanSounds:
     """Return the sound of spans of a clip, or silence if it has none.
 
-    here: fetched. fps: of the family. Raises MediaError if a file that its list or folder names has no sound,
-    or none is there and the table needs it.
+    `here` is the fetched source. `fps` is that of the family.
+
+    Raises:
+        MediaError: If a file that its list or folder names has no sound, or none is there and the table needs
+            it.
     """
     rate = kept_rate(here, fps)
     silent = 'audio = "ignore"'
@@ -89,8 +95,9 @@ def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundS
 def count_frames(path: Path, fps: float) -> int:
     """Return the number of frames of a clip that is as long as a sound.
 
-    Raises MediaError if there is no sound, if it is shorter than a frame, or if the file does not state its
-    length.
+    Raises:
+        MediaError: If there is no sound, if it is shorter than a frame, or if the file does not state its
+            length.
     """
     info = track_info(path)
     if info is None or info.end is None:
@@ -112,8 +119,8 @@ def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have sound although none is cached.
 
-    silent: stems of clips without cached sound. At most MOST_OPENED files are opened, none is downloaded, and
-    unreadable ones are skipped.
+    `silent` are the stems of clips without cached sound. At most MOST_OPENED files are opened, none is
+    downloaded, and unreadable ones are skipped.
     """
     local = (source for source in sources if source.stem in silent and not any(source.origins))
     unheard = []
@@ -130,8 +137,11 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
 def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
     """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
 
-    path: from `find_sound`. rate: from `kept_rate`. The track is decoded once. Raises NoSound if there is no
-    track, MediaError if the file cannot be read or its sound is damaged.
+    `path` comes from `find_sound`. `rate` comes from `kept_rate`. The track is decoded once.
+
+    Raises:
+        NoSound: If there is no track.
+        MediaError: If the file cannot be read or its sound is damaged.
     """
     ranges = []  # of samples
     for first, num_frames in spans:

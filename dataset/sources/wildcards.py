@@ -52,6 +52,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
 
 
 def has_choice(text: str) -> bool:
+    """Return whether a caption has a choice to draw."""
     return _CHOICE.search(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext: FLUX.1 dev that edits a picture, with the known video tuner's commands and caches.
+"""FLUX.1 Kontext: FLUX.1 dev that edits an image, with the commands and caches of musubi-tuner.
 
 family: Kontext, described for the shared loops
 names: what it is called everywhere, from scripts to tensors

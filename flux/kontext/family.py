@@ -51,13 +51,13 @@ T5 = replace(
     kind=replace(USE.kind, option="--text_encoder1"),
     tokenizer=replace(USE.tokenizer, option="--text_encoder1_tokenizer"),
 )
-# width and height of the pictures that the model was trained with. Source: the released code of Kontext
+# width and height of the images that the model was trained with. Source: the released code of Kontext
 _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752))
 _NEARLY_SQUARE = ((1328, 800), (1248, 832), (1184, 880), (1104, 944))
 _FLAT: tuple[Size, ...] = (*_WIDE, *_NEARLY_SQUARE)
 TRAINED_SIZES: tuple[Size, ...] = (*((h, w) for w, h in _FLAT), (1024, 1024), *reversed(_FLAT))
 KONTEXT_DEV = replace(FLUX_DEV, repositories=("black-forest-labs/FLUX.1-Kontext-dev",))
-# a LoRA leaves out modulations unless they are asked for, as the known tuner's
+# a LoRA leaves out modulations unless they are asked for, as musubi-tuner's
 KONTEXT_DIT = replace(FLUX_DIT, lora_exclude=("img_mod", "txt_mod", "modulation"))
 # --discrete_flow_shift is for --timestep_sampling shift
 KONTEXT_NOISE = NoiseSpec(tokens=count_image_tokens)
@@ -67,7 +67,7 @@ GENERATION = image_defaults(25, 1.0, 256, embedded_guidance=DEFAULT_GUIDANCE)
 
 @dataclass(frozen=True)
 class KontextFiles(FluxFiles):
-    """Files of a run; T5 is text encoder 1, CLIP-L is 2, as the known tuner has them."""
+    """Files of a run; T5 is text encoder 1 and CLIP-L is 2, as in musubi-tuner."""
 
     dit_option: str = "--dit"
 
@@ -76,6 +76,7 @@ class KontextFiles(FluxFiles):
     t5_use: ClassVar = T5
 
     def add_encoders(self, options: KontextTextOptions) -> "KontextFiles":
+        """Return the files with the options of the text encoders."""
         return replace(
             self,
             t5xxl=options.text_encoder1,
@@ -101,12 +102,12 @@ class KontextFiles(FluxFiles):
 class Kontext(Flux):
     """Description of FLUX.1 Kontext for one run, built by the `family_for_...` functions below.
 
-    Nothing in a file tells it from FLUX.1 dev.
+    Its files cannot be distinguished from those of FLUX.1 dev.
     """
 
     files: KontextFiles
     trained_guidance: float = 1.0
-    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as the known tuner
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as musubi-tuner
     # to the nearest of TRAINED_SIZES; else a reference keeps its own size
     resizes_references: bool = True
 
@@ -122,12 +123,14 @@ class Kontext(Flux):
 
     @property
     def references(self) -> ReferenceRules:
+        """One reference image, which is edited."""
         return ReferenceRules(most=1, edits=True)
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """FLUX.1's metadata with Kontext's architecture and task."""
         kontext = {"base_model_version": "flux_kontext", "model_type": "flux_kontext", "task": "kontext"}
-        # the architecture as the known tuner of Kontext has it; that of FLUX.1 has another spelling
+        # the architecture as musubi-tuner has it for Kontext; that of FLUX.1 has another spelling
         return {**super().metadata, **kontext, "architecture": "Flux.1-dev"}
 
     # encoding
@@ -135,7 +138,7 @@ class Kontext(Flux):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Return the cache entry of each picture: a posterior sample of it, the mean of its reference."""
+        """Return the cache entry of each image: a posterior sample, and the mean of its reference."""
         entries = super().encode_media(encoders, media)
         for reference in media.control:
             means = encoders.vae.encode(byte_clips(reference))
@@ -148,7 +151,7 @@ class Kontext(Flux):
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions for training: text, guidance (B), and the reference if there is one."""
+        """Return the conditions of a training batch: text, guidance (B), and a reference if there is one."""
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
         widths = {T5.states: config.text_dim, CLIP.pooled: config.pooled_dim}
@@ -166,7 +169,7 @@ class Kontext(Flux):
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
-        """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
+        """Encode the reference as `latents_control`, 1 C 1 h w: the mean of its posterior."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for path in prepared.request.control_images:
             conditions[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
@@ -176,7 +179,7 @@ class Kontext(Flux):
         """Read a reference, 1 1 H W 3 uint8: stretched to a trained size, or at its own size.
 
         At its own size it is cropped at the right and bottom only, so that no pixel is shifted. Source: the
-        released code of Kontext (stretching), the known tuner (cutting).
+        released code of Kontext (stretching), musubi-tuner (cropping).
         """
         from modules.media.reading import read_image, resize_frame
 
@@ -192,14 +195,17 @@ class Kontext(Flux):
 
 
 def family_for_latent_caching(options: KontextLatentCachingOptions) -> Kontext:
+    """Describe the family for flux_kontext_cache_latents.py, which needs only the VAE."""
     return Kontext(KontextFiles().add_vae(options.vae.file))
 
 
 def family_for_text_caching(options: KontextTextCachingOptions) -> Kontext:
+    """Describe the family for flux_kontext_cache_text_encoder_outputs.py: only text encoders."""
     return Kontext(KontextFiles().add_encoders(options.text))
 
 
 def family_for_training(options: KontextTrainingOptions) -> Kontext:
+    """Describe the family for flux_kontext_train_network.py."""
     return Kontext(
         _make_files(options),
         trained_guidance=options.embedded_guidance,
@@ -209,6 +215,7 @@ def family_for_training(options: KontextTrainingOptions) -> Kontext:
 
 
 def family_for_generation(options: KontextGenerationOptions) -> Kontext:
+    """Describe the family for flux_kontext_generate_image.py."""
     return Kontext(_make_files(options), resizes_references=not options.no_resize_control)
 
 

@@ -1,4 +1,4 @@
-"""What FLUX.1 Kontext is called everywhere; its LoRAs and files are FLUX.1's."""
+"""FLUX.1 Kontext's names; its LoRAs and files are FLUX.1's."""
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames

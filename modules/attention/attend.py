@@ -40,6 +40,7 @@ class Lengths:
 
     @property
     def longest(self) -> int:
+        """Number of tokens of the longest sample."""
         return max(self.counts)
 
     def without(self, count: int) -> "Lengths":
@@ -48,7 +49,10 @@ class Lengths:
 
 
 def make_lengths(counts: Sequence[int], device: torch.device) -> Lengths:
-    """Make the `Lengths` of a batch. counts: how many tokens of each sample are real, each at least 1."""
+    """Make the `Lengths` of a batch.
+
+    `counts` are how many tokens of each sample are real, each at least 1.
+    """
     starts = numbers_on(device, [0, *accumulate(counts)], torch.int32)
     return Lengths(tuple(counts), starts)
 
@@ -65,8 +69,9 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
-    """Pad samples, each n N D, to a batch B `length` N D. Uses one concatenation, so that tokens are copied
-    once.
+    """Pad samples, each n N D, to a batch B `length` N D.
+
+    One concatenation makes the batch, so that tokens are copied once.
     """
     pieces = []
     for sample in samples:
@@ -212,11 +217,14 @@ def attend(
 
     With `choice.in_float32` it is computed in float32, outside autocast, and returned in the inputs' dtype.
 
-    query: B L N D. key, value: B S N D. choice: the back end; `split` computes one sample at a time. lengths:
-    how many of the L tokens of each sample are real, for self-attention; if S > L, the S - L additional keys,
-    in front, are all real. Padding is not computed: its keys are ignored, its queries give zeros, and the
-    gradients of both are zero. repeats: S float32, how many equal keys each key stands for; sdpa only, not
-    together with lengths. Returns B L N D. Raises ValueError if the arguments do not go together.
+    `query` is B L N D. `key` and `value` are B S N D. `choice` is the back end. `split` computes one sample
+    at a time. `lengths` is how many of the L tokens of each sample are real, for self-attention; if S > L,
+    the S - L additional keys, in front, are all real. Padding is not computed: its keys are ignored, its
+    queries give zeros, and the gradients of both are zero. `repeats` is S float32, how many equal keys each
+    key stands for; sdpa only, not together with lengths. Returns B L N D.
+
+    Raises:
+        ValueError: If the arguments do not go together.
     """
     if choice.in_float32:
         with torch.autocast(query.device.type, enabled=False):
@@ -257,9 +265,15 @@ def attend(
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice = SDPA) -> Tensor:
     """Compute attention as `attend`, but each query sees no key behind its own.
 
-    query: B L N D, those of the last L of the S keys. key, value: B S N D. choice: only its `in_float32`
-    counts. Torch's own kernels compute it, whatever the back end: packages align the triangle differently,
-    and models have few such queries, those of texts. Raises ValueError if there are fewer keys than queries.
+    Args:
+        query: B L N D, those of the last L of the S keys.
+        key: B S N D.
+        value: B S N D.
+        choice: Only its `in_float32` counts. Torch's own kernels compute it, whatever the back end: packages
+            align the triangle differently, and models have few such queries, those of texts.
+
+    Raises:
+        ValueError: If there are fewer keys than queries.
     """
     if key.shape[1] < query.shape[1]:
         raise ValueError(f"{query.shape[1]} causal queries and only {key.shape[1]} keys")
@@ -293,9 +307,10 @@ def check_backend(
 ) -> None:
     """Raise OptionError if this back end cannot do this run, before anything is loaded.
 
-    dtype: returns the model's compute dtype; called only if it matters, as it may have to read a file.
-    training: a backward pass is needed, and messages name the training flags. The last check computes a small
-    attention (in training with its backward pass), as a package may be built for another GPU or torch.
+    `dtype` returns the model's compute dtype; called only if it matters, as it may have to read a file.
+    `training` says that a backward pass is needed, and messages name the training flags. The last check
+    computes a small attention (in training with its backward pass), as a package may be built for another GPU
+    or torch.
     """
     package = BACKENDS[choice.mode]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -334,7 +349,8 @@ def refusal(
 ) -> str | None:
     """Return the reason why a package cannot serve a run, worded to follow "--flag"; None if it can.
 
-    package: the back end that needs it; it need not be installed. capability: None without a CUDA device.
+    `package` is the back end that needs it; it need not be installed. `capability` is None without a CUDA
+    device.
     """
     if training and not package.learns:
         return "has no backward pass, so nothing would be learned: it is for generation only."

@@ -17,8 +17,8 @@ FIRST_CUDNN = 91501
 def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = None) -> Tensor:
     """Compute attention with torch's own kernels.
 
-    query: B L N D. key, value: B S N D. repeats: S float32, how many equal keys each key stands for.
-    Returns B L N D.
+    `query` is B L N D. `key` and `value` are B S N D. `repeats` is S float32, how many equal keys each key
+    stands for. Returns B L N D.
     """
     q = query.transpose(1, 2)  # B N L D
     k = key.transpose(1, 2)
@@ -48,7 +48,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
 def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Compute attention in which the queries are the last of the keys, and each sees none behind itself.
 
-    query: B L N D. key, value: B S N D, S >= L. Returns B L N D.
+    `query` is B L N D. `key` and `value` are B S N D, S >= L. Returns B L N D.
     """
     q = query.transpose(1, 2)  # B N L D
     k = key.transpose(1, 2)
@@ -70,6 +70,7 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a CUDA device, which has the kernels."""
     return tensor.device.type == "cuda"
 
 
@@ -98,12 +99,12 @@ def kernels(
 ) -> list[SDPBackend]:
     """Return the kernels to try, best first; torch skips one that does not support the tensors' sizes.
 
-    capability: of the GPU, such as (9, 0). width: of a head. cudnn: its version, 91501 for 9.15.1; None
-    excludes it. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and backward, and the backward
-    pass uses the same kernel as the forward pass. It is excluded when it is known to fail instead of being
-    skipped: with a mask its gradients may be NaN (pytorch/pytorch#196678), before 9.15.1 results may be wrong
-    unless the length is a multiple of 128, and other GPUs and wider heads have no plan for some sizes ("No
-    execution plans support the graph", pytorch/pytorch#140930).
+    `capability` are those of the GPU, such as (9, 0). `width` is that of a head. `cudnn` is its version,
+    91501 for 9.15.1; None excludes it. cuDNN's kernel is the fastest on Hopper and Blackwell, forward and
+    backward, and the backward pass uses the same kernel as the forward pass. It is excluded when it is known
+    to fail instead of being skipped: with a mask its gradients may be NaN (pytorch/pytorch#196678), before
+    9.15.1 results may be wrong unless the length is a multiple of 128, and other GPUs and wider heads have no
+    plan for some sizes ("No execution plans support the graph", pytorch/pytorch#140930).
     """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
@@ -144,9 +145,8 @@ def attend_in_order(
 ) -> Tensor:
     """Run scaled_dot_product_attention on B N L D with only these kernels, in this order.
 
-    scale: of the scores; None: 1/sqrt(D).
-    The context manager costs about 40 microseconds on the host, and nothing under torch.compile, which runs
-    it while tracing.
+    `scale` is that of the scores; None means 1/sqrt(D). The context manager costs about 40 microseconds on
+    the host, and nothing under torch.compile, which runs it while tracing.
     """
     with sdpa_kernel(order, set_priority=True):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

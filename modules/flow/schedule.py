@@ -34,17 +34,19 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
+        """Number of steps of the solver."""
         return len(self.timesteps)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | None = None) -> Tensor:
     """Blend latents with noise; without `alphas` on the straight path that rectified flow trains on.
 
-    latents, noise: B C F H W in model space. sigmas: B, from 0 (clean) to 1 (pure noise).
-    alphas: B, factors of the latents; None: 1 - sigmas.
-    Returns B C F H W in the dtype of `latents`; the blend is computed in float32.
-    Raises ValueError if the batch sizes differ.
-    Source: Liu et al. 2022, arXiv 2209.03003.
+    `latents` and `noise` are B C F H W in model space. `sigmas` is B, from 0 (clean) to 1 (pure noise).
+    `alphas` is B, factors of the latents; None means 1 - sigmas. Returns B C F H W in the dtype of `latents`;
+    the blend is computed in float32. Source: Liu et al. 2022, arXiv 2209.03003.
+
+    Raises:
+        ValueError: If the batch sizes differ.
     """
     if not len(latents) == len(noise) == len(sigmas):
         raise ValueError(
@@ -73,16 +75,18 @@ def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
     """Return the flow shift e^mu of a picture of this many tokens.
 
-    few, many: two numbers of tokens and mu there; mu is on the line through them. Source: the FLUX.1
-    reference code.
+    `few` and `many` are two numbers of tokens and mu there; mu is on the line through them. Source: the
+    FLUX.1 reference code.
     """
     slope = (many[1] - few[1]) / (many[0] - few[0])
     return math.exp(few[1] + slope * (tokens - few[0]))
 
 
 def shift_sigmas(sigmas: Tensor, flow_shift: float) -> Tensor:
-    """Move noise levels towards 1 (flow_shift > 1: more steps where the picture is laid out); 0 and 1 stay.
-    Any shape and dtype.
+    """Move noise levels towards 1 if flow_shift is above 1; 0 and 1 stay.
+
+    More steps are then spent where the composition of the picture is decided. `sigmas` have any shape and
+    dtype.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2.
     """
@@ -98,11 +102,14 @@ def make_schedule(
 ) -> Schedule:
     """Return the noise levels that a solver of `modules.flow.solvers` visits in `steps` steps.
 
-    table: `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last one to
-    0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the others feed
-    them cut to whole numbers but step by the exact sigmas, as the released code. levels: `Prepared.levels`,
-    which replace all that. Raises ValueError for an unknown solver, if steps is below 1, or if `levels` are
-    given and are not `steps` falling numbers and then 0.
+    `table` are `NoiseSpec.table`; with one the levels are its own, evenly spaced in timesteps from the last
+    one to 0, without a shift. Without: the solvers of Euler, unipc-bh1 and lcm feed exact timesteps; the
+    others feed them cut to whole numbers but step by the exact sigmas, as the released code. `levels` are
+    `Prepared.levels`, which replace all that.
+
+    Raises:
+        ValueError: For an unknown solver, if steps is below 1, or if `levels` are given and are not `steps`
+            falling numbers and then 0.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least one is needed")
@@ -126,7 +133,12 @@ def make_schedule(
 
 
 def flow_schedule(sigmas: Tensor, timesteps: Tensor) -> Schedule:
-    """Return the schedule of a rectified flow. sigmas: N + 1, float32. timesteps: N, float32."""
+    """Return the schedule of a rectified flow.
+
+    Args:
+        sigmas: N + 1, float32.
+        timesteps: N, float32.
+    """
     return Schedule(sigmas, timesteps, 1 - sigmas.double())
 
 
@@ -147,8 +159,8 @@ def _make_terminal_grid(terminal: float, steps: int, flow_shift: float) -> Sched
 def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor:
     """Shift noise levels and stretch them so that the last one above 0 is `terminal`.
 
-    levels: N falling numbers from 1 on, float64, without the 0 at the end. A single level stays 1. Source:
-    `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
+    `levels` is N falling numbers from 1 on, float64, without the 0 at the end. A single level stays 1.
+    Source: `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
     """
     levels = shift_sigmas(levels, flow_shift)
     return levels if len(levels) == 1 else 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])

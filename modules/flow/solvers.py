@@ -24,12 +24,13 @@ class Solver(Protocol):
     """Take steps in order of their index; the first index may be above 0 (video-to-video)."""
 
     @property
-    def schedule(self) -> Schedule: ...
+    def schedule(self) -> Schedule:
+        """Noise levels and timesteps of the steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the sample at the next sigma.
 
-        velocity, sample: at `schedule.sigmas[index]`, both float32, as the result.
+        `velocity` and `sample` are those at `schedule.sigmas[index]`. Both are float32, as is the result.
         """
         ...
 
@@ -43,12 +44,20 @@ def solver_for(
     levels: Sequence[float] = (),
     sound_shift: float = 1.0,
 ) -> Solver:
-    """Make a new solver with its schedule: "euler" (also "euler-trained", "euler-terminal", "euler-tenth",
-    "euler-thousandth"), "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+    """Make a new solver with its schedule.
 
-    table, levels: see `make_schedule`. draw: where the noise comes from; it is called only by a step that
-    adds some. sound_shift: of `NoiseSpec`; only Euler follows two schedules. Raises ValueError for another
-    name, or if a solver that adds noise has no `draw`.
+    Args:
+        name: "euler" (also "euler-trained", "euler-terminal", "euler-tenth", "euler-thousandth"), "unipc",
+            "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
+        steps: Number of steps.
+        flow_shift: Shift of the noise levels.
+        table: Sigmas of a discrete schedule; see `make_schedule`.
+        draw: Source of noise, called only by a step that adds some.
+        levels: Noise levels in place of the solver's own; see `make_schedule`.
+        sound_shift: Shift of `NoiseSpec` for sound; only Euler follows two schedules.
+
+    Raises:
+        ValueError: For another name, or if a solver that adds noise has no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
     if sound_shift != 1:
@@ -69,6 +78,7 @@ class Euler:
     schedule: Schedule
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Move the sample straight along the velocity, to the next noise level."""
         sigma = self.schedule.sigmas[index]
         sigma_next = self.schedule.sigmas[index + 1]
         return sample.float() + float(sigma_next - sigma) * velocity.float()
@@ -85,6 +95,7 @@ class Lcm:
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Predict the clean sample and add fresh noise of the next level; the last step adds none."""
         here = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
         x0 = sample.float() - here.sigma * velocity.float()
@@ -104,6 +115,7 @@ class DpmPlusPlus:
     _past: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Extrapolate the clean sample from this prediction and the last one, and move to the next level."""
         here = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
@@ -153,6 +165,7 @@ class UniPC:
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Correct the sample with the velocity here, then predict that of the next level."""
         here = _Level.read(self.schedule, index, self.variant.keeps_data)
         following = _Level.read(self.schedule, index + 1, self.variant.keeps_data)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
@@ -169,7 +182,7 @@ class UniPC:
     def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
         """Return the change of the prediction over a step from the level of the last one to `following`.
 
-        after: the prediction at `following`, if it is known. The change is a weighted sum of the other
+        `after` is the prediction at `following`, if it is known. The change is a weighted sum of the other
         predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
         far away in lambda.
         """
@@ -223,7 +236,9 @@ class _Prediction:
 def _solve_weights(step: float, ratios: list[float]) -> list[float]:
     """Return the weights of the differences to other predictions (paper, equation 9), solved in float64.
 
-    step: h of this step. ratios: distances of the predictions from its start, in units of h; one weight each.
+    Args:
+        step: H of this step.
+        ratios: Distances of the predictions from its start, in units of h; one weight each.
     """
     phi = math.expm1(-step) / -step - 1
     factorial = 1.0

@@ -47,7 +47,7 @@ MOST = 2**31 - 1
 def repeat_pixels(x: Tensor, factor: int, most: int = MOST) -> Tensor:
     """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
 
-    most: values of a result that torch's own kernel is trusted with.
+    `most` is the values of a result that torch's own kernel is trusted with.
     """
     if x.numel() * factor**2 <= most:
         return interpolate(x, scale_factor=float(factor), mode="nearest")

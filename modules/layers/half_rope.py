@@ -12,7 +12,8 @@ from torch import Tensor
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     """Rotate pairs of channels of x, B L N D: one from the first half of a head, one from the second.
 
-    table: L N D/2 2 or L 1 D/2 2, of cosines and sines. Computed in its dtype, returned in the dtype of x.
+    `table` is L N D/2 2 or L 1 D/2 2, of cosines and sines. Computed in its dtype, returned in the dtype of
+    x.
     """
     first, second = x.type_as(table).chunk(2, dim=-1)
     cosine, sine = table.unbind(-1)

@@ -27,7 +27,7 @@ def modulate(
 ) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
-    normed: B L C. shift, scale: B S C; None: 0.
+    `normed` is B L C. `shift` and `scale` are B S C; None means 0.
     """
     if scale is None:
         return normed.to(dtype)
@@ -46,8 +46,9 @@ def modulate(
 def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) -> Tensor:
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
-    x, branch: B L C. gate: B S C; None: 1. If the gate is not trained, autograd keeps nothing of the branch,
-    and recomputing a checkpointed block ends before the last branch is added: see `_AddGated`.
+    `x` and `branch` are B L C. `gate` is B S C; None means 1. If the gate is not trained, autograd keeps
+    nothing of the branch, and recomputing a checkpointed block ends before the last branch is added: see
+    `_AddGated`.
     """
     if gate is None:
         return x + branch.to(x.dtype)
@@ -59,7 +60,10 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 
 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment. rows: at least one, B S C."""
+    """Return the tokens, B L' C, and then the rows, B 1 C, of each segment.
+
+    `rows` are at least one, each B S C.
+    """
     count = rows[0].shape[1]
     if count == 1:
         return [(*tokens, *rows)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 
 def activation_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
+    """Return the dtype that a layer computes in: that of autocast if it is on, else that of the weights."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
@@ -43,7 +44,7 @@ class TwoLayers(nn.Module):
     ) -> None:
         """names: of the two layers in files, such as "fc1 fc2".
 
-        sizes: C, the width between the layers, C'.
+        `sizes` are C, the width between the layers, C'.
         """
         super().__init__()
         self._first, self._second = names.split()
@@ -53,6 +54,7 @@ class TwoLayers(nn.Module):
         self._run = run_float32 if in_float32 else in_own_dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result of both layers, ... C' for ... C."""
         hidden = self._activation(self._run(getattr(self, self._first), x))
         return self._run(getattr(self, self._second), hidden)
 
@@ -70,6 +72,7 @@ class NamedFeedForward(nn.Module):
         self._activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the result of both layers, ... C' for ... C."""
         first, _, last = self.net
         return in_own_dtype(last, self._activation(in_own_dtype(first["proj"], x)))  # type: ignore[index]
 
@@ -85,6 +88,7 @@ class Float32LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in float32."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return functional.layer_norm(x.float(), (self.dim,), weight, bias, self.eps)
@@ -99,6 +103,7 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -110,6 +115,7 @@ class CenteredRMSNorm(RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return centered_norm(x, self.weight, self.eps)
 
 
@@ -122,6 +128,7 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return rms_norm(x, self.scale, self.eps)
 
 
@@ -133,16 +140,23 @@ class CenteredNorm(ScaleNorm):
         nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed values in the dtype of `x`."""
         return centered_norm(x, self.scale, self.eps)
 
 
 def centered_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x. scale: C."""
+    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x.
+
+    `scale` is C.
+    """
     return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x. weight: C."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in the dtype of x.
+
+    `weight` is C.
+    """
     # torch's kernel accumulates and scales in float32 and rounds once at the end; autocast would pass it
     # a float32 copy of x, which autograd would keep
     with torch.autocast(x.device.type, enabled=False):

@@ -45,8 +45,11 @@ class Grid(NamedTuple):
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
     """Return the angles of any positions on an axis: n -> n x width/2, in their dtype.
 
-    width: channels that belong to the axis, even. slow: index and value of a frequency that replaces the
-    trained one. Raises ValueError if the axis lacks that frequency.
+    `width` is the channels that belong to the axis, even. `slow` is the index and value of a frequency that
+    replaces the trained one.
+
+    Raises:
+        ValueError: If the axis lacks that frequency.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, dtype=positions.dtype) / width)
     if slow is not None:
@@ -59,7 +62,7 @@ def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | 
 def on_grid(axes: Sequence[Tensor]) -> Tensor:
     """Spread per-axis values over the tokens of a grid in row-major order, and concatenate the axes' pairs.
 
-    axes: each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
+    `axes` are each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """
     sizes = [len(table) for table in axes]
     columns = []
@@ -80,8 +83,8 @@ def exact_table(
 ) -> Tensor:
     """Return the (cosine, sine) pairs of a grid's tokens in row-major order: L 1 D/2 2 on `device`.
 
-    widths: channels of each axis, D in total. dtype: of the angles; at position 1000 a float32 angle is wrong
-    in the fifth digit. stored: of the table, see `rotate`.
+    `widths` are the channels of each axis, D in total. `dtype` is that of the angles; at position 1000 a
+    float32 angle is wrong in the fifth digit. `stored` is that of the table, see `rotate`.
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
@@ -98,6 +101,7 @@ def exact_table(
 
 
 def turns(angles: Tensor) -> Tensor:
+    """Return cosine and sine of angles, in a new last axis of 2."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -109,7 +113,8 @@ TABLES: dict[str, Callable[..., Tensor]] = {"default": exact_table, "comfy": flo
 class TableMaker(Protocol[Asked]):
     """Make a table on a device from the tokens' layout, such as the numbers of frames, rows and columns."""
 
-    def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor: ...
+    def __call__(self, layout: Asked, /, *, device: torch.device) -> Tensor:
+        """Make the table of a layout."""
 
 
 def table_maker(
@@ -118,7 +123,10 @@ def table_maker(
     theta: float = THETA,
     dtype: torch.dtype = torch.float32,
 ) -> TableMaker[Grid]:
-    """Return a function that makes the tables of one network. make: of `TABLES`; dtype: see `rotate`."""
+    """Return a function that makes the tables of one network. make: of `TABLES`.
+
+    For `dtype` see `rotate`.
+    """
     return functools.partial(make, widths=widths, theta=theta, stored=dtype)
 
 
@@ -139,6 +147,7 @@ class GridTable(Generic[Layout]):
         self._last: tuple[Layout, Tensor] | None = None
 
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
+        """Return the table of a grid on a device, made only if the last call was for another one."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
             with torch.inference_mode(False):  # a table made for a sample also serves the next training step
                 self._last = grid, self._make(grid, device=device)
@@ -166,7 +175,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     """Return the rotations of some tokens: B K' 1 D/2 2.
 
-    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K, positions of the kept tokens,
+    `table` is L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. `kept` is B K, positions of the kept tokens,
     ascending. `num_left_out` of the first L tokens are not kept.
     """
     places = kept[:, : table.shape[-4] - num_left_out]
@@ -180,10 +189,12 @@ LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
 
 
 def sinusoid(numbers: Tensor, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32. width: even.
+    """Return cosines, then sines, of numbers (B) at falling frequencies: B width float32.
 
-    dtype: of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in the
-    fourth digit.
+    `width` is even.
+
+    `dtype` is that of frequencies and angles, as the model was trained. At 6000 a float32 angle is wrong in
+    the fourth digit.
     """
     half = width // 2
     # Apple GPUs have no float64

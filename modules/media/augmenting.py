@@ -81,7 +81,10 @@ def fit_face(
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
 
     def start(middle: float, length: float, axis: int) -> int:
-        """Return the first pixel of the crop on an axis. middle, length: of the resized face."""
+        """Return the first pixel of the crop on an axis.
+
+        `middle` and `length` are those of the resized face.
+        """
         side = bucket[axis]
         first = middle - side / 2
         if anywhere and length < side:  # from the face at the end of the crop to the face at its start
@@ -94,4 +97,5 @@ def fit_face(
 
 
 def mirror(frame: Frame) -> Frame:
+    """Return a frame with left and right exchanged, as a copy in contiguous memory."""
     return np.ascontiguousarray(frame[:, ::-1])

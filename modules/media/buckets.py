@@ -24,8 +24,11 @@ class Fit:
 def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
     """Return all sizes of about width x height pixels whose sides are multiples of `step`, ascending.
 
-    The short sides run from half the square root of the area to just above it; each (w, h) comes with its
-    (h, w). Raises ValueError if the area is too small for a single bucket.
+    The short sides run from half the square root of the area to just above it; each (w, h) comes with its (h,
+    w).
+
+    Raises:
+        ValueError: If the area is too small for a single bucket.
     """
     area = width * height
     side = math.isqrt(area)
@@ -42,8 +45,11 @@ def bucket_sizes(width: int, height: int, step: int) -> tuple[Size, ...]:
 def select_bucket(size: Size, sizes: tuple[Size, ...], area: int, step: int, no_upscale: bool) -> Size:
     """Return the bucket with the aspect ratio nearest to that of `size`; the first one on a tie.
 
-    no_upscale: a picture with at most `area` pixels keeps its own size, rounded down to multiples of `step`.
-    Raises ValueError if its shorter side is below `step`.
+    With `no_upscale`, a picture with at most `area` pixels keeps its own size, rounded down to multiples of
+    `step`.
+
+    Raises:
+        ValueError: If its shorter side is below `step`.
     """
     width, height = size
     if no_upscale and width * height <= area:
@@ -69,7 +75,7 @@ def fit_cover(size: Size, bucket: Size) -> Fit:
 def fit_within(size: Size, area: int | None, step: int) -> Fit:
     """Return the fit that reduces a picture to at most `area` pixels, keeps its shape and crops its centre.
 
-    area: None keeps the size. step: sides become multiples of this.
+    `area` None keeps the size. Sides become multiples of `step`.
     """
     width, height = size
     how = "none"
@@ -87,10 +93,13 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
-    """Return the buckets of at most the resolution's area, ascending: a square, and every width by `step`
-    from `shortest` to `longest` with the greatest height that fits, each also turned.
+    """Return the buckets of at most the resolution's area, ascending.
 
-    Sides are multiples of `step`, as `shortest` and `longest` are. Raises ValueError if there is none.
+    They are a square, and every width by `step` from `shortest` to `longest` with the greatest height that
+    fits, each also turned. Sides are multiples of `step`, as `shortest` and `longest` are.
+
+    Raises:
+        ValueError: If there is none.
     """
     area = resolution[0] * resolution[1]
     side = math.isqrt(area) // step * step
@@ -105,6 +114,7 @@ def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int)
 
 
 def select_image_bucket(size: Size, sizes: Sequence[Size]) -> Size:
+    """Return the bucket of equal size, else the one whose aspect ratio is nearest."""
     if size in sizes:
         return size
     aspect = size[0] / size[1]
@@ -115,8 +125,10 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
     """Return the fit of a picture to a bucket of its own size, rounded down to multiples of `step`.
 
     A picture above `area` pixels is first shrunk to about that area. Of the two sizes of about that area in
-    which one side is a multiple of `step`, the one is taken whose other side loses less. Raises ValueError if
-    a side is shorter than `step`.
+    which one side is a multiple of `step`, the one is taken whose other side loses less.
+
+    Raises:
+        ValueError: If a side is shorter than `step`.
     """
     width, height = size
     resized = size if width * height <= area else _shrink(size, area, step)
@@ -143,6 +155,7 @@ def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
 
 
 def how_to_resize(size: Size, resized: Size) -> str:
+    """Return the filter for resizing: area if both sides get smaller, else lanczos; none for equal sizes."""
     if size == resized:
         return "none"
     return "area" if resized[0] < size[0] and resized[1] < size[1] else "lanczos"

@@ -106,7 +106,7 @@ def _note_info(file: Image.Image) -> None:
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
     """Return H W 3 RGB on white; with `alpha`, H W 4 (not on white) if the picture has transparency.
 
-    image: from `upright`. path: for messages.
+    `image` comes from `upright`. `path` is for messages only.
     """
     image.load()  # which may change the mode
     keeps_alpha = alpha and _may_be_transparent(image)
@@ -151,8 +151,10 @@ def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
 
 
 def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform of FFmpeg's frame, or of a stream's codec, to sRGB; None for HDR, and for the
-    primaries of television, which count as sRGB's.
+    """Return the transform to sRGB of FFmpeg's frame, or of a stream's codec.
+
+    Returns:
+        None for HDR, and for the primaries of television, which count as sRGB's.
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSAID else transfer
@@ -368,10 +370,12 @@ def _make_curve(info: dict[Any, Any]) -> list[int] | None:
 
 @functools.lru_cache(maxsize=64)
 def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
-    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM; None if the primaries are not a
-    triangle.
+    """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM.
 
     Source: ICC.1, 8.3.
+
+    Returns:
+        None if the primaries are not a triangle.
     """
     colorants = _make_colorants(places)
     if colorants is None:
@@ -413,7 +417,8 @@ def _encode_xyz(values: Any) -> bytes:
 def _make_colorants(places: tuple[float, ...]) -> Any:
     """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they are not a triangle.
 
-    places: x y of the white point, red, green and blue.
+    Args:
+        places: X y of the white point, red, green and blue.
     """
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():

@@ -52,9 +52,15 @@ class Companions:
     """The other streams of a video, copied up to the time that the new video has reached."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
-        """source: the opened file at `path`. suffix, rate: of the new file and of its pictures. covers:
-        whether to keep cover pictures and whatever else may hold pictures: XMP, and attachments other than
-        fonts.
+        """Keep the source and list nothing yet.
+
+        Args:
+            path: Path of the opened file.
+            source: The opened file.
+            suffix: Suffix of the new file.
+            rate: Frame rate of the new file.
+            covers: Whether to keep cover pictures and all else that may hold pictures: XMP, and attachments
+                other than fonts.
         """
         self._path, self._source, self._suffix, self._rate = path, source, suffix, rate
         self._covers = covers
@@ -68,12 +74,13 @@ class Companions:
 
     @property
     def tags(self) -> dict[str, str]:
+        """Tags of the video that the new file can have, without those that describe the encoding."""
         return self._clean_tags(self._source.metadata)
 
     def add_streams(self, target: Any, video: Any) -> None:
         """Add a stream to the new file for each one of the source, and its chapters.
 
-        video: the stream of the new pictures, which gets the tags of the old ones.
+        `video` is the stream of the new pictures, which gets the tags of the old ones.
         """
         if self._main is not None:
             self._describe(video, self._main)
@@ -150,8 +157,9 @@ class Companions:
                 track.lost += 1
 
     def _add(self, target: Any, stream: Any) -> None:
-        """Add a stream in the first way that the new file's format allows: copied, else converted, else left
-        out.
+        """Add a stream in the first way that the new file's format allows.
+
+        It is copied, else converted, else left out.
         """
         name = _name(stream)
         if stream.type == "video":
@@ -297,7 +305,8 @@ def _name(stream: Any) -> str:
 
 
 def _list_damage_errors() -> tuple[type[Exception], ...]:
-    """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise;
-    the one for a full disk is left out.
+    """Return FFmpeg's exceptions for packets that it cannot write, for example with times that do not rise.
+
+    The exception for a full disk is not among them.
     """
     return (av.ArgumentError, av.InvalidDataError, av.PatchWelcomeError)

@@ -83,8 +83,10 @@ class TimedFrame:
 def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFrame]:
     """Yield the frames of a video in playing order.
 
-    container, stream: from `open_video(path)`. Raises MediaError if the file is damaged, ends before the
-    length that it states, or has no frame.
+    `container` and `stream` come from `open_video(path)`.
+
+    Raises:
+        MediaError: If the file is damaged, ends before the length that it states, or has no frame.
     """
     stream.thread_type = select_thread_type(stream.codec_context)
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
@@ -133,7 +135,11 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
 
 
 def _open_alpha_decoder(path: Path, codec: str) -> Any:
-    """Return a decoder that reads the transparency of this codec. Raises MediaError if FFmpeg lacks it."""
+    """Return a decoder that reads the transparency of this codec.
+
+    Raises:
+        MediaError: If FFmpeg lacks it.
+    """
     try:
         decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
     except ValueError:
@@ -164,13 +170,14 @@ Turned = TypeVar("Turned", bound=NDArray[Any])
 
 
 def has_alpha(frame: Any) -> bool:
+    """Return whether the pixels of FFmpeg's frame have transparency."""
     return any(part.is_alpha for part in frame.format.components)
 
 
 def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = False) -> NDArray[Any]:
     """Return FFmpeg's frame of a stream as H W 3 on white; with `alpha` H W 4 if it has transparency.
 
-    deep: return 16 bits a channel, else 8.
+    With `deep`, return 16 bits a channel, else 8.
     """
     kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
     # in one thread: with several, swscale at times damages rows
@@ -243,6 +250,7 @@ def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, in
 
 
 def is_sideways(frame: Any) -> bool:
+    """Return whether a frame is shown with width and height exchanged."""
     return read_orientation(frame).is_transposed
 
 
@@ -300,8 +308,10 @@ _CUT = "is damaged or cut short: it ends before its last frame does"
 def is_animation(path: Path) -> bool:
     """Return whether a file is a GIF or WebP, by its suffix, that has more than one frame.
 
-    Reads block headers only, and no more of them than necessary. Raises MediaError if they are damaged or end
-    early.
+    Reads block headers only, and no more of them than necessary.
+
+    Raises:
+        MediaError: If they are damaged or end early.
     """
     return (
         path.suffix.lower() in ANIMATION_SUFFIXES
@@ -311,14 +321,19 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_durations(path: Path) -> tuple[float, ...]:
-    """Return the seconds that each frame is shown. Raises MediaError if the file is damaged or cut short."""
+    """Return the seconds that each frame is shown.
+
+    Raises:
+        MediaError: If the file is damaged or cut short.
+    """
     return tuple(_read_durations(path))
 
 
 def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
     """Yield each frame, H W 4 RGBA, and the seconds that it is shown.
 
-    Raises MediaError if the file is damaged or cut short.
+    Raises:
+        MediaError: If the file is damaged or cut short.
     """
     durations = _read_durations(path)
     with open_image(path) as image:

@@ -9,8 +9,8 @@ from modules.media.reading import Frame
 def draw_edges(image: Frame, low: int, high: int) -> Frame:
     """Return the edges of an image, H W 3, as white lines of one pixel on black, H W 3.
 
-    low, high: thresholds of the gradient of the grey image, which is not blurred. Source: Canny 1986, in
-    OpenCV's form.
+    `low` and `high` are thresholds of the gradient of the gray image, which is not blurred. Source: Canny
+    1986, in OpenCV's form.
     """
     edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), low, high)
     return np.repeat(np.asarray(edges, dtype=np.uint8)[..., None], 3, axis=2)

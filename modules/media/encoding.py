@@ -44,12 +44,14 @@ class Picture:
 
 
 def in_eight_bits(pixels: Pixels) -> NDArray[np.uint8]:
+    """Return pixels in 8 bits; those in 16 bits are divided by 257 and rounded."""
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     return np.asarray(cv2.convertScaleAbs(pixels, alpha=1 / 257), dtype=np.uint8)
 
 
 def in_sixteen_bits(pixels: Pixels) -> NDArray[np.uint16]:
+    """Return pixels in 16 bits; those in 8 bits are multiplied by 257, so that white stays white."""
     if pixels.dtype == np.uint16:
         return np.asarray(pixels, dtype=np.uint16)
     return pixels.astype(np.uint16) * np.uint16(257)
@@ -107,6 +109,7 @@ MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 
 
 def select_encoder(codec: str, width: int, height: int) -> str:
+    """Return the codec, or h264 for pictures that are too small for an encoder of h265."""
     is_tiny = width // 2 * 2 < SMALLEST_H265[0] or height // 2 * 2 < SMALLEST_H265[1]
     return "h264" if codec == "h265" and is_tiny else codec
 
@@ -126,7 +129,11 @@ def settle_codec(codec: str, width: int, height: int) -> str:
 
 
 def select_codec(path: Path, codec: str) -> Codec:
-    """Return the codec for `path` by its name. Raises MediaError if it does not fit the suffix."""
+    """Return the codec for `path` by its name.
+
+    Raises:
+        MediaError: If it does not fit the suffix.
+    """
     kind = _CODECS[codec]
     suffix = path.suffix.lower()
     if suffix not in kind.suffixes:
@@ -152,7 +159,10 @@ def check_image(path: Path, codec: str, first: Pixels) -> None:
 def create_container(
     path: Path, suffix: str, tags: Mapping[str, str] | None, options: Mapping[str, str] | None = None
 ) -> Any:
-    """Open a file to write, without random ids and with tags. options: further ones of the container."""
+    """Open a file to write, without random ids and with tags.
+
+    `options` are additional ones of the container.
+    """
     options = {"fflags": "+bitexact", **(options or {})}
     container = av.open(f"file:{path}", "w", format=MUXERS[suffix], options=options)
     container.metadata.update(tags or {})
@@ -169,9 +179,12 @@ def add_video_stream(
     preset: str,
     bit_rate: int | None = None,
 ) -> Any:
-    """Add a stream for pictures of the size of `first`. rate: pictures a second.
+    """Add a stream for pictures of the size of `first`. `rate` is the number of pictures a second.
 
-    crf: quality; bit_rate: bits per second in place of it. Raises MediaError if FFmpeg lacks the encoder.
+    `crf` is the quality; `bit_rate` is bits per second in place of it.
+
+    Raises:
+        MediaError: If FFmpeg lacks the encoder.
     """
     try:
         stream = container.add_stream(kind.encoder, rate=rate)
@@ -201,7 +214,10 @@ def add_video_stream(
 def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     """Encode pictures and yield packets, whose times are the pictures' numbers, in units of 1 / rate.
 
-    An odd last row or column is cropped. Raises MediaError if the encoder fails.
+    An odd last row or column is cropped.
+
+    Raises:
+        MediaError: If the encoder fails.
     """
     colors = av.video.reformatter
     bt709 = colors.Colorspace.ITU709.value
@@ -280,7 +296,7 @@ def name_write_errors() -> Iterator[None]:
 def keep_proportions(path: Path, source: Any, video: Any) -> None:
     """Copy the aspect ratio of pixels that are not square, as on DVDs, to a new video.
 
-    source: the stream of pictures of the file at `path`. video: that of a new file.
+    `source` is the stream of pictures of the file at `path`. `video` is that of a new file.
     """
     ratio = source.sample_aspect_ratio
     if not ratio or ratio == 1:
@@ -291,4 +307,5 @@ def keep_proportions(path: Path, source: Any, video: Any) -> None:
 
 
 def needs_own_tags(tags: Iterable[str]) -> bool:
+    """Return whether MP4 has no place of its own for one of the tags."""
     return any(name.lower() not in _MP4_TAGS for name in tags)

@@ -1,6 +1,7 @@
-"""Names of files that are no pictures to learn: those that OneTrainer lays next to a picture `cat.png`, its
-mask `cat-masklabel.png` and the image that it is made from, `cat-condlabel.png`; and folders of masks.
-Standard library only.
+"""Names of files that are no pictures to learn. Standard library only.
+
+OneTrainer lays them next to a picture `cat.png`: its mask `cat-masklabel.png`, and the image that it is made
+from, `cat-condlabel.png`. There are folders of masks too.
 """
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"

@@ -46,6 +46,7 @@ CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
 def brightness(frame: Frame) -> float:
+    """Return the mean gray value of a frame, 0 to 255."""
     return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
@@ -132,8 +133,10 @@ def clip_hash(frames: Sequence[Frame]) -> tuple[int, ...]:
 
 
 def hashed_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """Return the frames of a clip to hash, first to last; a single frame alone. Raises ValueError without
-    any.
+    """Return the frames of a clip to hash, first to last; a single frame alone.
+
+    Raises:
+        ValueError: If there is no frame.
     """
     if not len(frames):
         raise ValueError("no frame to measure")
@@ -205,7 +208,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     from 0 to 1. Cells that are white in either do not count: a flash hides them. If less than a quarter is
     left, or the rest has a single grey in either, the structure counts 0. colours: half the absolute
     difference of the histograms, the mean of red, green and blue. change: the mean absolute difference of the
-    grey values. least: a distance below that may be given as 0, which takes less time.
+    grey values. `least` is a distance below that may be given as 0, which takes less time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())

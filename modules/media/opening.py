@@ -101,8 +101,10 @@ def _check_memory(path: Path, image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a video: the container and its video stream. Raises MediaError, also for errors inside the
-    block.
+    """Open a video: the container and its video stream.
+
+    Raises:
+        MediaError: If it cannot be read, also for errors inside the block.
     """
     with reading(path), _open_full(path) as container:
         stream = container.streams.best("video")
@@ -121,7 +123,11 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _limit_frames(path: Path, codec: Any) -> None:
-    """Bound the memory of a decoder, which holds many frames. Raises MediaError if one is too large."""
+    """Bound the memory of a decoder, which holds many frames.
+
+    Raises:
+        MediaError: If one is too large.
+    """
     stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
     most = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
     taken = codec.width * codec.height * _pixel_bits(codec) // 8
@@ -146,7 +152,11 @@ def select_thread_type(codec: Any) -> str:
 
 
 def _open_full(path: Path) -> Any:
-    """Open a container of pictures. Raises MediaError for an MP4 that is cut short, else FFmpegError."""
+    """Open a container of pictures.
+
+    Raises:
+        MediaError: For an MP4 that is cut short, else FFmpegError.
+    """
     try:
         return open_container(path)
     except av.FFmpegError:
@@ -192,7 +202,9 @@ def reject_cut(path: Path) -> None:
 def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     """Open a container if it has one of these formats, without opening any other file.
 
-    Raises MediaError for a list of files, FFmpegError for other faults.
+    Raises:
+        MediaError: For a list of files.
+        FFmpegError: For other faults.
     """
     options = {"format_whitelist": ",".join(formats), **_ALONE}
     try:
@@ -228,6 +240,7 @@ def require_media(path: Path) -> None:
 
 
 def is_cover(stream: Any) -> bool:
+    """Return whether a stream is the cover picture of a song."""
     return bool(int(stream.disposition) & ATTACHED_IMAGE)
 
 

@@ -17,10 +17,12 @@ class CodecOptions(Options, title="video format"):
 
     @property
     def suffix(self) -> str:
+        """Suffix of videos: that of the container, or .mkv for ProRes."""
         return ".mkv" if self.is_deep else f".{self.container}"
 
     @property
     def is_deep(self) -> bool:
+        """Whether the codec keeps more than 8 bits."""
         return self.codec == "prores"
 
 

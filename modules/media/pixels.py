@@ -68,6 +68,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
 
 
 def image_size(path: Path) -> "Size":
+    """Return width and height of an image, from its header."""
     from modules.media.reading import frame_size
 
     return frame_size(path)
@@ -91,10 +92,10 @@ def image_pixels(
 ) -> Tensor:
     """Read an image, or a video's first frame, at exactly width x height: 1 3 1 H W float32 in -1..1.
 
-    keep_aspect: scale to cover and crop the centre, as for training; else stretch, as Wan's released code
-    does after choosing a size with the image's own aspect ratio. shrink: see `resize_cover`. crf: quality of
-    H.264 that the image goes through at its own size; 0: none. on_white: False for the colours below what is
-    transparent.
+    With `keep_aspect`, scale to cover and crop the centre, as for training; else stretch, as Wan's released
+    code does after choosing a size with the image's own aspect ratio. For `shrink` see `resize_cover`. `crf`
+    is the quality of H.264 that the image passes through at its own size; 0 means none. `on_white` False
+    keeps the colors below transparent parts.
     """
     import cv2
 
@@ -117,9 +118,11 @@ def video_pixels(
 ) -> Tensor:
     """Read the first frames of a video or image folder, scaled to cover: 1 3 F+E H W float32 in -1..1.
 
-    option: "--video_path", for messages. end_frames (E): further frames for an end image; at least one of
+    `option` is "--video_path", for messages. end_frames (E): further frames for an end image; at least one of
     them must exist, and the last existing one is repeated for the missing ones.
-    Raises MediaError if the video is too short.
+
+    Raises:
+        MediaError: If the video is too short.
     """
     from modules.media.reading import FrameSizes, media_colors, resize_cover, video_frames
 

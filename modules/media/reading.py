@@ -81,8 +81,9 @@ class VideoInfo:
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the image suffixes that can be read here, lower case; .avif, .heic and .jxl if Pillow decodes
-    them.
+    """Return the image suffixes that can be read here, lower case.
+
+    .avif, .heic and .jxl are among them if Pillow decodes them here.
     """
     for plugin in ("pillow_jxl", "pillow_avif"):  # optional packages that register themselves with Pillow
         with contextlib.suppress(ImportError):
@@ -103,8 +104,10 @@ def is_still(path: Path) -> bool:
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 
-    alpha: H W 4 if the image has transparency, with the colours below it. Raises MediaError if the image
-    cannot be read.
+    With `alpha` it is H W 4 if the image has transparency, with the colors below it.
+
+    Raises:
+        MediaError: If the image cannot be read.
     """
     with open_image(path) as file:
         return shown_pixels(path, upright(file), alpha)
@@ -136,8 +139,10 @@ def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
 def media_colors(path: Path) -> Colors:
     """Return the facts about the colours of an image, a clip (by its first frame) or a folder of images.
 
-    Animated GIF and WebP files never count as transparent: they are laid on white. Raises MediaError if it
-    cannot be read.
+    Animated GIF and WebP files never count as transparent: they are laid on white.
+
+    Raises:
+        MediaError: If it cannot be read.
     """
     if path.is_dir():
         of_images = [media_colors(image) for image in folder_images(path)]
@@ -180,8 +185,9 @@ def read_mask(path: Path) -> Frame:
 
 
 class MaskLook:
-    """Evidence that a mask is drawn by transparency: it has transparent parts, and all visible parts have one
-    colour.
+    """Evidence that a mask is drawn by transparency.
+
+    That is so if it has transparent parts, and all visible parts have one color.
     """
 
     def __init__(self) -> None:
@@ -207,11 +213,16 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
+        """Whether the frames so far are a mask drawn by transparency."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 
 def image_size(path: Path) -> Size:
-    """Return (width, height) of the upright image, by its header. Raises MediaError if it cannot be read."""
+    """Return (width, height) of the upright image, by its header.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     with open_image(path) as image:
         width, height = image.size
         if image.format == "TIFF":  # whose size Pillow has turned already
@@ -225,9 +236,9 @@ def resize_cover(
 ) -> Frame:
     """Resize a frame until it covers `bucket`, and crop the centre.
 
-    Lanczos when enlarging, else area average, as the cache format requires; shrink: "lanczos" for that, too.
-    place: where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely as
-    another.
+    Lanczos when enlarging, else area average, as the cache format requires. `shrink` is "lanczos" for that,
+    too. `place` are where to crop instead, as shares from left and top, 0 to below 1; each pixel is as likely
+    as another.
     """
     size = frame.shape[1], frame.shape[0]
     if size == bucket:
@@ -237,7 +248,10 @@ def resize_cover(
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
-    """Resize and crop a frame, as `fit` says. place: see `resize_cover`."""
+    """Resize and crop a frame, as `fit` says.
+
+    For `place` see `resize_cover`.
+    """
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
@@ -251,7 +265,7 @@ def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) 
 def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
     """Resize a frame to exactly `size`, without keeping its proportions.
 
-    interpolation: "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
+    `interpolation` is "none" if it has that size; of Pillow "lanczos" and "box", of OpenCV those in
     OPENCV_METHODS.
     """
     if interpolation == "none":
@@ -264,18 +278,26 @@ def resize_frame(frame: Frame, size: Size, interpolation: str) -> Frame:
 
 
 def resize_stretched(frame: Frame, size: Size) -> Frame:
+    """Resize a frame to a size, without keeping its aspect ratio."""
     if (frame.shape[1], frame.shape[0]) == size:
         return frame
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image or a clip's first frame, H W 3. alpha: see `read_image`. Raises MediaError."""
+    """Read an image or a clip's first frame, H W 3.
+
+    For `alpha` see `read_image`. Raises MediaError.
+    """
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
 def frame_size(path: Path) -> Size:
-    """Return (width, height) of an image or of a clip's frames. Raises MediaError if it cannot be read."""
+    """Return (width, height) of an image or of a clip's frames.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     if not _plays(path):
         return image_size(path)
     info = video_info(path)
@@ -289,9 +311,12 @@ def _plays(path: Path) -> bool:
 def video_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[Frame]:
     """Yield all frames (H W 3, upright, on white) in playing order, of a video file or a folder of images.
 
-    alpha: H W 4 if they have transparency, with the colours below it. threads: that decode; 0: FFmpeg's
-    choice. Raises MediaError if the file is missing, empty, without a video stream, not decodable, or
-    truncated (an interrupted download).
+    With `alpha` they are H W 4 if they have transparency, with the colors below it. `threads` decode; 0
+    leaves their number to FFmpeg.
+
+    Raises:
+        MediaError: If the file is missing, empty, without a video stream, not decodable, or truncated (an
+            interrupted download).
     """
     if path.is_dir():
         yield from (read_image(image, alpha) for image in folder_images(path))
@@ -348,8 +373,8 @@ def frames_at(
 ) -> Iterator[tuple[Frame, int, float]]:
     """Yield the frame that a video file shows at each of these seconds, its number, and the second.
 
-    seconds: ascending, from its first frame on. At least one frame is yielded; otherwise they end where the
-    file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
+    `seconds` are ascending, from its first frame on. At least one frame is yielded; otherwise they end where
+    the file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
     moment = next(moments)
@@ -382,10 +407,12 @@ def frames_at(
 
 
 def video_info(path: Path) -> VideoInfo:
-    """Return size, number of frames, rate and duration; decodes one frame. A folder has the size of its first
-    image.
+    """Return size, number of frames, rate and duration; one frame is decoded.
 
-    Raises MediaError as `video_frames` does.
+    A folder has the size of its first image.
+
+    Raises:
+        MediaError: As `video_frames` does.
     """
     if path.is_dir():
         images = folder_images(path)
@@ -414,11 +441,13 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def is_laid_otherwise(path: Path) -> bool:
-    """Return whether earlier versions, which knew only the angle of a display matrix, oriented a clip
-    differently.
+    """Return whether earlier versions oriented a clip differently.
 
-    That is so for mirrored clips, and for those with transparency, which were read as stored. One frame is
-    decoded. Raises MediaError if it cannot be read.
+    They knew only the angle of a display matrix. Mirrored clips differ, and those with transparency, which
+    were read as stored. One frame is decoded.
+
+    Raises:
+        MediaError: If the clip cannot be read.
     """
     if path.suffix.lower() not in VIDEO_SUFFIXES or path.is_dir():
         return False
@@ -436,7 +465,8 @@ def count_frames(path: Path, threads: int = 0) -> int:
 def folder_images(folder: Path) -> list[Path]:
     """Return the images of a folder that is used as a video, in the order of `sort_by_numbers`.
 
-    Raises MediaError if there are none.
+    Raises:
+        MediaError: If there are none.
     """
     images = sort_by_numbers(
         path
@@ -451,7 +481,10 @@ def folder_images(folder: Path) -> list[Path]:
 def reordered_images(folder: Path) -> tuple[Path, Path] | None:
     """Return two neighbouring images of a folder that swap places if names are compared as plain text.
 
-    None if both orders are the same. Raises MediaError if the folder has no images.
+    None if both orders are the same.
+
+    Raises:
+        MediaError: If the folder has no images.
     """
     for earlier, later in itertools.pairwise(folder_images(folder)):
         if earlier.name > later.name:
@@ -482,7 +515,9 @@ def read_tags(path: Path) -> dict[str, str]:
 
     Keys of videos are lower case, because mkv stores them in upper case. The comment of a WAV file is read as
     `tracks.write_wav` writes it.
-    Raises MediaError if the file cannot be read.
+
+    Raises:
+        MediaError: If the file cannot be read.
     """
     if path.suffix.lower() in image_suffixes():
         with open_image(path) as image:
@@ -501,7 +536,7 @@ def read_tags(path: Path) -> dict[str, str]:
 def without_images(path: Path, tags: Mapping[str, str]) -> dict[str, str]:
     """Return tags without those that may hold a picture, such as XMP with its thumbnails; log their names.
 
-    path: of the file that has them.
+    `path` is that of the file that has them.
     """
     left_out = [
         name
@@ -525,9 +560,11 @@ def pick_frames(
 ) -> list[Frame]:
     """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
-    choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
-    exact: choose again if the header's count is wrong, else only if chosen frames are missing. Raises
-    MediaError if the clip cannot be read.
+    `choose` gets the number of frames and returns which to take. `threads` decode; 0 leaves their number to
+    FFmpeg. With `exact`, choose again if the header's count is wrong, else only if chosen frames are missing.
+
+    Raises:
+        MediaError: If the clip cannot be read.
     """
     number = count_frames(path, threads)
     for _ in range(TRIES):

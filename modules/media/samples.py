@@ -41,7 +41,8 @@ class TrackInfo:
 def track_info(path: Path) -> TrackInfo | None:
     """Return facts about the track of sound that `read_track` reads; None if there is none.
 
-    Raises MediaError if the file cannot be opened.
+    Raises:
+        MediaError: If the file cannot be opened.
     """
     with reading(path), open_container(path, SOUND_FORMATS) as container:
         stream = _track(container)
@@ -64,11 +65,13 @@ def track_info(path: Path) -> TrackInfo | None:
 def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
     """Read `count` samples of a file's sound from a second on: channels S, float32, at `rate`.
 
-    start: seconds from the first picture of the file; without pictures, from its first sound. Before the
-    sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
+    `start` is the seconds from the first picture of the file; without pictures, from its first sound. Before
+    the sound begins, after it ends and in gaps of its times, samples are 0. A single channel is copied to all
     channels; several are mixed as FFmpeg does; loudness is left alone. Of several tracks FFmpeg chooses the
-    default one, or the best. Returns None if there is no track. Raises MediaError if the file cannot be read,
-    or its sound is damaged.
+    default one, or the best. Returns None if there is no track.
+
+    Raises:
+        MediaError: If the file cannot be read, or its sound is damaged.
     """
     with reading(path):
         with open_container(path, SOUND_FORMATS) as container:
@@ -156,10 +159,18 @@ def _find_origin(container: Any) -> Fraction:
 def filled(
     path: Path, index: int, begin: Fraction, seconds: Fraction, rate: int, layout: str, lenient: bool = False
 ) -> Iterator[Samples]:
-    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time, with silence where there
-    is no sound.
+    """Yield `seconds` of a stream's samples from `begin` on, in the file's own time.
 
-    index: of the stream. lenient: fill with silence after damage, and warn; else raise FFmpegError.
+    Where there is no sound, the samples are silence.
+
+    Args:
+        path: The file.
+        index: Index of the stream.
+        begin: Time of the first sample in seconds.
+        seconds: Duration.
+        rate: Samples per second to resample to.
+        layout: FFmpeg's name of the channels.
+        lenient: Fill with silence after damage, and warn; else raise FFmpegError.
     """
     total = round(seconds * rate)
     position = 0

@@ -26,6 +26,7 @@ def add_aac_stream(target: Any, channels: int, rate: int) -> Any:
 
 
 def name_layout(channels: int) -> str:
+    """Return FFmpeg's name for a number of channels; stereo for numbers that it has no common name for."""
     return _LAYOUTS.get(channels, "stereo")
 
 
@@ -168,14 +169,15 @@ Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text
 
 
 def is_text(stream: Any) -> bool:
+    """Return whether a stream holds subtitles as text."""
     return stream.codec_context is not None and stream.codec_context.name in _TEXT
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
     """Add a subtitle stream to `target`, for the subtitles of `source`, a stream of another file.
 
-    suffix: of the target. Returns the new stream, and a function from packets of `source` to packets of the
-    new stream.
+    `suffix` is that of the target. Returns the new stream, and a function from packets of `source` to packets
+    of the new stream.
     """
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER

@@ -42,8 +42,9 @@ class SourceInfo:
 def source_info(path: Path) -> SourceInfo:
     """Read the header and the first picture of a video file.
 
-    Raises MediaError if it is missing, empty, no video, without a video stream, without any picture, or
-    shorter than its header says.
+    Raises:
+        MediaError: If it is missing, empty, no video, without a video stream, without any picture, or shorter
+            than its header says.
     """
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
@@ -75,9 +76,9 @@ def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> in
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
     """Yield the pictures of a video file in playing order, upright, each until the next one is shown.
 
-    deep: 16 bits a channel if the file has more than 8. limit: pictures to read at most. No two pictures have
-    equal or falling times. Raises MediaError as `source_info` does, and if the file is damaged or cut short,
-    or if the pictures' size changes.
+    With `deep`, pictures have 16 bits a channel if the file has more than 8. At most `limit` pictures are
+    read. No two pictures have equal or falling times. Raises MediaError as `source_info` does, and if the
+    file is damaged or cut short, or if the pictures' size changes.
     """
     if limit is not None and limit < 1:
         return
@@ -180,7 +181,7 @@ class Clock:
     """Give pictures exact and rising times."""
 
     def __init__(self, rate: Fraction, tick: Fraction) -> None:
-        """rate: pictures a second. tick: rounding of the file's times, in seconds."""
+        """rate: pictures a second. `tick` is the rounding of the file's times, in seconds."""
         self._step = 1 / rate
         # coarser ticks are the grid of the pictures themselves
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
@@ -189,8 +190,9 @@ class Clock:
         self._shift = Fraction(0)
 
     def place(self, time: Fraction | None) -> Fraction:
-        """Return the time at which the next picture is shown. time: as the file states it, None if it states
-        none.
+        """Return the time at which the next picture is shown.
+
+        `time` is what the file states; None if it states none.
         """
         if time is None:
             time = self._previous + self._step - self._shift
@@ -209,7 +211,10 @@ class Clock:
         return self._previous
 
     def _find_origin(self, time: Fraction) -> Fraction:
-        """Return the origin of the grid of pictures. time: of the first one, by the file."""
+        """Return the origin of the grid of pictures.
+
+        `time` is that of the first one, by the file.
+        """
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
         if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
@@ -217,7 +222,10 @@ class Clock:
         return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 
     def duration(self, seconds: Fraction | None) -> Fraction:
-        """Return the seconds for which a picture is shown, if no other follows it. seconds: by the file."""
+        """Return the seconds for which a picture is shown, if no other follows it.
+
+        `seconds` is what the file states.
+        """
         if seconds is None or abs(seconds - self._step) <= self._tolerance:
             return self._step
         return seconds

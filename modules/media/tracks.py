@@ -31,6 +31,7 @@ class TrackSound:
         self._stream: Any = None
 
     def add_streams(self, target: Any, _: Any) -> None:
+        """Add a stream of AAC to the new file."""
         from modules.media.sound import add_aac_stream  # few models make sound
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
@@ -56,8 +57,10 @@ class TrackSound:
 def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -> None:
     """Write a track with 16 bits a sample, completely or not at all.
 
-    tags: written as the file's comment, as JSON: a WAV has names for a few facts alone. Raises OutputError if
-    the file cannot be written.
+    `tags` are written as JSON in the file's comment, as a WAV has names for a few facts only.
+
+    Raises:
+        OutputError: If the file cannot be written.
     """
     samples, rate = track
     values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")

@@ -48,7 +48,10 @@ class SectionSound:
         self._waiting: Any = None
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add a stream of sound to the new file, if there is any. video: the stream of pictures."""
+        """Add a stream of sound to the new file, if there is any.
+
+        `video` is the stream of pictures.
+        """
         main = self._source.streams.best("video")
         if main is not None:
             encoding.keep_proportions(self._section.path, main, video)
@@ -131,10 +134,15 @@ class Timing:
 
     @property
     def seconds(self) -> Fraction:
+        """Duration of the pictures so far."""
         return self._end - self._begin
 
     def note(self, frames: Iterable[encoding.Picture]) -> Iterator[encoding.Pixels]:
-        """Yield the pixels of pictures, and remember their times. Raises ValueError if those do not rise."""
+        """Yield the pixels of pictures, and remember their times.
+
+        Raises:
+            ValueError: If those do not rise.
+        """
         last: Fraction | None = None
         tick = -(2**62)
         for frame in frames:
@@ -185,7 +193,10 @@ class Timing:
         yield waiting
 
     def _set_last_times(self, packet: Any, first: int) -> None:
-        """Set the times of the last packet. first: when the first packet is stored, in ticks."""
+        """Set the times of the last packet.
+
+        `first` is the time at which the first packet is stored, in ticks.
+        """
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
         end = first + round(self.seconds * self._ticks)
@@ -198,7 +209,8 @@ class Timing:
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
     """Write one frame (H W 3 or H W 4) as PNG, with text chunks in UTF-8, completely or not at all.
 
-    Raises OutputError if the file cannot be written.
+    Raises:
+        OutputError: If the file cannot be written.
     """
     chunks = PngImagePlugin.PngInfo()
     for name, value in (text or {}).items():
@@ -222,12 +234,16 @@ def write_video(
 ) -> None:
     """Encode frames (H W 3, read one at a time) to `path` (.mp4, .mkv or .mov), completely or not at all.
 
-    codec: h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). bit_rate: bits per second instead of crf.
-    tags: text to store by name; .mkv shows names in upper case. track: sound, which begins with the first
-    frame; it is cut, or silent from its end on, to last as long as the pictures. The last row or column of an
-    odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is written.
-    Raises MediaError if there is no frame, the codec does not fit the suffix, or the frames are too small for
-    it; OutputError if the file cannot be written.
+    `codec` is h264, h265 (yuv420p) or prores (.mkv, .mov; 10 bit). `bit_rate` is bits per second instead of
+    crf. `tags` are the text to store by name; .mkv shows names in upper case. `track` is sound that begins
+    with the first frame; it is cut, or silent from its end on, to last as long as the pictures. The last row
+    or column of an odd size is cropped. Colours are BT.709 and tagged so. No time and no random id is
+    written.
+
+    Raises:
+        MediaError: If there is no frame, the codec does not fit the suffix, or the frames are too small for
+            it.
+        OutputError: If the file cannot be written.
     """
     rate = _make_rate(fps)
     images = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
@@ -261,15 +277,20 @@ def write_shown(
 ) -> WrittenVideo:
     """Encode pictures, each at its own time, to `path` (.mp4, .mkv or .mov), completely or not at all.
 
-    frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
-    come evenly; places n / rate are kept exactly, other times to a twentieth of a millisecond, in .mkv to
-    half of one. codec, crf, preset, bit_rate: see `write_video`. list_companions: a video whose sound,
-    subtitles, attachments, chapters and tags are copied into this one without re-encoding; parts that the
-    format cannot hold are logged. covers: whether its cover pictures go too, and whatever else may show the
-    old pictures. section_of: a part of a video whose sound goes into this one, in place of all that. track:
-    generated sound, likewise. tags: see `write_video`; they replace the video's own. Raises MediaError if
-    there is no frame, the codec does not fit the suffix or the pictures, or their size changes; ValueError if
-    their times do not rise; OutputError if the file cannot be written.
+    `frames` are read one at a time; 8 and 16 bits may be mixed. Their times rise. `rate` is the number of
+    pictures a second if they come evenly; times n / rate are kept exactly, other times to a twentieth of a
+    millisecond, in .mkv to half of one. For `codec`, `crf`, `preset` and `bit_rate` see `write_video`.
+    `list_companions` is a video whose sound, subtitles, attachments, chapters and tags are copied into this
+    one without re-encoding; parts that the format cannot hold are logged. `covers` says whether its cover
+    pictures go too, and whatever else may show the old pictures. `section_of` is a part of a video whose
+    sound goes into this one, in place of all that. `track` is generated sound. For `tags` see `write_video`;
+    they replace the video's own.
+
+    Raises:
+        MediaError: If there is no frame, the codec does not fit the suffix or the pictures, or their size
+            changes.
+        ValueError: If their times do not rise.
+        OutputError: If the file cannot be written.
     """
     kind = encoding.select_codec(path, codec)
     remaining = iter(frames)
@@ -315,7 +336,11 @@ def write_shown(
 
 
 def _take_first(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> encoding.Picture:
-    """Return the first frame. Raises MediaError if there is none, or if it does not fit the codec."""
+    """Return the first frame.
+
+    Raises:
+        MediaError: If there is none, or if it does not fit the codec.
+    """
     first = next(frames, None)
     if first is None:
         raise MediaError(f"{path}: there is no frame to write")
@@ -346,11 +371,11 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield the writer of all streams other than pictures, and again the same object if it copies a whole
-    video, else None.
+    """Yield the writer of all streams other than pictures, and that of a whole copied video.
 
-    The writer adds a generated track, or streams of a video that is opened here. Both are None if there is
-    neither, or if the video is a GIF or WebP animation.
+    The writer adds a generated track, or streams of a video that is opened here. The second one is the same
+    object if it copies a whole video, else None. Both are None if there is neither, or if the video is a GIF
+    or WebP animation.
     """
     path = video if section is None else section.path
     if generated is not None:
@@ -394,10 +419,15 @@ def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
 def join_segments(
     path: Path, segments: Sequence[bytes], fps: float, tags: Mapping[str, str] | None = None
 ) -> None:
-    """Join segments of `encode_segment` to one .mp4, completely or not at all. tags: as in `write_video`.
+    """Join segments of `encode_segment` to one .mp4, completely or not at all.
+
+    `tags` are as in `write_video`.
 
     Pictures are copied, not encoded again. A player that has an earlier file of that name open continues with
-    the earlier one. Raises OutputError if the file cannot be written.
+    the earlier one.
+
+    Raises:
+        OutputError: If the file cannot be written.
     """
     options = {"movflags": "use_metadata_tags"}  # else only names known to the format are stored
     stream: Any = None

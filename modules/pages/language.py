@@ -58,6 +58,7 @@ class Words(str):
     values: Mapping[str, Any]
 
     def __new__(cls, text: str, key: str, values: Mapping[str, Any]) -> "Words":
+        """Make a text whose English form is `text`."""
         words = super().__new__(cls, text)
         words.key = key
         words.values = values
@@ -76,6 +77,7 @@ class Words(str):
         return str, (self.english(),)
 
     def english(self) -> str:
+        """Return the English text."""
         return str.__str__(self)
 
     def shown(self) -> str:
@@ -94,6 +96,7 @@ class JoinedWords(Words):
     __slots__ = ()
 
     def shown(self) -> str:
+        """Return the texts in the page's language, with the separator between them."""
         return self.key.join(str(show(text)) for text in self.values["texts"])
 
 
@@ -146,7 +149,10 @@ def say_duration(seconds: float) -> Words:
 
 
 def fill_template(text: str, /, **values: Any) -> Markup:
-    """Return a text of a template, which may hold HTML. values: what is not Markup is escaped."""
+    """Return a text of a template, which may hold HTML.
+
+    Values that are not Markup are escaped.
+    """
     shown = Markup(_language.get().texts.get(text, text))
     return shown % values if values else shown
 

@@ -66,8 +66,9 @@ _FOLDERS = re.compile(
 
 
 def mark_folders(value: Any) -> Any:
-    """Return a value of a page with the folders of absolute paths marked as private, and with control codes,
-    which could hide or reorder the text, written out.
+    """Return a value of a page with the folders of absolute paths marked as private.
+
+    Control codes, which could hide or reorder the text, are written out.
     """
     if isinstance(value, Words):
         value = value.shown()
@@ -176,7 +177,10 @@ def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int
 def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int = 512) -> Markup:
     """Return a tag that plays the frames (each H W 3) in a loop; one frame becomes a picture.
 
-    Frames with a longer side than `largest_side` pixels are reduced. Raises MediaError if there is no frame.
+    Frames with a longer side than `largest_side` pixels are reduced.
+
+    Raises:
+        MediaError: If there is no frame.
     """
     if len(frames) == 1:
         return embed_picture(frames[0], text, largest_side)
@@ -203,9 +207,13 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
 
 
 def link(*parts: str) -> str:
-    """Return the relative address of a file. parts: folders and the file's name."""
+    """Return the relative address of a file.
+
+    `parts` is the folders and the file's name.
+    """
     return "./" + "/".join(quote(_encode_name(part), safe="") for part in parts)
 
 
 def as_url(kind: str, data: bytes) -> str:
+    """Return data as a data: URL of a media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -16,7 +16,7 @@ class DoraAlgebra(Algebra):
     """Norms of the sum of weight and change, by output or by input."""
 
     def __init__(self, part: str) -> None:
-        """part: the end of the name of its tensors."""
+        """Remember the end of the name of the magnitudes."""
         self.part = part
         self.magnitudes = self
 
@@ -45,9 +45,14 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     """Return DoRA's addition to a weight at multiplier 1, float32.
 
     The sum of weight and delta gets new norms, by output or by input: `magnitudes * sum / norm - weight`.
-    Multipliers scale this difference, so that 0 changes nothing. weight, delta: out x in (x kernel).
-    magnitudes: out x 1 (x 1 ...) or 1 x in (x 1 ...). by_frozen_norms: those by output are divided by the
-    norms of the weight alone, as ComfyUI does.
+    Multipliers scale this difference, so that 0 changes nothing.
+
+    Args:
+        weight: Frozen weight, out x in (x kernel).
+        delta: Change of the weight, of the same shape.
+        magnitudes: New norms, out x 1 (x 1 ...) or 1 x in (x 1 ...).
+        by_frozen_norms: Whether norms by output are divided by those of the frozen weight alone, as in
+            ComfyUI.
     """
     weight = weight.float()
     magnitudes = magnitudes.to(weight.device, torch.float32)

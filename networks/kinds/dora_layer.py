@@ -23,9 +23,13 @@ def extend(layer: LoraLayer) -> None:
 def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
 
-    out, added: outputs of the frozen module and of the LoRA, ... out or B out H W. dtype: of the module's
-    input.
     Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
+
+    Args:
+        layer: The layer.
+        out: Output of the frozen module, ... out or B out H W.
+        added: Output of the LoRA, of the same shape.
+        dtype: Dtype of the module's input.
     """
     magnitudes = layer.dora_scale
     assert isinstance(magnitudes, Tensor)
@@ -42,7 +46,11 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     """Return the norms of the rows of W + change, float32, from products no wider than the rank.
 
-    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. dtype: of the module's input.
+    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
+
+    Args:
+        layer: The layer.
+        dtype: Dtype of the module's input.
     """
     of_frozen = layer.squares
     assert isinstance(of_frozen, Tensor)
@@ -57,9 +65,14 @@ def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
 
 
 def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A w^T, R out, float32. down: R in, of a convolution R in * kernel. dtype: to compute in.
+    """Return A w^T, R out, float32.
 
     Of a linear layer it comes from the frozen module's forward, so that its weight may be stored in any way.
+
+    Args:
+        layer: The layer.
+        down: Down factor, R in, or R in * kernel for a convolution.
+        dtype: Dtype to compute in.
     """
     original = layer.original
     if isinstance(original, nn.Conv2d):

@@ -24,7 +24,12 @@ CORES = ("hada_t1", "hada_t2")
 
 
 def make_shapes(weight: tuple[int, ...], rank: int) -> Shapes:
-    """Return the shapes of the factors. weight: out in (kernel)."""
+    """Return the shapes of the factors.
+
+    Args:
+        weight: Shape of the weight, out in (kernel).
+        rank: Rank of the factors.
+    """
     left = (weight[0], rank)
     right = (rank, math.prod(weight[1:]))
     return {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": left, "hada_w2_b": right}

@@ -64,7 +64,16 @@ def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype
 
 
 def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T. x: ... in. Returns ... out."""
+    """Return x @ ((w1_a w1_b) * (w2_a w2_b))^T.
+
+    Args:
+        x: Input, ... in.
+        factors: Factors of the module, by name of the part.
+        strength: Factor on the change.
+
+    Returns:
+        ... out.
+    """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardLinear.apply(x, *matrices)
     return result
@@ -92,7 +101,17 @@ class _HadamardLinear(torch.autograd.Function):
 
 
 def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b). x: B in H W. Returns B out H' W'."""
+    """Return the convolution of x with (w1_a w1_b) * (w2_a w2_b).
+
+    Args:
+        x: Input, B in H W.
+        factors: Factors of the module, by name of the part.
+        strength: Factor on the change.
+        geometry: Geometry of the convolution.
+
+    Returns:
+        B out H' W'.
+    """
     matrices = _matrices(factors, strength, x.dtype)
     result: Tensor = _HadamardConvolution.apply(geometry, x, *matrices)
     return result

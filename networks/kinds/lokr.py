@@ -33,10 +33,13 @@ _SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False
 
 
 def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
-    """Return the shapes of the factors; matrices up to twice the rank (larger side) stay whole.
+    """Return the shapes of the factors; matrices up to twice the rank (larger side) are not factored.
 
-    weight: out in (kernel). factor: see `split_size`. decompose_both: the small matrix gets two factors too,
-    if that makes it smaller.
+    Args:
+        weight: Shape of the weight, out in (kernel).
+        rank: Rank of the factors.
+        factor: See `split_size`.
+        decompose_both: Whether the small matrix gets two factors too, if that makes it smaller.
     """
     kernel = weight[2:]
     l, k = split_size(weight[0], factor)  # noqa: E741
@@ -52,8 +55,10 @@ def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_
 def split_size(size: int, factor: int) -> tuple[int, int]:
     """Return two numbers whose product is `size`, the smaller one first.
 
-    factor: one of the two if it divides the size, else the smaller one is the largest divisor up to it. -1:
-    as equal as possible.
+    Args:
+        size: Number to split.
+        factor: One of the two numbers if it divides the size; otherwise the smaller one is the largest
+            divisor up to it. -1 makes both as equal as possible.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
@@ -63,7 +68,14 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
 
 def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cut: bool) -> "Pieces | str":
-    """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
+    """Return a LoKr by its path, or why there is none.
+
+    Args:
+        name: Name of the module.
+        factors: Factors of the module, by name of the part.
+        family: The model family.
+        is_cut: Whether the file has layers of diffusers' layout.
+    """
     from networks import module_names
     from networks.names.layouts import SWAPPED
     from networks.writing import alone
@@ -101,9 +113,12 @@ class LokrKind(NetworkKind):
     def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
         """Return the function for the shapes of factors.
 
-        `factor=8` splits sizes into 8 and the remaining factor (-1, the default: as equal as can be);
-        `decompose_both=True` gives the smaller matrix two factors too. A `--network_dim` of half the larger
-        matrix's side or more keeps that matrix whole. Raises OptionError for wrong arguments.
+        `factor=8` splits sizes into 8 and the remaining factor (-1, the default, makes both as equal as
+        possible); `decompose_both=True` gives the smaller matrix two factors too. If `--network_dim` is at
+        least half the larger matrix's side, that matrix has no factors.
+
+        Raises:
+            OptionError: If an argument is unknown or out of range.
         """
         factor = arguments.pop("factor", -1)
         decompose_both = str(arguments.pop("decompose_both", False))

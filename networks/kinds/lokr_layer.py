@@ -69,7 +69,16 @@ class LokrAlgebra(Algebra):
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
-    """Return x @ kron(w1, w2)^T without forming the product. x: ... m*n. Returns ... l*k."""
+    """Return x @ kron(w1, w2)^T without forming the product.
+
+    Args:
+        x: Input, ... m*n.
+        factors: Factors of the module, by name of the part.
+        strength: Factor on the change.
+
+    Returns:
+        ... l*k.
+    """
     first = _parts(factors, "lokr_w1")
     second = _parts(factors, "lokr_w2")
     width = second[0].shape[1]  # n
@@ -83,7 +92,17 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
-    """Return the convolution of x with kron(w1, w2) without forming it. x: B m*n H W. Returns B l*k H' W'."""
+    """Return the convolution of x with kron(w1, w2) without forming it.
+
+    Args:
+        x: Input, B m*n H W.
+        factors: Factors of the module, by name of the part.
+        strength: Factor on the change.
+        geometry: Geometry of the convolution.
+
+    Returns:
+        B l*k H' W'.
+    """
     first = _parts(factors, "lokr_w1")
     second = _parts(factors, "lokr_w2")
     m = first[0].shape[1]

@@ -95,8 +95,11 @@ class OftKind(NetworkKind):
     def check_file(self, path: "Path") -> None:
         """Raise CheckpointError if PEFT's settings with an OFT ask for other rotations than the 5 terms.
 
-        path: the OFT's file, or its folder. The tensors do not show which rotations they were trained for:
-        PEFT's exact ones turn the other way.
+        The tensors do not show for which rotations they were trained, and PEFT's exact ones turn the other
+        way.
+
+        Args:
+            path: File of the OFT, or its folder.
         """
         from modules.text_files import parse_json, read_text  # only with an OFT
         from networks.alphas import PEFT_FILE
@@ -131,7 +134,12 @@ class OftKind(NetworkKind):
         return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
 
     def check_settings(self, settings: Settings, of_loras: bool) -> None:
-        """Raise OptionError for settings that an OFT cannot have. of_loras: some of `FOR_LORAS` are given."""
+        """Raise OptionError for settings that an OFT cannot have.
+
+        Args:
+            settings: Settings of the network.
+            of_loras: Whether some of `FOR_LORAS` are given.
+        """
         if of_loras or settings.conv_rank is not None:
             raise OptionError(
                 f"--network_module {MODULE} rotates the inputs of linear layers. {', '.join(FOR_LORAS)} and "
@@ -159,7 +167,8 @@ class OftKind(NetworkKind):
     ) -> "dict[str, nn.Module]":
         """Build the layers of a network; log block sizes that do not divide the inputs of a layer.
 
-        Raises OptionError if no layer is left.
+        Raises:
+            OptionError: If no layer is left.
         """
         from torch import nn
 
@@ -192,7 +201,11 @@ class OftKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "OftLayer":
-        """Return a layer with the blocks of a file. Raises CheckpointError if its inputs have others."""
+        """Return a layer with the blocks of a file.
+
+        Raises:
+            CheckpointError: If the blocks do not fit the layer's inputs.
+        """
         from torch import nn
 
         from networks.kinds.oft_layer import OftLayer

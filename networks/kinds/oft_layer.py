@@ -28,7 +28,7 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """size: of a block; it divides the number of inputs."""
+        """Make a rotation of 0 for a frozen module; `size`, of a block, divides the number of inputs."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
         self.rank = size  # in logs and messages

@@ -29,9 +29,13 @@ def block_size_of(columns: int) -> int | None:
 def turns(values: Tensor, strength: float = 1.0) -> Tensor:
     """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
 
-    values: n x b(b-1)/2, the upper triangle of Q row by row. R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4,
-    which is (I + Q) (I - Q)^-1 cut off: PEFT's `use_cayley_neumann` with its 5 terms. I is left out because
-    small angles would be rounded away next to it in 16 bits.
+    R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4, which is (I + Q) (I - Q)^-1 cut off: PEFT's
+    `use_cayley_neumann` with its 5 terms. I is left out because small angles would be rounded away next to it
+    in 16 bits.
+
+    Args:
+        values: Upper triangle of Q row by row, n x b(b-1)/2.
+        strength: Factor on Q.
     """
     num_blocks, columns = values.shape
     size = block_size_of(columns)
@@ -48,7 +52,9 @@ def turns(values: Tensor, strength: float = 1.0) -> Tensor:
 def turn(x: Tensor, by: Tensor) -> Tensor:
     """Return x (R - I), the change of an input by a rotation.
 
-    x: ... in. by: n b b; 1 b b is for all blocks.
+    Args:
+        x: Input, ... in.
+        by: R - I of each block, n b b; 1 b b for the same in all blocks.
     """
     size = by.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
@@ -67,7 +73,7 @@ class OftAlgebra(Algebra):
     title = "an OFT"
 
     def __init__(self, part: str) -> None:
-        """part: the end of the name of its tensors."""
+        """Remember the end of the name of the values."""
         self.part = part
         self.rotation = self
 

@@ -42,7 +42,12 @@ class TLoraRule:
         return f"{SWITCH}=True {MIN_RANK}={self.least} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
-        """Return the number of active ranks of each sample, S. levels: S, shares of noise, 0 to 1."""
+        """Return the number of active ranks of each sample, S.
+
+        Args:
+            rank: Rank of the LoRA.
+            levels: Noise level of each sample, S, from 0 to 1.
+        """
         least = min(self.least, rank)
         shares = (1 - levels.float()).clamp(0, 1) ** self.power
         return (shares * (rank - least) + _ROUNDING).floor() + least
@@ -92,7 +97,11 @@ class TLoraKind(NetworkKind):
         return TLoraRule(least, power)
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
-        """Return the rule in a file's metadata; None: all ranks act. Raises CheckpointError if wrong."""
+        """Return the rule in a file's metadata; None if all ranks act.
+
+        Raises:
+            CheckpointError: If a value cannot be read or is out of range.
+        """
         text = metadata["ss_network_args"]
         from modules.text_files import parse_json  # only of files with such arguments
 

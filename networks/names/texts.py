@@ -51,9 +51,14 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return (name, third) for the parameters that a tensor of OpenCLIP's text encoder holds.
+    """Return the parameters that a tensor of OpenCLIP's text encoder holds.
 
-    name: Hugging Face's, below `text_model.`. third: of the rows; None: all. [] for unknown tensors.
+    Args:
+        name: Name of the tensor.
+
+    Returns:
+        Pairs of Hugging Face's name, below `text_model.`, and the third of the rows that holds the parameter
+        (None for all rows); [] for unknown tensors.
     """
     fused = _FUSED.fullmatch(name)
     if fused is not None:
@@ -95,7 +100,9 @@ _IN_LANGUAGE_MODEL = (
 def comfyui_path_of_text(name: str, starts: Pairs) -> str | None:
     """Return the path of a text encoder's module in ComfyUI; None if it is read there under this name.
 
-    starts: as `FamilyNames.texts_in_comfyui`.
+    Args:
+        name: Path of the module.
+        starts: See `FamilyNames.texts_in_comfyui`.
     """
     for ours, theirs in starts:
         path = _translate(_IN_LANGUAGE_MODEL, name.removeprefix(ours)) if name.startswith(ours) else None

@@ -165,13 +165,16 @@ class BlurStage:
     name: str = "yolo_blur"
 
     def result(self, clip: Clip) -> Clip:
+        """Return the clip unchanged: blurring keeps size and frame rate."""
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
         """Yield the pictures with all found things covered, also those found only in neighbouring pictures.
 
-        `hold` or `lookback` pictures, whichever are more, wait in memory. Raises NothingFoundError if nothing
-        was found in any of them.
+        `hold` or `lookback` pictures, whichever are more, wait in memory.
+
+        Raises:
+            NothingFoundError: If nothing was found in any of them.
         """
         options = self.options
         tracks = Tracks(options.hold, options.lookback)

@@ -53,10 +53,12 @@ class CodeFormerConfig:
 
     @property
     def side(self) -> int:
+        """Side of the square of codebook entries that describes a face."""
         return round(self.places**0.5)
 
     @property
     def size(self) -> int:
+        """Side of the face image in pixels."""
         return self.side << sum(block.kind == RESIZE for block in self.encoder)
 
 
@@ -80,6 +82,7 @@ class ResBlock(nn.Module):
         self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the changed features, B C H W."""
         changed = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
         return changed + (x if self.conv_out is None else self.conv_out(x))
 
@@ -93,6 +96,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Let all positions of B C H W attend to each other."""
         normed = self.norm(x)
         # float32: in float16 the products of wide features may be beyond the range
         q, k, v = (
@@ -110,6 +114,7 @@ class Halving(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve height and width."""
         return self.conv(pad(x, (0, 1, 0, 1)))
 
 
@@ -121,6 +126,7 @@ class Doubling(nn.Module):
         self.conv = _make_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Double height and width."""
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
@@ -216,7 +222,9 @@ class CodeFormer(nn.Module):
     def forward(self, faces: Tensor, fidelity: float) -> Tensor:
         """Return restored faces of about -1..1, in float32, not limited.
 
-        faces: B 3 S S, -1..1. fidelity: 0 (the codebook's faces) to 1 (close to the input).
+        Args:
+            faces: B 3 S S, -1..1.
+            fidelity: 0 (the codebook's faces) to 1 (close to the input).
         """
         latents, encoded = self._encode(faces)
         # the features of the codes get the mean and spread that the latents have
@@ -240,7 +248,11 @@ class CodeFormer(nn.Module):
         return x
 
     def codes(self, faces: Tensor) -> Tensor:
-        """Return the index of the code for each place, B L. faces: B 3 S S, -1..1."""
+        """Return the index of the code for each place, B L.
+
+        Args:
+            faces: B 3 S S, -1..1.
+        """
         return self._choose(self._encode(faces)[0])
 
     def _encode(self, faces: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
@@ -279,7 +291,11 @@ def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
 
 
 def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
-    """Plan how to load a CodeFormer file. Raises CheckpointError for any other file."""
+    """Plan how to load a CodeFormer file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a CodeFormer", "--model with --mode codeformer", FILES)
     if "idx_pred_layer.1.weight" not in names or "quantize.embedding.weight" not in names:

@@ -23,10 +23,15 @@ SIDE = 640  # of the copy of a large picture that is looked at
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
-    """Read the headers of a detector's file. Raises CheckpointError if it is damaged or not a detector.
+    """Read the headers of a detector's file.
 
-    option: the option that names the file, for messages. needs_landmarks: refuse detectors whose file says
-    that they find no landmarks.
+    Args:
+        path: Path of the file.
+        option: The option that names the file, for messages.
+        needs_landmarks: Refuse detectors whose file says that they find no landmarks.
+
+    Raises:
+        CheckpointError: If it is damaged or not a detector.
     """
     if may_be_onnx(path):
         header, _ = read_onnx(path)
@@ -44,11 +49,19 @@ def load_detector(
     side: int | None = SIDE,
     option: str = "--model",
 ) -> Detector:
-    """Load a detector; its file's content decides which. Raises as `check_detector`.
+    """Load a detector; its file's content decides which.
 
-    dtype: to compute in; ONNX files run on the CPU in their own dtype. side: short side (YuNet: long side)
-    to which larger pictures are reduced for the search; None: full size. YOLO files are made for one size;
-    those that take any size get squares of `side`.
+    Raises as `check_detector`.
+
+    YOLO files are made for one size; those that take any size get squares of `side`.
+
+    Args:
+        path: Path of the file.
+        device: Device of the run.
+        dtype: To compute in; ONNX files run on the CPU in their own dtype.
+        side: Short side (YuNet: long side) to which larger pictures are reduced for the search; None means
+            that full size.
+        option: Option that names the file, for messages.
     """
     if may_be_onnx(path):
         header, content = read_onnx(path)
@@ -66,7 +79,11 @@ def load_detector(
 
 
 def no_landmarks(detector: str) -> CheckpointError:
-    """Return the error for a detector without the needed landmarks. detector: as the user gave it."""
+    """Return the error for a detector without the needed landmarks.
+
+    Args:
+        detector: As the user gave it.
+    """
     return CheckpointError(
         f"{detector} says where faces are, but not where their eyes are, which restoring needs. Give "
         "RetinaFace or YuNet."

@@ -36,6 +36,7 @@ class GfpganConfig:
 
     @property
     def size(self) -> int:
+        """Side of the face image in pixels."""
         return SMALLEST << (len(self.body) - 1)
 
 
@@ -58,6 +59,7 @@ class StyleResidualBlock(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features at the new size, B C H W."""
         changed = _lrelu(self.conv2(_resize(_lrelu(self.conv1(x)), self.factor)))
         return changed + self.skip(_resize(x, self.factor))
 
@@ -178,7 +180,11 @@ class Gfpgan(nn.Module):
         self.stylegan_decoder = StyleDecoder(config)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """faces: B 3 S S, -1..1. Returns B 3 S S of about -1..1, in float32, not clamped."""
+        """Returns B 3 S S of about -1..1, in float32, not clamped.
+
+        Args:
+            faces: B 3 S S, -1..1.
+        """
         x = _lrelu(self.conv_body_first(faces.to(self.conv_body_first.weight.dtype)))
         skips = []
         for down in self.conv_body_down:
@@ -195,6 +201,7 @@ class Gfpgan(nn.Module):
         return self.stylegan_decoder(styles, steering).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
+        """Fill the decoder's noise buffers, once after loading, so that equal faces give equal results."""
         for noise in self.stylegan_decoder.noises.buffers():
             noise.copy_(torch.randn(noise.shape, generator=generator))
 
@@ -208,7 +215,11 @@ def _make_steering(width_in: int, width: int) -> nn.Sequential:
 
 
 def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
-    """Plan how to load a GFPGAN file. Raises CheckpointError for any other file."""
+    """Plan how to load a GFPGAN file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     names = checkpoint.tensors
     wrong_kind = other_kind(checkpoint, "a GFPGAN of v1.2 to v1.4", "--model", FILES)
     if "conv_body_first.weight" not in names or "stylegan_decoder.constant_input.weight" not in names:

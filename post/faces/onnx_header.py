@@ -70,7 +70,8 @@ class _RefusedError(Exception):
 def may_be_onnx(path: Path) -> bool:
     """Return whether a file begins like ONNX, or has its suffix and does not begin like another model.
 
-    Raises CheckpointError if it cannot be read.
+    Raises:
+        CheckpointError: If it cannot be read.
     """
     if path.is_dir():
         return False
@@ -80,8 +81,13 @@ def may_be_onnx(path: Path) -> bool:
 
 
 def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
-    """Return the file's inputs and outputs, and its content. Raises CheckpointError if it is damaged or
-    unsafe: if running it would open other files, or take unlimited memory.
+    """Read an ONNX file, and check that it is safe to run.
+
+    Returns:
+        Its inputs and outputs, and its content.
+
+    Raises:
+        CheckpointError: If it is damaged, or if running it would open other files or take unlimited memory.
     """
     content = _read_bytes(path)
     try:
@@ -97,8 +103,9 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
 def check_operators(path: Path, refused: Container[str]) -> None:
     """Look at all operators of an ONNX file of any size, without reading its weights into memory.
 
-    Raises CheckpointError if the file is damaged, if its numbers are in other files, or if it has an operator
-    of a kind in `refused`.
+    Raises:
+        CheckpointError: If the file is damaged, if its numbers are in other files, or if it has an operator
+            of a kind in `refused`.
     """
     try:
         require_regular_file(path)
@@ -301,9 +308,7 @@ class _Checks:
 
 
 def _measure_stored(tensor: _Parts) -> int:
-    """Return the size of a tensor's values in the file, in bytes; a number in a field of its own counts as
-    one.
-    """
+    """Return the bytes of a tensor's values in the file; a number in a field of its own counts as one."""
     size = 0
     for field_number in _VALUES:
         for value in tensor[field_number]:

@@ -51,6 +51,7 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
+        """Pixels for each position of the coarsest features."""
         return 1 << (len(self.down) - 1)
 
 
@@ -67,6 +68,7 @@ class ConvLayer(nn.Module):
             self.norm["norm"] = batch_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve, then normalize if the layer has a norm."""
         x = self.conv2d(x)
         for norm in self.norm.values():
             x = norm(x)
@@ -85,6 +87,7 @@ class ParsingBlock(nn.Module):
         self.doubles = scale > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features at the scaled size, B C H W."""
         if self.doubles:
             x = interpolate(x, scale_factor=2, mode="nearest")
         straight = x if self.shortcut_func is None else self.shortcut_func(x)
@@ -107,7 +110,11 @@ class ParseNet(nn.Module):
         self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """faces: B 3 h w, -1..1, multiples of the stride. Returns the scores in float32, B 19 h w."""
+        """Returns the scores in float32, B 19 h w.
+
+        Args:
+            faces: B 3 h w, -1..1, multiples of the stride.
+        """
         x = self.encoder(faces.to(self.out_mask_conv.conv2d.weight.dtype))
         return self.out_mask_conv(self.decoder(x + self.body(x))).float()
 
@@ -120,7 +127,11 @@ def face_parts(scores: Tensor) -> Tensor:
 
 
 def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
-    """Plan how to load a ParseNet file. Raises CheckpointError for any other file."""
+    """Plan how to load a ParseNet file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
     if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
         raise wrong_kind
@@ -162,7 +173,11 @@ class Restorer:
 def load_both(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load both networks. Raises CheckpointError if a file is wrong, or if their sizes do not match."""
+    """Load both networks.
+
+    Raises:
+        CheckpointError: If a file is wrong, or if their sizes do not match.
+    """
     restorer = _load_model(options, model, device, dtype)
     parts = _load_parsenet(parsenet, device, dtype)
     size, stride = restorer.config.size, parts.config.stride
@@ -177,7 +192,11 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load both networks in the dtype that --dtype says. Raises CheckpointError as `load_both`."""
+    """Load both networks in the dtype that --dtype says.
+
+    Raises:
+        CheckpointError: As `load_both` does.
+    """
     network = options.network
     name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
@@ -271,9 +290,12 @@ class FacefixFiles(NamedTuple):
 
 
 def find_files(options: FacefixOptions) -> FacefixFiles:
-    """Return the paths of the files. Raises CheckpointError if one is missing.
+    """Return the paths of the files.
 
     --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
+
+    Raises:
+        CheckpointError: If one is missing.
     """
     mode = options.mode
     model = options.network.model

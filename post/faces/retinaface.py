@@ -65,6 +65,7 @@ class Pyramid(nn.Module):
         self.merge2 = _make_conv(width, width, 3, slope)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the features of three scales, fine to coarse, each with the coarser ones added."""
         fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
         middle = self.merge2(middle + interpolate(coarse, size=middle.shape[2:], mode="nearest"))
         fine = self.merge1(fine + interpolate(middle, size=fine.shape[2:], mode="nearest"))
@@ -84,6 +85,7 @@ class Context(nn.Module):
         self.conv7x7_3 = _make_conv(quarter, quarter, 3, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the three views, concatenated along channels."""
         shared = self.conv5X5_1(x)
         views = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
         return relu(torch.cat(views, dim=1))
@@ -98,7 +100,11 @@ class AnchorHead(nn.Module):
         self.values = values
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B C h w. Returns B N values: row by row, with the anchors of a place in succession."""
+        """Returns B N values: row by row, with the anchors of a place in succession.
+
+        Args:
+            x: B C h w.
+        """
         return rearrange(self.conv1x1(x), "b (a v) h w -> b (h w a) v", v=self.values)
 
 
@@ -195,7 +201,8 @@ class RetinaFaceDetector:
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the heads' output; if it is not finite in half precision, switch to float32 for good.
 
-        Raises CheckpointError if it is not finite in float32: faces would be missed without notice.
+        Raises:
+            CheckpointError: If it is not finite in float32: faces would be missed without notice.
         """
         dtype = next(self.network.parameters()).dtype
         outputs: tuple[Tensor, Tensor, Tensor] = self.network(image.to(dtype))
@@ -219,7 +226,11 @@ class RetinaFaceDetector:
 
 
 def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceConfig]:
-    """Plan how to load a RetinaFace of any width. Raises CheckpointError for any other file."""
+    """Plan how to load a RetinaFace of any width.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     checkpoint = checkpoint.without_prefix("module.")
     names = checkpoint.tensors
     is_resnet = "body.conv1.weight" in names
@@ -263,7 +274,11 @@ def _read_mobile_net(shape: Callable[..., tuple[int, ...]]) -> MobileNetConfig:
 def load_retinaface(
     plan: LoadPlan[RetinaFaceConfig], device: torch.device, dtype: torch.dtype, side: int | None, option: str
 ) -> RetinaFaceDetector:
-    """Load the network of a plan whose file is open. Raises CheckpointError if tensors do not fit."""
+    """Load the network of a plan whose file is open.
+
+    Raises:
+        CheckpointError: If tensors do not fit.
+    """
     network = load_planned(plan, RetinaFace, device=device, dtype=dtype, what=option)
     lay_out(network, device)
     return RetinaFaceDetector(network, side, device)

@@ -28,6 +28,7 @@ class ResNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of the three scales of features that the detector uses."""
         return self.outer[1:]
 
 
@@ -39,6 +40,7 @@ class MobileNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of the three scales of features that the detector uses."""
         return tuple(stage[-1] for stage in self.stages)
 
 
@@ -58,6 +60,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(width, outer, 1, stride, bias=False), batch_norm(outer))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B C H W."""
         y = relu(self.bn1(self.conv1(x)))
         y = relu(self.bn2(self.conv2(y)))
         return relu(self.bn3(self.conv3(y)) + self.downsample(x))
@@ -86,7 +89,11 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x: B 3 H W. Returns three features B C h w, the finest first."""
+        """Returns three features B C h w, the finest first.
+
+        Args:
+            x: B 3 H W.
+        """
         x = self.layer1(self.maxpool(relu(self.bn1(self.conv1(x)))))
         features = []
         for layer in (self.layer2, self.layer3, self.layer4):
@@ -117,7 +124,11 @@ class MobileNet(nn.Module):
         self.stage1, self.stage2, self.stage3 = stages
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x: B 3 H W. Returns three features B C h w, the finest first."""
+        """Returns three features B C h w, the finest first.
+
+        Args:
+            x: B 3 H W.
+        """
         features = []
         for stage in (self.stage1, self.stage2, self.stage3):
             x = stage(x)

@@ -78,7 +78,11 @@ class Restored:
 
 
 def soften(is_face: NDArray[np.bool_]) -> Plane:
-    """Return a mask with soft edges, S S, 0..1. is_face: S S, True inside the face."""
+    """Return a mask with soft edges, S S, 0..1.
+
+    Args:
+        is_face: S S, True inside the face.
+    """
     scale = len(is_face) / TEMPLATE_SIZE
     kernel = 2 * round(BLUR // 2 * scale) + 1
     mask = is_face.astype(np.float32)
@@ -189,7 +193,11 @@ class Facefix:
     name: str = "facefix"
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with its new size. Raises OptionError for a size that no file can have."""
+        """Return the clip with its new size.
+
+        Raises:
+            OptionError: For a size that no file can have.
+        """
         return enlarged_clip(clip, self.options.upscale, "--upscale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:

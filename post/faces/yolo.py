@@ -167,7 +167,11 @@ def _count_landmark_numbers(header: OnnxHeader) -> Any:
 
 
 def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
-    """Load a YOLO and run it once as a test. Raises CheckpointError if OpenCV cannot run it."""
+    """Load a YOLO and run it once as a test.
+
+    Raises:
+        CheckpointError: If OpenCV cannot run it.
+    """
     try:
         network = cv2.dnn.readNetFromONNX(np.frombuffer(content, np.uint8))
     except cv2.error as error:
@@ -290,10 +294,13 @@ def _read_row(row: Numbers, scale: Numbers) -> FoundFace:
 
 
 def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None) -> YuNetDetector:
-    """Load a YuNet and run it as a test. Raises CheckpointError if this OpenCV cannot run it.
+    """Load a YuNet and run it as a test.
 
     Files are made for one size of pictures, or for any. OpenCV 4 runs both with any size; if OpenCV insists
     on the one size, pictures are fitted into it.
+
+    Raises:
+        CheckpointError: If this OpenCV cannot run it.
     """
     bare = np.frombuffer(content, np.uint8)
     try:

@@ -41,7 +41,11 @@ WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape
 
 
 def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
-    """Plan how to load GIMM-VFI without its optical flow. Raises CheckpointError for any other file."""
+    """Plan how to load GIMM-VFI without its optical flow.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
     wrong_kind = other_kind(
@@ -223,7 +227,8 @@ def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
 def read_settings(path: Path | None) -> ModeSettings:
     """Read the YAML of the released files; without one, the released settings.
 
-    Raises CheckpointError if it cannot be read, or asks for an unsupported computation.
+    Raises:
+        CheckpointError: If it cannot be read, or asks for an unsupported computation.
     """
     if path is None:
         return ModeSettings()
@@ -239,7 +244,8 @@ def read_settings(path: Path | None) -> ModeSettings:
 def _parse_settings(path: Path) -> ModeSettings:
     """Return the settings in a YAML file.
 
-    Raises CheckpointError for an unsupported computation, and any other error if the file cannot be read.
+    Raises:
+        CheckpointError: For an unsupported computation, and any other error if the file cannot be read.
     """
     arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
     hyponet = _require_mapping(arch.get("hyponet"))
@@ -293,7 +299,9 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     """Load both networks; only the synthesis computes in `dtype`, motion in float32.
 
     On the meta device only headers are read.
-    Raises CheckpointError if a file is missing or not what its name says, or if the two do not match.
+
+    Raises:
+        CheckpointError: If a file is missing or not what its name says, or if the two do not match.
     """
     files = find_files(path, kind)
     settings = read_settings(files.settings)

@@ -49,9 +49,11 @@ class Alike(nn.Module):
         self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
 
     def forward(self, context: Tensor, keeps_table: bool) -> Callable[[Tensor], Tensor]:
-        """context: 1 C H W. Returns a function that averages a map over places that look alike.
+        """Returns a function that averages a map over places that look alike.
 
-        keeps_table: store the weights of all pairs of places, not recompute them in every call.
+        Args:
+            context: 1 C H W.
+            keeps_table: Store the weights of all pairs of places, not recompute them in every call.
         """
         q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
         if keeps_table:
@@ -203,7 +205,11 @@ class FlowFormer(nn.Module):
         self.memory_decoder = MemoryDecoder(config.decoder)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture. image: 1 3 H W, 0..255, sides multiples of 32."""
+        """Return the features of a single picture.
+
+        Args:
+            image: 1 3 H W, 0..255, sides multiples of 32.
+        """
         with torch.autocast(image.device.type, enabled=False):
             image = 2 * (image.float() / 255) - 1
             quarter, eighth = self.context_encoder["svt"](image)
@@ -222,7 +228,11 @@ class FlowFormer(nn.Module):
 
 
 def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
-    """Plan how to load a FlowFormer file. Raises CheckpointError for any other file."""
+    """Plan how to load a FlowFormer file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
     wrong_kind = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")

@@ -40,10 +40,12 @@ class TokenAttention(nn.Module):
     def forward(
         self, x: Tensor, keys_and_values: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
     ) -> Tensor:
-        """Attend and return B Q C. x: the queries, B Q C.
+        """Attend and return B Q C.
 
-        keys_and_values: the result of `keep` for the tokens; None: self-attention. code: position code, added
-        before the query projection.
+        Args:
+            x: The queries, B Q C.
+            keys_and_values: The result of `keep` for the tokens; None means that self-attention.
+            code: Position code, added before the query projection.
         """
         asking = self.norm1(x)
         k, v = self.keep(asking) if keys_and_values is None else keys_and_values
@@ -99,7 +101,11 @@ class CostEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """maps: n 1 H W costs. Returns n patches D."""
+        """Returns n patches D.
+
+        Args:
+            maps: N 1 H W costs.
+        """
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
         centers = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
@@ -205,9 +211,12 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """costs: of a pair of pictures. context: of the first picture, 1 C H W. Returns N K D.
+        """Returns N K D.
 
-        part_bytes: approximate memory of one part; None: the best size for the device.
+        Args:
+            costs: Costs of a pair of pictures.
+            context: Context of the first picture, 1 C H W.
+            part_bytes: Approximate memory of one part; None means that the best size for the device.
         """
         height, width = context.shape[2:]
         context = context.permute(0, 2, 3, 1)

@@ -28,7 +28,11 @@ class FlowEstimator(Protocol):
     """Estimate the motion between two pictures, in float32."""
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture. image: 1 3 H W, 0..255, float32, sides multiples of 32."""
+        """Return the features of a single picture.
+
+        Args:
+            image: 1 3 H W, 0..255, float32, sides multiples of 32.
+        """
 
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W, float32: the motion (x, y) of each pixel from the first picture to the second."""
@@ -41,7 +45,10 @@ DEVICE_BYTES = 1 << 27  # large enough for a GPU to have all its cores at work
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
     """Return the number of rows to compute at once.
 
-    bytes_each: memory to compute one row. part_bytes: limit for all rows; None: the best for the device.
+    Args:
+        bytes_each: Memory to compute one row.
+        device: Device of the run.
+        part_bytes: Limit for all rows; None means that the best for the device.
     """
     if part_bytes is None:
         part_bytes = CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
@@ -74,6 +81,7 @@ def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tenso
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution that keeps height and width at stride 1."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)
 
 
@@ -87,7 +95,12 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
 def warp(image: Tensor, flow: Tensor) -> Tensor:
     """Sample the image, for each pixel, where the flow points to; outside, the edge is repeated.
 
-    image: B C H W. flow: B 2 H W, pixels in x and y. Returns float32.
+    Args:
+        image: B C H W.
+        flow: B 2 H W, pixels in x and y.
+
+    Returns:
+        Float32.
     """
     height, width = flow.shape[-2:]
     # float32: half precision has no exact columns above 2048
@@ -101,7 +114,13 @@ def warp(image: Tensor, flow: Tensor) -> Tensor:
 def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     """Move each pixel to where the flow points to, and return the weighted mean of the pixels at each place.
 
-    image: 1 C H W. flow: 1 2 H W. weight: 1 1 H W. Returns 1 C H W float32, 0 at places nothing arrives at.
+    Args:
+        image: 1 C H W.
+        flow: 1 2 H W.
+        weight: 1 1 H W.
+
+    Returns:
+        1 C H W float32, 0 at places nothing arrives at.
     """
     weighted = torch.cat([image * weight, weight], dim=1).float()
     # H*W rows: one place each, so that what arrives is added in whole rows
@@ -113,7 +132,12 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Return the sum of the rows that arrive at each place. values: H*W C. flow: 1 2 H W."""
+    """Return the sum of the rows that arrive at each place.
+
+    Args:
+        values: H*W C.
+        flow: 1 2 H W.
+    """
     height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
     x, y = _find_targets(flow)
@@ -131,8 +155,12 @@ def _weigh_neighbor(
 ) -> tuple[Tensor, Tensor]:
     """Return the index of a place next to each target, and the share of the pixel that it gets.
 
-    x, y: the targets. column, row: of the place. size: height and width of the picture; outside, the share
-    is 0.
+    Args:
+        x: The targets.
+        y: The targets.
+        column: Column of the place.
+        row: Row of the place.
+        size: Height and width of the picture; outside, the share is 0.
     """
     height, width = size
     share = (1 - (x - column).abs()) * (1 - (y - row).abs())
@@ -214,8 +242,11 @@ class Correlation:
     def lookup(self, places: Tensor) -> Tensor:
         """Return 1 81*levels h w: for each place of the first picture, products around a place of the second.
 
-        places: 1 2 h w, x and y in the second picture's features. Channel level * 81 + i * 9 + j is that of
-        the place moved by i - 4 in x and j - 4 in y at that scale; outside the picture it is 0.
+        Channel level * 81 + i * 9 + j is that of the place moved by i - 4 in x and j - 4 in y at that scale;
+        outside the picture it is 0.
+
+        Args:
+            places: 1 2 h w, x and y in the second picture's features.
         """
         centers = rearrange(places.float(), "1 two h w -> (h w) two")
         # a place that is not finite lies outside; so far outside that nothing near the edge is meant

@@ -42,6 +42,7 @@ class Lateral(nn.Module):
         self.layers = nn.Sequential(conv(width, width), nn.LeakyReLU(SLOPE), conv(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus what the two convolutions add."""
         return x + self.layers(x)
 
 
@@ -105,7 +106,12 @@ class MotionField(nn.Module):
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
     def between(self, forth: Tensor, back: Tensor) -> "Motion":
-        """Return the motion between two pictures. forth, back: 1 2 H W, from first to second and back."""
+        """Return the motion between two pictures.
+
+        Args:
+            forth: 1 2 H W, from first to second and back.
+            back: 1 2 H W, from first to second and back.
+        """
         normal, scale = normalised(forth, back)
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
         first_weight, second_weight = self.splat_weights(forth, back)
@@ -227,7 +233,8 @@ class Interpolation:
     def frame(self, image: Tensor) -> Frame:
         """Compute the features of a single picture.
 
-        image: 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
+        Args:
+            image: 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
         """
         small = resize(image, self.ds_factor)
         encoded = self.estimator.encode(255 * small)

@@ -57,6 +57,7 @@ class RaftResidual(nn.Module):
         self.downsample = nn.Sequential(conv(inputs, width, 1, stride), norm(width)) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B C H W."""
         inner = relu(self.norm1(self.conv1(x)))
         inner = relu(self.norm2(self.conv2(inner)))
         return relu((x if self.downsample is None else self.downsample(x)) + inner)
@@ -78,7 +79,11 @@ class RaftEncoder(nn.Module):
         self.conv2 = conv(third, outputs, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: 1 3 H W. Returns the outputs of stage 2 (1/4 of the size) and 3 (1/8), and the features."""
+        """Returns the outputs of stage 2 (1/4 of the size) and 3 (1/8), and the features.
+
+        Args:
+            x: 1 3 H W.
+        """
         x = self.layer1(relu(self.norm1(self.conv1(x))))
         quarter = self.layer2(x)
         eighth = self.layer3(quarter)
@@ -98,6 +103,7 @@ class MotionEncoder(nn.Module):
         self.conv = conv(correlation[1] + flow[1], motion - 2)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        """Encode correlation and flow into features; the flow itself is the last two channels."""
         compared = relu(self.convc2(relu(self.convc1(correlation))))
         moved = relu(self.convf2(relu(self.convf1(flow))))
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
@@ -171,6 +177,7 @@ class FlowHead(nn.Module):
         self.conv2 = conv(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the change of the flow, B 2 H W."""
         return self.conv2(relu(self.conv1(x)))
 
 
@@ -205,7 +212,11 @@ class Raft(nn.Module):
         self.update_block = UpdateBlock(config)
 
     def encode(self, image: Tensor) -> EncodedImage:
-        """Return the features of a single picture. image: 1 3 H W, 0..255."""
+        """Return the features of a single picture.
+
+        Args:
+            image: 1 3 H W, 0..255.
+        """
         image = 2 * (image / 255) - 1
         quarter, eighth, context = self.cnet(image)
         return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
@@ -233,7 +244,9 @@ def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
 def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
     """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine places around it.
 
-    flow: 1 2 h w. mask: 1 576 h w, logits.
+    Args:
+        flow: 1 2 h w.
+        mask: 1 576 h w, logits.
     """
     height, width = flow.shape[-2:]
     weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)
@@ -243,7 +256,11 @@ def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
-    """Plan how to load a RAFT file. Raises CheckpointError for any other file."""
+    """Plan how to load a RAFT file.
+
+    Raises:
+        CheckpointError: For any other file.
+    """
     checkpoint = checkpoint.without_prefix("module.")
     sources = plain_sources(checkpoint)
     wrong_kind = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")

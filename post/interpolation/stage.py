@@ -57,7 +57,11 @@ class Interpolator:
         self._device = device
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip with the added pictures. Raises MediaError if it is one picture, or too small."""
+        """Return the clip with the added pictures.
+
+        Raises:
+            MediaError: If it is one picture, or too small.
+        """
         factor = self._options.factor
         if factor == 1:
             return clip
@@ -77,7 +81,11 @@ class Interpolator:
         return replace(clip, rate=clip.rate * factor, frames=frames)
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the pictures unchanged, and new ones between them. Raises MediaError for a single picture."""
+        """Yield the pictures unchanged, and new ones between them.
+
+        Raises:
+            MediaError: For a single picture.
+        """
         if self._options.factor == 1:
             yield from pictures
             return

@@ -105,7 +105,11 @@ class TwinsPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B channels H W. Returns B H/patch W/patch C."""
+        """Returns B H/patch W/patch C.
+
+        Args:
+            x: B channels H W.
+        """
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -141,7 +145,11 @@ class Twins(nn.Module):
         self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: B 3 H W in -1..1. Returns the output of each stage, B C h w."""
+        """Returns the output of each stage, B C h w.
+
+        Args:
+            images: B 3 H W in -1..1.
+        """
         x = images
         outputs = []
         for embed, pair, neighbors in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
@@ -160,8 +168,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply `run` to windows of WINDOW x WINDOW places of a map and put the results back.
 
-    x: B H W C; padded with zeros at the right and bottom to whole windows, and the padding takes part, as
-    trained. run: (windows, WINDOW ** 2, C) to the same shape with any C.
+    Args:
+        run: (windows, WINDOW ** 2, C) to the same shape with any C.
+        x: B H W C; padded with zeros at the right and bottom to whole windows, and the padding takes part, as
+            trained.
     """
     batch, height, width, _ = x.shape
     x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))

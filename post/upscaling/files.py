@@ -76,7 +76,11 @@ class Upscaler:
 
 
 def check_file(path: Path) -> tuple[UpscalerKind, Config]:
-    """Return a file's kind and config; only the header is read. Raises CheckpointError for other files."""
+    """Return a file's kind and config; only the header is read.
+
+    Raises:
+        CheckpointError: For other files.
+    """
     upscaler = load_upscaler(path, META, torch.float32)
     return upscaler.kind, upscaler.config
 
@@ -84,7 +88,10 @@ def check_file(path: Path) -> tuple[UpscalerKind, Config]:
 def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
     """Load the network of a file; kind and dimensions are derived from its tensors.
 
-    Norms and attention biases stay in float32. Raises CheckpointError for other files.
+    Norms and attention biases stay in float32.
+
+    Raises:
+        CheckpointError: For other files.
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint = checkpoint.without_prefix(*PREFIXES)
@@ -246,7 +253,11 @@ class _Shapes:
     shape: Callable[[str], tuple[int, ...]]
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape. Raises CheckpointError if the tensor is missing or has not `axes` axes."""
+        """Return a shape.
+
+        Raises:
+            CheckpointError: If the tensor is missing or has not `axes` axes.
+        """
         sizes = self.shape(name)
         if len(sizes) != axes or 0 in sizes:
             raise self.error(f"{name} has the shape {' x '.join(map(str, sizes)) or 'of a single number'}")

@@ -96,7 +96,11 @@ class UpscalerStage:
     name: str = "upscaler"
 
     def result(self, clip: Clip) -> Clip:
-        """Return the clip in its new size. Raises OptionError for a size that no file can have."""
+        """Return the clip in its new size.
+
+        Raises:
+            OptionError: For a size that no file can have.
+        """
         return enlarged_clip(clip, self.options.scale, "--scale")
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:

@@ -46,10 +46,12 @@ class SwinirConfig:
 
     @property
     def factor(self) -> int:
+        """Factor on width and height."""
         return prod(self.ups)
 
     @property
     def step(self) -> int:
+        """Number of which image sides must be multiples: the side of a window."""
         return self.window
 
     @property
@@ -69,7 +71,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return the attention bias, heads N N in float32. index: N N, rows of the table."""
+        """Return the attention bias, heads N N in float32.
+
+        Args:
+            index: N N, rows of the table.
+        """
         return rearrange(self.relative_position_bias_table[index].float(), "n m h -> h n m")
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -101,6 +107,7 @@ class SwinMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of each token, B L C."""
         return self.fc2(gelu(self.fc1(x)))
 
 
@@ -164,8 +171,9 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the attention bias, heads N N, with the last `rows` and `columns` of a window masked from the
-    rest.
+    """Return the attention bias, heads N N, with the last rows and columns of a window masked from the rest.
+
+    Windows are shifted cyclically, so these rows and columns come from the opposite edge of the image.
     """
     if not rows and not columns:
         return bias
@@ -210,6 +218,7 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
@@ -295,10 +304,15 @@ class SwinIR(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
+        """Blocks of equal shape, which can be compiled once for all."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: B 3 H W, 0..1, H and W multiples of the window. Returns B 3 fH fW, not limited."""
+        """Returns B 3 fH fW, not limited.
+
+        Args:
+            x: B 3 H W, 0..1, H and W multiples of the window.
+        """
         mean = numbers_on(x.device, MEAN, x.dtype).view(1, COLOURS, 1, 1)
         x = (x - mean) * self.config.pixel_range
         first = self.conv_first(x)

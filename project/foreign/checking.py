@@ -26,8 +26,8 @@ def check_run(
 ) -> None:
     """Take values back that the script refuses, each with its message as the reason.
 
-    write: returns the texts of the files of a run with these keys of the training, by name. folder: that is
-    described.
+    `write` returns the texts of the files of a run with these keys of the training, by name. `folder` is the
+    one that is described.
     """
     for _ in range(MAX_TURNS):
         message = _check(script, folder, write(project.training))
@@ -43,7 +43,7 @@ def check_run(
 def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
     """Return the message of a script that refuses its options; None if it takes them.
 
-    texts: of the files of the run by name, which are not in the folder yet.
+    `texts` are those of the files of the run by name, which are not in the folder yet.
     """
     with temporary_folder() as copies:
         for name, text in texts.items():

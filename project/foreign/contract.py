@@ -65,22 +65,27 @@ class Parts:
 
     @property
     def trains_texts(self) -> bool:
+        """Whether any text encoder learns."""
         return any(rate != 0 for rate in self.text_rates)
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
+    """Say that every file of the program trains a LoRA."""
     return ForeignRun("lora", "")
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
+    """Say nothing of parts, for a program whose files cannot choose them."""
     return Parts()
 
 
 def say_nothing_idle(values: Mapping[str, Any]) -> set[str]:
+    """Say that every key has an effect."""
     return set()
 
 
 def guess_nothing(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return no guess of the model."""
     return None
 
 
@@ -121,6 +126,7 @@ class Program:
 
 
 def left(reason: str) -> KeyRule:
+    """Return the rule for a key that has no counterpart here, with the reason."""
     return KeyRule(LEFT, reason)
 
 
@@ -184,13 +190,21 @@ def read_warmup(value: Any) -> float:
 
 
 def read_switch(value: Any) -> bool:
+    """Return a value as true or false.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if not (isinstance(value, bool | int) or str(value).lower() in {"true", "false"}):
         raise ValueError("it is neither true nor false")
     return is_on(value)
 
 
 def text_of(table: Mapping[str, str], instead: str) -> Callable[[Any], str]:
-    """Return a reader of names that are spelled in any way. instead: what to do with other names."""
+    """Return a reader of names that are spelled in any way.
+
+    `instead` is what to do with other names.
+    """
 
     def read(value: Any) -> str:
         name = table.get(plain_name(str(value)))
@@ -321,6 +335,12 @@ read_loss = text_of(_LOSSES, "loss_type below [training] has l2, l1, huber and s
 
 
 def read_text(value: Any) -> str:
+    """Return a text without blanks at its ends.
+
+    Raises:
+        ValueError: If the value is no text.
+        NotSaid: If it is empty.
+    """
     if not isinstance(value, str):
         raise ValueError("it is no text")
     if is_off(value):
@@ -329,6 +349,7 @@ def read_text(value: Any) -> str:
 
 
 def read_folder(value: Any) -> Path:
+    """Return the path in a text, with the errors of `read_text`."""
     text = read_text(value)
     if "\0" in text:
         raise ValueError("no folder has a name with NUL")

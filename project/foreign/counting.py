@@ -30,6 +30,7 @@ class CountedFile:
 
     @property
     def group(self) -> tuple[int, ...]:
+        """Values that the files of one batch have in common."""
         return (self.table.batch_group, *self.bucket)
 
 

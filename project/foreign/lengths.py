@@ -24,7 +24,7 @@ class Epoch:
 def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, num_files: int) -> NewOptions:
     """Return options with the number of steps that the project names, or that its epochs make.
 
-    in_epoch: steps of an epoch with dataset.toml as it is written.
+    `in_epoch` is the number of steps of an epoch with the dataset.toml that is written.
     """
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
     said_steps = _take_said_steps(project)
@@ -141,7 +141,10 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
 
 
 def _resolve_warmup(project: ForeignProject, steps: int) -> None:
-    """Write the warm-up in steps of this run, and a schedule that has one. steps: of the run."""
+    """Write the warm-up in steps of this run, and a schedule that has one.
+
+    `steps` is that of the run.
+    """
     training = project.training
     if project.warmup_share is not None:
         key, share = project.warmup_share

@@ -19,7 +19,7 @@ _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # 
 def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
     """Take keys that are options of the script that trains, or keys of dataset.toml, under the same name.
 
-    chosen: options for which `new` writes a value of its own.
+    `chosen` are the options for which `new` writes a value of its own.
     """
     places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     for key, value in project.others.items():
@@ -67,7 +67,11 @@ def _as_plain(value: Any, usual: Any) -> Any:
 
 
 def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
-    """Take the value of an option. is_chosen: `new` writes another one. Raises ValueError if it cannot be."""
+    """Take the value of an option. `is_chosen` says that `new` writes another one.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
     is_switched_off = option.kind == "switch" and (is_chosen or option.default is True)

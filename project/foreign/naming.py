@@ -26,7 +26,7 @@ class SaidModel(NamedTuple):
 def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
     """Choose the model that a project names, and note what its keys have become.
 
-    values: by key, also of keys that name no model. rules: of the keys that name one.
+    `values` has all keys, also those that name no model. `rules` are those of the keys that name one.
     """
     models: list[SaidModel] = []
     has_unknown_variant = False

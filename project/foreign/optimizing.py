@@ -17,7 +17,10 @@ _OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"
 
 
 def resolve_optimizer(project: ForeignProject, memory: float) -> None:
-    """Write the arguments that the optimizer has here, and note which are left. memory: 0: a CPU."""
+    """Write the arguments that the optimizer has here, and note which are left.
+
+    `memory` is 0 means a CPU.
+    """
     training = project.training
     optimizer = training.get("optimizer_type")
     if optimizer is None:

@@ -100,8 +100,8 @@ def find_table_keys(
 ) -> dict[Path, dict[str, Any]]:
     """Return the keys that a project has for each of several folders.
 
-    What it has for others is left, which is noted. folder: that is described. described: the folders in it
-    that have files.
+    What it has for others is left, which is noted. `folder` is the one that is described. `described` are the
+    folders in it that have files.
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []

@@ -69,6 +69,7 @@ class ForeignProject:
 
     @property
     def title(self) -> str:
+        """Name of the program that the file is of."""
         return self.program.title
 
     def key_of(self, name: str) -> str:
@@ -84,7 +85,10 @@ class ForeignProject:
         self.left.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
-        """Note a key whose value is another one here. result: what it has become."""
+        """Note a key whose value is another one here.
+
+        `result` is what it has become.
+        """
         self.changed.append(f"{show(key)} = {show(value)}: {result}")
 
     def forget(self, key: str) -> None:
@@ -105,7 +109,7 @@ class ForeignProject:
             self.leave_value(key, value, reason)
 
     def lines(self, folder: Path) -> list[str]:
-        """Return what is told of the file: every key once. folder: that is described."""
+        """Return what is told of the file: every key once. `folder` is the one that is described."""
         is_here = {key: is_same_folder(self.path, place, folder) for key, place in self.folders.items()}
         taken = [*self.taken, *(key for key, is_same in is_here.items() if is_same)]
         elsewhere = [
@@ -151,4 +155,5 @@ def is_same_folder(file: Path, place: Path, folder: Path) -> bool:
 
 
 def show(value: Any) -> str:
+    """Return a value on one line of at most 120 characters."""
     return shorten(" ".join(str(value).split()), 120)

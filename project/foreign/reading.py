@@ -33,8 +33,11 @@ _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_pa
 def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     """Read the project of another trainer.
 
-    trains: the kind of run that is typed. Raises OptionError if the file is none of those that are known, or
-    if it trains what `new` does not set up and nothing else is typed.
+    `trains` is the kind of run that is typed.
+
+    Raises:
+        OptionError: If the file is none of those that are known, or if it trains what `new` does not set up
+            and nothing else is typed.
     """
     values = _read_values(path, "--from", "")
     program = _recognize(path, values)
@@ -56,7 +59,11 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
 
 
 def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str | None) -> None:
-    """Note what a project trains. Raises OptionError if `new` sets up no such training, and none is typed."""
+    """Note what a project trains.
+
+    Raises:
+        OptionError: If `new` sets up no such training, and none is typed.
+    """
     try:
         project.run = project.program.find_run(values)
     except NoRun as error:
@@ -93,6 +100,7 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
 
 
 def is_empty(value: Any) -> bool:
+    """Return whether a value says as much as a missing key."""
     return value is None or value in ("", [])
 
 
@@ -140,7 +148,8 @@ def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
 def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     """Return the values of a YAML, TOML or JSON file by their keys with dots, behind a prefix.
 
-    Raises OptionError if it cannot be read, or has too many keys.
+    Raises:
+        OptionError: If it cannot be read, or has too many keys.
     """
     suffix = path.suffix.lower()
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
@@ -155,7 +164,11 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
 
 
 def _parse(suffix: str, text: str) -> Any:
-    """Return the content of a text. Raises ValueError if it cannot be read."""
+    """Return the content of a text.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     if suffix == ".toml":
         return parse_toml(text)
     if suffix == ".json":
@@ -168,7 +181,10 @@ def _parse(suffix: str, text: str) -> Any:
 def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iterator[tuple[str, Any]]:
     """Yield the values of a file by their keys with dots.
 
-    counter: counts tables and lists too, which may be empty. Raises ValueError if there are too many.
+    `counter` counts tables and lists too, which may be empty.
+
+    Raises:
+        ValueError: If there are too many.
     """
     if depth > MOST_DEPTH:
         raise ValueError(f"{show(key)} is nested more than {MOST_DEPTH} deep, which no project is")

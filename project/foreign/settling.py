@@ -67,7 +67,7 @@ def settle(
 ) -> None:
     """Leave in `training` and `data` what the run takes, and note the reason of what is left.
 
-    memory: GiB of the card; 0: a CPU. forms: which keys dataset.toml can have.
+    `memory` is the GiB of the card; 0 means a CPU. `forms` is which keys dataset.toml can have.
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)

@@ -82,7 +82,7 @@ def _leave(project: ForeignProject, said: SaidValue) -> None:
 
 
 def _take_network(project: ForeignProject, said: SaidValue, module: str | None) -> None:
-    """Take the kind of a network. module: that makes it; None: a LoRA, which is usual."""
+    """Take the kind of a network. `module` is the one that makes it; None means a LoRA."""
     if module is None:
         project.taken.append(said.key)
         return
@@ -161,7 +161,7 @@ def _set(
 ) -> None:
     """Set an option or key, unless another key of the file has set it otherwise.
 
-    keys: of the target -> the key of the file that has set it.
+    `keys` are those of the target -> the key of the file that has set it.
     """
     name = said.rule.name
     first = keys.setdefault(name, said.key)

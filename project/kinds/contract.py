@@ -14,20 +14,26 @@ OF_LORA = ("network_", "lora_format")
 
 
 def drop_lora_options(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
-    """Return the options of a run without those of a LoRA. memory: as `RunKind.change` takes it."""
+    """Return the options of a run without those of a LoRA.
+
+    `memory` is as `RunKind.change` takes it.
+    """
     return {name: value for name, value in values.items() if not name.startswith(OF_LORA)}
 
 
 def read_words(key: str, model: ModelSet) -> list[str]:
     """Return the script and the options that a model's entry in the catalogue has for a kind; none: no entry.
 
-    key: of the entry.
+    `key` is that of the entry.
     """
     return shlex.split(model.data.get(key, ""))
 
 
 def find_reason(key: str, title: str, model: ModelSet, memory: float) -> str | None:
-    """Return why a model has no such kind of run; None if it has. key, title: of the kind."""
+    """Return why a model has no such kind of run; None if it has.
+
+    `key` and `title` are those of the kind.
+    """
     return None if read_words(key, model) else f"new does not set up {title} for {model.title}"
 
 

@@ -42,7 +42,7 @@ def full_words(model: ModelSet) -> list[str]:
 def why_not_whole(model: ModelSet, memory: float) -> str | None:
     """Return the reason why a model cannot be trained whole on a card of `memory` GiB; None if it can.
 
-    memory: 0 stands for the CPU.
+    `memory` is 0 stands for the CPU.
     """
     name = model.title
     if not model.data["fp8"]:
@@ -63,7 +63,7 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
 def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
-    memory: GiB of the card; 0: a CPU, on which the weights stay in float32.
+    `memory` is the GiB of the card; 0 means a CPU, on which the weights stay in float32.
     """
     kept = drop_lora_options(values, memory)
     kept = {name: value for name, value in kept.items() if name not in FORMS and name != "dit_dtype"}
@@ -81,7 +81,7 @@ def saves_models(values: Mapping[str, Any]) -> bool:
 def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
     """Return the options that follow from the number of steps: saves, states, samples.
 
-    saves_models: see `RunKind`.
+    For `saves_models` see `RunKind`.
     """
     times = times_of_steps(steps)
     if saves_models:
@@ -92,7 +92,10 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
 
 
 def describe_full(model: ModelSet, memory: float) -> list[str]:
-    """Return lines about the memory and the disk that a run takes. memory: as in `change_to_whole`."""
+    """Return lines about the memory and the disk that a run takes.
+
+    `memory` is as in `change_to_whole`.
+    """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
     if not memory:

@@ -51,6 +51,7 @@ class Unit:
 
     @property
     def learns(self) -> bool:
+        """Whether any weight of the block is trained."""
         return any(weight.requires_grad for weight in self.weights)
 
 
@@ -66,6 +67,7 @@ class Slot:
     is_changed: bool = False  # the host's copies are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
+        """Return the slot's memory as tensors of the shapes and dtypes of a block's weights."""
         places = zip(self.memory, unit.host, strict=False)  # another block may have more
         return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
 
@@ -87,6 +89,7 @@ class Ring:
         ]
 
     def slot_of(self, unit: Unit) -> Slot | None:
+        """Return the slot that holds a block; None if it is on the host only."""
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
@@ -119,8 +122,13 @@ class BlockSwap:
     def __init__(
         self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
     ) -> None:
-        """order: positions of all blocks, as they run. in_host_memory: all such parameters, also those
-        outside blocks.
+        """Prepare to stream the blocks of a network.
+
+        Args:
+            rings: Lists of streamed blocks with their slots.
+            order: Positions of all blocks in the order in which they run.
+            in_host_memory: All parameters in host memory, also those outside blocks.
+            transfer: Copies between host and device.
         """
         self.rings = rings
         self.in_host_memory = in_host_memory
@@ -134,9 +142,13 @@ class BlockSwap:
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
-        """Bring the weights of a block to the device before a pass. skipped: blocks that the pass skips.
+        """Bring the weights of a block to the device before a pass.
 
         Nothing is copied if the weights are there already, as after a pass that fetched ahead.
+
+        Args:
+            position: Position of the block in the order of blocks.
+            skipped: Positions of blocks that the pass skips.
         """
         ring = self._ring_of.get(position)
         if ring is None:
@@ -238,7 +250,12 @@ class BlockSwap:
         slot.unit = unit
 
     def _empty(self, slot: Slot, after: Any) -> None:
-        """Remove the unit from a slot. after: the moment from which changed weights may be copied back."""
+        """Remove the unit from a slot.
+
+        Args:
+            slot: The slot.
+            after: Moment from which changed weights may be copied back.
+        """
         unit = slot.unit
         if unit is None:
             return
@@ -297,9 +314,16 @@ def swap_blocks(
 ) -> None:
     """Make a network copy its weights from host memory when it runs.
 
-    Call it last: it wraps the blocks' forwards and their runner. host: the memory that the network was loaded
-    with; None changes nothing. transfer: None chooses one for the device.
-    Raises OptionError if the network has too few blocks.
+    Call it last: it wraps the blocks' forwards and their runner.
+
+    Args:
+        dit: The transformer.
+        host: Host memory that the network was loaded with; None changes nothing.
+        device: Device of the run.
+        transfer: Copies between host and device; None chooses what suits the device.
+
+    Raises:
+        OptionError: If the network has too few blocks.
     """
     if host is None or not host.plan:
         return
@@ -321,7 +345,13 @@ def swap_blocks(
 
 
 def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
-    """Return the ring of each list that has streamed blocks. places: of the weights in host memory."""
+    """Return the ring of each list that has streamed blocks.
+
+    Args:
+        dit: The transformer.
+        lists: Plan of each list of blocks.
+        places: Weights in host memory.
+    """
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
     for plan in lists:
@@ -360,6 +390,7 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
+    """Return the block swap of a network; None if its blocks are not swapped."""
     swap = getattr(network, _NAME, None)
     return swap if isinstance(swap, BlockSwap) else None
 

@@ -48,7 +48,7 @@ class HostMemory:
     """Reusable pieces of host memory: pinning is slow, so it happens in the first steps only."""
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
-        """make: memory of this many bytes, uint8."""
+        """Start without memory; `make` allocates a uint8 tensor of that many bytes."""
         self._make = make
         self._free: list[Tensor] = []
         self.size_bytes = 0  # of all pieces, in use or free
@@ -68,6 +68,7 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
+        """Give a piece back for reuse."""
         self._free.append(piece)
 
 
@@ -87,7 +88,12 @@ class Offload:
     """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
-        """make: host memory of this many bytes, uint8."""
+        """Start without memory.
+
+        Args:
+            transfer: Copies between host and device.
+            make: Allocates a uint8 tensor of that many bytes in host memory.
+        """
         self._transfer = transfer
         self.memory = HostMemory(make)
         self._last: weakref.ref[_Away] | None = None
@@ -98,6 +104,7 @@ class Offload:
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
+        """Return hooks for autograd that move saved tensors to the host and back."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
@@ -213,10 +220,15 @@ def checkpoint_blocks(
 ) -> None:
     """Make every block keep only its inputs, and recompute its activations in the backward pass.
 
-    keep_attention: also keep the result of self-attention, so that its kernel runs once. offload: keeps the
-    tensors that are direct arguments of a block; those of the last block stay on the device, as they are
-    needed next. Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps
-    the `forward` that a block has then.
+    Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps the
+    `forward` that a block has then.
+
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        keep_attention: Whether to keep the result of self-attention too, so that its kernel runs once.
+        offload: Moves the inputs of blocks to the host, except those of the last block, which are needed
+            next; None keeps them on the device.
     """
     blocks = spec.in_order(dit)
     for index, block in enumerate(blocks):
@@ -307,7 +319,14 @@ class _CommonInputs:
     """Common inputs of all pieces of a call: first those given, in the backward pass those autograd saved."""
 
     def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
-        """inputs: of the method; the first, B L C, is computed in `count` pieces."""
+        """Prepare to compute a method in pieces of its first input.
+
+        Args:
+            method: The method.
+            block: The block that it belongs to.
+            count: Number of pieces.
+            inputs: Inputs of the method; the first one, B L C, is cut along L.
+        """
         self._method = method
         self._block = block
         self._count = count

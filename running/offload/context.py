@@ -63,12 +63,15 @@ class TokenPart:
 
     @property
     def run(self) -> slice:
+        """Range of this process's tokens in the clip."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
+        """Return how many of the clip's first `count` tokens this process has."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
     def of_last(self, count: int) -> int:
+        """Return how many of the clip's last `count` tokens this process has."""
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:
@@ -109,7 +112,12 @@ class TokenPart:
     def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
         """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
 
-        with_first, with_second: as `SecondText.combine` takes them. Combining needs all heads of a token.
+        Combining needs all heads of a token.
+
+        Args:
+            with_first: See `SecondText.combine`.
+            with_second: See `SecondText.combine`.
+            second: The second text.
         """
         before = second.before
         texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)

@@ -67,9 +67,13 @@ class HostTensors:
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
     """Allocate uninitialised memory for these tensors.
 
-    pinned: lock as much of it as the driver allows, for copies to a CUDA device. machine: the processes that
-    share the memory; all must call this with the same tensors, and `wait_for_all` before reading. None: the
-    memory is this process' own.
+    None: the memory is this process' own.
+
+    Args:
+        infos: Dtype and shape of each tensor, by name.
+        pinned: Whether to lock as much of it as the driver allows, for copies to a CUDA device.
+        machine: Processes that share the memory; all must call this with the same tensors, and `wait_for_all`
+            before reading. None for memory of this process.
     """
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
@@ -115,6 +119,7 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine | None) -> None:
+    """Wait until every process has come here; None means that there is only one process."""
     if machine is not None:
         torch.distributed.barrier()
 
@@ -189,7 +194,9 @@ def _advise(mapping: mmap.mmap, *advice: str) -> None:
 def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
     """Return the bytes of a mapping, which lives as long as a tensor uses it, and how many are not locked.
 
-    pieces: to lock one by one, until the driver refuses; then the last one is given back.
+    Args:
+        mapping: The mapping.
+        pieces: Pieces to lock one by one, until the driver refuses; the last one is then unlocked again.
     """
     array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
     locked = list[int]()  # addresses
@@ -239,6 +246,7 @@ class Transfer:
         self._device = device
 
     def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> Any:
@@ -264,15 +272,18 @@ class CudaTransfer(Transfer):
         self._stream = torch.cuda.Stream(device)
 
     def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes that are not reused while a copy into them is still running."""
         memory = super().memory(size_bytes)
         # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory
 
     def mark(self) -> torch.cuda.Event:
+        """Record an event in the stream that computes."""
         return torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
+        """Queue copies in the transfer stream; they start after `after`."""
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -280,21 +291,29 @@ class CudaTransfer(Transfer):
             return self._stream.record_event()
 
     def wait(self, moment: torch.cuda.Event) -> None:
+        """Make the computing stream wait for a moment; the host does not wait."""
         torch.cuda.current_stream(self._device).wait_event(moment)
 
     def finish(self) -> None:
+        """Block the host until all copies are done."""
         self._stream.synchronize()
 
 
 def transfer_to(device: torch.device) -> Transfer:
+    """Return the kind of transfer that suits the device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
 def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
     """Keep the layer's weight in host memory, except while its forward runs.
 
-    host: that memory, already holding the weight. For frozen layers at the start of a network: if their
-    backward pass needs the weight, autograd keeps it on the device.
+    For frozen layers at the start of a network: if their backward pass needs the weight, autograd keeps it on
+    the device.
+
+    Args:
+        layer: The layer.
+        host: Host memory that already holds the weight.
+        device: Device of the run.
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
@@ -345,6 +364,7 @@ class LoadedNetwork(Generic[Network, Beside]):
         return self._pair
 
     def free(self) -> None:
+        """Release network and companion, and the device memory that torch caches."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

@@ -25,22 +25,28 @@ def take_turns(work: Callable[[U], T], item: U) -> T:
 
 
 def have_joined() -> bool:
+    """Whether this process is one of several that communicate."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes that the launcher started, from WORLD_SIZE; 1 without a launcher."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 
 def join_processes(
     device: str | None, option: str, environment: Mapping[str, str] = os.environ
 ) -> torch.device:
-    """Join the launcher's processes, and return the device of this one. device: as --device has it.
+    """Join the launcher's processes, and return the device of this one.
 
-    option: that wants them, for messages.
+    Args:
+        device: Value of --device.
+        option: Option that needs the processes, for messages.
+        environment: Environment variables.
 
-    Raises OptionError if the machine has fewer GPUs than processes.
+    Raises:
+        OptionError: If the machine has fewer GPUs than processes.
     """
     kind = select_device(device).type
     local = int(environment.get("LOCAL_RANK", "0"))

@@ -30,10 +30,16 @@ class ListPlan:
 
 
 def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
-    """Plan one list. swapped: as --blocks_to_swap counts, at most num_blocks - 1.
+    """Plan one list.
 
     The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while one
     computes.
+
+    Args:
+        name: Name of the list.
+        num_blocks: Number of blocks in the list.
+        swapped: Number of blocks as --blocks_to_swap counts, at most num_blocks - 1.
+        slots: Number of slots for streamed blocks.
     """
     if swapped == 0:
         return ListPlan(name, num_blocks, (), 0)
@@ -48,7 +54,10 @@ def max_blocks(
 ) -> int:
     """Return the largest --blocks_to_swap.
 
-    num_blocks: of each list. counts, unswapped: `DitSpec.swap_counts`, `DitSpec.unswapped`.
+    Args:
+        num_blocks: Number of blocks in each list.
+        counts: `DitSpec.swap_counts`.
+        unswapped: `DitSpec.unswapped`.
     """
     if counts is None:
         return 0
@@ -75,7 +84,11 @@ class SwapPlan:
         return self.blocks > 0 or self.input_layers
 
     def lists(self, dit: nn.Module) -> list[ListPlan]:
-        """Return the plan of each list of blocks. Raises OptionError if the network has too few."""
+        """Return the plan of each list of blocks.
+
+        Raises:
+            OptionError: If the network has too few blocks.
+        """
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = check_swap(self.spec, self.blocks, totals)
         rows = zip(self.spec.block_lists, totals, swapped, strict=True)
@@ -91,13 +104,20 @@ class SwapPlan:
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
+        """Return the names of the network's input layers to swap; empty if these stay on the device."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
 def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
-    """Return the number of blocks of each list that are swapped. totals: the numbers of all blocks.
+    """Return the number of blocks of each list that are swapped.
 
-    Raises OptionError if the network has too few, or if none of its blocks can be swapped.
+    Args:
+        spec: Names of the network's blocks.
+        blocks: Value of --blocks_to_swap.
+        totals: Number of all blocks in each list.
+
+    Raises:
+        OptionError: If the network has too few, or if none of its blocks can be swapped.
     """
     if not blocks:
         return [0] * len(totals)
@@ -124,6 +144,7 @@ def big_weights(network: nn.Module, path: str) -> Iterator[str]:
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear and convolutional layers below `path`, by full name: they hold nearly all weights."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module
@@ -135,30 +156,41 @@ class HostWeights:
     def __init__(
         self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
     ) -> None:
-        """pinned: for a CUDA device. machine: the processes that share the memory; None: one has it.
+        """Prepare host memory for a network; `hold` allocates it.
 
-        all_weights: hold all tensors, for a network that takes turns; else those that the plan keeps off the
-        device.
+        Args:
+            plan: The plan of the swap.
+            pinned: Whether the memory is locked, for a CUDA device.
+            machine: Processes that share the memory; None if there is only one.
+            all_weights: Whether to hold all tensors, for a network that takes turns, instead of those that
+                the plan keeps off the device.
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
         self._held: HostTensors | None = None
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
-        """Allocate the memory. Raises OptionError if the network has too few blocks."""
+        """Allocate the memory.
+
+        Raises:
+            OptionError: If the network has too few blocks.
+        """
         names = tensors if self._all_weights else self.plan.names(network)
         self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
         return self._held.tensors
 
     @property
     def is_filled_here(self) -> bool:
+        """Whether this process reads the weights; else another one reads them into shared memory."""
         return self._held is None or self._held.is_filled_here
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
+        """Weights in memory that processes share, by name; empty if nothing is shared."""
         return {} if self._held is None else self._held.tensors
 
     def finish(self) -> None:
+        """Wait until all processes of the machine have read their weights."""
         wait_for_all(self._machine)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
@@ -179,7 +211,13 @@ class HostWeights:
 
 
 def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
-    """Return memory for weights that the plan keeps off the device, or None. all_weights: for all of them."""
+    """Return memory for weights that the plan keeps off the device, or None.
+
+    Args:
+        plan: The plan of the swap.
+        device: Device of the run.
+        all_weights: Whether to hold all weights.
+    """
     if not (plan or all_weights):
         return None
     return HostWeights(plan, device.type == "cuda", machine_of(os.environ), all_weights)

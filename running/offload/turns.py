@@ -36,10 +36,18 @@ class HostCopy:
         place: HostWeights | None = None,
         transfer: Transfer | None = None,
     ) -> None:
-        """Take over a network. Tensors outside `place` are copied to host memory first, one by one.
+        """Take over a network.
+
+        Tensors outside `place` are copied to host memory first, one by one.
 
         Call it when the network is dressed: it may be on the host or on the device, and is on the host
-        afterwards. device: where it works. transfer: None chooses one for the device.
+        afterwards.
+
+        Args:
+            network: The network.
+            device: Device on which the network works.
+            place: Host memory that the network was loaded with; None if there is none.
+            transfer: Copies between host and device; None chooses what suits the device.
         """
         self._network = network
         self._is_here = False
@@ -77,6 +85,7 @@ class HostCopy:
 
     @property
     def is_here(self) -> bool:
+        """Whether the network is on the device; always true on a CPU."""
         return self._transfer is None or self._is_here
 
     @property

@@ -84,7 +84,12 @@ def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:
-    """Return the error for a device that ran out of memory during a run. afterwards: the state left."""
+    """Return the error for a device that ran out of memory during a run.
+
+    Args:
+        error: The error of torch.
+        afterwards: What is left of the run, as a sentence.
+    """
     return MemoryPlanError(
         f"the device has too little memory for this run: {str(error).partition('. ')[0]}.\n"
         f"  Run the same command with --plan to see what to change: {SMALLER_WEIGHTS}, --blocks_to_swap "
@@ -128,10 +133,15 @@ class MemoryWatch:
         return max(self._highest, torch.cuda.max_memory_allocated(self.device))
 
     def see_batch(self, elements: int) -> None:
-        """Call for each micro-batch before its step ends. elements: of its latents."""
+        """Call for each micro-batch before its step ends.
+
+        Args:
+            elements: Number of elements of the batch's latents.
+        """
         self._has_seen = self._has_seen or (self._steps > 0 and elements >= self.largest)
 
     def after_step(self) -> None:
+        """Count a step: compare the predicted and measured peak once, and warn if memory becomes full."""
         self._steps += 1
         if self._steps == 1:
             self._count_anew()

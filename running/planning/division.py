@@ -60,8 +60,12 @@ def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenC
     """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
 
     Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
-    such as those of a text that is only looked at, count as divided: they are few. undivided: the
-    rehearsal's counter.
+    such as those of a text that is only looked at, count as divided: they are few.
+
+    Args:
+        moments: Moments of the rehearsal.
+        context: Number of cards that share the tokens.
+        undivided: Counter of the rehearsal.
     """
     buffers = EXCHANGED * undivided.largest // context
 

@@ -44,6 +44,7 @@ Moment = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
+    """Round a size up to whole granules, as CUDA's allocator does."""
     return -(-size // GRANULE) * GRANULE
 
 
@@ -62,7 +63,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device = ACCELERATOR) -> None:
-        """device: tensors elsewhere do not count."""
+        """Start empty; only tensors on `device` count."""
         super().__init__()
         self.device = device
         self.is_backward = False
@@ -95,6 +96,7 @@ class Ledger(TorchDispatchMode):
         self._compare()
 
     def forget_peaks(self) -> None:
+        """Forget the peaks, so that those of another phase can be measured."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -265,7 +267,11 @@ class OneOfManyPieces(TorchFunctionMode):
 
 @contextmanager
 def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
-    """Dry-run everything inside. device: where the code inside computes."""
+    """Dry-run everything inside.
+
+    Args:
+        device: Device on which the code inside computes.
+    """
     ledger = Ledger(device)
     # the last mode runs first: inside a piece kernels have stand-ins as everywhere
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
@@ -351,7 +357,14 @@ MIN = 3  # both ends of a list and one block like all those between
 def keep_blocks(
     dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
 ) -> None:
-    """Keep only the first `counts` blocks of each list in a network. blocks: all blocks by list."""
+    """Keep only the first `counts` blocks of each list in a network.
+
+    Args:
+        dit: The transformer.
+        blocks: All blocks by list.
+        counts: Number of blocks to keep in each list.
+        ledger: Counts the memory.
+    """
     for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
         parent, _, leaf = name.rpartition(".")
         setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_of_them[:count]))
@@ -380,6 +393,7 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
+    """Return the function that extrapolates block by block, for runs on one device."""
     return extrapolate
 
 

@@ -57,6 +57,7 @@ class Phase:
 
     @property
     def host(self) -> int:
+        """Bytes of host memory of the phase."""
         return sum(part.host for part in self.parts)
 
 
@@ -69,14 +70,17 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
+        """The phase that needs most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
     def device(self) -> int:
+        """Bytes of device memory at the peak of the run."""
         return self.worst.device
 
     @property
     def host(self) -> int:
+        """Bytes of host memory at the peak of the run."""
         return max(phase.host for phase in self.phases)
 
 
@@ -98,10 +102,16 @@ class Swapped:
 
     @property
     def saved(self) -> int:
+        """Bytes of device memory that the swap saves: what left the device, less the slots for streaming."""
         return self.host + self.elsewhere - self.ring
 
     def words(self, blocks: int, ring: str) -> str:
-        """Return a note on the weights. blocks: that are swapped. ring: words on the slots."""
+        """Return a note on the weights.
+
+        Args:
+            blocks: Number of swapped blocks.
+            ring: Words for the slots.
+        """
         if self.processes > 1:
             return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
         return f"; {blocks} blocks swapped, {gib(self.ring)} {ring}" if self.host else ""
@@ -110,7 +120,8 @@ class Swapped:
 def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     """Return the bytes of a swap plan for a network on any device.
 
-    Raises OptionError if it has too few blocks.
+    Raises:
+        OptionError: If it has too few blocks.
     """
 
     def size(names: Iterable[str]) -> int:
@@ -139,7 +150,11 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
 def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
     """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`.
 
-    processes: that share the blocks; if there are several, none can be swapped.
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        swap: Options of block swap.
+        processes: Number of processes that share the blocks; if there are several, none can be swapped.
     """
     if processes > 1:
         return [share_blocks(weights_by_block(dit, spec), processes)]
@@ -197,7 +212,12 @@ def parts_of(
 ) -> tuple[MemoryPart, ...]:
     """Return a moment as lines of a plan.
 
-    waiting: bytes of activations in host memory. network: what learns, or is added to the transformer.
+    Args:
+        moment: Bytes by kind.
+        swap: Effect of swapping.
+        notes: Notes by kind.
+        waiting: Bytes of activations in host memory.
+        network: What is trained, or added to the transformer.
     """
     parts = []
     for kind, name in NAMES.items():
@@ -246,6 +266,7 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
+    """Print the plan as a table in GiB, followed by its remarks and `last_line`."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         is_marked = phase is plan.worst and len(plan.phases) > 1
@@ -272,9 +293,11 @@ class Swappable(Protocol):
     """A prediction of the device's bytes for a number of swapped blocks, which can be at most `most`."""
 
     @property
-    def most(self) -> int: ...
+    def most(self) -> int:
+        """Largest number of blocks that can be swapped."""
 
-    def device(self, blocks: int, /) -> int: ...
+    def device(self, blocks: int, /) -> int:
+        """Return the bytes of device memory with this number of swapped blocks."""
 
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:
@@ -285,8 +308,10 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return the number of blocks to swap, and the reason if --blocks_to_swap is `auto`.
 
-    With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a
-    room. Raises OptionError if there are too few blocks.
+    With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a room.
+
+    Raises:
+        OptionError: If there are too few blocks.
     """
     most = prediction.most
     if not swap.is_auto:
@@ -320,7 +345,12 @@ def print_plan(
 ) -> None:
     """Print a plan and whether it fits.
 
-    plan_of: makes a plan from the number of swapped blocks and remarks. advice: called if it does not fit.
+    Args:
+        prediction: The prediction.
+        swap: Options of block swap.
+        room: Available memory.
+        plan_of: Makes a plan from the number of swapped blocks and remarks.
+        advice: Called for lines of advice if the plan does not fit.
     """
     blocks, reason = swap_for(prediction, swap, room)
     plan = plan_of(blocks, [] if reason is None else [reason])
@@ -338,10 +368,18 @@ def resolve_swap(
 ) -> tuple[Speed, Predicted | None]:
     """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
 
-    room: of a CUDA device; without one nothing is rehearsed, and auto is 0. The prediction is None if there
-    is no room or the rehearsal failed, which is logged: a run works without a plan too. Raises UserErrors as
-    the rehearsal does, MemoryPlanError if it fails and auto waits for it, and OptionError if the network has
-    fewer blocks than are to be swapped.
+    The prediction is None without a device to plan for, or if the rehearsal failed, which is logged: a run
+    works without a plan too.
+
+    Args:
+        speed: Options of memory and speed.
+        room: Memory of a CUDA device; without one nothing is rehearsed, and auto is 0.
+        predict: Rehearses the run.
+
+    Raises:
+        UserError: As the rehearsal does.
+        MemoryPlanError: If the rehearsal fails and auto needs it.
+        OptionError: If the network has fewer blocks than are to be swapped.
     """
     if room is None:
         return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
@@ -373,10 +411,16 @@ def advise(
 ) -> tuple[list[str], Predicted | None]:
     """Advise changes by which a prediction fits, the cheapest first; each line adds to those before it.
 
-    cheaper: options not in use, and the prediction with each and all before it.
-    usable: bytes of the device. swapped: blocks that the options swap.
-    phase: words behind the bytes, " while denoising".
-    Returns the lines, and the last prediction if even that does not fit.
+    Args:
+        prediction: The prediction with the current options.
+        cheaper: Unused options, and the prediction with each one and all before it.
+        usable: Usable bytes of the device.
+        swapped: Number of blocks that the options swap.
+        can_swap: Whether blocks can be swapped.
+        phase: Words after the bytes, such as " while denoising".
+
+    Returns:
+        The lines, and the last prediction if even that does not fit.
     """
     lines: list[str] = []
     unchanged = [("", lambda: prediction)]

@@ -29,9 +29,11 @@ class Divided(Swappable, Protocol):
     """A prediction of a run, for one of the cards that share it."""
 
     @property
-    def swaps(self) -> Sequence[Swapped]: ...
+    def swaps(self) -> Sequence[Swapped]:
+        """Effect on the weights by the number of swapped blocks, from 0 on."""
 
-    def plan(self, blocks: int, /) -> MemoryPlan: ...
+    def plan(self, blocks: int, /) -> MemoryPlan:
+        """Return the memory plan with this number of swapped blocks."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,19 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
+    """Return the options that divide the run as `division` says, without block swap."""
     return override_options(speed, {**divided_options(division), "blocks_to_swap": None})
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
-    """Yield the ways to use equal cards, first the one with the least waiting. room: of each card."""
+    """Yield the ways to use equal cards, first the one with the least waiting.
+
+    Args:
+        rehearsed: The rehearsed run.
+        cards: Number of cards.
+        room: Memory of each card.
+        is_training: Whether the run is a training.
+    """
     for division in _list_divisions(cards, is_training):
         words = _words_of(division)
         at_once = cards // division.context
@@ -124,8 +134,12 @@ def _plan_way(way: Way, prediction: Divided, blocks: int, *, room: Room, is_trai
 def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
     """Print the ways for cards, and the cheapest that fits with the parts of its memory.
 
-    runs: the first has the command's options, each further one more options that save memory; it is used if
-    nothing fits in those before it.
+    Args:
+        runs: Rehearsals: the first has the command's options, each further one more options that save memory;
+            it is used if nothing fits in those before it.
+        cards: Number of cards.
+        room: Memory of each card.
+        is_training: Whether the run is a training.
     """
     ways: list[Way] = []
     added: tuple[str, ...] = ()
@@ -191,7 +205,14 @@ def format_table(ways: Sequence[Way]) -> list[str]:
 
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
-    """Return the command to type for a way. added: options that it lacks. argv: of the planning command."""
+    """Return the command to type for a way.
+
+    Args:
+        way: The way.
+        added: Options that the command lacks.
+        argv: Arguments of the planning command.
+        is_training: Whether the run is a training.
+    """
     words: list[str] = []  # without the options that a way decides, and their values
     following = 0
     for word in argv[1:]:

@@ -19,7 +19,13 @@ class SharedPasses:
     """
 
     def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
-        """in_lockstep: the transformer is split too. device: of this process; all have joined before."""
+        """Prepare to share passes; all processes have joined before.
+
+        Args:
+            grid: Layout of the processes.
+            in_lockstep: Whether the transformer is split too, so that all processes run equal passes.
+            device: Device of this process.
+        """
         self.processes = grid.passes
         self._rank = grid.rank // grid.context % grid.passes  # neighbours share the tokens of a clip
         self._group = device_mesh(grid, device)["passes"].get_group()

@@ -40,7 +40,11 @@ def options_of_ways(is_training: bool) -> type[Options]:
 
 
 def join_ways(speed: SpeedOptions) -> JoinedWays:
-    """Have the ways that are on join a run. Raises OptionError for options that do not go with them."""
+    """Have the ways that are on join a run.
+
+    Raises:
+        OptionError: For options that do not go with them.
+    """
     run = JoinedWays(speed)
     for way in WAYS:
         options = getattr(speed.ways, way.name, None)
@@ -50,9 +54,7 @@ def join_ways(speed: SpeedOptions) -> JoinedWays:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the processes of a launcher would make a prompt several times, or cannot make it
-    together.
-    """
+    """Raise OptionError if launched processes would generate a prompt several times, or cannot share it."""
     times = count_groups(speed, processes)
     if speed.joined.divides_passes:
         times = 1
@@ -63,7 +65,13 @@ def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
 def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     """Return the number of groups of processes that have micro-batches of their own.
 
-    passes: processes that share the passes of a step. Raises OptionError if they cannot be grouped so.
+    Args:
+        speed: Options of memory and speed.
+        processes: Number of processes.
+        passes: Number of processes that share the passes of a step.
+
+    Raises:
+        OptionError: If they cannot be grouped so.
     """
     peers = speed.joined.num_peers * passes
     if processes % peers:
@@ -103,7 +111,11 @@ def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace
 
 
 def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.device") -> None:
-    """Have ways act on a network behind all other changes. Raises OptionError if they cannot."""
+    """Let ways act on a network after all other changes.
+
+    Raises:
+        OptionError: If a way cannot run this network.
+    """
     for finish in speed.joined.on.finish:
         finish(network, lay_out(speed, False), device)
 

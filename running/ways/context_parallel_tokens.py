@@ -18,9 +18,12 @@ from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 
 def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
-    """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
+    """Make the network's blocks run on a part of the tokens.
 
-    Raises OptionError if the heads cannot be divided among the processes.
+    Call it last, in all processes.
+
+    Raises:
+        OptionError: If the heads cannot be divided among the processes.
     """
     config: Any = network.config
     heads: int = config.num_heads

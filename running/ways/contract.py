@@ -25,20 +25,24 @@ class SwapsBlocks(Protocol):
     """Options that keep blocks in host memory, as far as ways read them."""
 
     @property
-    def typed(self) -> str: ...
+    def typed(self) -> str:
+        """The option as the user types it."""
 
 
 class SpeedOptions(Protocol):
     """Options of memory and speed, as far as ways read them."""
 
     @property
-    def ways(self) -> Options: ...  # a record for each way, by its name
+    def ways(self) -> Options:
+        """Options of each way, in a record by its name."""
 
     @property
-    def swap(self) -> SwapsBlocks: ...
+    def swap(self) -> SwapsBlocks:
+        """Options that keep blocks in host memory."""
 
     @property
-    def joined(self) -> "JoinedWays": ...
+    def joined(self) -> "JoinedWays":
+        """What the ways that are on have contributed."""
 
 
 class FurtherModel(NamedTuple):
@@ -81,9 +85,12 @@ def by_division(part: str) -> dict[str, str]:
 class WayOptions(Options):
     """Base of the options of a way.
 
-    in_training: trainings have them too. keeps_pixels: a generation makes the same pixels with it, to the
-    bit. shares: what processes share by it, in a word. answer: its option, and what it does, for somebody who
-    asks accelerate's launcher to split. replaces: variables that ask it so -> what that is called.
+    Attributes:
+        in_training: Whether trainings have the options too.
+        keeps_pixels: Whether a generation gives the same pixels to the bit.
+        shares: What processes share, in a word.
+        answer: Its option and what it does, for users who ask accelerate's launcher to split.
+        replaces: What each variable that asks for it is called, by variable.
     """
 
     in_training: ClassVar[bool]
@@ -140,6 +147,7 @@ class JoinedWays:
 
     @property
     def num_peers(self) -> int:
+        """Number of processes that work together on one model."""
         return prod(self.peers.values())
 
 

@@ -82,11 +82,22 @@ class BatchSources:
         reads_empty: bool = False,
         reads_worse: bool = False,
     ) -> Batch:
-        """Read a batch; encode those of its pictures that are not cached.
+        """Read a batch; encode those of its images that are not cached.
 
-        stream: the seed of random numbers. captions, flips, undropped, reads_empty, reads_worse: as of
-        `read_batch`.
-        Raises CacheError, or as `LiveMedia.encode`.
+        Args:
+            items: Items of the batch.
+            checks: Checks of the cache files.
+            stream: Seed of the random numbers.
+            captions: See `read_batch`.
+            flips: See `read_batch`.
+            undropped: See `read_batch`.
+            reads_empty: See `read_batch`.
+            reads_worse: See `read_batch`.
+
+        Raises:
+            CacheError: If a cache cannot be used.
+            MediaError: As `LiveMedia.encode` does.
+            DatasetError: As `LiveMedia.encode` does.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items encoded now have been mirrored already
@@ -171,7 +182,10 @@ class Randomness:
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
 
-        first_sample: how many samples the run has seen before.
+        Args:
+            batch: The batch.
+            number: Index of the micro-batch in the run.
+            first_sample: Number of samples that the run has seen before.
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
@@ -225,9 +239,13 @@ class Randomness:
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
     def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
-        """Draw the noise of a batch's sound, and its timesteps if they are not those of the picture.
+        """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
-        times: of the picture. Returns None if no sample has sound.
+        Args:
+            batch: The batch.
+            times: Timesteps of the images.
+            number: Index of the micro-batch in the run.
+            first_sample: Number of samples that the run has seen before.
         """
         learning = self.sound
         latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
@@ -294,7 +312,10 @@ class Randomness:
 def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
     """Return the number of latent frames in front of a batch that stay clean: 1 or 0.
 
-    frames: of the latents; a picture is never given. stream: seed of the draw.
+    Args:
+        spec: What the family says about its noise.
+        frames: Number of latent frames; an image is never given.
+        stream: Seed of the draw.
     """
     if frames == 1 or not spec.first_frame_probability:
         return 0
@@ -380,7 +401,11 @@ class Feed:
             return error
 
     def read(self, key: Key) -> NoisyBatch:
-        """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
+        """Read a micro-batch.
+
+        Raises:
+            CacheError: With the caching command if a cache cannot be used.
+        """
         epoch, index = key
         number = epoch * self.order.num_batches + index
         items = self.order.epoch(epoch)[index]
@@ -444,7 +469,9 @@ class Feed:
 def _start_worker(ending: Event, _: int) -> None:
     """Ignore SIGINT and SIGTERM: the main process finishes its step first.
 
-    ending: set when the workers are no longer needed; then SIGTERM ends them.
+    Args:
+        ending: Event that is set when the workers are no longer needed; SIGTERM then ends them.
+        _: Index of the worker, unused.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "win32":

@@ -37,7 +37,12 @@ class LiveTexts:
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
-        """Load all encoders, frozen. blocks: splits over processes those that do not learn."""
+        """Load all encoders, frozen.
+
+        Args:
+            device: Device of the run.
+            blocks: Splits the blocks of encoders that are not trained over processes.
+        """
         for encoder in self.encoders:
             if blocks is not None and can_divide(encoder) and not self._learns(encoder):
                 encoder.blocks = blocks
@@ -99,7 +104,11 @@ class LiveTexts:
     ) -> dict[int, EncodedPrompts]:
         """Return the encoded texts of a sample; the encoders that learn encode them again.
 
-        texts: by section; `encoded` has all their outputs. Conditions have no batch dimension.
+        Conditions have no batch dimension.
+
+        Args:
+            texts: Texts by section.
+            encoded: All encoders' outputs for these texts, by section.
         """
         with torch.no_grad():
             return {section: self._renew(prompts, encoded[section]) for section, prompts in texts.items()}

@@ -21,7 +21,11 @@ def list_trained(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
 
 
 def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
-    """Return the options of timesteps for the items of a table. Raises DatasetError if they contradict."""
+    """Return the options of timesteps for the items of a table.
+
+    Raises:
+        DatasetError: If they contradict.
+    """
     if not table.has_own_timesteps:
         return options
     low = options.min_timestep if table.min_timestep is None else table.min_timestep
@@ -146,7 +150,10 @@ def list_replaced(
 ) -> dict[str, str]:
     """Return the reasons why options of timesteps have no effect, by their names.
 
-    validates_between: a validation measures between --min_timestep and --max_timestep.
+    Args:
+        options: Options of the run.
+        tables: Tables of the dataset.
+        validates_between: Whether a validation measures between --min_timestep and --max_timestep.
     """
     trained = list_trained(tables)
     reasons: dict[str, str] = {}

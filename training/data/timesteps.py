@@ -59,16 +59,26 @@ def draw(
 ) -> Timesteps:
     """Draw one timestep per sample of a micro-batch, all of them for the same expert.
 
-    The first sample is drawn from the whole distribution and its noise level names the expert, so each expert
-    comes with its true probability. Samples of another expert are drawn again within that of the first: each
-    sample by itself has the sampler's distribution.
+    The first sample is drawn from the whole distribution, and its noise level decides the expert, so that
+    each expert is chosen with its true probability. Samples that belong to another expert are drawn again
+    within the range of the first one's. Each sample by itself has the sampler's distribution.
 
-    generator: on the CPU, made for this micro-batch. With --num_timestep_buckets also: seed, that of the run;
-    first_sample, how many samples the run has drawn before this micro-batch. Then every N samples in a row
-    take one of each of N equal parts. noise: conventions of the family. shape: of the latents, B C F H W, for
-    a shift that follows the size. experts: of the run; a level belongs to the one that works there in a
-    generation, and levels below the lowest are not trained. Raises OptionError if the sampler draws almost
-    nothing between --min_timestep and --max_timestep, or in the range of an expert.
+    With --num_timestep_buckets N, every N samples in a row take one of each of N equal parts.
+
+    Args:
+        options: Options of the timesteps.
+        batch_size: Number of samples in the micro-batch.
+        generator: Generator on the CPU, made for this micro-batch.
+        seed: Seed of the run; used with --num_timestep_buckets only.
+        first_sample: Number of samples drawn before this micro-batch; used with --num_timestep_buckets only.
+        noise: How the family numbers its timesteps.
+        shape: Shape of the latents, B C F H W, for a shift that follows the size.
+        experts: Experts of the run. A level belongs to the expert that works there in a generation; levels
+            below the lowest expert are not trained.
+
+    Raises:
+        OptionError: If the sampler draws almost nothing between --min_timestep and --max_timestep, or in the
+            range of an expert.
     """
     flow_shift = find_shift(options, noise, shape)
     lowest = min(experts, key=lambda expert: expert.lowest)
@@ -132,7 +142,9 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
 
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
-    Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
+
+    Raises:
+        OptionError: If a sampler follows the size and the family's shift does not, or counts other tokens.
     """
     if not options.follows_size:
         return options.flow_shift
@@ -200,7 +212,7 @@ def _sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_s
 def _focus_shares(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
-    """Return the shares of noise of uniform numbers with a focus. u: B, float64."""
+    """Return fractions of noise with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
     default = _sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
@@ -222,7 +234,11 @@ def takes_normal(options: TimestepOptions) -> bool:
 def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Return the share of noise t, or the place in the family's table of noise levels: B, float64, 0..1.
 
-    numbers: B, normal if `takes_normal`, else uniform. flow_shift: from `find_shift`.
+    Args:
+        options: Options of the run.
+        numbers: Random numbers, B: normal if `takes_normal`, else uniform.
+        noise: How the family numbers its noise levels.
+        flow_shift: Shift from `find_shift`.
     """
     match options.timestep_sampling:
         case "sigma":
@@ -256,8 +272,12 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
     """Return sigmas and timesteps at these shares of noise.
 
-    shares: B, 0..1; for a family with a table of sigmas, places in the table. Timesteps are 1000 times the
-    share, plus the family's offset.
+    Timesteps are 1000 times the share, plus the family's offset.
+
+    Args:
+        options: Options of the run.
+        shares: Fractions of noise, B, 0..1; for a family with a table of sigmas, positions in the table.
+        noise: How the family numbers its noise levels.
     """
     if noise.table:
         places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
@@ -321,7 +341,10 @@ def find_accepted_range(
 ) -> tuple[float, float]:
     """Return the smallest range of u that holds all accepted draws, a little widened.
 
-    Narrowing u to it leaves few draws to reject. Raises OptionError if there are none.
+    Narrowing u to it leaves few draws to reject.
+
+    Raises:
+        OptionError: If there are none.
     """
     accepted, _ = scan(options, noise, flow_shift, expert)
     is_table = options.timestep_sampling == "sigma"
@@ -357,7 +380,9 @@ def scan(
 def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tuple[float, float]:
     """Return about the lowest and the highest noise level that a run draws, in thousandths.
 
-    several: the options of its tables, which may differ.
+    Args:
+        several: Options of the timesteps of each table, which may differ.
+        noise: How the family numbers its noise levels.
     """
     drawn = []
     for options in several:
@@ -387,7 +412,13 @@ def _list_shifts(options: TimestepOptions) -> list[float]:
 
 
 def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts: Sequence[Expert]) -> None:
-    """Raise OptionError if an expert would never be trained. several: see `levels_reached`."""
+    """Raise OptionError if an expert would never be trained.
+
+    Args:
+        several: See `levels_reached`.
+        noise: How the family numbers its noise levels.
+        experts: Networks of the model, with their noise levels.
+    """
     for expert in experts:
         if not any(is_reached(options, noise, expert) for options in several):
             find_accepted_range(several[0], noise, _list_shifts(several[0])[0], expert)
@@ -419,7 +450,8 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
     """Return t from a mixture of samplers: the uniform number of each sample chooses one.
 
-    The number's place within a sampler's share is uniform again, and is fed to it.
+    The position of the number within the range that chooses a sampler is uniform too, so it is that sampler's
+    input.
     """
     t = torch.zeros_like(numbers)
     start = 0.0
@@ -439,7 +471,7 @@ def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float
 
 
 def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return t of the sampler shifted_logit_normal: B. numbers: uniform; a share chooses uniform draws."""
+    """Return t of the sampler shifted_logit_normal, B, from uniform `numbers`."""
     share = rule.uniform_share if rule.is_stretched else 0.0
 
     def logit(places: Tensor) -> Tensor:

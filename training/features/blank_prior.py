@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """How strongly the network is held to the predictions of the model without it, without a prompt."""
+    """Strength of the term that keeps predictions for the empty prompt near those of the model alone."""
 
     blank_prior_weight: float | None = option(
         "also compare the network with the model without it for the empty prompt, with this weight: keeps "

@@ -140,7 +140,12 @@ def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
 
 
 def act_at_end(end: RunEnd, error: BaseException | None) -> None:
-    """Have features act on the end of a run, once. error: that has ended it."""
+    """Have features act on the end of a run, once.
+
+    Args:
+        end: How far the run has come.
+        error: Error that has ended the run; None if it has completed.
+    """
     if not end.is_due:
         return
     end.is_due = False

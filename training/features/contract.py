@@ -62,11 +62,14 @@ AGAINST_BAD_STEPS = "against bad steps"
 
 
 class FeatureOptions(Options):
-    """Base of the options of a feature; parser, --config_file and --help are composed of all.
+    """Base class of a feature's options; the parser, --config_file and --help are composed of all of them.
 
-    at: their place in --help. facts: of all of them, HABIT, FREE and the like. why_not_whole: why whole
-    models refuse those of AT_NETWORK. attribute: of `custom_attributes` of a table; the feature is on if a
-    table has it. of_run: a record of those that `run` has too, and hands to its training.
+    Attributes:
+        at: Position in --help.
+        facts: How resuming and metadata treat all options of the record, such as HABIT or FREE.
+        why_not_whole: Reason why full fine-tuning rejects options at AT_NETWORK.
+        attribute: Key of a table's `custom_attributes` that turns the feature on.
+        of_run: Record of those options that `run` has too and passes to its training.
     """
 
     place: ClassVar[str]

@@ -122,8 +122,17 @@ def make_average(
 ) -> WeightAverage | None:
     """Begin the average of --ema_decay, in host memory if a whole model is trained.
 
-    keeps: whether this process writes files or samples with it; if not, None is returned for a whole model.
-    Raises OptionError if the optimizer averages by itself.
+    Args:
+        decay: Decay of the average, from --ema_decay.
+        every: Number of steps between two updates.
+        dits: The trained transformers.
+        trainable: The trained parameters.
+        optimizer: The optimizer.
+        keeps: Whether this process writes files or samples with the average; if not, the result is None for a
+            full model.
+
+    Raises:
+        OptionError: If the optimizer averages by itself.
     """
     if find_averaging(optimizer) is not None:
         raise OptionError(

@@ -94,7 +94,11 @@ class EmbeddingOptions(
     )
 
     def word(self, lora: Path | None = None) -> WordToLearn:
-        """Return the word; call only with `train_embedding`. lora: that learning continues from."""
+        """Return the word; call only with `train_embedding`.
+
+        Args:
+            lora: LoRA file that training continues from.
+        """
         assert self.train_embedding is not None
         return WordToLearn(
             self.train_embedding,

@@ -40,13 +40,23 @@ class WordRows:
         return bundle_word(self.taught.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write a file of the word alone. dtype: of its vectors; None: as trained."""
+        """Write a file of the word alone.
+
+        Args:
+            path: Path of the file.
+            dtype: Dtype of the vectors; None keeps that of training.
+            metadata: Metadata of the file.
+        """
         rows = self.module.state_dict()
         tensors = {name: vectors.to("cpu", dtype).contiguous() for name, vectors in rows.items()}
         save_tensors(path, tensors, metadata)
 
     def group(self, learning_rate: float) -> dict[str, Any]:
-        """Return the group of the optimizer. learning_rate: of the network."""
+        """Return the group of the optimizer.
+
+        Args:
+            learning_rate: Learning rate of the network.
+        """
         rate = self.taught.word.rate
         # no decay: it would pull the word towards zero, where no known word is
         return {
@@ -60,7 +70,11 @@ class WordRows:
     ) -> Trainable:
         """Return what learns with the vectors, which move to the device.
 
-        learning_rate, total_steps: of the run.
+        Args:
+            trainable: The trained parameters.
+            learning_rate: Learning rate of the run.
+            total_steps: Number of steps of the run.
+            device: Device of the run.
         """
         word, ending = self.taught.word, self.taught.network.ending
         self.module.to(device=device, dtype=torch.float32)
@@ -84,7 +98,7 @@ def make_word_rows(
         has_file: Whether they are saved alone too.
         encoders: The loaded networks of the text encoders that learn it, by the prefixes of their names in
             LoRA files.
-        seed: Of the run.
+        seed: Seed of the run.
         with_values: Whether they begin with the values of a file, as in `make_trained_network`.
     """
     if with_values:

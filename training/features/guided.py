@@ -23,7 +23,7 @@ THOUSAND = 1000
 
 
 class GuidedTargetOptions(FeatureOptions, title="guided target", at=AT_LOSS, facts=HABIT):
-    """How far the target is moved away from what the network predicts without a prompt."""
+    """Options of --guided_target: how far the target is moved away from the prediction without a prompt."""
 
     guided_target: float | None = option(
         "learn towards u + SCALE * (v - u), where v is the usual target and u what the network predicts for "

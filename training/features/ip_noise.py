@@ -32,7 +32,14 @@ class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT,
 
 
 def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, number: int) -> "torch.Tensor":
-    """Draw the further noise of micro-batch `number`. seed: of the run."""
+    """Draw the further noise of micro-batch `number`.
+
+    Args:
+        options: Options of the run.
+        shape: Shape of the noise.
+        seed: Seed of the run.
+        number: Index of the micro-batch in the run.
+    """
     import torch  # --help does without
 
     from training.data.feed import seed_generator

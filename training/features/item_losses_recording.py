@@ -113,7 +113,11 @@ class ItemLossRecorder:
     _is_lost: bool = False  # the file takes no more lines
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take what is known of a run. Raises OptionError if its processes run passes for each other."""
+        """Take what is known of a run.
+
+        Raises:
+            OptionError: If its processes run passes for each other.
+        """
         if plan.steps.in_lockstep or plan.steps.peers > 1:
             raise OptionError(
                 "--item_losses: processes that share the transformer or the tokens of a clip run passes for "

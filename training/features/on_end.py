@@ -23,7 +23,11 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
 
     @property
     def words(self) -> list[str]:
-        """Return the words of the command. Raises OptionError if it cannot be started."""
+        """Return the words of the command.
+
+        Raises:
+            OptionError: If it cannot be started.
+        """
         assert self.on_end is not None  # the feature is on
         return read_command(FLAG, self.on_end)
 

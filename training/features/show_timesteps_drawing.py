@@ -34,8 +34,18 @@ def show_timesteps(
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
-    kind: console to print, image to draw. tables: of the dataset. If some have timesteps of their own, each
-    different distribution is shown. Raises OutputError if the picture cannot be written.
+    Args:
+        options: Options of the timesteps.
+        kind: "console" to print, "image" to draw.
+        seed: Seed of the run.
+        folder: Folder for the image.
+        noise: How the family numbers its timesteps.
+        experts: Experts of the model.
+        tables: Tables of the dataset. If some have timesteps of their own, each different distribution is
+            shown.
+
+    Raises:
+        OutputError: If the image cannot be written.
     """
     by_label = {"": options}
     grouped = group_tables(options, tables)
@@ -122,8 +132,10 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
 def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
     """Return a PNG: how many of the draws fall on each timestep, and the loss weight of each.
 
-    drawn: counts of the draws, by the tables that they are of; "" for all tables. boundaries: timesteps at
-    which an expert begins; those above 0 are marked.
+    Args:
+        drawn: Counts of the draws, by the tables that they belong to; "" for all tables.
+        weights: Loss weight of each timestep.
+        boundaries: Timesteps at which an expert begins; those above 0 are marked.
     """
     import matplotlib  # slow to import, and only this needs it
     from matplotlib.figure import Figure  # likewise

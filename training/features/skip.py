@@ -123,10 +123,12 @@ class Skipping:
 
 
 def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") -> str:
-    """Return the reason why a step is not taken, a name of `NAMES`, and log it; "": it is taken.
+    """Return the reason why a step is skipped, a name of `NAMES`, and log it; "" if the step is taken.
 
-    All processes decide alike, and together. Raises UserError if the loss or the norm is not finite in too
-    many steps in a row.
+    All processes call this and get the same answer.
+
+    Raises:
+        UserError: If the loss or the norm is not finite in too many steps in a row.
     """
     from training.processes import largest_of_processes  # torch, as --help does without
 

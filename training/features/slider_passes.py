@@ -93,7 +93,8 @@ def slider_passes(
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:
     """Encode all captions of a file, one encoder after the other.
 
-    Raises OptionError if a text encoder is not given.
+    Raises:
+        OptionError: If a text encoder is not given.
     """
     family.check_files(media=False)
     texts = list(dict.fromkeys(text for slider in file.sliders for text in slider.texts))

@@ -43,12 +43,17 @@ def find_balance(
 ) -> FocusBalance:
     """Return the factors that compensate for --timestep_focus inside and outside of a band of noise levels.
 
-    low, high: the ends of the band, in thousandths of noise of the sample as it is trained. flow_shift: of
-    the batch, see `find_shift`. expert: whose levels are trained, if not all are.
+    With the sampler `uniform`, a band from 0 to M (as shares) and a focus P on L to H, `outside` is (1 - M) /
+    ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H. Shares of
+    other samplers are counted to 1 / 10,000.
 
-    With the sampler `uniform`, a band from 0 to M (as shares) and a focus P on L to H, `outside` is
-    (1 - M) / ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H.
-    Shares of other samplers are counted to 1 / 10,000.
+    Args:
+        options: Options of the run.
+        low: Lower end of the band, in thousandths of noise of the sample as it is trained.
+        high: Upper end of the band, in the same unit.
+        noise: How the family numbers its noise levels.
+        flow_shift: Shift of the batch, see `find_shift`.
+        expert: Expert whose noise levels are trained, if not all are.
     """
     focus = options.timestep_focus
     if focus is None:

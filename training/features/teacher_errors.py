@@ -29,8 +29,12 @@ def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: boo
     its error by losing size where the direction is uncertain. Source: the teacher matching of musubi-tuner's
     MiniMax-H3 training (docs/minimax_h3.md there).
 
-    output, target: B C ... float32. has_channels: whether the second dimension is of channels of a picture;
-    the colour weight is for these alone.
+    Args:
+        output: The network's output, B C ... float32.
+        target: The target, of the same shape.
+        split: Weights of size and color.
+        has_channels: Whether the second dimension holds the channels of images; the color weight applies to
+            these alone.
     """
     if has_channels and split.colour_weight != 1:
         differences = output - target

@@ -33,7 +33,13 @@ class TeacherModel:
     is_trained_one: bool = False
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
-        """Return the prediction for a batch, without gradients. has_loras: whether the LoRAs are on."""
+        """Return the prediction for a batch, without gradients.
+
+        Args:
+            passes: Passes of the network in a training step.
+            noisy_batch: Batch with noise and timesteps.
+            has_loras: Whether the LoRAs are on.
+        """
         own_passes = replace(passes, family=self.family, dit=self.dit)
         with self.loras.switched_to(has_loras), self._without_adapters():
             if self.is_trained_one:
@@ -106,9 +112,14 @@ class OtherTeacher:
 
 
 def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFamilies) -> None:
-    """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
+    """Raise UserError if the model of --teacher dit cannot teach the trained one.
 
-    family: the trained model. others: makes that of --teacher_dit.
+    Loads nothing.
+
+    Args:
+        options: Options of the run.
+        family: Family of the trained model.
+        others: Makes the family of --teacher_dit.
     """
     if len(family.experts) > 1:
         raise OptionError(

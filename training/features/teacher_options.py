@@ -143,7 +143,11 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:
-        """Return the files of --teacher_lora with their multipliers. Raises OptionError if one is missing."""
+        """Return the files of --teacher_lora with their multipliers.
+
+        Raises:
+            OptionError: If one is missing.
+        """
         return files_with_multipliers("--teacher_lora", self.teacher_lora or ())
 
     @property

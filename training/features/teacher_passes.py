@@ -172,7 +172,13 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
 
 
 def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks. view: as `Batch.view`."""
+    """Return the batch with all inputs, also those that the trained network lacks.
+
+    Args:
+        family: The model family.
+        noisy_batch: Batch with noise and timesteps.
+        view: See `Batch.view`.
+    """
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))
     batch = replace(noisy_batch.batch.tell(family.fuller), view=view)

@@ -94,10 +94,13 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
 
 
 def check_trackers(options: TrackerOptions) -> None:
-    """Raise OptionError, naming the package to install, if the package of a tracker is missing.
+    """Check that the trackers can start.
 
-    Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
-    --logging_dir, and OptionError if a folder that may be somebody else's has settings of a tracker.
+    Raises:
+        OptionError: If the package of a tracker is missing, with the package to install, or if a folder that
+            may belong to somebody else has settings of a tracker.
+        UserError: If --log_tracker_config cannot be read.
+        OutputError: If nothing can be written in --logging_dir.
     """
     from modules.atomic_write import make_folder  # only with trackers, as what follows
     from modules.console import quiet

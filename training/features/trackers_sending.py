@@ -116,8 +116,14 @@ class Trackers:
     ) -> None:
         """Send the samples of a step to TensorBoard and wandb.
 
-        strips: from `join_strip`. TensorBoard gets these: clips that play would need another package, and a
-        megabyte each. wandb gets the files themselves, with their prompts.
+        TensorBoard gets strips of frames, because clips that play would need another package and a megabyte
+        each. wandb gets the files themselves, with their prompts.
+
+        Args:
+            step: Number of the optimizer step.
+            files: Written files by index of the sample.
+            strips: Strips of frames from `join_strip`, by index.
+            prompts: Prompts by index.
         """
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -144,7 +150,12 @@ def _make_wandb_media(path: Path, prompt: str) -> Any:
 
 
 def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
-    """Return what sends the numbers of a run to its trackers. records: of all options, as resolved."""
+    """Return what sends the numbers of a run to its trackers.
+
+    Args:
+        plan: The plan of the run.
+        records: All options with their resolved values.
+    """
     options = plan.options.of(TrackerOptions)
     return Trackers(
         plan.accelerator,

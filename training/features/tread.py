@@ -52,7 +52,10 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) -> None:
     """Raise OptionError if blocks of the model cannot see a part of the tokens, or are too few.
 
-    counts: of the blocks of each list; empty: not known.
+    Args:
+        options: Options of the run.
+        family: The model family.
+        counts: Number of blocks in each list; empty if unknown.
     """
     name = f"--tread {options.tread:g}"
     reason = ""
@@ -85,7 +88,14 @@ def _describe(options: TreadOptions) -> str:
 def pass_by(
     options: TreadOptions, dit: "nn.Module", noisy_batch: "NoisyBatch", seed: int
 ) -> AbstractContextManager[None]:
-    """Return the context in which tokens pass by the middle blocks. seed: of the run."""
+    """Return the context in which tokens pass by the middle blocks.
+
+    Args:
+        options: Options of the run.
+        dit: The transformer.
+        noisy_batch: Batch with noise and timesteps.
+        seed: Seed of the run.
+    """
     from training.features.tread_routes import select_places
     from training.features.tread_runner import Route, routed  # torch: only with --tread
 

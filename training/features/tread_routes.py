@@ -11,12 +11,18 @@ from training.loss import NoisyBatch, place_weights
 
 
 def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
-    """Return the places of a grid of tokens that take part, B K on the CPU, rising.
+    """Return the indices of the tokens that take part, B K on the CPU, in rising order.
 
-    They are drawn for each sample. Given frames always take part, and so do places that a mask counts, if it
-    leaves out more than half of the sample; where that leaves too few, fewer tokens than `share` are left
-    out, as many in each sample. grid: tokens along frames, rows, columns; pictures may have no frames.
-    The places have values in a measurement of memory too, where other tensors have none.
+    They are drawn for each sample. Given frames always take part, and so do positions that a mask counts, if
+    the mask excludes more than half of the sample. If this leaves too few other tokens, fewer than `share`
+    are left out, the same number in each sample. The indices have values even in a rehearsal of memory, in
+    which other tensors have none.
+
+    Args:
+        noisy_batch: Batch with noise and timesteps.
+        grid: Number of tokens along frames, rows and columns; images may have no frames.
+        share: Fraction of the tokens to leave out.
+        seed: Seed of the run.
     """
     with disable_modes():
         return _choose(noisy_batch, grid, share, seed)

@@ -39,7 +39,12 @@ class Route:
 
 
 def block_number(number: int, count: int) -> int:
-    """Return the number of a block from the front. number: negative ones count from the end."""
+    """Return the number of a block from the front.
+
+    Args:
+        number: Index of the block; negative ones count from the end.
+        count: Number of blocks.
+    """
     return number + count if number < 0 else number
 
 

@@ -67,10 +67,18 @@ def write_card(
     prompts: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
 ) -> str:
-    """Return the text of README.md. No text of a user can end the front matter, a block or the comment.
+    """Return the text of README.md.
 
-    name: --output_name. metadata: of the trained file. prompts: of samples while training. files: that are
-    saved together, by the transformer that each is for; None: the file of the whole run.
+    No text of a user can end the front matter, a block or the comment.
+
+    Args:
+        name: Value of --output_name.
+        is_lora: Whether the files are LoRAs.
+        release: The released model.
+        metadata: Metadata of the trained file.
+        prompts: Prompts of the samples.
+        files: Files that are saved together, by the transformer that each is for; the key is None for a file
+            of the whole run.
     """
     spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     base = release.repositories[0]
@@ -205,7 +213,11 @@ def _digest(text: str) -> str:
 
 
 def hub() -> Any:
-    """Return the client library. Raises OptionError if it is not installed."""
+    """Return the client library.
+
+    Raises:
+        OptionError: If it is not installed.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -219,9 +231,12 @@ def hub() -> Any:
 class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
-    api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
-    created once. The model card, which names the newest file, is uploaded after each file, if the repository
-    has none or an unchanged one of the same run. card: makes it for a file; None: for those it does not name.
+    Uploads run one after the other, so that the repository is created once. After each file the model card is
+    uploaded, which names the newest file, if the repository has no card or an unchanged one of the same run.
+
+    Attributes:
+        api: The client, `huggingface_hub.HfApi`.
+        card: Makes the model card for a file; None for files that the card does not name.
     """
 
     options: UploadOptions
@@ -294,7 +309,11 @@ class Uploads:
 
 
 def make_uploads(options: UploadOptions, make_api: Callable[..., Any] | None = None) -> Uploads:
-    """Return the uploads of a run. Raises OptionError if the client library is missing."""
+    """Return the uploads of a run.
+
+    Raises:
+        OptionError: If the client library is missing.
+    """
     return Uploads(options, (make_api or hub().HfApi)(token=options.huggingface_token))
 
 
@@ -303,7 +322,14 @@ def download_state(
 ) -> Path:
     """Download the state folder that `owner/repo/path[:revision[:type]]` names and return its path.
 
-    folder: files are put below it. Raises OptionError if the name is malformed or nothing is found.
+    Args:
+        place: Name of the state, as above.
+        token: Access token; None for public repositories.
+        folder: Folder below which the files are put.
+        download: Function that downloads a file; None for that of the client library.
+
+    Raises:
+        OptionError: If the name is malformed or nothing is found.
     """
     name, _, revision_and_type = place.partition(":")
     revision, _, repo_type = revision_and_type.partition(":")

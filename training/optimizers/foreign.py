@@ -26,11 +26,14 @@ def renumber(
     version: str,
     ordered: Sequence[str] = (),
 ) -> dict[str, Any] | str:
-    """Return another program's optimizer `state_dict` with our parameter numbers, or the reason against.
+    """Return another program's optimizer `state_dict` with our parameter numbers, or why that is impossible.
 
-    groups: the optimizer's parameters. names: of the trained tensors: part, dot, name in its module. version:
-    the model's, as in `ss_base_model_version`. ordered: names of tensors in that program's own order, if its
-    files show it.
+    Args:
+        state: State of the other program's optimizer.
+        groups: Parameters of this run's optimizer.
+        names: Names of the trained tensors: part, dot, name in its module.
+        version: Version of the model, as in `ss_base_model_version`.
+        ordered: Names of tensors in the other program's order, if its files show it.
     """
     if not state:
         return "it is not in that folder"

@@ -28,7 +28,8 @@ LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
     """Make the schedule for this optimizer and this many optimizer steps.
 
-    Raises OptionError if the options do not fit together.
+    Raises:
+        OptionError: If the options do not fit together.
     """
     if needs_no_schedule(optimizer):
         if (
@@ -65,9 +66,10 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return a function: step, from 0 -> factor of the curve of that name.
+    """Return the curve of a name: a function from the step (from 0) to a factor on the learning rate.
 
-    Raises OptionError for unknown arguments.
+    Raises:
+        OptionError: If an argument is unknown.
     """
     arguments = options.arguments()
     _check_arguments(options.lr_scheduler, arguments)
@@ -98,7 +100,12 @@ def make_curve(
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raise OptionError for a wrong argument of --lr_scheduler_args. name: of the schedule."""
+    """Raise OptionError for a wrong argument of --lr_scheduler_args.
+
+    Args:
+        name: Name of the schedule.
+        arguments: Arguments of the schedule.
+    """
     allowed = ARGUMENTS.get(name, ())
     unknown = sorted(set(arguments) - set(allowed))
     if unknown:
@@ -133,7 +140,21 @@ def factor_at(
 ) -> float:
     """Return the factor on the learning rate at a step, from 0, of the curve of that name.
 
-    total, warmup, decay: steps. What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+    What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+
+    Args:
+        name: Name of the curve.
+        total: Number of steps of the run.
+        warmup: Number of steps of the warmup.
+        decay: Number of steps of the decay at the end.
+        learning_rate: Learning rate of the group, for curves with an absolute end.
+        step: Index of the step, from 0.
+        num_cycles: Number of cycles of a cosine.
+        power: Exponent of a polynomial.
+        timescale: Time scale of an inverse square root; None for its default.
+        min_lr_ratio: Smallest factor.
+        lr_end: Learning rate at the end of a polynomial.
+        step_rules: Factors by step, as text.
     """
     if name == "piecewise_constant":  # it has no warm-up
         rules, last = _read_rules(step_rules)
@@ -213,7 +234,7 @@ class CurveSchedule(LambdaLR):
     """One of our own curves. Its state is the step."""
 
     def __init__(self, name: str, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
-        """factor: on the learning rate at a step."""
+        """Start at step 0, with `factor`, a function from the step to the factor on the learning rate."""
         self.name = name
         super().__init__(optimizer, factor)
 
@@ -251,7 +272,11 @@ class Imported:
     inner: LRScheduler
 
     def step(self) -> None:
-        """Step. Raises OptionError if the scheduler has ended, as OneCycleLR does after `total_steps`."""
+        """Step.
+
+        Raises:
+            OptionError: If the scheduler has ended, as OneCycleLR does after `total_steps`.
+        """
         try:
             self.inner.step()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:

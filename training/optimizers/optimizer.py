@@ -63,8 +63,11 @@ def make_optimizer(
 ) -> tuple[Optimizer, str]:
     """Build the optimizer over `parameter_groups` ({"params": [...], "lr": ...}).
 
-    Returns it and its name for metadata. Raises OptionError if the class is missing or does not accept the
-    arguments.
+    Returns:
+        The optimizer, and its name for metadata.
+
+    Raises:
+        OptionError: If the class is missing or does not accept the arguments.
     """
     kind = find_optimizer(options.optimizer_type)
     arguments = options.arguments()
@@ -104,8 +107,11 @@ def arrange_weights(trainable: Trainable, options: OptimizerOptions, spec: DitSp
 def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """Raise OptionError if the optimizer cannot step parts of a network at these learning rates.
 
-    rates: by the option that gives each; the first one is that of most weights. Some optimizers refuse
-    several rates in their first step, so one step is tried on a few numbers.
+    Some optimizers refuse several rates in their first step, so one step is tried on a few numbers.
+
+    Args:
+        options: Options of the run.
+        rates: Learning rates by the option that gives each; the first is that of most weights.
     """
     if len(rates) < 2:
         return
@@ -146,7 +152,11 @@ def check_arguments(
 ) -> None:
     """Raise OptionError for an argument that a class does not have, naming the nearest.
 
-    excluded: names of arguments that cannot be given with the option.
+    Args:
+        option: Option that gives the arguments.
+        kind: The class.
+        arguments: Arguments by name.
+        excluded: Names of arguments that cannot be given with the option.
     """
     try:
         parameters = inspect.signature(kind).parameters
@@ -181,7 +191,8 @@ OLD_NAME = "No trainer has this name of early guides; it stands for AdamW with 8
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
-    Raises OptionError naming the missing package or the known names, or if it is not an optimizer.
+    Raises:
+        OptionError: If a package is missing, the name is unknown, or the object is not an optimizer.
     """
     if name.lower() == MUON:
         from training.optimizers.muon import MuonWithAdam  # few runs use it
@@ -212,7 +223,8 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
 def import_object(option: str, name: str, module: str, attribute: str) -> Any:
     """Import the object that an option names as `module.attribute`.
 
-    Raises OptionError naming the package to install, or the fault.
+    Raises:
+        OptionError: If it cannot be imported, with the package to install or the reason.
     """
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise OptionError(f"{option} {name}: is not an import path. Write package.module.Class")
@@ -328,9 +340,14 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
-    """Return everything that `restore_optimizer` needs; its tensors are not copied. names: of all parameters.
+    """Return everything that `restore_optimizer` needs; its tensors are not copied.
 
-    Raises OptionError if the optimizer keeps something else than tensors and plain values.
+    Args:
+        optimizer: The optimizer.
+        names: Names of all parameters.
+
+    Raises:
+        OptionError: If the optimizer keeps something else than tensors and plain values.
     """
     states: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -359,7 +376,8 @@ def restore_optimizer(
 ) -> None:
     """Load a saved state into the optimizer, on the device where steps are computed; empties `saved`.
 
-    Raises CheckpointError if the parameters are not those of the state.
+    Raises:
+        CheckpointError: If the parameters are not those of the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names_here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -403,7 +421,8 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
     """Load a `state_dict` of another program with the numbers of this run, except for the learning rates.
 
-    Raises CheckpointError if it does not fit.
+    Raises:
+        CheckpointError: If it does not fit.
     """
     rates: list[dict[str, Any]] = [
         {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups

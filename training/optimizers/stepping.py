@@ -120,7 +120,13 @@ class ParameterSteps:
         return precise.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Round new values of a parameter to bf16 at random. weight: as in `stochastic_bfloat16`."""
+        """Round new values of a parameter to bf16 at random.
+
+        Args:
+            parameter: The parameter.
+            value: Its new value, float32.
+            weight: See `stochastic_bfloat16`.
+        """
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU
         generator = torch.Generator(parameter.device).manual_seed(seed)
@@ -152,7 +158,13 @@ def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor
 
 
 def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[str, Tensor]) -> None:
-    """Move the states of a parameter to host memory. on_host: those that have memory there already."""
+    """Move the states of a parameter to host memory.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        on_host: States that already have memory on the host.
+    """
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
         if not _is_moment(value):
@@ -173,8 +185,13 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     """Round float32 values at random to one of their two bf16 neighbours, so that the mean is the value.
 
     The bits that bf16 has no room for count as a fraction; a random fraction is added to it, and the sum is
-    cut off. NaN stays NaN. generator: on the device of the values. weight: if it is split, the values are
-    this process' rows of it, and are rounded as they would be in the whole weight.
+    cut off. NaN stays NaN.
+
+    Args:
+        values: The values, float32.
+        generator: Random generator on the device of the values.
+        weight: The split weight whose rows of this process the values are; they are rounded as they would be
+            in the full weight. None for a weight that is not split.
     """
     shape = (values if weight is None else weight).shape
     noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
@@ -215,9 +232,13 @@ class StepAfterBackward:
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
     def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip and step. Returns the norm of all gradients before clipping.
+        """Clip and step.
 
-        allows: given that norm, says whether the weights are stepped; None: they are.
+        Args:
+            allows: Decides from that norm whether the weights are stepped; None steps them always.
+
+        Returns:
+            The norm of all gradients before clipping.
         """
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.split)
@@ -243,7 +264,13 @@ class FusedBackward:
     """Step `parameters` in every backward pass from now on. Call `finish` after each."""
 
     def __init__(self, steps: ParameterSteps, parameters: Sequence[Parameter], max_norm: float) -> None:
-        """max_norm: of each gradient by itself; 0 turns clipping off."""
+        """Prepare to step each parameter as soon as its gradient is complete.
+
+        Args:
+            steps: Steps single parameters.
+            parameters: The trained parameters.
+            max_norm: Limit on the norm of each gradient by itself; 0 turns clipping off.
+        """
         self._steps, self._parameters, self._max_norm = steps, parameters, max_norm
         self._norms: dict[Parameter, Tensor] = {}  # of the gradients of this pass, before clipping
         for parameter in parameters:

@@ -99,7 +99,12 @@ class StepPrediction:
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
-        """Return the memory of all transformers except the rehearsed one. weights: bytes of one."""
+        """Return the memory of all transformers except the rehearsed one.
+
+        Args:
+            weights: Bytes of one transformer's weights.
+            swap: Effect of swapping its blocks.
+        """
         count = self.further + self.sampled
         if self.takes_turns:  # each has all its weights in host memory, also the one at work
             host = (1 + count) * weights - swap.host
@@ -222,7 +227,9 @@ def predict(
 def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[dict[str, dry.Moment], int]:
     """Return moments in which the states of one weight are on the device, and the bytes of all on the host.
 
-    share: of the largest weight in all that learn.
+    Args:
+        moments: Moments with all states on the device.
+        share: Fraction of the largest weight in all that are trained.
     """
     total = max(moment.get(dry.OPTIMIZER, 0) for moment in moments.values())
     on_device = round(total * share)
@@ -232,7 +239,9 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
     """Return the items of the batch with the most pixels that the data set can give, those with sound first.
 
-    latent_side: pixels on a side of the units in which `TrainingItem.references` are measured.
+    Args:
+        items: Items of the dataset.
+        latent_side: Number of pixels on a side of the unit in which `TrainingItem.references` are measured.
     """
     pools = repeat_items(list(items)).values()
     sounding_first = [sorted(pool, key=lambda item: not item.has_sound) for pool in pools]
@@ -253,7 +262,11 @@ def read_largest(
     items: Sequence[TrainingItem],
     sources: BatchSources,
 ) -> NoisyBatch:
-    """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
+    """Read the largest batch as for training.
+
+    Raises:
+        CacheError: If its caches cannot be used.
+    """
     largest = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
     batch = sources.read(
         largest,
@@ -286,10 +299,19 @@ def plan_one_card(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the plan for one card. Nothing large is loaded, and no GPU is needed.
+    """Print the plan for one card.
 
-    room: memory of the card; None: not known. sampled: transformers that only samples need. tables: of the
-    dataset.
+    Nothing large is loaded, and no GPU is needed.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        noisy_batch: Batch with noise and timesteps.
+        device: Device of the run.
+        room: Memory of the card; None if unknown.
+        sampled: Number of transformers that only samples need.
+        texts: Text encoders that are loaded.
+        tables: Tables of the dataset.
     """
     prediction = predict(
         family, options, noisy_batch, device=device, sampled=sampled, texts=texts, tables=tables
@@ -311,7 +333,13 @@ def plan_one_card(
 
 
 def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
-    """Return advice to need less host memory, for transformers that take turns. needed, free: bytes."""
+    """Return advice to need less host memory, for transformers that take turns.
+
+    Args:
+        options: Options of the run.
+        needed: Bytes of host memory that the run needs.
+        free: Bytes of host memory that are free.
+    """
     remedy = "train one transformer at a time, and make no samples by both"
     if options.speed.fp8.quantisation is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
@@ -321,8 +349,13 @@ def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
 def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
     """Resolve --blocks_to_swap auto before anything is loaded, to the same number in all processes.
 
-    Returns a watcher of the memory too, in the main process. A rehearsal is made only if there is a CUDA
-    device. Raises MemoryPlanError if auto cannot be resolved.
+    A step is rehearsed only if there is a CUDA device.
+
+    Returns:
+        The resolved options, and in the main process a watcher of the memory.
+
+    Raises:
+        MemoryPlanError: If auto cannot be resolved.
     """
     family, options, accelerator = plan.family, plan.options, plan.accelerator
     device = accelerator.device
@@ -384,7 +417,9 @@ def advice(
 def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
     """Return unused options that save memory, each with all before it; those that cost least time first.
 
-    further: how many transformers are trained in addition to the first one.
+    Args:
+        options: Options of the run.
+        further: Number of transformers that are trained in addition to the first one.
     """
     loop = options.loop
     is_plain = options.whole_dit is None and options.speed.fp8.quantisation is None

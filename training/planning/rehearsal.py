@@ -184,9 +184,16 @@ def rehearse(
 ) -> tuple[dict[str, dry.Moment], int]:
     """Return the largest moment at each place of a training step, and the bytes that wait on the host.
 
-    The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
-    afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
-    see `running.planning.division`. tables: of the dataset.
+    The optimizer already has its states.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        dit: The network as loaded, on the meta device; do not use it afterwards.
+        noisy_batch: Batch on the CPU.
+        texts: Text encoders that run in each step, on the meta device too.
+        watch: See `running.planning.division`.
+        tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger=ledger, texts=texts)

@@ -31,7 +31,19 @@ def plan_ways(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
+    """Print the ways to use `cards` cards, and the cheapest that fits.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        noisy_batch: Batch with noise and timesteps.
+        device: Device of the run.
+        cards: Number of cards.
+        room: Memory of each card.
+        sampled: Number of transformers that only samples need.
+        texts: Text encoders that are loaded.
+        tables: Tables of the dataset.
+    """
 
     def rehearsed(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
         counter = TokenCounter()

@@ -230,8 +230,11 @@ class Story:
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
         """Return the saved file to generate with: the best one, or the file of the highest step that exists.
 
-        best: as scores have it; None: `best_file`. Of several files of the highest step it is the one with
-        the shortest name: that of the whole run.
+        Of several files of the highest step it is the one with the shortest name: that of the whole run.
+
+        Args:
+            folder: Folder of the files.
+            best: The best file by scores; None for `best_file`.
         """
         best = best or self.best_file(folder)
         if best is not None:
@@ -287,8 +290,13 @@ class History:
     def __init__(self, path: Path, session: int, step: int = 0, is_written: bool = True) -> None:
         """Keep the lines up to `step`, where the run is: none at 0, or if the file belongs to another run.
 
-        session: identifies the run among others of the same name. is_written: if False, the file is only
-        read. A file that cannot be read is reported and counts as missing.
+        A file that cannot be read is reported and counts as missing.
+
+        Args:
+            path: Path of the file.
+            session: Identifies the run among others of the same name.
+            step: Step at which the run is.
+            is_written: Whether lines may be written; False for readers.
         """
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
@@ -304,7 +312,8 @@ class History:
     def add(self, step: int, **what: Any) -> None:
         """Add a line with one of the keys that `Story.add` reads.
 
-        Raises OutputError if many lines wait and cannot be written; they are dropped then.
+        Raises:
+            OutputError: If many lines wait and cannot be written; they are dropped then.
         """
         row: Row = _finite({"step": step, **what})
         if not row.keys() & PASSING:
@@ -319,7 +328,11 @@ class History:
                 self._waiting.clear()
 
     def flush(self) -> None:
-        """Write waiting lines. Raises OutputError if that fails; they then keep waiting."""
+        """Write waiting lines.
+
+        Raises:
+            OutputError: If that fails; they then keep waiting.
+        """
         if not self.is_written:
             return
         if self._keeps_up_to is not None:
@@ -338,7 +351,12 @@ class History:
 
 
 def history_path(folder: Path, name: str) -> Path:
-    """Return the file of the history of a run. folder, name: --output_dir, --output_name."""
+    """Return the file of the history of a run.
+
+    Args:
+        folder: Value of --output_dir.
+        name: Value of --output_name.
+    """
     return folder / f"{name}{END}"
 
 
@@ -350,7 +368,11 @@ def history_name(path: Path) -> str:
 def describe_process(number: int | None = None) -> dict[str, Any]:
     """Return the facts that identify a process: its machine, its number, and when it began.
 
-    number: this process if None. Raises psutil.NoSuchProcess if it has ended and is not there any more.
+    Args:
+        number: Process id; None for this process.
+
+    Raises:
+        psutil.NoSuchProcess: If it has ended and is not there any more.
     """
     import psutil  # comes with accelerate
 
@@ -370,15 +392,21 @@ def read_session(path: Path) -> int | None:
 
 
 def read_story(path: Path, session: int) -> Story:
-    """Return the content of all lines of a run on disk. Raises OSError if they cannot be read."""
+    """Return the content of all lines of a run on disk.
+
+    Raises:
+        OSError: If they cannot be read.
+    """
     return Story.of(_rows(path, session))
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
     """Yield the lines of a run, up to `step` if it is given; none at step 0.
 
-    Unreadable lines are left out, with a warning if there are more than a kill leaves. Raises OSError if the
-    file cannot be read.
+    Unreadable lines are left out, with a warning if there are more than a kill leaves.
+
+    Raises:
+        OSError: If the file cannot be read.
     """
     if step == 0 or not path.exists():
         return

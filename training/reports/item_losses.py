@@ -205,7 +205,13 @@ def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], .
 
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
-    """Return the losses of items for the page of a run; None without any. folder, name: of the history."""
+    """Return the losses of items for the page of a run; None without any.
+
+    Args:
+        folder: Folder of the history.
+        name: Name of the run.
+        story: Content of the run's history.
+    """
     marks = []
     for path in _list_files(folder, name):
         status = path.stat()

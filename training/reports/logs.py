@@ -128,7 +128,11 @@ class Readings:
         return replace(step, row=values, seconds=begun.elapsed_time(self.last) / 1000)
 
     def moment(self, device: str) -> Any:
-        """Return the current moment. device: its type, such as cuda."""
+        """Return the current moment.
+
+        Args:
+            device: Type of the device, such as cuda.
+        """
         if device != "cuda":
             return self.now()
         event = torch.cuda.Event(enable_timing=True)

@@ -47,9 +47,17 @@ def write_training_page(
     standing: Standing,
     load: "LoadClip | None" = None,
 ) -> None:
-    """Write the page of a run: the content of its history. load: see `page_values`.
+    """Write the page of a run: the content of its history.
 
-    Raises OutputError if that fails.
+    Args:
+        path: Path of the file.
+        history: File of the run's history.
+        story: Content of the run's history.
+        standing: State of the run: its start, its step, and how it ended.
+        load: See `page_values`.
+
+    Raises:
+        OutputError: If that fails.
     """
     name = history_name(history)
     values = page_values(history.parent, story, standing, load=load, name=name)
@@ -67,9 +75,14 @@ def page_values(
 ) -> dict[str, Any]:
     """Return the values of the template.
 
-    folder: --output_dir. load: gives the clips, if the story has samples. most: the largest number of columns
-    and rows in the grid of samples. name: --output_name, whose scores say which file is best. has_sections:
-    show the other files next to the history too, which name training pictures.
+    Args:
+        folder: Value of --output_dir.
+        story: Content of the run's history.
+        standing: State of the run: its start, its step, and how it ended.
+        load: Reads the clips, if the story has samples.
+        most: Largest number of columns and rows in the grid of samples.
+        name: Value of --output_name, whose scores say which file is best.
+        has_sections: Whether to show the other files next to the history too; they name training images.
     """
     from downloads.catalogue import model_title  # only for pages
     from training.reports.item_losses import make_section as make_items
@@ -106,7 +119,12 @@ def page_values(
 
 
 def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
-    """Return the diagrams of a run. most: about how many points a curve has."""
+    """Return the diagrams of a run.
+
+    Args:
+        story: Content of the run's history.
+        most: Approximate number of points of a curve.
+    """
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     of_streams = experts.keys() <= {IMAGE_STREAM, SOUND_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")

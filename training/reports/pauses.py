@@ -62,9 +62,15 @@ class StepClock:
         return self.seconds_per_step * (total_steps - step) + sum(pauses)
 
     def note(self, step: int, seconds: float, sizes: Hashable = None) -> str | None:
-        """Note the time of a step. Returns a warning if it was more than twice the median of similar steps.
+        """Record the time of a step.
 
-        sizes: of the items; steps with equal sizes take equally long.
+        Args:
+            step: Number of the optimizer step.
+            seconds: Duration of the step.
+            sizes: Sizes of the items; steps with equal sizes take equally long.
+
+        Returns:
+            A warning if the step took more than twice the median of similar steps.
         """
         self.active += seconds
         self.steps += 1

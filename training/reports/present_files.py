@@ -16,7 +16,11 @@ def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCom
     """Return the commands of a run; a saved file that is gone gives way to one of its kind that exists.
 
     The command that generates takes the file that is best by scores, if the run was scored since.
-    folder, name: of the run's files; "": no scores are looked at.
+
+    Args:
+        story: Content of the run's history.
+        folder: Folder of the run's files; if it is "", scores are not read.
+        name: Name of the run's files.
     """
     scored = find_best_of_run(folder, name, story) if name else None
     best = None if scored is None else scored.name
@@ -55,10 +59,15 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
 
 
 def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
-    """Return the file to take for one that is gone: of the best step, else of the highest.
+    """Return the file to use for one that is gone: that of the best step, else of the highest.
 
-    best: the file of the best step, as scores have it. The file is an average, of one transformer alone, or
-    of a word, if the lost one was.
+    If the lost file was an average, of a single transformer, or of an embedding, so is the result.
+
+    Args:
+        name: Name of the file that is gone.
+        story: Content of the run's history.
+        folder: Folder of the files.
+        best: File of the best step by scores.
     """
     best = best or story.best_file(folder)
     best_step = None if best is None else story.saved[best]

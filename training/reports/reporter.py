@@ -34,7 +34,12 @@ class RepeatedWork:
     cost: float = 0.0  # seconds that it took then
 
     def is_due(self, now: float, least: float) -> bool:
-        """Return whether it may be done again. least: seconds between two times at least."""
+        """Return whether it may be done again.
+
+        Args:
+            now: Current time in seconds.
+            least: Smallest number of seconds between two times.
+        """
         return now - self.ended >= max(least, self.cost / SHARE)
 
     def note(self, started: float, ended: float) -> None:
@@ -102,7 +107,11 @@ class RunReporter:
                 self.page.close()
 
     def _note_end(self, error: Exception | None) -> None:
-        """Add how the run has ended, and its commands as they are from then on. error: that has ended it."""
+        """Add how the run has ended, and its commands as they are from then on.
+
+        Args:
+            error: Error that has ended the run; None if it has completed.
+        """
         standing = f"stopped after step {self.step:,}"
         ending = ""
         if error is not None:
@@ -132,7 +141,12 @@ class RunReporter:
         self._doing = -math.inf
 
     def note_step(self, report: StepReport, left: float | None = None) -> None:
-        """Add a step. left: seconds to the end of the run, with what interrupts the steps."""
+        """Write a step into the history.
+
+        Args:
+            report: Numbers of the step.
+            left: Seconds to the end of the run, including what interrupts the steps; None if unknown.
+        """
         self.step = report.step
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
@@ -170,7 +184,11 @@ class RunReporter:
     ) -> None:
         """Pass on the samples that all processes have made, and write a sheet of them and the page.
 
-        prompts: of all samples. recorders: get the samples too.
+        Args:
+            step: Number of the optimizer step.
+            mark: Mark of the step or epoch in the file names.
+            prompts: Prompts of all samples.
+            recorders: Receive the samples too.
         """
         if not (self.history.is_written or recorders):
             return

@@ -55,7 +55,11 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
 
 
 def read_reduced(path: Path) -> ReducedClip:
-    """Read a sample. Raises MediaError if it cannot be read."""
+    """Read a sample.
+
+    Raises:
+        MediaError: If it cannot be read.
+    """
     if path.suffix == ".png":
         return ReducedClip([reduce_frame(read_image(path), SIDE)], 1.0)
     if path.suffix == ".wav":
@@ -102,7 +106,8 @@ def join_strip(clip: ReducedClip) -> Frame:
 def write_sheet(path: Path, title: str, strips: Mapping[int, Frame], prompts: Mapping[int, str]) -> None:
     """Write the sheet of these samples as PNG: strips from `join_strip`, each below its prompt.
 
-    Raises OutputError if that fails.
+    Raises:
+        OutputError: If that fails.
     """
     rows = [(prompts.get(index, ""), strips[index]) for index in sorted(strips)[:MAX_ROWS]]
     if not rows:
@@ -172,7 +177,11 @@ class ClipStore:
         return load
 
     def add(self, name: str, prompt: str, step: int, clip: ReducedClip) -> None:
-        """Encode a clip that was read. Raises UserError if that fails."""
+        """Encode a clip that was read.
+
+        Raises:
+            UserError: If that fails.
+        """
         text = f"{prompt}, step {step}"  # for those who cannot see it
         for side in (SIDE, SMALL_SIDE):
             self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
@@ -199,7 +208,10 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, most: int) 
 def select_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
     """Return the columns that a row shows first: the first, the last, the best, and others between them.
 
-    best: index of the column nearest to the lowest validation loss.
+    Args:
+        num_columns: Number of columns.
+        best: Index of the column nearest to the lowest validation loss.
+        most: Largest number of columns to show.
     """
     chosen = {0, num_columns - 1} | ({best} if best is not None else set())
     while len(chosen) < min(most, num_columns):

@@ -239,7 +239,11 @@ def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()
 
     With validation losses it is the one that `select_best` chooses. Without, it is the one that is most like
     the training pictures among those that fit their prompts as well as the best does, within SAME. Files with
-    copied samples count only if all have some. unsampled: files without samples.
+    copied samples count only if all have some.
+
+    Args:
+        rows: Scores of each step.
+        unsampled: Files without samples.
     """
     candidates = [row for row in rows if row.saved]
     clean = [row for row in candidates if not row.copies]
@@ -365,7 +369,7 @@ def _shown(value: float | None) -> str:
 
 
 def _list_remarks(row: StepScores) -> list[str]:
-    """Return what is said of the samples of a step."""
+    """Return the remarks on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
     ]
@@ -378,7 +382,13 @@ def _list_remarks(row: StepScores) -> list[str]:
 
 
 def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
-    """Return the scores of a run for its page; None if it was not scored. folder, name: of the history."""
+    """Return the scores of a run for its page; None if it was not scored.
+
+    Args:
+        folder: Folder of the history.
+        name: Name of the run.
+        story: Content of the run's history.
+    """
     scores = read_present_scores(folder, name, story)
     if scores is None:
         return None
@@ -429,7 +439,10 @@ def find_best_of_run(folder: Path, name: str, story: Story) -> BestFile | None:
 def select_file(folder: Path, name: str, story: Story) -> str | None:
     """Return the best saved file of a run: by its scores and losses; None if neither tells.
 
-    folder, name: --output_dir, --output_name.
+    Args:
+        folder: Value of --output_dir.
+        name: Value of --output_name.
+        story: Content of the run's history.
     """
     best = find_best_of_run(folder, name, story)
     return story.best_file(folder) if best is None else best.name

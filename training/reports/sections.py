@@ -23,12 +23,22 @@ class PageSection:
 
 
 def page_path(folder: Path, name: str) -> Path:
-    """Return the page of a run. folder, name: --output_dir, --output_name."""
+    """Return the page of a run.
+
+    Args:
+        folder: Value of --output_dir.
+        name: Value of --output_name.
+    """
     return folder / f"{name}.html"
 
 
 def scores_path(folder: Path, name: str) -> Path:
-    """Return the file of the scores of a run. folder, name: --output_dir, --output_name."""
+    """Return the file of the scores of a run.
+
+    Args:
+        folder: Value of --output_dir.
+        name: Value of --output_name.
+    """
     return folder / f"{name}-scores.json"
 
 

@@ -174,7 +174,13 @@ class Saver:
         """Remove files and states whose number is a multiple of `every` and expired.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
-        last: --save_last_n of files, and of states: those up to now - unit * n expire.
+
+        Args:
+            number: Regular expression of the number in names.
+            every: Number of steps or epochs between two saves.
+            last: Values of --save_last_n for files and for states: those up to now - unit * n expire.
+            now: Current step or epoch.
+            unit: Unit of --save_last_n, in steps or epochs.
         """
         if not self.is_main:
             return
@@ -257,7 +263,8 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
 
     The folder is made; if it is empty in the end, it is removed again.
 
-    Raises OutputError if another one does so already, or if nothing can be written in the folder.
+    Raises:
+        OutputError: If another one does so already, or if nothing can be written in the folder.
     """
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")
@@ -282,9 +289,18 @@ def set_aside(
 ) -> Path | None:
     """Move the results of an earlier run to a folder next to them; return it, or None if there are none.
 
-    inputs: files and states that this run reads. A file is copied instead of moved, so that the same command
-    works again; a state only stays. is_restarted: the run looked for a state to continue from; then results
-    without saves are its own, and stay. Raises OutputError if a file cannot be moved.
+    A file is copied instead of moved, so that the same command works again; a state only stays.
+
+    Args:
+        names: Names of the run's files.
+        inputs: Files and states that this run reads. A file is copied instead of moved, so that the same
+            command works again; a state is left where it is.
+        now: Time for the name of the folder.
+        is_restarted: Whether the run looked for a state to continue from; results without saves are then its
+            own and are not moved.
+
+    Raises:
+        OutputError: If a file cannot be moved.
     """
     recover_states(names.folder, names.name)
     kept = [real_path(path) for path in inputs]
@@ -358,7 +374,13 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _is_of_word(file: Path, name: str, word: str) -> bool:
-    """Return whether a file has a word alone, by its metadata. name: of the run that saved it."""
+    """Return whether a file has a word alone, by its metadata.
+
+    Args:
+        file: The file.
+        name: Name of the run that saved it.
+        word: The word.
+    """
     try:
         if file.stat().st_size > MAX_OF_WORD:  # a LoRA with this name
             return False

@@ -99,14 +99,22 @@ class SavingOptions(Options, title="saving"):
     )
 
     def saves_by(self, kind: str) -> bool:
-        """Return whether files are saved between the first and the last step. kind: epochs or steps."""
+        """Return whether files are saved between the first and the last step.
+
+        Args:
+            kind: Epochs or steps.
+        """
         epochs = self.save_every_n_epochs, self.save_n_epoch_ratio
         steps = self.save_every_n_steps, self.save_every_n_minutes
         return any(every is not None for every in (epochs if kind == "epochs" else steps))
 
     @property
     def place(self) -> tuple[Path, str]:
-        """Return folder and name of saved files. Raises OptionError if one is missing."""
+        """Return folder and name of saved files.
+
+        Raises:
+            OptionError: If one is missing.
+        """
         return (
             require(self.output_dir, "--output_dir", "the folder to save into"),
             require(self.output_name, "--output_name", "the name of the file to train, without its ending"),
@@ -118,7 +126,12 @@ class SavingOptions(Options, title="saving"):
         return self.save_state or self.save_state_on_train_end
 
     def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":
-        """Turn --save_n_epoch_ratio into --save_every_n_epochs. num_epochs: of the run."""
+        """Turn --save_n_epoch_ratio into --save_every_n_epochs.
+
+        Args:
+            num_epochs: Number of epochs of the run.
+            ratio: Number of saves over the run.
+        """
         every = max(1, num_epochs // ratio)
         return replace(self, save_n_epoch_ratio=None, save_every_n_epochs=every)
 

@@ -53,7 +53,12 @@ def train_split_dit(
 ) -> Trainable:
     """Train a DiT whose blocks are split as `train_dit` does; its parameters are the rows of this process.
 
-    name_parts, part_rates, form: as for `train_dit`.
+    Args:
+        dit: The transformer.
+        learning_rate: Learning rate of the run.
+        name_parts: See `train_dit`.
+        part_rates: See `train_dit`.
+        form: See `train_dit`.
     """
     default = train_dit(dit, learning_rate, name_parts, part_rates, form)
     rows = {weight: trained_rows(weight) for weight in default.parameters if is_split(weight)}
@@ -107,9 +112,12 @@ def _write_model(
 
 
 def write_split_state(folder: Path, state: SavedState) -> None:
-    """Write a state whose tensors may be split, completely or not at all. All processes must call it.
+    """Write a state whose tensors may be split, completely or not at all.
 
-    Raises OutputError if writing fails.
+    All processes must call it.
+
+    Raises:
+        OutputError: If writing fails.
     """
     split: dict[str, Tensor] = {}
     for prefix, tensors in _tensors(state):
@@ -150,8 +158,16 @@ def fill_state(
 ) -> None:
     """Read the split tensors of a state into those of this run, and put these into the state.
 
-    parts: tensors of this run by part and name. split: by the names of weights that are split here.
-    All processes must call it. Raises CheckpointError if the state is of other weights.
+    All processes must call it.
+
+    Args:
+        saved: The saved state.
+        parts: Tensors of this run by part and name.
+        split: Names of the weights that are split here.
+        device: Device of the run.
+
+    Raises:
+        CheckpointError: If the state is of other weights.
     """
     targets = _load_targets(saved, parts, split, device)
     if targets:

@@ -88,9 +88,15 @@ class ForeignState:
 def write_state(
     folder: Path, state: SavedState, add_files: Callable[[Path], dict[str, int]] | None = None
 ) -> None:
-    """Write `state` as `folder`, completely or not at all. Raises OutputError if writing fails.
+    """Write `state` as `folder`, completely or not at all.
 
-    add_files: writes further files, and returns their checksums.
+    Args:
+        folder: Folder to write.
+        state: The state to write.
+        add_files: Writes further files, and returns their checksums.
+
+    Raises:
+        OutputError: If writing fails.
     """
     content: dict[str, Any] = {
         "version": SPLIT_VERSION if add_files else VERSION,
@@ -131,7 +137,9 @@ def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dt
 def read_state(folder: Path) -> SavedState | ForeignState:
     """Read a state folder of ours or of another tuner.
 
-    Raises CheckpointError if it is damaged or holds no state; OptionError if it is not a folder.
+    Raises:
+        CheckpointError: If it is damaged or holds no state.
+        OptionError: If it is not a folder.
     """
     if not folder.is_dir():
         error = "no such folder"
@@ -163,9 +171,13 @@ def read_state(folder: Path) -> SavedState | ForeignState:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
-    """Raise ValueError if a file of split tensors is missing or changed. checksums: by name, of all of them.
+    """Raise ValueError if a file of split tensors is missing or changed.
 
     All processes look at a share of them, and all raise.
+
+    Args:
+        folder: Folder of the files.
+        checksums: Checksums of all files, by name.
     """
     shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
     present = dict(shares)
@@ -193,7 +205,12 @@ def one_error(folder: Path) -> Iterator[None]:
 def plain_state(value: Any, name: str) -> Any:
     """Return a copy with plain containers and values only: those can be read without running code.
 
-    Raises OptionError for any other object. name: names the value in that message.
+    Args:
+        value: The value.
+        name: Name of the value in the message.
+
+    Raises:
+        OptionError: For any other object.
     """
     if isinstance(value, Tensor):
         return value.detach()
@@ -240,7 +257,8 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy saved weights into a learning module, all of them.
 
-    Raises CheckpointError if names or shapes differ, or if a value is NaN or infinite.
+    Raises:
+        CheckpointError: If names or shapes differ, or if a value is NaN or infinite.
     """
     weights = module.state_dict()
     missing = sorted(weights.keys() - tensors.keys())
@@ -281,7 +299,12 @@ def _is_own(folder: Path) -> bool:
 def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
     """Return the fields of `SavedState` except its folder; tensors are mapped.
 
-    is_checked: compare the checksum too. If False, a state of an older version comes without tensors.
+    If False, a state of an older version comes without tensors.
+
+    Args:
+        folder: Folder of the files.
+        is_checked: Whether to compare the checksum too. If False, a state of an older version comes without
+            tensors.
     """
     if not (folder / FILE).exists():
         return read_old_state(folder, is_checked)
@@ -334,10 +357,14 @@ def _read_foreign(folder: Path) -> ForeignState:
 
 
 def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
-    """Return the fields of `SavedState` except its folder, of a state of an older version.
+    """Return the fields of `SavedState`, except its folder, of a state of an older version.
 
-    is_checked: read the tensors too, and compare their checksums. Raises an error of any kind if the folder
-    is damaged.
+    Args:
+        folder: Folder of the state.
+        is_checked: Whether to read the tensors too, and to compare their checksums.
+
+    Raises:
+        Exception: Of any kind, if the folder is damaged.
     """
     record = parse_json(read_text(folder / RECORD))
     checksum = record.pop("crc32")

@@ -85,7 +85,12 @@ class Embedder:
     _waiting: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
 
     def embed(self, media: Sequence[Medium], what: str) -> list[Tensor | None]:
-        """Return the vectors of each medium, F D; None if it cannot be read. what: for the bar."""
+        """Return the vectors of each medium, F D; None if it cannot be read.
+
+        Args:
+            media: Images and clips.
+            what: Description for the progress bar.
+        """
         keys: list[str | None] = []
         with Bar(len(media), what, "file") as bar:
             for medium in media:

@@ -53,7 +53,11 @@ class ImageTextModel:
 
     @torch.no_grad()
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
-        """Return a vector of length 1 for each frame, N D float32 on the CPU. frames: each H W 3."""
+        """Return a vector of length 1 for each frame, N D float32 on the CPU.
+
+        Args:
+            frames: Frames, each H W 3.
+        """
         images = [Image.fromarray(frame) for frame in frames]
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         output = self.network.get_image_features(pixel_values=pixels.to(self.network.device))
@@ -88,9 +92,14 @@ def _with_length_one(vectors: Tensor) -> Tensor:
 
 
 def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
-    """Load the model in a folder to a device, in float32. device: None is the best one available.
+    """Load the model in a folder to a device, in float32.
 
-    Raises CheckpointError if the folder holds no such model.
+    Args:
+        folder: Folder of the files.
+        device: Device; None for the best one available.
+
+    Raises:
+        CheckpointError: If the folder holds no such model.
     """
     chosen = select_device(device)
     kind, max_tokens = _read_kind(folder)
@@ -135,7 +144,8 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
 def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
     """Return the kind of the model in a folder, and how many tokens of a text it reads.
 
-    Raises CheckpointError if it is not one of `KINDS`, or lacks files.
+    Raises:
+        CheckpointError: If it is not one of `KINDS`, or lacks files.
     """
     config: Any = {}
     if (folder / CONFIG).is_file():

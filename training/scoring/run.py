@@ -104,7 +104,8 @@ class ScoredRun:
 def score_run(options: ScoreOptions) -> None:
     """Score the samples of a run: print a table, write the scores, and the run's page again.
 
-    Raises UserError if there is nothing to score or the model cannot be used.
+    Raises:
+        UserError: If there is nothing to score or the model cannot be used.
     """
     run = open_run(options.run)
     rows = run.list_samples()
@@ -164,7 +165,11 @@ def _list_notes(run: ScoredRun, embedder: Embedder, comparison: "SampleCompariso
 
 
 def open_run(place: Path) -> ScoredRun:
-    """Return the run of a history, or the only run of a folder. Raises OptionError for anything else."""
+    """Return the run of a history file, or the only run of a folder.
+
+    Raises:
+        OptionError: If the path is anything else, or the folder has several runs.
+    """
     if place.is_dir():
         histories = _find_histories(place, f"*{END}")
         if not histories:
@@ -235,7 +240,14 @@ class SampleComparison:
         self.threshold = None if training is None else training.near_threshold()
 
     def score(self, index: int, path: Path, prompt: str, vectors: Tensor) -> SampleScore:
-        """Return the scores of a sample. vectors: of its frames, F D."""
+        """Return the scores of a sample.
+
+        Args:
+            index: Index of the sample.
+            path: File of the sample.
+            prompt: The prompt.
+            vectors: Vectors of its frames, F D.
+        """
         text = self.prompts.get(prompt)
         score = SampleScore(
             prompt=index,

@@ -57,8 +57,10 @@ class TrainingVectors:
     def compare(self, frames: Tensor) -> Tensor:
         """Return the likeness of a sample to each medium, one number for each.
 
-        It is the mean over the sample's frames of the largest cosine to a frame of the medium. frames:
-        vectors of the sample, F D.
+        It is the mean over the sample's frames of the largest cosine to a frame of the medium.
+
+        Args:
+            frames: Vectors of the sample, F D.
         """
         cosines = frames @ self.vectors.T  # F M
         largest = torch.full((len(frames), len(self.media)), -2.0)
@@ -84,9 +86,12 @@ class TrainingVectors:
 
 
 def list_training_media(config: DatasetConfig) -> list[Medium]:
-    """Return the pictures and clips of the tables that are trained. Regularisation pictures are not listed.
+    """Return the pictures and clips of the tables that are trained.
 
-    Raises DatasetError if a folder or list of a table is missing.
+    Regularisation pictures are not listed.
+
+    Raises:
+        DatasetError: If a folder or list of a table is missing.
     """
     media = []
     for table in config.datasets:
