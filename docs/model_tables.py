@@ -48,7 +48,7 @@ def page_of(family: str) -> str:
 
 def family_table(family: str) -> list[str]:
     """Return the table of a family's page: the files of its tasks."""
-    columns = ("what", "option", "repository", "file", "size", "licence")
+    columns = ("what", "option", "repository", "file", "size", "license")
     rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     tasks = {one.task for one in model_sets() if one.family == family}
     for component, needed_by in sorted(_components_of(family).items(), key=lambda item: _order(item[0])):
@@ -130,7 +130,7 @@ def _row(what: str, component: Component) -> str:
 
 
 def models_tables() -> str:
-    """Return the part of docs/models.md about all models: their tasks, and the licences."""
+    """Return the part of docs/models.md about all models: their tasks, and the licenses."""
     lines = [FIRST, "", "| model | `--family` | `--task` | what it does | released by | all files |"]
     lines.append("|---|---|---|---|---|---|")
     for family in families():
@@ -142,7 +142,7 @@ def models_tables() -> str:
                 lines.append(f"| {named} | `{one.task}` | {one.about} | `{one.released_by}` | {total} |")
                 named = " | "  # in the first row of a family alone
     lines.append("")
-    lines += ["## Licences", "", "| licence | terms to know |", "|---|---|"]
+    lines += ["## Licenses", "", "| license | terms to know |", "|---|---|"]
     for licence in (Licence(**entry) for entry in read_list()["licence"].values()):
         mark = "" if licence.verified else f" ({UNVERIFIED})"
         lines.append(f"| [{licence.name}]({licence.url}){mark} | {licence.terms} |")
