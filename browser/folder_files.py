@@ -256,14 +256,18 @@ class FolderFiles:
         return self._facts[key]
 
     def count_unreadable(self, folder: Path) -> int:
-        """Return how many files of a folder cannot be read; 0 if it has more than MOST_COUNTED."""
+        """Return how many files of a folder cannot be read; 0 if it has more than MAX_COUNTED."""
+        return len(self.list_unreadable(folder))
+
+    def list_unreadable(self, folder: Path) -> list[str]:
+        """Return the names of files that cannot be read; none if the folder has more than MAX_COUNTED."""
         try:
             names = list_names(folder)
         except OSError:
-            return 0
+            return []
         if len(names) > MAX_COUNTED:
-            return 0
-        return sum(self.facts(folder / name).fault != "" for name in names)
+            return []
+        return [name for name in names if self.facts(folder / name).fault != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, and whether it can be edited here, else the reason."""

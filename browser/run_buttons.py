@@ -615,7 +615,7 @@ class RunButtons:
 
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:
-            raise OptionError(say("There is no described folder to check."))
+            raise OptionError(say("There is no prepared folder to check."))
         folder = shown.plan.folder
         self.site.background_jobs.start(
             name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()
