@@ -10,6 +10,7 @@ from stable_diffusion.options import read_gen_img
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Generate images with Stable Diffusion from the command line."""
     options = read_gen_img(__doc__, argv)
     options.console.apply()
     print_loading()

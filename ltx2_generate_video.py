@@ -38,8 +38,9 @@ DEFAULTS = ScriptDefaults(
 def settle(
     shared: GenerationOptions, family_options: Ltx2GenerationOptions
 ) -> tuple[GenerationOptions, Ltx2GenerationOptions]:
-    """Settle options that have two names. Take the factors of references from LoRAs that record them, and
-    leave such LoRAs out of a second stage.
+    """Resolve options that have two names, and what LoRAs with references require.
+
+    Factors of references are read from LoRAs that record them. Such LoRAs are left out of a second stage.
     """
     shared, family_options = resolve_generation(shared, family_options)
     if VIDEO not in family_options.streams:

@@ -56,6 +56,7 @@ CLIP = f"{SIZE} --infer_steps {INFER_STEPS} --guidance_scale 3 --flow_shift 3".s
 
 
 def main() -> None:
+    """Set up the environment, then train and generate with the tiny model of `pocket/`."""
     Parser(description=__doc__).parse_args()  # --help does nothing else
     started = time.monotonic()
     say("Setting up the environment (the first time this downloads PyTorch)")
@@ -117,6 +118,7 @@ def clear(folder: Path) -> None:
 
 
 def show_footage(runner: "Runner") -> None:
+    """Take real footage, cache its latents, and show what the VAE reconstructs."""
     runner.run("Taking real footage", ["-m", "pocket.footage", "quickstart/footage"])
     dataset = ["--dataset_config", "quickstart/footage/dataset.toml"]
     runner.run("Caching its latents", ["wan_cache_latents.py", *dataset, *VAE])
@@ -135,6 +137,7 @@ def teach(runner: "Runner", name: str) -> None:
 
 
 def training_command(name: str) -> list[str]:
+    """Return the command that trains the LoRA `name`."""
     folder = f"quickstart/{name}"
     network = "--network_module networks.lora_wan --network_dim 32 --network_alpha 32"
     times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision no"
@@ -148,12 +151,14 @@ def training_command(name: str) -> list[str]:
 
 
 def generate(runner: "Runner", title: str, prompts: str, folder: str, loras: list[str]) -> None:
+    """Run the generation script on a file of prompts, with the LoRAs of these names."""
     weights = ["--lora_weight", *(lora(name) for name in loras)] if loras else []
     clips = ["--from_file", f"quickstart/{prompts}.txt", "--save_path", f"quickstart/{folder}"]
     runner.run(title, ["wan_generate_video.py", *MODEL, *VAE, *T5, *CLIP, *clips, *weights])
 
 
 def lora(name: str, folder: str | None = None) -> str:
+    """Return the path of a trained LoRA."""
     return f"quickstart/{folder or name}/output/{name}.safetensors"
 
 
@@ -190,6 +195,7 @@ class Runner:
 
 
 def say(text: str) -> None:
+    """Print a line to standard error at once."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -70,6 +70,7 @@ class Check:
 
 
 def main() -> None:
+    """Run the linter, the type checker and the tests; exit with 1 if any of them fails."""
     parser = Parser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="run tests of less than 0.15 seconds each")
     parser.add_argument("--all", action="store_true", help="run slow tests too")
@@ -92,8 +93,14 @@ def main() -> None:
 def _list_checks(
     python: Path, typed: list[str], tier: list[str], rooms: Sequence[str], is_fast: bool
 ) -> list[Check]:
-    """Return the checks to run, in order. typed: arguments for pytest, with which nothing else is run.
-    rooms: those of which recorded numbers are compared again.
+    """Return the checks to run, in order.
+
+    Args:
+        python: Interpreter of the test environment.
+        typed: Arguments for pytest; with any, nothing else is run.
+        tier: Arguments for pytest that select the tier.
+        rooms: Rooms whose recorded numbers are compared again.
+        is_fast: Whether only fast tests run.
     """
     workers = []
     if not any(argument.startswith("-n") for argument in typed):
@@ -162,9 +169,7 @@ def _typed(check: Check) -> str:
 
 
 def _run_checks(checks: list[Check]) -> list[Check]:
-    """Run checks and return those that failed. The type checker, which uses one core, runs next to other
-    checks.
-    """
+    """Run checks and return those that failed; the type checker, which uses one core, runs in parallel."""
     beside = [check for check in checks if check.command == TYPES]
     with tempfile.TemporaryFile() as output:
         processes = [_start(check, output) for check in beside]

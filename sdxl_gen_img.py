@@ -10,6 +10,7 @@ from modules.command import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Generate images with Stable Diffusion XL from the command line."""
     generate([*(sys.argv[1:] if argv is None else argv), "--sdxl"])
 
 

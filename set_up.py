@@ -34,6 +34,7 @@ GB = 1e9
 
 
 def main() -> None:
+    """Set up, update, repair or go back, then open the page."""
     parser = Parser(description=__doc__)
     parser.add_argument("words", nargs="*", metavar="update | back | NEW.zip", help="instead of the page")
     parser.add_argument("--build", choices=list(BUILDS), help="build of torch; unset: the one for the card")
@@ -60,6 +61,7 @@ def main() -> None:
 
 
 def typed_path(word: str) -> Path:
+    """Return a path relative to the folder in which the user started, not to this one."""
     return Path(os.environ.get(STARTED_IN, ""), word)
 
 
@@ -122,6 +124,7 @@ def open_page(python: Path) -> int:
 
 
 def say(text: str) -> None:
+    """Print a line to standard error."""
     sys.stderr.write(f"{text}\n")
 
 

@@ -55,6 +55,7 @@ class PassPlan:
 
     @property
     def max_together(self) -> int:
+        """Largest number of passes that can form one batch, because they have equal tweaks."""
         return max(Counter(pass_.tweaks for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
@@ -109,8 +110,10 @@ def _sum_sample(products: Tensor) -> Tensor:
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--cfgzerostar_scaling`: guidance after scaling the negative velocity so that it is
-    nearest to the positive one, for each sample.
+    """Make the stage of `--cfgzerostar_scaling`.
+
+    It is guidance from a negative velocity that is first scaled, for each sample, to be nearest to the
+    positive one.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -127,9 +130,10 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
 #
 # Source: Armandpour et al. 2023, arXiv 2304.04968.
 def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
-    """Make the stage of `--perp_neg`: guidance away from the empty prompt, minus `weight` times the part of
-    the negative direction that is perpendicular to the positive one, for each sample. Weight 0: no negative
-    pass.
+    """Make the stage of `--perp_neg`: guidance from the empty prompt without what the negative prompt adds.
+
+    Subtracted is `weight` times the part of the negative direction that is perpendicular to the positive one,
+    for each sample. A weight of 0 needs no negative pass.
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
@@ -152,6 +156,7 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
 # Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
 # the known video tools, whose numbers users know, take the negative one.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
+    """Return the steps in which skip-layer guidance acts, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
@@ -199,10 +204,9 @@ def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> Guidanc
 
 
 def limit_norm(limit: float) -> GuidanceStage:
-    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the norm of the positive
-    one.
+    """Make the stage of `--renorm_cfg`: limit a guided velocity to `limit` times the positive one's norm.
 
-    Norms are Euclidean, over all but the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
+    Norms are Euclidean, over all axes except the batch. Source: Qin et al. 2025, arXiv 2503.21758, section on
     inference.
     """
 

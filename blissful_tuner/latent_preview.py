@@ -40,11 +40,14 @@ Item = TypeVar("Item")
 
 
 class LatestWriter(Generic[Item]):
-    """Call `write` in a thread with the items that are put, one at a time; a newer item replaces a waiting
-    one.
+    """Call `write` in a thread for each item that is put; a newer item replaces one that still waits.
 
-    The first item starts the thread. `write` must not raise. pause: seconds to pause after an item for each
-    second that it took, if the thread takes time from the generation itself.
+    The first item starts the thread. `write` must not raise.
+
+    Args:
+        write: Called with one item at a time.
+        pause: Seconds to pause after an item for each second that it took, if the thread takes time from the
+            generation itself.
     """
 
     def __init__(self, write: Callable[[Item], None], pause: float = 0.0) -> None:
@@ -118,10 +121,14 @@ class LatentPreviews:
     has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
-        """Start a preview of latents (1 C F h w in model space): do the part that runs on the device, and
-        return a `Shot` for the rest.
+        """Start a preview: compute on the device now, and return a `Shot` for the rest of the work.
 
-        None if no preview is possible.
+        Args:
+            latents: Latents in model space, 1 C F h w.
+            fps: Frames per second of the preview.
+
+        Returns:
+            The shot; None if no preview is possible.
         """
         _, _, num_frames, height, width = latents.shape
         is_image = num_frames == 1

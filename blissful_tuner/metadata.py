@@ -50,12 +50,16 @@ def output_metadata(
     created: datetime | None = None,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> dict[str, str]:
-    """Return the metadata of one output: everything that its pixels depend on. Files are named without
-    folders.
+    """Return the metadata of one output: everything that its pixels depend on, files without folders.
 
-    model: `Family.metadata`. loras: by expert, "" for those that have no LoRAs of their own, file name and
-    multiplier of each. settings: the other options of the script that were given, by name. device: the kind
-    of device that made it. created: the time. experts: `Family.experts`.
+    Args:
+        prepared: The request.
+        model: `Family.metadata`.
+        loras: File name and multiplier of each LoRA, by expert; "" for experts without LoRAs of their own.
+        settings: Other options of the script that were given, by name.
+        device: Kind of the device that computed the output.
+        created: Time of creation.
+        experts: `Family.experts`.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),
@@ -168,7 +172,7 @@ def with_plain_keys(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_tags(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return metadata for PNG and videos, whose values are one line: a line break becomes a `\\n`."""
+    r"""Return metadata for PNG and videos, whose values are one line: a line break becomes `\n`."""
     return {key: value.replace("\r\n", "\n").replace("\n", "\\n") for key, value in metadata.items()}
 
 
@@ -228,6 +232,7 @@ def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def read_value(metadata: Mapping[str, str], name: str) -> str | None:
+    """Return a setting from metadata, with or without the prefix `bt_`; None if it is missing."""
     return metadata.get(f"bt_{name}", metadata.get(name))
 
 
@@ -238,6 +243,7 @@ def read_stored_seed(metadata: Mapping[str, str]) -> int:
 
 
 def read_frame_rate(metadata: Mapping[str, str]) -> float | None:
+    """Return the frame rate in metadata; None if it is missing or no positive number."""
     try:
         rate = float(read_value(metadata, "fps") or "")
     except ValueError:

@@ -152,19 +152,23 @@ class Info:
 
     @property
     def container(self) -> str:
+        """Format of the files, such as "safetensors"."""
         kinds = {"safetensors" if is_safetensors(file) else "torch (pickle)" for file in self.files}
         return " and ".join(sorted(kinds))
 
     @property
     def file_bytes(self) -> int:
+        """Size of all files in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     @property
     def numbers(self) -> int:
+        """Number of values in all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
 
 def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors: its JSON header starts at byte 8, or its suffix says so."""
     with path.open("rb") as file:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 

@@ -139,10 +139,12 @@ class GuidanceOptions(Options, title="guidance"):
 
     @property
     def skipped_layers(self) -> frozenset[int]:
+        """Indices of the blocks that skip-layer guidance leaves out; empty without it."""
         return frozenset() if self.slg_mode is None else parse_layers(self.slg_layers)
 
     @property
     def scaled_steps(self) -> int:
+        """Number of first steps whose velocity CFG-Zero* scales; 0 if the factor is 1."""
         return max(self.cfgzerostar_init_steps, 0) if self.cfgzerostar_multiplier != 1 else 0
 
 
@@ -182,6 +184,7 @@ class PromptOptions(Options, title="prompts"):
 
     @property
     def draws(self) -> bool:
+        """Whether parts of prompts are drawn at random."""
         return self.prompt_wildcards is not None or self.prompt_alternatives
 
 
@@ -355,5 +358,6 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
 
     @property
     def is_on(self) -> bool:
+        """Whether passes are skipped or measured."""
         measures = self.magcache_calibration or self.teacache_calibration
         return measures or bool(self.magcache_mag_ratios or self.teacache_threshold)

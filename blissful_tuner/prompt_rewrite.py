@@ -98,6 +98,7 @@ class PromptRewriter:
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
+        """Release the chat model."""
         self._loaded.free()
 
     def rewrite(self, prompt: str) -> str:

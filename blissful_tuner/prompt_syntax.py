@@ -1,11 +1,11 @@
-"""Draws and weights in prompts: `a __color__ {red|blue} (fast:1.4) car`.
+r"""Draws and weights in prompts: `a __color__ {red|blue} (fast:1.4) car`.
 
 `__color__` takes a line of color.txt in the folder of --prompt_wildcards. A line may have a relative weight,
 `red:2`, behind its last colon, and hold wildcards and alternatives of its own. Draws are made from left to
 right by a generator of their own that the seed of the video starts, so the same seed gives the same prompt.
 
 `(text:1.4)` gives `text` that weight, `(text)` the weight 1.1. A weight has digits, and maybe a point and a
-sign; with anything else behind the last colon all of it is plain text, parentheses included. `\\(` and `\\)`
+sign; with anything else behind the last colon all of it is plain text, parentheses included. `\(` and `\)`
 are parentheses. There is no nesting: the inner pair counts, and the outer one stays in the text.
 """
 
@@ -225,9 +225,7 @@ def _read_content(path: Path, where: str) -> str:
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Split a line into its text, without quotation marks, and the weight after its last colon, 1 if there is
-    none.
-    """
+    """Split a line into its text, without quotation marks, and the weight after its last colon (or 1)."""
     text = line.strip()
     weight = 1.0
     before, colon, number = text.rpartition(":")
@@ -342,6 +340,7 @@ def _check_nesting(groups: Sequence[_Group]) -> None:
 
 
 def unescape(text: str) -> str:
+    """Remove the backslashes before escaped characters."""
     return _ESCAPED.sub(r"\1", text)
 
 

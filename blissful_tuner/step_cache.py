@@ -30,11 +30,20 @@ SHARES = {"magcache_retention_ratio"}  # not above 1
 def select_step_cache(
     options: StepCacheOptions, line: Mapping[str, Any]
 ) -> tuple[StepCaching | None, Mapping[str, float]]:
-    """Return the step cache for a video (None if nothing is skipped or measured), and the prompt line's
-    values for it by option, which replace those of the command line.
+    """Return the step cache for a video, and the values of its prompt line that replace options.
 
-    line: the line's options by name. A line can only change a cache that the command line turned on; other
-    values are ignored with a warning. Raises OptionError for values that make no sense.
+    A line can only change a cache that the command line turned on; other values cause a warning and are
+    ignored.
+
+    Args:
+        options: Options of the command line.
+        line: Options of the prompt line, by name.
+
+    Returns:
+        The cache (None if nothing is skipped or measured), and the line's values by option.
+
+    Raises:
+        OptionError: If a value is out of range.
     """
     settings = {}
     for name, characters in CHARACTERS.items():

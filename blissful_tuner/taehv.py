@@ -83,9 +83,7 @@ class TaehvConfig:
 
     @property
     def frames(self) -> int:
-        """Return the number of frames for each latent frame. Of the first latent frame's only the last is
-        used.
-        """
+        """Number of frames from each latent frame; of the first latent frame only the last is used."""
         return prod(self.strides)
 
 
@@ -116,6 +114,7 @@ class Growth(nn.Module):
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Split the channels of each frame into `stride` frames."""
         return self.conv(x).reshape(-1, *x.shape[1:])
 
 

@@ -93,6 +93,7 @@ class SourceOptions(Options, title="video or image to start from"):
 
     @property
     def share(self) -> str:
+        """Name of the option that says how much of the source is denoised anew."""
         return "v2v_denoise" if self.strength is None else "strength"
 
     @property

@@ -1,7 +1,8 @@
-"""Run commands of ours for a page, next to the queue: describing and checking a folder, a try of captions.
+"""Run this program's own commands for a page, outside the queue: describe a folder, check it, try captions.
 
-They need no graphics card for long, so that they do not wait for a training. Each has a name, such as
-`check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
+These commands need a graphics card only briefly, so they do not wait for a training. Each has a name such as
+`check-0123456789abcdef`. Its record and output are files, so another server, or this one after a restart,
+finds them.
 """
 
 import contextlib
@@ -33,12 +34,15 @@ MAX_OF_RECORD = 1 << 17  # bytes
 
 
 def name_background_job(kind: str, folder: Path) -> str:
-    """Return the name of the background job of a kind in a folder. There is one of each."""
+    """Return the name of the background job of a kind in a folder.
+
+    A folder has at most one job of each kind.
+    """
     return f"{kind}-{short_digest(real_path(folder))}"
 
 
 def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
-    """Return whether one of some files of a folder has changed since a background job was started."""
+    """Return whether any of the named files of a folder has changed since a background job was started."""
     try:
         began = job.log.with_suffix(".json").stat().st_mtime_ns
     except OSError:
@@ -51,10 +55,10 @@ def has_changed_since(job: Job, folder: Path, names: Sequence[str]) -> bool:
 
 
 class BackgroundJobs:
-    """Start commands in processes of their own, and read their state and what they have printed."""
+    """Start commands in processes of their own, and read their state and printed output."""
 
     def __init__(self, queue: JobQueue) -> None:
-        """queue: the files lie in its folder, next to the logs of its jobs."""
+        """Store the files of background jobs in the folder of `queue`, next to the logs of its jobs."""
         self.folder = queue.folder / LOGS
         self.read_only = queue.read_only
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -68,14 +72,21 @@ class BackgroundJobs:
         within: Path | None = None,
         typed: Sequence[str] = (),
     ) -> None:
-        """Start a command of ours, in place of what the background job of this name was before.
+        """Start a command under a job's name; it replaces the earlier job of that name.
 
-        folder: the working folder. within: a described folder, which may be somebody else's: the command has
-        the limits of its `run`. None for commands that are made of no words of a folder's files. typed: names
-        of options that may send something despite the limits, because somebody has typed their values.
+        Args:
+            name: Name of the job, as `name_background_job` returns it.
+            words: Command line of one of this program's own commands.
+            folder: Working folder of the command.
+            within: Described folder that the command is about. Its files may come from somebody else, so the
+                command gets the limits that `run` sets. None if no word of the command comes from a folder's
+                files.
+            typed: Names of options that may send data despite the limits, because the user typed their
+                values.
 
-        Raises OptionError if it is not a command of ours or the background job is still running, OutputError
-        if its files cannot be written.
+        Raises:
+            OptionError: If the command is not one of this program's, or the job is still running.
+            OutputError: If the job's files cannot be written.
         """
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
@@ -106,7 +117,7 @@ class BackgroundJobs:
         launch.send_job(child, program, str(folder), log.with_suffix(".code"))
 
     def find(self, name: str) -> Job | None:
-        """Return a background job with its present state; None if there is none, or its record is damaged."""
+        """Return a background job with its current state; None if there is none, or its record is damaged."""
         child = self._children.get(name)
         if child is not None and child.poll() is not None:
             del self._children[name]
@@ -123,7 +134,7 @@ class BackgroundJobs:
         return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
 
     def wait(self, name: str, seconds: float) -> Job | None:
-        """Return a background job when it has ended, or after so many seconds."""
+        """Wait until a background job has ended, for at most `seconds`, and return it."""
         end = time.monotonic() + seconds
         while True:
             job = self.find(name)
@@ -134,7 +145,8 @@ class BackgroundJobs:
     def stop(self, name: str) -> None:
         """End a running background job at once, with all processes that it has started.
 
-        Raises OutputError if it runs on another machine.
+        Raises:
+            OutputError: If the job runs on another machine.
         """
         job = self.find(name)
         if job is None or job.state != RUNNING or not job.process:
@@ -151,7 +163,7 @@ class BackgroundJobs:
         launch.kill_processes(job.process["number"])
 
     def forget(self, name: str) -> None:
-        """Remove what is known of a background job that has ended."""
+        """Remove the record and the output of a background job that has ended."""
         job = self.find(name)
         if job is not None and job.state != RUNNING and not self.read_only:
             with explain_errors(self._record(name)):

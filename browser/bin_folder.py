@@ -1,4 +1,4 @@
-"""Keep what pages remove in a folder, until it is emptied: nothing is deleted by the first click."""
+"""Move what pages remove into a bin: a first click deletes nothing, only emptying the bin does."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ LONGEST_TITLE = 80  # characters of it in the name of a folder
 
 @dataclass(frozen=True)
 class BinEntry:
-    """Something that was removed at one time."""
+    """Files that were removed together, in one folder of the bin."""
 
     path: Path
     size_bytes: int
@@ -29,11 +29,13 @@ class BinEntry:
 
 
 class BinFolder:
-    """Take files in by renaming them, and delete them for good."""
+    """A bin for removed files: renames files into the bin, lists its entries, and deletes them for good."""
 
     def __init__(self, *places: Path) -> None:
-        """places: its folders. A later one is used for files on another disk than the earlier ones: renaming
-        takes no time and no space. They are created when something is removed.
+        """Use `places` as the folders of the bin.
+
+        The first folder on the same disk as a removed file takes that file, because renaming within a disk
+        takes no time and no space. Folders are created when something is removed.
         """
         self.places = tuple(dict.fromkeys(places))
 
@@ -48,14 +50,19 @@ class BinFolder:
         return sorted(entries, key=lambda entry: entry.path.name, reverse=True)
 
     def mark(self) -> str:
-        """Return a checksum of what is in it."""
+        """Return a checksum of the content of the bin."""
         return _mark_entries(self.list_entries())
 
     def take(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
-        """Move files or folders into a new folder of the bin, under their paths from `base`; return it.
+        """Move files or folders into a new folder of the bin, and return that folder.
 
-        title: what they were, for the name of the folder. Raises OutputError if one cannot be moved; those
-        before it have been.
+        Args:
+            title: What the files are; becomes part of the new folder's name.
+            base: Folder of the files. Below the new folder they keep their paths relative to it.
+            paths: Files and folders to move.
+
+        Raises:
+            OutputError: If a path cannot be moved. The paths before it have been moved.
         """
         plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
         base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
@@ -67,7 +74,7 @@ class BinFolder:
         return used / name
 
     def _take_one(self, path: Path, base: Path, name: str) -> Path:
-        """Move a file or folder; return the place that it is in."""
+        """Move a file or folder; return the folder of the bin that took it."""
         for place in self.places:
             target = _free_name(place / name / path.relative_to(base))
             with explain_errors(target):
@@ -87,7 +94,7 @@ class BinFolder:
         )
 
     def find_place(self, path: Path) -> Path:
-        """Return the folder that a file would be moved into; the first one if all are on other disks."""
+        """Return the bin's folder on the same disk as a file; the first folder if all are on other disks."""
         with contextlib.suppress(OSError):
             disk = path.lstat().st_dev
             for place in self.places:
@@ -96,10 +103,14 @@ class BinFolder:
         return self.places[0]
 
     def empty(self, mark: str) -> int:
-        """Delete all that is in it for good; return how many bytes that were.
+        """Delete the content of the bin for good, and return the number of deleted bytes.
 
-        mark: of the content that was shown. Raises OptionError if it has changed since, OutputError if
-        something cannot be deleted.
+        Args:
+            mark: Checksum of the content that the user saw, as `mark` returned it.
+
+        Raises:
+            OptionError: If the content has changed since.
+            OutputError: If a file cannot be deleted.
         """
         entries = self.list_entries()  # once: what another page puts there meanwhile was not shown
         if mark != _mark_entries(entries):
@@ -121,10 +132,17 @@ def _mark_entries(entries: Sequence[BinEntry]) -> str:
 
 
 def rename_into(path: Path, target: Path, place: Path) -> None:
-    """Rename a file or folder to a path below `place`, which takes no time and no space.
+    """Rename a file or folder to a path below a folder of a bin, which takes no time and no space.
 
-    place: folder of a bin. It and the folders in it are created; those that stay empty are removed. Raises
-    OutputError if it is a link, OSError if the path cannot be renamed: EXDEV if it is on another disk.
+    Args:
+        path: File or folder to move.
+        target: New path below `place`.
+        place: Folder of a bin. Missing folders on the way to `target` are created; those that stay empty are
+            removed again.
+
+    Raises:
+        OutputError: If `place` or a folder in it is a link.
+        OSError: If the path cannot be renamed; EXDEV if `place` is on another disk.
     """
     if place.is_symlink():
         raise OutputError(f"{place} is a link: make it a folder")
@@ -141,7 +159,7 @@ def rename_into(path: Path, target: Path, place: Path) -> None:
 
 
 def _measure(path: Path) -> BinEntry:
-    """Return the size of a file or folder. Links count nothing and are not followed."""
+    """Return the size of a file or folder. Links are not followed and count as nothing."""
     size_bytes = num_files = 0
     waiting = [path]
     while waiting:
@@ -158,7 +176,7 @@ def _measure(path: Path) -> BinEntry:
 
 
 def _free_name(path: Path) -> Path:
-    """Return a path that does not exist: this one, or with a number behind its name."""
+    """Return the path if nothing has it, else the path with a number appended to its name."""
     paths = map(path.with_name, number_names(path.name))
     return next(free for free in paths if not os.path.lexists(free))
 

@@ -1,4 +1,7 @@
-"""Captions that are JSON objects: what the form of their keys needs, on the pages New and of a dataset."""
+"""Describe captions that are JSON objects, for the forms that edit their keys.
+
+The pages New and Datasets show these forms.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +15,10 @@ from project.options import find_caption_format
 
 
 def find_format_of_folder(folder: Path | None) -> str:
-    """Return the family whose JSON captions a described folder is to have; "" if its are sentences."""
+    """Return the family whose JSON format a described folder's captions have.
+
+    "" if they are plain sentences.
+    """
     if folder is None or not is_described(folder):
         return ""
     try:
@@ -22,13 +28,13 @@ def find_format_of_folder(folder: Path | None) -> str:
 
 
 def describe_formats() -> str:
-    """Return the keys of all formats as JSON, with their names in the language of the page."""
+    """Return the keys of all JSON caption formats as JSON, with their names in the language of the page."""
     formats = {name: _describe(format) for name, format in caption_formats().items()}
     return json.dumps(show_all(formats), ensure_ascii=False)
 
 
 def name_key(name: str) -> str:
-    """Return what a form calls a key."""
+    """Return the label of a caption key in a form."""
     return name.replace("_", " ")
 
 

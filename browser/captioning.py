@@ -1,4 +1,4 @@
-"""Have a model write captions: the command, a try on a few files, and what the try has printed."""
+"""Let a model write captions: the command, a try on a few files, and the captions that the try printed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TYPED_OPTIONS = ("api_base",)  # those of the command that send something, to wh
 
 @dataclass(frozen=True)
 class TriedCaption:
-    """A caption that a try has made for a file."""
+    """A caption that a try has written for a file, without saving it."""
 
     name: str
     address: str | None  # of its picture
@@ -27,11 +27,13 @@ class TriedCaption:
 
 @dataclass(frozen=True)
 class CaptionForm:
-    """What the form says that lets a model write captions.
+    """Fields of the form that lets a model write captions.
 
-    engine: a repository, the folder of a model, or the address of a server and the name of its model. format:
-    the family whose JSON objects are written; "": sentences. converts_plain: captions that are sentences
-    become objects too.
+    Attributes:
+        engine: Repository or folder of a model, or the address of a server and the name of its model.
+        question: Request to the model; "" for the model's default.
+        format: Family whose JSON objects are written; "" for sentences.
+        converts_plain: Whether captions that are sentences are converted to objects, too.
     """
 
     engine: str = ""
@@ -41,6 +43,7 @@ class CaptionForm:
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "CaptionForm":
+        """Read the form from its fields; a missing field is empty or off."""
         return cls(
             fields.get("engine", ""),
             fields.get("question", ""),
@@ -50,10 +53,14 @@ class CaptionForm:
 
 
 def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str]:
-    """Return the command that writes captions in a described folder.
+    """Return the command line that writes captions in a described folder.
 
-    try_on: print the captions of so many files instead. Raises OptionError if the server's model is missing,
-    or the format is none.
+    Args:
+        form: The form of the page.
+        try_on: Number of files to print captions for, without saving them; None to write all captions.
+
+    Raises:
+        OptionError: If the form names a server without a model, or an unknown format.
     """
     engine, question = form.engine, form.question
     engine = engine.strip() or CAPTION_MODEL
@@ -83,7 +90,7 @@ def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str
 
 
 def describe_engine(engine: str) -> str:
-    """Return "on disk" or the size to load of the usual caption model; "" for other models."""
+    """Return "on disk" or the download size of the default caption model; "" for other models."""
     if engine != CAPTION_MODEL:
         return ""
     from huggingface_hub import constants  # only for this page
@@ -97,7 +104,7 @@ def describe_engine(engine: str) -> str:
 
 
 def read_tries(job: Job | None, folder: Path) -> list[TriedCaption]:
-    """Return the captions that a try has printed: each below the path of its file."""
+    """Return the captions that a try has printed, each below the path of its file."""
     if job is None:
         return []
     tries = []

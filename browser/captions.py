@@ -1,6 +1,6 @@
-"""Read and write caption files, undo saves, and refuse to overwrite what other programs have written since.
+"""Read and write caption files, undo saves, and refuse to overwrite changes of other programs.
 
-The content of a file before each save is kept in memory until the server ends; no backup files are written.
+The earlier contents of a file are kept in memory until the server ends; `save_all` alone writes backup files.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MAX_SAVES = 100  # how many saves of a file can be undone
 
 @dataclass(frozen=True)
 class CaptionText:
-    """Hold a caption and the form of its file: byte order mark, line ends, white space at both ends."""
+    """A caption and the form of its file: byte order mark, line ends, white space at both ends."""
 
     text: str = ""
     start: bytes = b""
@@ -39,7 +39,7 @@ class CaptionText:
 
     @classmethod
     def of(cls, content: bytes) -> "CaptionText":
-        """Return the caption in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
+        """Parse the bytes of a caption file. Raises UnicodeDecodeError if they are not UTF-8."""
         start = BOM if content.startswith(BOM) else b""
         decoded = content[len(start) :].decode()
         newline = next((ending for ending in ("\r\n", "\r") if ending in decoded), "\n")
@@ -55,7 +55,7 @@ class CaptionText:
         )
 
     def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another caption."""
+        """Return the bytes of the file with another caption in the same form."""
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
         content = self.head + text + self.tail
         return self.start + content.replace("\n", self.newline).encode()
@@ -63,7 +63,14 @@ class CaptionText:
 
 @dataclass(frozen=True)
 class CaptionEdit:
-    """A caption to write. have: the mark that `Captions.read` returned for its file."""
+    """A caption to write.
+
+    Attributes:
+        path: Caption file.
+        text: The new caption.
+        have: Checksum that `Captions.read` returned for the file. The edit is skipped if the file has changed
+            since.
+    """
 
     path: Path
     text: str
@@ -71,29 +78,34 @@ class CaptionEdit:
 
 
 class CaptionConflictError(Exception):
-    """Signal that a caption file has changed since it was read."""
+    """Raised if a caption file has changed since it was read."""
 
 
 @dataclass
 class Captions:
-    """Read and save caption files; keep their earlier contents for undoing."""
+    """Reads and saves caption files, and keeps their earlier contents for undoing."""
 
     _before: dict[Path, deque[bytes | None]] = field(default_factory=dict)  # None: there was no file
     _first: dict[Path, bytes | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, path: Path) -> tuple[CaptionText, str, int]:
-        """Return a caption, the mark (checksum) of its file, and how many saves can be undone.
+        """Return a caption, the checksum of its file, and the number of saves that can be undone.
 
-        Raises OSError if it cannot be read, UnicodeDecodeError if it is not UTF-8.
+        Raises:
+            OSError: If the file cannot be read.
+            UnicodeDecodeError: If the file is not UTF-8.
         """
         content = _read_content(path)
         return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
 
     def describe(self, path: Path, where: str, remedy: str) -> dict[str, Any]:
-        """Return a caption as the JSON that a page shows.
+        """Return a caption as the JSON values that a page shows.
 
-        where: why nothing can be edited here; empty if it can. remedy: for a file that is not UTF-8.
+        Args:
+            path: Caption file.
+            where: Reason why the caption cannot be edited on this page; "" if it can.
+            remedy: Advice to show if the file is not UTF-8.
         """
         try:
             caption, mark, saves = self.read(path)
@@ -104,9 +116,11 @@ class Captions:
         return caption_values(where, caption.text, mark, saves)
 
     def change(self, path: Path, query: Mapping[str, Any]) -> tuple[int, str]:
-        """Do what a button of a caption asks for; return the HTTP status, and why nothing was done.
+        """Save or undo a caption, and return the HTTP status and the reason if nothing was done.
 
-        query: what (save, undo or back), have, and the text to save.
+        Args:
+            path: Caption file.
+            query: Request of the page: `what` (save, undo or back), `have` (checksum of the file) and `text`.
         """
         what = str(query.get("what", ""))
         have = str(query.get("have", ""))
@@ -128,10 +142,18 @@ class Captions:
         return 200, ""
 
     def save(self, path: Path, text: str, have: str) -> None:
-        """Write a caption. have: the mark that `read` returned.
+        """Write a caption, and keep the file's earlier content for undoing.
 
-        Raises CaptionConflictError if the file has changed since, ValueError if the text cannot be stored,
-        OSError or OutputError if it cannot be written.
+        Args:
+            path: Caption file; it need not exist.
+            text: The new caption.
+            have: Checksum that `read` returned for the file.
+
+        Raises:
+            CaptionConflictError: If the file has changed since.
+            ValueError: If the text cannot be stored.
+            OSError: If the file cannot be read.
+            OutputError: If the file cannot be written.
         """
         with self._lock, _only_one_writes(path):
             now = self._require_unchanged(path, have)
@@ -142,10 +164,17 @@ class Captions:
                 self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(now)
 
     def save_all(self, edits: Sequence["CaptionEdit"], marks: dict[Path, str]) -> None:
-        """Write many captions at once, and keep each as it was as .bak; skip those that have changed since.
+        """Write many captions, keep each earlier file as .bak, and skip files that have changed.
 
-        marks: gets the new mark of each that is written, also if a full disk ends it between two of them.
-        Raises ValueError if a text cannot be stored: then nothing is written; OSError or OutputError.
+        Args:
+            edits: Captions to write.
+            marks: Filled with the new checksum of each written file. If an error ends the writing early, for
+                example a full disk, it holds the files written until then.
+
+        Raises:
+            ValueError: If a text cannot be stored. Then no file is written.
+            OSError: If a file cannot be read.
+            OutputError: If a file cannot be written.
         """
         with self._lock, _only_one_writes_in({edit.path.parent for edit in edits}):
             before: dict[Path, bytes] = {}
@@ -165,9 +194,14 @@ class Captions:
             write_files(contents, note)
 
     def undo_all(self, marks: Mapping[Path, str]) -> int:
-        """Take back the last save of many captions; return how many have changed since and stay.
+        """Undo the last save of many captions, and return how many files have changed since and stay.
 
-        marks: what each has now, as `save_all` returned it. Raises OSError or OutputError.
+        Args:
+            marks: Checksum of each file, as `save_all` filled them in.
+
+        Raises:
+            OSError: If a file cannot be read.
+            OutputError: If a file cannot be written.
         """
         with self._lock, _only_one_writes_in({path.parent for path in marks}):
             contents = {}
@@ -185,7 +219,10 @@ class Captions:
             del self._before[path], self._first[path]
 
     def undo(self, path: Path, have: str, is_all: bool = False) -> None:
-        """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
+        """Undo the last save of a caption, or all saves with `is_all`.
+
+        Raises LookupError if there is no save to undo; otherwise raises as `save`.
+        """
         with self._lock, _only_one_writes(path):
             before = self._before[path]
             now = self._require_unchanged(path, have)
@@ -206,11 +243,12 @@ class Captions:
 
 
 def caption_values(where: str, text: str = "", mark: str = "", saves: int = 0) -> dict[str, Any]:
-    """Return the JSON of a caption. where: why it cannot be edited here; empty if it can."""
+    """Return the JSON values of a caption. `where` is the reason why it cannot be edited; "" if it can."""
     return {"text": text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
 
 
 def mark_bytes(content: bytes | None) -> str:
+    """Return a checksum of a file's content; "" for None, a missing file."""
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
 
 
@@ -231,7 +269,7 @@ def _encode(text: str, now: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _only_one_writes_in(folders: Iterable[Path]) -> Iterator[None]:
-    """Do as `_only_one_writes` in several folders, in one order, so that no two wait for each other."""
+    """Lock several folders as `_only_one_writes` does, always in the same order to avoid deadlocks."""
     with contextlib.ExitStack() as locks:
         for folder in sorted(folders):
             locks.enter_context(only_one(folder / LOCK))

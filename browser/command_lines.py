@@ -1,4 +1,4 @@
-"""Say a command of this program so that it can be typed in any folder."""
+"""Format a command of this program so that it can be typed in any folder."""
 
 import os
 from collections.abc import Sequence
@@ -9,17 +9,19 @@ from modules.installation import FRONT_SCRIPT, MAX_BEFORE, PREFIX, ROOT, command
 
 
 def format_command(words: Sequence[str], folder: Path | None = None) -> str:
-    """Return a command line for a terminal that is in any folder.
+    """Return a command line that works in a terminal in any folder.
 
-    words: of a command of this program. In a checkout, which has no program `reelsmith`, they get the path of
-    the script. folder: that the command's relative paths begin in; None: it has none.
+    Args:
+        words: Command of this program. In a checkout, which installs no program `reelsmith`, the full path of
+            the script is inserted.
+        folder: Folder that relative paths in the command refer to; None if the command has none.
     """
     line = quote_for_shell(command_words(words) if PREFIX else _add_script_path(words))
     return f"{format_cd(folder)}{line}"
 
 
 def format_cd(folder: Path | None, in_powershell: bool = False) -> str:
-    """Return the words in front of a command line that is to run in a folder; empty if that is None."""
+    """Return the words that change into a folder before a command line; "" if the folder is None."""
     if folder is None:
         return ""
     words = ["cd", str(folder.absolute())]

@@ -1,4 +1,4 @@
-"""Read what `new` and `run --check` have printed: lines, the files that they name, and a remedy for each."""
+"""Read what `new` and `run --check` have printed: lines, the files named in them, and remedies."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair
 
 
 class LinePiece(NamedTuple):
-    """A part of a line: words, or a file that is linked."""
+    """Part of a printed line: plain text, or the name of a file to link."""
 
     text: str
     is_file: bool
@@ -37,7 +37,7 @@ class LinePiece(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputLine:
-    """A line that a command has printed, and what its button does."""
+    """A line that a command has printed, with the action of its button."""
 
     text: str
     names: tuple[str, ...] = ()  # of files of the folder
@@ -49,16 +49,17 @@ class OutputLine:
 
     @property
     def is_command(self) -> bool:
+        """Whether the line is a command that the page can run, or that needs a word from the user first."""
         return self.remedy == RUN or self.needs_word
 
     @property
     def shown(self) -> str:
-        """Return the text as pages show it, in their language."""
+        """The text in the language of the page."""
         return self.text if self.is_command else translate_line(self.text)
 
     @property
     def pieces(self) -> list[LinePiece]:
-        """Return the shown text in pieces, so that each of its files is linked where it is first named."""
+        """The shown text in pieces: each file is linked where it is first named."""
         rest: str = show(self.shown)
         pieces = []
         for name in self.names:
@@ -70,19 +71,19 @@ class OutputLine:
 
     @property
     def is_about_repair(self) -> bool:
-        """Return whether it says which captions were converted, and which were not."""
+        """Whether the line lists captions that were, or could not be, converted."""
         return bool(self.encoding) or any(words in self.text for words in CONVERTED)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Return the files that the remedy OUT leaves out: of equal ones all but the first."""
+        """Files that the remedy OUT removes from the training: all but the first of several equal files."""
         return self.names[1:] if COPIES in self.text else self.names
 
 
 def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[OutputLine]:
-    """Return the lines that a command has printed, without the changes of a --dry_run.
+    """Return the lines that a command has printed, without the listed changes of a --dry_run.
 
-    names: of the files of its folder.
+    `names` are the names of the files of the command's folder.
     """
     if job is None:
         return []
@@ -103,7 +104,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
 
 
 def _is_mended(text: str, names: Collection[str]) -> bool:
-    """Return whether a line is about files that cannot be read and that are not there any more."""
+    """Return whether a line is about unreadable files that no longer exist."""
     named = [match[0] for match in FILE_NAME.finditer(text)]
     is_about_files = any(words in text for words in UNREADABLE)
     return is_about_files and bool(named) and not _find_names(text, names)
@@ -139,13 +140,13 @@ def _find_names(text: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def _find_full(name: str, text: str) -> int:
-    """Return where a text has a name that is not a part of a longer one; -1 if it has not."""
+    """Return the index of a name that is not part of a longer name; -1 if there is none."""
     match = re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", text)
     return -1 if match is None else match.start()
 
 
 def read_changes(job: Job | None) -> list[str]:
-    """Return the lines that say how files would change, as `new --dry_run` prints them."""
+    """Return the lines that list changes to files, as `new --dry_run` prints them."""
     lines = [] if job is None else job.last_lines(MAX_LINES).splitlines()
     for place, line in enumerate(lines):
         if DIFF.match(line):
@@ -154,7 +155,7 @@ def read_changes(job: Job | None) -> list[str]:
 
 
 def find_command(lines: Sequence[OutputLine], text: str) -> list[str] | None:
-    """Return the words of a command if it is one that was printed; None for any other text."""
+    """Return the words of a command if it was printed in one of the lines; None for any other text."""
     if not any(line.remedy == RUN and line.text == text for line in lines):
         return None
     return shlex.split(text)

@@ -1,6 +1,8 @@
-"""Compare saved LoRA files: show the samples and clips of each, have tools/compare.py make what is missing.
+"""Compare saved LoRA files: show samples and clips of each.
 
-A row is a prompt with all its settings, a column a file at strength 1. A clip is found by its metadata
+Tools/compare.py generates those that are missing.
+
+A row is a prompt with all its settings, a column is a file at strength 1. A clip is found by its metadata
 (prompt, seed, SHA-256 of its LoRA), so that two files of the same name are never confused.
 """
 
@@ -59,7 +61,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class ComparableRun:
-    """Hold a run whose files can be compared, with the options that generate with its models."""
+    """A run whose saved files can be compared, with the options that generate with its models."""
 
     run: RunSummary
     story: Story
@@ -69,20 +71,22 @@ class ComparableRun:
 
     @property
     def folder(self) -> Path:
+        """Folder of the run's comparison clips, next to its history."""
         return self.run.history.parent / COMPARED_FOLDER
 
     @property
     def is_link(self) -> bool:
-        """Return whether `folder` is a link to another place: then it is neither read nor written."""
+        """Whether `folder` is a link. A linked folder is neither read nor written."""
         return real_path(self.folder) != self.folder
 
     @property
     def working_folder(self) -> Path:
+        """Folder in which the run's command was typed; see `working_folder`."""
         return working_folder(self.run, self.options)
 
     @property
     def problem(self) -> str:
-        """Return the reason why no clip can be made with this run's files; empty if clips can be made."""
+        """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
         for name, words in self.options.items():
             is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
             if is_missing and name not in REPLACED:
@@ -104,7 +108,7 @@ class ComparableRun:
 
     @property
     def files(self) -> list["ComparedFile"]:
-        """Return the saved files that exist, by step; only one of several with equal weights."""
+        """Saved files that still exist, sorted by step. Of several with equal weights, only one is listed."""
         folder = self.run.history.parent
         story = self.story
         best = select_file(folder, self.run.name, story)
@@ -133,7 +137,7 @@ class ComparableRun:
 
 @dataclass(frozen=True)
 class ComparedFile:
-    """Hold a column: a saved LoRA; for models with two experts, the files of both."""
+    """A column: a saved LoRA file. For models with two experts, the files of both."""
 
     source: ComparableRun
     name: str
@@ -145,13 +149,20 @@ class ComparedFile:
 
     @property
     def key(self) -> str:
+        """Text that identifies the file in forms: the id of the run and the name of the file."""
         return f"{self.source.run.id}/{self.name}"
 
     @property
     def title(self) -> str:
+        """Name of the file without its ending and without the suffix of the expert."""
         return self.name.removesuffix(".safetensors").removesuffix(f"_{LOW_NOISE}")
 
     def samples(self) -> Iterator[SampleRow]:
+        """Yield the samples that the training generated with exactly these weights.
+
+        A file of averaged weights matches samples only if the training sampled with averaged weights
+        (`--sample_ema`), and a file of plain weights only if it did not.
+        """
         story = self.source.story
         options = dict(story.start.changed) if story.start else {}
         if story.is_average(self.name) == (options.get("sample_ema") == "True"):
@@ -160,7 +171,7 @@ class ComparedFile:
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """Hold a row. line: a line for `--from_file`, with the settings that all columns share."""
+    """A row: a prompt as a line for `--from_file`, with the settings that all columns share."""
 
     prompt: str
     line: str
@@ -169,7 +180,7 @@ class ComparedPrompt:
 
 @dataclass
 class Comparison:
-    """Hold the requested runs, columns and rows. problem: why no clips can be made; empty if they can."""
+    """The requested runs, columns and rows. `problem` is the reason why no clips can be generated, or ""."""
 
     sources: list[ComparableRun] = field(default_factory=list)
     columns: list[ComparedFile] = field(default_factory=list)
@@ -181,9 +192,10 @@ class Comparison:
 
 
 def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
-    """Return a run for comparison; None if its history names no command that generates.
+    """Return a run for comparison; None if its history has no command that generates.
 
-    Raises OSError if its history cannot be read.
+    Raises:
+        OSError: If the history cannot be read.
     """
     story = runs.open(run).story
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
@@ -199,7 +211,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
 
 
 class _TypedCommand(NamedTuple):
-    """A command of a history that runs a script of ours."""
+    """A command in a run's history that starts a script of this program."""
 
     line: str
     script: str
@@ -208,7 +220,7 @@ class _TypedCommand(NamedTuple):
 
 
 def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) -> Iterator[_TypedCommand]:
-    """Yield the commands of a history that run one of some scripts."""
+    """Yield the commands of a history that start one of the given scripts."""
     for command in commands:
         try:
             words = shlex.split(command.bash)
@@ -224,8 +236,10 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
 
 
 def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Path:
-    """Return the folder in which a run's command was typed: the one in its history, else the one that its
-    output option shows, else the browser's own.
+    """Return the folder in which a run's command was typed.
+
+    It is the folder in the run's history. Histories of older versions have none: then the run's output option
+    shows it, and otherwise it is the browser's own working folder.
     """
     with contextlib.suppress(OSError, ValueError):  # of a history from elsewhere
         if run.working_folder is not None and run.working_folder.is_dir():
@@ -240,7 +254,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
 
 
 def group_options(words: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words that follow each option."""
+    """Return the words that follow each option of a command line, by the option's name."""
     options: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
@@ -253,7 +267,7 @@ def group_options(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison:
-    """Return the comparison that a form asks for. Raises OptionError if its runs cannot be compared."""
+    """Return the comparison that a form requests. Raises OptionError if the runs cannot be compared."""
     sources = _read_sources(runs, form)
     comparison = Comparison(sources, typed_lines="\n".join(form.get("more", ())))
     for source in sources:
@@ -273,7 +287,7 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
 
 
 def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
-    """Return the ids of the runs next to whose histories no file has their name. Reads no history."""
+    """Return the ids of runs that have no saved file of their name next to the history. Reads no history."""
     names: dict[Path, list[str]] = {}
     bare = set()
     for run in runs:
@@ -288,7 +302,7 @@ def find_without_files(runs: Sequence[RunSummary]) -> set[str]:
 
 
 def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[ComparableRun]:
-    """Return the runs that a form names, or whose files it names. Raises as `read_comparison`."""
+    """Return the runs that a form names directly or by one of their files. Raises as `read_comparison`."""
     ids = [*form.get("run", ()), *(key.partition("/")[0] for key in form.get("file", ()))]
     candidates = [runs.find(id) for id in dict.fromkeys(ids)]
     chosen_runs = [run for run in candidates if run is not None]
@@ -312,7 +326,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
 
 
 def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> list[ComparedFile]:
-    """Return the files of a run with these keys; without any, the best file and the one before it."""
+    """Return the files of a run with these keys; without keys, the best file and the file before it."""
     files = [file for file in source.files if all(map(runs.is_inside, file.paths))]
     chosen = [file for file in files if file.key in keys]
     if chosen:
@@ -322,9 +336,9 @@ def _select_files(runs: Runs, source: ComparableRun, keys: Sequence[str]) -> lis
 
 
 def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
-    """Add the prompts that have samples, and a row for each chosen prompt and each typed line.
+    """Add the prompts that have samples, and a row for each selected prompt and each typed line.
 
-    prompts: the chosen ones; if neither one nor a line is given, the first that have samples.
+    Without selected prompts and typed lines, the first prompts that have samples become rows.
     """
     sources = comparison.sources
     comparison.sampled_prompts = _list_prompts(sources)
@@ -341,7 +355,7 @@ def _select_rows(comparison: Comparison, prompts: Sequence[str]) -> None:
 
 
 def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
-    """Return each prompt that has samples, once."""
+    """Return each distinct prompt that has samples."""
     prompts: dict[str, None] = {}
     for source in sources:
         for row in source.story.samples.values():
@@ -350,7 +364,7 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
 
 
 def _make_typed_row(line: str, seed: str) -> ComparedPrompt:
-    """Return the row of a typed prompt line. seed: the usual one, for a line without its own."""
+    """Return the row of a typed prompt line. `seed` is used for a line without a seed of its own."""
     line = line.strip()
     split = split_line(line)
     prompt = split.prompt.strip()
@@ -379,7 +393,7 @@ def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) 
 
 
 def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, str]:
-    """Return the tags of the first sample of a prompt that has any."""
+    """Return the metadata of a prompt's first sample that has any."""
     for source in sources:
         for row in source.story.samples.values():
             for index, name in row.files.items():
@@ -391,6 +405,7 @@ def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, s
 
 
 def read_clip_tags(path: Path) -> Mapping[str, str]:
+    """Return the metadata of a clip or image file; empty if the file cannot be read."""
     with contextlib.suppress(OSError, UserError):
         status = path.stat()
         return _read_tags(path, status.st_mtime_ns, status.st_size)
@@ -404,7 +419,7 @@ def _read_tags(path: Path, changed: int, size: int) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """Hold a cell: the address of its clip or, without a clip, its state."""
+    """A cell: the address of a clip or, if there is no clip, its state."""
 
     href: str = ""
     note: str = ""
@@ -412,7 +427,7 @@ class ShownClip:
 
 
 class ClipKey(NamedTuple):
-    """Identify a rendered clip: the key to find it by."""
+    """What identifies a generated clip: its prompt, its seed and its LoRA files."""
 
     prompt: str
     seed: str
@@ -420,7 +435,7 @@ class ClipKey(NamedTuple):
 
 
 class QueuedClip(NamedTuple):
-    """Hold the last job of the queue that makes a clip."""
+    """The last job of the queue that generates a clip."""
 
     number: int
     state: str
@@ -432,7 +447,8 @@ QueuedClips = Mapping[tuple[str, str], QueuedClip]  # by LoRA file and prompt li
 def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> list[list[ShownClip]]:
     """Return a list of cells for each row: first the clip without LoRA, then one cell for each column.
 
-    jobs: the result of `find_queued_clips`. Hashes files that were not hashed before, which takes a while.
+    `jobs` is the result of `find_queued_clips`. Files that were never hashed before are hashed now, which
+    takes a while.
     """
     clips = _find_made_clips(comparison)
     digests: dict[str, frozenset[str]] = {}
@@ -452,7 +468,7 @@ def fill_cells(comparison: Comparison, notes: FileNotes, jobs: QueuedClips) -> l
 
 
 def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
-    """Return the addresses of the clips that tools/compare.py made with LoRAs at strength 1."""
+    """Return the addresses of the clips that tools/compare.py generated with LoRAs at strength 1."""
     clips: dict[ClipKey, str] = {}
     for source in comparison.sources:
         if not source.folder.is_dir() or source.is_link:
@@ -470,9 +486,9 @@ def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
 
 
 def _fill_cell(file: ComparedFile, row: ComparedPrompt, address: str, jobs: QueuedClips) -> ShownClip:
-    """Return the made clip of a file and a prompt, else a sample, else what the queue says.
+    """Return the generated clip of a file and a prompt, else a sample, else the state of the queued job.
 
-    address: of the made clip; empty if there is none.
+    `address` is that of the generated clip; "" if there is none.
     """
     if not address:
         sample = _find_sample(file, row)
@@ -516,7 +532,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
 
 
 class PlannedJob(NamedTuple):
-    """Hold a job that makes clips."""
+    """A job that generates missing clips."""
 
     words: list[str]
     prompt_file: Path
@@ -524,7 +540,7 @@ class PlannedJob(NamedTuple):
 
 
 def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> list[PlannedJob]:
-    """Return the jobs for the missing clips: one for all rows that miss clips of the same files."""
+    """Return the jobs for the missing clips. Rows that lack clips of the same files share one job."""
     if comparison.problem:
         return []
     rows_of: dict[tuple[int, ...], list[ComparedPrompt]] = {}  # columns without a clip -> rows
@@ -544,7 +560,7 @@ def plan_jobs(comparison: Comparison, cells: Sequence[Sequence[ShownClip]]) -> l
 def _plan_job(
     source: ComparableRun, files: Sequence[ComparedFile], rows: Sequence[ComparedPrompt]
 ) -> PlannedJob:
-    """Return the job that makes the clips of some files and prompts with the options of a run."""
+    """Return the job that generates the clips of some files and prompts with the options of a run."""
     prompts = "".join(f"{row.line}\n" for row in rows)
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"

@@ -1,4 +1,4 @@
-"""The page Compare: samples and clips of chosen files, and the jobs that make the missing ones."""
+"""The page Compare: samples and clips of selected files, and jobs that generate the missing clips."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ FIELDS = ("run", "file", "prompt", "more")  # of the form
 
 
 class ComparePages:
-    """Show comparisons, and queue the jobs that make their clips."""
+    """Shows comparisons, and queues the jobs that generate their clips."""
 
     def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
         self.runs = runs
@@ -31,10 +31,11 @@ class ComparePages:
         self.queue = queue
 
     def show(self, request: Request) -> Response:
+        """Return the page of the comparison in the query of the address."""
         return self.answer(read_query(request))
 
     def make(self, _: Request, form: Form) -> Response:
-        """Queue the jobs for the missing clips of a comparison."""
+        """Queue jobs for the missing clips of a comparison."""
         try:
             with self.runs.lock:
                 comparison = compare.read_comparison(self.runs, form)
@@ -49,7 +50,7 @@ class ComparePages:
         return RedirectResponse(f"/compare?{urlencode(fields, doseq=True)}", 303)
 
     def answer(self, form: Form, error: str = "") -> Response:
-        """Return the page of the comparison that a form asks for. error: a message to show."""
+        """Return the page of the comparison that a form requests; `error` is a message to show on it."""
         status = 422 if error else 200
         comparison = compare.Comparison()
         try:
@@ -64,12 +65,15 @@ class ComparePages:
             return answer_text(str(problem), 422 if error else 500)
 
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
+        """Return the cells of a comparison; see `compare.fill_cells`."""
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
 
     def page(self, comparison: compare.Comparison, runs: Sequence[RunSummary], error: str) -> str:
-        """Return the page of a comparison. runs: all that there are.
+        """Return the HTML of a comparison. `runs` are all runs that can be selected.
 
-        Raises UserError if the queue cannot be read, OSError if a file vanishes.
+        Raises:
+            UserError: If the queue cannot be read.
+            OSError: If a file is removed while the page is built.
         """
         cells = self.fill_cells(comparison)
         compared = {source.run.id for source in comparison.sources}
@@ -96,7 +100,7 @@ class ComparePages:
 
 
 def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
-    """Return the number of clips that are not made, and by no job. Those without LoRA do not count."""
+    """Return the number of LoRA clips that exist neither as files nor as queued jobs."""
     count = 0
     for _, *column_cells in cells:
         count += sum(not cell.href and not cell.is_asked for cell in column_cells)
@@ -104,7 +108,7 @@ def count_missing(cells: Sequence[Sequence[compare.ShownClip]]) -> int:
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
-    """Return the routes of comparisons."""
+    """Return the routes of the page Compare."""
     pages = ComparePages(runs, notes, queue)
     return [
         Route("/compare", pages.show),

@@ -1,4 +1,4 @@
-"""Keys of dataset.toml among all settings: the pictures of a step, and options that it replaces."""
+"""Keys of dataset.toml in the table of all settings: the batch size, and options that the file replaces."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,34 +25,38 @@ MAX_IN_BATCH = 1024
 
 @cache
 def _list_options() -> Mapping[str, str]:
-    """Return the options that stand for keys of subsets, or for a whole dataset file: the key by option."""
+    """Return the key of dataset.toml that replaces each option of a training, by the option's name."""
     keys = {key.option or name: name for name, key in SUBSET_KEYS.items() if key.option != ""}
     return {option_name(one): keys.get(option_name(one), "") for one in dataclasses.fields(SubsetOptions)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetKeys:
-    """What a dataset.toml says, as far as the table of all settings needs it."""
+    """Content of a dataset.toml, as far as the table of all settings needs it."""
 
     content: Mapping[str, Any]
 
     @classmethod
     def of_text(cls, text: str) -> "DatasetKeys":
-        """Return the keys of a dataset.toml. Raises ValueError if it is not TOML."""
+        """Parse a dataset.toml. Raises ValueError if it is not TOML."""
         return cls(parse_toml(text))
 
     @property
     def tables(self) -> list[Mapping[str, Any]]:
+        """Tables `[[datasets]]` of the file; entries that are not tables are left out."""
         entries = self.content.get("datasets")
         return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
 
     @property
     def has_subsets(self) -> bool:
-        """Return whether the file is in the form of the image guides."""
+        """Whether the file has `[[datasets.subsets]]`, the form that guides for image models use."""
         return any("subsets" in table for table in self.tables)
 
     def explain_unused(self, option: str) -> str:
-        """Return why an option of the training has no effect with this file; empty if it has one."""
+        """Return the reason why an option of the training has no effect with this file.
+
+        "" if it has an effect.
+        """
         key = _list_options().get(option)
         if key is None:
             return ""
@@ -67,7 +71,7 @@ class DatasetKeys:
         return ""
 
     def _is_said_everywhere(self, key: str) -> bool:
-        """Return whether the file gives a key for all its data."""
+        """Return whether the file sets a key for all its data."""
         if key in self._read_general():
             return True
         missing = [table for table in self.tables if key not in table]
@@ -79,9 +83,9 @@ class DatasetKeys:
         return general if isinstance(general, dict) else {}
 
     def read_batch(self, values: Mapping[str, Any]) -> str:
-        """Return the pictures of a step as text: several numbers if tables differ.
+        """Return the batch size as text; several numbers if the tables differ.
 
-        values: of the training.
+        `values` are the options of the training; they apply where the file has no batch size.
         """
         default = self._read_general().get(BATCH, values.get(BATCH_OPTION, 1) if self.has_subsets else 1)
         sizes = [table.get(BATCH, default) for table in self.tables] or [default]
@@ -94,7 +98,7 @@ def _list_subsets(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def read_batch_field(text: str) -> int:
-    """Return the number in the field of the pictures of a step. Raises OptionError if there is none."""
+    """Return the number in the batch-size field. Raises OptionError if it is not a positive number."""
     if text.isascii() and text.isdecimal() and 0 < int(text[:9]) <= MAX_IN_BATCH:
         return int(text)
     raise OptionError(

@@ -1,4 +1,4 @@
-"""Answer requests for datasets: their page, its files part by part, small pictures, and edited captions."""
+"""Answer requests for datasets: their page, their files part by part, small images, and edited captions."""
 
 import io
 import shlex
@@ -62,7 +62,13 @@ SHOWN = (
 
 
 def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
-    """Return whether filters keep a file. words: all must be in its name or caption. only: a key of ONLY."""
+    """Return whether a file passes the filters of the page.
+
+    Args:
+        file: A file of the dataset report.
+        words: Words that must all occur in the file's name or caption.
+        only: Key of ONLY, the filters that the page offers.
+    """
     if not _has_words(file, words):
         return False
     if only == "dropped":
@@ -78,20 +84,20 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
 
 
 def read_part(query: Mapping[str, str]) -> slice:
-    """Return the slice of a list that a query asks for. Raises ValueError for bad numbers."""
+    """Return the slice of a list that a query asks for. Raises ValueError if a number is not valid."""
     first = max(0, int(query.get("from") or 0))
     count = min(max(0, int(query.get("count") or 0)), MAX_AT_ONCE)
     return slice(first, first + count)
 
 
 def answer_stamped(jpeg: bytes) -> Response:
-    """Return a small picture whose address changes with its file: browsers keep it."""
+    """Return a small image that browsers may cache for good: its address changes when its file does."""
     headers = {"cache-control": "private, max-age=31536000, immutable"}
     return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
 def answer_unreadable() -> Response:
-    """Return a drawing that says that a file cannot be read, for the place of its small picture."""
+    """Return a placeholder drawing for a file that cannot be read."""
     return Response(UNREADABLE, media_type="image/svg+xml", headers={"cache-control": "no-store"})
 
 
@@ -121,14 +127,23 @@ MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small pic
 
 
 class Thumbnails:
-    """Make small pictures of the first frames of files, and cache the newest ones."""
+    """Makes small images of the first frames of files, and caches the most recent ones."""
 
     def __init__(self) -> None:
         self._pictures: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
-        """Return a JPEG. part: as the report lists it. Raises MediaError or OSError if it cannot be read."""
+        """Return the first frame of a file as a small JPEG.
+
+        Args:
+            part: The file as the dataset report lists it.
+            stamp: Modification time of the file in nanoseconds; a part of the cache's key.
+
+        Raises:
+            MediaError: If the file cannot be decoded.
+            OSError: If the file cannot be read.
+        """
         key = part["path"], stamp
         with self._lock:
             if key in self._pictures:
@@ -163,7 +178,7 @@ class Thumbnails:
 
 
 class DatasetPages:
-    """Show datasets as pages and JSON. Raises OSError if files are gone."""
+    """Shows datasets as pages and JSON. Its methods raise OSError if files have been removed."""
 
     def __init__(self, runs: Runs, read_only: bool) -> None:
         self.runs = runs
@@ -173,9 +188,14 @@ class DatasetPages:
         self.thumbnails = Thumbnails()
 
     def items(self, dataset: FoundDataset, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return files of a dataset, and its state. query: text, only, from and count.
+        """Return a part of a dataset's files, and the state of its measurement, as JSON values.
 
-        Raises ValueError if `from` or `count` is not a number.
+        Args:
+            dataset: The dataset.
+            query: `text` and `only` filter the files; `from` and `count` select a part.
+
+        Raises:
+            ValueError: If `from` or `count` is not a number.
         """
         part = read_part(query)
         try:
@@ -203,12 +223,12 @@ class DatasetPages:
         }
 
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
-        """Return the state of a dataset of which folders are missing on the command line, which has them."""
+        """Return the state of a dataset with folders that the page may not show."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
         return {"state": "outside", "command": format_command(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
-        """Return the JSON values that the page shows of a file, with its current caption."""
+        """Return the JSON values of a file, with its current caption."""
         caption = self.caption(dataset, file)
         caches = {tag: dict(states) for tag, states in file["caches"].items()}
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
@@ -228,13 +248,17 @@ class DatasetPages:
         }
 
     def address(self, dataset: FoundDataset, id: str, number: int, part: Mapping[str, Any]) -> str | None:
+        """Return the address of a small image of one part of a file.
+
+        None if the file may not be shown, or if it lies in an archive that does not say at which offset.
+        """
         place = Path(part.get("in", part["path"]))
         if not self.datasets.is_open(dataset, place) or ("in" in part and "offset" not in part):
             return None
         return add_root(f"/dataset/{dataset.id}/picture/{id}/{number}/{place.stat().st_mtime_ns}")
 
     def caption(self, dataset: FoundDataset, file: File) -> dict[str, Any]:
-        """Return the current caption of a file, and whether it can be edited here, else the reason."""
+        """Return the current caption of a file, and the reason if it cannot be edited on this page."""
         path = self.caption_path(dataset, file)
         if path is None:
             text = "\n".join(file["captions"])
@@ -248,7 +272,10 @@ class DatasetPages:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
-        """Return the real path of a caption file, which need not exist; None if not inside the folders."""
+        """Return the real path of a caption file, which need not exist.
+
+        None if it is outside the shown folders.
+        """
         if file["caption_file"] is None:
             return None
         path = Path(file["caption_file"])
@@ -256,7 +283,10 @@ class DatasetPages:
         return real_path(path) if self.datasets.is_open(dataset, inside) else None
 
     def write_caption(self, dataset: FoundDataset, id: str, query: Mapping[str, Any]) -> tuple[int, Any]:
-        """Save or undo a caption; return status and answer. query: what, have, and text to save."""
+        """Save or undo a caption, and return the HTTP status and the answer.
+
+        `query` is as in `Captions.change`.
+        """
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
         if file is None or path is None:
@@ -269,7 +299,7 @@ class DatasetPages:
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
-        """Note in a measured file that its caption is another one now: counts are made of what is noted."""
+        """Mark a measured file's caption as edited, so that counts are right without measuring again."""
         text = self.caption(dataset, file)["text"]
         with self.datasets.lock:
             file.pop("edited", None)
@@ -277,6 +307,7 @@ class DatasetPages:
                 file["edited"] = text
 
     def show_list(self, _: Request) -> Response:
+        """Return the page that lists all datasets."""
         datasets = [(dataset, *self.datasets.describe(dataset)) for dataset in self.datasets.list_all()]
         values = {
             "dataset": None,
@@ -287,6 +318,7 @@ class DatasetPages:
         return answer_template("dataset.html", say("Datasets"), values)
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
+        """Return the page of one dataset. Its files are requested by the page's script."""
         values = {
             "dataset": dataset,
             "folder": dataset.path.parent,
@@ -301,25 +333,26 @@ class DatasetPages:
         return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
-        """Return the line that trains on a folder that `new` has described; empty if it has not."""
+        """Return the command that trains on a folder that `new` has described; "" for other datasets."""
         words = ["reelsmith", "run", str(dataset.path.parent)]
         return shlex.join(words) if _is_of_described(dataset) else ""
 
     def list_tool_folders(self, dataset: FoundDataset) -> list[Path]:
-        """Return the folders that tags and masks are made for: a described one whole, or each with media."""
+        """Return the folders to tag or mask: the described folder, or each media folder of the dataset."""
         if _is_of_described(dataset):
             folder = find_open_folder(self.runs, str(dataset.path.parent))
             return [] if folder is None else [folder]
         return list_table_folders(self.runs, dataset.path, dataset.folder)[:MAX_FOLDERS]
 
     def show_items(self, dataset: FoundDataset, request: Request) -> Response:
+        """Answer with a part of a dataset's files as JSON; 400 if the requested part is not valid."""
         try:
             return answer_json(self.items(dataset, request.query_params))
         except ValueError:
             return answer_text("from and count are numbers of files.", 400)
 
     def show_first(self, dataset: FoundDataset, _: Request) -> Response:
-        """Return a small picture of a dataset's first file, for the list."""
+        """Answer with a small image of a dataset's first file, for the list of datasets."""
         media, _words = self.datasets.describe(dataset)
         try:
             if media.first is None or not self.datasets.is_open(dataset, media.first):
@@ -331,6 +364,10 @@ class DatasetPages:
         return Response(image, media_type="image/jpeg")
 
     def show_image(self, dataset: FoundDataset, request: Request) -> Response:
+        """Answer with a small image of a part of a file.
+
+        404 if its address is not the one the page would show.
+        """
         item = request.path_params["item"]
         number = request.path_params["number"]
         if self.datasets.list_outside(dataset):
@@ -349,6 +386,7 @@ class DatasetPages:
         return answer_stamped(image)
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
+        """Start a measurement or edit a caption, as the JSON body of a request says."""
         try:
             query = parse_json(body.decode())
             if not isinstance(query, dict):
@@ -367,7 +405,7 @@ class DatasetPages:
 
 
 def _is_of_described(dataset: FoundDataset) -> bool:
-    """Return whether a dataset is that of a folder that `new` has described."""
+    """Return whether a dataset belongs to a folder that `new` has described."""
     return dataset.path.name == PROJECT_CONFIG and is_described(dataset.path.parent)
 
 
@@ -377,12 +415,12 @@ def _count_filtered(files: Collection[File]) -> dict[str, int]:
 
 
 def _count_items(files: Collection[File]) -> int:
-    """Return the number of items that a training makes of the files."""
+    """Return the number of training items that the files yield."""
     return sum(number for file in files for _, number in file["lengths"])
 
 
 def _describe_status(measured: Measured) -> dict[str, Any]:
-    """Return the JSON values that the page shows of a measurement."""
+    """Return the state of a measurement as the JSON values that the page shows."""
     state = "failed" if measured.error else "ready"
     if measured.is_running:
         state = "measuring"
@@ -401,7 +439,10 @@ def _describe_status(measured: Measured) -> dict[str, Any]:
 
 
 def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
-    """Return the routes of the pages for datasets. read_only: nothing can be written or asked for."""
+    """Return the routes of the pages for datasets.
+
+    With `read_only`, nothing is written or measured on request.
+    """
     pages = DatasetPages(runs, read_only)
 
     def find(show: Callable[..., Response]) -> Callable[..., Response]:

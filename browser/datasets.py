@@ -1,4 +1,4 @@
-"""Find the datasets of runs and of folders, and measure them by tools/dataset_report.py, another process."""
+"""Find the datasets of runs and of folders; measure them with tools/dataset_report.py in another process."""
 
 import atexit
 import contextlib
@@ -60,7 +60,7 @@ OF_RUNS = {
 
 @functools.cache
 def image_families() -> frozenset[str]:
-    """Return the names by which runs call the families that make no clips."""
+    """Return the families that generate images only, by the names that runs use."""
     families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
     frames: dict[str, int] = {}
     for model in find_models():
@@ -76,7 +76,7 @@ File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 @dataclass(frozen=True)
 class FoundDataset:
-    """Hold the configuration file of a dataset, and the runs that trained on it."""
+    """The configuration file of a dataset, and the runs that trained on it."""
 
     path: Path
     folder: Path  # that relative paths in it begin at
@@ -87,16 +87,20 @@ class FoundDataset:
 
     @property
     def id(self) -> str:
+        """Short digest of the configuration's path; identifies the dataset in addresses."""
         return short_digest(self.path)
 
     @property
     def name(self) -> str:
+        """Name of the configuration file and its folder, in the language of the page."""
         return say("%(name)s in %(name2)s", name=self.path.name, name2=self.path.parent.name)
 
     def places(self) -> list[Path]:
         """Return the existing files and folders that the configuration names.
 
-        Raises OSError or ValueError if it cannot be read.
+        Raises:
+            OSError: If the configuration cannot be read.
+            ValueError: If it is not valid TOML.
         """
         return find_places(self.path, self.folder)
 
@@ -104,8 +108,15 @@ class FoundDataset:
 def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Path]:
     """Return the existing files and folders that a dataset's configuration names.
 
-    folder: where relative paths begin. has_beside: with folders of masks, control pictures, references and
-    caches, which lie beside the media. Raises OSError or ValueError if the configuration cannot be read.
+    Args:
+        config: Path of the configuration.
+        folder: Folder that relative paths refer to.
+        has_beside: Include folders of masks, control images, references and caches, which lie next to the
+            media.
+
+    Raises:
+        OSError: If the configuration cannot be read.
+        ValueError: If it is not valid TOML.
     """
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
@@ -124,10 +135,10 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
-    """Return the folder where relative paths of a configuration begin, of which no run tells.
+    """Return the folder that a configuration's relative paths refer to, if no run says so.
 
-    That is the configuration's own folder, as `new` writes it, if anything it names exists there, else
-    `working_folder`, as for a command typed there.
+    It is the configuration's own folder, as `new` writes it, if a path named in the configuration exists
+    there; otherwise it is `working_folder`, as for a command typed there.
     """
     with contextlib.suppress(OSError, ValueError):
         if not find_places(config, config.parent) and find_places(config, working_folder):
@@ -149,7 +160,7 @@ def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
 
 @dataclass
 class Measured:
-    """Hold the results of measuring a dataset, and whether a measurement is running."""
+    """Results of measuring a dataset, and the state of the measurement that is running."""
 
     version: int = 0  # counts measurings; 0: there is none yet
     files: dict[str, File] = field(default_factory=dict)  # those inside the folders, by their id
@@ -169,7 +180,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class MediaFiles:
-    """Hold the numbers of media in a dataset's folders, found by their names without opening them."""
+    """Numbers of media in a dataset's folders, counted by file name without opening the files."""
 
     pictures: int = 0
     clips: int = 0
@@ -178,11 +189,12 @@ class MediaFiles:
 
     @property
     def total(self) -> int:
+        """Number of images, clips and audio files together."""
         return self.pictures + self.clips + self.sounds
 
     @property
     def words(self) -> str:
-        """Return the counts in words: `5 pictures, 1 clip`."""
+        """The counts in words, such as `5 pictures, 1 clip`."""
         counts = []
         if self.pictures:
             counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
@@ -194,11 +206,17 @@ class MediaFiles:
 
 
 def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> MediaFiles:
-    """Count the media in the folders that a dataset learns; nothing is opened.
+    """Count the media in a dataset's folders by their names; no file is opened.
 
-    Control pictures, references and masks belong to the media that they go with, and count with these.
+    Control images, references and masks are not counted: they belong to the media that they go with.
 
-    is_open: whether a folder may be shown. Raises as `FoundDataset.places`.
+    Args:
+        dataset: The dataset.
+        is_open: Returns whether a folder may be shown.
+
+    Raises:
+        OSError: If the configuration cannot be read.
+        ValueError: If the configuration is not valid TOML.
     """
     images: list[str] = []
     clips: list[str] = []
@@ -223,7 +241,7 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
 
 
 class Datasets:
-    """Find the datasets below the folders of some runs, and keep the measurements of each."""
+    """Finds the datasets below the folders of some runs, and keeps the measurements of each."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -236,7 +254,7 @@ class Datasets:
         atexit.register(self.close)
 
     def list_all(self) -> list[FoundDataset]:
-        """Return all datasets in the order of their paths: those of runs, and those in the folders."""
+        """Return all datasets, of runs and of folders, sorted by path."""
         projects = self._find_projects()
         datasets = self._find_run_datasets(projects)
         for config in (*self.runs.configs(), *projects):
@@ -249,7 +267,7 @@ class Datasets:
         return sorted(datasets.values(), key=lambda dataset: str(dataset.path))
 
     def _find_run_datasets(self, projects: Collection[Path]) -> dict[Path, FoundDataset]:
-        """Return the datasets that runs trained on. projects: the result of `_find_projects`."""
+        """Return the datasets that runs trained on. `projects` is the result of `_find_projects`."""
         runs: dict[tuple[Path, Path], list[tuple[str, str]]] = {}  # by configuration and working folder
         models: dict[Path, str] = {}
         formats: dict[Path, str] = {}
@@ -276,8 +294,9 @@ class Datasets:
         return datasets
 
     def _find_projects(self) -> set[Path]:
-        """Return the datasets next to the given folders: `new` writes FOLDER/dataset.toml, and a training of
-        it FOLDER/output.
+        """Return the dataset files next to the given folders.
+
+        `new` writes FOLDER/dataset.toml, and a training of that folder saves into FOLDER/output.
         """
         configs: set[Path] = set()
         for folder in self.runs.tops:
@@ -298,6 +317,7 @@ class Datasets:
         return False
 
     def find(self, id: str) -> FoundDataset | None:
+        """Return the dataset with this id; None if there is none."""
         if id not in self._found:
             self.list_all()
         return self._found.get(id)
@@ -313,9 +333,11 @@ class Datasets:
         return self._texts[path][1]
 
     def list_outside(self, dataset: FoundDataset) -> list[Path]:
-        """Return the folders that are missing on the command line for this dataset to be shown.
+        """Return the folders that have to be added to the command line before this dataset can be shown.
 
-        Raises OSError if the configuration does not exist, ValueError if it cannot be read.
+        Raises:
+            OSError: If the configuration does not exist.
+            ValueError: If the configuration cannot be read.
         """
         if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
@@ -324,7 +346,10 @@ class Datasets:
         return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
 
     def measure(self, dataset: FoundDataset) -> Measured:
-        """Return the measurements of a dataset; repeat them if files have changed. Raises as `outside`."""
+        """Return the measurements of a dataset; start a new one if its files have changed.
+
+        Raises as `list_outside`.
+        """
         mark = self.mark(dataset)
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
@@ -338,7 +363,10 @@ class Datasets:
             return measured
 
     def describe(self, dataset: FoundDataset) -> tuple[MediaFiles, str]:
-        """Return the media of a dataset's folders, and the known facts in words. Measures nothing."""
+        """Return the media of a dataset's folders, and what is known about them in words.
+
+        Starts no measurement.
+        """
         try:
             if self.list_outside(dataset):
                 return MediaFiles(), say("partly outside the folders that are shown")
@@ -351,7 +379,7 @@ class Datasets:
             return media, _describe_measured(self._measured.get(dataset.id))
 
     def mark(self, dataset: FoundDataset) -> object:
-        """Return a value that changes whenever files of a dataset do. Raises as `FoundDataset.places`."""
+        """Return a value that changes whenever files of a dataset change. Raises as `FoundDataset.places`."""
         marks: list[object] = []
         for place in (dataset.path, *dataset.places()):
             with contextlib.suppress(OSError):
@@ -361,16 +389,26 @@ class Datasets:
         return marks
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:
-        """Keep a dataset's measurements after a caption was saved here. before: the mark before that."""
+        """Keep a dataset's measurements after a caption was saved by this server.
+
+        `before` is the dataset's mark before the save: if other files changed as well, it is measured again.
+        """
         with self.lock:
             measured = self._measured.get(dataset.id)
             if measured is not None and measured.mark == before:
                 measured.mark = self.mark(dataset)
 
     def start(self, dataset: FoundDataset, decodes: bool | None = None, model: str | None = None) -> None:
-        """Measure a dataset in the background, unless a measurement is running. Raises as `outside`.
+        """Measure a dataset in the background, unless a measurement is running.
 
-        decodes: read whole files. model: one of MODELS. None: as before.
+        Args:
+            dataset: The dataset.
+            decodes: Read whole files instead of headers; None: as in the last measurement.
+            model: Key of MODELS; None: as in the last measurement.
+
+        Raises:
+            OSError: If the configuration does not exist.
+            ValueError: If the configuration cannot be read.
         """
         with self.lock:
             measured = self._measured.setdefault(dataset.id, Measured(model=dataset.model))
@@ -417,7 +455,7 @@ class Datasets:
         return self.is_open(dataset, Path(first_part.get("in", first_part["path"])))
 
     def _is_caption_open(self, dataset: FoundDataset, file: File) -> bool:
-        """Return whether the caption of a file may be shown: it is inside the folders, or does not exist."""
+        """Return whether a caption may be shown: it lies inside the shown folders, or does not exist."""
         path = Path(file["caption_file"] or file["caption_list"])
         return self.is_open(dataset, path) or not (path.exists() or path.is_symlink())
 
@@ -445,12 +483,13 @@ class Datasets:
         return dict(json.loads(output))
 
     def close(self) -> None:
+        """Kill the running measurements."""
         for process in list(self._processes):
             process.kill()
 
 
 def _describe_measured(measured: Measured | None) -> str:
-    """Return in words what is known of the files of a dataset. To be called with the lock of `Datasets`."""
+    """Return in words what is known about a dataset's files. The caller holds the lock of `Datasets`."""
     if measured is None:
         return say("not measured yet")
     if not measured.version:
@@ -491,7 +530,7 @@ def _identify(file: File) -> str:
 
 
 def _leave_out_caption(file: File) -> None:
-    """Take the caption out of a file of the report, and what may quote it."""
+    """Remove a file's caption, and the messages that may quote it, from the report."""
     file |= {"text": None, "captions": [], "faults": [], "remarks": []}
     for states in file["caches"].values():
         for part, (state, _) in states.items():
@@ -499,7 +538,7 @@ def _leave_out_caption(file: File) -> None:
 
 
 def _join_paths(file: File, folder: Path) -> None:
-    """Make the paths that the report tells of a file absolute. folder: in which the report was made."""
+    """Make the paths in a file's report absolute. `folder` is the working folder of the report."""
     for part in file["parts"]:
         for name in ("path", "in"):
             if name in part and "://" not in part[name]:
@@ -512,8 +551,9 @@ def _join_paths(file: File, folder: Path) -> None:
 def _locate(typed: str, run: RunSummary) -> tuple[Path, Path]:
     """Return the working folder of a run, and the path of its --dataset_config.
 
-    The history of an older version does not tell the working folder: the run folder's parents are tried, the
-    nearest first. The browser's own working folder is not: its dataset would be taken for that of all runs.
+    The history of an older version does not have the working folder: the run folder's parents are tried, the
+    nearest first. The browser's own working folder is not tried: its dataset would be attributed to every
+    run.
     """
     bases = list(run.history.parent.parents)
     if run.working_folder is not None:

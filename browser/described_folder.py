@@ -1,7 +1,7 @@
-"""Read a folder that `new` has described, and change keys of its files: comments and unknown keys stay.
+"""Read a folder that `new` has described, and change keys of its files; comments and unknown keys are kept.
 
-The three files are the draft of a training. Pages keep nothing of it elsewhere, so a terminal and several
-pages may change it in turn.
+The folder's three files are the draft of a training. Pages store no part of it elsewhere, so a terminal and
+several pages may change it in turn.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ _WRITING = threading.Lock()  # of this process, between reading a file's mark an
 
 
 class ChangedMeanwhileError(Exception):
-    """Signal that a file is not what the page was made from."""
+    """Raised if a file has changed since the page that edits it was made."""
 
 
 @dataclass(frozen=True)
 class DescribedFolder:
-    """Hold what the files of a described folder say, as far as the form New shows it."""
+    """Content of a described folder's files, as far as the form New shows it."""
 
     folder: Path
     family: str
@@ -60,24 +60,25 @@ class DescribedFolder:
 
     @property
     def commands(self) -> list[list[str]]:
-        """Return the commands of the run."""
+        """Commands of the run, in order, each as a list of words."""
         return list_commands(self.run_content)
 
     @property
     def output(self) -> Path:
+        """Folder that the training saves into."""
         return self.folder / str(self.values.get("output_dir", "output"))
 
 
 @dataclass(frozen=True)
 class KeyChanges:
-    """Hold which keys of a run.toml are set, or removed by None, and which stay though `new` derives them."""
+    """Keys of a run.toml to set (or to remove: None), and keys that stay although `new` derives them."""
 
     changes: Mapping[str, Any]
     kept: Mapping[str, Any] = field(default_factory=dict)  # somebody has changed these values
 
     @property
     def text(self) -> str:
-        """Return the changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
+        """The changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
         lines = [
             say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
@@ -96,9 +97,10 @@ class KeyChanges:
 
 
 def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
-    """Return the changes of a run.toml for another number of steps, with what follows from it.
+    """Return the changes to a run.toml for another number of steps, including values derived from the steps.
 
-    values: of its training. A value stays if it is not what `new` derives from the present steps.
+    A value that differs from what `new` derives from the current steps was set by the user, and stays.
+    `values` are the options of the training.
     """
     changes: dict[str, Any] = {"max_train_steps": steps}
     if "max_train_epochs" in values:
@@ -118,14 +120,16 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
 
 
 def is_described(folder: Path) -> bool:
+    """Return whether a folder has a run.toml."""
     return (folder / RUN_FILE).is_file()
 
 
 def read_own_file(path: Path) -> bytes:
     """Return the bytes of a file of a described folder.
 
-    Raises OSError if it cannot be read, or is a link that leads out of the folder: a folder of somebody else
-    could show and change any file that way.
+    Raises:
+        OSError: If the file cannot be read, or is a link that leads out of the folder. Through such a link, a
+            folder from somebody else could show and change any file.
     """
     if not real_path(path).is_relative_to(real_path(path.parent)):
         raise OSError(errno.EINVAL, say("it is a link that leads out of its folder"), str(path))
@@ -138,7 +142,7 @@ def mark_files(folder: Path) -> str:
 
 
 def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
-    """Return the bytes of the three files of a folder, or the reason why one cannot be read, by name."""
+    """Return the bytes of the three files of a folder by name, or the error why one cannot be read."""
     contents: dict[str, bytes | OSError] = {}
     for name in FILES:
         try:
@@ -161,7 +165,9 @@ def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
 def read_described(folder: Path) -> DescribedFolder:
     """Read the files of a described folder, each once.
 
-    Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
+    Raises:
+        OSError: If a file cannot be read.
+        ValueError: If a file is not in the form that `new` writes.
     """
     contents = _read_own_files(folder)
     run_content = contents[RUN_FILE]
@@ -197,13 +203,13 @@ def read_described(folder: Path) -> DescribedFolder:
 
 
 def reject_share(text: str, folder: Path) -> None:
-    """Raise ValueError for a path in a file of a folder that leads to a share of another machine."""
+    """Raise ValueError if a path in a folder's file leads to a network share of another machine."""
     if is_on_foreign_share(folder / text, folder):
         raise ValueError(f"{text} is on another machine, which pages do not look at")
 
 
 def _read_trigger(content: bytes | OSError) -> str:
-    """Return the trigger word in a dataset.toml; empty if there is no such file."""
+    """Return the trigger word in a dataset.toml; "" if there is no such file."""
     if isinstance(content, FileNotFoundError):
         return ""
     if isinstance(content, OSError):
@@ -225,7 +231,10 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 
 
 def read_commands(folder: Path) -> list[list[str]]:
-    """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
+    """Return the commands in the run.toml of a folder.
+
+    An empty list if `new` did not write it in this form.
+    """
     try:
         return list_commands(read_content(folder / RUN_FILE))
     except OSError:
@@ -233,7 +242,10 @@ def read_commands(folder: Path) -> list[list[str]]:
 
 
 def list_commands(run_content: bytes) -> list[list[str]]:
-    """Return the commands in the bytes of a run.toml; none if it is not as `new` writes it."""
+    """Return the commands in the bytes of a run.toml.
+
+    An empty list if `new` did not write it in this form.
+    """
     try:
         return [list(words) for words in _parse_commands(run_content)]
     except (ValueError, KeyError, TypeError):
@@ -247,7 +259,7 @@ def _parse_commands(content: bytes) -> tuple[tuple[str, ...], ...]:
 
 
 def keep_copies(folder: Path, target: Path) -> None:
-    """Copy the three files of a folder into another one. Raises OutputError if that fails."""
+    """Copy the three files of a folder into another folder. Raises OutputError if that fails."""
     for name in FILES:
         with contextlib.suppress(FileNotFoundError):
             content = read_content(folder / name)
@@ -256,7 +268,7 @@ def keep_copies(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TextForm:
-    """The text of a file as a page edits it, and the form of its bytes."""
+    """The text of a file as a page edits it, and the form of its bytes: byte order mark and line ends."""
 
     text: str
     start: bytes = b""
@@ -264,17 +276,18 @@ class TextForm:
 
     @classmethod
     def of(cls, content: bytes) -> "TextForm":
-        """Return the text in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
+        """Parse the bytes of a file. Raises UnicodeDecodeError if they are not UTF-8."""
         start = BOM if content.startswith(BOM) else b""
         decoded = content[len(start) :].decode()
         return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
 
     def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another text."""
+        """Return the bytes of the file with another text in the same form."""
         return self.start + tidy_lines(text).replace("\n", self.newline).encode()
 
 
 def tidy_lines(text: str) -> str:
+    """Return a text with its line ends converted to a plain newline, as in a form's text field."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -287,18 +300,22 @@ class DraftFile:
 
     @property
     def name(self) -> str:
+        """Name of the file without its folder."""
         return self.path.name
 
     @property
     def mark(self) -> str:
+        """Checksum of the content; "" if the file is missing."""
         return mark_bytes(self.content)
 
     @property
     def form(self) -> TextForm:
+        """The text of the file, with the form of its bytes. Raises UnicodeDecodeError if it is not UTF-8."""
         return TextForm.of(self.content or b"")
 
     @property
     def text(self) -> str:
+        """The text of the file, as a page edits it; "" if the file is missing."""
         return self.form.text
 
     def save(self, text: str) -> None:
@@ -309,9 +326,16 @@ class DraftFile:
 def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
     """Set and remove options of the training in a run.toml, as `edit_toml` does.
 
-    have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
-    the file has changed since, ValueError if it is not TOML or has no such table, OSError or OutputError if
-    it cannot be read or written.
+    Args:
+        path: The run.toml.
+        changes: New value of each option; None removes the option.
+        have: Checksum (`mark_bytes`) of the content that the change was made for.
+
+    Raises:
+        ChangedMeanwhileError: If the file has changed since.
+        ValueError: If the file is not TOML or has no table of training options.
+        OSError: If the file cannot be read.
+        OutputError: If the file cannot be written.
     """
     draft = DraftFile(path, read_own_file(path))
     if draft.mark != have:
@@ -320,9 +344,12 @@ def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
 
 
 def replace_content(path: Path, content: bytes, have: str) -> None:
-    """Write a file in place of what it was, if that still is what `have` marks; "" marks a missing file.
+    """Replace the content of a file if its checksum is still `have`; "" stands for a missing file.
 
-    Raises ChangedMeanwhileError, OSError or OutputError; see `change_keys`.
+    Raises:
+        ChangedMeanwhileError: If the file has changed since.
+        OSError: If the file cannot be read.
+        OutputError: If the file cannot be written.
     """
     with _WRITING, only_one(path.with_name(f".{path.name}.lock")):
         try:
@@ -336,10 +363,10 @@ def replace_content(path: Path, content: bytes, have: str) -> None:
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
-    """Return a run.toml with options set, or removed by None; everything else stays as written, comments too.
+    """Return a run.toml with options set, or removed by None; all other text is kept, comments too.
 
-    A key is changed in the table that has it, the last one if several do, as they only group keys. A new key
-    goes to the end of TRAINING_TABLE. Raises ValueError; see `change_keys`.
+    A key is changed in the table that has it, the last one if several do, because tables only group keys. A
+    new key is added at the end of TRAINING_TABLE. Raises ValueError as `change_keys`.
     """
     if not changes:
         return text
@@ -363,7 +390,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
 
 
 def _list_holders(document: Any, name: str) -> list[Any]:
-    """Return the tables that have a key, in their order, except what `run` keeps in the file."""
+    """Return the tables that have a key, in order, without the table that `run` itself writes."""
     holders = []
     tables = [document]
     while tables:
@@ -377,7 +404,7 @@ def _list_holders(document: Any, name: str) -> list[Any]:
 
 
 def append_key(table: Table, name: str, value: Any) -> None:
-    """Set a new key at the end of a table, before the blank lines and comments at its end."""
+    """Add a new key at the end of a table, before its trailing blank lines and comments."""
     body = table.value.body
     tail = []
     while body and body[-1][0] is None:

@@ -1,7 +1,7 @@
 """Change the three files of a described folder: show the difference, let the scripts check it, and save it.
 
-Nothing is kept between two requests. A form carries the text that it was made from, so that its edits are
-known, and the file's mark, so that a file that changed meanwhile is never overwritten.
+The server keeps nothing between two requests. A form carries the text that it was made from, so that its
+edits are known, and the file's checksum, so that a file that changed meanwhile is never overwritten.
 """
 
 import difflib
@@ -49,7 +49,7 @@ STEPS = "max_train_steps"
 
 @dataclass(frozen=True)
 class DraftChange:
-    """Change that a form would save of a part of the page."""
+    """A change that a form would save, for one part of the page."""
 
     part: str  # TABLE or the name of a file
     difference: Sequence[str] = ()
@@ -60,7 +60,7 @@ class DraftChange:
 
 
 def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
-    """Read a file of a folder. Raises OSError if it cannot be read or a link in its place leads outside."""
+    """Read a file of a folder. Raises OSError if it cannot be read, or is a link that leads outside."""
     path = folder / name
     if not path.exists():
         return DraftFile(path, None)
@@ -70,7 +70,10 @@ def read_draft_file(site: Site, folder: Path, name: str) -> DraftFile:
 
 
 def read_keys(text: str) -> dict[str, Any]:
-    """Return the options of a run.toml by key, as `--config_file` reads them. Raises ValueError."""
+    """Return the options of a run.toml by key, as `--config_file` reads them.
+
+    Raises ValueError if it is invalid.
+    """
     try:
         document = tomlkit.parse(text)
     except TOMLKitError as error:
@@ -89,11 +92,16 @@ def read_keys(text: str) -> dict[str, Any]:
 def plan_change(
     site: Site, part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
 ) -> DraftChange:
-    """Return the change that a form would save, after the scripts have checked it.
+    """Let the scripts check a change, and return it with their messages.
 
-    A running training has read all files but the prompts, so these are not changed under it. texts: the new
-    text of each file. run: the folder's current run.toml. typed: the text of a file that was typed as a
-    whole.
+    While a training runs, only its prompts may be changed: it has read the other files already.
+
+    Args:
+        site: The pages' server.
+        part: TABLE or the name of the file that the form edits.
+        texts: New text of each file.
+        run: The folder's current run.toml.
+        typed: Text of a file that the user typed in full; None if it was edited by fields.
     """
     difference: list[str] = []
     for draft, after in texts.items():
@@ -115,9 +123,9 @@ def plan_change(
 
 
 def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
-    """Write a change unless it has a fault, and return what is left to say.
+    """Write a change unless it has an error, and return it with the message for the page.
 
-    texts: see `plan_change`. Raises as `replace_content`, also if a file changed since it was read.
+    `texts` are as in `plan_change`. Raises as `replace_content`, also if a file changed after it was read.
     """
     if change.fault:
         return change
@@ -132,9 +140,14 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftCha
 
 
 def describe_following(before: str, after: str) -> str:
-    """Describe the values that `new` derives from the steps but a changed run.toml leaves; empty if none.
+    """Describe the values that a changed run.toml keeps although `new` would derive others from its steps.
 
-    before, after: texts of the file.
+    Args:
+        before: Text of the file before the change.
+        after: Text of the file after the change.
+
+    Returns:
+        The description; "" if there are no such values.
     """
     keys, changed = read_keys(before), read_keys(after)
     steps = changed.get(STEPS)
@@ -160,15 +173,21 @@ def describe_following(before: str, after: str) -> str:
 
 
 def describe_difference(before: str, after: str) -> list[str]:
-    """Return the lines that go and come, marked with - and +."""
+    """Return the removed lines marked with - and the added lines marked with +."""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
 def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
-    """Raise UserError or ValueError if a changed file has a fault that it did not have before.
+    """Raise UserError or ValueError if a changed file has an error that it did not have before.
 
-    after: its text. run_text: of the folder's run.toml. Return what is to be said of it, as `check_text`.
+    Args:
+        draft: The file before the change.
+        after: Its text after the change.
+        run_text: Text of the folder's run.toml.
+
+    Returns:
+        Warnings to show, as `check_text` returns them.
     """
     folder = draft.path.parent
     try:
@@ -183,10 +202,20 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
 
 
 def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
-    """Check one of the three files of a folder, before it is written, as the scripts will read it.
+    """Check the new text of one of a folder's three files, as the scripts will read it, before it is written.
 
-    run_text: of the folder's run.toml. Return the script's warnings, or why no script has checked it; empty
-    without either. Raises UserError or ValueError with the script's own message.
+    Args:
+        name: Name of the file.
+        text: Its new text.
+        folder: The described folder.
+        run_text: Text of the folder's run.toml.
+
+    Returns:
+        The script's warnings, or the reason why no script has checked the text; "" if there are neither.
+
+    Raises:
+        UserError: With the script's own message, if the script rejects the text.
+        ValueError: If the text cannot be parsed.
     """
     reason = bad_character(text)
     if reason is not None:
@@ -220,9 +249,11 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
 
 
 def find_training_script(text: str) -> str:
-    """Return the script that trains a described folder. text: of its run.toml.
+    """Return the script that trains a described folder. `text` is its run.toml.
 
-    Raises ValueError if the file does not name one, OptionError if it names no training of ours.
+    Raises:
+        ValueError: If the file does not name a script.
+        OptionError: If the script is not a training of this program.
     """
     try:
         words = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
@@ -236,15 +267,18 @@ def find_training_script(text: str) -> str:
 
 
 def trains(command: ScriptCommand) -> bool:
-    """Return whether a command trains: a model, or what any kind of run adds to one."""
+    """Return whether a command trains a model or an addition to a model (LoRA, ControlNet, embedding)."""
     return command.words[0] in TRAINS or command.path.name in kinds_by_script()
 
 
 def find_caching_words(run_text: str) -> list[str]:
     """Return the command of a run.toml that caches the dataset.
 
-    The file may be somebody else's: only scripts of ours that cache are taken, which write nothing before
-    they have read their options. Raises OptionError, with the reason, if there is none.
+    The file may come from somebody else. Only this program's own caching scripts are accepted; these write
+    nothing before they have read their options.
+
+    Raises:
+        OptionError: With the reason, if there is no such command.
     """
     try:
         commands = parse_toml(run_text)[OTHERS_TABLE]["commands"]
@@ -271,10 +305,7 @@ def find_caching_words(run_text: str) -> list[str]:
 
 
 def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
-    """Let a script read a text as its file of options; return its warnings.
-
-    words: of its command, with the file's name.
-    """
+    """Let a script read a text as its file of options, and return its warnings. `words` name that file."""
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
@@ -288,7 +319,7 @@ def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -
 
 
 def find_described(runs: Runs, text: str) -> Path | None:
-    """Return a described folder below the roots; None for any other text."""
+    """Return the described folder below the roots that a text names; None for any other text."""
     folder = find_folder(runs, text)
     if folder is None or not is_described(folder) or not runs.is_below(folder / RUN_FILE):
         return None
@@ -296,20 +327,22 @@ def find_described(runs: Runs, text: str) -> Path | None:
 
 
 def require_full(fields: Mapping[str, str]) -> None:
-    """Raise OptionError if the end of a form is missing."""
+    """Raise OptionError if the last field of a form is missing, because then the request was cut off."""
     if "complete" not in fields:
         raise OptionError(say("The form did not arrive as a whole. Load the page again."))
 
 
 class FolderPages(Protocol):
-    """A part of a page about a folder, such as one of New about a described folder.
+    """One part of a page about a folder, such as a part of New about a described folder.
 
-    Its functions raise OSError, ValueError or UserError if a file of the folder cannot be read.
+    Its methods raise OSError, ValueError or UserError if a file of the folder cannot be read.
     """
 
-    def show(self, folder: Path, query: Mapping[str, str]) -> Response: ...
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        """Return the part for a folder. `query` is that of the address."""
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response: ...
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+        """Do what a button of the part requests. `what` is the button, `fields` are those of its form."""
 
 
 def folder_routes(
@@ -318,9 +351,9 @@ def folder_routes(
     pages: FolderPages,
     find: Callable[[Runs, str], Path | None] = find_described,
 ) -> list[Route]:
-    """Return the routes of a part of the page New: one that shows it, and one for its buttons.
+    """Return two routes of a part of a folder's page: one shows the part, the other serves its buttons.
 
-    find: finds the folder that a text names; None: it is none of those that the part is about.
+    `find` returns the folder that a text names, or None if the part is not about that folder.
     """
 
     def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:

@@ -1,4 +1,4 @@
-"""Keep what is typed into the form Generate in small files, one for each open page, so that none is lost."""
+"""Keep what is typed into the form Generate in small files, one for each open page."""
 
 import contextlib
 import json
@@ -20,17 +20,18 @@ Fields = Mapping[str, Sequence[str]]
 
 
 class Drafts:
-    """Read and write the fields of forms by the names of their drafts."""
+    """Reads and writes the fields of forms by the names of their drafts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
 
     @staticmethod
     def new_name() -> str:
+        """Return a random name for a new draft."""
         return secrets.token_hex(8)
 
     def read(self, name: str) -> dict[str, list[str]] | None:
-        """Return the fields of a draft; None if there is none of this name, or it is damaged."""
+        """Return the fields of a draft; None if there is no draft of this name, or it is damaged."""
         if not NAME.fullmatch(name):
             return None
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
@@ -39,12 +40,12 @@ class Drafts:
         return None
 
     def newest(self) -> dict[str, list[str]] | None:
-        """Return the fields of the draft that was changed last."""
+        """Return the fields of the draft that was changed last; None if there are no drafts."""
         names = self._names()
         return self.read(names[0]) if names else None
 
     def write(self, name: str, fields: Fields) -> None:
-        """Keep the fields of a form. Raises OutputError if that fails; a wrong name is left alone."""
+        """Write the fields of a form. Raises OutputError if that fails; an invalid name is ignored."""
         if not NAME.fullmatch(name):
             return
         with explain_errors(self._path(name)):
@@ -58,7 +59,7 @@ class Drafts:
         return self.folder / f"{name}.json"
 
     def _names(self) -> list[str]:
-        """Return the names of all drafts, the one that was changed last first."""
+        """Return the names of all drafts, the one changed last first."""
         changed = {}
         with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:

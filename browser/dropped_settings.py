@@ -1,7 +1,7 @@
-"""Read how a file was made, to fill the form Generate with it: files of ours, and prompts of other programs.
+"""Read how a dropped file was made, to fill in the form Generate.
 
-Ours are read as their results are (`result_settings.py`). Pictures of ComfyUI hold their graph, those of the
-web UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
+Files of this program are read as its results are (`result_settings.py`). Images of ComfyUI contain their
+graph, those of AUTOMATIC1111's web UI contain a text; of both, the prompts and plain numbers are used.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ NO_SETTINGS = say(
 
 @dataclass(frozen=True)
 class DroppedSettings:
-    """Settings with which a file was made, as stated in it."""
+    """Settings that a file was made with, as its metadata says."""
 
     program: str  # that made it
     texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them
@@ -36,11 +36,11 @@ class DroppedSettings:
 
     @property
     def family(self) -> str:
-        """Return the family as scripts name it; empty if it is not known."""
+        """Family as scripts name it; "" if it is not known."""
         return find_family(self.model)
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
-        """Return texts by the names of the form's fields, as far as the model has them."""
+        """Return the settings that the model has, by the names of the form's fields."""
         texts = {"prompt": self.texts.get("prompt", "")}
         for name, key in recipe.keys.items():
             text = self.texts.get(key, "")
@@ -50,7 +50,7 @@ class DroppedSettings:
 
 
 def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
-    """Return the settings in the texts of a file. Raises OptionError if there are none."""
+    """Return the settings in the metadata of a file. Raises OptionError if there are none."""
     ours = parse_tags(tags)
     if "prompt" in ours.values:
         return _read_ours(ours)
@@ -86,7 +86,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_graph(text: str) -> dict[str, Any]:
-    """Return the nodes of ComfyUI's graph, by number; empty if a text is none."""
+    """Return the nodes of ComfyUI's graph by their numbers; empty if the text is not a graph."""
     if not text.lstrip().startswith("{") or len(text) > MAX_OF_GRAPH:
         return {}
     with contextlib.suppress(ValueError, RecursionError):
@@ -104,7 +104,7 @@ _COMFYUI_SIZES = {"width": "video_size_width", "height": "video_size_height"}
 
 
 def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
-    """Return prompts and numbers of the first sampler of a graph. Raises OptionError if it names no text."""
+    """Return the prompts and numbers of a graph's first sampler. Raises OptionError if there is no prompt."""
     for node in graph.values():
         inputs = node.get("inputs")
         if not isinstance(inputs, dict) or not isinstance(inputs.get("positive"), list):
@@ -132,7 +132,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
 
 
 def _follow(graph: Mapping[str, Any], link: Any) -> str:
-    """Return the text at the end of a link between nodes; empty if there is none plainly."""
+    """Return the text at the end of a link between nodes; "" if the link does not lead to a plain text."""
     for _ in range(MAX_HOPS):
         if isinstance(link, str):
             return link

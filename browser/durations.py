@@ -1,4 +1,4 @@
-"""Say how long a training takes, from what runs on this machine have measured of their steps."""
+"""Estimate how long a training takes, from the steps that earlier runs on this machine have measured."""
 
 import contextlib
 from collections.abc import Collection, Mapping
@@ -23,10 +23,11 @@ ACCUMULATION = "gradient_accumulation_steps"
 def describe_duration(
     runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
 ) -> str:
-    """Return the time that `steps` of a described folder take, in words; empty if no run here measured it.
+    """Return the time that `steps` of a described folder take, in words; "" if no run here has measured it.
 
-    The run of its name counts first, then the latest finished run of the same model, with pictures and
-    batches of the same size. cards: names of this machine's. A run of another machine says nothing.
+    The folder's own run counts first, then the latest finished run of the same model with images and batches
+    of the same size. Runs of another machine are ignored; `cards` are the names of this machine's graphics
+    cards.
     """
     if steps is None:
         return ""
@@ -80,7 +81,7 @@ def _may_be_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
 
 
 def _is_own_measurement(run: RunSummary, cards: Collection[str]) -> bool:
-    """Return whether this machine made a run: since its boot, or on a card of the same name."""
+    """Return whether this machine made a run: since its last boot, or on a card of the same name."""
     is_of_boot = run.start is not None and is_living(run.start.process) is not None
     return is_of_boot or run.memory.get(DEVICE, "") in cards
 
@@ -102,7 +103,7 @@ def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[st
 
 
 def _is_alike(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
-    """Return whether a step is as much work. values: of a run.toml. typed: options of a run as texts."""
+    """Return whether a run.toml's `values` and a run's `typed` options mean equal work per step."""
     is_same_task = str(values.get(TASK, typed.get(TASK))) == typed.get(TASK, str(values.get(TASK)))
     return is_same_task and str(values.get(ACCUMULATION, 1)) == typed.get(ACCUMULATION, "1")
 

@@ -1,4 +1,4 @@
-"""Judge whether jobs before a command may still make a file or folder that is not there."""
+"""Predict whether jobs before a command may create a file or folder that does not exist yet."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
 
 class EarlierJob(NamedTuple):
-    """A command that runs before another."""
+    """A command that runs before another command."""
 
     script: Path  # in the checkout or the package
     words: Sequence[str]
@@ -23,10 +23,10 @@ class EarlierJob(NamedTuple):
 
 
 def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
-    """Return whether a job may make a path.
+    """Return whether one of the jobs may create a path.
 
-    It makes what its words or its settings name, what lies in or around that, and neighbors that have the
-    beginning of its name, as `clips-pack.zip` next to `clips`.
+    A job may create the paths that its command line or its settings name, anything inside or around those,
+    and neighbors whose name begins with theirs, such as `clips-pack.zip` next to `clips`.
     """
     missing = real_path(path)
     return any(_is_related(real_path(place), missing) for job in jobs for place in _list_places(job))
@@ -39,7 +39,7 @@ def _is_related(place: Path, missing: Path) -> bool:
 
 
 def _list_places(job: EarlierJob) -> Iterator[Path]:
-    """Yield the paths that the words of a job, its settings and its usual values name."""
+    """Yield the paths in a job's command line, its settings and its default values."""
     if job.script.stem == "unpack":
         yield job.folder  # the packed file holds the name of the folder that it makes there
     values = {value for word in job.words for value in (word, word.rpartition("=")[2])}
@@ -51,7 +51,7 @@ def _list_places(job: EarlierJob) -> Iterator[Path]:
 
 
 def _list_named_places(path: Path, folder: Path) -> Iterator[Path]:
-    """Yield the paths between quotes in a file of settings, or in those that describe a folder."""
+    """Yield the quoted paths in a file of settings, or in the files that describe a folder."""
     if path.is_dir():
         texts = [text for file in path.glob("*.toml") for text in _list_quoted(file)]
         yield from (path / text for text in texts)
@@ -65,7 +65,7 @@ def _list_quoted(file: Path) -> list[str]:
 
 
 def _list_default_values(script: Path) -> list[str]:
-    """Return the files and folders that a script takes if none are typed, such as `models`."""
+    """Return the files and folders that a script uses by default, such as `models`."""
     table = find_table(script)
     sections = [] if table is None else [read_entry("section", name) for name in table["sections"]]
     options = [read_entry("option", name) for section in sections for name in section["options"]]

@@ -1,7 +1,7 @@
-"""Show the files of a folder, described or not: rows with pictures, captions to edit, files left out.
+"""Show the files of a folder, described or not: rows with images, captions to edit, files left out.
 
-The answers are those that `static/dataset.js` knows from the page of a dataset. Nothing is measured: only
-headers of the files in view are read.
+The answers have the form that `static/dataset.js` knows from the page of a dataset. Nothing is measured: only
+the headers of files in view are read.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ MAX_COUNTED = 100  # files whose headers are read to count the damaged ones
 
 @dataclass(frozen=True)
 class HeaderInfo:
-    """Facts of a file's header."""
+    """Sizes and rates in a file's header."""
 
     size: tuple[int, int] | None
     frames: int | None
@@ -55,7 +55,10 @@ class HeaderInfo:
 
 
 def list_names(folder: Path) -> list[str]:
-    """Return the names of the pictures, clips and sounds of a folder, sorted. Raises OSError."""
+    """Return the sorted names of a folder's images, clips and audio files.
+
+    Raises OSError if it cannot be read.
+    """
     with os.scandir(folder) as entries:
         names = [
             entry.name
@@ -79,9 +82,10 @@ def find_caption_file(folder: Path, name: str) -> Path:
 
 
 def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return the names of those files whose caption is missing or empty. Raises OSError.
+    """Return the names of the files whose caption is missing or empty. Raises OSError.
 
-    The folder is read once: thousands of files, each with its caption, are asked for at each scrolling.
+    The folder is listed once instead of asking for each file: this runs at each scrolling, for thousands of
+    files.
     """
     sizes: dict[str, int] = {}
     with os.scandir(folder) as entries:
@@ -96,17 +100,17 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Move files of a folder, with their captions, out of it into the bin of its root, and back.
+    """Moves files of a folder, with their captions, into the bin of its root, and back.
 
-    It is not a `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
-    back. These files lie below the name of their folder, whose page lists them. Both rename.
+    This is not a `BinFolder`, whose entries are named by the time of removal and are not restored by any
+    page. Files left out are stored under the name of their folder, whose page lists them. Both rename files.
     """
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
     def place(self, folder: Path) -> Path:
-        """Return the folder that the files of a folder are moved into. Raises OutputError if it is a link."""
+        """Return the folder that takes the left-out files of a folder. Raises OutputError if it is a link."""
         top = real_path(self.runs.find_top(folder))
         place = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(place)) != os.path.normcase(place):
@@ -114,24 +118,25 @@ class LeftOut:
         return place
 
     def list_names(self, folder: Path) -> list[str]:
+        """Return the names of a folder's left-out files; empty if they cannot be read."""
         try:
             return list_names(self.place(folder))
         except (OSError, OutputError):
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
-        """Move a file of a folder away. Raises UserError."""
+        """Move a file out of its folder. Raises UserError if that fails."""
         self._move(folder, self.place(folder), name)
 
     def put_back(self, folder: Path, name: str) -> None:
-        """Move a file back into its folder. Raises UserError."""
+        """Move a left-out file back into its folder. Raises UserError if that fails."""
         place = self.place(folder)
         self._move(place, folder, name)
         with contextlib.suppress(OSError):  # there are more
             place.rmdir()
 
     def _move(self, start: Path, target: Path, name: str) -> None:
-        """Move a file and its captions, if nothing of their names is at the target."""
+        """Move a file and its captions, unless the target already has files of these names."""
         if Path(name).name != name or not (start / name).is_file():
             raise OptionError(say("%(name)s: there is no such file (any more)", name=name))
         path = start / name
@@ -156,7 +161,7 @@ class LeftOut:
 
 
 class FolderFiles:
-    """Answer what the rows of a folder ask for."""
+    """Answers the requests of a folder's rows."""
 
     def __init__(self, runs: Runs, read_only: bool) -> None:
         self.runs = runs
@@ -167,11 +172,11 @@ class FolderFiles:
         self._facts: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
 
     def address(self, folder: Path) -> str:
-        """Return the address that `dataset.js` asks for the files of a folder."""
+        """Return the address from which `dataset.js` requests the files of a folder."""
         return f"/new/rows/{os.fsencode(folder).hex()}/"
 
     def find(self, request: Request) -> Path | None:
-        """Return the folder of an address."""
+        """Return the folder that an address names; None if it may not be shown."""
         try:
             text = os.fsdecode(bytes.fromhex(request.path_params["place"]))
         except ValueError:
@@ -179,7 +184,7 @@ class FolderFiles:
         return find_folder(self.runs, text)
 
     def show_items(self, request: Request) -> Response:
-        """Return files of a folder as JSON. Query: text, only, from and count."""
+        """Answer with a part of a folder's files as JSON. The query has text, only, from and count."""
         folder = self.find(request)
         if folder is None:
             return answer_json({"state": "gone", "error": NOT_FOUND})
@@ -191,7 +196,12 @@ class FolderFiles:
             return answer_text("from and count are numbers of files.", 400)
 
     def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
-        """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
+        """Return a part of a folder's files as JSON values.
+
+        Raises:
+            OSError: If the folder cannot be read.
+            ValueError: If `from` or `count` is not a number.
+        """
         part = read_part(query)
         names = list_names(folder)
         uncaptioned = list_uncaptioned(folder, names)
@@ -214,7 +224,7 @@ class FolderFiles:
         return all(word in text for word in words)
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the facts of a file that the page shows."""
+        """Return the JSON values of a file that the page shows."""
         info = self.facts(folder / name)
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not info.fault
@@ -240,7 +250,7 @@ class FolderFiles:
         }
 
     def facts(self, path: Path) -> HeaderInfo:
-        """Return facts of a file's header; they are read once."""
+        """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
             return HeaderInfo(
                 None, None, None, fault=say("it is gone, or leads outside the folders that are shown")
@@ -256,7 +266,10 @@ class FolderFiles:
         return self._facts[key]
 
     def count_unreadable(self, folder: Path) -> int:
-        """Return how many files of a folder cannot be read; 0 if it has more than MAX_COUNTED."""
+        """Return the number of files that cannot be read.
+
+        0 for a folder with more than MAX_COUNTED files.
+        """
         return len(self.list_unreadable(folder))
 
     def list_unreadable(self, folder: Path) -> list[str]:
@@ -270,7 +283,7 @@ class FolderFiles:
         return [name for name in names if self.facts(folder / name).fault != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
-        """Return the caption of a file, and whether it can be edited here, else the reason."""
+        """Return the caption of a file, and the reason if it cannot be edited on this page."""
         path = find_caption_file(folder, name)
         if path.is_symlink() and not self.runs.is_below(path):
             return caption_values(say("It cannot be read: it is a link that leads outside"))
@@ -278,7 +291,7 @@ class FolderFiles:
         return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
-        """Save or undo the caption of a file; the body has what, have, and text to save."""
+        """Save or undo the caption of a file; the body has what, have, and the text to save."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())
@@ -292,7 +305,7 @@ class FolderFiles:
         return answer_json({"error": message, "file": self.show(folder, name)}, status)
 
     def _write_caption(self, folder: Path, name: str, query: Mapping[str, Any]) -> tuple[int, str]:
-        """Return the status and the message of a request to write a caption."""
+        """Return the HTTP status and the message for a request to write a caption."""
         path = find_caption_file(folder, name)
         if path.is_symlink():
             if not self.runs.is_below(path):
@@ -317,7 +330,7 @@ class FolderFiles:
         return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
 
     def show_image(self, request: Request) -> Response:
-        """Return a small picture of a picture or clip below the roots."""
+        """Answer with a small image of an image or clip below the roots."""
         path = Path(request.query_params.get("path", ""))
         is_media = path.suffix.lower() in SHOWN and path.is_absolute()
         try:
@@ -345,7 +358,7 @@ def _read_info(path: Path) -> HeaderInfo:
 
 
 def picture_address(path: Path) -> str | None:
-    """Return the address of a small picture of a file; None if it is gone."""
+    """Return the address of a small image of a file; None if the file has been removed."""
     try:
         stamp = path.stat().st_mtime_ns
     except OSError:
@@ -354,7 +367,7 @@ def picture_address(path: Path) -> str | None:
 
 
 def file_routes(files: FolderFiles) -> list[Route]:
-    """Return the routes of the rows of a folder."""
+    """Return the routes of a folder's rows."""
     return [
         Route("/new/picture", files.show_image),
         Route("/new/rows/{place}/items", files.show_items),

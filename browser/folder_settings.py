@@ -1,6 +1,6 @@
-"""All settings of a described folder, on the page New: a table of all options of run.toml, and three texts.
+"""All settings of a described folder, on the page New: a table of the options in run.toml, and three texts.
 
-The options and their helps come from the training script's own --help, printed as JSON by a process.
+The options and their help come from the training script's own --help, printed as JSON by a process.
 """
 
 import functools
@@ -66,13 +66,13 @@ class Setting(DescribedOption):
 
     @property
     def about(self) -> Words:
-        """Return the first sentence of the help, which has a translation."""
+        """First sentence of the help text, which has a translation."""
         return say(re.split(r"(?<!e\.g)\. ", self.help)[0])
 
     def convert(self, text: str) -> Any:
-        """Return the TOML value that a typed text stands for. Raises OptionError for an open quote.
+        """Return the TOML value of a typed text. Raises OptionError if a quote is not closed.
 
-        A text that is no number or no choice becomes a text: the script explains what it takes.
+        A text that is not a valid number or choice stays a text: the script's error explains what it accepts.
         """
         if self.kind == "switch" and text in ("true", "false"):
             return text == "true"
@@ -92,7 +92,7 @@ class Setting(DescribedOption):
 
 @dataclass(frozen=True)
 class SettingRow:
-    """A row of the table: a key, its value in the file, and what `new` chose."""
+    """A row of the table: a key, its value in the file, and the value that `new` chose."""
 
     key: str  # as the file spells it
     setting: Setting | None  # None: no option of the script has this name
@@ -103,11 +103,12 @@ class SettingRow:
 
     @property
     def is_changed(self) -> bool:
+        """Whether the value in the file differs from what `new` chose; False if that is not known."""
         return self.chosen is not None and self.chosen != self.text
 
     @property
     def choices(self) -> list[str]:
-        """Return the choices of a setting, with the present value; empty if it is typed."""
+        """Choices of the setting, with the current value; empty if the value is typed."""
         if self.setting is None or self.setting.is_list:
             return []
         choices = ["true", "false"] if self.setting.kind == "switch" else list(self.setting.choices)
@@ -118,7 +119,7 @@ class SettingRow:
 
 @functools.lru_cache(maxsize=64)
 def read_settings(script: str) -> Sequence[Setting]:
-    """Return all options of a training script. Raises OptionError if it is no script with options."""
+    """Return all options of a training script. Raises OptionError if it is not a script with options."""
     table = find_table(find_script(script))
     if table is None:
         raise OptionError(f"{script}: there is no such script")
@@ -150,12 +151,18 @@ def _is_simple(value: Any) -> bool:
 def list_rows(
     text: str, settings: Sequence[Setting], chosen_text: str | None, dataset: DatasetKeys | None = None
 ) -> list[SettingRow]:
-    """Return all rows: the keys of the file in its order, then all other options in that of the help.
+    """Return all rows: the keys of the file in its order, then all other options in the order of the help.
 
-    Options that have no effect with the folder's dataset are the last.
+    Options that have no effect with the folder's dataset come last.
 
-    text: of run.toml. chosen_text: as `new` would write it; None if that is not known. dataset: None if its
-    file cannot be read. Raises ValueError.
+    Args:
+        text: Text of run.toml.
+        settings: All options of the training script.
+        chosen_text: The run.toml that `new` would write; None if that is not known.
+        dataset: Keys of dataset.toml; None if that file cannot be read.
+
+    Raises:
+        ValueError: If a text is not TOML.
     """
     explain = (lambda name: "") if dataset is None else dataset.explain_unused
     by_flag = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
@@ -192,17 +199,20 @@ def _show_chosen(values: Mapping[str, Any] | None, key: str) -> str | None:
 
 
 def name_field(key: str) -> str:
-    """Return the name of the field of a row."""
+    """Return the name of a row's form field."""
     return f"set {key}"
 
 
 def name_dataset_field(key: str) -> str:
-    """Return the name of the field of a key of dataset.toml."""
+    """Return the name of the form field for a key of dataset.toml."""
     return f"dataset {key}"
 
 
 def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
-    """Return the keys of a dataset.toml; None if it is not there or not TOML, which its own text says."""
+    """Return the keys of a dataset.toml.
+
+    None if it is missing or not TOML, which its own text box reports.
+    """
     if draft.content is None:
         return None
     try:
@@ -212,9 +222,13 @@ def read_dataset_keys(draft: DraftFile) -> DatasetKeys | None:
 
 
 def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]) -> str:
-    """Return run.toml with what was typed into the table. rows: of the same text.
+    """Return run.toml with what was typed into the table. `rows` are those of the same text.
 
-    Only keys whose text differs are changed; an emptied one is removed. Raises OptionError, ValueError.
+    Only keys whose text differs are changed; a key whose field was emptied is removed.
+
+    Raises:
+        OptionError: If a typed value cannot be read.
+        ValueError: If the text is not TOML.
     """
     changes: dict[str, Any] = {}
     for row in rows:
@@ -231,7 +245,7 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
 
 
 def read_chosen(lines: str) -> str | None:
-    """Return the run.toml in what `new --print_run` has printed; None if there is none."""
+    """Return the run.toml in the output of `new --print_run`; None if the output has none."""
     begin = lines.find(f"[{TRAINING_TABLE}]\n")
     end = lines.find(f"\n[{OTHERS_TABLE}]\n", begin)
     if begin < 0 or end < 0:
@@ -260,12 +274,13 @@ class SettingsView:
 
 
 class FolderSettingsPages:
-    """Show the settings of a folder, and save them."""
+    """Shows the settings of a folder, and saves them."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
+        """Return the settings of a folder; see `FolderPages`."""
         return self.answer(folder)
 
     def answer(
@@ -277,7 +292,11 @@ class FolderSettingsPages:
     ) -> Response:
         """Return the settings of a folder.
 
-        change: what a form would save. chosen_problem: why it cannot be found out what `new` chose.
+        Args:
+            folder: The described folder.
+            change: What a form would save; None without a form.
+            is_refused: Whether the answer explains a rejected request (status 422).
+            chosen_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
         view = self.view(folder, change or DraftChange(part=""))
         values = {
@@ -294,6 +313,7 @@ class FolderSettingsPages:
         return answer_template("folder_settings.html", RUN_FILE, values, is_refused)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
+        """Return the values that the template shows. Errors of reading are a part of them, never raised."""
         chosen = self.read_chosen_text(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -324,13 +344,17 @@ class FolderSettingsPages:
     def read_rows(
         self, text: str, chosen: str | None, dataset: DatasetKeys | None = None
     ) -> list[SettingRow]:
+        """Return the rows of a run.toml's text; see `list_rows`.
+
+        Raises OptionError if its script is unknown.
+        """
         return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
 
     def chosen_words(self, folder: Path) -> list[str]:
-        """Return the command that makes the run.toml of a folder again, and only prints it.
+        """Return the command that only prints what `new` would write into a folder's run.toml.
 
-        It is the command with which a page described the folder, or what the files say if a terminal did that
-        since.
+        It is the command with which a page described the folder. If a terminal has described it since, the
+        command is derived from the files.
         """
         described = read_described(folder)
         words = make_new_words(NewForm.of_described(described, self.site.models), self.site.models)
@@ -342,7 +366,7 @@ class FolderSettingsPages:
         return [*(word for word in words if word != "--overwrite"), "--print_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
-        """Return the run.toml text that `new` chose for a folder; None if it is not known (any more)."""
+        """Return the run.toml that `new` chose for a folder; None if it is not, or no longer, known."""
         job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
         if job is None or job.code != 0:
             return None
@@ -354,7 +378,7 @@ class FolderSettingsPages:
             return None
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Show what a form would save, save it, or find out what `new` chose."""
+        """Show what a form would save, save it, or determine what `new` chose."""
         if what == CHOSEN:
             return self.ask_chosen(folder)
         part = fields.get("part", TABLE)
@@ -389,10 +413,16 @@ class FolderSettingsPages:
     def with_batch(
         self, folder: Path, texts: Mapping[DraftFile, str], fields: Mapping[str, str]
     ) -> Mapping[DraftFile, str]:
-        """Return the texts of a save with the pictures of a step, which dataset.toml has.
+        """Return the texts to save, with the batch size written into dataset.toml if it was changed.
 
-        texts: of run.toml. Raises ChangedMeanwhileError if dataset.toml is not what the page was made from,
-        OptionError for what is no number.
+        Args:
+            folder: The described folder.
+            texts: The new text of run.toml.
+            fields: Fields of the form.
+
+        Raises:
+            ChangedMeanwhileError: If dataset.toml has changed since the page was made.
+            OptionError: If the batch size is not a number.
         """
         typed = fields.get(name_dataset_field(BATCH), "").strip()
         before = fields.get(f"{name_dataset_field(BATCH)} before", "")
@@ -409,7 +439,7 @@ class FolderSettingsPages:
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
     ) -> Response:
-        """Return the page of the current file, with the text that was typed for the earlier one."""
+        """Return the page of the current file, with the text that was typed for its earlier content."""
         typed = fields.get("text")
         base = fields.get("base", "")
         now = describe_difference(base, present.text)
@@ -431,7 +461,7 @@ class FolderSettingsPages:
         return self.answer(folder, change, is_refused=True)
 
     def ask_chosen(self, folder: Path) -> Response:
-        """Start the process that makes run.toml again."""
+        """Start the process that prints the run.toml that `new` would write."""
         try:
             words = self.chosen_words(folder)
             job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))

@@ -1,4 +1,4 @@
-"""Run a tool on a folder for a page: a try in the background, the whole in the queue, stopped, continued."""
+"""Run a tool on a folder for a page: try it in the background, run it in the queue, stop and continue it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,18 @@ def find_tool_job(jobs: Sequence[Job], folder: Path, script: str) -> Job | None:
 
 @dataclass(frozen=True)
 class FolderTool:
-    """A tool and its jobs. kind: of its background jobs, which try it."""
+    """A tool and its jobs in folders. `kind` names the background jobs that try it."""
 
     site: Site
     script: str
     kind: str
 
     def find_job(self, folder: Path) -> Job | None:
+        """Return the newest job of the queue that runs the tool in a folder; None if there is none."""
         return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
     def stand(self, folder: Path) -> dict[str, Any]:
-        """Return the values for the part of a page that shows the try and the job of a folder."""
+        """Return the values for the part of a page that shows a folder's try and its job."""
         trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
             "trying": trying,
@@ -42,9 +43,10 @@ class FolderTool:
         }
 
     def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
-        """Do what a button asks for: try, write, stop or go_on; return whether there is such a button.
+        """Do what a button requests (try, write, stop, go_on), and return whether that button exists.
 
-        make_words: returns the command, whether it only tries or not. Raises UserError.
+        `make_words` returns the command line; its argument says whether the tool only tries. Raises UserError
+        if the command cannot be started.
         """
         match what:
             case "try":
@@ -61,7 +63,7 @@ class FolderTool:
         return True
 
     def start(self, folder: Path, words: Sequence[str]) -> None:
-        """Put the tool into the queue. Raises UserError, also if it is there already."""
+        """Add the tool to the queue. Raises UserError, also if it is already in the queue."""
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
             raise OptionError(
@@ -70,7 +72,7 @@ class FolderTool:
         self.site.queue.add_and_begin(words, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
-        """Stop the try and the job of a folder; what waits is taken out of the queue. Raises UserError."""
+        """Stop the try and the job of a folder; a waiting job is removed from the queue. Raises UserError."""
         self.site.background_jobs.stop(name_background_job(self.kind, folder))
         job = self.find_job(folder)
         if job is not None and job.state == RUNNING:
@@ -79,7 +81,7 @@ class FolderTool:
             self.site.queue.remove(job.id)
 
     def go_on(self, folder: Path) -> None:
-        """Let a job that was stopped or died wait again: the tool leaves out what it has done."""
+        """Queue a stopped or failed job again; the tool skips what it has already done."""
         job = self.find_job(folder)
         if job is None or job.state not in ENDED or job.state == FINISHED:
             raise OptionError(say("There is nothing to continue."))

@@ -1,4 +1,4 @@
-"""List the folders below the roots that hold clips, pictures or sounds, and take files into new ones."""
+"""List the folders below the roots that hold clips, images or audio, and add files to new folders."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ NOT_MEDIA = re.compile(
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Hold what the list of folders says of one: counts of its files, without those of subfolders."""
+    """Row of the list of folders: counts of a folder's files, without those of its subfolders."""
 
     path: Path
     pictures: int
@@ -51,7 +51,7 @@ class MediaFolder:
 
     @property
     def problem(self) -> str:
-        """Return the reason why no page can name the folder; empty if one can."""
+        """Reason why no page can name the folder; "" if a page can."""
         reason = bad_character(str(self.path))
         return (
             "" if reason is None else say("Its name, or that of a folder around it, is not UTF-8: rename it.")
@@ -59,7 +59,7 @@ class MediaFolder:
 
     @property
     def words(self) -> str:
-        """Return the counts in words: `12 clips, 3 without caption`."""
+        """The counts in words, such as `12 clips, 3 without caption`."""
         words = []
         if self.pictures:
             words.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
@@ -92,7 +92,7 @@ def list_media_folders(runs: Runs) -> list[MediaFolder]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield a folder and those below it, in the order of their names, without those of masks and links."""
+    """Yield a folder and its subfolders, sorted by name, without folders of masks and without links."""
     yield folder
     if not depth:
         return
@@ -149,9 +149,10 @@ def _has_text(entry: "os.DirEntry[str]") -> bool:
 
 
 def read_outer_folder(folder: Path) -> MediaFolder | None:
-    """Count the media in the folders of one that `new` takes whole; None if it is none.
+    """Count the media in the subfolders of a folder that `new` describes as one dataset.
 
-    It is described, or has folders with the names of image trainers, in it or in its folder img.
+    None if it is no such folder: it has to be described, or to have subfolders named as image trainers name
+    them (`10_name`), directly or in a subfolder `img`.
     """
     inside = folder / INSIDE
     inner = _read_inner(folder)
@@ -175,7 +176,7 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
 
 
 def _read_inner(folder: Path) -> list[MediaFolder]:
-    """Return the folders with media right below one."""
+    """Return the subfolders of a folder that hold media."""
     return [
         media_folder
         for path in itertools.islice(_walk(folder, 1), 1, None)
@@ -186,7 +187,7 @@ def _read_inner(folder: Path) -> list[MediaFolder]:
 def find_folder(runs: Runs, text: str) -> Path | None:
     """Return the real path of an existing folder below the roots; None for any other text.
 
-    text: an absolute path, or one that begins in the first root.
+    `text` is an absolute path, or a path relative to the first root.
     """
     try:
         path = find_typed(runs, text)
@@ -198,9 +199,13 @@ def find_folder(runs: Runs, text: str) -> Path | None:
 
 
 def find_typed(runs: Runs, text: str) -> Path | None:
-    """Return the path of an existing folder, wherever it is; None for any other text.
+    """Return the path of an existing folder anywhere on the machine; None for any other text.
 
-    text: as in `find_folder`. Raises ValueError, saying why, if no folder can have that name, and OSError.
+    `text` is as in `find_folder`.
+
+    Raises:
+        ValueError: With the reason, if no folder can have this name.
+        OSError: If the path cannot be resolved.
     """
     if not text.strip():
         return None
@@ -211,11 +216,11 @@ def find_typed(runs: Runs, text: str) -> Path | None:
 
 
 def is_closed(runs: Runs, folder: Path) -> bool:
-    """Return whether a folder below the roots, or one around it, is one that programs of ours write."""
+    """Return whether programs of this project write a folder, or a folder around it below the roots."""
     parts = folder.relative_to(real_path(runs.find_top(folder))).parts
     return any(is_written(part) for part in parts)
 
 
 def is_written(name: str) -> bool:
-    """Return whether a folder of this name is one that programs of ours write, in whatever capitals."""
+    """Return whether programs of this project write a folder of this name; case is ignored."""
     return NOT_MEDIA.fullmatch(fold_name(name)) is not None

@@ -1,4 +1,4 @@
-"""The page Generate: a form for a picture or clip, what is being made, and the results of all days."""
+"""The page Generate: a form for an image or clip, the state of render jobs, and the results of all days."""
 
 import functools
 import secrets
@@ -104,7 +104,7 @@ SEED_BITS = 32
 
 @dataclass(frozen=True)
 class GenerateForm:
-    """Contents of the fields of the page Generate."""
+    """Values of the fields of the page Generate."""
 
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
@@ -115,7 +115,7 @@ class GenerateForm:
 
     @classmethod
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
-        """Return the form that a page has sent."""
+        """Read the form from the fields of a request."""
         texts = {name: "".join(form[name]) for name in LABELS if name in form}
         chosen = form.get("lora", ())
         return cls(
@@ -139,7 +139,7 @@ class GenerateForm:
 
 
 class GeneratePages:
-    """Show the page Generate, and do what its buttons ask for."""
+    """Shows the page Generate, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -150,15 +150,22 @@ class GeneratePages:
 
     @property
     def results_folder(self) -> Path:
+        """Folder of new results, in the first root."""
         return self.site.runs.tops[0] / RESULTS
 
     @property
     def inputs(self) -> InputFolder:
+        """Folder of the images and clips that were dropped on the page."""
         return InputFolder(self.results_folder / INPUTS)
 
     # --- the page
 
     def show(self, request: Request) -> Response:
+        """Return the page with a filled form.
+
+        The form comes from the query if it has fields; otherwise from the draft named in the query or,
+        failing that, from the newest draft.
+        """
         fields = read_query(request)
         draft = "".join(fields.pop("draft", ()))
         run = "".join(fields.pop("run", ()))
@@ -178,7 +185,7 @@ class GeneratePages:
         )
 
     def answer_refilled(self, form: GenerateForm, draft: str) -> Response:
-        """Return the page with the form for the source that was chosen in it."""
+        """Return the page after another source was selected, with the form adapted to that source."""
         try:
             return self.answer(self.refill(form), draft=draft)
         except (UserError, OSError) as reason:
@@ -189,8 +196,12 @@ class GeneratePages:
     ) -> Response:
         """Return the page with a filled form.
 
-        error: a message to show. is_new: show what the recipe usually has. draft: that holds the form. said:
-        a message that is no error.
+        Args:
+            form: Values of the fields.
+            error: Error message to show.
+            is_new: Fill the empty fields with the defaults of the recipe.
+            draft: Name of the draft that holds the form.
+            message: Message to show that is not an error.
         """
         problem = error
         recipe = None
@@ -262,13 +273,15 @@ class GeneratePages:
         }
 
     def show_work(self, _: Request) -> Response:
-        """Return the part of the page about render jobs alone, for a page that asks every second."""
+        """Answer with the part of the page about render jobs, which the page requests every second."""
         return self.answer_work()
 
     def answer_work(self, error: str = "", on_its_way: str = "") -> Response:
         """Return the part of the page about render jobs.
 
-        error: why nothing was done. on_its_way: what will be made.
+        Args:
+            error: Reason why the request was not carried out.
+            on_its_way: What will be generated, in words.
         """
         values = {
             **self.work_values(),
@@ -280,7 +293,7 @@ class GeneratePages:
         return answer_template("generate_work.html", say("Generate"), values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
-        """Return the newest preview; nothing if it was removed just now, as the next poll says."""
+        """Answer with the newest preview; empty if it has just been removed, which the next poll reports."""
         preview = self.render_worker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
@@ -292,7 +305,7 @@ class GeneratePages:
             return Response(status_code=204)
 
     def show_input(self, request: Request) -> Response:
-        """Return a picture that was dropped, by its name."""
+        """Answer with a dropped image, by its name."""
         path = self.inputs.folder / request.path_params["name"]
         kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
         kind = kinds.get(path.suffix)
@@ -303,7 +316,7 @@ class GeneratePages:
     # --- sources
 
     def list_sources(self) -> dict[str, list[tuple[str, str]]]:
-        """Return the runs and models to generate with, by title of their group: field values and names."""
+        """Return the runs and models to generate with: field value and name of each, grouped by a title."""
         groups: dict[str, list[tuple[str, str]]] = {
             say("Runs"): [],
             say("Models on disk"): [],
@@ -321,10 +334,14 @@ class GeneratePages:
 
     @staticmethod
     def first_source(sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+        """Return the field value of the first source in the first group; "" if there is none."""
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> ModelRecipe:
-        """Return the recipe of a source. Raises OptionError if there is none, OSError for a lost history."""
+        """Return the recipe of a source.
+
+        Raises OptionError if there is none, OSError if its history is gone.
+        """
         if not source:
             raise OptionError(say("Model: choose one."))
         kind, _, name = source.partition(" ")
@@ -346,7 +363,7 @@ class GeneratePages:
         return make_model_recipe(model, self.site.models, Path.cwd())
 
     def refill(self, form: GenerateForm) -> GenerateForm:
-        """Return the form for another source: what was written and the seed stay, the rest is its own."""
+        """Return the form for another source: prompts and seed stay, other fields get its defaults."""
         recipe = self.find_recipe(form.source)
         default = make_default_form(form.source, recipe, self.run_loras.list_rows(recipe))
         texts = dict(default.texts)
@@ -362,7 +379,7 @@ class GeneratePages:
     def make_render_request(
         self, recipe: ModelRecipe, form: GenerateForm, rows: Sequence[LoraRow]
     ) -> RenderRequest:
-        """Return the render job that a form describes."""
+        """Return the render request that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
             texts["redraw"] = texts["redraw"] or texts["start"]  # of a result: start from this
@@ -388,14 +405,14 @@ class GeneratePages:
         )
 
     def format_command_line(self, render_request: RenderRequest, form: GenerateForm) -> str:
-        """Return the command that the form stands for, as text."""
+        """Return the command line that gives the same result as the form."""
         words = render_request.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
             words += [find_flag("num_videos", render_request.recipe.defaults), form.count.strip()]
         return format_command(words, render_request.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
-        """Do what a button asks for."""
+        """Do what a button requests."""
         what = request.path_params["what"]
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
@@ -431,15 +448,15 @@ class GeneratePages:
         return self.answer_pressed(on_its_way=on_its_way)
 
     def answer_pressed(self, error: str = "", on_its_way: str = "") -> Response:
-        """Return the same part after a button was pressed. For its arguments see `answer_work`."""
+        """Return the part about render jobs after a button was pressed; arguments as in `answer_work`."""
         response = self.answer_work(error, on_its_way)
         response.headers["hx-trigger"] = "render_added"
         return response
 
     def make(self, form: GenerateForm) -> str:
-        """Note the render jobs of a form, and return what will be made, in words.
+        """Add the render jobs of a form to the queue, and return in words what will be generated.
 
-        Raises OptionError if they cannot be made.
+        Raises OptionError if the form is not valid.
         """
         recipe = self.find_recipe(form.source)
         self.run_loras.refresh()
@@ -472,7 +489,7 @@ class GeneratePages:
         )
 
     def _check_paths(self, render_request: RenderRequest) -> None:
-        """Raise OptionError for a picture outside the roots that the model's own command does not name."""
+        """Raise OptionError if an image is outside the roots and not in the model's own command."""
         named = {*render_request.recipe.paths}
         paths = [
             *render_request.references,
@@ -489,7 +506,7 @@ class GeneratePages:
                 )
 
     def _check_lora_file(self, recipe: ModelRecipe, form: GenerateForm) -> None:
-        """Raise OptionError for a typed LoRA outside the folders of this page, or that is no LoRA file."""
+        """Raise OptionError if a typed LoRA lies outside the folders of this page or is not a LoRA file."""
         text = without_quotes(form.texts.get("lora_file", "").strip())
         if not text:
             return
@@ -510,7 +527,7 @@ class GeneratePages:
     # --- dropped files
 
     def receive(self, answer: Callable[[Path, str], Response]) -> Callable[[Request], Awaitable[Response]]:
-        """Return a handler that receives a file, and hands it and its name to `answer`."""
+        """Return a handler that stores an uploaded file and passes its path and name to `answer`."""
 
         async def handle(request: Request) -> Response:
             name = request.query_params.get("name", "")
@@ -523,12 +540,12 @@ class GeneratePages:
         return handle
 
     def keep_input(self, path: Path, name: str) -> Response:
-        """Keep a picture or clip to start from, and return its path."""
+        """Keep an uploaded image or clip as a start image, and answer with its path."""
         kept = self.inputs.keep(path, name)
         return answer_json({"path": str(kept), "address": add_root(f"/generate/input/{kept.name}")})
 
     def read_dropped(self, path: Path, name: str) -> Response:
-        """Fill a form with the settings of a file, and return the address of the page with it."""
+        """Fill a form with the settings in a dropped file, and answer with the address of its page."""
         try:
             tags = read_file_tags(path, Path(name).suffix)
         finally:
@@ -540,7 +557,7 @@ class GeneratePages:
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 
     def fill_form(self, found: DroppedSettings) -> GenerateForm:
-        """Return the form for settings of a file. Raises OptionError if there is no model for it."""
+        """Return the form for the settings of a file. Raises OptionError if no source has their model."""
         sources = self.list_sources()
         source = self._select_source(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
@@ -554,7 +571,7 @@ class GeneratePages:
         return GenerateForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
     def describe_filling(self, found: DroppedSettings, form: GenerateForm) -> str:
-        """Return the program whose settings fill the form, and the settings that do not fit, in words."""
+        """Describe which program's settings fill the form, and which of them do not fit."""
         sentences = [say("Filled with the settings of a file that %(program)s made.", program=found.program)]
         recipe = self.find_recipe(form.source)
         if not found.family:
@@ -578,9 +595,9 @@ class GeneratePages:
         return join(" ", sentences)
 
     def _select_source(self, found: DroppedSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-        """Return the source whose model is the one of a file; empty if there is none.
+        """Return the source with the model of a file; "" if there is none.
 
-        Of several the one with the LoRAs counts, then a run, then a model on disk.
+        Of several sources, one with the file's LoRAs is preferred, then a run, then a model on disk.
         """
         best = ("", -1)
         for group in sources.values():
@@ -591,7 +608,7 @@ class GeneratePages:
         return best[0]
 
     def _rate_source(self, found: DroppedSettings, source: str) -> int:
-        """Return a score for the fit of a source to settings; below 0 if it does not fit."""
+        """Return how well a source fits the settings of a file; below 0 if it does not fit."""
         kind, _, name = source.partition(" ")
         if not found.family:
             return -1
@@ -619,7 +636,7 @@ class GeneratePages:
 
 @functools.cache
 def list_default_negatives() -> frozenset[str]:
-    """Return the negative prompts that the commands of released models have."""
+    """Return the negative prompts in the commands of released models."""
     negatives = set()
     for model in model_sets():
         options = group_options(shlex.split(model.commands.get("generate", "")))
@@ -628,7 +645,7 @@ def list_default_negatives() -> frozenset[str]:
 
 
 def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> GenerateForm:
-    """Return the form that a source usually has."""
+    """Return the form of a source with the recipe's defaults."""
     chosen = select_default_loras(recipe, rows)
     return GenerateForm(
         source=source,
@@ -639,13 +656,13 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
 
 
 def needs_mention(render_job: RenderJob) -> bool:
-    """Return whether a render job that has ended is in the page: it was not made, or its script warned."""
+    """Return whether the page shows an ended render job: it failed, or its script printed warnings."""
     has_ended = render_job.state not in ("waiting", "running")
     return has_ended and (render_job.state != "finished" or bool(render_job.warnings))
 
 
 def describe_ended(ended: Sequence[RenderJob]) -> str:
-    """Return the outcome of the newest of some ended render jobs, in words; empty without any."""
+    """Describe the outcome of the newest of several ended render jobs; "" if there are none."""
     if not ended:
         return ""
     newest = ended[0]
@@ -656,7 +673,7 @@ def describe_ended(ended: Sequence[RenderJob]) -> str:
 
 
 def describe_loading(recipe: ModelRecipe | None) -> str:
-    """Return a note on the files to load before a recipe can be made; empty if there are none."""
+    """Return a note about files to download before a recipe can be used; "" if there are none."""
     if recipe is None or not recipe.missing:
         return ""
     if recipe.missing[0].startswith("--"):
@@ -673,9 +690,9 @@ def describe_loading(recipe: ModelRecipe | None) -> str:
 
 
 def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
-    """Return the texts in a received file. suffix: of the name that it had.
+    """Return the metadata texts of an uploaded file. `suffix` is that of its original name.
 
-    Raises OptionError if it is neither a picture, a clip nor a sound.
+    Raises OptionError if the file is not an image, a clip or an audio file.
     """
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
@@ -692,7 +709,10 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
 
 
 def select_seeds(form: GenerateForm) -> list[str]:
-    """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
+    """Return the seed of each result that a form requests.
+
+    Raises OptionError if seed or count is not valid.
+    """
     seed = form.texts.get("seed", "").strip()
     if seed and not (seed.isdecimal() and len(seed) < 20):
         raise OptionError(

@@ -1,4 +1,4 @@
-"""Say whether there is a token for the hub, without reading its text."""
+"""Describe whether there is a token for the Hugging Face Hub, without reading it."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ TOKENS = "https://huggingface.co/settings/tokens"
 
 
 def describe_login() -> str:
-    """Return one sentence about the login at the hub."""
+    """Return one sentence about the login at the Hugging Face Hub."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return say("HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it.")
     for name in VARIABLES:

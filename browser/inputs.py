@@ -1,4 +1,4 @@
-"""Take pictures and clips that are dropped on a page: judged by their content, kept below a root."""
+"""Take images and clips that are dropped on a page: identified by their content, kept below a root."""
 
 import contextlib
 import hashlib
@@ -23,15 +23,21 @@ CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # by the first name 
 
 
 class InputFolder:
-    """The folder that holds the files that somebody has dropped."""
+    """Folder of the files that were dropped on the page Generate."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     async def receive(self, chunks: AsyncIterator[bytes], name: str) -> Path:
-        """Write what arrives to a temporary file, and return it. name: of the dropped file, for messages.
+        """Write an upload to a temporary file, and return its path.
 
-        Raises OptionError if it is too large or there are too many, OutputError if it cannot be written.
+        Args:
+            chunks: Bytes of the file, as they arrive.
+            name: Name of the dropped file, for messages.
+
+        Raises:
+            OptionError: If the file is too large, or there are too many files.
+            OutputError: If the file cannot be written.
         """
         path = temporary_name(self.folder / "input")
         reject_writing(path)
@@ -56,9 +62,11 @@ class InputFolder:
         return path
 
     def keep(self, path: Path, name: str) -> Path:
-        """Give a received file its name, and return the new path; equal files are kept once.
+        """Give an uploaded file its final name, and return the new path.
 
-        name: that it had. Raises OptionError if it is neither a picture nor a clip.
+        A file that is there already is not repeated.
+
+        `name` is its original name. Raises OptionError if it is neither an image nor a clip.
         """
         try:
             suffix = find_suffix(path)
@@ -74,19 +82,19 @@ class InputFolder:
 
 
 def clean_name(name: str) -> str:
-    """Return a file's name without folders."""
+    """Return the name of a file without folders."""
     return re.split(r"[\\/]", name)[-1]
 
 
 def clean_stem(name: str) -> str:
-    """Return a file's name without folders, suffix and characters that a shell or a disk minds."""
+    """Return the name of a file without folders, suffix, and characters special to shells or disks."""
     stem = clean_name(name).rpartition(".")[0]
     words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
 
 
 def find_suffix(path: Path) -> str:
-    """Return the suffix that fits what a file holds. Raises OptionError if models here cannot read it."""
+    """Return the suffix that fits a file's content. Raises OptionError if no model can use such content."""
     with contextlib.suppress(MediaError):
         with DECODING, open_image(path) as image:
             kind = image.format or ""

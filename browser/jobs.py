@@ -1,4 +1,4 @@
-"""Keep a queue of command lines in a folder, and run them one after another."""
+"""Store a queue of command lines in a folder, and run them one after another."""
 
 import contextlib
 import json
@@ -61,12 +61,12 @@ STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # in S
 
 
 class StrangeJobsError(OutputError):
-    """Jobs wait in a queue that its user has neither typed nor started."""
+    """Raised if a queue holds waiting jobs that its user has neither typed nor started."""
 
 
 @dataclass
 class Job:
-    """Hold a command line and the state of its process when it was last read."""
+    """A command line of the queue, and the state of its process when it was last read."""
 
     id: int
     line: str  # as the text file has it
@@ -91,7 +91,7 @@ class Job:
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
-        """Return whether the process runs; for another machine's, whether its log still grows."""
+        """Return whether the process runs; on another machine, whether its log is still growing."""
         is_alive = is_living(process)
         if is_alive is not None:
             return is_alive
@@ -111,7 +111,7 @@ class Job:
         return None
 
     def as_row(self) -> dict[str, Any]:
-        """Return the values of the job that are stored."""
+        """Return the values of the job as they are stored."""
         row = {name: getattr(self, name) for name in STORED}
         for name in ("within", "typed"):
             if not row[name]:
@@ -120,16 +120,17 @@ class Job:
 
     @property
     def code_path(self) -> Path:
+        """File that receives the exit code of the job."""
         return self.log.with_suffix(".code")
 
     @property
     def words(self) -> list[str]:
-        """Return the words of the command in the line. Raises OptionError if it cannot be parsed."""
+        """Words of the command line. Raises OptionError if it cannot be parsed."""
         return launch.split_words(launch.command_part(self.line))
 
     @property
     def problem(self) -> str:
-        """Return the reason why the line would be refused; empty if it is accepted."""
+        """Reason why the queue would reject the command line; "" if it is accepted."""
         folder = Path(self.folder)
         try:
             launch.find_job_program(self.words, folder)
@@ -141,13 +142,13 @@ class Job:
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
     def reject_moved_limits(self) -> None:
-        """Raise OptionError if a link has taken the place of the folder that the job may write into."""
+        """Raise OptionError if a link has replaced the folder that the job may write into."""
         if self.within and str(real_path(Path(self.within))) != self.within:
             raise OptionError(f"{self.within} is a link to another place by now. Remove the link, then retry")
 
     @property
     def seconds(self) -> float:
-        """Return the seconds for which the job has been running, or ran until its end."""
+        """Seconds for which the job has been running, or for which it ran."""
         end = time.time()
         if self.state != RUNNING:
             with contextlib.suppress(OSError):
@@ -156,12 +157,12 @@ class Job:
 
     @property
     def born(self) -> float:
-        """Return the start of the job, in seconds since 1970; 0 before it, or if its file is damaged."""
+        """Start of the job in seconds since 1970; 0 if it has not started, or its file is damaged."""
         born = (self.process or {}).get("born")
         return float(born) if isinstance(born, (int, float)) and abs(born) < MAX_BORN else 0.0
 
     def last_lines(self, count: int = LAST_LINES) -> str:
-        """Return the last lines of the job's log; progress bars only with their last state."""
+        """Return the last lines of the job's log; of each progress bar, only its last state."""
         if self.log.is_symlink():  # to a file of somebody else
             return ""
         try:
@@ -176,7 +177,7 @@ class Job:
 
 @dataclass
 class _Book:
-    """Hold the content of both files of a queue."""
+    """Content of the two files of a queue: the users' text file, and the stored state of the jobs."""
 
     entries: list[str]  # of the text file: commands and other lines
     jobs: list[Job]
@@ -189,7 +190,7 @@ class _Book:
         return json.dumps(info, indent=1)
 
     def count_waiting(self) -> "Counter[str]":
-        """Return digests of the jobs that are to begin, with how often there is each."""
+        """Return how often each waiting job occurs, by the digest of its line."""
         return Counter(
             short_digest(json.dumps([job.line, job.folder, job.within, job.typed]), 16)
             for job in self.jobs
@@ -197,7 +198,10 @@ class _Book:
         )
 
     def find(self, number: int, *states: str) -> Job:
-        """Return a job by its number. Raises OptionError if it does not exist or is in another state."""
+        """Return a job by its number.
+
+        Raises OptionError if it does not exist, or is in none of the `states`.
+        """
         for job in self.jobs:
             if job.id == number and job.state in states:
                 return job
@@ -210,7 +214,7 @@ class _Book:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Put a job that is not running back into the queue, with this line."""
+        """Set a job that is not running back to waiting, with this line."""
         if job.place < 0:
             self.entries.append("")  # which is at -1
         self.entries[job.place] = f"{line}\n"
@@ -227,21 +231,21 @@ class _Book:
 
 @dataclass(frozen=True)
 class QueueNow:
-    """Hold the jobs of a queue, and who runs them, as they were at one time."""
+    """The jobs of a queue, and which process runs them, as read at one moment."""
 
     jobs: Sequence[Job]  # in the order of the text file
     worker: str  # as `JobQueue.worker`
 
 
 class JobQueue:
-    """Manage the job queue of a folder, whose text file users may edit too, and run the jobs if asked to.
+    """Manages the job queue of a folder, whose text file users may edit too, and runs the jobs on request.
 
     A line stays in the text file when its job begins, so that saving an older copy from an editor starts no
     job again. Lines are matched with jobs by their text: to repeat a command, add a second line or retry.
     """
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        """folder: holds the files of the queue; created when the first job is added."""
+        """Use the queue files in `folder`, which is created when the first job is added."""
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # why the last try to begin a job has failed
@@ -257,13 +261,13 @@ class JobQueue:
         return self._read_book().jobs
 
     def now(self) -> QueueNow:
-        """Return all jobs and the worker, for which the files are read once. Raises as `jobs` does."""
+        """Return all jobs and the worker with a single read of the files. Raises as `jobs`."""
         book = self._read_book()
         return QueueNow(book.jobs, self._find_worker(book))
 
     @property
     def worker(self) -> str:
-        """Return "here" if this process runs the jobs, "elsewhere" if another does; empty if none does."""
+        """Which process runs the jobs: "here" for this one, "elsewhere" for another, "" for none."""
         return "here" if self._worker is not None else self._find_worker(self._read_book())
 
     def _find_worker(self, book: _Book) -> str:
@@ -274,10 +278,17 @@ class JobQueue:
     def add(
         self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command of ours and return the number of its job.
+        """Append a command of this program, and return the number of its job.
 
-        folder: working folder of the command. within, typed: as those of `BackgroundJobs.start`. Raises
-        OptionError if it is not a command of ours or never ends, OutputError if the queue cannot be written.
+        Args:
+            words: The command line.
+            folder: Working folder of the command.
+            within: Described folder whose limits apply, as in `BackgroundJobs.start`.
+            typed: Options that may send data despite the limits, as in `BackgroundJobs.start`.
+
+        Raises:
+            OptionError: If it is not a command of this program, or a command that never ends.
+            OutputError: If the queue cannot be written.
         """
         launch.find_job_program(words, folder)
         line = as_line(words)
@@ -292,7 +303,7 @@ class JobQueue:
     def add_and_begin(
         self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
-        """Append a command as `add` does, and run the jobs unless the queue is paused and not empty."""
+        """Append a command as `add` does, and run the jobs, unless the queue is paused and not empty."""
         others_wait = any(job.state == WAITING for job in self.jobs())
         number = self.add(words, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
@@ -300,7 +311,7 @@ class JobQueue:
         return number
 
     def move(self, number: int, by: int) -> None:
-        """Swap a waiting job with the next one (`by` 1) or the previous one (`by` -1), if it exists."""
+        """Swap a waiting job with the next (`by` 1) or the previous (`by` -1) job, if there is one."""
         with self._change() as book:
             job = book.find(number, WAITING)
             waiting = [candidate for candidate in book.jobs if candidate.state == WAITING]
@@ -322,7 +333,7 @@ class JobQueue:
                 path.unlink(missing_ok=True)
 
     def stop(self, number: int) -> None:
-        """Interrupt a running job as Ctrl-C does, so that it saves and ends; on the second call, kill it.
+        """Interrupt a running job as Ctrl-C does, so that it saves and ends; kill it on the second call.
 
         Raises OutputError if it runs on another machine.
         """
@@ -367,15 +378,20 @@ class JobQueue:
 
     @property
     def is_open(self) -> bool:
-        """Return whether the user has started the queue here and not paused it since, with any server."""
+        """Return whether the user has started the queue here, with any server, and not paused it since."""
         known = recall_queue(self.folder)
         return known is not None and known.is_open
 
     def begin_work(self, stays_open: bool = True, *, only_known: bool = False) -> None:
-        """Run the jobs one after another, in a thread. Raises OutputError if another process does.
+        """Run the jobs one after another in a thread.
 
-        stays_open: the next server of these folders continues it. only_known: raise StrangeJobsError if a job
-        waits that the user has neither typed nor started on a page.
+        Args:
+            stays_open: The next server of these folders continues the queue.
+            only_known: Refuse to start if a job waits that the user has neither typed nor started on a page.
+
+        Raises:
+            OutputError: If another process runs the jobs.
+            StrangeJobsError: If `only_known` is set and there is a job that the user does not know.
         """
         if self._worker is not None:
             return
@@ -397,7 +413,10 @@ class JobQueue:
         self._worker.start()
 
     def end_work(self, pauses: bool = False) -> None:
-        """Start no further jobs; a running one continues. pauses: nor does the next server start any."""
+        """Start no more jobs; a running job continues.
+
+        With `pauses`, the next server does not start any either.
+        """
         worker = self._worker
         self._worker = None
         if worker is None:
@@ -423,7 +442,7 @@ class JobQueue:
                     self.problem = str(error)
 
     def start_next(self) -> None:
-        """Start the first waiting job, if none runs. Raises OutputError if it has to wait."""
+        """Start the first waiting job, unless a job is running. Raises OutputError if it cannot start now."""
         if self._child is not None and self._child.poll() is not None:
             self._child = None
         if self._read_book().next() is None:
@@ -459,7 +478,7 @@ class JobQueue:
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[_Book]:
-        """Yield the content of both files, and write what the block has changed."""
+        """Yield the content of both files, and write the changes that the block makes."""
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
         with explain_errors(self.folder / QUEUE):
@@ -478,10 +497,11 @@ class JobQueue:
                 self._remember(book.count_waiting(), before)
 
     def _remember(self, waiting: "Counter[str]", before: "Counter[str]") -> None:
-        """Remember the jobs that wait as far as the user knows them: those that were added with a button,
-        and those that came into the text file while a queue worked that the user had started.
+        """Remember the waiting jobs that the user knows.
 
-        waiting, before: after and before a change, as `_Book.count_waiting`.
+        These are the jobs that were added with a button, and the jobs that came into the text file while a
+        queue ran that the user had started. `before` and `waiting` are counts of `_Book.count_waiting` before
+        and after a change.
         """
         known = recall_queue(self.folder)
         earlier = KnownQueue(is_open=False, jobs=Counter()) if known is None else known
@@ -507,7 +527,7 @@ class JobQueue:
             )
 
     def _read_files(self) -> tuple[_Book, str]:
-        """Return the content of both files, and the text of STATE."""
+        """Return the content of both files, and the text of the state file."""
         stored_text = _read_or_empty(self.folder / STATE) or _Book([], [], 0, None).as_text()
         try:
             stored = parse_json(stored_text)
@@ -539,9 +559,9 @@ class JobQueue:
         return entries
 
     def _match_jobs(self, book: _Book, jobs: Sequence[Job]) -> None:
-        """Put jobs into the order of their lines: first those that run or have ended without a line.
+        """Sort jobs by their lines: first running or ended jobs without a line, then one for each line.
 
-        jobs: as STATE has them. Lines without a job get a new one.
+        `jobs` are those of the state file. A line without a job gets a new one.
         """
         lines = _list_lines(book.entries)
         counts = Counter(lines.values())
@@ -571,7 +591,7 @@ class JobQueue:
 
 
 def _list_lines(entries: Sequence[str]) -> dict[int, str]:
-    """Return the command lines of the text file, by their place among the entries."""
+    """Return the command lines of the text file, by their index among its entries."""
     lines = {}
     for place, entry in enumerate(entries):
         line = entry.strip()
@@ -581,7 +601,7 @@ def _list_lines(entries: Sequence[str]) -> dict[int, str]:
 
 
 def _check_stored(stored: Any) -> None:
-    """Check the content of STATE. Raises ValueError, TypeError or LookupError if it is damaged."""
+    """Raise ValueError, TypeError or LookupError if the stored state is damaged."""
     numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
     for number in numbers:
         if type(number) is not int or not 0 <= number < MAX_JOBS:  # it names files
@@ -598,7 +618,7 @@ def may_still_write(job: Job) -> bool:
 
 
 def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
-    """Return the jobs that may still write files, for the check of a job behind them."""
+    """Return the jobs that may still write files; the check of a later job takes them into account."""
     earlier = []
     for job in filter(may_still_write, jobs):
         with contextlib.suppress(OptionError):  # a line by hand that will be refused makes nothing
@@ -607,7 +627,7 @@ def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
 
 
 def as_line(words: Sequence[str]) -> str:
-    """Return the words as a line of the text file. Raises OptionError if they would need several lines."""
+    """Return the words as one line of the text file. Raises OptionError if they contain line breaks."""
     line = shlex.join(words)
     if line.splitlines() != [line]:
         raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))
@@ -615,7 +635,7 @@ def as_line(words: Sequence[str]) -> str:
 
 
 def _find_line_folder(line: str) -> Path:
-    """Return the folder in which a line of the text file runs: this one, or that of its `cd`."""
+    """Return the folder in which a line of the text file runs: that of its `cd`, else the working folder."""
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()
@@ -627,7 +647,7 @@ def _find_line_folder(line: str) -> Path:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
+    """Return the queue of the first root. Raises OutputError if its folder is a link."""
     folder = runs.tops[0] / FOLDER
     for place in (folder, folder / LOGS, folder / RENDER_FOLDER):
         reject_link(place)
@@ -635,7 +655,7 @@ def open_queue(runs: Runs, read_only: bool) -> JobQueue:
 
 
 def reject_link(path: Path) -> None:
-    """Raise OutputError if a file or folder of the queue is a link to another place."""
+    """Raise OutputError if a file or folder of the queue is a link."""
     default = os.path.normcase(real_path(path.parent) / path.name)
     if os.path.normcase(real_path(path)) != default:
         raise OutputError(f"{path} is a link to another place. Remove the link")

@@ -1,7 +1,7 @@
-"""Remember which jobs of a queue this user has typed or started here, outside of the queue's folder.
+"""Remember which jobs of a queue this user has typed or started, in a file outside the queue's folder.
 
-The files of a queue prove nothing of that: they may have come with the folder, or have been written while no
-page of this user was open.
+The files of a queue cannot prove this: they may have come with the folder, or were written while no page of
+this user was open.
 """
 
 from collections import Counter
@@ -16,23 +16,31 @@ KIND = "queues"
 
 @dataclass(frozen=True)
 class KnownQueue:
-    """Remembered facts of a queue."""
+    """What is remembered about a queue."""
 
     is_open: bool  # the user has started it, and not paused it since
     jobs: Counter[str]  # digests of the waiting jobs that the user knows
 
 
 def remember_queue(folder: Path, is_open: bool, jobs: Iterable[str]) -> None:
-    """Remember a queue. folder: of its files; jobs: see `KnownQueue`.
+    """Remember a queue.
 
-    Without a place to keep it, a queue that was started stays paused after a restart.
+    If this cannot be stored, a queue that was started stays paused after a restart.
+
+    Args:
+        folder: Folder of the queue's files.
+        is_open: Whether the user has started the queue.
+        jobs: Digests of the waiting jobs that the user knows.
     """
     info = {"open": is_open, "jobs": sorted(jobs)}
     remember_info(KIND, folder, info)
 
 
 def recall_queue(folder: Path) -> KnownQueue | None:
-    """Return the remembered facts of a queue; None if another queue is in its place, or none are known."""
+    """Return what is remembered about a queue.
+
+    None if nothing is, or if the folder now holds another queue.
+    """
     try:
         info = recall_info(KIND, folder)
         return KnownQueue(info["open"] is True, Counter(map(str, info["jobs"])))

@@ -1,7 +1,7 @@
-"""Turn a command line into a program of ours, and run it so that it outlives the server.
+"""Turn a command line into a program of this project, and run it so that it outlives the server.
 
-`python -m browser.launch` is the process that waits for a job: it reads from standard input the program, the
-folder to run it in and the file for its exit code, and leads the group that the job's processes are in.
+`python -m browser.launch` is the process that runs a job: it reads from standard input the program, its
+working folder and the file for its exit code, and leads the process group of the job.
 """
 
 import contextlib
@@ -75,10 +75,10 @@ _find_commands = functools.cache(find_commands)
 
 
 def split_words(line: str) -> list[str]:
-    """Return the words of a command line; quotes group them, and a backslash escapes, but not on Windows.
+    """Return the words of a command line; quotes group words, and a backslash escapes (not on Windows).
 
-    Raises OptionError for characters that only a shell understands, an open quote, or a backslash that looks
-    like a separator of Windows paths.
+    Raises OptionError for characters that only a shell understands, for an open quote, and for a backslash
+    that looks like a separator in a Windows path.
     """
     mark = MARKS.search(QUOTED.sub("''", line))
     if mark:
@@ -119,7 +119,8 @@ def command_part(line: str) -> str:
 def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     """Return a line without a `cd FOLDER &&` at its start, and the folder that its command runs in.
 
-    folder: the working folder without that. Raises OptionError if it is not one folder that exists.
+    `folder` is the working folder of a line without `cd`. Raises OptionError if the named folder does not
+    exist.
     """
     match = CHANGE.fullmatch(line.strip())
     if match is None:
@@ -144,10 +145,15 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
 
 
 def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
-    """Return the command of ours that a line names, and the program to start, without a shell.
+    """Return the command of this project that a line names, and the program to start without a shell.
 
-    words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...` or `accelerate launch [options] SCRIPT
-    ...`. folder: its working folder. Raises OptionError, naming the word, for anything else.
+    Args:
+        words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
+            SCRIPT ...`.
+        folder: Working folder of the command.
+
+    Raises:
+        OptionError: Naming the word, for any other command.
     """
     for word in words:
         reason = bad_character(word)
@@ -174,9 +180,9 @@ def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:
-    """Return the number of words that `accelerate launch` and its options take.
+    """Return the number of words that `accelerate launch` and its options take up.
 
-    Raises OptionError for options and values that reach beyond this machine, or that are unknown.
+    Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
     place = 2
     while place < len(words) and words[place].startswith("-"):
@@ -260,11 +266,17 @@ def check_options(
     seconds: float = CHECK_SECONDS,
     checks_files: bool = True,
 ) -> list[str]:
-    """Raise OptionError, with the script's own message, if a command of ours refuses its options.
+    """Let a script check its options, and return its warnings about them.
 
-    Return its warnings about them. earlier: jobs before it; what they may make need not be there
-    yet. seconds: that the script may take; if it takes longer, nothing is said. checks_files: files that the
-    words name, and that the script opens only later, have to be there.
+    Args:
+        words: Command line of one of this project's scripts.
+        folder: Working folder of the command.
+        earlier: Jobs that run before it. Files that these may create need not exist yet.
+        seconds: Time limit for the check; a script that takes longer counts as accepted.
+        checks_files: Also require files that the script opens only later.
+
+    Raises:
+        OptionError: With the script's own message, if it rejects its options.
     """
     command, (python, *program) = find_program(words, folder)
     if any(word in HELP for word in words):
@@ -302,7 +314,7 @@ def check_options(
 
 
 def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
-    """Return what `check_options` asks of a job before another; None if it will be refused."""
+    """Return a job's command as `check_options` takes it for earlier jobs; None if it would be rejected."""
     with contextlib.suppress(OptionError):
         command, _ = find_program(words, folder)
         return EarlierJob(command.path.relative_to(ROOT), words, folder)
@@ -310,7 +322,7 @@ def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
 
 
 def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> bool:
-    """Return whether a script was refused for files alone that jobs before it may make."""
+    """Return whether a script failed only because of files that jobs before it may still create."""
     if not earlier or not NOT_THERE.search(message):
         return False
     values = {value for word in words for value in (word, word.rpartition("=")[2])} - {""}
@@ -319,9 +331,9 @@ def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequenc
 
 
 def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
-    """Raise OptionError for a command that never ends, or that reads what somebody types.
+    """Raise OptionError for a command that never ends, or that waits for typed input.
 
-    All jobs behind it would wait. words: of the line.
+    All jobs after it would have to wait.
     """
     if any(word in HELP for word in words):
         return
@@ -360,7 +372,7 @@ def _file_options() -> frozenset[str]:
 
 
 def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
-    """Raise OptionError for the first file that a command reads and that neither exists nor may be made."""
+    """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     option = BY_PLACE
     written = "--config_file" if "--output_config" in words else None
     for word in words:
@@ -382,9 +394,9 @@ def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJo
 
 
 def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
-    """Raise OptionError if the folder of `run` neither exists nor may be made. words: end with its options.
+    """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
 
-    Whether it is described is known when the job starts: a job before it may describe it.
+    Whether it is described is checked when the job starts, because a job before it may describe it.
     """
     script = next(
         place for place, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
@@ -403,7 +415,7 @@ def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[E
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
-    """Return the command of ours that a line begins with, and how many words its name takes."""
+    """Return the command of this project that a line begins with, and the number of words in its name."""
     word = "".join(words[:1])
     count = 1
     name = word
@@ -441,10 +453,14 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
 
 
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it.
+    """Start the process that waits for a job, in a process group of its own. It ends if it gets no job.
 
-    log: takes what it prints. variables: of the environment, for the job too. Raises OSError if the log is a
-    link.
+    Args:
+        log: File for the output.
+        **variables: Environment variables, for the job too.
+
+    Raises:
+        OSError: If the log is a link.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(handle, "ab") as file:
@@ -461,14 +477,17 @@ def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
 
 
 def send_job(waiting: "subprocess.Popen[bytes]", program: Sequence[str], folder: str, code: Path) -> None:
-    """Have a process of `prepare_process` start a program in a folder. code: file for the exit code."""
+    """Let a process of `prepare_process` run a program in a folder. `code` is the file for the exit code."""
     assert waiting.stdin is not None
     with contextlib.suppress(BrokenPipeError), waiting.stdin:
         waiting.stdin.write(json.dumps([program, folder, str(code)]).encode())
 
 
 def interrupt_processes(number: int) -> None:
-    """Send Ctrl-C to a job's group: a training saves and ends. number: of the process that waits."""
+    """Send Ctrl-C to a job's process group, so that a training saves and ends.
+
+    `number` is the id of the process that runs the job.
+    """
     with contextlib.suppress(OSError):  # it has just ended; on Windows, it is of another console
         if sys.platform == "win32":
             os.kill(number, signal.CTRL_BREAK_EVENT)
@@ -508,7 +527,10 @@ def main() -> None:
 
 
 def write_code(path: Path, code: int) -> None:
-    """Write the exit code of a job. On a full disk, no message of this hides what the job has said last."""
+    """Write the exit code of a job.
+
+    A full disk causes no message here: it would hide the job's last words.
+    """
     try:
         write_text(path, str(code))
     except OutputError:

@@ -1,4 +1,4 @@
-"""List the LoRA files of all runs that a model can take, and read from their headers what they are for."""
+"""List the LoRA files of all runs that a model can use, and read from their headers what they are for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ BOTH = "both"  # experts
 
 @dataclass(frozen=True)
 class LoraRow:
-    """A LoRA of the form: its file, or the files of both experts, and what is known of it."""
+    """A LoRA of the form Generate: its file, or the files of both experts, and what is known about it."""
 
     path: str
     title: str
@@ -37,15 +37,16 @@ class LoraRow:
 
     @property
     def name(self) -> str:
+        """Name of the file without its folder."""
         return Path(self.path).name
 
     @property
     def names(self) -> set[str]:
-        """Return the names of the files that hold its weights."""
+        """Names of all files with these weights."""
         return {self.name, *(Path(path).name for path in self.twins)}
 
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
-        """Return the row with its file as the recipe's command has it, and why it may not fit."""
+        """Return the row with the path that the recipe's command uses, and the reason if it may not fit."""
         task = "".join(recipe.fixed.get("--task", ()))
         reason = (
             say("trained for %(task)s, not %(task2)s", task=self.task, task2=task)
@@ -63,7 +64,10 @@ class LoraRow:
         return replace(self, reason=reason)
 
     def as_used(self, strength: str, expert: str, has_experts: bool) -> list[UsedLora]:
-        """Return the LoRA as a generation uses it. expert: BOTH, HIGH_NOISE or LOW_NOISE."""
+        """Return the LoRA as a generation uses it: one or two files, each with a strength and an expert.
+
+        `expert` is BOTH, HIGH_NOISE or LOW_NOISE.
+        """
         if not has_experts:
             return [UsedLora(self.path, strength)]
         used = []
@@ -75,14 +79,14 @@ class LoraRow:
 
 
 class RunLoras:
-    """Remember which runs have a command that generates, and their files, until the runs change."""
+    """Remembers which runs have a command that generates, and their files, until the runs change."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # by id: time, family, rows
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
-        """Read runs that have changed; return those that generate, with their labels, the newest first."""
+        """Read runs that have changed, and return the runs that generate with their labels, newest first."""
         with self.runs.lock:
             labeled = label_runs(self.runs.list_all())
             rows = {}
@@ -95,7 +99,7 @@ class RunLoras:
         return [(run, label) for run, label in labeled if rows[run.id][1]]
 
     def _read(self, run: RunSummary, label: str) -> tuple[str, list[LoraRow]]:
-        """Return the family of a run and its rows; no family if it has no command that generates."""
+        """Return the family and the rows of a run; no family if it has no command that generates."""
         try:
             source = compare.read_source(self.runs, run)
         except OSError:
@@ -124,6 +128,7 @@ class RunLoras:
         return source.family, rows[::-1]
 
     def find_run_family(self, run_id: str) -> str:
+        """Return the family of a run; "" if it is unknown or cannot generate."""
         known = self._rows.get(run_id)
         return "" if known is None else known[1]
 
@@ -164,15 +169,15 @@ class RunLoras:
         return rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
-        """Return a run that generates; None if there is none of this id. Raises OSError."""
+        """Return a run that generates; None if there is none with this id. Raises OSError."""
         run = self.runs.find(run_id)
         return None if run is None else compare.read_source(self.runs, run)
 
 
 def _find_other_networks(source: ComparableRun) -> set[str] | None:
-    """Return the names of a run's files that its command takes as something else than a LoRA.
+    """Return the names of a run's files that its command does not use as LoRAs.
 
-    None if all files are: the run has trained a control network, an embedding or a whole model.
+    None stands for all files: the run has trained a ControlNet, an embedding or a full model.
     """
     loras: set[str] = set()
     others: set[str] = set()
@@ -187,7 +192,7 @@ def _complete_path(recipe: ModelRecipe, path: str) -> str:
 
 
 def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
-    """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
+    """Return the strength and the expert of each LoRA in the recipe's command, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:
         for row in rows:
@@ -199,7 +204,7 @@ def select_default_loras(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[s
 
 
 def choose_expert(row: LoraRow, folder: Path) -> str:
-    """Return the expert that a LoRA is for, by its file."""
+    """Return the expert that a LoRA is for, according to its file."""
     if row.high_path:
         return BOTH
     name = row.name.lower().replace("-", "_")
@@ -211,7 +216,7 @@ def choose_expert(row: LoraRow, folder: Path) -> str:
 
 
 def check_family(path: Path, family: str) -> None:
-    """Raise OptionError if the header of a LoRA file says that it is of another family than a script's."""
+    """Raise OptionError if the header of a LoRA file names another family than that of a script."""
     texts = _read_texts(path)
     trained_on = read_family(texts)
     if trained_on is None:

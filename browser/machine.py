@@ -1,4 +1,4 @@
-"""The line below the links of every page: what runs now, the graphics cards, and free disk."""
+"""The line below the links of every page: what is running, the graphics cards, and free disk space."""
 
 import shutil
 import subprocess
@@ -47,6 +47,7 @@ class GraphicsCard:
 
     @property
     def words(self) -> str:
+        """Name, used and total memory, and temperature of the card, as far as known."""
         words = self.name
         if self.used_gib is not None and self.total_gib is not None:
             words += f", {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
@@ -54,17 +55,17 @@ class GraphicsCard:
 
 
 class CardReader:
-    """Ask the NVIDIA driver for the cards, once in a while. Without its program nothing is started."""
+    """Asks the NVIDIA driver for the cards every few seconds. Without nvidia-smi, it starts nothing."""
 
     def __init__(self, program: str | None) -> None:
-        """program: path of nvidia-smi, if there is one."""
+        """Use nvidia-smi at the path `program`; None if it is not installed."""
         self.program = program
         self._cards: list[GraphicsCard] = []
         self._next = 0.0  # when the driver is asked again
         self._lock = threading.Lock()
 
     def read(self) -> list[GraphicsCard]:
-        """Return the cards as they were when the driver was asked last. At most one call runs at a time."""
+        """Return the cards as the driver last reported them. At most one query runs at a time."""
         program = self.program
         if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
             return self._cards
@@ -80,7 +81,7 @@ class CardReader:
 
 
 def ask_driver(program: str) -> list[GraphicsCard]:
-    """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or takes long."""
+    """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or times out."""
     words = [program, QUERY, "--format=csv,noheader,nounits"]
     done = subprocess.run(
         words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
@@ -89,7 +90,7 @@ def ask_driver(program: str) -> list[GraphicsCard]:
 
 
 def read_cards(text: str) -> list[GraphicsCard]:
-    """Return the cards of a list of nvidia-smi; lines of another form are left out."""
+    """Parse the table of nvidia-smi; lines of another form are left out."""
     cards = []
     for line in text.splitlines():
         name, *cells = [cell.strip() for cell in line.rsplit(",", 3)]
@@ -109,7 +110,7 @@ def read_cards(text: str) -> list[GraphicsCard]:
 
 @dataclass(frozen=True)
 class RunningThing:
-    """Something that runs now, in words, and the page that shows it."""
+    """A running process in words, and the page that shows it."""
 
     text: str
     address: str
@@ -117,7 +118,7 @@ class RunningThing:
 
 @dataclass(frozen=True)
 class MachineInfo:
-    """Facts about this machine for the line on the page."""
+    """State of this machine, for the line on every page."""
 
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
@@ -128,7 +129,7 @@ class MachineInfo:
 
 @dataclass
 class MachineLine:
-    """Gather what the line says, and answer the pages that ask for it."""
+    """Collects what the line shows, and answers the pages that request it."""
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
@@ -137,11 +138,12 @@ class MachineLine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, _: Request) -> Response:
+        """Answer with the HTML of the line."""
         values = {"facts": self.read()}
         return answer_template("machine.html", "", values)
 
     def read(self) -> MachineInfo:
-        """Return the facts of a few seconds ago at most."""
+        """Return the state of the machine; it is at most a few seconds old."""
         with self._lock:
             if time.monotonic() >= self._next:
                 self._facts = self._gather()
@@ -165,7 +167,7 @@ class MachineLine:
         )
 
     def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return the processes on this machine: trainings, other jobs of the queue, results, downloads."""
+        """Return what runs on this machine: trainings, other jobs of the queue, render jobs, downloads."""
         runs = [run for run in all_runs if _is_running_here(run)]
         things = [_describe_run(run) for run in runs]
         things += self._list_jobs(runs)
@@ -186,7 +188,7 @@ class MachineLine:
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
-        """Return the running jobs that have no run of their own, and how many jobs a paused queue holds."""
+        """Return running jobs that have no run of their own, and the number of jobs in a paused queue."""
         try:
             now = self.site.queue.now()
         except UserError:  # the page of the queue tells it
@@ -210,9 +212,9 @@ class MachineLine:
 
 
 def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
-    """Return the runs that have ended in the last minutes: a key of each end, and name and state in words.
+    """Return the runs that ended in the last minutes: a key of each end, and name and state in words.
 
-    now: as `time.time` tells it.
+    `now` is the time in seconds since 1970.
     """
     return [
         (

@@ -1,4 +1,4 @@
-"""The form that has masks made for a folder, on the pages New and of a dataset."""
+"""The form that generates masks for a folder, on the pages New and Datasets."""
 
 import contextlib
 from collections.abc import Mapping
@@ -66,20 +66,24 @@ FORM = ToolForm(
 
 
 class MaskMakingPages:
-    """Show the form for the masks of a folder, and do what its buttons ask for."""
+    """Shows the form for the masks of a folder, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.tool = FolderTool(site, FORM.script, "trymasks")
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        """Return the form, or the part of it named in the query; see `FolderPages`."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", refused: str = "") -> Response:
         """Return the part of the page.
 
-        folder: of a described one, a folder with media in it is chosen by the form. texts: of the form.
-        part: of it, form or progress; "" is all. refused: why a button did nothing.
+        Args:
+            folder: The folder. If it is a described folder with several media folders, the form selects one.
+            texts: Values of the form's fields.
+            part: "form" or "progress"; "" for both.
+            refused: Reason why a button did nothing.
         """
         outer = find_open_folder(self.site.runs, texts.get("outer", "")) or folder
         folders = list_media_folders_of(self.site.runs, outer)
@@ -118,12 +122,15 @@ class MaskMakingPages:
         }
 
     def find_use(self, folder: Path) -> MaskUse | None:
-        """Return how the training uses the masks of a folder; None if none can."""
+        """Return how the training uses the masks of a folder; None if it cannot use any."""
         use = read_mask_use(self.site.runs, folder)
         return use if use is not None and use.num_masks else None
 
     def is_first(self, use: MaskUse | None, job: Job | None) -> bool:
-        """Return whether a job has made masks since somebody last wrote into dataset.toml."""
+        """Return whether a job has written masks since dataset.toml was last changed.
+
+        Then the page offers to train with them.
+        """
         if use is None or use.is_used or job is None or job.state != FINISHED or self.site.read_only:
             return False
         with contextlib.suppress(OSError):
@@ -131,7 +138,7 @@ class MaskMakingPages:
         return False
 
     def learn(self, folder: Path, fields: Mapping[str, str]) -> None:
-        """Write whether the training learns by the masks of a folder."""
+        """Write into dataset.toml whether the training uses the masks of a folder."""
         use = read_mask_use(self.site.runs, folder)
         if use is None:
             raise OptionError(say("It is not prepared yet: press Prepare first."))
@@ -139,7 +146,7 @@ class MaskMakingPages:
         use.write(bool(fields.get("learns")))
 
     def find_model(self, finder: str) -> TaskFiles | None:
-        """Return the network of the catalogue that a finder needs, and what of it is on disk."""
+        """Return the catalogue's network that a finder needs, with its state on disk."""
         network = NETWORKS.get(finder)
         for model in model_sets() if network is not None else ():
             if any(MODELS / part.path == PurePath(network or "") for part in model.components):
@@ -147,14 +154,20 @@ class MaskMakingPages:
         return None
 
     def name_network(self, finder: str) -> str:
-        """Return the path that the catalogue's network of a finder is loaded to; empty if it needs none."""
+        """Return the path to which a finder's network is downloaded; "" if the finder needs none."""
         network = NETWORKS.get(finder)
         return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
 
     def make_words(self, folder: Path, texts: Mapping[str, str], tries: bool) -> list[str]:
-        """Return the command. texts: of the form. tries: it says what it would do.
+        """Return the command line of the mask tool.
 
-        Raises OptionError for a text that a field cannot have.
+        Args:
+            folder: The folder with media.
+            texts: Values of the form's fields.
+            tries: Only print what the tool would do.
+
+        Raises:
+            OptionError: If a field has a value that its option does not accept.
         """
         finder = texts.get("finder", WORDS)
         if finder not in FINDERS:
@@ -181,7 +194,7 @@ class MaskMakingPages:
         return [*words, "--dry_run"] if tries else words
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Do what a button asks for, and show the progress again."""
+        """Do what a button requests, and show the progress again."""
 
         def make_words(tries: bool) -> list[str]:
             self.require_ready(fields, tries)
@@ -200,7 +213,7 @@ class MaskMakingPages:
         return self.answer(folder, fields, "progress")
 
     def require_ready(self, fields: Mapping[str, str], tries: bool) -> None:
-        """Raise OptionError if the form does not say what to find, or the model is to be loaded first."""
+        """Raise OptionError if the form does not say what to find, or the model is not downloaded."""
         finder = fields.get("finder", WORDS)
         if finder == WORDS and not fields.get("what", "").replace(BETWEEN, "").strip():
             raise OptionError(say("Type what to find, such as: the person."))

@@ -1,4 +1,4 @@
-"""The page on which masks are looked through, accepted, inverted, thrown away and corrected by a brush."""
+"""The page on which masks are reviewed: accepted, inverted, removed, and corrected with a brush."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -33,17 +33,18 @@ PART = 24  # media on a page for browsers without scripts
 
 
 class MaskPages:
-    """Show the masks of a folder, and change one."""
+    """Shows the masks of a folder, and changes one at a time."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.review = MaskReview(site.runs)
 
     def find_folder(self, query: Mapping[str, str]) -> Path | None:
+        """Return the folder that a query names, if it lies below the roots and may be changed; else None."""
         return find_open_folder(self.site.runs, query.get("folder", ""))
 
     def show(self, request: Request) -> Response:
-        """Return the page: for one medium by a script; without scripts for PART media."""
+        """Return the page. Its script shows one file at a time; without scripts it lists PART files."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
@@ -71,7 +72,7 @@ class MaskPages:
         return answer_template("masks.html", say("Masks"), values)
 
     def show_item(self, request: Request) -> Response:
-        """Return one medium as JSON. Query: at, its place in the list."""
+        """Answer with one image or clip as JSON. The query has `at`, its index in the list."""
         query = request.query_params
         folder = self.find_folder(query)
         if folder is None:
@@ -86,7 +87,7 @@ class MaskPages:
             return answer_json({"error": str(error)}, 422)
 
     def make_item(self, folder: Path, places: list[MaskPlace], at: int, error: str = "") -> dict[str, Any]:
-        """Return the JSON of a medium, its place in the list, and why nothing was done."""
+        """Return the JSON values of an image or clip, its index, and the reason if nothing was done."""
         return {
             **self.review.describe(folder, places[at]),
             "at": at,
@@ -96,9 +97,11 @@ class MaskPages:
         }
 
     def show_image(self, request: Request) -> Response:
+        """Answer with a frame of an image or clip, as JPEG."""
         return self._answer_image(request, lambda place, number: self.review.read_picture(place, number))
 
     def show_mask(self, request: Request) -> Response:
+        """Answer with a mask as PNG: reduced, or in full size if the query has `whole`."""
         is_full = "whole" in request.query_params
         return self._answer_image(
             request, lambda place, number: self.review.read_mask(place, number, is_full)
@@ -136,7 +139,7 @@ class MaskPages:
         return self._answer_change(texts, act)
 
     def draw(self, request: Request, body: bytes) -> Response:
-        """Take a mask that was drawn: the body is a PNG. Query: folder, id, have."""
+        """Store a drawn mask. The body is a PNG; the query has folder, id and have."""
         query = request.query_params
 
         def act(folder: Path, place: MaskPlace) -> None:
@@ -147,7 +150,7 @@ class MaskPages:
         return self._answer_change(query, act)
 
     def _answer_change(self, query: Mapping[str, str], act: Callable[[Path, MaskPlace], None]) -> Response:
-        """Change a mask, and return its medium as JSON, with the reason if nothing was done."""
+        """Change a mask, and answer with its file as JSON, with the reason if nothing was done."""
         folder = self.find_folder(query)
         id = query.get("id", "")
         place = None
@@ -175,7 +178,7 @@ class MaskPages:
     def _answer_item(
         self, folder: Path | None, place: MaskPlace | None, status: int = 200, error: str = ""
     ) -> Response:
-        """Return a medium as JSON, as it is now."""
+        """Answer with the current state of an image or clip as JSON."""
         if folder is None or place is None:
             return answer_json({"error": error or NOT_FOUND}, status if error else 404)
         try:
@@ -187,7 +190,7 @@ class MaskPages:
 
 
 def read_number(query: Mapping[str, str], name: str, count: int | None = None) -> int:
-    """Return a number of a query, 0 for any other text. count: the number is below it, if it is not 0."""
+    """Return a number of a query, limited to 0..count - 1; 0 if it is missing or not a number."""
     text = query.get(name, "")
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
     return number if count is None else max(0, min(number, count - 1))

@@ -1,4 +1,4 @@
-"""Show the pictures and clips of a folder with their masks, and change a mask by a key or a brush."""
+"""Show the images and clips of a folder with their masks, and change a mask with a key or a brush."""
 
 import io
 import os
@@ -58,12 +58,12 @@ CHANGES = {"accept": accept_mask, "invert": invert_mask, "remove": remove_mask}
 
 
 class MaskConflictError(Exception):
-    """Signal that a mask has changed since the page has read it."""
+    """Raised if a mask has changed since the page read it."""
 
 
 @dataclass(frozen=True)
 class MaskImage:
-    """What is to be sent of a picture, a clip or a mask."""
+    """Encoded image of a frame or a mask, ready to be sent."""
 
     content: bytes
     kind: str  # media type
@@ -71,7 +71,7 @@ class MaskImage:
 
 @dataclass
 class MaskReview:
-    """The masks of folders below the roots. Which one was changed last is kept until the server ends."""
+    """The masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
     # media of a folder with the marks of their masks after a change, the last one last
@@ -80,18 +80,24 @@ class MaskReview:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # of changes
 
     def places(self, folder: Path) -> list[MaskPlace]:
-        """Return the places of a folder. Raises DatasetError if it cannot be listed."""
+        """Return each image and clip of a folder with its mask.
+
+        Raises DatasetError if it cannot be listed.
+        """
         return find_mask_places(folder, find_masks_folder(self.runs, folder))
 
     def find(self, folder: Path, id: str) -> MaskPlace | None:
-        """Return the place of a medium by its id, if all of it is below the roots."""
+        """Return an image or clip by its id.
+
+        None if it does not exist, or a file of it is outside the roots.
+        """
         for place in self.places(folder):
             if name_id(place) == id:
                 return place if self.is_open(place) else None
         return None
 
     def is_open(self, place: MaskPlace) -> bool:
-        """Return whether a medium, its mask and what is kept of it are below the roots, behind links too."""
+        """Return whether a file, its mask and the mask's history are below the roots, with links resolved."""
         paths = [place.medium, *place.masks]
         kept = place.before.parent
         paths += [path for path in (place.folder, kept, place.before) if os.path.lexists(path)]
@@ -101,7 +107,7 @@ class MaskReview:
         return all(self.runs.is_below(path) for path in paths)
 
     def describe(self, folder: Path, place: MaskPlace) -> dict[str, Any]:
-        """Return the JSON of a medium and its mask."""
+        """Return the JSON values of an image or clip and its mask."""
         if not self.is_open(place):
             fault = say("it is gone, or leads outside the folders that are shown")
             return _as_json(place, NONE, fault)
@@ -126,13 +132,21 @@ class MaskReview:
         return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}
 
     def has_changed(self, folder: Path) -> bool:
-        """Return whether there is a change to undo in a folder."""
+        """Return whether a folder has a change that can be undone."""
         return bool(self._changed.get(folder))
 
     def change(self, folder: Path, place: MaskPlace, what: str, have: str) -> None:
-        """Accept, invert or remove a mask. have: the mark that the page knows.
+        """Accept, invert or remove a mask.
 
-        Raises MaskConflictError if the mask is another one now, UserError if it cannot be changed.
+        Args:
+            folder: The folder with media.
+            place: The image or clip.
+            what: The change.
+            have: Mark of the mask that the page shows, as `mark_mask` returns it.
+
+        Raises:
+            MaskConflictError: If the mask has changed since.
+            UserError: If it cannot be changed.
         """
         with self._lock, only_one(folder / LOCK):
             place = self._require_unchanged(place, have)
@@ -140,7 +154,7 @@ class MaskReview:
             self._note(folder, place)
 
     def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
-        """Put a drawn mask of the picture's size in place of a picture's mask. Raises as `change`."""
+        """Replace the mask of an image by a drawn mask of the image's size. Raises as `change`."""
         with self._lock, only_one(folder / LOCK):
             place = self._require_unchanged(place, have)
             if place.kind != "image":
@@ -150,7 +164,10 @@ class MaskReview:
             self._note(folder, place)
 
     def undo(self, folder: Path) -> MaskPlace:
-        """Take back the last change in a folder, and return its place. Raises OptionError if it cannot be."""
+        """Undo the last change in a folder, and return its image or clip.
+
+        Raises OptionError if that fails.
+        """
         with self._lock, only_one(folder / LOCK):
             changed = self._changed.get(folder)
             if not changed:
@@ -169,7 +186,7 @@ class MaskReview:
             return place.listed_anew()
 
     def read_picture(self, place: MaskPlace, number: int) -> MaskImage | None:
-        """Return a frame that `list_shots` lists, as JPEG; None for another one. Raises MediaError."""
+        """Return a frame as JPEG; None if `list_shots` does not list it. Raises MediaError."""
         numbers = list_shots(place)
         if number not in numbers:
             return None
@@ -185,7 +202,10 @@ class MaskReview:
         return None if content is None else MaskImage(content, "image/jpeg")
 
     def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskImage | None:
-        """Return a mask as PNG: white, as opaque as it is bright. is_whole: not reduced. Raises as above."""
+        """Return a mask as PNG: white pixels whose opacity is the mask's brightness.
+
+        `is_whole` asks for full size. Returns None and raises MediaError as `read_picture`.
+        """
         if place.mask is None:
             return None
         with DECODING:
@@ -203,7 +223,7 @@ class MaskReview:
         del changed[:-MAX_UNDONE]
 
     def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
-        """Return the place as it is now: another server may have made the first mask since it was found."""
+        """Return the current state of a file: another server may have written its first mask meanwhile."""
         now = place.listed_anew()
         if mark_mask(now) != have:
             raise MaskConflictError
@@ -211,16 +231,17 @@ class MaskReview:
 
 
 def name_id(place: MaskPlace) -> str:
+    """Return the id of an image or clip in addresses."""
     return short_digest(place.medium.name)
 
 
 def mark_mask(place: MaskPlace) -> str:
-    """Return a text that changes when a mask does; empty if there is none."""
+    """Return a text that changes whenever the mask does; "" if there is no mask."""
     return "" if place.mask is None else str(place.mask.stat().st_mtime_ns)
 
 
 def find_state(place: MaskPlace) -> str:
-    """Return a key of STATES."""
+    """Return the state of a mask, a key of STATES."""
     if place.mask is None:
         return REMOVED if place.is_removed else NONE
     texts = place.texts()
@@ -230,7 +251,10 @@ def find_state(place: MaskPlace) -> str:
 
 
 def list_shots(place: MaskPlace) -> list[int]:
-    """Return the frames that are shown: of a clip the first, the middle and the last. Raises MediaError."""
+    """Return the numbers of the shown frames: of a clip the first, the middle and the last.
+
+    Raises MediaError.
+    """
     if place.kind == "image":
         return [0]
     count = source_info(place.medium).frames or count_frames(place.medium)
@@ -238,7 +262,7 @@ def list_shots(place: MaskPlace) -> list[int]:
 
 
 def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[np.uint8]]]:
-    """Return frames of a medium with their numbers, reduced. Raises MediaError."""
+    """Return frames of an image or clip with their numbers, reduced in size. Raises MediaError."""
     if place.kind == "image":
         return [(0, reduce_frame(first_frame(place.medium), LARGEST_SIDE))]
     shots = []
@@ -251,9 +275,16 @@ def read_shots(place: MaskPlace, numbers: list[int]) -> list[tuple[int, NDArray[
 
 
 def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a mask that was drawn in a page, H W. size: width and height that it has to have.
+    """Decode a drawn mask, H W.
 
-    Its pixels are decoded only if its header has the right size. Raises OptionError if it is no such PNG.
+    Its pixels are decoded only if the header has the right size.
+
+    Args:
+        png: Body of the request.
+        size: Required width and height in pixels.
+
+    Raises:
+        OptionError: If it is not a PNG of this size.
     """
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
@@ -276,9 +307,9 @@ def read_drawn(png: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
-    """Return where the masks of a folder lie; None: in its folder `masks`.
+    """Return the folder of a folder's masks; None for the default, its subfolder `masks`.
 
-    That is where its dataset says, or the folder itself if masks lie next to the pictures.
+    The dataset may name another folder, or the masks may lie next to the images in the folder itself.
     """
     named = find_named_masks(runs, folder)
     if named is not None:
@@ -288,9 +319,9 @@ def find_masks_folder(runs: Runs, folder: Path) -> Path | None:
 
 
 def find_named_masks(runs: Runs, folder: Path) -> Path | None:
-    """Return the mask_directory of a table for a folder; None if there is none.
+    """Return the mask_directory that a dataset.toml sets for a folder; None if none does.
 
-    The table is in the folder's dataset.toml, or in that of the folder above.
+    The dataset.toml is the one in the folder, or the one in the folder above.
     """
     for config in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
         for table in read_tables(config) if runs.is_inside(config) else ():

@@ -1,4 +1,4 @@
-"""Whether a training learns by the masks of a folder: the key mask_directory of its dataset.toml."""
+"""Whether a training uses the masks of a folder: the key mask_directory of its dataset.toml."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MASKS = "mask_directory"  # key of a table
 
 @dataclass(frozen=True)
 class MaskUse:
-    """Hold how many files of a folder have a mask, and whether the training learns by them."""
+    """How many files of a folder have a mask, and whether the training uses them."""
 
     config: DraftFile  # dataset.toml that takes the folder
     folder: Path
@@ -33,9 +33,9 @@ class MaskUse:
     is_used: bool
 
     def write(self, learns: bool) -> bool:
-        """Write whether the training learns by the masks; return whether that changed the file.
+        """Write whether the training uses the masks, and return whether that changed the file.
 
-        Raises OptionError, ValueError, and as `replace_content`.
+        Raises OptionError or ValueError if dataset.toml cannot be edited, and as `replace_content`.
         """
         if learns and not self.num_masks:
             raise OptionError(say("There are no masks yet: make or draw one first."))
@@ -55,9 +55,11 @@ class MaskUse:
 
 
 def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
-    """Return how the masks of a folder are used; None if no dataset.toml of a described folder takes it.
+    """Return how the masks of a folder are used.
 
-    folder: the real path of a folder with media.
+    None if the folder is in no dataset.toml of a described folder.
+
+    `folder` is the real path of a folder with media.
     """
     for outer in (folder, folder.parent):
         path = outer / DATASET_FILE
@@ -83,7 +85,7 @@ def read_mask_use(runs: Runs, folder: Path) -> MaskUse | None:
 
 
 def use_first_mask(runs: Runs, folder: Path) -> bool:
-    """Let the training of a folder learn by its masks if it has got its first one; return whether it does.
+    """Let a training use the masks of a folder if the first mask was just written; return whether it does.
 
     Raises as `MaskUse.write`.
     """
@@ -99,7 +101,7 @@ def _parse(text: str) -> Any:
 
 
 def _list_tables_of(document: Any, base: Path, folder: Path) -> Iterator[Any]:
-    """Yield the tables and subsets of a dataset that take a folder. base: where its relative paths begin."""
+    """Yield the tables and subsets of a dataset for a folder. `base` is where its relative paths begin."""
     entries = document.get("datasets")
     tables = list(entries) if isinstance(entries, list) else []
     for table in tables:

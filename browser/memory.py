@@ -1,7 +1,7 @@
-"""The memory of a training on the page New: the plan of the training script as a bar, and what changes it.
+"""The memory of a training on the page New: the training script's plan as a bar, and settings that change it.
 
 A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a
-batch from the caches with the headers of the model's files, and needs no card.
+batch from the caches with the headers of the model's files, and needs no graphics card.
 """
 
 import re
@@ -56,7 +56,7 @@ SWAP = "blocks_to_swap"
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A line of a plan."""
+    """A row of a plan's table."""
 
     name: str
     device: float  # GiB
@@ -66,7 +66,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Memory plan of a training script: its largest phase by part."""
+    """Memory plan of a training script: its largest phase, divided into parts."""
 
     phase: PlannedPart
     parts: Sequence[PlannedPart]
@@ -74,13 +74,13 @@ class ReadPlan:
 
     @property
     def of_cuda(self) -> float:
-        """Return the GiB that CUDA itself takes."""
+        """GiB that CUDA itself takes."""
         match = OF_CUDA.search(" ".join(self.remarks))
         return float(match[1]) if match else 0.0
 
     @property
     def fits(self) -> bool | None:
-        """Return whether it fits; None if there is no card to compare with."""
+        """Whether the training fits the card; None if the plan was made without a card."""
         verdicts = {"Fits": True, "Does not fit": False}
         for remark in self.remarks:
             if remark.partition(":")[0] in verdicts:
@@ -88,20 +88,23 @@ class ReadPlan:
         return None
 
     def segments(self, size: float) -> list[tuple[PlannedPart, float]]:
-        """Return the parts on the card, with the share of the bar in percent. size: GiB of the card."""
+        """Return the parts on the card, each with its percentage of the bar.
+
+        `size` is the card's memory in GiB.
+        """
         of_cuda = PlannedPart(say("CUDA itself"), self.of_cuda, 0.0, "")
         parts = [part for part in (*self.parts, of_cuda) if part.device]
         full = max(size, sum(part.device for part in parts))
         return [(part, 100 * part.device / full) for part in parts]
 
     def card_share(self, size: float) -> float:
-        """Return the position on the bar at which the card ends, in percent."""
+        """Return the position on the bar at which the card's memory ends, in percent."""
         needed = sum(part.device for part in self.parts) + self.of_cuda
         return 100 * size / max(size, needed)
 
 
 def read_plan(text: str) -> ReadPlan | None:
-    """Return the plan in what a training script has printed for one card; None if there is none."""
+    """Parse the plan that a training script has printed for one card; None if there is none."""
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
     if not heads:
@@ -134,7 +137,7 @@ def read_plan(text: str) -> ReadPlan | None:
 
 @dataclass(frozen=True)
 class Switches:
-    """The keys of run.toml that change the memory most, as the page shows them."""
+    """The keys of run.toml with the largest effect on memory, as the page shows them."""
 
     swap: str  # of blocks
     weights: str  # name of WEIGHTS; "": 16 bits
@@ -145,7 +148,7 @@ class Switches:
 
 
 def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
-    """Return the switches of a run.toml. names: of all options of its script."""
+    """Return the switches of a run.toml. `names` are all options of its training script."""
 
     def find(forms: Mapping[str, Sequence[str]]) -> str:
         used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
@@ -164,7 +167,7 @@ def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
 
 
 def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], names: Sequence[str]) -> str:
-    """Return run.toml with the switches that were changed. fields: of the form. Raises ValueError."""
+    """Return run.toml with the switches that the form has changed. Raises ValueError if it is not TOML."""
     changes: dict[str, Any] = {}
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
@@ -188,23 +191,24 @@ def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], name
 
 @dataclass(frozen=True)
 class PrintedLine:
-    """A line that a plan has printed; a command of ours in it can be put into the queue."""
+    """A line that a plan has printed; `command` is a command in it that can be added to the queue."""
 
     text: str
     command: str = ""
 
 
 class MemoryPages:
-    """Show the memory of a described folder, plan it, and change its switches."""
+    """Shows the memory of a described folder, plans it, and changes its switches."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
+        """Return the part of the page; see `FolderPages`."""
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
-        """Return the part of the page. fault: why something was not done. done: what was."""
+        """Return the part of the page. `fault` says why a request failed, `done` what was carried out."""
         described = read_described(folder)
         file = read_draft_file(self.site, folder, RUN_FILE)
         job = self.site.background_jobs.find(name_background_job(PLAN, folder))
@@ -234,13 +238,14 @@ class MemoryPages:
         return answer_template("memory_bar.html", say("Memory"), values, is_refused=fault != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
-        """Return the GiB that the last plan was made for, or those of this machine's card."""
+        """Return the card size in GiB of the last plan; without a plan, that of this machine's card."""
         try:
             return float(job.words[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):
             return card or DEFAULT_SIZE
 
     def read_plan(self, job: Job | None) -> ReadPlan | None:
+        """Return the plan of a finished job; None if it failed, still runs, or printed no plan."""
         if job is None or job.state == RUNNING or job.code != 0:
             return None
         try:
@@ -249,11 +254,11 @@ class MemoryPages:
             return None
 
     def is_old(self, job: Job | None, folder: Path) -> bool:
-        """Return whether a file that a plan is made from has changed since it was started."""
+        """Return whether run.toml or dataset.toml has changed since the plan's job was started."""
         return job is not None and has_changed_since(job, folder, (RUN_FILE, DATASET_FILE))
 
     def printed_lines(self, job: Job | None, folder: Path) -> list[PrintedLine]:
-        """Return the lines that a job has printed; commands to make caches become lines of the queue."""
+        """Return the lines that a job has printed; commands that write caches can be added to the queue."""
         if job is None:
             return []
         lines = []
@@ -266,10 +271,12 @@ class MemoryPages:
         return lines
 
     def list_missing(self, described: DescribedFolder) -> list[str]:
+        """Return the paths of the model's files that do not exist, as run.toml writes them."""
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
 
     def plan_words(self, file: DraftFile, size: float) -> list[str]:
+        """Return the command that plans for a card of `size` GiB. `file` is the run.toml."""
         script = find_training_script(file.text)
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
@@ -296,7 +303,7 @@ class MemoryPages:
         return self.answer(folder, done=done)
 
     def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
-        """Write the switches that were changed, and return what was written."""
+        """Write the switches that were changed, and return in words what was written."""
         present = read_draft_file(self.site, folder, RUN_FILE)
         if present.mark != fields.get("have", ""):
             raise ChangedMeanwhileError
@@ -320,7 +327,7 @@ class MemoryPages:
         ).rstrip(". ")
 
     def plan(self, folder: Path, size: float) -> None:
-        """Start the plan of a folder, in place of one that is running."""
+        """Start the plan of a folder for a card of `size` GiB; it replaces one that is running."""
         missing = self.list_missing(read_described(folder))
         if missing:
             raise OptionError(
@@ -340,7 +347,7 @@ class MemoryPages:
 
 
 def read_size(text: str) -> float:
-    """Return the GiB of a card. Raises OptionError for another text."""
+    """Return the GiB of a card from its field. Raises OptionError if it is not a number."""
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(
             say(

@@ -1,4 +1,4 @@
-"""What the models folder holds of the released files: which tasks use each, what is missing, what is unknown.
+"""State of released files in the models folder: which tasks use each, what is missing, what is unknown.
 
 Paths come from the catalogue alone; a page names tasks and parts, never files.
 """
@@ -32,7 +32,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.
 
 @dataclass(frozen=True)
 class ModelPart:
-    """A network or tokenizer of the catalogue, and what of it is on disk."""
+    """A network or tokenizer of the catalogue, and its state on disk."""
 
     component: Component
     models: tuple[ModelSet, ...]  # that use it
@@ -42,21 +42,23 @@ class ModelPart:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Return `family task` of each model that uses it."""
+        """`family task` of each model that uses the part."""
         return tuple(name_task(model) for model in self.models)
 
     @property
     def path(self) -> str:
+        """Path of the part below the models folder; identifies the part in forms."""
         return str(self.component.path)
 
     @property
     def shown_size(self) -> str:
-        """Return the size of the part on disk, or of its download."""
+        """Size of the part on disk or, if it is not there, of its download."""
         known = self.size_bytes if self.is_there else self.component.size_bytes
         return say("a few MB") if known is None else gigabytes(known)
 
     @property
     def state(self) -> str:
+        """State of the part in words: on disk, partly on disk, to load, or not the released file."""
         if self.has_other_size:
             return say("another file than the released one, by its size")
         if self.is_there:
@@ -70,7 +72,7 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """A task and its parts."""
+    """A task of the catalogue and its parts."""
 
     model: ModelSet
     parts: tuple[ModelPart, ...]
@@ -78,22 +80,27 @@ class TaskFiles:
 
     @property
     def name(self) -> str:
+        """Family and task."""
         return name_task(self.model)
 
     @property
     def is_there(self) -> bool:
+        """Whether all parts are on disk."""
         return all(part.is_there for part in self.parts)
 
     @property
     def missing(self) -> list[ModelPart]:
+        """Parts that are not, or not completely, on disk."""
         return [part for part in self.parts if not part.is_there]
 
     @property
     def size(self) -> str:
+        """Total size of the task's files in GB, in words."""
         return gigabytes(total_bytes(self.model.components))
 
     @property
     def state(self) -> str:
+        """State of the task in words: on disk, or how much is to be downloaded."""
         if self.is_there:
             return say("ready")
         if len(self.missing) == len(self.parts):
@@ -105,26 +112,31 @@ class TaskFiles:
 
     @property
     def licences(self) -> list[Licence]:
+        """Distinct licenses of the task's parts."""
         return list(dict.fromkeys(part.component.licence for part in self.parts))
 
     def download_words(self, models: Path) -> list[str]:
-        """Return the command that loads what is missing."""
+        """Return the command that downloads the missing parts."""
         words = ["reelsmith", "download", "--family", self.model.family, "--task", self.model.task]
         words += ["--to", str(models.absolute())]
         return [*words, "--fp8_encoders"] if self.in_fp8 else words
 
     def shown_download(self, models: Path) -> str:
-        """Return the command to type."""
+        """Return the download command as the user would type it."""
         return format_command(self.download_words(models))
 
 
 def name_task(model: ModelSet) -> str:
+    """Return the name of a task: its family and task."""
     return f"{model.family} {model.task}"
 
 
 @functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[ModelSet, ...]]:
-    """Return the models that use each part, by its files, also with text encoders in 8 bits."""
+    """Return the models that use each part, by the part's files.
+
+    Variants with 8-bit text encoders count, too.
+    """
     uses: dict[tuple[ReleasedFile, ...], dict[str, ModelSet]] = {}
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
@@ -137,9 +149,12 @@ KnownParts = dict[tuple[ReleasedFile, ...], ModelPart]  # parts that have been r
 
 
 def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = None) -> list[TaskFiles]:
-    """Return all tasks of the catalogue, with what of them is in the models folder.
+    """Return all tasks of the catalogue with their state in the models folder.
 
-    known: parts that are not read again; those that are read are added.
+    Args:
+        models: The models folder.
+        in_fp8: Use the 8-bit text encoders where a task has them.
+        known: Cache of the parts that were read already; new parts are added to it.
     """
     known = {} if known is None else known  # many tasks share a part
     return [_read_task(model, models, in_fp8, known) for model in model_sets(in_fp8)]
@@ -148,7 +163,7 @@ def list_tasks(models: Path, in_fp8: bool = False, known: KnownParts | None = No
 def find_task(
     models: Path, family: str, task: str, in_fp8: bool = False, known: KnownParts | None = None
 ) -> TaskFiles | None:
-    """Return a task by its names; None if the catalogue has no such task. known: as in `list_tasks`."""
+    """Return a task by its names; None if the catalogue has no such task. Arguments as in `list_tasks`."""
     known = {} if known is None else known
     for model in model_sets(in_fp8):
         if (model.family, model.task) == (family, task):
@@ -183,14 +198,14 @@ def read_part(component: Component, models: Path) -> ModelPart:
 
 
 def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
-    """Return whether the only file of a part is smaller than its tensors."""
+    """Return whether the only file of a part is smaller than the tensors that it should contain."""
     if len(sizes) != 1 or sizes[0] is None or component.tensor_bytes is None:
         return False
     return sizes[0] < component.tensor_bytes
 
 
 def _read_size(path: Path) -> int | None:
-    """Return the size of a file, also behind a link; None if there is none."""
+    """Return the size of a file in bytes, with links followed; None if it does not exist."""
     with contextlib.suppress(OSError):
         if path.is_file():
             return path.stat().st_size
@@ -211,7 +226,10 @@ def _list_partial_paths(component: Component, models: Path) -> list[Path]:
 
 
 def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
-    """Return all parts of which something is on disk, the largest first. known: as in `list_tasks`."""
+    """Return all parts with files on disk, even unfinished ones, the largest first.
+
+    `known` as in `list_tasks`.
+    """
     parts: KnownParts = {}
     for in_fp8 in (False, True):
         for files in list_tasks(models, in_fp8, known):
@@ -221,14 +239,14 @@ def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
 
 @dataclass(frozen=True)
 class UnknownFile:
-    """A file of the models folder that no part of the catalogue is."""
+    """A file of the models folder that belongs to no part of the catalogue."""
 
     path: Path  # below the folder
     size_bytes: int
 
 
 def list_unknown_files(models: Path) -> list[UnknownFile]:
-    """Return files that no part knows, the largest first, at most MOST_FILES."""
+    """Return files that belong to no part, the largest first, at most MOST_FILES."""
     names = {
         file.name
         for in_fp8 in (False, True)
@@ -250,7 +268,7 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield the files of a folder and of those below it. Links to folders are not followed."""
+    """Yield the files of a folder and its subfolders. Links to folders are not followed."""
     try:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -264,10 +282,17 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_folder: BinFolder) -> Path:
-    """Move parts of a task into the bin; return the folder that they are in now.
+    """Move parts of a task into the bin, and return the folder that holds them now.
 
-    chosen: paths of parts. Raises OptionError if one is no part of the task or is not on disk, OutputError
-    if one cannot be moved.
+    Args:
+        models: The models folder.
+        files: The task.
+        chosen: Paths of the parts, as `ModelPart.path`.
+        bin_folder: The bin.
+
+    Raises:
+        OptionError: If a path is not a part of the task, or is not on disk.
+        OutputError: If a file cannot be moved.
     """
     parts = {part.path: part for part in files.parts if part.size_bytes}
     for name in chosen:
@@ -297,7 +322,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
 
 
 def _remove_empty(folder: Path, models: Path) -> None:
-    """Remove the folders of moved files that are empty now."""
+    """Remove the folders that are empty after their files were moved."""
     while folder != models:
         with contextlib.suppress(OSError):
             for lock in folder.glob(".*.lock"):  # of downloads
@@ -314,26 +339,29 @@ def _remove_empty(folder: Path, models: Path) -> None:
 
 @dataclass(frozen=True)
 class Download:
-    """The download of a task that was started last."""
+    """The last download of a task that was started."""
 
     files: TaskFiles
     job: Job
 
     @property
     def family(self) -> str:
+        """Family of the task."""
         return self.files.model.family
 
     @property
     def task(self) -> str:
+        """Name of the task within its family."""
         return self.files.model.task
 
     @property
     def state(self) -> str:
+        """State of the background job that downloads."""
         return self.job.state
 
     @property
     def progress_words(self) -> str:
-        """Return the share that has arrived: `, 3.1 of 11.2 GB`; empty if nothing is known."""
+        """Downloaded amount, such as `, 3.1 of 11.2 GB`; "" if it is not known."""
         progress = read_progress(self.job.log.with_suffix(".progress"))
         if progress is None or not progress.total:
             return ""
@@ -345,16 +373,18 @@ class Download:
 
     @property
     def fraction(self) -> float | None:
+        """Downloaded fraction, from 0 to 1; None if it is not known."""
         progress = read_progress(self.job.log.with_suffix(".progress"))
         return None if progress is None or not progress.total else progress.done / progress.total
 
 
 def name_download(models: Path, family: str, task: str) -> str:
-    """Return the name of the background job that loads a task."""
+    """Return the name of the background job that downloads a task."""
     return name_background_job(DOWNLOAD, models / family / task)
 
 
 def find_download(background_jobs: BackgroundJobs, files: TaskFiles, models: Path) -> Download | None:
+    """Return the last download of a task; None if it was never started."""
     job = background_jobs.find(name_download(models, files.model.family, files.model.task))
     return None if job is None else Download(files, job)
 

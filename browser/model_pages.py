@@ -1,4 +1,4 @@
-"""The page Models: released files on disk, what each task needs, loading and removing."""
+"""The page Models: released files on disk, what each task needs, downloading and removing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from project.fitting import describe_fit, find_memory
 
 @dataclass(frozen=True)
 class Chosen:
-    """The task that a page shows, by its names."""
+    """The task that a page shows."""
 
     family: str = ""
     task: str = ""
@@ -45,12 +45,14 @@ class Chosen:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "Chosen":
+        """Read the task from the fields of a form or an address."""
         family = "".join(fields.get("family", ()))
         task = "".join(fields.get("task", ()))
         return cls(family, task, in_fp8="fp8" in fields)
 
     @property
     def address(self) -> str:
+        """Address of the page that shows the task."""
         query = {"family": self.family, "task": self.task}
         if self.in_fp8:
             query["fp8"] = "yes"
@@ -58,17 +60,21 @@ class Chosen:
 
 
 def open_bin(site: Site) -> BinFolder:
-    """Return the bin: in the first root; in other roots and the models folder for files of other disks."""
+    """Return the bin in the first root.
+
+    Files on other disks go to a bin in their root or in the models folder.
+    """
     return BinFolder(*(top / BIN for top in site.runs.tops), site.models.absolute() / BIN)
 
 
 class ModelPages:
-    """Show the page Models, and do what its buttons ask for."""
+    """Shows the page Models, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, request: Request) -> Response:
+        """Return the page of the task in the query."""
         query = request.query_params
         chosen = Chosen.of_fields(read_query(request))
         return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))
@@ -76,8 +82,11 @@ class ModelPages:
     def answer(self, chosen: Chosen, error: str = "", is_removing: bool = False, moved: str = "") -> Response:
         """Return the page.
 
-        error: a message to show. is_removing: ask which parts are to be removed. moved: name of the folder of
-        the bin that has what was just removed.
+        Args:
+            chosen: The task to show.
+            error: Error message to show.
+            is_removing: Ask which parts are to be removed.
+            moved: Name of the bin's folder that holds what was just removed.
         """
         site = self.site
         models = site.models
@@ -122,13 +131,14 @@ class ModelPages:
         return answer_template("models.html", say("Models"), values, is_refused=error != "")
 
     def describe_free(self) -> str:
+        """Return the free disk space for models, in words."""
         try:
             return gigabytes(free_bytes(self.site.models.absolute()))
         except OSError:
             return say("an unknown number of GB")
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for, and show the page again."""
+        """Do what a button requests, and show the page again."""
         chosen = Chosen.of_fields(form)
         what = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
@@ -152,7 +162,7 @@ class ModelPages:
         return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)
 
     def load(self, files: TaskFiles, is_accepted: bool) -> None:
-        """Start the download of a task. Raises UserError if its licences are not accepted."""
+        """Start the download of a task. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
             raise OptionError(say("Read the licences of its parts, and tick that you accept them."))
         if _is_whole(files):
@@ -162,7 +172,7 @@ class ModelPages:
         self.site.background_jobs.start(name, files.download_words(models), Path.cwd())
 
     def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
-        """Move parts into the bin; return the name of the folder that has them."""
+        """Move parts into the bin, and return the name of the folder that holds them."""
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state != RUNNING:
                 continue
@@ -180,12 +190,12 @@ class ModelPages:
 
 
 def _is_whole(files: TaskFiles) -> bool:
-    """Return whether nothing is to be loaded, as far as sizes tell."""
+    """Return whether all parts are on disk in their released size."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
 
 
 def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, list[str]]:
-    """Return the other tasks that use each part of a task, by its path, and are on disk whole."""
+    """Return the complete tasks on disk that also use each part of a task, by the part's path."""
     complete = {task.name for task in tasks if task.is_there and task.name != files.name}
     return {
         part.path: [model.title for model in part.models if name_task(model) in complete]
@@ -194,7 +204,7 @@ def _find_sharing(files: TaskFiles, tasks: Sequence[TaskFiles]) -> dict[str, lis
 
 
 def _has_smaller(files: TaskFiles) -> bool:
-    """Return whether a task has a part that can be loaded in 8 bits, or is shown so."""
+    """Return whether a task can use 8-bit text encoders, or is shown with them."""
     return files.in_fp8 or any(part.component.in_fp8 for part in files.parts)
 
 

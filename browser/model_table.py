@@ -1,4 +1,4 @@
-"""The table of models of the page New: what each makes, loads and fits; licences; what a file is."""
+"""The table of models on the page New: outputs, downloads and memory of each; licenses; what a file is."""
 
 import functools
 import logging
@@ -51,24 +51,28 @@ class ModelRow:
 
     @property
     def value(self) -> str:
+        """Value of the form field that selects the model."""
         return f"{self.model.family} {self.model.task}"
 
 
 def describe_kind(model: ModelSet) -> str:
-    """Return the kinds of results that a model makes, by the catalogue alone: `clips and sound`."""
+    """Return what a model generates, as the catalogue says: `clips and sound`."""
     if "--output_layers" in model.commands["generate"]:
         return say("layers")
     if needs_image(model):
         return say("edits")
     if model.data["frames"] == 1:
         return say("pictures and edits") if "edits" in model.about else say("pictures")
-    may_hear = "sound_alone" in model.data and "without sound" not in model.about
+    may_hear = model.data.get("sound_alone") and "without sound" not in model.about
     hears = may_hear or "with sound" in model.about
     return say("clips and sound") if hears else say("clips")
 
 
 def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
-    """Return the parts of a model that are to be loaded. files: by option, those that lie elsewhere."""
+    """Return the parts of a model that are to be downloaded.
+
+    `files` are those that lie elsewhere, by option.
+    """
     missing = []
     for part in model.components:
         option = (part.option or "").lstrip("-")
@@ -78,10 +82,15 @@ def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> lis
 
 
 def list_model_rows(models: Path, memory: float, content: MediaFolder | None = None) -> list[ModelRow]:
-    """Return all models that a folder can be described for: the best few for it, others that suit it, then
-    the rest, each by its title.
+    """Return all models that a folder can be described for.
 
-    memory: GiB of the card, 0 without one. content: of the folder, if it is known.
+    The best few for the folder come first, then other models that suit it, then the rest; each group is
+    sorted by title.
+
+    Args:
+        models: The models folder.
+        memory: GiB of the graphics card; 0 without a card.
+        content: Media of the folder; None if no folder is selected.
     """
     ranked = []
     for place, model in enumerate(find_models()):
@@ -107,7 +116,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
 
 
 def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:
-    """Return the place of a row: what suits the folder, is to be trained, fits the card, and is small."""
+    """Return the sort key of a row: suits the folder, is made for training, fits the card, and is small."""
     model = row.model
     suits = True
     if content is not None:
@@ -120,26 +129,26 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tupl
 
 
 def list_licenses(parts: Sequence[Component]) -> list[Licence]:
-    """Return the licences of parts that are to be loaded, each once."""
+    """Return the distinct licenses of parts that are to be downloaded."""
     return list(dict.fromkeys(part.licence for part in parts))
 
 
 def is_gated(licence: Licence) -> bool:
-    """Return whether the repository wants the licence accepted there, for which one has to be logged in."""
+    """Return whether the license has to be accepted at the repository, which requires a login there."""
     return GATED in licence.terms
 
 
 def has_login() -> bool:
-    """Return whether there is a token of the hub on this machine. It is not shown and not tried."""
+    """Return whether this machine has a Hugging Face token. The token is neither shown nor tried."""
     from huggingface_hub import get_token  # only for models that need it
 
     return bool(os.environ.get("HF_TOKEN") or get_token())
 
 
 def describe_file(text: str) -> str:
-    """Return a description of a model file, by its header: `the transformer of Wan2.1, 2.8 GB`.
+    """Describe a model file from its header: `the transformer of Wan2.1, 2.8 GB`.
 
-    text: its path, as typed.
+    `text` is its typed path.
     """
     if not text.strip() or "\0" in text:
         return ""
@@ -190,9 +199,10 @@ def describe_file(text: str) -> str:
 
 
 def find_misfit(family: str, task: str, option: str, text: str) -> str:
-    """Return the reason why a file does not fit an option of a model, as `new` words it; empty if it fits.
+    """Return the reason why a file does not fit an option of a model, in the words of `new`; "" if it fits.
 
-    text: its path, as typed. Also empty for what `describe_file` refuses, and if it takes too long to tell.
+    It is also "" if `describe_file` rejects the file, or if the check takes too long. `text` is the typed
+    path.
     """
     try:
         path = expand_path(without_quotes(text.strip()))
@@ -208,7 +218,10 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, size: int) -> str:
-    """Ask a process, as families load torch. changed, size: of the file, whose answers are kept."""
+    """Check a file in another process, because the families' code loads torch.
+
+    The answer is cached for the file's modification time `changed` and its `size`.
+    """
     process = subprocess.run(
         [sys.executable, "-m", f"{PREFIX}project.file_check", family, task, option, path],
         cwd=ROOT,
@@ -225,9 +238,9 @@ def _ask_misfit(family: str, task: str, option: str, path: str, changed: int, si
 
 
 def _find_end(entries: Mapping[str, Any]) -> int:
-    """Return the byte, from the first of the data on, at which the last tensor of a header ends.
+    """Return the offset, from the first byte of the data, at which the last tensor of a header ends.
 
-    Raises ValueError if an entry is none of a tensor.
+    Raises ValueError if an entry does not describe a tensor.
     """
     try:
         return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)

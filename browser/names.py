@@ -1,4 +1,4 @@
-"""Short names: digests of paths and of what a page shows, and names that nothing has yet."""
+"""Short names: digests of paths and of shown content, and names that are still free."""
 
 import contextlib
 import hashlib
@@ -15,16 +15,16 @@ def short_digest(text: str | Path, num_bytes: int = 8) -> str:
 
 
 def number_names(name: str) -> Iterator[str]:
-    """Yield the name itself, then with -2, -3, ... behind it."""
+    """Yield the name itself, then the name with -2, -3, ... appended."""
     yield name
     for number in itertools.count(2):
         yield f"{name}-{number}"
 
 
 def free_name(output: Path, name: str) -> str:
-    """Return a name for a further run in a folder: `own-2`, or the next number that no run has.
+    """Return a name for another run in a folder: `own-2`, or the next number that no run has.
 
-    name: of the run that it follows, such as `own` or `own-3`. A run's files begin with its name.
+    `name` is the run that it follows, such as `own` or `own-3`. The files of a run begin with its name.
     """
     base = re.sub(r"(?<=\D)-\d{1,4}$", "", name)  # behind a digit it may be the day of a date
     entries: list[str] = []

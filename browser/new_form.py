@@ -1,4 +1,4 @@
-"""What the fields of the page New hold, and the command of `new` that they stand for."""
+"""Values of the fields of the page New, and the command of `new` that they stand for."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ KIND_NOTES = {
 
 @dataclass(frozen=True)
 class NewForm:
-    """Contents of the fields of the page New."""
+    """Values of the fields of the page New."""
 
     folder: str = ""
     family: str = ""
@@ -74,7 +74,7 @@ class NewForm:
 
     @classmethod
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
-        """Return the form that a page has sent."""
+        """Read the form from the fields of a request."""
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
         task = select_single_task(family, texts.get("task", task_of_family))
@@ -95,12 +95,12 @@ class NewForm:
 
     @classmethod
     def of_address(cls, address: str) -> "NewForm":
-        """Return the form that `address` stands for."""
+        """Read the form from an address that `NewForm.address` has returned."""
         return cls.of_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> "NewForm":
-        """Return the form that a command of `make_new_words` stands for."""
+        """Read the form from a command line that `make_new_words` has returned."""
         texts: dict[str, str] = {}
         files: dict[str, str] = {}
         for option, value in zip(words, words[1:], strict=False):
@@ -122,7 +122,7 @@ class NewForm:
 
     @classmethod
     def of_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
-        """Return the form of a described folder. models: folder of the files that need no field."""
+        """Return the form of a described folder. Files in the folder `models` need no field."""
         return cls(
             folder=str(described.folder),
             family=described.family,
@@ -139,11 +139,12 @@ class NewForm:
         )
 
     def of_folder(self, folder: Path) -> "NewForm":
+        """Return the form with another folder."""
         return replace(self, folder=str(folder))
 
     @property
     def address(self) -> str:
-        """Return the address of the page with these fields filled."""
+        """Address of the page with these fields filled in."""
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {
             "train": self.train,
@@ -155,7 +156,7 @@ class NewForm:
 
 
 def name_field(kind: RunKind) -> str:
-    """Return the value of the field that stands for a kind of run."""
+    """Return the value of the field `train` for a kind of run."""
     return "" if kind is LORA else kind.name
 
 
@@ -164,36 +165,40 @@ def _read_kind(name: str) -> str:
 
 
 def _fit_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value of the field if the model can have it, as another one may have been chosen before."""
+    """Return the value of the field `train` if the model supports it: it may stem from another model."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
 
 
 def list_shown_kinds(model: ModelSet) -> list[RunKind]:
-    """Return the kinds of runs that the page offers: those of the model, and its refusal of the whole one."""
+    """Return the kinds of runs that the page offers.
+
+    These are the kinds that the model supports, and full training even if the model rejects it: the page then
+    shows the reason.
+    """
     return [kind for kind in KINDS if kind is WHOLE or kind.find_script(model) is not None]
 
 
 def select_single_task(family: str, task: str) -> str:
-    """Return the only task of a family if it has one; else the task as it was chosen."""
+    """Return the only task of a family if it has one task; otherwise the selected task."""
     tasks = [model.task for model in find_models() if model.family == family]
     return tasks[0] if len(tasks) == 1 else task
 
 
 def find_model(family: str, task: str) -> ModelSet | None:
-    """Return the model of these names; None if there is none."""
+    """Return the model with these names; None if there is none."""
     return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
 
 
 def _name_default(form: NewForm) -> str | None:
-    """Return the name that `new` needs to train a LoRA; None if it does so without a word."""
+    """Return the name that selects LoRA training for `new`; None if that is what `new` trains by default."""
     model = find_model(form.family, form.task)
     return None if model is None or find_control_kind(model) is None else LORA.name
 
 
 def check_form(form: NewForm) -> None:
-    """Raise OptionError, with the label of the field, for a field that `new` would refuse."""
+    """Raise OptionError, with the label of the field, for a field that `new` would reject."""
     models = find_models()
     families = list(dict.fromkeys(model.family for model in models))
     if not form.family:
@@ -215,7 +220,7 @@ def check_form(form: NewForm) -> None:
 
 
 def check_trigger_field(form: NewForm) -> None:
-    """Raise OptionError for a trigger word that `new` would refuse."""
+    """Raise OptionError for a trigger word that `new` would reject."""
     if form.trigger:
         try:
             check_trigger(form.trigger)
@@ -237,7 +242,7 @@ def check_name_field(form: NewForm) -> None:
 
 
 def check_steps_field(form: NewForm) -> None:
-    """Raise OptionError for what is no number of steps."""
+    """Raise OptionError if the number of steps is not valid."""
     if form.steps:  # else that of `new`, or of the files
         read_steps(form.steps)
 
@@ -251,7 +256,7 @@ CHECKS: Mapping[str, Callable[[NewForm], None]] = {
 
 
 def list_field_errors(form: NewForm) -> dict[str, str]:
-    """Return what `new` would refuse, by the names of the fields."""
+    """Return what `new` would reject, by the names of the fields."""
     errors = {}
     for name, check in CHECKS.items():
         try:
@@ -278,7 +283,7 @@ def read_steps(text: str) -> int:
 
 
 def without_groups(text: str) -> str:
-    """Return a number without the marks between its thousands; another text as it is."""
+    """Return a number without its thousands separators; any other text unchanged."""
     return re.sub(r"\D", "", text) if GROUPED.fullmatch(text) else text
 
 
@@ -293,9 +298,13 @@ def parse_full(text: str, most: int) -> int | None:
 
 
 def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
-    """Return the command that describes a folder as the form says.
+    """Return the command line that describes a folder as the form says.
 
-    dry_run: it only shows how the files of a described folder would change.
+    Args:
+        form: Values of the fields.
+        models: The models folder.
+        overwrite: Replace the files of a folder that is already described.
+        dry_run: Only print how these files would change.
     """
     options: dict[str, Any] = {
         "--family": form.family or None,
@@ -315,15 +324,19 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
 
 
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
-    """Return the labels of the fields, of those that concern all three files, in which two forms differ."""
+    """Return the labels of the fields in which two forms differ, of those that affect all three files."""
     return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
 
 
 def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]:
-    """Return the labels of the fields that somebody has changed and that the files do not have.
+    """Return the labels of the fields that were changed on the page and are not yet in the files.
 
-    shown: what the page held when it was made. present: what the files say now. An empty name or number of
-    steps stands for what the files have.
+    An empty name or number of steps stands for the value in the files.
+
+    Args:
+        sent: Form as the page has sent it.
+        shown: Form as the page was made.
+        present: Form of the folder's current files.
     """
     labels: list[str] = []
     for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
@@ -335,9 +348,15 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
 
 
 def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) -> KeyChanges:
-    """Return the keys of run.toml that a form changes, with those that follow from its steps.
+    """Return the keys of run.toml that a form changes, including values derived from its steps.
 
-    values: of the training in run.toml. Raises OptionError for a wrong number of steps.
+    Args:
+        form: Values of the fields.
+        before: Form of the current files.
+        values: Options of the training in run.toml.
+
+    Raises:
+        OptionError: If the number of steps is not valid.
     """
     changes: dict[str, Any] = {}
     if form.name and form.name != before.name:

@@ -1,7 +1,7 @@
-"""The page New: choose a folder and a model, have `new` describe it, check it, and start the training.
+"""The page New: select a folder and a model, let `new` describe it, check it, and start the training.
 
-The form is kept nowhere but in the folder's own files, in the command that described it last, and in the
-address of the page, so that a reload, a restart of the server and a terminal see the same.
+The state of the form is stored only in the folder's own files, in the command that last described the folder,
+and in the address of the page. So a reload, a restarted server and a terminal see the same state.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ MAX_OF_PAGE = 256 << 20  # bytes of check.html
 
 @dataclass(frozen=True)
 class DescribePlan:
-    """Effect of the button Describe, and the text next to it."""
+    """What the button Describe will do, and the text next to it."""
 
     words: list[str]  # of the command; empty: keys of run.toml are changed
     changes: KeyChanges = KeyChanges({})  # of keys of run.toml
@@ -172,13 +172,14 @@ class DescribePlan:
 
     @property
     def text(self) -> str:
+        """Text next to the button: the changed keys, or the command line."""
         if self.changes.changes:
             return self.changes.text
         return format_command(self.words)
 
 
 class NewPages:
-    """Show the page New, and do what its buttons ask for."""
+    """Shows the page New, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -188,15 +189,20 @@ class NewPages:
 
     @functools.cached_property
     def memory(self) -> float:
-        """Return the GiB of the card; it is asked once."""
+        """GiB of the graphics card, read once."""
         return find_memory()
 
     @functools.cached_property
     def cards(self) -> list[str]:
-        """Return the names of the cards; they are asked for once."""
+        """Names of the graphics cards, read once."""
         return [card.name for card in CardReader(shutil.which("nvidia-smi")).read()]
 
     def show(self, request: Request) -> Response:
+        """Return the page for the form in the query.
+
+        A query with only a folder is filled from the folder's files. If the files have changed since the page
+        with this form was made, the form shows the files and says so.
+        """
         query = read_query(request)
         form = NewForm.of_fields(query)
         if "train" not in query:
@@ -217,7 +223,7 @@ class NewPages:
         return self.answer(form, message=message, is_part=is_part)
 
     def suggest_kind(self, form: NewForm) -> str:
-        """Return the value of the field for what `new` trains by itself on a folder that is not described."""
+        """Return what `new` trains by default in a folder not yet described, as a value of `train`."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
@@ -227,7 +233,7 @@ class NewPages:
         return name_field(kind)
 
     def read_form(self, folder_text: str) -> NewForm:
-        """Return the form of a folder: of its files, else of the command that described it last."""
+        """Return the form of a folder, from its files or else from the command that last described it."""
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
@@ -246,22 +252,25 @@ class NewPages:
         return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
-        """Return whether the files of a folder still say what a page has shown in its fields.
+        """Return whether the files of a folder still have the values that a page has shown in its fields.
 
-        shown: the address of that page's form when it was made; empty if the folder was not described.
+        `shown` is the address of that page's form when it was made; "" if the folder was not described then.
         """
         described, _ = self.try_read(folder)
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether shown changes are still those that the files would get."""
+        """Return whether the shown changes are still those that the files would get."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the page with a filled form.
 
-        error: why a request was refused. message: something else to show. is_part: the list of folders is
-        left out, as only other parts of the page are taken.
+        Args:
+            form: Values of the fields.
+            error: Reason why a request was rejected.
+            message: Message to show that is not an error.
+            is_part: Leave out the list of folders, because the browser uses only other parts of the page.
         """
         folder = find_folder(self.site.runs, form.folder)
         described, problem = self.try_read(folder)
@@ -310,9 +319,12 @@ class NewPages:
     def folder_values(
         self, folder: Path | None, content: MediaFolder | None, is_part: bool
     ) -> dict[str, Any]:
-        """Return the values for the page's part on the folders, and on the chosen one.
+        """Return the values for the page's part about folders and the selected folder.
 
-        content: of the chosen one. is_part: see `answer`.
+        Args:
+            folder: The selected folder; None if there is none.
+            content: Its media.
+            is_part: As in `answer`.
         """
         tops = self.site.runs.tops
         has_files = folder is not None and (content is not None or is_described(folder))
@@ -350,7 +362,10 @@ class NewPages:
         }
 
     def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
-        """Return the values for the page's part on models and the chosen one. content: of the folder."""
+        """Return the values for the page's part about models and the selected model.
+
+        `content` is the media of the selected folder; models that suit them come first.
+        """
         rows = list_model_rows(self.site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
         return {
@@ -363,7 +378,7 @@ class NewPages:
         }
 
     def list_kind_values(self, form: NewForm, model: ModelSet | None) -> dict[str, Any]:
-        """Return the values for the choice of what is trained. model: that is chosen; None: none."""
+        """Return the values for the field `train`. `model` is the selected model; None if there is none."""
         if model is None:
             return {"kinds": []}
         chosen = BY_NAME[form.train or LORA.name]
@@ -375,9 +390,9 @@ class NewPages:
         }
 
     def list_info(self, form: NewForm, described: DescribedFolder | None, duration: str) -> list[str]:
-        """Return what stands beside the button: steps, or their hours, and GB to load.
+        """Return the notes next to the button: steps or their duration, and GB to download.
 
-        duration: of the training, in words.
+        `duration` is the estimated duration of the training, in words.
         """
         info = [duration] if duration else []
         if not duration:
@@ -406,7 +421,7 @@ class NewPages:
         return info
 
     def describe_free(self) -> str:
-        """Return the GB that are free for models; empty if that is not known."""
+        """Return the free disk space for models in GB; "" if it is not known."""
         with contextlib.suppress(OSError):
             return gigabytes(free_bytes(self.site.models.absolute()))
         return ""
@@ -416,7 +431,7 @@ class NewPages:
         return NewForm.of_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
-        """Return the time that the steps in the form take, in words; empty if it is not known."""
+        """Return how long the steps in the form take, in words; "" if it is not known."""
         if described is None or described.steps is None:
             return ""
         try:
@@ -426,7 +441,7 @@ class NewPages:
         return describe_duration(self.site.runs, described, steps, self.cards)
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
-        """Return the contents of a folder's files, or None and the reason why they cannot be read."""
+        """Return the content of a folder's files, or None and the reason why they cannot be read."""
         if folder is None or not is_described(folder):
             return None, ""
         try:
@@ -493,9 +508,14 @@ class NewPages:
         output: Mapping[str, Any],
         loading: Mapping[str, Any],
     ) -> FolderStanding:
-        """Return how far a folder is, without the job that trains on it.
+        """Return the progress of a folder, without the job that trains on it.
 
-        output, loading: of `output_values` and `loading_values`.
+        Args:
+            folder: The folder; None if none is selected.
+            described: Content of its files; None if it is not described.
+            checking: Background job of the check.
+            output: Result of `output_values`.
+            loading: Result of `loading_values`.
         """
         is_loaded_here = loading["load_command"] != ""
         return FolderStanding(
@@ -518,9 +538,9 @@ class NewPages:
         checking: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
-        """Return what `new` has found missing in a folder and is still so, for `FolderStanding`.
+        """Return what `new` has reported as missing in a folder and still is, as fields of `FolderStanding`.
 
-        lines: that `new` has printed about the files that are there now.
+        `lines` are those that `new` has printed about files that still exist.
         """
         looking = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or looking is None or looking.code != 0:
@@ -592,7 +612,7 @@ class NewPages:
         )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
-        """Return the facts of files to load for a described folder: their size, licences and the login."""
+        """Return what is to be downloaded for a folder: size, licenses, and the state of the login."""
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
@@ -611,20 +631,20 @@ class NewPages:
         }
 
     def show_progress(self, request: Request) -> Response:
-        """Return the part of the page that changes while commands run."""
+        """Answer with the part of the page that changes while commands run."""
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
             return answer_not_found()
         return self.answer_progress(folder)
 
     def answer_progress(self, folder: Path, refused: str = "") -> Response:
-        """Return the same part. refused: why a button did nothing."""
+        """Return the same part as `show_progress`. `refused` is the reason why a button did nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused, "is_part": True}
         return answer_template("new_progress.html", say("New"), values, is_refused=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
-        """Return the command that writes captions as a form says, or why there is none."""
+        """Answer with the command that writes captions as the form says, or why there is none."""
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
@@ -636,7 +656,7 @@ class NewPages:
         return answer_page(str(escape(text)))
 
     def show_folders(self, request: Request) -> Response:
-        """Return the next folders of the list."""
+        """Answer with the next part of the list of folders."""
         first_text = request.query_params.get("from", "")
         first = int(first_text[:6]) if first_text.isascii() and first_text.isdecimal() else 0
         folders = list_media_folders(self.site.runs)
@@ -649,7 +669,10 @@ class NewPages:
         return answer_template("new_folders.html", say("New"), values)
 
     def show_check(self, request: Request) -> Response:
-        """Return check.html of a folder, which may be somebody else's: it runs and loads nothing."""
+        """Answer with a folder's check.html.
+
+        The folder may be somebody else's: its page runs and loads nothing.
+        """
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         path = self.find_check_page(folder)
         if path is None:
@@ -662,6 +685,7 @@ class NewPages:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     def find_check_page(self, folder: Path | None) -> Path | None:
+        """Return the page of a folder's last check; None if it does not exist or lies outside the roots."""
         path = None if folder is None else folder / CHECK_PAGE
         return path if path is not None and self.site.runs.is_inside(path) else None
 
@@ -670,7 +694,7 @@ class NewPages:
         return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
-        """Return the reason why a text names no folder that can be described here."""
+        """Return the reason why the typed folder cannot be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
         try:
             path = find_typed(self.site.runs, text)
@@ -695,12 +719,13 @@ class NewPages:
         )
 
     def find_background_job(self, kind: str, folder: Path | None) -> Job | None:
+        """Return the background job of a kind in a folder; None if there is none."""
         return None if folder is None else self.site.background_jobs.find(name_background_job(kind, folder))
 
     def find_run(self, described: DescribedFolder | None, job: Job | None) -> str:
-        """Return the address of the page of a folder's training; empty if there is none yet.
+        """Return the address of the page of a folder's training; "" if there is none yet.
 
-        job: of the queue, that runs the folder.
+        `job` is the queue's job that runs the folder.
         """
         if described is None:
             return ""
@@ -713,7 +738,7 @@ class NewPages:
         return "" if plan is None else f"/run/{plan.id}/"
 
     def list_missing_parts(self, described: DescribedFolder | None) -> list[Component]:
-        """Return the parts of a described folder's model that are to be loaded before the training."""
+        """Return the parts of a described folder's model that are to be downloaded before the training."""
         if described is None:
             return []
         is_there = {
@@ -726,10 +751,10 @@ class NewPages:
         return []
 
     def find_files_to_load(self, described: DescribedFolder) -> TaskFiles | None:
-        """Return the files of a described folder's model if some are missing and their download brings them.
+        """Return the model files of a described folder if some are missing and a download can provide them.
 
-        None if nothing is missing, or if a file that run.toml names is none of the released ones in the
-        folder of this page's models: only `run` knows where that is to be loaded to.
+        None if no file is missing, or if run.toml names a file that is not a released file in this page's
+        models folder: only `run` knows where to download that.
         """
         paths = [described.folder / path for path in described.model_files.values()]
         missing = {real_path(path) for path in paths if not path.exists()}
@@ -742,7 +767,7 @@ class NewPages:
         return None
 
     def make_load_words(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
-        """Return the command that loads what a described folder lacks of a model's files."""
+        """Return the command that downloads the missing files of a described folder's model."""
         missing = {
             name for name, path in described.model_files.items() if not (described.folder / path).exists()
         }
@@ -752,12 +777,13 @@ class NewPages:
         return [*words, "--without", *without] if without else words
 
     def make_run_words(self, described: DescribedFolder) -> list[str]:
+        """Return the command that trains on a described folder, with this page's models folder."""
         return make_run_words(described, self.site.models)
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
     ) -> DescribePlan:
-        """Return the plan of Describe; for a form that is not complete, the command as far as it goes."""
+        """Return the plan of Describe; for an incomplete form, the command with what is known so far."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)
@@ -767,9 +793,9 @@ class NewPages:
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return the plan of Describe for a folder.
 
-        It has `new` describe a folder that is not yet. Of a described one it writes name and steps into
-        run.toml if only these have changed, and else shows first how its files would change. Raises
-        OptionError for a wrong number of steps.
+        A folder that is not described yet is described by `new`. In a described folder, a changed name or
+        number of steps is written into run.toml; for all other changes, `new` first shows how the files would
+        change. Raises OptionError if the number of steps is not valid.
         """
         form = form.of_folder(folder)
         models = self.site.models
@@ -783,7 +809,7 @@ class NewPages:
         return DescribePlan(make_new_words(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for, and show the page of the folder again."""
+        """Do what a button requests, and show the page of the folder again."""
         sent = NewForm.of_fields(form)
         what = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
@@ -817,10 +843,10 @@ class NewPages:
         return response
 
     def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
-        """Do what a button asks for; return whether there is such a button.
+        """Do what a button requests, and return whether there is a button of this name.
 
-        Raises UserError, OSError or ValueError if it cannot be done, ChangedMeanwhileError if the files are
-        not what the page was made from.
+        Raises UserError, OSError or ValueError if it fails, and ChangedMeanwhileError if the files have
+        changed since the page was made.
         """
         background_jobs = self.site.background_jobs
         if what == "replace":
@@ -857,9 +883,9 @@ class NewPages:
         return True
 
     def reject_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
-        """Raise OptionError if fields of a page hold what the files of its folder do not.
+        """Raise OptionError if fields of a page have values that are not in the folder's files.
 
-        shown: the address of the page's form when it was made; empty if its fields were not sent.
+        `shown` is the address of the page's form when it was made; "" if the fields were not sent.
         """
         if not shown:
             return
@@ -875,9 +901,13 @@ class NewPages:
             )
 
     def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
-        """Do what `plan_describe` says; return what was done at once, for the page that opens next.
+        """Carry out `plan_describe`, and return what was done at once, as a message for the next page.
 
-        mark: of the files that the page was made from. shown: the address of its form then.
+        Args:
+            folder: The folder.
+            form: Values of the fields.
+            mark: Checksum of the files that the page was made from.
+            shown: Address of the page's form when it was made.
         """
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
@@ -900,7 +930,7 @@ class NewPages:
         return ""
 
     def replace(self, folder: Path, mark: str) -> None:
-        """Write the three files as the shown changes say; the old ones are copied into the bin first."""
+        """Write the three files as the shown changes say; the old files are copied into the bin first."""
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
             raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
@@ -917,7 +947,7 @@ class NewPages:
         self.site.background_jobs.forget(name_background_job(COMPARE, folder))
 
     def load(self, folder: Path, has_accepted: bool) -> None:
-        """Start the download of what a described folder lacks of its model."""
+        """Start the download of the missing files of a described folder's model."""
         described = read_described(folder)
         files = self.find_files_to_load(described)
         if files is None:
@@ -928,7 +958,7 @@ class NewPages:
         self.site.background_jobs.start(name, self.make_load_words(described, files), Path.cwd())
 
     def start(self, folder: Path, has_accepted: bool) -> None:
-        """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
+        """Add the run of a folder to the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
             raise OptionError(say("It is not prepared yet: press Prepare first."))
         words = self.make_run_words(read_described(folder))
@@ -957,7 +987,7 @@ class NewPages:
             self.site.queue.add_and_begin(words, folder, within=folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
-        """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
+        """Convert captions of a folder to UTF-8. `encoding` is their encoding; "" to guess it."""
         if encoding and encoding not in NAMES:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
         words = find_repair(read_commands(folder), folder)
@@ -969,7 +999,7 @@ class NewPages:
         self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
-        """Describe the file of a model, by its header."""
+        """Answer with a description of a model file, from its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
         chosen = NewForm.of_fields(form)
@@ -987,7 +1017,7 @@ class NewPages:
         return answer_template("new_file.html", say("New"), values)
 
     def look_whether_it_fits(self, request: Request, form: Form) -> Response:
-        """Explain why the file of a model does not fit the chosen one, as `new` would."""
+        """Answer with the reason why a model file does not fit the selected model, in the words of `new`."""
         option = request.query_params.get("option", "")
         chosen = NewForm.of_fields(form)
         text = "".join(form.get(f"file_{option}", ()))
@@ -1021,23 +1051,23 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
 
 
 def describe_failure(download: Download | None) -> str:
-    """Return the last lines of a download that has died, with their remedy; empty for any other."""
+    """Return the last lines of a failed download, with their remedy; "" for any other download."""
     return (
         download.job.last_lines(LINES_OF_FAILURE) if download is not None and download.state == DIED else ""
     )
 
 
 def find_mark(folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return a checksum of the files of a folder as they were read; empty if it has none."""
+    """Return a checksum of a folder's files as they were read; "" if it has none."""
     if described is not None:
         return described.mark
     return "" if folder is None else mark_files(folder)
 
 
 def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
-    """Return the command that converts captions of a described folder to UTF-8; empty if there is none.
+    """Return the command that converts a described folder's captions to UTF-8; empty if there is none.
 
-    commands: of its run.toml.
+    `commands` are those of its run.toml.
     """
     for words in commands:
         with contextlib.suppress(OptionError):
@@ -1048,18 +1078,18 @@ def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
 
 
 def find_free_name(output: Path, name: str) -> str:
-    """Return another name for a LoRA if one of this name is in a folder; else nothing."""
+    """Return another name for a LoRA if the folder has one of this name; else ""."""
     return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
 
 
 def _list_ended(*background_jobs: Job | None) -> str:
-    """Return marks of the background jobs that have ended, with blanks between."""
+    """Return marks of the ended background jobs, separated by blanks."""
     ended = [job.process for job in background_jobs if job is not None and job.state != RUNNING]
     return " ".join(short_digest(repr(process)) for process in ended)
 
 
 def _suggest_free_name(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
-    """Return another name if a LoRA of the name in a form is there; else nothing."""
+    """Return another name if a LoRA with the form's name exists; else ""."""
     if folder is None:
         return ""
     output = folder / "output" if described is None else described.output

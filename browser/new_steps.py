@@ -1,4 +1,4 @@
-"""The next step on the page New: how far a folder is, and the word of the button that leads on."""
+"""The next step on the page New: the progress of a folder, and the button that leads on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ QUEUE_ADDRESS = "/queue"
 
 @dataclass(frozen=True)
 class NextStep:
-    """Hold what the button of the page New says and does."""
+    """Label and action of the page's main button."""
 
     name: str
     word: str
@@ -33,13 +33,13 @@ class NextStep:
 
     @property
     def mark(self) -> str:
-        """Return a text that changes with the step."""
+        """Text that changes with the step."""
         return short_digest(repr(self))
 
 
 @dataclass(frozen=True)
 class FolderStanding:
-    """Hold how far a folder is, by its files and by the commands that work on it."""
+    """Progress of a folder, derived from its files and from the commands that work on it."""
 
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them
@@ -58,17 +58,17 @@ class FolderStanding:
 
     @property
     def mark(self) -> str:
-        """Return a text that changes with the step of a page whose fields are as the files."""
+        """Text that changes with the step of a page whose fields are as the files."""
         return select_step(NewForm(folder="as", family="in", task="files"), self, is_written=True).mark
 
     @property
     def is_checked(self) -> bool:
-        """Return whether the files as they are now have no fault."""
+        """Whether the last check found no error and the files have not changed since."""
         return self.checking is not None and self.checking.state == FINISHED and not self.is_check_old
 
     @property
     def done(self) -> str:
-        """Return what has worked, in words."""
+        """What has been completed, in words."""
         words = [say("Prepared")]
         if self.download is not None and self.download.state == FINISHED and not self.to_load:
             words.append(say("the model is here"))
@@ -78,7 +78,7 @@ class FolderStanding:
 
 
 def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
-    """Return the next step of a folder. is_written: its files say what the fields of the form hold."""
+    """Return the next step of a folder. `is_written` says whether its files have the values of the form."""
     fields = {say("a folder"): form.folder, say("a model"): form.family}
     if form.family:
         fields[say("a version")] = form.task
@@ -95,7 +95,7 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
 
 
 def _ask_for_captions(standing: FolderStanding) -> NextStep:
-    """Return the step that leads to captions or to a word, before anything is loaded for them."""
+    """Return the step that asks for captions or a trigger word, before anything is downloaded."""
     missing = (
         counted(
             standing.uncaptioned,
@@ -121,7 +121,7 @@ def _ask_for_captions(standing: FolderStanding) -> NextStep:
 
 
 def _select_after_describing(standing: FolderStanding) -> NextStep:
-    """Return the next step of a folder whose files say what the form holds."""
+    """Return the next step of a folder whose files have the values of the form."""
     job, download, checking = standing.job, standing.download, standing.checking
     if job is not None and (
         job.state in (WAITING, RUNNING) or job.state == FINISHED and standing.run_address

@@ -1,4 +1,7 @@
-"""Find the folders with pictures and clips that a page offers tools for: of a dataset, or a described one."""
+"""Find the folders with images and clips for which a page offers tools.
+
+These are the folders of a dataset, or a described folder.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +19,13 @@ MEDIA_KEYS = ("image_directory", "video_directory", "image_dir")  # of a table o
 
 
 def find_open_folder(runs: Runs, text: str) -> Path | None:
-    """Return a folder below the roots that no program of ours writes; None for any other text."""
+    """Return a folder below the roots that no program of this project writes; None for any other text."""
     folder = find_folder(runs, text)
     return None if folder is None or is_closed(runs, folder) else folder
 
 
 def read_tables(config: Path) -> list[Mapping[str, Any]]:
-    """Return the tables of a dataset's file, each with its subsets; none if it cannot be read."""
+    """Return the tables of a dataset file, each with its subsets; empty if it cannot be read."""
     try:
         text = read_own_file(config).decode()
         tables = (parse_json(text) if config.suffix == ".json" else parse_toml(text))["datasets"]
@@ -38,9 +41,9 @@ def read_tables(config: Path) -> list[Mapping[str, Any]]:
 
 
 def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
-    """Return the real paths of the folders below the roots whose media a dataset's file takes, each once.
+    """Return the distinct real paths of the media folders below the roots that a dataset file names.
 
-    base: where its relative paths begin.
+    `base` is the folder that its relative paths refer to.
     """
     folders = []
     for table in read_tables(config):
@@ -52,7 +55,7 @@ def list_table_folders(runs: Runs, config: Path, base: Path) -> list[Path]:
 
 
 def list_media_folders_of(runs: Runs, folder: Path) -> list[Path]:
-    """Return the folders with the media of a folder: those that its dataset names, if it is described."""
+    """Return the folders with a folder's media: those that its dataset names, if the folder is described."""
     inner = list_table_folders(runs, folder / DATASET_FILE, folder) if is_described(folder) else []
     return inner or [folder]
 

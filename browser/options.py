@@ -95,7 +95,7 @@ class BrowserOptions(Options, title="browser"):
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_public_url(self, url: str) -> None:
-        """Raise OptionError if an address is none that a page can be at the top of."""
+        """Raise OptionError if an address cannot be the top of a site."""
         if self.no_token:
             raise OptionError(f"--public_url {url} lets others in: leave --no_token out")
         try:
@@ -112,7 +112,7 @@ class BrowserOptions(Options, title="browser"):
             )
 
     def _check_folder(self, folder: Path) -> None:
-        """Raise OptionError if a folder does not exist, or is a file that is not shown."""
+        """Raise OptionError if a folder does not exist, or is a file without a history or a dataset."""
         # the output folder of a described folder does not exist before its first training
         is_described = (folder.absolute().parent / PROJECT_CONFIG).is_file()
         if not folder.exists() and not (is_described and self.export is None):
@@ -125,7 +125,7 @@ class BrowserOptions(Options, title="browser"):
 
     @property
     def is_local(self) -> bool:
-        """Return whether only this machine can reach the server."""
+        """Whether only this machine can reach the server."""
         if self.host == LOCAL:
             return True
         try:
@@ -135,7 +135,7 @@ class BrowserOptions(Options, title="browser"):
 
     @property
     def public_origin(self) -> str | None:
-        """Return the origin of --public_url as browsers send it, such as https://my-page.example.org."""
+        """Origin of --public_url as browsers send it, such as https://my-page.example.org."""
         if self.public_url is None:
             return None
         parts = urllib.parse.urlsplit(self.public_url)

@@ -1,9 +1,9 @@
-"""What a browser keeps that was let in: a path for the pages, and a word in a cookie of that path alone.
+"""What an admitted browser keeps: a secret path for the pages, and a word in a cookie of that path alone.
 
-Neither is the secret word of the page, nor tells it. Both are made from it and from the port of the server,
-so they are the same after a restart, and those of one server open no other one. The cookie's word names the
-day on which it ends and, where the system shows it, the account that opened the page: what a server of
-another account gets to see, if it takes the port while ours is not there, lets nobody else in.
+Neither is the secret word of the page, nor reveals it. Both are derived from it and from the port of the
+server: they are the same after a restart, and those of one server open no other server. The cookie's word
+contains the day on which it expires and, where the system shows it, the account that opened the page. So a
+server of another account that takes over the port learns nothing that admits anybody else.
 """
 
 import hashlib
@@ -25,22 +25,23 @@ SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
 
 @dataclass(frozen=True)
 class PageAccess:
-    """The path and the words of one server."""
+    """Path and cookie words of one server."""
 
     key: bytes
     now: Callable[[], float] = time.time
 
     @property
     def root(self) -> str:
+        """Path below which the pages lie."""
         return f"{MARK}{self._sign('path')}"
 
     def make_word(self, owner: int | None) -> str:
-        """Return the word of a cookie. owner: the account of its browser; None if that is not known."""
+        """Return the word of a cookie. `owner` is the account of its browser; None if that is not known."""
         end = int(self.now()) + SECONDS
         return f"{end}.{self._sign(f'{end} {owner}')}"
 
     def is_right(self, cookies: str, owner: int | None) -> bool:
-        """Return whether one of the cookies of a request is a word for its account that still holds."""
+        """Return whether a request has a cookie whose word is valid for its account and has not expired."""
         return any(self._fits(word, owner) for word in list_values(cookies, COOKIE))
 
     def _fits(self, word: str, owner: int | None) -> bool:
@@ -57,16 +58,17 @@ class PageAccess:
 
 @cache
 def derive_access(token: str, port: int) -> PageAccess:
-    """Return what the browsers of a server keep.
+    """Derive the path and the cookie key of a server from its secret word.
 
-    Slow on purpose: a word of --token may be one that can be guessed, and a path could be compared with it.
+    The derivation is slow on purpose: a word given by --token may be easy to guess, and a path could be used
+    to test guesses.
     """
     salt = f"pages of Reelsmith at {port}".encode()
     return PageAccess(hashlib.pbkdf2_hmac("sha256", token.encode(), salt, iterations=200_000))
 
 
 def access_of(token: str, scope: Mapping[str, Any]) -> PageAccess:
-    """Return what browsers keep of the server that got a request."""
+    """Return the path and cookie words of the server that received a request."""
     return derive_access(token, find_port(scope))
 
 
@@ -81,7 +83,7 @@ def list_values(cookies: str, wanted: str) -> list[str]:
 
 
 def find_connection(scope: Mapping[str, Any]) -> Connection | None:
-    """Return both ends of the connection of a request; None if the server does not know them."""
+    """Return both ends of a request's connection; None if the server does not know them."""
     client, server = scope.get("client"), scope.get("server")
     if client is None or server is None or server[1] is None:
         return None

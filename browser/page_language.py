@@ -1,8 +1,8 @@
-"""Read the tables of languages, choose one for a request, keep the choice of a reader in a cookie.
+"""Read the tables of languages, select one for a request, and keep the reader's choice in a cookie.
 
-A table is a file of `languages`: sections, each with English texts and their translations. The section
-`scripts` goes to the browser, for the texts of JavaScript. A second file has one more section: the first
-sentences of the helps of all options that a training script has.
+A table is a file in `languages`: sections of English texts and their translations. The section `scripts` is
+sent to the browser, for the texts of JavaScript. A second file has one more section: the first sentences of
+the help of all training options.
 """
 
 import functools
@@ -32,7 +32,7 @@ HELPS = "helps"  # section in a file of its own
 
 @functools.cache
 def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
-    """Return a language's sections of texts; none of English."""
+    """Return a language's sections of texts; empty for English."""
     if code == CODES[0]:
         return {}
     sections = json.loads((TABLES / f"{code}.json").read_text(encoding="utf-8"))
@@ -42,12 +42,12 @@ def read_table(code: str) -> Mapping[str, Mapping[str, str]]:
 
 @functools.cache
 def read_texts(code: str) -> Mapping[str, str]:
-    """Return all texts of a language by their English ones."""
+    """Return all texts of a language by their English texts."""
     return {key: text for section in read_table(code).values() for key, text in section.items() if text}
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: that of the cookie, else the browser's first one that we have."""
+    """Return the language of a request: that of the cookie, else the browser's first one with a table."""
     code = _read_cookie(request) or find_accepted(request.headers.get("accept-language", ""))
     address = request.url.path
     if request.url.query:
@@ -64,12 +64,15 @@ def _read_cookie(request: Request) -> str | None:
 
 
 def _name_cookie(request: Request) -> str:
-    """Return the name of this server's cookie, which no server at another port takes or overwrites."""
+    """Return the name of this server's cookie.
+
+    It contains the port, so that no other server overwrites it.
+    """
     return f"{COOKIE}_{find_port(request.scope)}"
 
 
 def find_accepted(header: str) -> str:
-    """Return the code of the language that a browser wants most, and we have. header: its Accept-Language."""
+    """Return the code of the supported language that a browser prefers. `header` is its Accept-Language."""
     wanted = []
     for part in header.split(","):
         name, _, parameter = part.partition(";")
@@ -82,7 +85,7 @@ def find_accepted(header: str) -> str:
 
 
 def _read_weight(parameter: str) -> float:
-    """Return the weight of `q=0.8`; 1 without one, 0 of what is no number."""
+    """Return the weight of `q=0.8`; 1 without a weight, 0 if it is not a number."""
     name, _, number = parameter.strip().partition("=")
     if name.strip().lower() != "q":
         return 1.0
@@ -94,7 +97,7 @@ def _read_weight(parameter: str) -> float:
 
 
 def change_language(request: Request) -> Response:
-    """Keep another language in a cookie, and lead back to the page that had the link."""
+    """Store another language in a cookie, and redirect to the page that had the link."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -111,7 +114,7 @@ def change_language(request: Request) -> Response:
 
 
 def find_way_back(address: str) -> str:
-    """Return an address of this server's pages; the list of runs for any other one."""
+    """Return an address of this server's pages; the list of runs for any other address."""
     is_ours = address.startswith("/") and not address.startswith(("//", "/\\", "/language/"))
     is_plain = address.isprintable() and "\\" not in address
     try:
@@ -122,7 +125,7 @@ def find_way_back(address: str) -> str:
 
 
 def show_scripts(request: Request) -> Response:
-    """Return the texts of JavaScript as a script, and the functions that find them."""
+    """Answer with the texts of JavaScript, and the functions that look them up, as a script."""
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
@@ -151,6 +154,7 @@ function translateCount(number, singular, plural, values = {}) {
 
 
 def language_routes() -> list[Route]:
+    """Return the routes that change the language and deliver the texts of JavaScript."""
     return [
         Route("/language/{code}.js", show_scripts),
         Route("/language/{code}", change_language),
@@ -158,7 +162,7 @@ def language_routes() -> list[Route]:
 
 
 def language_headers() -> list[tuple[bytes, bytes]]:
-    """Return the headers of a response whose texts are in the language of the request."""
+    """Return the response headers of a page in the language of its request."""
     return [
         (b"content-language", language().code.encode()),
         (b"vary", b"Accept-Language, Cookie"),

@@ -1,9 +1,9 @@
-"""Put the pages of a server below a path that only browsers know which were let in.
+"""Put the pages of a server below a path that only admitted browsers know.
 
 A browser sends a cookie to all ports of a host, and so to servers of other accounts, but not to another path.
-So the cookie that lets a browser in belongs to a path that nobody can guess, and pages lie below it. Routes
-and templates know nothing of that path: requests come without it, and addresses of this server get it when
-they leave.
+So the cookie that admits a browser belongs to a path that cannot be guessed, and the pages lie below it.
+Routes and templates do not know that path: it is removed from requests, and added to the addresses of this
+server in responses.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _MOVES = (b"location", b"hx-redirect")  # headers that lead to another page
 
 @contextlib.contextmanager
 def serving_below(root: str) -> Iterator[None]:
-    """Let `add_root` and `add_root_to_page` put a path before the addresses of this server; "" puts none."""
+    """Let `add_root` and `add_root_to_page` prefix this server's addresses with a path; "" adds none."""
     token = _ROOT.set(root)
     try:
         yield
@@ -34,13 +34,13 @@ def serving_below(root: str) -> Iterator[None]:
 
 
 def find_port(scope: Mapping[str, Any]) -> int:
-    """Return the port at which this server got a request, whatever the request says; 0 if it is not known."""
+    """Return the port at which this server received a request, whatever the request says; 0 if unknown."""
     _, port = scope.get("server") or ("", None)
     return port or 0
 
 
 def add_root(address: str) -> str:
-    """Return the address of a page with the path below which it lies; any other address as it is."""
+    """Return the address of a page with the path below which it lies; any other address unchanged."""
     is_ours = address.startswith("/") and not address.startswith(("//", MARK))
     return f"{_ROOT.get()}{address}" if is_ours else address
 
@@ -52,5 +52,5 @@ def add_root_to_page(page: str) -> str:
 
 
 def add_root_to_header(name: bytes, value: bytes) -> bytes:
-    """Return the value of a response's header; one that leads to another page with that path."""
+    """Return the value of a response header, with that path if it is the address of a page."""
     return add_root(value.decode("latin-1")).encode("latin-1") if name in _MOVES else value

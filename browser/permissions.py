@@ -1,6 +1,7 @@
-"""List what a run.toml lets a run do, before it is started: it may come from somebody else.
+"""List what a run.toml lets a run do before it is started, because it may come from somebody else.
 
-`run` itself refuses what is marked as refused here, see `modules/run_limits.py`: the list only says it first.
+`run` itself rejects what is marked as rejected here (see `modules/run_limits.py`); the list only says so
+earlier.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ MOST_SHOWN = 64 << 10  # bytes of a file
 
 @dataclass(frozen=True)
 class Permission:
-    """Something that a run does, and what to know of it."""
+    """An act of a run, and what the user should know about it."""
 
     text: str
     note: str = ""  # why it is refused, or unusual
@@ -36,10 +37,13 @@ class Permission:
 
 
 def read_permissions(folder: Path) -> list[Permission]:
-    """Return the acts that the files of a described folder let a run do; those unknown to `new` come first.
+    """Return what a described folder's files let a run do; acts that `new` never writes come first.
 
-    What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
-    if it is not TOML.
+    Acts beyond MOST_LINES are counted in a last line.
+
+    Raises:
+        OSError: If run.toml cannot be read.
+        ValueError: If run.toml is not TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
     found = [
@@ -64,7 +68,7 @@ def read_permissions(folder: Path) -> list[Permission]:
 
 
 def read_shown_text(path: Path) -> str:
-    """Return the text of a file for reading; its first part if it is long. Raises OSError."""
+    """Return the text of a file for reading; only its first part if it is long. Raises OSError."""
     content = read_content(path)
     text = content[:MOST_SHOWN].decode("utf-8", "replace")
     return text if len(content) <= MOST_SHOWN else f"{text}\n… and {len(content) - MOST_SHOWN:,} bytes"
@@ -100,7 +104,7 @@ def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permissio
 
 
 def _list_caches(folder: Path) -> Iterator[Permission]:
-    """Yield the folders that the caches of a dataset are written into."""
+    """Yield the folders into which a dataset's caches are written."""
     try:
         dataset = parse_toml(read_content(folder / DATASET_FILE).decode())
     except (OSError, ValueError) as error:
@@ -149,7 +153,7 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
 
 
 def _list_typed_only(words: Sequence[str]) -> list[str]:
-    """Return the options in a command that start a program. argparse takes the beginning of a name too."""
+    """Return the options in a command that start a program; argparse accepts abbreviated names as well."""
     flags = [word.partition("=")[0] for word in words]
     typed = [flag for flag in flags if len(flag) > len("--x")]  # one letter is not enough of a name
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]

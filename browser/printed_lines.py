@@ -1,7 +1,7 @@
-"""Read the usual lines that `new` prints, and that a training notes, in the language of a page.
+"""Translate the common lines that `new` prints and that a training logs.
 
-Programs print English. A line that has one of the forms here is shown translated, with its names and numbers;
-any other stays as it was printed.
+Programs print English. A line in one of the forms listed here is shown translated, with its names and
+numbers; any other line is shown as it was printed.
 """
 
 import re
@@ -98,12 +98,12 @@ def is_for_terminal(line: str) -> bool:
 
 
 def translate_line(line: str) -> str:
-    """Return a printed line as a text that pages translate; a line of no known form as it is."""
+    """Return a printed line as a text that pages translate; a line in an unknown form unchanged."""
     return _find(line, LINES) or line
 
 
 def translate_memory(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the lines on the memory of a run, name and value, as texts that pages translate."""
+    """Return the lines about the memory of a run, name and value, as texts that pages translate."""
     return [(translate_line(name), translate_line(value)) for name, value in rows]
 
 
@@ -117,9 +117,9 @@ def _find(text: str, forms: Sequence[Words]) -> Words | None:
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:
-    """Return what stands in the places of a form; None if the text has another one.
+    """Return the values in the placeholders of a form; None if the text has another form.
 
-    A place ends where the words behind it first occur: a file's name cannot make this slow.
+    A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
     """
     begin, *rest = PLACE.split(key)
     if not text.startswith(begin):

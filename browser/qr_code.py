@@ -9,13 +9,13 @@ QUIET = 2  # light cells around the code
 
 
 def compute_cells(text: str) -> NDArray[np.bool_]:
-    """Return the cells of a QR code, H W, with a light margin. True: light."""
+    """Return the cells of a QR code, H W, with a light margin. True is light."""
     cells = cv2.QRCodeEncoder.create().encode(text) > 0
     return np.pad(cells, QUIET, constant_values=True)
 
 
 def draw_code(text: str) -> str:
-    """Return a QR code of a text as lines of half blocks, dark on light in any terminal."""
+    """Return a QR code as lines of half-block characters, dark on light in any terminal."""
     cells = compute_cells(text)
     cells = np.pad(cells, ((0, len(cells) % 2), (0, 0)), constant_values=True)
     blocks = {(True, True): " ", (True, False): "\u2584", (False, True): "\u2580", (False, False): "\u2588"}
@@ -28,7 +28,7 @@ def draw_code(text: str) -> str:
 
 
 def draw_svg(text: str, label: str) -> Markup:
-    """Return a QR code of a text as SVG, dark on light in any colours of a page. label: what it shows."""
+    """Return a QR code as SVG, dark on light in any color scheme. `label` describes it for screen readers."""
     cells = compute_cells(text)
     height, width = cells.shape
     dark = "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere(~cells))

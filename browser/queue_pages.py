@@ -1,4 +1,4 @@
-"""The page of the queue: its jobs, their buttons, and commands that are read before they are added."""
+"""The page of the queue: its jobs, their buttons, and commands that are reviewed before they are added."""
 
 import contextlib
 import re
@@ -53,16 +53,17 @@ def is_started_by(run: RunSummary, job: Job) -> bool:
 
 
 class Draft(NamedTuple):
-    """A command for the user to edit, and the run that it is from."""
+    """A command for the user to edit, and the run that it comes from."""
 
     line: str = ""
     run: RunSummary | None = None
 
 
 def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
-    """Return the command that a page is to show for editing; an empty one if none is asked for.
+    """Return the command that a page shows for editing; an empty command if the query asks for none.
 
-    query: `run`, and either `command`, the index of one of its commands, or `line`, the edited command.
+    The query has `run`, and either `command`, the index of one of the run's commands, or `line`, an edited
+    command.
     """
     if "line" in query:
         return Draft(query["line"], runs.find(query.get("run", "")))
@@ -82,10 +83,16 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
 def read_jobs(
     text: str, run: RunSummary | None, earlier: Sequence[EarlierJob] = ()
 ) -> list[tuple[list[str], Path]]:
-    """Return the words and the folder of each command in a text; all are checked before the first is added.
+    """Return the words and the folder of each command in a text, after all have been checked.
 
-    run: the run that the commands are from, if any. earlier: jobs before them, which may make what they read;
-    so may the first of several. Raises UserError.
+    Args:
+        text: The commands, one a line.
+        run: Run that the commands come from; None if they were typed.
+        earlier: Jobs before them, which may create the files that they read. Earlier commands of the text
+            may, too.
+
+    Raises:
+        UserError: If a command is not valid. Then none is added.
     """
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
@@ -132,7 +139,7 @@ def queue_routes(runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> list
 
 
 class QueuePages:
-    """Show the queue, and handle its buttons."""
+    """Shows the queue, and handles its buttons."""
 
     def __init__(self, runs: Runs, queue: JobQueue, tracked_runs: TrackedRuns) -> None:
         self.runs = runs
@@ -147,17 +154,18 @@ class QueuePages:
         }
 
     def show(self, request: Request) -> Response:
+        """Return the page of the queue, with the command in the query for editing."""
         return self.answer("", request.query_params)
 
     def answer(self, error: str, query: Mapping[str, str]) -> Response:
-        """Return the page of the queue. error: a message to show. query: see `find_draft`."""
+        """Return the page of the queue. `error` is a message to show; `query` is as in `find_draft`."""
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
             return answer_text(str(problem), 422 if error else 500)
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
-        """Return the page of the queue. Raises UserError if the queue cannot be read."""
+        """Return the HTML of the queue. Raises UserError if the queue cannot be read."""
         now = self.queue.now()
         jobs, worker = now.jobs, now.worker
         running = [job for job in jobs if job.state == RUNNING]
@@ -196,7 +204,7 @@ class QueuePages:
         return trainings
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for, and show the queue again."""
+        """Do what a button requests, and show the queue again."""
         what = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
@@ -210,10 +218,17 @@ class QueuePages:
         return RedirectResponse("/queue", 303)
 
     def carry_out(self, what: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Change the queue; return whether `what` names a change.
+        """Change the queue, and return whether `what` names a change.
 
-        number: of a job. within: described folder whose files the line is made of, empty for a typed line.
-        Raises UserError.
+        Args:
+            what: Name of the button.
+            number: Number of a job, as text.
+            line: Command line to add or to edit.
+            run_id: Run that the line comes from; "" if it was typed.
+            within: Described folder from whose files the line was made; "" if it was typed.
+
+        Raises:
+            UserError: If the change is rejected.
         """
         if what == "work":
             self.queue.begin_work()

@@ -1,7 +1,7 @@
-"""Turn what the form Generate holds into a generation: its command line, and its request to a loaded model.
+"""Turn the form Generate into a generation: its command line, and its request to a loaded model.
 
 A recipe is what a model, or a run, fixes of a command: the script, the model's files, its task. Fields of the
-form are options that a prompt line may have, by their names on the command line, so both say the same.
+form are options that a prompt line may have, by their names on the command line, so both mean the same.
 """
 
 import math
@@ -81,7 +81,7 @@ class UsedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Hold what a model or a run fixes of a generation."""
+    """What a model or a run fixes of a generation."""
 
     title: str
     family: str  # as scripts name it
@@ -96,22 +96,23 @@ class ModelRecipe:
 
     @property
     def script(self) -> str:
+        """File name of the family's generation script."""
         return f"{with_scripts()[self.family].generation_script}.py"
 
     @cached_property
     def defaults(self) -> ScriptDefaults:
-        """Return the defaults of the family's script."""
+        """Defaults of the family's script."""
         defaults: ScriptDefaults = import_own(with_scripts()[self.family].generation_script).DEFAULTS
         return defaults
 
     @property
     def extras(self) -> Mapping[str, str]:
-        """Return the options of the family that a request holds as extras, with their names there."""
+        """Options of the family that a request passes as extras, with their names in the request."""
         return list_extras(self.family)
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """Return the option that each field sets, by the name of the field; only fields that there are."""
+        """Option that each field sets, by the name of the field; only fields that the script has."""
         keys = find_field_keys(self.defaults, self.extras)
         if not self.has_experts:
             keys.pop("high_cfg", None)
@@ -127,7 +128,7 @@ class ModelRecipe:
         return keys
 
     def _may_take(self, name: str) -> bool:
-        """Return whether the model can do something with a picture that its command does not need."""
+        """Return whether the model can use an image that its command does not require."""
         task = self._task
         if task is None:
             return name == "references" or not _is_needed_by_another(self.script, name)
@@ -149,31 +150,34 @@ class ModelRecipe:
 
     @property
     def has_experts(self) -> bool:
+        """Whether the model has a second transformer for high noise, with LoRAs of its own."""
         return self.defaults.has_experts and f"--dit_{HIGH_NOISE}" in self.fixed
 
     @property
     def counts_seconds(self) -> bool:
+        """Whether the length of a result is given in seconds instead of frames."""
         return self.keys.get("frames") == "video_seconds"
 
     @property
     def embeds_guidance(self) -> bool:
-        """Return whether `guidance` is fed into the network, and 1 does not turn it off."""
+        """Whether `guidance` is an input of the network; then a value of 1 does not turn it off."""
         return self.keys.get("guidance") == "embedded_cfg_scale"
 
     def find_line_option(self, name: str) -> LineOption | None:
-        """Return the option of a prompt line that a field sets; None if the model has no such field."""
+        """Return the prompt-line option that a field sets; None if the model has no such field."""
         key = self.keys.get(name)
         return None if key is None else find_option(key, self.defaults.line_options)
 
     @property
     def fields(self) -> list[str]:
-        """Return the fields that the model has."""
+        """Names of the fields that the model has."""
         return list(self.keys)
 
     def find_default(self, name: str) -> str:
-        """Return the value that counts if a field is empty, in words; empty if only the model knows it.
+        """Return the value used if a field is empty, in words; "" if only the model knows it.
 
-        A model's files say it before its task, and that before its script.
+        Defaults of the model's files take precedence over those of its task, and these over those of its
+        script.
         """
         scale = self.defaults.guidance_scale
         values: dict[str, Any] = {
@@ -196,7 +200,7 @@ class ModelRecipe:
         return "" if value in (None, "") else f"{value:g}"
 
     def find_limits(self, name: str) -> tuple[float, float]:
-        """Return the least and the most of a field that holds a number."""
+        """Return the minimum and maximum of a field that holds a number."""
         least = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
         seconds = MOST_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
@@ -213,12 +217,12 @@ class ModelRecipe:
 
     @property
     def side_step(self) -> int:
-        """Return the number of pixels that widths and heights are multiples of."""
+        """Number of pixels that widths and heights are multiples of."""
         step: int = getattr(self._task, "side_step", self.defaults.side_step)
         return step
 
     def nearest(self, name: str, value: float) -> float:
-        """Return the value of a field nearest to one within its limits that the model can make."""
+        """Return the value that the model can generate, within the field's limits, nearest to a value."""
         if name in SIDES:
             return max(1, round(value / self.side_step)) * self.side_step
         if name != "frames" or self.counts_seconds:
@@ -229,7 +233,7 @@ class ModelRecipe:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Return usual sizes, width and height, of about as many pixels as the model's usual size."""
+        """Common sizes (width, height) with about as many pixels as the model's default size."""
         try:
             width = int(self.usual.get("width", ""))
             height = int(self.usual.get("height", ""))
@@ -245,14 +249,14 @@ class ModelRecipe:
 
 @cache
 def list_extras(family: str) -> dict[str, str]:
-    """Return the options of a family that a request holds as extras, with their names there."""
+    """Return the options of a family that a request passes as extras, with their names in the request."""
     return request_extras(with_scripts()[family].options_record("Generation"))
 
 
 def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
     """Return the option that each field sets in a script, by the name of the field.
 
-    extras: options of the family in a request, see `ModelRecipe.extras`.
+    `extras` are the family's options in a request, as in `ModelRecipe.extras`.
     """
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
@@ -270,7 +274,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
 
 
 def _is_needed_by_another(script: str, name: str) -> bool:
-    """Return whether the command of a released model of this script needs the picture of a field."""
+    """Return whether the command of another released model of this script requires a field's image."""
     flags = {f"--{key}" for key in FIELDS[name]}
     for model in model_sets():
         words = model.commands.get("generate", "").split()
@@ -280,7 +284,7 @@ def _is_needed_by_another(script: str, name: str) -> bool:
 
 
 def find_flag(key: str, defaults: ScriptDefaults) -> str:
-    """Return the flag on the command line for a key of a prompt line's option."""
+    """Return the command-line flag for the key of a prompt-line option."""
     if key == "denoise":
         return f"--{defaults.source.share}"
     name = SIZE if key in SIZES else key
@@ -289,7 +293,7 @@ def find_flag(key: str, defaults: ScriptDefaults) -> str:
 
 
 def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
-    """Return options of a prompt line, by their keys, as those of the command line, by their flags."""
+    """Convert options of a prompt line, by key, to options of the command line, by flag."""
     typed: dict[str, Any] = {}
     sides = ["", ""]
     for key, value in values.items():
@@ -303,7 +307,7 @@ def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[st
 
 
 def _find_key(flag: str, defaults: ScriptDefaults) -> str:
-    """Return the key of a flag, whichever spelling it has."""
+    """Return the key of a flag in any of its spellings."""
     for key, flags in defaults.spelled.items():
         if flag in flags:
             return key
@@ -313,13 +317,13 @@ def _find_key(flag: str, defaults: ScriptDefaults) -> str:
 
 
 def is_driven(model: ModelSet) -> bool:
-    """Return whether pages can generate with a model: its script takes their requests."""
+    """Return whether pages can generate with a model, which requires a script that takes requests."""
     scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
     return bool(scripts.intersection(model.commands.get("generate", "").split()))
 
 
 def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
-    """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
+    """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
     paths = {}  # by the place that the command has for a file, such as {dit}
@@ -354,7 +358,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
 
 
 def make_run_recipe(source: ComparableRun) -> ModelRecipe:
-    """Return the recipe of a run, from the command that its history has."""
+    """Return the recipe of a run, from the command in its history."""
     names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe(
         title=source.run.name,
@@ -368,7 +372,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
 
 
 def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
-    """Return the defaults of the released model that a command's files are of. names: of the files."""
+    """Return the defaults of the released model to which a command's files belong, by their names."""
     script = f"{with_scripts()[family].generation_script}.py"
     for model in model_sets():
         transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
@@ -379,7 +383,7 @@ def _find_defaults(family: str, names: Collection[str]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _TypedOption:
-    """An option of a command that generates."""
+    """An option of a generating command."""
 
     flag: str
     key: str
@@ -393,7 +397,7 @@ class _TypedOption:
 
     @property
     def is_fixed(self) -> bool:
-        """Return whether it stays unchanged in all commands of the page."""
+        """Whether the option stays unchanged in all commands of the page."""
         is_shown = self.is_size or self.field is not None or self.key == "prompt"
         return not is_shown and self.key not in REPLACED
 
@@ -407,9 +411,16 @@ def _make_recipe(
     is_example: Callable[[str], bool],
     of_files: Mapping[str, Any],
 ) -> ModelRecipe:
-    """Split the options of a command into those that are fixed and those that fields show.
+    """Split the options of a command into fixed options and options that fields show.
 
-    is_example: says whether a word stands for a file that somebody has to name. of_files: see `ModelRecipe`.
+    Args:
+        title: Name of the model or run.
+        family: Family of the script.
+        options: Words that follow each option of the command.
+        folder: Working folder of the command.
+        missing: Files of the model that do not exist.
+        is_example: Returns whether a word is a placeholder for a file that the user has to name.
+        of_files: Defaults of the model's files, see `ModelRecipe`.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
@@ -438,9 +449,9 @@ def _make_recipe(
 
 
 def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the texts that the fields of the form begin with, by name.
+    """Return the initial texts of the form's fields, by name.
 
-    They come from the options of a command; width and height, if it has none, from the script's defaults.
+    They come from the options of a command; width and height default to those of the script.
     """
     height, width = (str(side) for side in defaults.size)
     default = {"height": height, "width": width}
@@ -456,7 +467,7 @@ def _list_default_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults)
 
 
 def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
-    """Return the LoRAs of an expert. by_key: the words of each option of a command."""
+    """Return the LoRAs of an expert. `by_key` are the words of each option of a command."""
     end = f"_{expert}" if expert else ""
     paths = by_key.get(f"lora_weight{end}", ())
     strengths = [*by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]
@@ -465,7 +476,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """Result to be made: a recipe, and the contents of the fields."""
+    """A result to generate: a recipe, and the values of the fields."""
 
     recipe: ModelRecipe
     prompt: str
@@ -476,7 +487,7 @@ class RenderRequest:
     labels: Mapping[str, str] = field(default_factory=dict)  # of fields, for messages
 
     def check(self) -> None:
-        """Raise OptionError for what no command can be made of."""
+        """Raise OptionError if the request cannot be turned into a command."""
         if not self.prompt.strip():
             raise OptionError(say("Prompt: write what is to be made."))
         for name, text in {"prompt": self.prompt, **self.texts}.items():
@@ -507,7 +518,7 @@ class RenderRequest:
             self._check_images(name)
 
     def _check_recipe(self) -> None:
-        """Raise OptionError if the model, or a picture that it needs, is not there."""
+        """Raise OptionError if the model, or an image that it requires, is missing."""
         recipe = self.recipe
         if recipe.missing and recipe.missing[0].startswith("--"):
             raise OptionError(
@@ -529,7 +540,7 @@ class RenderRequest:
                 )
 
     def _check_images(self, name: str) -> None:
-        """Raise OptionError if a file that a field names is not there."""
+        """Raise OptionError if a file named in a field does not exist."""
         if name not in self.recipe.fields:
             return
         paths = self.references if name == "references" else [self._text(name)]
@@ -600,7 +611,7 @@ class RenderRequest:
             )
 
     def _lora_options(self) -> dict[str, list[str]]:
-        """Return the options of the LoRAs, their strengths not included."""
+        """Return the options of the LoRAs, without their strengths."""
         options: dict[str, list[str]] = {}
         for lora in self.loras:
             options.setdefault(_with_expert(LORA, lora.expert), []).append(lora.path)
@@ -610,7 +621,7 @@ class RenderRequest:
         return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
 
     def _values(self, seed: str) -> dict[str, str]:
-        """Return the texts of fields that are not empty, by the key of their option."""
+        """Return the texts of nonempty fields, by the key of their option."""
         recipe = self.recipe
         values = {}
         for name, key in recipe.keys.items():
@@ -627,13 +638,13 @@ class RenderRequest:
 
     @property
     def session_words(self) -> list[str]:
-        """Return the command that loads the model for requests; strengths are said with each request."""
+        """Return the command that loads the model for requests; each request brings its LoRA strengths."""
         recipe = self.recipe
         words = ["python", recipe.script, *_as_words({**recipe.fixed, **self._lora_options()})]
         return [*words, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
-        """Return the request of `generation/driven.py` for one result."""
+        """Return the request for one result, as `generation/driven.py` reads it."""
         options: dict[str, Any] = dict(self._values(seed))
         if self.references and "references" in self.recipe.fields:
             options["control_image_path"] = list(self.references)
@@ -643,7 +654,7 @@ class RenderRequest:
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
-        """Return the command line that makes the same result."""
+        """Return the command line that generates the same result."""
         recipe = self.recipe
         defaults = recipe.defaults
         options: dict[str, Any] = {**recipe.fixed, **self._lora_options()}
@@ -659,7 +670,7 @@ class RenderRequest:
         return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
 
     def as_render_job(self, seed: str) -> RenderJob:
-        """Return the record of one result that is to be made."""
+        """Return the render job of one result."""
         return RenderJob(
             id=0,
             title=self.recipe.title,
@@ -682,6 +693,7 @@ def _with_expert(flag: str, expert: str) -> str:
 
 
 def float_or_one(text: str) -> float:
+    """Return a text as a number; 1.0 if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -689,7 +701,7 @@ def float_or_one(text: str) -> float:
 
 
 def find_model_set(family: str, task: str) -> ModelSet | None:
-    """Return a released model that generates; None for an unknown one."""
+    """Return a released model that generates; None if there is none of these names."""
     for model in model_sets():
         if (model.family, model.task) == (family, task) and "generate" in model.commands:
             return model

@@ -1,7 +1,7 @@
-"""Keep the render jobs of the page Generate in files, one for each result, for all servers of a folder.
+"""Keep the render jobs of the page Generate in files, one for each result, shared by all servers of a folder.
 
-A render job says how a result is made and what has become of it. The files are the truth: a page, the server
-and the machine may be started again, and two servers may serve one folder.
+A render job says how a result is generated and what has become of it. The files are the only state: the page,
+the server and the machine may restart, and two servers may serve one folder.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
 @dataclass
 class RenderJob:
-    """A render job for one result: how it is made, and what has become of it."""
+    """How one result is generated, and the state of that."""
 
     id: int  # 0: it is not noted yet
     title: str  # of the model
@@ -68,15 +68,17 @@ class RenderJob:
 
     @property
     def line(self) -> str:
+        """Prompt in one line."""
         return " ".join(str(self.request.get("prompt", "")).split())
 
     @property
     def shown_doing(self) -> str:
-        """Return `doing` for a page: texts of ours in its language, others, which a file has, as they are."""
+        """`doing` for a page: texts of this program are translated, texts from files stay as they are."""
         return next((words for words in (*PHASES, CANCELLING) if words == self.doing), self.doing)
 
     @property
     def seed(self) -> str:
+        """Seed as text; "" if the request has none."""
         options = self.request.get("options")
         return str(options.get("seed", "")) if isinstance(options, dict) else ""
 
@@ -106,17 +108,17 @@ STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
 class RenderQueue:
-    """Read and write the jobs of a folder. Each change is made with the lock of the folder."""
+    """Reads and writes the render jobs of a folder. Each change is made with the lock of the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: made when the first render job is noted."""
+        """Use the files in `folder`, which is created when the first render job is added."""
         self.folder = folder
         self._lock = threading.RLock()
         # by number: mark of the file, and its content
         self._read: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
     def list_all(self) -> list[RenderJob]:
-        """Return all render jobs, the oldest first. Those of a server that has ended have died with it."""
+        """Return all render jobs, the oldest first. Jobs of a server that has ended count as failed."""
         with self._lock:
             seen = {}
             with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
@@ -131,14 +133,15 @@ class RenderQueue:
             return [_with_living_server(seen[number]) for number in sorted(seen)]
 
     def find(self, number: int) -> RenderJob | None:
+        """Return a render job by its number; None if it does not exist."""
         with self._lock:
             job = self._read_entry(number, self._path(number))
         return None if job is None else _with_living_server(job)
 
     def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
-        """Note render jobs, each with a number of its own; return their numbers.
+        """Store new render jobs, and return their numbers.
 
-        Raises OptionError if too many wait, OutputError if they cannot be written.
+        Raises OptionError if too many are waiting, OutputError if they cannot be written.
         """
         with self._change():
             jobs = self.list_all()
@@ -170,9 +173,9 @@ class RenderQueue:
             self._path(number).unlink(missing_ok=True)
 
     def change(self, number: int, states: Sequence[str], **values: Any) -> RenderJob:
-        """Set values of a render job that is in one of these states, and return it.
+        """Set values of a render job that is in one of the given states, and return it.
 
-        Raises OptionError if it is in another or not there, OutputError if it cannot be written.
+        Raises OptionError if it is in another state or does not exist, OutputError if it cannot be written.
         """
         with self._change():
             job = self.find(number)
@@ -184,7 +187,7 @@ class RenderQueue:
             return job
 
     def remove(self, number: int) -> None:
-        """Forget a render job that has ended; its result stays. Raises as `change`."""
+        """Remove an ended render job from the list; its result stays. Raises as `change`."""
         with self._change():
             job = self.find(number)
             if job is None or job.state in (WAITING, RUNNING):
@@ -194,12 +197,12 @@ class RenderQueue:
             self._path(number).unlink(missing_ok=True)
 
     def ask_to_cancel(self, number: int) -> None:
-        """Ask the server that makes a render job, which may be another one, to stop it."""
+        """Ask the server that works on a render job, which may be another server, to stop it."""
         with explain_errors(self._cancel_path(number)):
             self._cancel_path(number).touch()
 
     def take_cancel(self, number: int) -> bool:
-        """Return whether it was asked to stop a render job, once."""
+        """Return whether a stop of a render job was requested, and clear the request."""
         try:
             self._cancel_path(number).unlink()
         except OSError:
@@ -228,7 +231,7 @@ class RenderQueue:
         write_text(self._path(job.id), text)
 
     def _read_entry(self, number: int, path: Path) -> RenderJob | None:
-        """Return the render job in a file; None if it is damaged or gone."""
+        """Return the render job in a file; None if the file is damaged or missing."""
         try:
             status = path.stat()
             mark = (status.st_mtime_ns, status.st_size, status.st_ino)
@@ -249,7 +252,7 @@ class RenderQueue:
 
 
 def _with_living_server(job: RenderJob) -> RenderJob:
-    """Return a render job, died if the server that made it has ended."""
+    """Return a render job, marked as failed if the server that worked on it has ended."""
     is_lost = not job.process or is_living(job.process) is False
     if job.state == RUNNING and is_lost:
         job.state = DIED

@@ -1,8 +1,9 @@
-"""Make what the page Generate asks for, one result after the other, with a model that stays loaded.
+"""Generate the results that the page Generate requests, one after another, with a model that stays loaded.
 
-One process of a generation script with --interactive makes the results (`generation/driven.py`). It ends when
-another model is asked for, when it has been idle for a while, and when a job of the queue waits for the card.
-Of several servers of one folder, one at a time makes the render jobs (`browser/render_queue.py`) of all.
+One process of a generation script with --interactive does the work (`generation/driven.py`). It ends when
+another model is requested, after some idle time, and when a job of the queue waits for the card. Several
+servers of one folder take turns at the render jobs (`browser/render_queue.py`): one of them at a time works
+on all.
 """
 
 import atexit
@@ -66,7 +67,7 @@ KILLED = say(
 
 @dataclass
 class LoadedModel:
-    """A running process with a loaded model, and what it has answered."""
+    """A running process with a loaded model, and its answers."""
 
     words: list[str]
     title: str
@@ -77,9 +78,11 @@ class LoadedModel:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the process is still running."""
         return self.process.poll() is None
 
     def start_reading(self) -> None:
+        """Start the thread that reads the answers of the process."""
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -92,17 +95,20 @@ class LoadedModel:
                         self.answers.put(answer)
 
     def next_answer(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next answer; None if none comes in so many seconds."""
+        """Return the next answer; None if none arrives within `seconds`."""
         with contextlib.suppress(queue.Empty):
             return self.answers.get(timeout=seconds)
         return None
 
 
 class RenderWorker:
-    """Note the render jobs of a server's page Generate, and make them in a thread."""
+    """Accepts the render jobs of a server's page Generate, and works on them in a thread."""
 
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
-        """find_program: returns what the words of a session start in a folder, as `find_session`."""
+        """Use the render jobs next to `queue`, which also decides who may use the card.
+
+        `find_program` returns the program that a session's words start in a folder, as `find_session` does.
+        """
         self.queue = queue
         self.find_program = find_program
         self.idle_seconds = IDLE_SECONDS
@@ -136,21 +142,23 @@ class RenderWorker:
         return [newer.get(render_job.id, render_job) for render_job in self.store.list_all()]
 
     def find(self, number: int) -> RenderJob | None:
+        """Return a render job by its number; None if it does not exist."""
         return next((render_job for render_job in self.list_all() if render_job.id == number), None)
 
     @property
     def current(self) -> RenderJob | None:
+        """Render job that is being worked on; None if there is none."""
         return next((render_job for render_job in self.list_all() if render_job.state == RUNNING), None)
 
     @property
     def loaded(self) -> str:
-        """Return the title of the model that is loaded; empty if none is."""
+        """Title of the loaded model; "" if no model is loaded."""
         session = self.session
         return session.title if session is not None and session.is_alive and session.is_ready else ""
 
     @property
     def preview(self) -> Path | None:
-        """Return the newest preview of what is being made; None if there is none."""
+        """Newest preview of the result that is being generated; None if there is none."""
         if self.current is None:
             return None
         return next((path for path in self._preview_paths() if path.is_file()), None)
@@ -159,7 +167,7 @@ class RenderWorker:
         return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
 
     def add(self, new_jobs: Sequence[RenderJob]) -> list[int]:
-        """Note jobs; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
+        """Store new render jobs, and return their numbers. Raises as `RenderQueue.add`."""
         if self.read_only:
             raise OutputError(NO_WRITING)
         numbers = self.store.add(new_jobs)
@@ -167,9 +175,9 @@ class RenderWorker:
         return numbers
 
     def cancel(self, number: int) -> None:
-        """Take a waiting job back, or stop the one that is being made; the second time, end its process.
+        """Remove a waiting job, or stop the running one; on the second call, end its process.
 
-        Raises OptionError if it neither waits nor is made.
+        Raises OptionError if the job neither waits nor runs.
         """
         with self._lock:
             current = self._current
@@ -191,7 +199,7 @@ class RenderWorker:
                 session.process.send_signal(signal.SIGINT)
 
     def again(self, number: int) -> None:
-        """Let a render job that was stopped or died wait again. Raises OptionError for another."""
+        """Queue a stopped or failed render job again. Raises OptionError for a job in another state."""
         changes: dict[str, Any] = {
             "reason": "",
             "last_lines": "",
@@ -204,11 +212,11 @@ class RenderWorker:
         self._begin()
 
     def remove(self, number: int) -> None:
-        """Forget a render job that has ended; its result stays."""
+        """Remove an ended render job from the list; its result stays."""
         self.store.remove(number)
 
     def free(self) -> None:
-        """End the process with the model, unless it makes something. Raises OptionError then."""
+        """End the process with the model. Raises OptionError if it is generating a result."""
         with self._changed:
             # a result that has just ended is tidied up for a moment longer
             self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
@@ -218,7 +226,7 @@ class RenderWorker:
         self._end_process(session)
 
     def make_room(self) -> str:
-        """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
+        """Free the loaded model unless it is generating, and return why the card is not free, or ""."""
         with self._lock:
             if self._current is not None:
                 return say(
@@ -243,12 +251,15 @@ class RenderWorker:
         return ""
 
     def _is_loaded_elsewhere(self) -> bool:
-        """Return whether another server has a model loaded; it frees it when it sees the job that waits."""
+        """Return whether another server has a model loaded.
+
+        That server frees it once it sees the waiting job.
+        """
         owner = self._read_session()
         return bool(owner) and is_living(owner["server"]) is True and is_living(owner["process"]) is True
 
     def close(self) -> None:
-        """End the thread and the process; what waits stays on disk."""
+        """End the thread and the process; waiting jobs stay on disk."""
         with self._changed:
             self._is_ended = True
             self._changed.notify_all()
@@ -271,7 +282,7 @@ class RenderWorker:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        """Make all render jobs, until none waits and no model is loaded."""
+        """Work on all render jobs, until none waits and no model is loaded."""
         with contextlib.ExitStack() as stack:
             has_lock = False
             while not self._is_ended:
@@ -302,7 +313,7 @@ class RenderWorker:
                         self._changed.wait(wait)
 
     def _has_ended(self) -> bool:
-        """Return whether nothing is left to do. The thread then ends, and `_begin` starts another."""
+        """Return whether nothing is left to do. The thread then ends, and `_begin` starts another one."""
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
                 return False
@@ -313,7 +324,7 @@ class RenderWorker:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
     def _turn(self) -> bool:
-        """Make the next render job; return whether there was one. A model that is not needed is freed."""
+        """Work on the next render job and return whether there was one. Free a model that is not needed."""
         self._save_ends()
         blocking = self._find_blocking_job()
         self._free_if_unneeded(blocking is not None)
@@ -336,7 +347,7 @@ class RenderWorker:
         return True
 
     def _find_blocking_job(self) -> Job | None:
-        """Return the job of the queue that has the card, or that gets it next; None if there is none."""
+        """Return the queue's job that uses the card, or that will get it next; None if there is none."""
         try:
             now = self.queue.now()
         except OutputError:  # the page of the queue says it
@@ -362,7 +373,7 @@ class RenderWorker:
         self._end_process(session)
 
     def _take_next(self) -> RenderJob | None:
-        """Return the render job to make now, marked as running; None if none waits."""
+        """Return the next render job, marked as running; None if none waits."""
         with self._lock:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
@@ -382,7 +393,7 @@ class RenderWorker:
         return None
 
     def _make(self, render_job: RenderJob) -> None:
-        """Make one render job, and note how it ends."""
+        """Work on one render job, and record how it ends."""
         session = self._open_session(render_job)
         if session is None:
             return
@@ -408,7 +419,7 @@ class RenderWorker:
             self._end_render_job(render_job, DIED, self.last_words())
 
     def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
-        """Note an answer that comes while a render job is made."""
+        """Record an answer that arrives while a render job runs."""
         event = answer.get("event")
         is_canceled = self._cancels > 0
         if event == "begun":
@@ -441,7 +452,7 @@ class RenderWorker:
                 return session.next_answer(LOOKED_EVERY)  # it may have answered just before
 
     def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
-        """Note that a process has ended while it made a render job."""
+        """Record that a process has ended while it worked on a render job."""
         session.process.wait()
         if self._cancels:
             self._end_render_job(render_job, STOPPED)
@@ -466,7 +477,7 @@ class RenderWorker:
             self._save_ends()
 
     def _save_ends(self) -> None:
-        """Write how render jobs have ended. Raises OutputError if that fails; it is tried again."""
+        """Write how render jobs have ended. Raises OutputError if that fails; the caller tries again."""
         with self._lock:
             for number, render_job in list(self._unsaved.items()):
                 values = {name: getattr(render_job, name) for name in ENDS}
@@ -475,9 +486,9 @@ class RenderWorker:
                 del self._unsaved[number]
 
     def _open_session(self, render_job: RenderJob) -> LoadedModel | None:
-        """Return a process with the model of a render job, that waits for a request; loads it if need be.
+        """Return a ready process with the model of a render job, loading it if necessary.
 
-        None if that fails, which is noted.
+        None if loading fails; the render job then records the failure.
         """
         with self._lock:
             session = self.session
@@ -537,17 +548,17 @@ class RenderWorker:
             session.process.stdin.flush()
 
     def _take_session(self) -> LoadedModel | None:
-        """Return the process, which the caller ends: from now on there is none for render jobs."""
+        """Return the process so that the caller can end it; from now on there is none for render jobs."""
         with self._lock:
             session = self.session
             self.session = None
             return session
 
     def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
-        """End a process: by the end of its input, after so many seconds by force.
+        """End a process by closing its input; kill it if it is still alive after `patience` seconds.
 
-        Call it without the lock, which other threads need meanwhile. It returns once no process ends any
-        more: two models may not fit into the card.
+        Call this without the lock, which other threads need meanwhile. It returns only after every process
+        that is being ended has ended, because two models may not fit on the card.
         """
         with self._ending:
             if session is None:
@@ -565,7 +576,7 @@ class RenderWorker:
                 (self.folder / SESSION).unlink()
 
     def _end_orphan(self) -> None:
-        """End the process of a server that was killed: it would share the card with ours."""
+        """End the process left by a server that was killed: it would share the card with a new one."""
         owner = self._read_session()
         if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
             launch.kill_processes(owner["process"]["number"])
@@ -575,7 +586,7 @@ class RenderWorker:
             self._remove_previews()
 
     def _read_session(self) -> dict[str, dict[str, Any]]:
-        """Return the process with a model and the server that it belongs to; empty if there is none."""
+        """Return the process with a model and the server that owns it; empty if there is none."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             row = parse_json(read_text(self.folder / SESSION, MAX_OF_SESSION))
             return {"server": dict(row["server"]), "process": dict(row["process"])}
@@ -600,5 +611,5 @@ class RenderWorker:
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
     def last_words(self) -> str:
-        """Return the message of the error that the process has logged, else that it said nothing."""
+        """Return the error message that the process has logged, or a sentence that there is none."""
         return message_of(self._read_log()) or say("the process has ended without a word")

@@ -1,4 +1,4 @@
-"""Build responses (pages, JSON, files, refusals), and read the bodies and forms of requests."""
+"""Build responses (pages, JSON, files, error messages), and read the bodies and forms of requests."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,35 +23,38 @@ SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an HTML page; undecodable bytes of file names are shown as escapes such as \\udce9."""
+    r"""Return an HTML page; undecodable bytes of file names are shown as escapes such as \udce9."""
     return HTMLResponse(add_root_to_page(text).encode("utf-8", "backslashreplace"), status, headers)
 
 
 def answer_template(
     name: str, title: str, values: Mapping[str, Any], is_refused: bool = False, policy: str = POLICY
 ) -> Response:
-    """Return the page made from a template of this folder. is_refused: it explains a refused request."""
+    """Return the page made from a template of this folder.
+
+    `is_refused` marks the page as the explanation of a rejected request (status 422).
+    """
     return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
 
 
 def answer_message(text: str, is_refused: bool = False) -> Response:
-    """Return a short message for the line next to a button. is_refused: it says why nothing was done."""
+    """Return a short message for the line next to a button. `is_refused` says that nothing was done."""
     return answer_template("message.html", "", {"message": text, "is_bad": is_refused}, is_refused)
 
 
 def answer_json(value: Any, status: int = 200) -> Response:
-    """Return a JSON response. value: anything that `json.dumps` takes."""
+    """Return a JSON response for any value that `json.dumps` accepts."""
     text = json.dumps(show_all(value), ensure_ascii=True, separators=(",", ":"))
     return Response(text, status, media_type="application/json")
 
 
 def answer_text(text: str, status: int = 200) -> Response:
-    """Return a plain text, in the language of the page if it can be translated."""
+    """Return plain text, in the language of the page if there is a translation."""
     return PlainTextResponse(show(text), status)
 
 
 def answer_file(path: Path) -> Response:
-    """Return a file of a run: browsers show samples, and save all other files instead of opening them."""
+    """Return a file of a run. Browsers show samples, and save all other files instead of opening them."""
     kind = SHOWN.get(path.suffix)
     if kind is not None:
         return FileResponse(path, media_type=kind)
@@ -60,19 +63,20 @@ def answer_file(path: Path) -> Response:
 
 
 def answer_move(address: str) -> Response:
-    """Return the answer to a form of htmx that makes the browser open another page of this server.
+    """Answer a form of htmx so that the browser opens another page of this server.
 
-    Forms are sent by htmx: without a referrer, a plain form has the origin null, which is refused.
+    Forms are sent by htmx, because a plain form without a referrer has the origin null, which is rejected.
     """
     return Response(headers={"hx-redirect": address})
 
 
 def answer_not_found() -> Response:
+    """Return the plain-text response for a missing file or page (status 404)."""
     return answer_text(NOT_FOUND, 404)
 
 
 def answer_not_found_page(request: Request) -> Response:
-    """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
+    """Return the page, with links, for an address that no longer exists; plain text for a part of a page."""
     if "hx-request" in request.headers:
         return answer_not_found()
     page = render_page(HERE / "not_found.html", say("Not there"), {"message": NOT_FOUND}, POLICY)
@@ -80,6 +84,7 @@ def answer_not_found_page(request: Request) -> Response:
 
 
 def answer_unknown() -> Response:
+    """Return the response to a form whose button does not exist (status 404)."""
     return answer_text(say("There is no such request."), 404)
 
 
@@ -90,7 +95,7 @@ def read_query(request: Request) -> Form:
 
 
 def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """Return a handler that reads a body (`server.Gate` limits its size) and calls `answer` in a thread."""
+    """Return a handler that reads a body and calls `answer` in a thread. `server.Gate` limits the size."""
 
     async def ask(request: Request) -> Response:
         return await run_in_threadpool(answer, request, await request.body())
@@ -99,4 +104,5 @@ def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Reque
 
 
 def answer_form(answer: Callable[[Request, Form], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Return a handler that reads a URL-encoded form and calls `answer` with it in a thread."""
     return answer_body(lambda request, body: answer(request, parse_qs(body.decode("utf-8", "replace"))))

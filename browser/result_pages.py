@@ -1,4 +1,4 @@
-"""Show the results of all days on the page Generate, part by part, and do what their buttons ask for."""
+"""Show the results of all days on the page Generate, part by part, and do what their buttons request."""
 
 import contextlib
 import os
@@ -72,27 +72,27 @@ SHORT = 160  # characters of a prompt in the list
 
 
 class ReadSettings(NamedTuple):
-    """Settings read from a file. problem: why nothing could be read."""
+    """Settings read from a file, or the `problem` why they could not be read."""
 
     settings: ResultSettings | None
     problem: str = ""
 
 
 class SettingsCache:
-    """Read the settings of files, each once until it changes."""
+    """Reads the settings of files, and again only after a file has changed."""
 
     def __init__(self) -> None:
         self._read: OrderedDict[Path, tuple[tuple[float, int], ReadSettings]] = OrderedDict()
         self._lock = threading.Lock()
 
     def find_read(self, result: Result) -> ReadSettings | None:
-        """Return the facts that were read of a file; None if it has changed since, or was not read."""
+        """Return the settings read before; None if the file was not read, or has changed since."""
         entry = self._read.get(result.path)
         mark = (result.changed, result.size_bytes)
         return entry[1] if entry is not None and entry[0] == mark else None
 
     def get(self, result: Result) -> ReadSettings:
-        """Return the contents of a file, read now unless it was before."""
+        """Return the settings of a file, which is read now unless that was done before."""
         read = self.find_read(result)
         if read is not None:
             return read
@@ -108,7 +108,7 @@ class SettingsCache:
         return read
 
     def read_some(self, results: Sequence[Result], seconds: float) -> int:
-        """Read files for so many seconds; return how many are not read yet."""
+        """Read files for at most `seconds`, and return how many are still to be read."""
         end = time.monotonic() + seconds
         unread = [result for result in results if self.find_read(result) is None]
         for place, result in enumerate(unread):
@@ -120,7 +120,7 @@ class SettingsCache:
 
 @dataclass(frozen=True)
 class ResultChoice:
-    """Contents of the fields above the results, which choose among them."""
+    """Values of the fields above the results, which filter them."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
     kind: str = ""
@@ -128,10 +128,11 @@ class ResultChoice:
     run: RunSummary | None = None
 
     def needs_settings(self) -> bool:
+        """Whether the filter needs the settings of a result, for which its file has to be read."""
         return bool(self.words or self.model or self.run)
 
     def accepts(self, result: Result, settings: ResultSettings | None) -> bool:
-        """Return whether a result is shown."""
+        """Return whether a result passes the filter."""
         if self.kind and result.kind != self.kind:
             return False
         if self.model and (settings is None or settings.model != self.model):
@@ -147,7 +148,7 @@ class ResultChoice:
 
 
 def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSummary) -> bool:
-    """Return whether a result lies in the folder of a run, or was made with one of its files."""
+    """Return whether a result lies in the folder of a run, or was generated with one of its files."""
     if result.path.is_relative_to(run.history.parent):
         return True
     names = [] if settings is None else [lora.name for lora in settings.loras]
@@ -157,7 +158,7 @@ def _belongs_to_run(result: Result, settings: ResultSettings | None, run: RunSum
 
 @dataclass(frozen=True)
 class ResultTile:
-    """Facts of a result that the page shows."""
+    """A result as the page shows it."""
 
     result: Result
     settings: ResultSettings | None
@@ -166,23 +167,25 @@ class ResultTile:
 
     @property
     def title(self) -> str:
-        """Return the first words of the prompt, else the name of the file."""
+        """First words of the prompt, or the name of the file."""
         text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
         text = text or self.result.path.name
         return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
 
     @property
     def name(self) -> str:
+        """Name of the file, with control characters escaped."""
         return escape_control_codes(self.result.path.name)
 
     @property
     def loras(self) -> str:
+        """Names and strengths of the LoRAs, separated by commas."""
         loras = () if self.settings is None else self.settings.loras
         return ", ".join(f"{Path(lora.name).stem} {lora.strength}" for lora in loras)
 
     @property
     def job_text(self) -> str:
-        """Return the state of the job for the larger one; empty if there is no job, or it has finished."""
+        """State of the job that enlarges the result; "" without a job, or after it has finished."""
         if self.job is None or self.job.state == FINISHED:
             return ""
         if self.job.state == DIED:
@@ -192,12 +195,13 @@ class ResultTile:
 
     @property
     def mark(self) -> str:
-        """Return a text that changes with what is shown."""
+        """Text that changes with what the tile shows."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
         return short_digest(text, 6)
 
     @property
     def time(self) -> str:
+        """Time of day at which the file was written."""
         return f"{datetime.fromtimestamp(self.result.changed):%H:%M}"
 
 
@@ -228,7 +232,7 @@ def name_day(seconds: float, today: date) -> str:
 
 
 def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
-    """Return each day of a list with the number of its results."""
+    """Return each day of a list, with the number of its results."""
     today = date.today()
     counts: dict[str, int] = {}
     for result in results:
@@ -238,21 +242,24 @@ def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
 
 
 class Candidate(NamedTuple):
-    """A recipe that may be that of a result, and the run that it is from, if it is one."""
+    """A recipe that may have generated a result, and the run that it comes from.
+
+    None for a released model.
+    """
 
     recipe: ModelRecipe
     run: RunSummary | None
 
 
 class Remaker:
-    """Find the models and files that a result was made with, and make it again."""
+    """Finds the models and files that a result was generated with, and generates it again."""
 
     def __init__(self, site: Site, folders: ResultFolders) -> None:
         self.site = site
         self.folders = folders
 
     def remake(self, result: Result, settings: ResultSettings, seed: str) -> RenderJob:
-        """Return the job that repeats a result. seed: the one to take. Raises OptionError if none can."""
+        """Return the render job that repeats a result with a seed. Raises OptionError if none can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
         for candidate in self.list_candidates(result, settings):
@@ -315,7 +322,7 @@ class Remaker:
         raise OptionError(say("%(name)s: no run here has this LoRA (any more).", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
-        """Return the path of a picture or clip that a result began from. Raises OptionError."""
+        """Return the path of the image or clip that a result started from. Raises OptionError."""
         render_job = self.find_render_job(result)
         if render_job is not None:
             for value in render_job.request.get("options", {}).values():
@@ -330,7 +337,7 @@ class Remaker:
         )
 
     def find_render_job(self, result: Result) -> RenderJob | None:
-        """Return the render job of the page that has made a result; None if it was made elsewhere."""
+        """Return the page's render job that generated a result; None if it was generated elsewhere."""
         for render_job in reversed(self.site.render_worker.list_all()):
             if render_job.file == str(result.path):
                 return render_job
@@ -338,7 +345,7 @@ class Remaker:
 
 
 class ResultPages:
-    """Answer requests for results."""
+    """Answers requests for results."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -366,6 +373,7 @@ class ResultPages:
     # --- the list
 
     def read_choice(self, query: Mapping[str, str]) -> ResultChoice:
+        """Read the filter from a query: `find`, `kind`, `model`, and `of`, the id of a run."""
         run = self.site.runs.find(query["of"]) if query.get("of") else None
         return ResultChoice(
             words=query.get("find", "").lower().split(),
@@ -375,7 +383,7 @@ class ResultPages:
         )
 
     def choose(self, query: Mapping[str, str]) -> tuple[Sequence[Result], Sequence[Result], int]:
-        """Return all results, the chosen ones, and how many are not read yet."""
+        """Return all results, the results that pass the filter, and how many are still to be read."""
         results = self.folders.list_all()
         choice = self.read_choice(query)
         unread = self.cache.read_some(results, READ_SECONDS)
@@ -389,10 +397,10 @@ class ResultPages:
         return results, chosen, unread
 
     def show_layout(self, request: Request) -> Response:
-        """Return the days with the number of their results as JSON; 204 if nothing has changed.
+        """Answer with the days and the number of their results as JSON; 204 if nothing has changed.
 
-        query: that of `read_choice`; `have`, the mark of an earlier answer; `compared`, ids of results that
-        the page keeps, of which the answer names those that are gone.
+        The query has the fields of `read_choice`, `have` (the mark of an earlier answer) and `compared` (ids
+        of results that the page keeps; the answer lists those that no longer exist).
         """
         query = request.query_params
         results, chosen, unread = self.choose(query)
@@ -421,7 +429,7 @@ class ResultPages:
         return answer_json(answer)
 
     def list_models(self, results: Sequence[Result]) -> list[tuple[str, str]]:
-        """Return the models of all results that have been read, each with its name for people."""
+        """Return the models of all results read so far, each with its display name."""
         models = set()
         for result in results:
             read = self.cache.find_read(result)
@@ -430,7 +438,7 @@ class ResultPages:
         return sorted(models, key=lambda names: names[1].lower())
 
     def show_part(self, request: Request) -> Response:
-        """Return the tiles of some results. query: that of `read_choice`, and `from` and `count`."""
+        """Answer with some tiles. The query has the fields of `read_choice`, `from` and `count`."""
         query = request.query_params
         texts = (query.get("from", ""), query.get("count", ""))
         if not all(text.isdecimal() and len(text) < 9 for text in texts):
@@ -448,7 +456,7 @@ class ResultPages:
         return answer_template("result_tiles.html", say("Results"), values)
 
     def find_larger(self) -> dict[str, Job]:
-        """Return the newest job of the queue that enlarges each file, by its path."""
+        """Return the newest job of the queue that enlarges each file, by the file's path."""
         jobs = {}
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
@@ -461,10 +469,11 @@ class ResultPages:
     # --- a result
 
     def find(self, request: Request) -> Result | None:
+        """Return the result that an address names; None if it does not exist."""
         return self.folders.find(request.path_params["id"])
 
     def show_file(self, request: Request) -> Response:
-        """Return the file of a result."""
+        """Answer with the file of a result."""
         id, _, suffix = request.path_params["name"].partition(".")
         result = self.folders.find(id)
         if result is None or f".{suffix}" != result.path.suffix.lower():
@@ -472,14 +481,14 @@ class ResultPages:
         return answer_file(result.path)
 
     def require_settings(self, result: Result) -> ResultSettings:
-        """Return all settings of a file, read now. Raises OptionError if it has none, MediaError, OSError."""
+        """Read all settings of a file. Raises OptionError if it has none, MediaError, OSError."""
         settings = read_settings(result.path)
         if settings is None:
             raise OptionError(say("This file does not say how it was made."))
         return settings
 
     def show_sheet(self, request: Request) -> Response:
-        """Return the sheet that a button opens before anything is done."""
+        """Answer with the dialog that a button opens before anything is done."""
         result = self.find(request)
         show = self.sheets.get(request.path_params["what"])
         if result is None or show is None:
@@ -487,7 +496,7 @@ class ResultPages:
         return show(result, "")
 
     def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
-        """Return the content of the dialog. what: names its part of the template. error: a message."""
+        """Return the content of a dialog. `what` names its part of the template; `error` is a message."""
         shown = {
             "what": what,
             "result": result,
@@ -498,7 +507,7 @@ class ResultPages:
         return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
 
     def show_commands(self, request: Request) -> Response:
-        """Return the command that each button of a result types, as JSON."""
+        """Answer with the command that each button of a result stands for, as JSON."""
         result = self.find(request)
         if result is None:
             return answer_not_found()
@@ -517,7 +526,7 @@ class ResultPages:
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
-        """Return the settings of a result as a list and as a command."""
+        """Return the dialog with the settings of a result, as a list and as a command."""
         rows: list[tuple[str, str]] = []
         command = ""
         problem = error
@@ -540,7 +549,7 @@ class ResultPages:
     # --- layers
 
     def show_layers(self, result: Result, error: str) -> Response:
-        """Return the layers of a picture as a stack, from back to front, each of which can be hidden."""
+        """Return the dialog with the layers of an image, back to front; each can be hidden."""
         layers = []
         for index, path in enumerate(result.layers):
             number = path.stem.rpartition("layer")[2]
@@ -549,7 +558,7 @@ class ResultPages:
         return self.answer_sheet("layers", result, error, layers=layers)
 
     def show_layer(self, request: Request) -> Response:
-        """Return the file of a layer."""
+        """Answer with the file of a layer."""
         result = self.find(request)
         index = request.path_params["index"]
         paths = {} if result is None else {str(one): path for one, path in enumerate(result.layers)}
@@ -561,14 +570,16 @@ class ResultPages:
     # --- again, other seed
 
     def make_again(self, result: Result, _: Form) -> Response:
+        """Queue the render job that repeats a result with its own seed."""
         settings = self.require_settings(result)
         return self.add_render_job(result, settings, settings.get("seeds"))
 
     def make_other(self, result: Result, _: Form) -> Response:
+        """Queue the render job that repeats a result with a random seed."""
         return self.add_render_job(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
     def add_render_job(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Let a result be made again. Raises OptionError or OutputError if it takes none."""
+        """Queue the render job of a result. Raises OptionError or OutputError if that fails."""
         remade = self.remaker.remake(result, settings, seed)
         suffixes = (".safetensors", ".pth", ".gguf", ".sft")
         files = [word for word in remade.session if Path(word).suffix in suffixes]
@@ -586,7 +597,7 @@ class ResultPages:
     # --- larger
 
     def list_networks(self) -> list[Path]:
-        """Return the files of upscalers in the folder of the models."""
+        """Return the upscaler files in the models folder."""
         networks = []
         with contextlib.suppress(OSError):
             for path in sorted((self.site.models / UPSCALERS).iterdir()):
@@ -595,7 +606,7 @@ class ResultPages:
         return networks
 
     def larger_words(self, result: Result, network: Path) -> list[str]:
-        """Return the command that enlarges a result. network: file of the upscaler."""
+        """Return the command that enlarges a result with an upscaler file."""
         words = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
         words += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
         words += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
@@ -604,6 +615,7 @@ class ResultPages:
         return words
 
     def show_larger(self, result: Result, error: str) -> Response:
+        """Return the dialog with the installed upscalers, and those that can be downloaded."""
         networks = self.list_networks()
         to_load = [
             (model, gigabytes(total_bytes(model.components)), format_command(self.load_words(model)))
@@ -625,7 +637,7 @@ class ResultPages:
         )
 
     def load_words(self, model: ModelSet) -> list[str]:
-        """Return the command that loads an upscaler's file."""
+        """Return the command that downloads an upscaler's file."""
         words = ["reelsmith", "download", "--family", model.family, "--task", model.task]
         return words if self.site.models == MODELS else [*words, "--to", str(self.site.models)]
 
@@ -666,7 +678,7 @@ class ResultPages:
     # --- start from this
 
     def start_from(self, result: Result, _: Form) -> Response:
-        """Return the path of this picture, or of the last frame of this clip, written as a picture."""
+        """Answer with the path of an image, or of a clip's last frame, which is written as an image."""
         if result.kind == "sound":
             raise OptionError(say("A sound is no picture to start from."))
         if result.kind == "clip":
@@ -674,10 +686,12 @@ class ResultPages:
         return answer_json({"path": str(result.path), "name": result.path.name})
 
     def write_last_frame(self, result: Result) -> Result:
-        """Write the last frame of a clip next to it, unless it is there already; return that picture.
+        """Write the last frame of a clip next to it unless it exists, and return that image.
 
-        Raises MediaError if there is no frame, OptionError if a link or a folder is in its place, OutputError
-        if it cannot be written.
+        Raises:
+            MediaError: If the clip has no frame.
+            OptionError: If a link or a folder has the name of the image.
+            OutputError: If the image cannot be written.
         """
         path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
         if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
@@ -709,7 +723,7 @@ class ResultPages:
         return files
 
     def show_sample(self, result: Result, error: str) -> Response:
-        """Return the line for a prompt file, and the files that may take it."""
+        """Return the dialog with a result's line for a prompt file, and the files that can take it."""
         line = ""
         files: list[tuple[Path, str, str]] = []
         problem = ""
@@ -747,10 +761,12 @@ class ResultPages:
     # --- remove
 
     def show_remove(self, result: Result, error: str) -> Response:
+        """Return the dialog that asks before a result is moved into the bin."""
         root = self.site.runs.find_top(result.path)
         return self.answer_sheet("remove", result, error, root=root)
 
     def remove(self, result: Result, _: Form) -> Response:
+        """Move a result, with its layers, into the bin of its root."""
         root = self.site.runs.find_top(result.path)
         folder = BinFolder(root / BIN).take(
             title=result.path.name, base=root, paths=[result.path, *result.layers]
@@ -759,7 +775,7 @@ class ResultPages:
         return self.answer_sheet("done", result, text=say("It is in %(folder)s now.", folder=folder))
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for."""
+        """Do what a button requests."""
         result = self.find(request)
         change = self.changes.get(request.path_params["what"])
         if change is None:
@@ -773,14 +789,14 @@ class ResultPages:
 
 
 def _free_path(path: Path, added: str) -> Path:
-    """Return a name for a file that is made from another one, which no file has."""
+    """Return a free name for a file derived from another file."""
     suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
     paths = (path.with_name(f"{name}{suffix}") for name in number_names(f"{path.stem}{added}"))
     return next(free for free in paths if not os.path.lexists(free))
 
 
 def _list_catalog_families(family: str) -> set[str]:
-    """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
+    """Return the catalogue's families that a family's script generates, such as `wan22` of `wan`."""
     script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 
@@ -793,11 +809,20 @@ def _read_or_nothing(path: Path) -> bytes | None:
 
 
 def add_line(path: Path, line: str, have: str) -> bool:
-    """Add a line at the end of a prompt file; return False if the file has it already.
+    """Add a line at the end of a prompt file; return False if the file already has it.
 
-    have: checksum (`mark_bytes`) of the content that was shown. All other bytes stay. Raises
-    ChangedMeanwhileError if the file has changed since, ValueError if it is not UTF-8, OSError or
-    OutputError.
+    All other bytes stay unchanged.
+
+    Args:
+        path: The prompt file.
+        line: The line to add.
+        have: Checksum (`mark_bytes`) of the content that was shown.
+
+    Raises:
+        ChangedMeanwhileError: If the file has changed since.
+        ValueError: If it is not UTF-8.
+        OSError: If it cannot be read.
+        OutputError: If it cannot be written.
     """
     content = _read_or_nothing(path)
     if mark_bytes(content) != have:
@@ -818,7 +843,7 @@ def add_line(path: Path, line: str, have: str) -> bool:
 
 
 def describe_larger(result: Result) -> str:
-    """Return the size that a larger picture or clip will have, in words; empty if it cannot be read."""
+    """Return the size of an enlarged image or clip in words; "" if the file cannot be read."""
     if result.kind == "sound":
         return ""
     try:

@@ -1,7 +1,7 @@
-"""Read the settings of a result from its file, and turn them back into the render job that makes it.
+"""Read the settings of a result from its file, and turn them back into the render job that generates it.
 
-A file holds names of files without their folders. Which model and which LoRA they are is looked up among the
-runs and the released models; where nothing fits, nothing is made with another file instead.
+A file contains names of files without their folders. The model and the LoRAs of these names are looked up
+among the runs and the released models; if none fits, no other file is used in its place.
 """
 
 import functools
@@ -66,32 +66,34 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """Settings with which a file of ours was made, as stated in it."""
+    """Settings that a file of this program was generated with, as its metadata say."""
 
     values: Mapping[str, str]  # by the names of metadata, without their prefix
     loras: Sequence[NamedLora]
     done: Sequence[str]  # by tools afterwards, such as `upscaler model=x.pth scale=2.0`
 
     def get(self, name: str) -> str:
+        """Return a value by its name in the metadata; "" if there is none."""
         return self.values.get(name, "")
 
     @property
     def model(self) -> str:
+        """Model type and task."""
         return " ".join(filter(None, (self.get("model_type"), self.get("task"))))
 
     @property
     def title(self) -> str:
-        """Return the model's name for people."""
+        """Display name of the model."""
         return model_title(self.get("model_type"), self.get("task"))
 
     @property
     def family(self) -> str:
-        """Return the family as scripts name it; empty for an unknown one."""
+        """Family as scripts name it; "" if it is unknown."""
         return find_family(self.get("model_type"))
 
     @property
     def facts(self) -> str:
-        """Return size, length, steps, guidance and seed in a line."""
+        """Size, length, steps, guidance and seed in one line."""
         frames = self.get("video_length")
         guidance = self.get("embedded_cfg_scale") or self.get("guidance_scale")
         parts = [
@@ -104,7 +106,7 @@ class ResultSettings:
         return join(" · ", filter(None, parts))
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return all settings with their names, those that people look for first."""
+        """Return all settings with their names, the most important ones first."""
         size = f"{self.get('width')} x {self.get('height')}" if self.get("width") else ""
         shown: dict[str, str] = {
             say("prompt"): self.get("prompt"),
@@ -149,13 +151,13 @@ class ResultSettings:
         return rows
 
     def shortened(self) -> "ResultSettings":
-        """Return the same with texts that a list can keep of thousands of files."""
+        """Return the settings with texts cut to a length that a list of thousands of files can keep."""
         values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
 
 def read_settings(path: Path) -> ResultSettings | None:
-    """Return the settings that a file holds; None if it is not of this program, or was made without them.
+    """Return the settings in a file; None if it is not of this program, or was written without metadata.
 
     Raises MediaError or OSError if it cannot be read.
     """
@@ -163,14 +165,14 @@ def read_settings(path: Path) -> ResultSettings | None:
 
 
 def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
-    """Return the settings in the texts of a file; see `read_settings`."""
+    """Return the settings in the metadata texts of a file; see `read_settings`."""
     settings = parse_tags(tags)
     is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
     return settings if is_ours else None
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return our settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
+    """Return this program's settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
@@ -196,7 +198,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
 
 
 def find_family(model_type: str) -> str:
-    """Return the family of a model as metadata name it; empty for an unknown one."""
+    """Return the family of a model type in metadata; "" if it is unknown."""
     model_type = OLD_NAMES.get(model_type, model_type)
     entries = with_scripts()
     plain = _plain_name(model_type)
@@ -214,7 +216,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """Facts of a generation script's option that are needed to type it again."""
+    """What is needed of a generation script's option to type it again."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`
@@ -259,9 +261,18 @@ def remake(
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> RenderJob:
-    """Return the render job that repeats the result of these settings with the model of a recipe.
+    """Return the render job that repeats the result of some settings with the model of a recipe.
 
-    seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
+    Args:
+        settings: Settings of the result.
+        recipe: Recipe with the same model.
+        seed: Seed to use.
+        save_path: File or folder of the new result.
+        find_lora: Returns the path of a LoRA by its name.
+        find_media: Returns the path of an image or clip by its name.
+
+    Raises:
+        OptionError: If the recipe has another model, or a file is not found.
     """
     if sum(map(len, settings.values.values())) > MAX_TYPED:
         raise OptionError(say("Its texts are too long to be typed again."))
@@ -290,7 +301,7 @@ def remake(
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
-    """Return the options of the model, with what the settings say of them. Raises OptionError."""
+    """Return the options of the model, updated with the settings. Raises OptionError."""
     options = read_script_options(recipe.family)
     _check_task(settings, recipe, options)
     fixed = _keep_fixed(settings, recipe, options)
@@ -312,7 +323,7 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
 def _keep_fixed(
     settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
-    """Return the options of a recipe without those that the file was made without."""
+    """Return the options of a recipe that the file was generated with."""
     names = {flag: name for name, option in options.items() for flag in option.flags}
     fixed: dict[str, Any] = {}
     for flag, words in recipe.fixed.items():
@@ -327,7 +338,10 @@ def _keep_fixed(
 
 
 def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
-    """Set an option to what the settings say. Raises OptionError for files: their folders are not known."""
+    """Set an option to its recorded value.
+
+    Raises OptionError for files, because their folders are unknown.
+    """
     words = fixed.pop(flag, None)
     is_file = isinstance(words, list) and _has_folder(words)
     if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
@@ -353,7 +367,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
 
 
 def _reject_options(flag: str, words: Sequence[str]) -> None:
-    """Raise OptionError if a word of a file, behind a flag, would be read as an option of its own."""
+    """Raise OptionError if a word from a file would be read as an option of its own after a flag."""
     for word in words:
         if OPTION.match(word):
             raise OptionError(
@@ -381,7 +395,7 @@ def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
 
 
 def _is_equal(words: Sequence[str] | bool, text: str) -> bool:
-    """Return whether an option's words say what metadata have of it: names of files without folders."""
+    """Return whether an option's words equal its metadata, which have file names without folders."""
     if isinstance(words, bool):
         return text == str(words)
     if shlex.join(words) == text or " ".join(words) == text:
@@ -441,7 +455,7 @@ SAMPLE_CHARACTERS = {
 
 
 def format_sample_line(settings: ResultSettings) -> str:
-    """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
+    """Return the prompt-file line that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
     characters = dict(SAMPLE_CHARACTERS)
     values = {}

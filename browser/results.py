@@ -1,4 +1,4 @@
-"""List the results of all days below the roots, pictures, clips and sounds, and remove them."""
+"""List the results of all days below the roots (images, clips and audio), and remove them."""
 
 import contextlib
 import heapq
@@ -34,7 +34,7 @@ FRESH_SECONDS = 2.0  # a folder that changed so recently may change again withou
 
 @dataclass(frozen=True)
 class Result:
-    """A picture, clip or sound that was made."""
+    """A generated image, clip or audio file."""
 
     path: Path
     changed: float  # when, in seconds since 1970
@@ -44,19 +44,22 @@ class Result:
 
     @cached_property
     def id(self) -> str:
+        """Short digest of the path; identifies the result in addresses."""
         return short_digest(self.path)
 
     @property
     def address(self) -> str:
+        """Address of the file."""
         return f"/result/{self.id}{self.path.suffix.lower()}"
 
     @property
     def kind(self) -> str:
+        """Kind of media, by the suffix: picture, clip or sound."""
         return KINDS[self.path.suffix.lower()]
 
 
 class _Folder(NamedTuple):
-    """The content of a folder when it was last listed."""
+    """Content of a folder when it was last listed."""
 
     changed: int  # in nanoseconds
     inner: Sequence[Path]
@@ -65,7 +68,7 @@ class _Folder(NamedTuple):
 
 
 class ResultFolders:
-    """Find the results below the roots. A folder that has not changed is not listed again."""
+    """Finds the results below the roots. A folder that has not changed is not listed again."""
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
@@ -75,7 +78,7 @@ class ResultFolders:
         self._by_id: dict[str, Result] = {}
 
     def list_all(self) -> Sequence[Result]:
-        """Return the newest results in folders called `generated`, the newest first."""
+        """Return the newest results in folders named `generated`, the newest first."""
         folders: dict[Path, _Folder] = {}
         for top in dict.fromkeys(self.runs.tops):
             self._walk(top, DEEPEST, folders)
@@ -90,7 +93,7 @@ class ResultFolders:
         return self._newest
 
     def find(self, id: str) -> Result | None:
-        """Return the result of this id, as its file is now; None if there is none below the roots."""
+        """Return the result with this id in its current state; None if there is none below the roots."""
         if id not in self._by_id:
             self.list_all()
         result = self._by_id.get(id)
@@ -103,7 +106,7 @@ class ResultFolders:
         return replace(result, changed=status.st_mtime, size_bytes=status.st_size)
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
-        """Add a folder and those below it. Links are not followed."""
+        """Add a folder and its subfolders. Links are not followed."""
         if folder in folders or len(folders) >= MAX_FOLDERS:
             return
         try:
@@ -132,7 +135,10 @@ class _Entry(NamedTuple):
 
 
 def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
-    """List a folder. changed: its time, before it is listed. earlier: what it had before. Raises OSError."""
+    """List a folder. Raises OSError.
+
+    `changed` is its modification time before the listing; `earlier` are the entries listed before.
+    """
     inner = []
     files: dict[str, _Entry] = {}
     is_of_results = folder.name == RESULTS
@@ -152,7 +158,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
 
 
 def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
-    """Return the result that a file is; None if it is none. earlier: what a file of this name was before."""
+    """Return a file as a result; None if it is none. `earlier` is the entry that had its name before."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -166,10 +172,10 @@ def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | N
 
 
 def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
-    """Return the results of a folder, with their times in the list: those made from another one follow it.
+    """Return the results of a folder; in the list, a derived file follows the file it was made from.
 
-    The last frame that is written next to a clip is no result, nor is a layer next to the picture that all
-    layers show together.
+    The last frame written next to a clip is not a result, nor is a layer next to the image that shows all
+    layers.
     """
     names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
     times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
@@ -202,7 +208,7 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
 
 
 def _group_layers(folder: Path, stems: Collection[str]) -> dict[str, tuple[Path, ...]]:
-    """Return the layers of each picture that has some, in their order, by its name without suffix."""
+    """Return the layers of each image that has some, back to front, by the image's name without suffix."""
     numbered: dict[str, dict[int, Path]] = {}
     for stem in stems:
         match = OF_LAYER.fullmatch(stem)

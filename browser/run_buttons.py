@@ -86,7 +86,7 @@ CONTROL_FLAGS = ("--control_image", "--guide_image_path")
 
 @dataclass(frozen=True)
 class MakingCommand:
-    """Command of a history that makes something with the run's file, as fields of a form show it."""
+    """Command of a history that generates with the run's file, as fields of a form show it."""
 
     place: int  # among the commands of the history
     words: Sequence[str]
@@ -94,7 +94,7 @@ class MakingCommand:
     is_complete: bool  # nothing in it has to be filled in
 
     def read(self, flags: Sequence[str]) -> str:
-        """Return the word behind the first of these options; empty if it has none."""
+        """Return the word after the first of these options; "" if the command has none of them."""
         for flag, word in zip(self.words, self.words[1:], strict=False):
             if flag in flags:
                 return word
@@ -102,14 +102,16 @@ class MakingCommand:
 
     @property
     def prompt(self) -> str:
+        """Prompt of the command."""
         return self.read([PROMPT])
 
     @property
     def control(self) -> str:
+        """Path of the command's control image or clip; "" if it has none."""
         return self.read(CONTROL_FLAGS)
 
     def fill(self, prompt: str, control: str) -> list[str]:
-        """Return the words with another prompt and control picture."""
+        """Return the words with another prompt and control image."""
         words = list(self.words)
         for number, flag in enumerate(self.words[:-1]):
             if flag == PROMPT and prompt:
@@ -121,7 +123,7 @@ class MakingCommand:
 
 @dataclass(frozen=True)
 class RunActions:
-    """Hold which buttons a run has now, each with the command that it stands for; "": there is no button."""
+    """The current buttons of a run, each with the command that it stands for; "" for no button."""
 
     start: str = ""
     start_label: str = say("Continue")
@@ -142,7 +144,7 @@ class RunActions:
 
 
 class RunButtons:
-    """Show how a run stands with its buttons, and do what they ask for."""
+    """Shows the state of a run with its buttons, and does what they request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -170,10 +172,11 @@ class RunButtons:
         return render_page(HERE / "folder_plan.html", shown.summary.name, values, POLICY)
 
     def render(self, shown: ShownRun) -> str:
-        """Return the buttons of a run, with the texts that a page shows next to them."""
+        """Return the buttons of a run, and the texts next to them, as HTML."""
         return render_page(HERE / "actions.html", shown.summary.name, self.values(shown))
 
     def values(self, shown: ShownRun) -> dict[str, Any]:
+        """Return the values for the template of a run's buttons."""
         run = shown.summary
         state = shown.state
         return {
@@ -190,7 +193,7 @@ class RunButtons:
         }
 
     def last_lines(self, shown: ShownRun) -> str:
-        """Return the last lines of a run that has not begun or has died: of its command or its history."""
+        """Return the last lines of a run that has not begun or has failed: of its command or history."""
         state = shown.state
         if state.name in (TRAINING, FINISHED, STOPPED, WAITING):
             return ""
@@ -243,7 +246,7 @@ class RunButtons:
         return actions
 
     def add_history_actions(self, actions: RunActions, shown: ShownRun) -> RunActions:
-        """Add the buttons of a run of which only its history tells, if that has a command to continue it."""
+        """Add the buttons of a run without a described folder if its history can continue it."""
         run = shown.summary
         command = self.find_resuming(run)
         if command is None:
@@ -260,11 +263,12 @@ class RunButtons:
         return actions
 
     def work_command(self) -> str:
-        """Return the command that starts a page which runs the jobs of the queue."""
+        """Return the command that starts a page which also runs the jobs of the queue."""
         folders = [str(top) for top in self.site.runs.tops]
         return format_command(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, shown: ShownRun) -> str:
+        """Return what the button Stop does, in words or as a command."""
         state, run = shown.state, shown.summary
         if state.background_job is not None:
             return say("ends the check")
@@ -276,7 +280,7 @@ class RunButtons:
         return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
 
     def find_running_job(self, shown: ShownRun) -> Job | None:
-        """Return the running job of the queue that a run belongs to; None if it was started elsewhere."""
+        """Return the queue's job that a running run belongs to; None if it was started elsewhere."""
         job = shown.state.job
         if job is not None and job.state == RUNNING:
             return job
@@ -287,13 +291,13 @@ class RunButtons:
         return None
 
     def generates(self, run: RunSummary) -> bool:
-        """Return whether the page Generate can make something with the files of a run."""
+        """Return whether the page Generate can generate with the files of a run."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             return read_source(self.site.runs, run) is not None
         return False
 
     def find_making(self, run: RunSummary) -> MakingCommand | None:
-        """Return the command of a history that makes something with the run's file; None if it has none."""
+        """Return the history's command that generates with the run's file; None if it has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
             commands = present_commands(self.site.runs.open(run).story, run.history.parent)
             for place, command in enumerate(commands):
@@ -305,7 +309,7 @@ class RunButtons:
         return None
 
     def make(self, shown: ShownRun, form: Form) -> str:
-        """Put the command that makes something with the run's file into the queue, with what was typed."""
+        """Queue the command that generates with the run's file, with the typed prompt and control image."""
         run = shown.summary
         making = self.find_making(run)
         if making is None or not making.is_complete:
@@ -320,7 +324,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
-        """Return the command of a history that continues its run, with its place among the commands."""
+        """Return the history's command that continues its run, with its index; None if there is none."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for place, command in enumerate(
                 present_commands(self.site.runs.open(run).story, run.history.parent, run.name)
@@ -331,7 +335,7 @@ class RunButtons:
         return None
 
     def find_prompts(self, shown: ShownRun) -> Path | None:
-        """Return the file of a run's prompts, if it lies below the roots and can be edited as text."""
+        """Return the prompt file of a run if it lies below the roots and can be edited as text."""
         run = shown.summary
         path = None
         if shown.plan is not None:
@@ -348,14 +352,16 @@ class RunButtons:
     # ---- parts of the page
 
     def find(self, request: Request) -> ShownRun | None:
+        """Return the run that an address names; None if it does not exist."""
         return self.tracked_runs.find(request.path_params["id"])
 
     def show_actions(self, request: Request) -> Response:
+        """Answer with the buttons of a run as HTML."""
         shown = self.find(request)
         return answer_not_found() if shown is None else answer_page(self.render(shown))
 
     def show_standing(self, request: Request) -> Response:
-        """Return the facts that a page asks for every few seconds."""
+        """Answer with the state of a run, which its page requests every few seconds."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -369,7 +375,7 @@ class RunButtons:
         )
 
     def show_panel(self, request: Request) -> Response:
-        """Return the panel that a button opens: the prompts, what a removal takes, what a run.toml may do."""
+        """Answer with a button's panel: the prompts, what a removal affects, or what a run.toml may do."""
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
@@ -378,6 +384,14 @@ class RunButtons:
     def answer_panel(
         self, shown: ShownRun, what: str, error: str = "", facts: Mapping[str, Any] | None = None
     ) -> Response:
+        """Return the panel of a button.
+
+        Args:
+            shown: The run.
+            what: Panel: "read", "prompts" or "remove".
+            error: Reason why a request was rejected.
+            facts: Values for the template that replace the panel's own.
+        """
         values: dict[str, Any] = {
             "id": shown.summary.id,
             "name": shown.summary.name,
@@ -403,7 +417,7 @@ class RunButtons:
         return answer_template("panel.html", shown.summary.name, values, is_refused=error != "")
 
     def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
-        """Return the facts of a run.toml that a page shows before it is started."""
+        """Return the content of a run.toml that a page shows before it is started."""
         if shown.plan is None:
             raise OptionError(say("There is no run.toml below the folders of this page."))
         path = shown.plan.folder / RUN_FILE
@@ -417,6 +431,7 @@ class RunButtons:
         }
 
     def describe_prompts(self, shown: ShownRun) -> dict[str, Any]:
+        """Return the values for the panel that edits the prompts. Raises OptionError if there are none."""
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
@@ -433,6 +448,10 @@ class RunButtons:
         }
 
     def describe_removal(self, shown: ShownRun) -> dict[str, Any]:
+        """Return the values for the panel that asks before the run's files are moved into the bin.
+
+        Raises OptionError if the run is active or has no files.
+        """
         if shown.state.is_active:
             raise OptionError(say("It is %(text)s: stop it first.", text=shown.state.text))
         paths = self.list_removed(shown)
@@ -456,12 +475,13 @@ class RunButtons:
 
     @property
     def bin_folder(self) -> BinFolder:
+        """The bin, with a folder in each root."""
         return BinFolder(*(top / BIN for top in self.site.runs.tops))
 
     def list_removed(self, shown: ShownRun) -> list[Path]:
-        """Return the files and folders that a run consists of; of a draft the files that `new` wrote.
+        """Return the files and folders of a run; of a draft, the files that `new` wrote.
 
-        Media, captions and caches stay: they are the dataset's.
+        Media, captions and caches are not listed: they belong to the dataset.
         """
         results = self.list_trained(shown.summary)
         if not shown.summary.history.exists() and shown.plan is not None:
@@ -489,7 +509,7 @@ class RunButtons:
         return results
 
     def remove(self, shown: ShownRun, form: Form) -> Response:
-        """Move a run's files into the bin, if they are those that were listed."""
+        """Move the files of a run into the bin, if they are still those that were listed."""
         try:
             self.describe_removal(shown)  # what refuses it
             paths = self.list_removed(shown)
@@ -515,7 +535,7 @@ class RunButtons:
     # ---- what the buttons do
 
     def act(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for; return what it says."""
+        """Do what a button requests, and answer with its message."""
         what = request.path_params["what"]
         shown = self.find(request)
         if shown is None:
@@ -541,7 +561,7 @@ class RunButtons:
         return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:
-        """Start a run, or continue it. The form has the mark of a run.toml that was read."""
+        """Start or continue a run. The form has the mark of the run.toml that the user has read."""
         if shown.plan is None:
             self.add_command(shown.summary, steps=0)
         else:
@@ -553,7 +573,7 @@ class RunButtons:
         return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
-        """Put the command that continues a run into the queue. steps: to train to; 0: as it says."""
+        """Queue the command that continues a run up to `steps`; 0 leaves the number in the command."""
         command = self.find_resuming(run)
         if command is None:
             raise OptionError(say("Its history has no command that continues it: no state was saved."))
@@ -614,6 +634,7 @@ class RunButtons:
         )
 
     def check(self, shown: ShownRun, _: Form) -> str:
+        """Start the check of a run's described folder. Raises OptionError if there is none."""
         if shown.plan is None:
             raise OptionError(say("There is no prepared folder to check."))
         folder = shown.plan.folder
@@ -623,7 +644,7 @@ class RunButtons:
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:
-        """End a run: its place in the queue, its check, or what works on it."""
+        """End a run: remove it from the queue, end its check, or stop its process."""
         state, run = shown.state, shown.summary
         if not state.is_active:
             raise OptionError(say("It does not run: it is %(text)s.", text=state.text))
@@ -645,10 +666,12 @@ class RunButtons:
         raise OptionError(say("It was started from a terminal: end it there with Ctrl-C."))
 
     def go_on(self, _: ShownRun, __: Form) -> str:
+        """Start the paused queue."""
         self.site.queue.begin_work()
         return say("The queue goes on.")
 
     def write_prompts(self, shown: ShownRun, form: Form) -> str:
+        """Write the edited prompts of a run. Raises OptionError if it has no prompt file of its own."""
         path = self.find_prompts(shown)
         if path is None:
             raise OptionError(say("It has no prompt file (.txt) below the folders of this page."))
@@ -662,7 +685,7 @@ class RunButtons:
 
 
 def has_lora(run: RunSummary) -> bool:
-    """Return whether a run has a trained file that pictures can be made with."""
+    """Return whether a run has a trained file that images can be generated with."""
     with contextlib.suppress(OSError):
         results = list_results(run.history.parent, run.name)
         return any(path.suffix == ".safetensors" for path in results)
@@ -670,19 +693,19 @@ def has_lora(run: RunSummary) -> bool:
 
 
 def list_results(folder: Path, name: str) -> list[Path]:
-    """Return the files that a training has written under a name, and the files that ask it for something."""
+    """Return the files that a training has written under a name, and its request files (such as .stop)."""
     results = find_results(Names(folder, name))
     asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
     return [*results, *(path for path in asked if path.is_file())]
 
 
 def suggest_steps(run: RunSummary, planned: int) -> int:
-    """Return the length that Train on offers: what is planned, if that is more; else twice as many steps."""
+    """Return the length that Train on offers: the planned steps if they are more, else twice the steps."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 
 def measure_size(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder; links count nothing."""
+    """Return the size of a file, or of all files in a folder, in bytes; links count as nothing."""
     if path.is_symlink():
         return 0
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Tell how a run stands from its first minute: by its draft, its job, its check and its histories.
+"""Determine the state of a run from its first minute: from its draft, its job, its check and its histories.
 
 A folder that `new` has described is the draft of a run. Its run has the address of the history that its
 training will write, so that one address leads to it from the draft to the finished LoRA.
@@ -71,7 +71,7 @@ SECOND = 1.0  # a process' birth is rounded
 
 @dataclass(frozen=True)
 class RunState:
-    """Hold how a run stands."""
+    """State of a run."""
 
     name: str  # one of STATES
     words: str = ""  # what is said behind it: `40 of 120`
@@ -83,32 +83,32 @@ class RunState:
 
     @property
     def text(self) -> str:
-        """Return the state in words: `caching 40 of 120, latents`."""
+        """The state in words: `caching 40 of 120, latents`."""
         separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
         return join(separator, filter(None, (name_state(self.name), self.words)))
 
     @property
     def kind(self) -> str:
-        """Return the state that it looks like in a list."""
+        """State whose color and symbol a list uses."""
         if self.name in BUSY:
             return RUNNING
         return {DRAFT: WAITING, FAULTS: DIED}.get(self.name, self.name)
 
     @property
     def is_active(self) -> bool:
-        """Return whether a process works on it, or it waits for one."""
+        """Whether a process works on the run, or it waits for one."""
         return self.name in BUSY or self.name == WAITING
 
     @property
     def last_lines(self) -> str:
-        """Return the last lines that its command has printed; empty if it is not known where."""
+        """Last lines that the run's command has printed; "" if its log is unknown."""
         source = self.background_job if self.background_job is not None else self.job
         return "" if source is None else source.last_lines(SHOWN_LINES)
 
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """Hold what the run.toml of a described folder says of its run."""
+    """What the run.toml of a described folder says about its run."""
 
     folder: Path
     history: Path  # that its training writes
@@ -120,24 +120,27 @@ class FolderPlan:
 
     @property
     def id(self) -> str:
+        """Id of the run."""
         return self.summary.id
 
     @property
     def name(self) -> str:
+        """Name of the run."""
         return self.summary.name
 
     @property
     def output(self) -> Path:
+        """Folder that the training saves into."""
         return self.history.parent
 
     @property
     def trace(self) -> Path:
-        """Return the history of what `run` does before the training."""
+        """History of what `run` does before the training."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
     @property
     def summary(self) -> RunSummary:
-        """Return the facts that a list shows of the run before it has a history."""
+        """Summary of the run for a list, before it has a history."""
         return RunSummary(
             history=self.history,
             changed=self.changed,
@@ -154,15 +157,18 @@ class FolderPlan:
 
 
 def read_plan(path: Path, changed: float) -> FolderPlan | None:
-    """Read a run.toml; None if it is another program's.
+    """Read a run.toml; None if it belongs to another program.
 
-    changed: when it was. Raises OSError if it cannot be read.
+    `changed` is its modification time. Raises OSError if it cannot be read.
     """
     return make_plan(path, read_content(path), changed)
 
 
 def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
-    """Return what the bytes of a run.toml say; None if it is another program's. changed: when it was."""
+    """Parse the bytes of a run.toml; None if it belongs to another program.
+
+    `changed` is its modification time.
+    """
     folder = real_path(path.parent)
     try:
         tables = parse_toml(content.decode())
@@ -206,10 +212,11 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
 
 
 def _read_family(commands: Sequence[Sequence[Any]]) -> str:
-    """Return the family of the commands of a run, by which its runs are listed too; "" if they are of none.
+    """Return the family of a run's commands, as lists of runs name it; "" if they belong to none.
 
-    The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`. Of a ControlNet, a word or a
-    whole model the commands that cache tell it, as these are the same for all kinds of runs.
+    The catalogue's families are divided differently (`wan22`, `stable_diffusion`). For a ControlNet, an
+    embedding or a full model, the family is that of the caching commands, which are the same for all kinds of
+    runs.
     """
     families = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
     families |= {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
@@ -219,7 +226,7 @@ def _read_family(commands: Sequence[Sequence[Any]]) -> str:
 
 @dataclass(frozen=True)
 class ShownRun:
-    """Hold a run and how it stands."""
+    """A run and its state."""
 
     summary: RunSummary
     state: RunState
@@ -227,20 +234,20 @@ class ShownRun:
 
     @property
     def ended_at_once(self) -> str:
-        """Return the reason shown for a run that the page has ended; empty for all other runs."""
+        """Reason to show for a run that the page has killed; "" for all other runs."""
         return self.state.reason if self.state.name == STOPPED and self.summary.state == DIED else ""
 
 
 @dataclass(frozen=True)
 class WaitingJobs:
-    """Hold the numbers of the jobs that wait, in their order, read once for all runs of a list."""
+    """Numbers of the waiting jobs in their order, read once for all runs of a list."""
 
     numbers: Sequence[int]
     is_paused: bool  # no job begins
 
 
 class TrackedRuns:
-    """Find drafts below the roots, and tell how all runs stand."""
+    """Finds drafts below the roots, and determines the state of all runs."""
 
     def __init__(self, runs: Runs, queue: JobQueue, background_jobs: BackgroundJobs) -> None:
         self.runs = runs
@@ -275,12 +282,12 @@ class TrackedRuns:
         return mark, read_plan(path, status.st_mtime)
 
     def find_plan(self, run: RunSummary) -> FolderPlan | None:
-        """Return the described folder that a run can be started from again; None if there is none."""
+        """Return the described folder from which a run can be started again; None if there is none."""
         plans = self.list_plans()
         return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
 
     def list_all(self) -> list[ShownRun]:
-        """Return all runs and drafts with how they stand, the newest first."""
+        """Return all runs and drafts with their states, the newest first."""
         with self.runs.lock:
             found = {run.history: run for run in self.runs.list_all()}
             plans = self.list_plans()
@@ -311,7 +318,7 @@ class TrackedRuns:
         return self._show(plan, run, trace, of_folder, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
-        """Return the run of each job that waits or runs and is a `run` of a described folder, by number."""
+        """Return the run of each waiting or running job that runs a described folder, by job number."""
         shown = {}
         for one in self.list_all():
             job = one.state.job
@@ -342,8 +349,12 @@ class TrackedRuns:
     ) -> ShownRun:
         """Return a described folder's run with its state.
 
-        run, trace: from its histories, if they exist. of_folder: jobs that run the folder. waiting: of all
-        folders.
+        Args:
+            plan: The described folder.
+            run: Summary of the training's history; None if it does not exist.
+            trace: Summary of the history of `run`; None if it does not exist.
+            of_folder: Jobs that run the folder.
+            waiting: Waiting jobs of all folders.
         """
         job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
@@ -376,7 +387,7 @@ class TrackedRuns:
     def _find_state(
         self, plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None
     ) -> RunState:
-        """Return the state of a described folder's run: by what works now, else by what ended last."""
+        """Return the state of a described folder's run: what is active now, else what ended last."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
@@ -395,24 +406,30 @@ class TrackedRuns:
     # ---- starting
 
     def is_known(self, plan: FolderPlan) -> bool:
-        """Return whether the user has described or read a folder here; else it may be somebody else's.
+        """Return whether the user has described or read a folder on this machine.
 
-        Nothing below the roots counts, neither its histories nor the queue: that may all be from elsewhere.
+        Otherwise it may be somebody else's. Nothing below the roots proves this, neither histories nor the
+        queue: all of it may have been copied from elsewhere.
         """
         return recall_folder(plan.folder) is not None
 
     def start(self, folder: Path, words: Sequence[str], is_read: bool = False) -> None:
-        """Put a run of a described folder into the queue; start the queue unless other jobs wait in it.
+        """Add the run of a described folder to the queue, and start the queue unless other jobs wait.
 
-        is_read: somebody has looked at its run.toml; this is remembered. Raises OptionError if the run is
-        under way, or if its run.toml comes from elsewhere and was not read; OutputError if the queue cannot
-        be written.
+        Args:
+            folder: The described folder.
+            words: Command of the run.
+            is_read: The user has read its run.toml; this is remembered.
+
+        Raises:
+            OptionError: If the run is active, or its run.toml comes from elsewhere and was not read.
+            OutputError: If the queue cannot be written.
         """
         with self._only_one_starts():
             self._start(real_path(folder), words, is_read)
 
     def reject_while_it_runs(self, folder: Path) -> None:
-        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
+        """Raise OptionError if a training of the folder is running, because its files must not change."""
         for shown in self.list_all():
             is_of_folder = shown.plan is not None and shown.plan.folder == folder
             if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
@@ -426,9 +443,9 @@ class TrackedRuns:
                 )
 
     def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
-        """Put commands, each with its working folder, into the queue.
+        """Add commands, each with its working folder, to the queue.
 
-        Raises OptionError if one of them waits or runs there already; OutputError as `start`.
+        Raises OptionError if one of them already waits or runs, OutputError as `start`.
         """
         with self._only_one_starts():
             present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
@@ -439,7 +456,7 @@ class TrackedRuns:
 
     @contextlib.contextmanager
     def _only_one_starts(self) -> Iterator[None]:
-        """Let one at a time look at the queue and add to it: of two that press at once, on any server."""
+        """Let one request at a time, on any server, check the queue and add to it."""
         with explain_errors(self.queue.folder):
             self.queue.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.queue.folder / ".start.lock"):
@@ -472,7 +489,7 @@ class TrackedRuns:
 
 
 def make_run_words(described: DescribedFolder, models: Path) -> list[str]:
-    """Return the command that trains on a described folder, with the download of what is missing."""
+    """Return the command that trains on a described folder and downloads missing files."""
     words = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
@@ -492,7 +509,7 @@ def make_check_words(folder: Path) -> list[str]:
 
 
 def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
-    """Return the command that starts a plan, also of a run.toml that `new` has not written."""
+    """Return the command that starts a plan, even if `new` did not write its run.toml."""
     try:
         return make_run_words(read_described(plan.folder), models)
     except (OSError, ValueError):
@@ -500,7 +517,7 @@ def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
 
 
 def find_run_folder(job: Job) -> Path | None:
-    """Return the real path of the folder that a job is a `run` of; None for other jobs, and for its check."""
+    """Return the real path of the folder that a job runs; None for other jobs, and for its check."""
     try:
         words = job.words
     except OptionError:
@@ -528,12 +545,12 @@ def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
 
 
 def is_run_of_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job is a `run` of a folder, and not only its check."""
+    """Return whether a job runs a folder, and does not only check it."""
     return find_run_folder(job) == folder
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:
-    """Return of the jobs of a folder one that runs, else one that waits, else the one that began last."""
+    """Return a running job, else a waiting job, else the job that began last."""
     for state in (RUNNING, WAITING):
         for job in jobs:
             if job.state == state:
@@ -561,7 +578,7 @@ def read_run_state(run: RunSummary) -> RunState:
 
 
 def _read_training_state(doing: str) -> RunState:
-    """Return the state of a running training. doing: what it does between two steps, see `History`."""
+    """Return the state of a running training. `doing` is its work between two steps, see `History`."""
     sample = SAMPLE.fullmatch(doing)
     if sample is not None:
         return RunState(SAMPLING, words=f"{sample[1]}{sample[2]}")
@@ -589,7 +606,7 @@ def read_trace_state(trace: RunSummary) -> RunState:
 def _find_last_ending(
     plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
 ) -> RunState:
-    """Return the state of a run on which nothing works: the latest of its job, histories and check."""
+    """Return the state of an inactive run: the latest of its job, histories and check."""
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
     histories = [history for history in (run, trace) if history is not None]
     for history in histories:
@@ -605,7 +622,7 @@ def _find_last_ending(
 
 
 def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState:
-    """Return the state of a run whose job runs while none of its histories is being written."""
+    """Return the state of a run whose job is running while no history is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
             return _read_ended_run_state(history, job)  # its process is about to end
@@ -613,7 +630,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 
 
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
-    """Return the state of a run that has a history. job: the latest of its folder; None without one."""
+    """Return the state of a run with a history. `job` is the latest of its folder; None if there is none."""
     state = read_run_state(run)
     if job is None or job.born > run.changed + SECOND:  # a later one
         return state
@@ -626,7 +643,7 @@ def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
 
 
 def explain_end_at_once(run: RunSummary) -> str:
-    """Describe a run that a second Stop has ended, and where it continues."""
+    """Describe a run that a second Stop has killed, and where it continues."""
     if run.name.endswith(BEFORE_TRAINING):
         return say("Ended at once from the page, before its training began. Continue begins where it was.")
     states = state_pattern(run.name)
@@ -647,7 +664,7 @@ def explain_end_at_once(run: RunSummary) -> str:
 
 
 def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
-    """Return whether a job has written no history, so that only its own end tells of the run."""
+    """Return whether a job has written no history, so that only its exit code says how the run ended."""
     # a job of before run.toml was changed may be of another name
     if not histories and job.born + SECOND < plan.changed:
         return False
@@ -690,14 +707,14 @@ def _explain(job: Job, otherwise: str) -> str:
 
 
 def _is_full(folder: Path) -> bool:
-    """Return whether nothing can be written to the disk of a folder."""
+    """Return whether the disk of a folder is full."""
     with contextlib.suppress(OSError):
         return free_bytes(folder) < SPARE_BYTES
     return False
 
 
 def mark_state(shown: ShownRun) -> str:
-    """Return a text that changes with what a page says of a run's state."""
+    """Return a text that changes with what a page shows of a run's state."""
     state = shown.state
     lines = state.last_lines if state.name in BEFORE else ""
     changed = 0.0 if shown.plan is None else shown.plan.changed

@@ -1,4 +1,4 @@
-"""Make the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
+"""Build the pages of runs, their curves as JSON and descriptions of files; write a run as one page."""
 
 import contextlib
 import functools
@@ -73,7 +73,13 @@ SORT_NAMES = (say("newest"), say("name"), say("loss"), say("progress"))
 def select_runs(
     runs: Sequence[RunSummary], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
 ) -> list[RunSummary]:
-    """Filter and sort the runs for a list. query: text, family, state and sort. states: by the run's id."""
+    """Filter and sort the runs for a list.
+
+    Args:
+        runs: All runs.
+        query: Fields `text`, `family`, `state` and `sort`.
+        states: State of each run by its id; None to use the histories alone.
+    """
     words = query.get("text", "").lower().split()
     chosen = []
     for run in runs:
@@ -101,7 +107,7 @@ def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
 def list_page(
     shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
 ) -> str:
-    """Return the page of all runs. roots: the folders that they were found in."""
+    """Return the page of all runs. `roots` are the folders in which they were found."""
     runs = [one.summary for one in shown_runs]
     states_of_runs = {one.summary.id: one.state for one in shown_runs}
     chosen = select_runs(runs, query, states_of_runs)
@@ -128,7 +134,7 @@ def list_page(
 
 
 def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
-    """Return each run with its label: the name, with the folder if several runs have that name."""
+    """Return each run with its label: the name, and the folder too if several runs have that name."""
     counts = Counter(run.shown_name for run in runs)
     labeled = []
     for run in runs:
@@ -141,7 +147,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
 
 @dataclass(frozen=True)
 class LiveStanding:
-    """Hold the current standing of a run."""
+    """Current progress of a run."""
 
     shown: Standing
     state: str
@@ -149,9 +155,9 @@ class LiveStanding:
 
     @classmethod
     def of(cls, run: RunSummary, story: Story, ended_at_once: str = "") -> "LiveStanding":
-        """Return the current standing of the run of a history.
+        """Return the current progress of the run of a history.
 
-        ended_at_once: the reason shown for a run that the page has ended; empty for all other runs.
+        `ended_at_once` is the reason to show for a run that the page has killed; "" for all other runs.
         """
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
@@ -173,7 +179,7 @@ class LiveStanding:
 
 
 def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
-    """Return the work of a running training between two steps, or the time until its end, in words."""
+    """Return what a training does between two steps, or the remaining time, in words."""
     if story.doing:
         return f"· {story.doing}"
     if story.left:
@@ -184,6 +190,7 @@ def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
 
 
 def linked_clip(name: str, prompt: str, step: int) -> Markup:
+    """Return the HTML of a sample, which the page's script loads by its address."""
     tag = '<span id="{0}" data-src="{0}" role="img" aria-label="{1}"></span>'
     return Markup(tag).format(link(SAMPLES, name), say("%(prompt)s, step %(step)s", prompt=prompt, step=step))
 
@@ -198,8 +205,16 @@ def run_page(
 ) -> str:
     """Return the page of a run.
 
-    is_paused: no job of the queue begins. actions: HTML of its buttons. ended_at_once: see `LiveStanding.of`.
-    Raises OSError if its history cannot be read.
+    Args:
+        runs: Runs below the roots.
+        run: The run.
+        can_write: Show the buttons.
+        is_paused: No job of the queue begins.
+        actions: HTML of the buttons.
+        ended_at_once: As in `LiveStanding.of`.
+
+    Raises:
+        OSError: If the history cannot be read.
     """
     story = runs.open(run).story
     now = LiveStanding.of(run, story, ended_at_once)
@@ -237,9 +252,9 @@ def run_page(
 
 
 def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
-    """Return the shape of the newest sample as a ratio for the style sheet; "" if it has none.
+    """Return the aspect ratio of the newest sample for the style sheet; "" if there is no sample.
 
-    The page reserves the place of samples that are loaded later.
+    The page reserves space for samples that are loaded later.
     """
     path = folder / SAMPLES / sample_names[-1] if sample_names else None
     if path is None or path.suffix == ".wav" or not runs.is_inside(path):
@@ -251,7 +266,7 @@ def read_shape(runs: Runs, folder: Path, sample_names: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _read_shape(path: Path, changed: int) -> str:
-    """Read the shape of a file that was changed at this time. Raises MediaError if it cannot be read."""
+    """Read the shape of a file with this modification time. Raises MediaError if it cannot be read."""
     if path.suffix == ".png":
         width, height = image_size(path)
     else:
@@ -276,10 +291,17 @@ def mark_page(story: Story, now: LiveStanding) -> str:
 def collect_news(
     runs: Runs, run: RunSummary, query: Mapping[str, str], ended_at_once: str = ""
 ) -> dict[str, Any]:
-    """Return the facts that a run's page polls, with its curves if they have changed.
+    """Return the values that a run's page polls, with its curves if they have changed.
 
-    query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. ended_at_once: see
-    `LiveStanding.of`. Raises OSError if the history cannot be read, ValueError if the steps are not numbers.
+    Args:
+        runs: Runs below the roots.
+        run: The run.
+        query: `have`, the key of an earlier answer; `from` and `to`, the range of shown steps.
+        ended_at_once: As in `LiveStanding.of`.
+
+    Raises:
+        OSError: If the history cannot be read.
+        ValueError: If the steps are not numbers.
     """
     history = runs.open(run)
     story = history.story
@@ -304,7 +326,7 @@ def collect_news(
 
 
 def _narrow(story: Story, low: float, high: float) -> Story:
-    """Return a story whose curves are limited to these steps."""
+    """Return a story whose curves are limited to a range of steps."""
 
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
@@ -324,7 +346,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
 
 
 def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
-    """Return the path of a file that a page links (a saved file, a sample, a clip); None for other names."""
+    """Return the path of a file that a page links (a saved file, sample or clip); None for other names."""
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
@@ -333,7 +355,7 @@ def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
 
 
 class FileNotes:
-    """Describe files by hash and metadata; hashes are computed once."""
+    """Describes files by hash and metadata; each hash is computed once."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}
@@ -368,7 +390,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 
 
 def drop_private(text: str) -> str:
-    """Return the HTML of a page without what no other person is to see: folders, and what is marked."""
+    """Return the HTML of a page without folders and without elements that are marked as private."""
     count = 1
     while count:  # the innermost ones first: folders are marked in commands too
         text, count = _MARKED.subn("", text)
@@ -376,7 +398,7 @@ def drop_private(text: str) -> str:
 
 
 def share_page(page: Path, copy: Path) -> None:
-    """Write a copy of a page without private facts and links. Raises UserError if it is not one of ours."""
+    """Write a copy of a page without private data and links. Raises UserError if it is not a run's page."""
     try:
         require_regular_file(page)
         text = page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Find runs below folders by their histories, and summarise each from a few parts of its file."""
+"""Find runs below folders by their histories, and summarize each from a few parts of its file."""
 
 import contextlib
 import functools
@@ -64,7 +64,7 @@ STATUS = re.compile(
 
 
 def is_living(process: Mapping[str, Any]) -> bool | None:
-    """Return whether a process of `describe_process` is alive; None if it is not of this machine."""
+    """Return whether a process of `describe_process` is alive; None if it is on another machine."""
     if process.get("machine") != identify_machine():
         return None
     try:
@@ -76,7 +76,7 @@ def is_living(process: Mapping[str, Any]) -> bool | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether this user owns a file, as a folder may be shared; on Windows, whether it exists."""
+    """Return whether this user owns a file, since a folder may be shared; on Windows, whether it exists."""
     try:
         status = path.lstat()
     except OSError:
@@ -86,7 +86,7 @@ def is_own_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Hold the facts that a list shows of a run."""
+    """What a list shows of a run."""
 
     history: Path
     changed: float  # when the file was changed
@@ -105,28 +105,32 @@ class RunSummary:
 
     @property
     def title(self) -> str:
-        """Return the name of its model for people."""
+        """Display name of the model."""
         return model_title(self.model)
 
     @functools.cached_property
     def id(self) -> str:
+        """Short digest of the history's path; identifies the run in addresses."""
         return short_digest(self.history)
 
     @property
     def name(self) -> str:
+        """Name of the run, which is that of its history."""
         return history_name(self.history)
 
     @property
     def shown_name(self) -> str:
-        """Return the name of the training, also while `run` only prepares it."""
+        """Name of the training, also while `run` is still preparing it."""
         return self.name.removesuffix(BEFORE_TRAINING)
 
     @property
     def state(self) -> str:
+        """State of the run, derived from its history."""
         return find_state(self.start, self.ending, self.changed)
 
     @property
     def left(self) -> str:
+        """Remaining time in words; "" if the run is not running, or the time is not known."""
         if self.state != RUNNING:
             return ""
         if self.seconds_left:
@@ -135,9 +139,9 @@ class RunSummary:
 
     @property
     def is_of_here(self) -> bool:
-        """Return whether this user wrote the history, on this machine since its boot, where it lies.
+        """Whether this user wrote the history at its present path, on this machine, since its last boot.
 
-        Commands of other machines may be somebody else's, or name files that are not here.
+        Commands of other machines may be somebody else's, or name files that do not exist here.
         """
         if self.start is None or is_living(self.start.process) is None or not is_own_file(self.history):
             return False
@@ -155,9 +159,9 @@ class RunSummary:
 
     @property
     def working_folder(self) -> Path | None:
-        """Return the folder in which the command was typed; None if it is not known.
+        """Folder in which the command was typed; None if it is not known.
 
-        A folder that was moved or copied together with the run's is found at its new place.
+        A folder that was moved or copied together with the run's folder is found at its new path.
         """
         if self.start is None or not self.start.working_folder or not self.start.written_in:
             return None
@@ -174,17 +178,19 @@ class RunSummary:
 
     @property
     def network(self) -> str:
+        """File name of the transformer that was trained."""
         return Path(dict(self.start.changed).get("dit", "") if self.start else "").name
 
     @property
     def loss(self) -> float:
-        """Return the average of the newest losses; infinite if there is none."""
+        """Average of the newest losses; infinite if there are none."""
         if self.average is None and self.losses:
             return compute_mean(self.losses[-5:])
         return self.average or math.inf
 
     @property
     def used(self) -> str:
+        """Peak memory, with the predicted memory if it is known; "" if it was not measured."""
         highest = self.memory.get(HIGHEST, "")
         predicted = self.memory.get(PREDICTED, "")
         if not highest.endswith("GiB"):
@@ -193,7 +199,7 @@ class RunSummary:
 
     @functools.cached_property
     def spark(self) -> str:
-        """Return the points of the loss sparkline, 100 wide and 24 high."""
+        """Points of the loss sparkline in an area 100 wide and 24 high."""
         if len(self.losses) < 2:
             return ""
         lowest = min(self.losses)
@@ -205,12 +211,12 @@ class RunSummary:
 
 
 def compute_mean(numbers: Sequence[float]) -> float:
-    """Return the mean; infinite or NaN where `statistics` raises, for the numbers of a damaged history."""
+    """Return the mean. Numbers of a damaged history give infinity or NaN where `statistics` raises."""
     return sum(numbers) / len(numbers)
 
 
 def find_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
-    """Return the state of a run. changed: when its history was modified, in seconds since 1970."""
+    """Return the state of a run. `changed` is its history's modification time in seconds since 1970."""
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
     is_there = is_living(start.process) if start is not None else None
@@ -220,11 +226,12 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
 
 
 def describe_left(steps: int, seconds: float | None) -> str:
+    """Return the time for `steps` at `seconds` each, in words; "" if it is not known or none are left."""
     return say_duration(steps * seconds) if seconds is not None and steps > 0 else ""
 
 
 class PageStatus(NamedTuple):
-    """Facts about a run that its page states."""
+    """Values that a run's own page contains."""
 
     model: str
     ending: tuple[str, str] | None
@@ -232,7 +239,7 @@ class PageStatus(NamedTuple):
 
 
 def read_page_status(history: Path) -> PageStatus | None:
-    """Return model, ending and total steps from the page next to a history of an older version."""
+    """Return model, ending and total steps from the page next to an older version's history."""
     with contextlib.suppress(OSError), page_path(history.parent, history_name(history)).open("rb") as file:
         match = STATUS.search(file.read(TAIL).decode("utf-8", "replace"))
         if match:
@@ -252,7 +259,7 @@ def read_run_summary(path: Path, status: os.stat_result) -> RunSummary:
 
 
 def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -> RunSummary:
-    """Return the facts of a run from the content of its history."""
+    """Return the summary of a run from the content of its history."""
     tail = content[-TAIL:]
     end = tail[-LAST:]
     story = _read_story(content, tail)
@@ -282,7 +289,7 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 
 def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
-    """Return the story of the last lines that say how a run began, what it made and how it ended."""
+    """Return a story of the last lines that say how a run began, what it generated and how it ended."""
     near_end = len(content) - NEAR_END
     ending = _read_last_row(tail, "ended", 0)
     # of a run that may be running the newest process counts, wherever its line is
@@ -312,7 +319,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
 
 
 def _find_newest_sample(story: Story) -> str:
-    """Return the name of the first sample of the newest ones; empty if there are none."""
+    """Return the first name among the newest samples; "" if there are none."""
     samples = [row.files for row in story.samples.values() if row.files]
     if not samples:
         return ""
@@ -326,7 +333,7 @@ def _read_last_number(pattern: re.Pattern[bytes], tail: bytes) -> float | None:
 
 
 def find_doing(tail: bytes) -> str:
-    """Return the work between two steps that the end of a history tells; empty if a step followed it."""
+    """Return the work between two steps at the end of a history; "" if a step followed it."""
     row = _read_last_row(tail, "doing", 0)
     place = tail.rfind(b', "doing": ')
     later = ("loss", "ended", "started", "samples", "saved", "validation")
@@ -335,7 +342,7 @@ def find_doing(tail: bytes) -> str:
 
 
 def _read_last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | None:
-    """Return the last line that has this key and begins at or behind the offset `least`."""
+    """Return the last line that has this key and begins at or after the offset `least`."""
     place = content.rfind(f', "{key}": '.encode(), max(0, least))
     if place < 0:
         return None
@@ -346,7 +353,7 @@ def _read_last_row(content: bytes | mmap.mmap, key: str, least: int) -> Row | No
 
 @dataclass
 class OpenHistory:
-    """Hold the content of a history that is shown; `refresh` reads only appended lines."""
+    """Content of a history that a page shows; `refresh` reads only appended lines."""
 
     path: Path
     status: os.stat_result | None = None
@@ -354,7 +361,7 @@ class OpenHistory:
     _offset: int = 0
 
     def refresh(self) -> None:
-        """Read what is new. Raises OSError if the file cannot be read."""
+        """Read appended lines. Raises OSError if the file cannot be read."""
         with self.path.open("rb") as file:
             status = os.fstat(file.fileno())
             is_same_file = self.status is not None and self.status.st_ino == status.st_ino
@@ -384,17 +391,17 @@ class ListedFolder(NamedTuple):
 
 
 class ReadHistory(NamedTuple):
-    """Facts of a history that a list shows, and the state of its file when they were read."""
+    """Summary of a history, and the state of its file when it was read."""
 
     mark: tuple[int, int, int]
     run: RunSummary
 
 
 class Runs:
-    """Find the runs below some folders. Links are resolved; whatever is outside of the folders is ignored."""
+    """Finds the runs below some folders. Links are resolved; files outside the folders are ignored."""
 
     def __init__(self, folders: Collection[Path]) -> None:
-        """folders: folders, or history files."""
+        """Look below `folders`, which may also be history files."""
         self.roots = [real_path(folder) for folder in folders]
         self._folders: dict[Path, ListedFolder] = {}
         self._histories: dict[str, ReadHistory] = {}
@@ -415,7 +422,7 @@ class Runs:
             return sorted(shown, key=lambda run: -run.changed)
 
     def _has_begun(self, run: RunSummary) -> bool:
-        """Return whether a run is only what `run` did before a training that writes its own history now."""
+        """Return whether a run is only the preparation of a training that now writes its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
         training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))
@@ -423,7 +430,7 @@ class Runs:
         return training is not None and training.run.changed >= run.changed
 
     def _read_history(self, path: Path) -> ReadHistory:
-        """Return the facts that a list shows of a history, which is read only if it has changed."""
+        """Return the summary of a history, which is read only if it has changed."""
         status = path.lstat()
         mark = status.st_mtime_ns, status.st_size, status.st_ino
         before = self._histories.get(str(path))
@@ -476,6 +483,7 @@ class Runs:
             return shown
 
     def configs(self) -> list[Path]:
+        """Return the .toml files that the last `list_all` found below the roots."""
         with self.lock:
             configs = [root for root in self.roots if root.suffix == CONFIG]
             for content in self._folders.values():
@@ -484,11 +492,11 @@ class Runs:
 
     @property
     def tops(self) -> list[Path]:
-        """Return the folders that are shown: those given, and those of given files."""
+        """Folders that are shown: the given folders, and the folders of given files."""
         return [root.parent if root.is_file() else root for root in self.roots]
 
     def find_top(self, path: Path) -> Path:
-        """Return the folder of `tops` that a path is below, or is. Raises OutputError if there is none."""
+        """Return the folder of `tops` that contains, or is, a path. Raises OutputError if there is none."""
         real = real_path(path)
         for top in self.tops:
             if real.is_relative_to(real_path(top)):
@@ -496,6 +504,7 @@ class Runs:
         raise OutputError(f"{path} is not below the folders of this page")
 
     def is_inside(self, path: Path) -> bool:
+        """Return whether a path is a file whose real path is below the folders."""
         return self.is_below(path) and path.is_file()
 
     def is_below(self, path: Path) -> bool:

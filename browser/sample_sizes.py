@@ -1,4 +1,4 @@
-"""Say which sizes of a training's samples its model cannot make, before the training changes them."""
+"""Find sizes of a training's samples that its model cannot generate, before the training changes them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from modules.pages.language import say
 
 
 def describe_changed_sizes(text: str, folder: Path) -> str:
-    """Return a sentence for each size in a prompts.txt that the folder's model cannot make.
+    """Return a sentence for each size in a prompts.txt that the folder's model cannot generate.
 
     Raises OSError, ValueError or UserError if the folder or a line cannot be read.
     """

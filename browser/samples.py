@@ -1,7 +1,7 @@
-"""The samples of a training on the page New: rows with the prompt lines of prompts.txt, and how often.
+"""The samples of a training on the page New: prompt lines of prompts.txt as rows, and how often to sample.
 
-A row shows some options of its line. Only what was changed in a row is changed in its line, so that other
-options, other lines and comments stay as they are written.
+A row shows some options of its line. Only what was changed in a row is changed in its line; other options,
+other lines and comments stay as they are written.
 """
 
 import os
@@ -70,7 +70,7 @@ OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A line of prompts.txt as a row: what the fields show, and the options that they do not."""
+    """A line of prompts.txt as a row: the options that fields show, and in `more` all others."""
 
     line: int | None  # index of the line in the file; None: a new one
     prompt: str
@@ -79,7 +79,7 @@ class PromptRow:
 
 
 def _split(line: str) -> SplitLine:
-    """Split a line; one with two prompts, which a training refuses, is shown as a text."""
+    """Split a line. A line with two prompts, which a training rejects, is shown as one text."""
     try:
         return split_line(line)
     except OptionError:
@@ -87,13 +87,13 @@ def _split(line: str) -> SplitLine:
 
 
 def _find_key(part: str) -> str:
-    """Return the key of an option of a line; "" for an unknown one."""
+    """Return the key of an option in a line; "" if it is unknown."""
     option = find_sample_option(part.partition(" ")[0])
     return "" if option is None else option.key
 
 
 def read_row(number: int, line: str) -> PromptRow:
-    """Return the row of a line. Of an option that is there twice, the last one counts."""
+    """Return the row of a line. If the line has an option twice, the last one counts."""
     split = _split(line)
     fields = {key: name for name, (key, _) in FIELDS.items()}
     texts: dict[str, str] = {}
@@ -116,7 +116,10 @@ def read_rows(text: str) -> list[PromptRow]:
 def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
     """Return a line with another prompt and other options; an empty text removes an option.
 
-    prompt: None leaves it unchanged. changes: texts by the name of the field.
+    Args:
+        line: The line as it is written.
+        prompt: New prompt; None to keep it.
+        changes: New texts by the names of the fields.
     """
     split = _split(line)
     parts = split.options
@@ -136,8 +139,15 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
 def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
     """Return prompts.txt with what was typed into its rows.
 
-    An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
-    second row. check_picture: raises OptionError for a path that is no picture. Raises OptionError.
+    An emptied prompt removes its line; a new row is added at the end.
+
+    Args:
+        text: Current content of prompts.txt.
+        fields: Fields of the form, such as `width 2` for the second row.
+        check_image: Raises OptionError for a path that is not an image.
+
+    Raises:
+        OptionError: If a row is not a valid line.
     """
     lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
     added = []
@@ -171,12 +181,12 @@ class _RowEdit:
         return self.row.prompt != "" and not self.prompt
 
     def apply(self, line: str) -> str:
-        """Return the row's line with what was typed."""
+        """Return the row's line with the typed texts."""
         return edit_line(line, None if self.prompt == self.row.prompt else self.prompt, self.changes)
 
 
 def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
-    """Return the edits of each row that a form has. text: of prompts.txt."""
+    """Return the edits of each row in a form. `text` is the content of prompts.txt."""
     rows = {str(row.line): row for row in read_rows(text)}
     edits = []
     for number in range(1, MAX_ROWS + 1):
@@ -198,7 +208,7 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
 
 
 def _check_edit(edit: _RowEdit, check_image: Any) -> None:
-    """Raise OptionError for a row that no line can be made of."""
+    """Raise OptionError if a row does not make a valid line."""
     title = say("Sample %(number)s", number=edit.number)
     if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
         raise OptionError(
@@ -235,7 +245,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
 
 
 def edit_times(text: str, fields: Mapping[str, str]) -> str:
-    """Return run.toml with how often samples are made. Raises OptionError, ValueError."""
+    """Return run.toml with the sampling intervals of a form. Raises OptionError, ValueError."""
     keys = read_keys(text)
     changes: dict[str, Any] = {}
     every = fields.get("every", "").strip()
@@ -258,12 +268,13 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
 
 
 class SamplePages:
-    """Show the samples of a described folder, and save them."""
+    """Shows the samples of a described folder, and saves them."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        """Return the part of the page; `rows` of the query is the minimum number of rows."""
         number = query.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
@@ -287,7 +298,14 @@ class SamplePages:
     def answer(
         self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False
     ) -> Response:
-        """Return the part of the page. num_rows: to show at least. change: what a form would save."""
+        """Return the part of the page.
+
+        Args:
+            folder: The described folder.
+            change: What a form would save; None without a form.
+            num_rows: Minimum number of rows to show.
+            is_refused: Whether the page reports an error.
+        """
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
         try:
             values |= self.collect_values(folder, num_rows)
@@ -296,6 +314,7 @@ class SamplePages:
         return answer_template("sample_rows.html", say("Samples"), values, is_refused)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
+        """Return the values for the template. Raises as `read_drafts` and `read_described`."""
         prompts, run = self.read_drafts(folder)
         described = read_described(folder)
         rows = read_rows(prompts.text)
@@ -342,7 +361,7 @@ class SamplePages:
         return self.answer(folder, change, num_rows, is_refused)
 
     def check_image(self, folder: Path, text: str) -> None:
-        """Raise OptionError if a path, relative to a folder, names no picture below the roots."""
+        """Raise OptionError if a path, relative to a folder, is not an image below the roots."""
         path = folder / text
         is_image = Path(text).suffix.lower() in IMAGE_SUFFIXES
         if "\0" in text or not is_image or not self.site.runs.is_inside(path):
@@ -352,7 +371,7 @@ class SamplePages:
 
 
 def select_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
-    """Return the fields for numbers that the model, or a line, has a use for."""
+    """Return the number fields that the model uses, or that a line has."""
     fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
@@ -369,7 +388,7 @@ def select_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> l
 
 
 def select_image_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
-    """Return the fields for pictures that the model, or a line, has a use for."""
+    """Return the image fields that the model uses, or that a line has."""
     fields = {name for row in rows for name in PICTURES if name in row.texts}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
@@ -379,7 +398,7 @@ def select_image_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> li
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
-    """Return the message for files that have changed meanwhile, with the lines that were typed."""
+    """Return the message for files that were changed meanwhile, with the lines that were typed."""
     base = fields.get("base", "")
     try:
         edited = edit_prompts(base, fields, lambda text: None)
@@ -396,7 +415,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
 
 
 def list_pictures(folder: Path) -> list[str]:
-    """Return the pictures of a folder and of those below it, relative to it; at most MOST_PICTURES."""
+    """Return the images of a folder and its subfolders as relative paths; at most MOST_PICTURES."""
     images: list[str] = []
     waiting = [(folder, 0)]
     while waiting and len(images) < MAX_IMAGES:

@@ -1,4 +1,4 @@
-"""Serve the routes, and check each request: its host, its origin, and the token."""
+"""Serve the routes, and check the host, the origin and the token of each request."""
 
 import contextlib
 import hmac
@@ -127,11 +127,11 @@ LARGEST_BODIES = {
 
 @dataclass
 class Gate:
-    """Let only requests through that come from pages of this server, carry the token, and are small.
+    """Passes only requests that come from pages of this server, carry the token, and are small.
 
-    A page of another site can make a browser send requests here: their origin shows it. Host names that are
-    not ours are refused too (DNS rebinding), because pages under them would share our origin.
-    With `read_only`, requests that could write are refused, so that routes need not check it.
+    A page of another site can make a browser send requests to this server; their origin reveals that. Host
+    names that are not this server's are rejected too (DNS rebinding), because pages under them would share
+    its origin. With `read_only`, requests that could write are rejected, so that routes need not check it.
     """
 
     app: ASGIApp
@@ -143,6 +143,11 @@ class Gate:
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request, and pass it on or reject it, with limits on its body and common headers.
+
+        The body is counted as it arrives, because one sent in chunks has no Content-Length. An error in a
+        route is answered with status 500, unless the response has already begun.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -181,7 +186,7 @@ class Gate:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, send_guarded)
 
     def _complete_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """Return the headers of a response, with the usual ones that it does not set itself."""
+        """Return the headers of a response, with the default headers that it does not set itself."""
         default = [(b"cache-control", b"no-cache")]
         default += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         names = {name for name, _ in headers}
@@ -191,10 +196,12 @@ class Gate:
         return [(name, add_root_to_header(name, value)) for name, value in complete]
 
     def _find_rejection(self, request: Request, access: PageAccess | None, is_below: bool) -> Response | None:
-        """Return the response that refuses a request; None if the request may pass.
+        """Return the response that rejects a request; None if the request may pass.
 
-        access: what browsers keep that were let in; None without a token. is_below: the request's address is
-        below the root of the pages.
+        Args:
+            request: The request.
+            access: What admitted browsers keep; None without a token.
+            is_below: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
@@ -221,9 +228,9 @@ class Gate:
         return is_opened or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
 
     def _check_browser(self, request: Request, access: PageAccess, is_below: bool) -> Response | None:
-        """Return the response to a browser that was not let in; None if it was.
+        """Return the response to a browser that was not admitted; None if it was.
 
-        The address with the token lets it in.
+        The address with the token admits a browser.
         """
         typed = request.query_params.get("token")
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
@@ -250,13 +257,13 @@ class Gate:
         return HTMLResponse(TO_THE_ROOT.format(script=ENTER, text=escape(show(NO_TOKEN))), 401)
 
     def _opens(self, request: Request, word: str) -> bool:
-        """Return whether a word in the address lets a browser in: the token, or the ticket."""
+        """Return whether a word in the address admits a browser: the token, or the ticket."""
         if self._fits(word):
             return True
         return self.ticket is not None and self.ticket.take(word, find_connection(request.scope))
 
     def _is_encrypted(self, request: Request) -> bool:
-        """Return whether a request names the server as it is reached by https."""
+        """Return whether a request names the server by its https address."""
         origin = self.public_origin or ""
         return origin.removeprefix("https://") == request.headers.get("host", "").lower()
 
@@ -280,7 +287,7 @@ class Gate:
 
 
 def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
-    """Return whether the address of a request is below the root of the pages, and the request without it."""
+    """Return whether a request's address is below the root of the pages, and the request without it."""
     if access is None:
         return True, scope
     root, path = access.root, scope["path"]
@@ -292,7 +299,7 @@ def _leave_root(scope: Scope, access: PageAccess | None) -> tuple[bool, Scope]:
 
 
 class RunPages:
-    """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
+    """Shows the list of runs, and the page, news and files of each; passes requests on to trainings."""
 
     def __init__(self, site: Site, buttons: RunButtons, shares: SharePages) -> None:
         self.runs = site.runs
@@ -303,13 +310,16 @@ class RunPages:
         self.shares = shares
 
     def find(self, request: Request) -> RunSummary | None:
+        """Return the run that an address names; None if it does not exist."""
         return self.runs.find(request.path_params["id"])
 
     def find_file(self, request: Request) -> Path | None:
+        """Return the file of a run that an address names; None if the run's page does not link it."""
         run = self.find(request)
         return None if run is None else find_run_file(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
+        """Answer with the list of runs; 304 if the browser has it and nothing has changed."""
         found_runs = self.tracked_runs.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
@@ -319,6 +329,7 @@ class RunPages:
         return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
+        """Answer with the page of a run; of a draft, the page with its buttons."""
         shown = self.tracked_runs.find(request.path_params["id"])
         if shown is None:
             return answer_not_found_page(request)
@@ -345,6 +356,7 @@ class RunPages:
         return answer_page(page)
 
     def show_news(self, request: Request) -> Response:
+        """Answer with what a run's page polls, as JSON; 400 if `from` or `to` is not a number."""
         run = self.find(request)
         if run is None:
             return answer_not_found()
@@ -356,15 +368,18 @@ class RunPages:
             return answer_text("from and to are numbers of steps.", 400)
 
     def show_about(self, request: Request) -> Response:
+        """Answer with the description of a file: hash and metadata."""
         with self.runs.lock:
             path = self.find_file(request)
         return answer_not_found() if path is None else answer_page(self.notes.describe(path))  # takes a while
 
     def show_file(self, request: Request) -> Response:
+        """Answer with a file of a run."""
         path = self.find_file(request)
         return answer_not_found() if path is None else answer_file(path)
 
     def ask(self, request: Request, form: Form) -> Response:
+        """Pass a request (save, sample, stop) on to a running training, as a file next to its history."""
         with self.runs.lock:
             run = self.find(request)
         kind = "".join(form.get("what", ()))
@@ -376,6 +391,7 @@ class RunPages:
         return answer_text(KINDS[kind])
 
     def show_static(self, request: Request) -> Response:
+        """Answer with a script or style sheet of the page."""
         path = STATIC.get(request.path_params["name"])
         return answer_not_found() if path is None else FileResponse(path)
 
@@ -390,7 +406,7 @@ class RunPages:
 
 
 def explain_error(request: Request, error: Exception) -> Response:
-    """Return the response to a request that a damaged or vanished file ends, with the remedy."""
+    """Return the response, with a remedy, if a damaged or missing file has ended a request."""
     if not isinstance(error, UserError):
         return answer_not_found()
     return answer_text(str(error), 500 if request.method == "GET" else 422)
@@ -412,11 +428,18 @@ def make_app(
     render_worker: RenderWorker | None = None,
     ticket: Ticket | None = None,
 ) -> ASGIApp:
-    """Return the application. host: its name in requests, besides IP addresses and this machine's name.
+    """Return the application.
 
-    queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
-    that shows them. render_worker: of the page Generate; None means one for the queue. ticket: opens the page
-    once.
+    Args:
+        runs: Runs below the roots.
+        host: Name of the server in requests, in addition to IP addresses and this machine's name.
+        token: Secret word; None to let everybody in.
+        read_only: Reject requests that could write.
+        queue: The queue; None for that of `open_queue`.
+        models: The models folder.
+        settings: Options of the server, for the page that shows them.
+        render_worker: Worker of the page Generate; None to make one for the queue.
+        ticket: Word that opens the page once.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)

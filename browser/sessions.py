@@ -1,8 +1,8 @@
-"""Limit the process that the page Generate drives: its command is read from a file, which may be anybody's.
+"""Limit the process that the page Generate drives, because anybody may have written its command's file.
 
-The files of render jobs lie below a root. Whoever gives a folder away can put such a file into it, and render
-jobs that wait are made when a server starts. So their commands can do no more than those that the page
-writes.
+The files of render jobs lie below a root. Somebody who gives a folder away can put such a file into it, and
+waiting render jobs are started with the server. So their commands can do no more than those that the page
+itself writes.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,9 @@ INTERACTIVE = "--interactive"
 
 
 def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
-    """Return the command of ours that a process for requests is started with, and its program.
+    """Return the command that starts a process for requests, and its program.
 
-    words, folder: as those of `launch.find_program`. Raises OptionError if it is another command than those
-    of the page.
+    Arguments as in `launch.find_program`. Raises OptionError if it is not a command that the page writes.
     """
     texts = [word for word in words if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)
@@ -36,10 +35,15 @@ def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
 
 
 def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[str, str]:
-    """Return the variables for a process that may write below two folders alone, and sends nothing.
+    """Return environment variables for a process that may write only below two folders, and send nothing.
 
-    result_folder: of its results. render_folder: of the render jobs, for previews. top: folder that is shown.
-    Raises OptionError if the results would lie outside of it, or in the folder of the queue.
+    Args:
+        result_folder: Folder of its results.
+        render_folder: Folder of the render jobs, for previews.
+        top: Root that is shown.
+
+    Raises:
+        OptionError: If the results would lie outside `top`, or in the folder of the queue.
     """
     try:
         inside = real_path(result_folder).relative_to(real_path(top))

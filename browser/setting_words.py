@@ -1,4 +1,4 @@
-"""Words of other programs for settings, as people look for them in the table of all settings."""
+"""Other programs' names for settings, as people search for them in the table of all settings."""
 
 from collections.abc import Mapping, Sequence
 
@@ -74,9 +74,9 @@ DATASET_KEYS: Mapping[str, Words] = {
 
 
 def list_words(name: str) -> str:
-    """Return the words of other programs for an option or key, with blanks between.
+    """Return other programs' names for an option or key, in English and in the language of the page.
 
-    Each is there in English, and in the language of the page.
+    The names are separated by blanks.
     """
     words = [word for word, names in WORDS.items() if name in names]
     return " ".join(dict.fromkeys([*(word.english() for word in words), *(word.shown() for word in words)]))

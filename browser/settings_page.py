@@ -38,16 +38,17 @@ class ShownSetting(NamedTuple):
 
 
 class SettingsPages:
-    """Show the page Settings, and do what its buttons ask for."""
+    """Shows the page Settings, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
 
     def show(self, request: Request) -> Response:
+        """Return the page; with `ask=empty` in the query, it asks whether to empty the bin."""
         return self.answer(is_asked=request.query_params.get("ask") == "empty")
 
     def answer(self, error: str = "", is_asked: bool = False) -> Response:
-        """Return the page. error: a message to show. is_asked: ask whether the bin is to be emptied."""
+        """Return the page. `error` is a message to show; `is_asked` asks whether to empty the bin."""
         site = self.site
         bin_folder = open_bin(site)
         entries = bin_folder.list_entries()
@@ -112,19 +113,19 @@ class SettingsPages:
         ]
 
     def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:
-        """Return the command that starts this page with these settings, and with further folders."""
+        """Return the command that starts this page with these settings, and with additional folders."""
         settings = self.site.settings
         port = None if settings.port in (None, DEFAULT_PORT) else settings.port
         return self._words(settings.host, port, self._find_token_file(), worker, further)
 
     def _find_token_file(self) -> str | None:
-        """Return the file of --token; None without it."""
+        """Return the file of --token; None without this option."""
         token = self.site.settings.token
         is_given = self.site.settings.is_token_given and token.place is not None
         return str(token.place.absolute()) if is_given and token.place is not None else None
 
     def phone_words(self, worker: str) -> list[str]:
-        """Return the command that starts this page for other devices too."""
+        """Return the command that starts this page for other devices, too."""
         token = self._find_token_file() or str(Path("token.txt").absolute())
         return self._words("0.0.0.0", DEFAULT_PORT, token, worker)
 
@@ -145,7 +146,7 @@ class SettingsPages:
         return ["python", "tools/run_browser.py", *folders, *option_words(options)]
 
     def change(self, request: Request, form: Form) -> Response:
-        """Do what a button asks for, and show the page again."""
+        """Do what a button requests, and show the page again."""
         what = request.path_params["what"]
         try:
             if what == "work":

@@ -1,7 +1,7 @@
-"""Send a file of a run to a friend without what its metadata tell: settings, captions, prompts and folders.
+"""Send a file of a run to a friend without its metadata: settings, captions, prompts and folders.
 
-Its own folder keeps the file as it is. The bytes of the metadata are blanked as they are sent, in place, so
-that a file has its length, its tensors and its hash of the weights, and players can ask for parts of it.
+The file on disk is not changed. The bytes of the metadata are blanked in place while they are sent, so that
+the file keeps its length, its tensors and the hash of its weights, and players can request parts of it.
 """
 
 import json
@@ -38,21 +38,21 @@ WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
 
 
 class Blank(NamedTuple):
-    """Bytes that are sent in place of those of a file. data: b"" for `size` zeros."""
+    """Bytes sent in place of those of a file; `data` is b"" for `size` zeros."""
 
     start: int
     size: int
     data: bytes = b""
 
     def cut(self, begin: int, end: int) -> bytes:
-        """Return the bytes from one place of the file up to another one."""
+        """Return the replaced bytes between two offsets of the file."""
         if self.data:
             return self.data[begin - self.start : end - self.start]
         return bytes(end - begin)
 
 
 def answer_shared_file(path: Path, request: Request) -> Response:
-    """Return a file without its metadata, or the part of it that the request asks for. Raises OSError."""
+    """Return a file without its metadata, or the range that the request asks for. Raises OSError."""
     size = path.stat().st_size
     blanks = find_blanks(path)
     headers = {name: value for name, value in answer_file(path).headers.items() if name != "content-length"}

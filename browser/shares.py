@@ -1,8 +1,8 @@
 """Share a run with a friend: a link to its page, samples and saved files, and to nothing else.
 
-Whoever has the link may look, without the token of the page. Links end after some days, when they are taken
-back, or when another run of this name begins in the folder. They are kept for this user alone, next to the
-page's own word.
+Whoever has the link may look, without the token of the page. A link ends after some days, when it is
+withdrawn, or when another run of this name begins in the folder. Links are stored for this user alone, next
+to the page's own word.
 """
 
 import contextlib
@@ -76,34 +76,36 @@ class ShareLink:
 
     @property
     def path(self) -> str:
+        """Path of the shared page."""
         return f"{ADDRESS}{self.word}/"
 
     @property
     def last_day(self) -> str:
+        """Local date and time at which the link ends."""
         return f"{datetime.fromtimestamp(self.end):%Y-%m-%d %H:%M}"
 
 
 class Shares:
-    """The links of this user that hold."""
+    """The valid links of this user."""
 
     def list_all(self) -> list[ShareLink]:
-        """Return the links that have not ended. A file that is damaged holds none."""
+        """Return the links that have not ended. A damaged file counts as empty."""
         now = time.time()
         return [share for share in self._read() if now < share.end <= now + (MAX_DAYS + 1) * DAY]
 
     def find(self, word: str) -> ShareLink | None:
-        """Return the link with a word."""
+        """Return the link with a word; None if there is none."""
         found = [share for share in self.list_all() if _is_same(share.word, word)]
         return found[0] if found else None
 
     def of_run(self, run_id: str, session: int | None = None) -> list[ShareLink]:
-        """Return the links that show a run. session: of its history."""
+        """Return the links that show a run. `session` is that of its history."""
         return [share for share in self.list_all() if (share.run, share.session) == (run_id, session)]
 
     def add(self, run_id: str, days: int, session: int | None = None) -> ShareLink:
-        """Make a link. session: of the run's history.
+        """Make a link that holds for `days`. `session` is that of the run's history.
 
-        Raises UserError if there are too many, OSError if it cannot be kept.
+        Raises UserError if there are too many links, OSError if the link cannot be stored.
         """
         share = ShareLink(secrets.token_urlsafe(24), run_id, time.time() + days * DAY, session)
         with self._change() as shares:
@@ -113,15 +115,15 @@ class Shares:
         return share
 
     def take_back(self, run_id: str) -> None:
-        """Remove all links to a run and to earlier ones in its place. Raises OSError if that fails."""
+        """Remove all links to a run and to earlier runs at its path. Raises OSError if that fails."""
         with self._change() as shares:
             shares[:] = [share for share in shares if share.run != run_id]
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[list[ShareLink]]:
-        """Yield all links to be changed, then write them; other pages of this user wait meanwhile.
+        """Yield all links for changing, then write them; other pages of this user wait meanwhile.
 
-        Links that have ended are kept while there is room: the clock may have been set.
+        Expired links are kept while there is room, in case the clock was set wrong.
         """
         folder = user_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -132,7 +134,7 @@ class Shares:
             write_user_file(FILE, json.dumps([asdict(share) for share in shares[-MAX_KEPT:]]))
 
     def _read(self) -> list[ShareLink]:
-        """Return the links of the file; none if a line of it is no link."""
+        """Return the links of the file; none if one of its lines is not a link."""
         try:
             shares = [
                 ShareLink(str(one["word"]), str(one["run"]), float(one["end"]), _read_number(one["session"]))
@@ -145,7 +147,7 @@ class Shares:
 
 
 def _read_number(value: Any) -> int | None:
-    """Return a session of a file. Raises ValueError if it is none."""
+    """Return the session in a file. Raises ValueError if it is not a number or null."""
     if value is not None and type(value) is not int:
         raise ValueError("a session is a whole number")
     return value
@@ -156,7 +158,7 @@ def _is_same(word: str, typed: str) -> bool:
 
 
 def read_days(form: Form) -> int:
-    """Return the days that a link holds. Raises UserError if the field has no such number."""
+    """Return for how many days a link is valid. Raises UserError if the field has no such number."""
     days = parse_full("".join(form.get("days", ())).strip(), MAX_DAYS)
     if days is None:
         raise UserError(say("A link holds 1 to %(most)s days", most=MAX_DAYS))
@@ -170,15 +172,15 @@ def shared_clip(name: str, prompt: str, step: int) -> Markup:
 
 
 def _is_of_run(path: Path, run: RunSummary) -> bool:
-    """Return whether a file has a name of a run's files, and lies in its folder itself, behind no link."""
+    """Return whether a file is named as a run's files and lies directly in its folder, not behind a link."""
     folder = run.history.parent
     return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
 
 
 def make_shared_standing(now: LiveStanding) -> Standing:
-    """Return the standing of a run without texts that may name a folder, a file or another run.
+    """Return the progress of a run without texts that may name a folder, a file or another run.
 
-    These are the reason of an error, and all values of options but numbers and switches.
+    These are the reason of an error, and all option values except numbers and switches.
     """
     start = now.shown.start
     shown = replace(start, changed=_select_numbers(start.changed), unchanged=_select_numbers(start.unchanged))
@@ -199,7 +201,7 @@ def _is_number(word: str) -> bool:
 
 
 class SharePages:
-    """Show what is shared, and make and take back links."""
+    """Shows what is shared; makes and withdraws links."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -208,7 +210,7 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that the word of an address shares; None if another one is in its place."""
+        """Return the run that an address shares; None if another run has taken its path."""
         share = self.shares.find(request.path_params["word"])
         if share is None:
             return None
@@ -216,6 +218,7 @@ class SharePages:
         return run if run is not None and read_session(run.history) == share.session else None
 
     def show_page(self, request: Request) -> Response:
+        """Answer with the page of a shared run, without private data; 401 if the link has ended."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None or not run.history.exists():
@@ -243,6 +246,7 @@ class SharePages:
         return answer_page(text, headers=headers)
 
     def show_file(self, request: Request) -> Response:
+        """Answer with a file of a shared run, without its metadata; 401 if the link has ended."""
         with self.site.runs.lock:
             run = self.find(request)
             if run is None:
@@ -259,7 +263,11 @@ class SharePages:
     def render(self, run_id: str, origin: str, is_open: bool = False, refused: str = "") -> str:
         """Return the part of a run's page that shares it.
 
-        origin: by which the page is reached. refused: why no link was made.
+        Args:
+            run_id: Id of the run.
+            origin: Origin by which others reach the page.
+            is_open: Show the part unfolded.
+            refused: Reason why no link was made.
         """
         settings = self.site.settings
         with self.site.runs.lock:
@@ -276,12 +284,12 @@ class SharePages:
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
     def find_origin(self, request: Request) -> str:
-        """Return the address of this server for others."""
+        """Return the origin by which others reach this server."""
         public_origin = self.site.settings.public_origin
         return public_origin or f"http://{request.headers.get('host', '')}"
 
     def change(self, request: Request, form: Form) -> Response:
-        """Make a link to a run, or take all of its links back."""
+        """Make a link to a run, or withdraw all of its links."""
         run_id = request.path_params["id"]
         with self.site.runs.lock:
             run = self.site.runs.find(run_id)
@@ -299,7 +307,7 @@ class SharePages:
 
 
 def share_routes(pages: SharePages) -> list[Route]:
-    """Return the routes of links. They come before the one of a run's files."""
+    """Return the routes of shared runs. They must come before the route of a run's files."""
     return [
         Route(f"{ADDRESS}{{word}}/", pages.show_page),
         Route(f"{ADDRESS}{{word}}/{{name:path}}", pages.show_file),

@@ -1,4 +1,4 @@
-"""What all pages of one server are made from."""
+"""Objects that all pages of one server share."""
 
 import functools
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from project.options import MODELS
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Hold the options of a running server. The token's text is in the address alone."""
+    """Options of a running server. Of these, only the address contains the token."""
 
     host: str = "127.0.0.1"
     port: int | None = None  # None: it is not known
@@ -29,7 +29,7 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class Site:
-    """Hold the runs, the queue and the settings of a server; every group of pages gets it."""
+    """Runs, queue and settings of a server; every group of pages gets them."""
 
     runs: Runs
     queue: JobQueue
@@ -41,8 +41,10 @@ class Site:
 
     @functools.cached_property
     def tracked_runs(self) -> TrackedRuns:
+        """All runs with their states."""
         return TrackedRuns(self.runs, self.queue, self.background_jobs)
 
     @property
     def read_only(self) -> bool:
+        """Whether pages may not write."""
         return self.queue.read_only

@@ -38,7 +38,7 @@ class ServedFolders(NamedTuple):
 
 
 def run_browser(options: BrowserOptions) -> None:
-    """Serve pages until Ctrl-C, or write the page that --export asks for. Raises UserError if that fails."""
+    """Serve pages until Ctrl-C, or write the page that --export requests. Raises UserError on failure."""
     places = select_places(options, Path.cwd(), ROOT)
     runs = Runs(places.folders)
     if options.export is not None:
@@ -98,9 +98,9 @@ def run_browser(options: BrowserOptions) -> None:
 
 
 def reopen_queue(queue: JobQueue) -> bool:
-    """Start a queue that was open when its last server ended; return whether it was.
+    """Start a queue that was running when its last server ended; return whether it was.
 
-    If other jobs have come into its files since, it stays paused, and says so.
+    If other jobs have come into its files since, it stays paused, and the log says so.
     """
     try:
         if queue.is_open:
@@ -115,10 +115,15 @@ def reopen_queue(queue: JobQueue) -> bool:
 
 
 def select_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
-    """Return the folders of the options. In the home folder or the checkout, whose files are no runs, the
-    working folder stands for HOME/Reelsmith.
+    """Return the folders to serve.
 
-    here: the working folder. checkout: folder of the program.
+    The working folder, if it is the home folder or the checkout, is replaced by HOME/Reelsmith: the files of
+    these two folders are not runs.
+
+    Args:
+        options: Options of the command.
+        here: The working folder.
+        checkout: Folder of the program.
     """
     home = Path.home()
     is_home = real_path(here) == real_path(home)
@@ -134,21 +139,21 @@ def select_places(options: BrowserOptions, here: Path, checkout: Path) -> Served
 
 
 def may_open_page(options: BrowserOptions) -> bool:
-    """Return whether the page is to be opened: if a person has typed the command where it can be seen."""
+    """Return whether to open a web browser: a person typed the command at a machine with a screen."""
     is_typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     is_by_hand = is_typed and FROM_QUEUE not in os.environ
     return options.is_local and not options.no_open and is_by_hand and has_screen()
 
 
 def log_runs(runs: Runs) -> None:
-    """Log how many runs there are, and how many of them are running."""
+    """Log the number of runs, and how many of them are running."""
     states = [run.state for run in runs.list_all()]
     count = count_of(len(states), "run")
     logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count, states.count(RUNNING))
 
 
 def open_socket(host: str, port: int | None) -> socket.socket:
-    """Return a listening socket. port: None means USUAL_PORT, or any free port if that is taken.
+    """Return a listening socket. If `port` is None, use the default port, or any free port if it is taken.
 
     Raises OutputError if the address cannot be used.
     """
@@ -180,7 +185,7 @@ def _is_taken(error: BaseException | None) -> bool:
 
 
 def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
-    """Return the address of the page, with the token, as the machines that can reach it open it."""
+    """Return the address, with the token, by which the machines that can reach the page open it."""
     if options.public_origin is not None:
         url = f"{options.public_origin}/"
         return f"{url}?token={token}" if token else url
@@ -199,7 +204,7 @@ def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
 def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
     """Print the address, with a QR code for phones if other machines can reach the server.
 
-    What a job of the queue prints is a log that pages show: the token is not in it.
+    In a job of the queue, the output is a log that pages show, so it is printed without the token.
     """
     if FROM_QUEUE in os.environ:
         where = "" if token.place is None else f" followed by ?token= and the word in {token.place}"

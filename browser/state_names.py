@@ -1,4 +1,4 @@
-"""The states of runs and jobs, as pages show them."""
+"""Names of the states of runs and jobs, as pages show them."""
 
 from modules.pages.language import Words, say
 

@@ -1,4 +1,4 @@
-"""Count the tags in the captions of a folder; rename or remove one in all of them, and undo that."""
+"""Count the tags in the captions of a folder; rename or remove a tag in all of them, and undo that."""
 
 import threading
 from collections import Counter
@@ -21,7 +21,7 @@ MOST_LETTERS = 200  # of a tag
 
 @dataclass(frozen=True)
 class TagChange:
-    """A tag that was renamed, and the captions that had it: the file of each, with its mark after that."""
+    """A renamed tag, and the captions that had it: each file with its checksum after the change."""
 
     old: str
     new: str  # "": it was removed
@@ -29,6 +29,7 @@ class TagChange:
 
     @property
     def about(self) -> str:
+        """The change and its number of captions, in words."""
         if self.new:
             return counted(
                 len(self.marks),
@@ -46,16 +47,17 @@ class TagChange:
 
 
 def split_line(line: str) -> list[str]:
-    """Return the tags in a line of a caption, without blanks round them, also of those that are kept."""
+    """Return the tags in a line of a caption without surrounding blanks, also those in kept sections."""
     return [tag for section in line.split(KEPT) for tag in split_section(section)]
 
 
 def split_section(section: str) -> list[str]:
+    """Return the tags in a section of a line, without surrounding blanks."""
     return [tag for part in section.split(SEPARATOR) if (tag := part.strip())]
 
 
 def rename_tag(text: str, old: str, new: str) -> str:
-    """Return a caption with another tag in place of one; a tag occurs once. new: "" removes it.
+    """Return a caption in which `new` replaces the tag `old` and occurs once; "" removes the tag.
 
     Lines without the tag stay as they are written.
     """
@@ -75,7 +77,7 @@ def rename_tag(text: str, old: str, new: str) -> str:
 
 @dataclass
 class TagEditor:
-    """Tags of folders below the roots. Changes are kept for undoing until the server ends."""
+    """Tags of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
     captions: Captions = field(default_factory=Captions)
@@ -83,17 +85,26 @@ class TagEditor:
     _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at once
 
     def count(self, folder: Path) -> "Counter[str]":
-        """Return in how many captions each tag is. Raises OSError if the folder cannot be read."""
+        """Return the number of captions that have each tag. Raises OSError if the folder cannot be read."""
         counts: Counter[str] = Counter()
         for caption in self._read_captions(folder):
             counts.update({tag for line in caption.text.split("\n") for tag in split_line(line)})
         return counts
 
     def rename(self, folder: Path, old: str, new: str) -> str:
-        """Put a tag in place of another one in all captions of a folder; return what was done, in words.
+        """Replace a tag in all captions of a folder, and return in words what was done.
 
-        new: "" removes it. The captions as they were are kept as .bak. A caption that would be empty stays.
-        Raises OptionError if a tag cannot be written or no caption has the old one, OutputError, OSError.
+        The earlier captions are kept as .bak. A caption that would become empty stays unchanged.
+
+        Args:
+            folder: The folder.
+            old: The tag to replace.
+            new: The new tag; "" removes the old one.
+
+        Raises:
+            OptionError: If a tag cannot be written, or no caption has the old one.
+            OutputError: If a caption cannot be written.
+            OSError: If a caption cannot be read.
         """
         old, new = old.strip(), " ".join(new.split())
         if bad_character(new) or SEPARATOR in new or len(new) > MOST_LETTERS:
@@ -129,11 +140,12 @@ class TagEditor:
         return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
 
     def last_change(self, folder: Path) -> TagChange | None:
+        """Return the last change of a folder's tags; None if there is none to undo."""
         changes = self._changes.get(folder)
         return changes[-1] if changes else None
 
     def undo(self, folder: Path) -> str:
-        """Take back the last change of a folder's tags; return what was done, in words.
+        """Undo the last change of a folder's tags, and return in words what was done.
 
         A caption that has changed since stays. Raises OptionError without a change, OutputError, OSError.
         """
@@ -149,10 +161,10 @@ class TagEditor:
         return join(" ", [about, *_list_left(0, num_kept)])
 
     def _read_captions(self, folder: Path) -> Iterator[CaptionEdit]:
-        """Yield each caption file of a folder that is below the roots, once, with its text and its mark.
+        """Yield each caption file of a folder that is below the roots, with its text and checksum.
 
-        Files that are not UTF-8 or cannot be read are left out: the page says so at each. JSON objects have
-        no tags. Raises OSError.
+        Files that are not UTF-8 or cannot be read are skipped: the page reports them one by one. Captions
+        that are JSON objects have no tags. Raises OSError.
         """
         for place in list_media_folders_of(self.runs, folder):
             paths = dict.fromkeys(find_caption_file(place, name) for name in list_names(place))
@@ -169,7 +181,7 @@ class TagEditor:
 
 
 def _list_left(num_emptied: int, num_conflicts: int) -> list[str]:
-    """Return what is to be said of captions that stayed as they were."""
+    """Return sentences about captions that stayed unchanged."""
     lines: list[str] = []
     if num_emptied:
         lines.append(

@@ -1,4 +1,4 @@
-"""Tags of a folder on the pages New and of a dataset: a model writes them, and they are edited together."""
+"""Tags of a folder on the pages New and Datasets: written by a model, and edited together."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +68,7 @@ FORM = ToolForm(
 
 
 class TagPages:
-    """Show the part of a page about the tags of a folder, and do what its buttons ask for."""
+    """Shows the part of a page about the tags of a folder, and does what its buttons request."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -76,14 +76,20 @@ class TagPages:
         self.editor = TagEditor(site.runs)
 
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        """Return the part of the page, or the section of it named in the query; see `FolderPages`."""
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(
         self, folder: Path, texts: Mapping[str, str], part: str = "", said: str = "", refused: str = ""
     ) -> Response:
-        """Return the part of the page. texts: of the form. part: of it, form, progress or editor; "" is all.
+        """Return the part of the page.
 
-        said: what was done. refused: why a button did nothing.
+        Args:
+            folder: The folder.
+            texts: Values of the form's fields.
+            part: "form", "progress" or "editor"; "" for all three.
+            said: What was done, in words.
+            refused: Reason why a button did nothing.
         """
         values: dict[str, Any] = {
             "folder": folder,
@@ -119,19 +125,25 @@ class TagPages:
         return {"model": self.find_model(), "model_place": self.name_model(), "lines": lines}
 
     def find_model(self) -> TaskFiles | None:
-        """Return the tagger of the catalogue, and what of it is on disk."""
+        """Return the catalogue's tagger, with its state on disk."""
         return find_task(self.site.models, FAMILY, TASK)
 
     def name_model(self) -> str:
-        """Return the folder that the catalogue's tagger is loaded into."""
+        """Return the folder into which the catalogue's tagger is downloaded."""
         model = self.find_model()
         assert model is not None  # a test reads the catalogue
         return str((self.site.models / model.parts[0].path).absolute())
 
     def make_words(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
-        """Return the command. texts: of the form. try_on: print the tags of so many files instead.
+        """Return the command line of the tagger.
 
-        Raises OptionError for a text that a field cannot have.
+        Args:
+            folder: The folder with media.
+            texts: Values of the form's fields.
+            try_on: Number of files to print tags for, without saving them; None to write all tags.
+
+        Raises:
+            OptionError: If a field has a value that its option does not accept.
         """
         words = FORM.make_words(DATASET_FILE if is_described(folder) else ".", texts)
         words += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
@@ -140,7 +152,7 @@ class TagPages:
         return words if try_on is None else [*words, "--try_on", str(try_on)]
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Do what a button asks for, and show its part of the page again."""
+        """Do what a button requests, and show its section again."""
         part = "editor" if what in ("rename", "remove", "undo") else "progress"
         try:
             said = self.carry_out(folder, what, fields)
@@ -149,7 +161,7 @@ class TagPages:
         return answer_unknown() if said is None else self.answer(folder, fields, part, said)
 
     def carry_out(self, folder: Path, what: str, fields: Mapping[str, str]) -> str | None:
-        """Do what a button asks for; return what was done, in words, or None if there is no such button.
+        """Do what a button requests; return what was done, in words, or None if there is no such button.
 
         Raises UserError, OSError or ValueError.
         """
@@ -173,7 +185,7 @@ class TagPages:
         return "" if self.tool.press(folder, what, make_words) else None
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
-        """Raise OptionError if the model is to be loaded first, or files of the dataset are outside."""
+        """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""
         if is_described(folder):
             require_inside(self.site.runs, folder)
         model = self.find_model()

@@ -1,7 +1,7 @@
-"""The secret word of the page: who has it may use the page, and nobody else.
+"""The secret word of the page: whoever has it may use the page, and nobody else may.
 
-Without --token the page makes one, as the ports of a machine are open to all of its accounts. It is kept for
-this user alone, so that bookmarks and cookies hold when the page is started again.
+Without --token the page makes one, because all accounts of a machine can reach its ports. It is stored for
+this user alone, so that bookmarks and cookies work after a restart.
 """
 
 import ipaddress
@@ -43,7 +43,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class PageToken:
-    """The word of a server, and where it lies."""
+    """The word of a server, and the file that holds it."""
 
     word: str | None  # None: everybody who reaches the port may use the page
     place: Path | None = None  # None: it is kept nowhere
@@ -80,7 +80,7 @@ def _make_word() -> str:
 
 
 def _read_own() -> str | None:
-    """Return the user's word; None if there is none, or that of an older version."""
+    """Return the user's word; None if there is none, or only that of an older version."""
     word = (read_user_file(FILE) or "").strip()
     return word if WORD.fullmatch(word) and word.endswith(_NEW) else None
 
@@ -89,7 +89,7 @@ def _read_own() -> str | None:
 class Ticket:
     """A word that opens the page once, for the web browser that this program starts.
 
-    The command line of that browser is shown to all users of the machine, so it must not have the token.
+    All users of the machine can see the command line of that browser, so it must not contain the token.
     """
 
     word: str = field(default_factory=secrets.token_urlsafe)
@@ -97,9 +97,9 @@ class Ticket:
     is_used: bool = False
 
     def take(self, word: str, connection: Connection | None) -> bool:
-        """Return whether a word is the ticket and still valid, and end its validity.
+        """Return whether a word is the ticket and still valid, and invalidate it.
 
-        connection: by which the word came; it has to be this user's where the system can tell.
+        `connection` is the one that sent the word. Where the system shows its owner, this must be the user.
         """
         if self.is_used or time.monotonic() > self.end:
             return False
@@ -110,18 +110,18 @@ class Ticket:
 
 
 def is_own_connection(connection: Connection) -> bool:
-    """Return whether this user has opened a connection from a port of this machine.
+    """Return whether this user opened a connection from a port of this machine.
 
-    True also where the system does not show that: there it does not show command lines either.
+    Also True if the system does not show owners: such a system does not show command lines either.
     """
     return not _SHOWS_OWNERS or find_owner(connection) == os.getuid()
 
 
 def find_owner(connection: Connection) -> int | None:
-    """Return the number of the account that has opened a connection on this machine.
+    """Return the id of the account that opened a connection on this machine.
 
-    None if the system does not show that, or another machine has opened it. `ENDED` if its owner has closed
-    it already: then it belongs to nobody any more, which the system shows as root.
+    None if the system does not show it, or if another machine opened the connection. `ENDED` if the owner has
+    already closed it: it then belongs to nobody, which the system reports as root.
     """
     if not _SHOWS_OWNERS:
         return None
@@ -148,7 +148,7 @@ def _look_up_owner(connection: Connection) -> int | None:
 
 
 def _list_ends(connection: Connection) -> list[tuple[str, str]]:
-    """Return both ends of a connection as its client's row may show them, by IPv4 and inside IPv6."""
+    """Return both ends of a connection in the spellings of its client's row: IPv4, and IPv4 inside IPv6."""
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
     except ValueError:  # no address of the internet, such as the path of a socket
@@ -167,7 +167,7 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
 
 
 def _hexadecimal(host: Address) -> str:
-    """Return an address as Linux lists it: words of 32 bits in the order of the machine."""
+    """Return an address as Linux lists it: 32-bit words in the byte order of the machine."""
     packed = host.packed
     words = [packed[place : place + 4] for place in range(0, len(packed), 4)]
     return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -1,4 +1,4 @@
-"""A form for a tool that works through a folder: fields that are options of the tool, and its command."""
+"""A form for a tool that processes a folder: fields that are options of the tool, and its command."""
 
 import dataclasses
 import math
@@ -19,7 +19,11 @@ CHOICE, CHOICE_OF_SWITCHES = "choice", "choice of switches"
 class ToolField:
     """A field of a form.
 
-    name: the option of the tool; of a choice of switches, any name. choices: value -> text; "": no option.
+    Attributes:
+        name: Option of the tool; for CHOICE_OF_SWITCHES, any name.
+        label: Label of the field.
+        kind: NUMBER, TEXT, SWITCH, CHOICE or CHOICE_OF_SWITCHES.
+        choices: Text of each value; the value "" stands for no option.
     """
 
     name: str
@@ -30,7 +34,7 @@ class ToolField:
 
 @dataclass(frozen=True)
 class ToolForm:
-    """The form of a tool. name: begins the ids of its fields in a page. record: the options of the tool."""
+    """The form of a tool. `name` starts the ids of its fields; `record` has the options of the tool."""
 
     name: str
     script: str
@@ -38,19 +42,25 @@ class ToolForm:
     fields: Sequence[ToolField]
 
     def id(self, field: ToolField) -> str:
+        """Return the id of a field in a page."""
         return f"{self.name}-{field.name}"
 
     def usual(self, field: ToolField) -> str:
-        """Return the value that a field has while nothing is typed, as its placeholder."""
+        """Return the default of a field, for its placeholder."""
         if field.kind in (SWITCH, CHOICE_OF_SWITCHES):
             return ""
         value = find_default(self.record, field.name)
         return "" if value is None else str(value)
 
     def make_words(self, target: str, texts: Mapping[str, str]) -> list[str]:
-        """Return the command. target: what the tool works through. texts: of the fields, by their names.
+        """Return the command line.
 
-        Raises OptionError for a text that the field cannot have.
+        Args:
+            target: File or folder that the tool processes.
+            texts: Typed texts by the names of the fields.
+
+        Raises:
+            OptionError: If a text is not valid for its field.
         """
         words = ["python", self.script, target]
         for field in self.fields:
@@ -78,7 +88,10 @@ class ToolForm:
 
 
 def find_default(record: type, name: str) -> Any:
-    """Return the default of an option of a record, or of one in it. Raises KeyError if there is no such."""
+    """Return the default of an option of a record, or of a record in it.
+
+    Raises KeyError if there is no such option.
+    """
     for field in dataclasses.fields(record):
         inner = record_of(hints_of(record)[field.name])
         if inner is not None and name in info_of(inner):
@@ -89,12 +102,12 @@ def find_default(record: type, name: str) -> Any:
 
 
 def give_value(option: str, text: str) -> list[str]:
-    """Return the words of an option with a value: one word if the value looks like an option."""
+    """Return an option with its value: as one word if the value looks like an option."""
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
 def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_whole: bool) -> None:
-    """Raise OptionError if a text is no number, or not one that an option with these facts takes."""
+    """Raise OptionError if a text is not a number that an option with these limits accepts."""
     least = facts.get("least", facts.get("above", -math.inf))
     most = facts.get("most", facts.get("below", math.inf))
     try:

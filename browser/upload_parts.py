@@ -1,8 +1,8 @@
-"""Take a large file in pieces, so that an upload that breaks goes on from where it was.
+"""Take a large file in pieces, so that an interrupted upload continues from where it stopped.
 
-The pieces are joined in a hidden file in the folder of the file, whose name tells the file's name, size and
-time. When it is whole, it is judged and renamed as any dropped file is. What nobody goes on with is removed
-after a day, when the next file arrives in that folder. One request at a time adds to it, of all servers.
+The pieces are joined in a hidden file in the target folder, whose name contains the file's name, size and
+time. The complete file is checked and renamed as any dropped file. An abandoned upload is removed after a
+day, when the next file arrives in that folder. Over all servers, one request at a time adds to a file.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ OLD_SECONDS = 60 * 60 * 24
 
 @dataclass(frozen=True)
 class Arriving:
-    """A file of which a piece arrives. size: of the whole file, in bytes."""
+    """A file that arrives in pieces. `size` is that of the complete file, in bytes."""
 
     folder: Path
     name: str
@@ -47,12 +47,15 @@ class Arriving:
 
     @property
     def part(self) -> Path:
-        """Return the path of the file in which its pieces are joined."""
+        """Path of the file in which the pieces are joined."""
         digest = short_digest(repr((self.name, self.size, self.changed)))
         return self.folder / f".{self.name[:100]}.{digest}{SUFFIX}"
 
     def count_bytes(self) -> int:
-        """Return how many bytes of it are there. Raises OptionError if another kind of file has its name."""
+        """Return the bytes received so far.
+
+        Raises OptionError if its name belongs to another kind of file.
+        """
         if not self.part.exists() and not self.part.is_symlink():
             return 0
         if self.part.is_symlink() or not self.part.is_file():
@@ -62,23 +65,24 @@ class Arriving:
 
 @dataclass(frozen=True)
 class Touched:
-    """When this server last added to a file, by its own clock, which nobody sets, and by the disk's."""
+    """When this server last added to a file, by a monotonic clock and by the disk's clock."""
 
     monotonic: float
     modified_ns: int
 
 
 class PieceUploads:
-    """Take the pieces that a page sends, one after the other."""
+    """Takes the pieces that a page sends, one after another."""
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
         self._seen: dict[Path, Touched] = {}  # by file in which pieces are joined
 
     async def take(self, request: Request) -> Response:
-        """Add the piece in the body; return how many bytes are there, or what `FileUploads.take` does.
+        """Add the piece in the body, and answer with the bytes received so far.
 
-        The query names the file, its folder, its size, when it was changed, and where the piece begins.
+        After the last piece, answer as `FileUploads.take`. The query has the file's name, folder, size and
+        modification time, and the offset of the piece.
         """
         arriving = None
         try:
@@ -102,7 +106,7 @@ class PieceUploads:
         return await run_in_threadpool(answer_taken, arriving.folder)
 
     def show(self, request: Request) -> Response:
-        """Return how many bytes of a file are there."""
+        """Answer with the bytes of a file received so far."""
         try:
             arriving = self.find(request)
             return answer_json({"at": arriving.count_bytes(), "folder": str(arriving.folder)})
@@ -110,7 +114,7 @@ class PieceUploads:
             return answer_json({"error": str(error)}, 422)
 
     def find(self, request: Request) -> Arriving:
-        """Return the file that a request names. Raises UserError if it is not taken."""
+        """Return the file that a request names. Raises UserError if it is not accepted."""
         query = request.query_params
         arriving = Arriving(
             folder=self.uploads.find_target(query.get("into", "")),
@@ -124,9 +128,9 @@ class PieceUploads:
         return arriving
 
     async def add(self, request: Request, arriving: Arriving) -> int:
-        """Write the body of a request behind what is there; return how many bytes there are then.
+        """Append the body of a request, and return the bytes received so far.
 
-        A body that breaks off leaves what has arrived of it.
+        If the body breaks off, what has arrived of it is kept.
         """
         with arriving.part.open("ab") as file:
             with contextlib.suppress(ClientDisconnect):
@@ -139,7 +143,7 @@ class PieceUploads:
             return file.tell()
 
     def finish(self, arriving: Arriving) -> None:
-        """Judge a whole file, and give it its name. Raises UserError if it is refused: then it is gone."""
+        """Check a complete file, and give it its name. Raises UserError if it is rejected, and removes it."""
         target = arriving.folder / arriving.name
         with claim_file(arriving.folder, arriving.name), atomic_files(target) as temporary:
             path = temporary / arriving.name
@@ -148,7 +152,7 @@ class PieceUploads:
             self.uploads.judge(path, arriving.folder)
 
     def remove_old(self, arriving: Arriving) -> None:
-        """Remove what was begun more than a day ago in the folder of a file that goes on."""
+        """Remove uploads abandoned for more than a day from the folder of a file."""
         folder = arriving.folder
         for path in folder.glob(f".*.{'[0-9a-f]' * 16}{SUFFIX}"):  # as `Arriving.part` names them
             if path == arriving.part:
@@ -158,7 +162,7 @@ class PieceUploads:
                     path.unlink()
 
     def is_old(self, path: Path) -> bool:
-        """Return whether nothing was added to a file for a day. A clock that was set does not age it."""
+        """Return whether nothing was added to a file for a day, even if the clock was set meanwhile."""
         status = path.lstat()
         touched = self._seen.get(path)
         if touched is not None and touched.modified_ns == status.st_mtime_ns:

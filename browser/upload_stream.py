@@ -1,4 +1,4 @@
-"""Write the bytes of a file that is dropped on a page as they arrive."""
+"""Write the bytes of a dropped file as they arrive."""
 
 import threading
 from collections.abc import AsyncIterator
@@ -14,10 +14,19 @@ DECODING = threading.Lock()
 
 
 async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, most_bytes: int) -> None:
-    """Write what arrives to a new file. name: of the dropped file, for messages.
+    """Write the bytes that arrive to a new file.
 
-    Raises OptionError if nothing arrives or more than `most_bytes`, OSError if it cannot be written. The file
-    is then not complete: the caller removes it.
+    If this fails, the file is incomplete, and the caller removes it.
+
+    Args:
+        chunks: Bytes as they arrive.
+        path: New file.
+        name: Name of the dropped file, for messages.
+        most_bytes: Maximum size.
+
+    Raises:
+        OptionError: If nothing arrives, or more than `most_bytes`.
+        OSError: If the file cannot be written.
     """
     received = 0
     with path.open("xb") as file:

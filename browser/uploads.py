@@ -1,8 +1,8 @@
-"""Take files that are dropped on a page into a folder below the roots: one at a time, judged by content.
+"""Take dropped files into a folder below the roots: one at a time, checked by their content.
 
-A file is written into a temporary folder next to its place while it arrives, looked at there, and then
-renamed, so that a broken or refused one leaves nothing. Its name is claimed meanwhile, so of two files of one
-name that arrive at once, also at two servers, one is refused.
+While a file arrives, it is written to a temporary folder next to its target, checked there, and then renamed,
+so that an interrupted or rejected file leaves nothing behind. Its name is claimed meanwhile: of two files of
+one name that arrive at once, even at two servers, one is rejected.
 """
 
 import contextlib
@@ -60,14 +60,14 @@ DEFAULT_LIMITS = UploadLimits()
 
 
 class FileBusyError(OptionError):
-    """Another request adds the same file, or one of its name: another page's, or one that broke just now."""
+    """Raised if another request is adding the same file, or one of its name."""
 
 
 @contextlib.contextmanager
 def claim_file(folder: Path, name: str) -> Iterator[None]:
-    """Keep a name in a folder, in all its spellings, for the block, against every page and server.
+    """Claim a name in a folder, in all its spellings, for the block, against every page and server.
 
-    Raises FileBusyError if another one keeps it, OutputError if the folder cannot be written.
+    Raises FileBusyError if another request claims it, OutputError if the folder cannot be written.
     """
     path = folder / short_digest(fold_name(name))
     with contextlib.ExitStack() as claims:
@@ -82,7 +82,7 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
 
 
 def check_file_name(name: str) -> None:
-    """Raise OptionError if no file or folder of this name is made."""
+    """Raise OptionError if a file or folder may not have this name."""
     reason = bad_character(name)
     if reason is None and escape_control_codes(name) != name:
         reason = say("a control code")
@@ -113,7 +113,7 @@ def check_file_name(name: str) -> None:
 
 
 def find_kind(name: str) -> str:
-    """Return the kind of file that a name promises. Raises OptionError, with a remedy, if it is not taken."""
+    """Return the kind of file by its name. Raises OptionError, with a remedy, if it is not accepted."""
     suffix = Path(name).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return CLIP
@@ -142,7 +142,7 @@ def find_kind(name: str) -> str:
 
 
 def check_content(path: Path, kind: str) -> None:
-    """Raise UserError if the content of a file is not of a kind."""
+    """Raise UserError if the content of a file does not match its kind."""
     if kind == CAPTION:
         _check_caption(path)
         return
@@ -176,19 +176,19 @@ def _check_caption(path: Path) -> None:
 
 
 def name_upload_folder(top: Path, day: date) -> str:
-    """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
+    """Return a free name for a new folder of a day: `2026-11-26`, `2026-11-26-2`."""
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
 
 
 def answer_taken(folder: Path) -> Response:
-    """Return the answer to a file that is whole: its folder, and what that has now."""
+    """Answer after a complete upload: its folder, and the folder's current content."""
     media_folder = read_media_folder(folder)
     words = "" if media_folder is None else media_folder.words
     return answer_json({"folder": str(folder), "words": words})
 
 
 def _has_files(folder: Path) -> bool:
-    """Return whether a path exists, except as a folder in which an upload was only begun."""
+    """Return whether a path exists and is not just a folder in which an upload has begun."""
     if folder.is_dir() and not folder.is_symlink():
         names = [path.name for path in folder.iterdir()]
         return not names or not all(name.startswith(".") for name in names)
@@ -196,14 +196,14 @@ def _has_files(folder: Path) -> bool:
 
 
 class FileUploads:
-    """Take the files that a page sends."""
+    """Takes the files that a page sends."""
 
     def __init__(self, runs: Runs, limits: UploadLimits = DEFAULT_LIMITS) -> None:
         self.runs = runs
         self.limits = limits
 
     async def take(self, request: Request) -> Response:
-        """Take one file: its bytes are the body, its name and its folder are in the query."""
+        """Take one file: the body is its content, the query has its name and folder."""
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
@@ -220,9 +220,9 @@ class FileUploads:
         return await run_in_threadpool(answer_taken, folder)
 
     def find_target(self, into: str) -> Path:
-        """Return the folder that a text names, which need not exist if it is one name.
+        """Return the folder that a text names. It need not exist if the text is a single name.
 
-        Raises OptionError if files are not put there.
+        Raises OptionError if files may not be added there.
         """
         folder = find_folder(self.runs, into)
         if folder is not None:
@@ -245,9 +245,9 @@ class FileUploads:
         return path
 
     def check_room(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
-        """Raise UserError if a file of this name and size is not taken.
+        """Raise UserError if a file of this name and size is not accepted.
 
-        size: in bytes. arrived: how many of them are in the folder already.
+        `size` and `arrived`, the part of it that is already in the folder, are in bytes.
         """
         check_file_name(name)
         find_kind(name)
@@ -296,9 +296,9 @@ class FileUploads:
             )
 
     async def receive(self, request: Request, target: Path, size: int) -> None:
-        """Write the body of a request to a path. size: as announced.
+        """Write the body of a request to a path. `size` is the announced size in bytes.
 
-        Raises UserError if the file is not taken; then nothing is left of it.
+        Raises UserError if the file is not accepted; then nothing is left of it.
         """
         folder = target.parent
         is_new = not folder.exists()
@@ -313,7 +313,7 @@ class FileUploads:
             raise
 
     def judge(self, path: Path, folder: Path) -> None:
-        """Raise UserError if a file is not what its name says, or is in its folder already."""
+        """Raise UserError if a file is not what its name says, or is already in its folder."""
         try:
             check_content(path, find_kind(path.name))
         except (UserError, StopIteration) as error:
@@ -324,7 +324,7 @@ class FileUploads:
 
 
 def reject_existing(name: str, names: set[str]) -> None:
-    """Raise OptionError if a folder has a file of a name. names: folded ones of its files."""
+    """Raise OptionError if a name is among the case-folded names of a folder's files."""
     if fold_name(name) in names:
         raise OptionError(
             say("%(name)s is there already. Rename one of the two, then drop it again", name=name)
@@ -332,7 +332,7 @@ def reject_existing(name: str, names: set[str]) -> None:
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:
-    """Return the folded names in a folder, and the bytes of its files. It need not exist."""
+    """Return the case-folded names in a folder, and its files' total bytes; empty if it does not exist."""
     names = set()
     size_bytes = 0
     if folder.is_dir():

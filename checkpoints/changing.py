@@ -54,6 +54,10 @@ class Selection:
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
+        """Return whether a tensor is chosen: its name has a part of `targets` and none of `excluded`.
+
+        Without targets, every name has one.
+        """
         is_target = not self.targets or any(part in name for part in self.targets)
         return is_target and not any(part in name for part in self.excluded)
 
@@ -83,6 +87,7 @@ class NewFile:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all tensors of the file."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
@@ -186,6 +191,7 @@ def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str
 
 
 def rename(name: str, change: CheckpointChange) -> str:
+    """Return the name that a tensor has after prefixes are stripped and one is added."""
     for prefix in change.strip:
         name = name.removeprefix(prefix)
     return change.add + name

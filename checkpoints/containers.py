@@ -221,10 +221,12 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor of the mapped file; `scratch` is not used."""
         # mapped: its pages belong to the file; bytes that are floats of 8 bits are taken as these
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
+        """Release all tensors, and with them the mapping of the file."""
         self._tensors = {}
 
 
@@ -348,11 +350,14 @@ def _make_damage_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of the first wrapper dictionary that has any, else of `content`, and the names of
-    all other entries.
+    """Return the tensors of a file's content, and the names of all other entries.
 
-    A step count next to a wrapper may be a tensor too. visited: ids of the dictionaries so far, because a
-    harmful file may nest a dictionary in itself.
+    Those of the first wrapper dictionary that has any count, else those of `content`. A step count next to a
+    wrapper may be a tensor too.
+
+    Args:
+        content: Unpickled content, or a part of it.
+        visited: Ids of the dictionaries so far, because a harmful file may nest a dictionary in itself.
     """
     if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []

@@ -150,6 +150,7 @@ def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
+    """Return the sources by the names that `name_of` gives their tensors."""
     return {name_of(name): source for name, source in sources.items()}
 
 
@@ -233,6 +234,7 @@ class DitShapes:
         return dim, in_dim, (frames, rows, columns)
 
     def blocks(self, start: str) -> int:
+        """Return how many blocks have names that begin with `start` and their number."""
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 

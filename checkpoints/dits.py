@@ -85,6 +85,7 @@ class DitHeader(Generic[Config]):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the blocks compute: their own, or bfloat16 if they are stored in 8 bits."""
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 

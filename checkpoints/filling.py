@@ -130,18 +130,31 @@ def load_module(
     check: Callable[[], None] | None = None,
     filled: Callable[[str], None] | None = None,
 ) -> None:
-    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
-    and dtype.
+    """Fill a module that was built on the meta device, tensor by tensor.
 
-    sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    patch: takes our name, the weight before it is rounded to that dtype, and the dtype; returns the weight to
-    keep. ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network,
-    for messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is
-    computed on the device. check: called before each tensor, in place of a progress bar; it may raise to end
-    the loading. filled: called with each name once its tensor is there. Parameters come out with
-    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing missing,
-    unexpected and misshaped tensors, before anything is read, and naming those with values that are NaN or
-    infinite; OptionError if the device cannot hold a form.
+    Each tensor goes straight to its device and dtype. Parameters come out with `requires_grad` off. On the
+    meta device nothing is read.
+
+    Args:
+        module: Network to fill.
+        checkpoint: Open file.
+        sources: How each tensor is made, by our state-dict name.
+        device: Device of the network.
+        dtype: Function of our name and the dtype in the file, which returns the dtype to keep.
+        patch: Function of our name, the weight before it is rounded to that dtype, and the dtype; it returns
+            the weight to keep.
+        ignore: Patterns (`*`) of tensors in the file that need not be used.
+        what: Option or network, for messages.
+        stored: Forms in 8 or 4 bits that layers keep; None for none.
+        host: Keeps some of the tensors in host memory. Whatever has to be computed for them is computed on
+            the device.
+        check: Called before each tensor, in place of a progress bar. It may raise to end the loading.
+        filled: Called with each name once its tensor is there.
+
+    Raises:
+        CheckpointError: If tensors are missing, unexpected or misshaped, before anything is read; or if
+            values are NaN or infinite.
+        OptionError: If the device cannot hold a form.
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)

@@ -1,5 +1,6 @@
-"""Find weights that are NaN or infinite while they are read: one pass over a tensor that is in memory
-anyway.
+"""Find weights that are NaN or infinite while they are read.
+
+The check is one pass over a tensor that is in memory anyway.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ _SIGN = 0x80
 
 
 def is_finite(tensor: Tensor) -> Tensor:
-    """Return a bool without axes, on the tensor's device: whether no value is NaN or infinite. Whole numbers
-    always are finite.
+    """Return whether no value of a tensor is NaN or infinite, as a bool without axes on the tensor's device.
 
-    It takes no memory of the tensor's size, and a tenth of the time of a copy on a CPU.
+    Whole numbers always are finite. The check takes no memory of the tensor's size, and a tenth of the time
+    of a copy on a CPU.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)

@@ -198,6 +198,7 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor whose rows are in the order of the transformers library."""
         tensor = super().borrow(name, scratch)
         if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
             tensor = tensor.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)

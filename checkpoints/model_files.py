@@ -45,6 +45,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
 
 
 def inside(path: Path, folder: str) -> Path:
+    """Return the subfolder `folder` of `path` if there is one, else `path`."""
     return path / folder if (path / folder).is_dir() else path
 
 

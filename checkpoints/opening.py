@@ -374,6 +374,7 @@ def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: 
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
+    """Return the names of the tensors that a packed weight needs next to it."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
@@ -482,6 +483,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
+    """Return the name of the scale of each weight that has one, by the name of the weight."""
     return {
         name.removesuffix(ending) + ".weight": name
         for name in names

@@ -430,9 +430,19 @@ def _widen(
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return the tensors of a file without scales, quantised ones dequantised to float32; if none is
-    quantised, return `checkpoint` itself. The files stay shared: close one of the two. device: to compute
-    them on. Raises CheckpointError if a form is not read, or the unpadded size of a weight is not known.
+    """Return the tensors of a file by their values: quantized ones dequantized to float32, without scales.
+
+    The files stay shared: close one of the two.
+
+    Args:
+        checkpoint: Open file.
+        device: Device that dequantizes; None for the CPU.
+
+    Returns:
+        `checkpoint` itself if nothing in it is quantized.
+
+    Raises:
+        CheckpointError: If a form is not read, or the unpadded size of a weight is not known.
     """
     reject_quantized(checkpoint)
     infos = checkpoint.tensors.values()
@@ -447,9 +457,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
 
 
 class _Values:
-    """The tensors of a file, dequantised to float32 when they are read; this is the file behind the result of
-    `in_values`.
-    """
+    """The file behind the result of `in_values`: tensors are dequantized to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device

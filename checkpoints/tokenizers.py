@@ -147,6 +147,7 @@ class TokenizerFiles:
             raise self.unreadable(file, error) from error
 
     def unreadable(self, file: Path, error: Exception) -> CheckpointError:
+        """Return the error for a file that is no tokenizer, which names the option and what to give."""
         return CheckpointError(
             f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
             f"{self._describe()}.",
@@ -188,6 +189,7 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its class name if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

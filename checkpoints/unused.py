@@ -20,6 +20,7 @@ class UnusedTensors:
     open: Callable[[], Checkpoint]  # opens the file again
 
     def opened(self) -> "OpenedTensors":
+        """Open the file and return the tensors, with their dtypes and shapes in the published layout."""
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():
@@ -37,5 +38,6 @@ class OpenedTensors:
     infos: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
+        """Read a tensor by its published name."""
         source = self.sources[name]
         return source.make([self.checkpoint.read(stored) for stored in source.names])

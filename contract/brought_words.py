@@ -17,9 +17,18 @@ WordsByFile = Mapping[Path, BundledWords]
 class TakesWords(Family, Protocol):
     """A family whose text encoders can be given vectors of further words."""
 
-    # option: that names the files; CheckpointError for vectors that do not fit
-    def with_words(self, files: WordsByFile, option: str) -> Family: ...
+    def with_words(self, files: WordsByFile, option: str) -> Family:
+        """Return the family with the words of LoRA files in its text encoders.
+
+        Args:
+            files: Words with their vectors, by LoRA file.
+            option: Option that names the files, for messages.
+
+        Raises:
+            CheckpointError: If vectors do not fit the text encoders.
+        """
 
 
 def takes_words(family: Family) -> TypeGuard[TakesWords]:
+    """Return whether the family's text encoders can be given vectors of words."""
     return family.can.take_words

@@ -112,8 +112,9 @@ class MadeBy:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format
-    stores them).
+    """One training batch as read from caches: tensors by the names that they have there.
+
+    `latents` is B C F H W, in the numbers that the cache format stores.
     """
 
     tensors: Conditions
@@ -244,8 +245,7 @@ class MediaBatch:
     shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
-        """Split the items into batches for an encoder on `device`: on a CPU one item each, else all in one
-        batch.
+        """Split the items into batches for an encoder on `device`: on a CPU one item each, else all in one.
 
         On a CPU a batch gains nothing. Encoded alone, an item's numbers do not depend on the items that a
         killed run left to do.
@@ -333,8 +333,9 @@ class MediaEncoders:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale +
-    shift`.
+    """The latent space of a family's VAE, and how cached latents become model-space latents.
+
+    The latter are `cached * scale + shift`.
     """
 
     channels: int
@@ -382,11 +383,13 @@ class LatentSpec:
 
     @property
     def lengths(self) -> ClipLengths:
+        """Which numbers of frames a clip can have."""
         return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
 
     def count_latents(self, frames: int) -> int:
-        """Return the number of latent frames for a number of frames: the first latent frame of each clip is
-        one frame.
+        """Return the number of latent frames for a number of frames.
+
+        The first latent frame of each clip is one frame.
         """
         if not self.clip:
             return (frames - 1) // self.stride[0] + 1

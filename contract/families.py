@@ -57,15 +57,18 @@ class FamilyEntry:
     captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
 
     def say_notice(self) -> None:
+        """Log the family's notice as a warning, if it has one."""
         if self.notice:
             logger.warning("%s", self.notice)
 
     @property
     def training_script(self) -> str:
+        """Name of the script that trains a LoRA, without `.py`."""
         return self.trainer or f"{self.script}_train_network"
 
     @property
     def generation_script(self) -> str:
+        """Name of the script that generates an image or a video, without `.py`."""
         return f"{self.script}_generate_{self.makes}"
 
     @property
@@ -82,6 +85,7 @@ class FamilyEntry:
 
     @property
     def options(self) -> ModuleType:
+        """The family's module of option records, imported when it is asked for."""
         return import_own(f"{self.room}.options")
 
     @property
@@ -155,6 +159,10 @@ class FamilyEntry:
         return [f"{self.generation_script}.py", *option_words(joined)]
 
     def make_family(self, kind: str, family_options: Any) -> Any:
+        """Make the family for one kind of run from its options; this imports torch.
+
+        `kind` is `training`, `caching` or `generation`.
+        """
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(family_options)
 
 
@@ -215,6 +223,7 @@ def caption_formats() -> Mapping[str, "CaptionFormat"]:
 
 
 def read_names() -> list[ModuleType]:
+    """Return the `names` module of every family, in the order of `FOLDERS`."""
     return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
 
 
@@ -292,21 +301,22 @@ def describe_scripts(family: str) -> str:
 
 
 class Script(partial[None]):
-    """The main function of a script. Its argument are the words after the script's name; None: those of the
-    command line.
+    """The main function of a script, made by `plain_script`, `caching_script` and the like.
 
-    Made by `plain_script`, `caching_script` and the like.
+    Its argument holds the words after the script's name. None stands for those of the command line.
     """
 
     family: str | None = None  # whose models it runs; None: it is of no family
 
     @classmethod
     def of_family(cls, family: str, main: Callable[..., None]) -> "Script":
+        """Make a script that runs the models of `family`."""
         script = cls(main)
         script.family = family
         return script
 
     def run(self) -> None:
+        """Run the script with the words of the command line; a `UserError` ends it without a traceback."""
         command_line(self, explain=partial(identify, family=self.family))
 
 

@@ -168,6 +168,7 @@ class DitSpec:
         return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
 
     def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
+        """Return the blocks of a network, by the attribute name of their list."""
         return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
 
     def order(self, counts: Sequence[int]) -> list[int]:
@@ -183,17 +184,17 @@ class DitSpec:
         return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
+        """Return all blocks of a network in the order in which they run."""
         lists = self.blocks(dit).values()
         blocks = [block for blocks_of_list in lists for block in blocks_of_list]
         return [blocks[place] for place in self.order([len(blocks_of_list) for blocks_of_list in lists])]
 
 
 class NoiseSource(Protocol):
-    """Random numbers of one request; `draw` continues one generator made from seed, device and
-    --cpu_noise.
-    """
+    """Random numbers of one request."""
 
-    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor: ...
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw Gaussian noise of a shape, continuing one generator made from seed, device and --cpu_noise."""
 
 
 @dataclass(frozen=True)
@@ -216,68 +217,96 @@ class TextEncoder(Protocol):
     """One of a family's text encoders; loaded, used and freed one after the other."""
 
     @property
-    def can(self) -> EncoderAbilities: ...  # known without loading
+    def can(self) -> EncoderAbilities:
+        """Abilities beyond this protocol, known without loading."""
 
     @property
-    def name(self) -> str: ...  # "t5": for messages and cache records
+    def name(self) -> str:
+        """Name for messages and cache records, such as "t5"."""
 
     @property
-    def keys(self) -> frozenset[str]: ...  # of what `encode` returns
+    def keys(self) -> frozenset[str]:
+        """Names of the tensors that `encode` returns."""
 
     @property
-    # keys whose length differs per prompt; stored as `varlen_{key}`
-    def variable_length(self) -> frozenset[str]: ...
+    def variable_length(self) -> frozenset[str]:
+        """Names of those tensors whose length differs per prompt; caches store them as `varlen_{key}`."""
 
     @property
-    # what an output depends on in addition to the text; found without loading the weights
-    def identity(self) -> Mapping[str, str]: ...
+    def identity(self) -> Mapping[str, str]:
+        """Everything that an output depends on in addition to the text, found without loading the weights.
 
-    # loads no weights, and downloads nothing; CheckpointError if there is no tokenizer
-    def token_counter(self) -> rules.CountTokens: ...
+        Caches record it, and are made anew if it changes.
+        """
 
-    def load(self, device: torch.device) -> None: ...  # one that is loaded already moves there
+    def token_counter(self) -> rules.CountTokens:
+        """Return a function that counts the tokens of a text. It loads no weights and downloads nothing.
 
-    # one per prompt, without batch dimension (lists: one entry); MediaError if a picture cannot be read
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]: ...
+        Raises:
+            CheckpointError: If there is no tokenizer.
+        """
 
-    def free(self) -> None: ...
+    def load(self, device: torch.device) -> None:
+        """Load the network onto `device`. A loaded one moves there."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode prompts: one entry per prompt, whose tensors have no batch dimension.
+
+        A condition that is a list of tensors has one entry in its list.
+
+        Raises:
+            MediaError: If a picture of a prompt cannot be read.
+        """
+
+    def free(self) -> None:
+        """Release the memory of the network."""
 
 
 class LearningEncoder(TextEncoder, Protocol):
     """A text encoder that a LoRA can be put into: `encode` is differentiable if gradients are on."""
 
     @property
-    def lora_prefix(self) -> str: ...  # "lora_te1": of the names in LoRA files
+    def lora_prefix(self) -> str:
+        """Start of this encoder's names in LoRA files, such as "lora_te1"."""
 
     @property
-    # once loaded; a LoRA goes into the blocks that its `DitSpec` names (`running.run_blocks.spec_of`)
-    def network(self) -> nn.Module: ...
+    def network(self) -> nn.Module:
+        """The network, once it is loaded.
+
+        A LoRA goes into the blocks that the network's `DitSpec` names (`running.run_blocks.spec_of`).
+        """
 
 
 def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
+    """Return whether a LoRA can be put into the encoder."""
     return encoder.can.learn
 
 
 class EncoderWithSide(TextEncoder, Protocol):
-    """A text encoder followed by layers of the model's own file. LoRAs name these layers as the
-    transformer's.
+    """A text encoder followed by layers of the model's own file.
+
+    LoRA files name these layers as the transformer's.
     """
 
     @property
-    def text_side(self) -> nn.Module: ...  # these layers, once loaded
+    def text_side(self) -> nn.Module:
+        """The layers that follow the encoder, once they are loaded."""
 
 
 def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
+    """Return whether layers of the model's own file follow the encoder."""
     return encoder.can.have_side
 
 
 class LayeredEncoder(TextEncoder, Protocol):
     """A text encoder that keeps some layers in host memory if a CUDA device has no room for all."""
 
-    def waiting_bytes(self, room: int) -> int: ...  # of these layers, with so many free bytes
+    def waiting_bytes(self, room: int) -> int:
+        """Return how many bytes of layers stay in host memory if the device has `room` free bytes."""
 
 
 def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
+    """Return whether the encoder can keep layers in host memory."""
     return encoder.can.wait
 
 
@@ -287,34 +316,48 @@ class DividedEncoder(TextEncoder, Protocol):
     blocks: BlockPlace | None  # set before `load`
 
     @property
-    def network(self) -> nn.Module: ...  # once loaded; its `spec` names its blocks
+    def network(self) -> nn.Module:
+        """The network, once it is loaded. Its `spec` names its blocks."""
 
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
+    """Return whether the encoder's blocks can be split over processes."""
     return encoder.can.divide
 
 
 class SeeingEncoder(TextEncoder, Protocol):
     """A text encoder that may load its vision tower with the first prompt that has pictures."""
 
-    def load_tower(self, device: torch.device) -> None: ...  # onto it, unless it is loaded or never used
+    def load_tower(self, device: torch.device) -> None:
+        """Load the vision tower onto `device`, unless it is loaded or this run never uses it."""
 
 
 def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
+    """Return whether the encoder may load a vision tower."""
     return encoder.can.see
 
 
 class MarkingEncoder(TextEncoder, Protocol):
     """A text encoder that marks its caches in plain metadata with their purpose, as other programs do."""
 
-    # of a caption, and the content hashes of pictures and clips that were shown with it
-    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]: ...
+    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
+        """Return the metadata of a caption's cache.
 
-    # CacheError for a cache, of any program, that is for something else
-    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None: ...
+        Args:
+            caption: Text that was encoded.
+            shown: Content hashes of the pictures and clips that were shown with it.
+        """
+
+    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Check that a cache, of any program, was made for this encoder's purpose.
+
+        Raises:
+            CacheError: If the metadata name another purpose.
+        """
 
 
 def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
+    """Return whether the encoder writes the purpose of a cache into the cache's metadata."""
     return encoder.can.mark
 
 
@@ -345,85 +388,118 @@ class Described(Protocol):
     """What a family is: names, abilities, latent space, network, defaults."""
 
     @property
-    def can(self) -> Abilities: ...
+    def can(self) -> Abilities:
+        """Abilities beyond the four protocols."""
 
     @property
-    def name(self) -> str: ...  # "wan": architecture in cache and LoRA metadata
+    def name(self) -> str:
+        """Architecture in the metadata of caches and LoRA files, such as "wan"."""
 
     @property
-    def cache_tag(self) -> str: ...  # "wan": at the end of cache file names
+    def cache_tag(self) -> str:
+        """End of the names of cache files, such as "wan"."""
 
     @property
-    def latent(self) -> LatentSpec: ...
+    def latent(self) -> LatentSpec:
+        """The latent space of the VAE."""
 
     @property
-    def noise(self) -> NoiseSpec: ...
+    def noise(self) -> NoiseSpec:
+        """How training mixes noise in and numbers its timesteps."""
 
     @property
-    def dit(self) -> DitSpec: ...
+    def dit(self) -> DitSpec:
+        """Names inside the network, for code that acts on it from outside."""
 
     @property
-    def defaults(self) -> SamplingDefaults: ...
+    def defaults(self) -> SamplingDefaults:
+        """Values of a request that does not set them: size, frames, steps, guidance."""
 
     @property
-    # options of the script that caches latents, which follow from the checkpoint of a training
-    def caching_switches(self) -> tuple[str, ...]: ...
+    def caching_switches(self) -> tuple[str, ...]:
+        """Options of the script that caches latents which follow from the checkpoint of a training."""
 
     @property
-    # conditions that a teacher gets beyond those of the network in training: CAPTION, FIRST_FRAME, REFERENCE
-    def fuller(self) -> tuple[str, ...]: ...
+    def fuller(self) -> tuple[str, ...]:
+        """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME, REFERENCE."""
 
     @property
-    def options(self) -> Any: ...  # the family's own option record; its facts say what resume compares
+    def options(self) -> Any:
+        """The family's own option record, whose facts say what resuming compares."""
 
     @property
-    def release(self) -> rules.ModelRelease: ...  # for licence and card of what is trained from it
+    def release(self) -> rules.ModelRelease:
+        """The released model, for the license and the card of everything that is trained from it."""
 
     @property
-    # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
-    def metadata(self) -> Mapping[str, str]: ...
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of saved files about the model, such as modelspec.architecture and ss_sd_model_name."""
 
     @property
-    # whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae
-    def hashed_files(self) -> Mapping[str, Path]: ...
+    def hashed_files(self) -> Mapping[str, Path]:
+        """Files whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae."""
 
 
 class Encodes(Protocol):
     """Encode texts and media: for caches, for generation and for training samples."""
 
-    # raises if a file that an option names is missing or of another kind, needed or not; loads nothing
-    def check_given_files(self) -> None: ...
+    def check_given_files(self) -> None:
+        """Check every file that an option names, needed in this run or not, without loading it.
 
-    def text_encoders(self) -> Sequence[TextEncoder]: ...
+        Raises:
+            CheckpointError: If a file is missing or of another kind.
+        """
 
-    @property
-    def text_keys(self) -> frozenset[str]: ...  # of all text encoders together: what a whole text cache holds
-
-    @property
-    # what encoded media depend on; found without loading the weights
-    def media_identity(self) -> Mapping[str, str]: ...
-
-    # images: what conditions need too
-    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders: ...
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders, in the order in which they run."""
 
     @property
-    # None: control media, if it takes any, are fitted like the frames they belong to
-    def references(self) -> rules.ReferenceRules | None: ...
-
-    # DatasetError where its items cannot be cached; nothing is loaded
-    def check_table(self, table: MediaTable) -> None: ...
-
-    # cache files of an item of so many frames, one per section; None: one without; MediaError: too short
-    def sections_of(self, table: MediaTable, frames: int) -> int | None: ...
-
-    # per item at least one
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]: ...
+    def text_keys(self) -> frozenset[str]:
+        """Names of the tensors of all text encoders together: what a complete text cache holds."""
 
     @property
-    def moments(self) -> MomentsRules: ...
+    def media_identity(self) -> Mapping[str, str]:
+        """Everything that encoded media depend on, found without loading the weights."""
 
-    # what `encode_media` returns for clips with these moments, one file each; nothing is loaded
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]: ...
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the VAE, and with `images` also the networks that encode pictures as conditions."""
+
+    @property
+    def references(self) -> rules.ReferenceRules | None:
+        """How the model takes reference pictures.
+
+        None: control media, if the model takes any, are fitted like the frames that they belong to.
+        """
+
+    def check_table(self, table: MediaTable) -> None:
+        """Check that the items of a table of the dataset file can be cached, without loading anything.
+
+        Raises:
+            DatasetError: If the model cannot use them.
+        """
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return the number of cache files, one per section, of an item with so many frames.
+
+        Returns:
+            None for a model without sections, whose items have one file.
+
+        Raises:
+            MediaError: If the item is too short for a section.
+        """
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Encode a batch of media. Each item gets a list of at least one cache entry."""
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Whether caches can be made from a dataset's moments of a VAE, and which are needed."""
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Return what `encode_media` returns for clips with these moments, one entry each.
+
+        Nothing is loaded.
+        """
 
 
 class Caches(Described, Encodes, Protocol):
@@ -434,23 +510,34 @@ class KnowsFewSteps(Protocol):
     """A family that tells whether a transformer was distilled to few steps."""
 
     @property
-    def few_steps(self) -> FewSteps: ...
+    def few_steps(self) -> FewSteps:
+        """How a training keeps a transformer distilled, and how many steps its samples take."""
 
-    def why_few_steps(self) -> str | None: ...  # what says so of a file of this run; None: nothing does
+    def why_few_steps(self) -> str | None:
+        """Return what shows that a file of this run was distilled to few steps; None if nothing does."""
 
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
+    """Return whether the family can say that its transformer was distilled to few steps."""
     return family.can.tell_few_steps
 
 
 class BringsEmptyText(Protocol):
     """A family that may read what the empty prompt is for a training from a file, instead of from caches."""
 
-    # of one sample, by the names in caches; {}: no option names a file. CacheError for another kind of file
-    def empty_text(self) -> Mapping[str, Tensor]: ...
+    def empty_text(self) -> Mapping[str, Tensor]:
+        """Read the conditions of the empty prompt for one sample, by the names that caches use.
+
+        Returns:
+            An empty mapping if no option names a file.
+
+        Raises:
+            CacheError: If the file is of another kind.
+        """
 
 
 def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
+    """Return whether the family may read the empty prompt's conditions from a file."""
     return family.can.bring_empty
 
 
@@ -458,27 +545,33 @@ class RatesParts(Protocol):
     """A family with options for learning rates of parts of its network, if all weights are trained."""
 
     @property
-    # what names of parameters contain -> rate, 0: frozen; the first that fits counts, none: the usual rate
-    def part_rates(self) -> Mapping[str, float]: ...
+    def part_rates(self) -> Mapping[str, float]:
+        """Learning rate by a part of parameter names; the first that fits counts, and a rate of 0 freezes.
+
+        A parameter that none fits has the rate of the training.
+        """
 
 
 def part_rates_of(family: Described) -> Mapping[str, float]:
+    """Return the learning rates of parts of the network; an empty mapping if the family has none."""
     return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
 
 
 class FitsCaptions(Protocol):
     """A family some of whose captions are JSON objects, which may name places in their picture."""
 
-    def names_places(self, caption: str) -> bool: ...  # whether it is such a caption
+    def names_places(self, caption: str) -> bool:
+        """Return whether a caption is a JSON object that may name places in its picture."""
 
-    # of a picture of that width and height: what is wrong with such a caption, a line each
-    def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]: ...
+    def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]:
+        """Return what is wrong with such a caption, a line each. `size` is its picture's width and height."""
 
-    # with the places in the picture's bucket
-    def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str: ...
+    def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str:
+        """Return the caption with the places that it names as they are in the picture's bucket."""
 
 
 def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
+    """Return whether captions of the family may name places in their picture."""
     return family.can.fit_captions
 
 
@@ -486,30 +579,41 @@ class HearsSound(Protocol):
     """A family whose clips can have sound, with latents of its own next to the picture's."""
 
     @property
-    def sound(self) -> SoundSpec | None: ...  # None: this run is without
+    def sound(self) -> SoundSpec | None:
+        """Format of the sound's latents; None if this run has no sound."""
 
     @property
-    def sound_learning(self) -> rules.SoundLearning: ...  # of a training
+    def sound_learning(self) -> rules.SoundLearning:
+        """How a training weighs and noises sound."""
 
     @property
-    # what encoded sound depends on; found without loading the weights
-    def sound_identity(self) -> Mapping[str, str]: ...
+    def sound_identity(self) -> Mapping[str, str]:
+        """Everything that encoded sound depends on, found without loading the weights."""
 
-    # to encode sound, or to decode latents of it
-    def sound_networks(self, device: torch.device, decodes: bool) -> Any: ...
+    def sound_networks(self, device: torch.device, decodes: bool) -> Any:
+        """Load the networks that encode sound, or with `decodes` those that decode its latents."""
 
-    # samples B channels S at `sound.rate` of a clip with so many frames -> latents B C T M, in model space
-    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor: ...
+    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
+        """Encode the sound of clips as latents in model space, B C T M.
 
-    # latents 1 C T M -> the track
-    def decode_sound(self, networks: Any, latents: Tensor) -> Sound: ...
+        Args:
+            networks: Result of `sound_networks`.
+            samples: Amplitudes B channels S, at `sound.rate` samples per second.
+            frames: Number of frames of each clip.
+            fps: Frames per second.
+        """
+
+    def decode_sound(self, networks: Any, latents: Tensor) -> Sound:
+        """Decode the latents 1 C T M of one clip to its track."""
 
 
 def hears_sound(family: Described) -> TypeGuard[HearsSound]:
+    """Return whether clips of this run have sound."""
     return sound_of(family) is not None
 
 
 def sound_of(family: Described) -> SoundSpec | None:
+    """Return the format of the sound in this run; None if the run has no sound."""
     return cast("HearsSound", family).sound if family.can.hear else None
 
 
@@ -518,57 +622,91 @@ class Passes(Protocol):
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Predict the velocity of `noisy` in one pass of the network.
+
+        Args:
+            dit: Network that `load_dit` returned.
+            noisy: Noisy latents in model space, B C F H W.
+            timesteps: Input of the model, B, about 1000 * sigma.
+            cond: Conditions by the names that caches use.
+            tweaks: Changes to this single call.
+
+        Returns:
+            `noise - latents`, shaped like `noisy`. A model that predicts noise returns that (see
+                `NoiseSpec`).
+        """
 
 
 class Predicts(Passes, Protocol):
     """The network: for training and for generation."""
 
     @property
-    def lora_module(self) -> str: ...  # "networks.lora_wan"
+    def lora_module(self) -> str:
+        """Module that LoRA files name in `ss_network_module`, such as "networks.lora_wan"."""
 
     @property
-    # the networks that share the noise levels, lowest first; ONE_EXPERT for a single network
-    def experts(self) -> tuple[rules.Expert, ...]: ...
+    def experts(self) -> tuple[rules.Expert, ...]:
+        """The networks that share the noise levels, lowest first; ONE_EXPERT for a single network."""
 
     @property
-    def dit_files(self) -> tuple[Path, ...]: ...  # the checkpoint of each expert
+    def dit_files(self) -> tuple[Path, ...]:
+        """The checkpoint of each expert."""
 
-    # a file with further tensors of one of `dit_files`, such as a second stack of blocks
-    def file_beside(self, dit: Path) -> Path | None: ...
+    def file_beside(self, dit: Path) -> Path | None:
+        """Return a file with further tensors of one of `dit_files`, such as a second stack of blocks."""
 
-    # blocks of each list of `DitSpec.block_lists`, from headers alone; () if these do not tell
-    def block_counts(self) -> tuple[int, ...]: ...
+    def block_counts(self) -> tuple[int, ...]:
+        """Return how many blocks each list of `DitSpec.block_lists` has; () if the headers do not say."""
 
-    # dtype that the loaded network computes in without autocast; from headers alone
-    def compute_dtype(self, placement: Placement) -> torch.dtype: ...
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype in which the loaded network computes without autocast, from headers alone."""
 
-    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module: ...
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the network of an expert as `placement` says."""
 
-    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions: ...  # latents in model space
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the network's conditions for a training batch, whose `latents` are in model space."""
 
 
 class Generates(Protocol):
     """From a request to pixels, around the network: for generation and for training samples."""
 
-    # OptionError if the DiT or a text encoder is not given, CheckpointError if its file is missing or wrong;
-    # media: those of VAE and image encoder too
-    def check_files(self, media: bool) -> None: ...
+    def check_files(self, media: bool) -> None:
+        """Check the files that a generation needs, without loading them.
 
-    # final sizes and numbers; OptionError for a request that cannot be, CheckpointError for a missing or
-    # wrong file, MediaError for a picture that cannot be read; nothing is loaded
-    def prepare(self, request: Request) -> Prepared: ...
+        Args:
+            media: Whether VAE and image encoder are needed too.
 
-    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]: ...
+        Raises:
+            OptionError: If the DiT or a text encoder is not given.
+            CheckpointError: If a file is missing or of another kind.
+        """
 
-    # whether `request_conditions` needs the encoders at all
-    def needs_media(self, prepared: Prepared) -> bool: ...
+    def prepare(self, request: Request) -> Prepared:
+        """Resolve every size and number of a request, without loading anything.
+
+        Raises:
+            OptionError: If the model cannot do what the request asks for.
+            CheckpointError: If a file is missing or of another kind.
+            MediaError: If a picture cannot be read.
+        """
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the pictures of a request as conditions, by the index of the section that they belong to."""
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether `request_conditions` needs the encoders at all."""
 
     @property
-    def source(self) -> rules.SourceRules: ...  # what denoising may start from
+    def source(self) -> rules.SourceRules:
+        """What denoising may start from in place of noise."""
 
-    # frames 1 F H W 3 uint8, F = 4n + 1 -> latents 1 C f h w in model space; seed: of the request
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor: ...
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames 1 F H W 3 uint8, F = 4n + 1, as latents 1 C f h w in model space.
+
+        `seed` is that of the request, for a VAE that draws from its posterior.
+        """
 
     def sections(
         self,
@@ -576,10 +714,18 @@ class Generates(Protocol):
         prompts: Mapping[int, EncodedPrompts],
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
-    ) -> Generator[Section, Tensor, Tensor]: ...
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield what to denoise, section by section, and receive each result; return the latents to decode.
 
-    # B C F H W chunks in playing order, -1..1
-    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]: ...
+        Args:
+            prepared: The request with all values resolved.
+            prompts: Encoded prompts by the index of the section that they begin with.
+            inputs: Result of `request_conditions`.
+            noise: Source of all noise of this request.
+        """
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents to chunks of pixels B C F H W, -1..1, in playing order."""
 
 
 class Trains(Described, Predicts, Protocol):

@@ -25,6 +25,7 @@ class Packing:
     can_stay: bool = True  # its rows are those of the value, so that a layer can keep it packed
 
     def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a shape with each axis rounded up to a multiple of `pad`."""
         return tuple(-(-length // self.pad) * self.pad for length in shape)
 
 
@@ -38,6 +39,7 @@ class TensorInfo:
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the tensor in the file, packed if the file packs it."""
         return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
 
     def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
@@ -76,9 +78,11 @@ class TensorSource:
         return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
 
     def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Make the value from the tensors of the file, which come in the order of `names`."""
         return tensors[0] if self.build is None else self.build(*tensors)
 
     def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        """Make the weight in the form in which the file stores it; None if it has to be made by its value."""
         return None if self.as_stored is None else self.as_stored(*tensors)
 
 
@@ -98,9 +102,14 @@ class HostPlace(Protocol):
         ...
 
     @property
-    def is_filled_here(self) -> bool: ...  # if not, another process writes them
+    def is_filled_here(self) -> bool:
+        """Whether this process writes the weights. If not, another process does."""
 
-    def finish(self) -> None: ...  # call when all are written; returns when those of other processes are too
+    def finish(self) -> None:
+        """Wait until all processes have written their weights.
+
+        Call it after this process has written its own.
+        """
 
 
 class BlockPlace(Protocol):
@@ -108,12 +117,14 @@ class BlockPlace(Protocol):
 
     asked_by: str  # the option, for messages
 
-    # returns what is called with the name of each tensor that is filled
-    def watch(self, network: nn.Module) -> Callable[[str], None]: ...
+    def watch(self, network: nn.Module) -> Callable[[str], None]:
+        """Return a function to call with the name of each parameter of `network` that has been filled."""
 
-    def split(self, network: nn.Module) -> None: ...  # takes the blocks that were loaded without it
+    def split(self, network: nn.Module) -> None:
+        """Take the blocks of a network that was loaded without `watch`."""
 
-    def finish(self, network: nn.Module) -> None: ...  # call it last: then the network runs
+    def finish(self, network: nn.Module) -> None:
+        """Call after all blocks were taken: from then on the network runs."""
 
 
 @dataclass(frozen=True)

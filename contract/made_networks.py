@@ -12,11 +12,12 @@ from contract.family import Described
 
 
 class WritesNetwork(Protocol):
-    """Write a network that was trained to a file. dtype: of its tensors; None: as trained."""
+    """Function that writes a trained network to a file."""
 
     def __call__(
         self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
-    ) -> None: ...
+    ) -> None:
+        """Write `module` and `metadata` to `path`. `dtype` None keeps the dtypes of the training."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class MakesNetwork(Described, Protocol):
     """A family that trains a network of its own in some runs."""
 
     @property
-    def made_network(self) -> MadeNetwork | None: ...
+    def made_network(self) -> MadeNetwork | None:
+        """The network that this run trains next to the frozen model; None if it trains a LoRA."""
 
 
 def _may_make(family: Described) -> TypeGuard[MakesNetwork]:

@@ -53,10 +53,12 @@ class TaughtWord:
 class LearnsWords(Protocol):
     """A family whose text encoders can learn the vectors of a new word next to a network."""
 
-    def with_new_word(self, word: WordToLearn) -> "Family": ...  # they have rows for it
+    def with_new_word(self, word: WordToLearn) -> "Family":
+        """Return the family with rows for the new word in the tables of its text encoders."""
 
     @property
-    def taught_word(self) -> TaughtWord | None: ...  # None: none is learned
+    def taught_word(self) -> TaughtWord | None:
+        """The word that this run learns, with its vectors; None if it learns none."""
 
 
 def learns_words(family: "Described") -> TypeGuard[LearnsWords]:

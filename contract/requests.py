@@ -158,6 +158,7 @@ class Prepared:
 
     @property
     def is_sound_alone(self) -> bool:
+        """Whether the request makes sound without pictures."""
         return self.joint is not None and not self.joint.picture[1]
 
     @property
@@ -167,6 +168,7 @@ class Prepared:
 
     @property
     def num_steps(self) -> int:
+        """Number of steps that are run, which a start from a source makes fewer than `steps`."""
         return self.steps - self.first_step
 
 
@@ -197,6 +199,7 @@ VALUES = {
 
 
 def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+    """Return width, height and frames of a request, with the family's defaults where it sets none."""
     return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
 
 

@@ -21,6 +21,7 @@ class Expert:
 
     @property
     def words(self) -> str:
+        """The network's name in messages, such as "low-noise transformer"."""
         return f"{self.name.replace('_', '-')} transformer".lstrip()
 
 
@@ -204,10 +205,12 @@ class Source:
 
     @property
     def extra_option(self) -> str:
+        """Option that adds noise to this source."""
         return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
 
     @property
     def needs_vae(self) -> bool:
+        """Whether the source is encoded first, which latents are not."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
@@ -280,10 +283,12 @@ class TokenCount:
 
     @property
     def is_cut(self) -> bool:
+        """Whether the encoder does not read the whole text."""
         return self.num_read < len(self.text)
 
     @property
     def cut_text(self) -> str:
+        """End of the text that the encoder does not read."""
         return self.text[self.num_read :]
 
 
@@ -302,10 +307,14 @@ def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the weight of each token: that of the span that holds its first character, 1 outside of all
-    spans.
+    """Return the weight of each token: that of the span that holds its first character.
 
-    Blanks at the start of a token are ignored. spans: (start, end, weight) in characters, as in `Prompt`.
+    It is 1 outside of all spans. Blanks at the start of a token are ignored.
+
+    Args:
+        text: Text that was tokenized.
+        places: First character and end of each token in `text`; None for special tokens.
+        spans: Start, end and weight in characters, sorted, as in `Prompt`.
     """
     starts = [start for start, _, _ in spans]
     weights = []
@@ -396,6 +405,7 @@ class ReferenceRules:
 
     @property
     def factors(self) -> tuple[int, int, int]:
+        """Size factor, time factor and largest number of frames, which caches record to notice a change."""
         return self.size_factor, self.time_factor, self.frames
 
 

@@ -100,15 +100,14 @@ class Tweaks:
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
-        """Return the tweaks with `rename` applied to the second text, so that its names are the network's
-        arguments.
-        """
+        """Return the tweaks with `rename` applied to the names in the second text's conditions."""
         if self.away is None:
             return self
         return replace(self, away=replace(self.away, text=rename(self.away.text)))
 
     @property
     def steer(self) -> "Steer | None":
+        """How the second text acts on attention; None without a second text."""
         return None if self.away is None else self.away.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
@@ -155,6 +154,7 @@ class Anchor:
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "Anchor":
+        """Return the anchor with its tensors on `device`."""
         changed = None if self.changed is None else self.changed.to(device)
         return replace(self, latents=self.latents.to(device), changed=changed)
 
@@ -217,9 +217,11 @@ class OwnSolver(Protocol):
     """A `modules.flow.solvers.Solver` that a family brings, with samples of its own form."""
 
     @property
-    def schedule(self) -> "Schedule": ...
+    def schedule(self) -> "Schedule":
+        """Noise levels of the steps."""
 
-    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor: ...
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Take the step of number `index` from a velocity and a sample, and return the next sample."""
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
         """Return the noisy sample to begin with, and its step in the schedule. clean: latents of a source."""

@@ -26,6 +26,7 @@ class LearningParts:
     text_steps: int | None = None  # the text encoders learn during so many steps; None: to the end
 
     def learns(self, text_encoder: str) -> bool:
+        """Return whether a text encoder learns: it has a rate, and steps are left for text encoders."""
         return self.texts.get(text_encoder, 0) != 0 and self.text_steps != 0
 
     @property
@@ -37,35 +38,51 @@ class LearningParts:
 class CheckpointWriter(Protocol):
     """Writes a whole checkpoint: what was trained from the networks, all else from the source."""
 
-    # dtype: of all tensors of networks; None: that of the source. OutputError if it cannot be written
-    def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None: ...
+    def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the checkpoint to `path`.
+
+        Args:
+            path: File or folder to write.
+            dtype: Dtype of all tensors of networks; None for that of the source.
+            metadata: Texts for the file's header.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
 
 
 class TrainsCheckpoint(Described, Encodes, Protocol):
-    """A family of which a training writes whole checkpoints, and may train text encoders."""
+    """A family whose trainings write whole checkpoints, and may train text encoders."""
 
     @property
-    def learning_parts(self) -> LearningParts: ...
+    def learning_parts(self) -> LearningParts:
+        """Parts of the checkpoint that learn in this run, with their rates."""
 
-    # whether anything that the text encoder of this name returns depends on its weight of this name
-    def reads_weight(self, text_encoder: str, weight: str) -> bool: ...
+    def reads_weight(self, text_encoder: str, weight: str) -> bool:
+        """Return whether anything that a text encoder returns depends on the weight of this name."""
 
-    # bytes of a file that is written; dtype: as `CheckpointWriter.write`. Reads headers alone
-    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int: ...
+    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
+        """Return the bytes of a checkpoint as `CheckpointWriter.write` writes it, from headers alone."""
 
-    # networks: those that learn: by the names of text encoders, and DIT. as_folder: in diffusers' layout;
-    # shard_bytes: of a file of a network in it, at most; 0: each network has one file
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
-    ) -> CheckpointWriter: ...
+    ) -> CheckpointWriter:
+        """Make the writer of checkpoints.
 
-    # whether the checkpoint that is trained is a single file
+        Args:
+            networks: Networks that learn, by the names of text encoders, and the transformer as DIT.
+            as_folder: Write a folder in diffusers' layout, not one file.
+            shard_bytes: Largest size of a file in the folder; 0 for one file per network.
+        """
+
     @property
-    def is_of_one_file(self) -> bool: ...
+    def is_of_one_file(self) -> bool:
+        """Whether the checkpoint that is trained is a single file, not a folder."""
 
 
 DIT = "dit"  # the transformer among `networks`
 
 
 def trains_checkpoint(family: Described) -> TypeGuard[TrainsCheckpoint]:
+    """Return whether a training of the family writes whole checkpoints."""
     return family.can.train_checkpoint

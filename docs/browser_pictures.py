@@ -138,6 +138,7 @@ COLOURS = 200
 
 
 def main() -> None:
+    """Write example runs, serve the page over them, and save a screenshot of each page that is asked for."""
     parser = Parser(description=__doc__)
     parser.add_argument("pages", nargs="*", help="only these; all if none is named")
     chosen = parser.parse_args().pages or list(SHOWN)
@@ -272,6 +273,7 @@ def write_run(
 
 
 def saved_name(name: str, step: int) -> str:
+    """Return the name of the LoRA file that the run `name` saves at `step`."""
     return f"{name}-step{step:08d}.safetensors"
 
 

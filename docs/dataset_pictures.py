@@ -1,6 +1,8 @@
-"""Make docs/dataset_page.png, a page of tools/dataset_report.py: python docs/dataset_pictures.py
+"""Make docs/dataset_page.png, a page of tools/dataset_report.py.
 
-Its clips are drawn. It is photographed in a headless Chromium, as tests/chromium.py finds it.
+    python docs/dataset_pictures.py
+
+The clips of the page are drawn. It is photographed in a headless Chromium, which tests/chromium.py finds.
 """
 
 import contextlib
@@ -58,6 +60,7 @@ MARGIN = 12  # pixels above each part
 
 
 def main() -> None:
+    """Write a small dataset, make its report, and save the parts of the page that the document shows."""
     Parser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
@@ -92,6 +95,7 @@ def draw_clips(folder: Path) -> None:
 
 
 def write_clip(path: Path, frames: list[Frame], caption: str) -> None:
+    """Write a video at 24 frames per second and its caption next to it."""
     write_video(path, iter(frames), 24, crf=14, preset="veryfast")
     path.with_suffix(".txt").write_text(caption, encoding="utf-8")
 

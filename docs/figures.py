@@ -1,4 +1,7 @@
-"""Draw the figures of these pages from the functions that they explain: python docs/figures.py"""
+"""Draw the figures of these pages from the functions that they explain.
+
+python docs/figures.py
+"""
 
 import sys
 import tempfile
@@ -40,6 +43,7 @@ SHIFTS = (1.0, 3.0, 5.0, 7.0, 14.5)
 
 
 def main() -> None:
+    """Draw every figure and save it as PNG in docs/, without the drawing library's version inside."""
     Parser(description=__doc__).parse_args()
     for name, figure in (
         ("frame_extraction", draw_extraction()),

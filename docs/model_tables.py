@@ -1,4 +1,7 @@
-"""Renew the tables of models, files and licences in these pages: python docs/model_tables.py"""
+"""Renew the tables of models, files and licenses in these pages.
+
+python docs/model_tables.py
+"""
 
 import os
 import re
@@ -21,6 +24,7 @@ TOKENIZER = "its tokenizer"
 
 
 def main() -> None:
+    """Write the table of all models to docs/models.md and the tables of each family to the family's page."""
     Parser(description=__doc__).parse_args()
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(text[: text.index(FIRST)] + models_tables(), encoding="utf-8")
@@ -33,6 +37,7 @@ def main() -> None:
 
 
 def read_list() -> dict[str, Any]:
+    """Return downloads/catalogue.toml as it stands, parsed."""
     return tomllib.loads((ROOT / "downloads" / "catalogue.toml").read_text(encoding="utf-8"))
 
 

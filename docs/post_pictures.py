@@ -1,8 +1,10 @@
-"""Draw the pictures of docs/post.md with the tools themselves: python docs/post_pictures.py [NAME ...]
+"""Draw the pictures of docs/post.md with the tools themselves.
+
+    python docs/post_pictures.py [NAME ...]
 
 No released weights are needed. The upscaler is a small network that learns here, for a minute or two, on the
-shapes of the pocket model; the detector is that of the tests, to which something red is a face; interpolation
-shows times only, since its weights are random.
+shapes of the pocket model. The detector is that of the tests, to which something red is a face. Interpolation
+only shows times, since its weights are random.
 """
 
 import logging
@@ -63,6 +65,7 @@ SIDE, RATE_OF_CLIP, FACTOR, CUT = 128, 12, 3, 3  # CUT: number of the first pict
 
 
 def main() -> None:
+    """Draw the pictures that the command line names, all of them if it names none."""
     parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
     names = parser.parse_args().names

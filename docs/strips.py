@@ -73,6 +73,7 @@ STRIPS = {
 
 
 def main() -> None:
+    """Draw the strips that the command line names, all of them if it names none."""
     parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(STRIPS))
     names = parser.parse_args().names

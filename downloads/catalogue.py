@@ -68,11 +68,13 @@ class Component:
 
     @property
     def path(self) -> PurePosixPath:
+        """Path of the file below the download folder; for several files, that of their folder."""
         names = [PurePosixPath(file.name) for file in self.files]
         return names[0] if len(names) == 1 else names[0].parent
 
     @property
     def licence(self) -> Licence:
+        """License of the first file, which holds for all files of the component."""
         return self.files[0].licence
 
     @property
@@ -97,6 +99,7 @@ class ModelSet:
 
     @property
     def family_title(self) -> str:
+        """Name of the family as documents and lists show it."""
         return family_title(self.family)
 
     def typed_commands(self, folder: Path) -> list[str]:
@@ -189,6 +192,7 @@ def _read_file(entry: Mapping[str, Any], path: str, licence: Licence) -> Release
 
 
 def families() -> list[str]:
+    """Return the names of all families in the catalogue, in its order."""
     return list(_read_catalogue()["family"])
 
 

@@ -23,12 +23,17 @@ def gigabytes(size_bytes: int) -> str:
 
 
 def describe_size(component: Component) -> str:
+    """Return the size of a component in gigabytes, as text.
+
+    Sizes are recorded for large files only: without one, a LoRA is "not known" and all else is small.
+    """
     if component.size_bytes is not None:
         return gigabytes(component.size_bytes)
     return "not known" if "LoRA" in component.role else "a few MB"
 
 
 def total_bytes(components: Iterable[Component]) -> int:
+    """Sum the recorded sizes of components; those without a recorded size count as 0."""
     return sum(component.size_bytes or 0 for component in components)
 
 
@@ -40,6 +45,7 @@ def describe_total(components: Sequence[Component]) -> str:
 
 
 def print_list(sets: Sequence[ModelSet], folder: Path) -> None:
+    """Print the files of the only task, or a line for each of several tasks."""
     print_lines(describe_set(sets[0], folder) if len(sets) == 1 else describe_sets(sets))
 
 
@@ -75,6 +81,7 @@ def excludes_many(model_set: ModelSet) -> bool:
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
+    """Return the lines of a table of tasks with their sizes, and the command that lists the files of one."""
     rows = []
     for model in sets:
         size = describe_total(model.components)
@@ -85,6 +92,7 @@ def describe_sets(sets: Iterable[ModelSet]) -> list[str]:
 
 
 def describe_licenses(model_set: ModelSet) -> list[str]:
+    """Return a line for each license of a task's files: its name, terms and address."""
     licenses = dict.fromkeys(component.licence for component in model_set.components)
     lines = []
     for licence in licenses:

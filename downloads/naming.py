@@ -70,6 +70,7 @@ class NamedModel(NamedTuple):
 
 
 def plain_name(text: str) -> str:
+    """Return a name in lower case with nothing but letters and digits, so that spellings compare equal."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
@@ -229,6 +230,7 @@ def reject_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -
 
 
 def families_of(models: Sequence[ModelSet]) -> list[str]:
+    """Return the families of model sets, each once, in order of appearance."""
     return list(dict.fromkeys(model.family for model in models))
 
 

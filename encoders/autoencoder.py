@@ -173,10 +173,12 @@ class ImageVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights, which is also that of pixels and latents."""
         return self.encoder.get_parameter("norm_out.weight").dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.encoder.get_parameter("norm_out.weight").device
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after the block, B C H W, with the number of output channels."""
         h = self.conv1(norm_and_silu(self.norm1, x))
         h = self.conv2(norm_and_silu(self.norm2, h))
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -56,6 +57,7 @@ class PictureAttention(nn.Module):
         self.proj_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after attention, B C H W as the input."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B H*W C
         q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # each B H*W 1 C
         attended = self.proj_out(attend(q, k, v).squeeze(2))
@@ -72,6 +74,7 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after all three layers, B C H W as the input."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -83,6 +86,7 @@ class Halve(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features with half the height and width, rounded down."""
         return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
 
@@ -94,6 +98,7 @@ class Double(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features with twice the height and width."""
         return self.conv(repeat_pixels(x, 2))
 
 
@@ -111,6 +116,7 @@ class Level(nn.Module):
         self.upsample = Double(width) if up else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features after the blocks and the layer that changes the resolution, if there is one."""
         for layer in (*self.block, self.downsample, self.upsample):
             x = x if layer is None else layer(x)
         return x
@@ -134,6 +140,7 @@ class AutoencoderEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return means and logarithms of variances, B 2Z h w, for pixels B 3 H W."""
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -158,6 +165,7 @@ class AutoencoderDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return pixels B 3 H W for latents B Z h w."""
         x = self.mid(self.conv_in(x))
         for level in reversed(list(self.up)):
             x = level(x)

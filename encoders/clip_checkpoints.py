@@ -62,6 +62,7 @@ class ClipUse:
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the conditions that the encoder returns."""
         return frozenset({self.pooled} if self.mask is None else {self.pooled, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:

@@ -138,12 +138,14 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the vector depends on in addition to the text: settings of the network and the dtype."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
+        """Return the second text as it is, or the prompt's only text; weights of its parts are dropped."""
         text = prompt.text if prompt.second is None else prompt.second
         return Written(text, text, ())
 
@@ -155,6 +157,7 @@ class PooledClip(FileTextEncoder[ClipText]):
             raise self.source.files.unreadable(tokenizer.file, why)
 
     def load_network(self, device: torch.device) -> ClipText:
+        """Load the text tower and log its file and dtype."""
         clip = load_clip_text(self.path, device, self.dtype, self.use)
         logger.info("%s: %s, computing in %s", self.what, self.path, dtype_name(self.dtype))
         return clip

@@ -38,6 +38,7 @@ from running.run_blocks import Hidden, run_blocks
 
 
 def quick_gelu(x: Tensor) -> Tensor:
+    """Return x * sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -52,17 +53,28 @@ class LayerConfig(Protocol):
     """The part of a tower's configuration that its layers need."""
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Channels of a token, C."""
+
     @property
-    def ffn_dim(self) -> int: ...
+    def ffn_dim(self) -> int:
+        """Channels between the two linear layers of the feed-forward part."""
+
     @property
-    def num_heads(self) -> int: ...
+    def num_heads(self) -> int:
+        """Number of attention heads, N."""
+
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Number of layers of the tower."""
+
     @property
-    def activation(self) -> str: ...
+    def activation(self) -> str:
+        """Name of the feed-forward part's activation, as in the files' configurations."""
+
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float:
+        """Number that layer norms add to the variance."""
 
 
 def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
@@ -86,6 +98,7 @@ class ClipAttention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attended tokens, B L C as the input."""
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
@@ -110,6 +123,7 @@ class ClipLayer(nn.Module):
         self.mlp = TwoLayers("fc1 fc2", sizes, ACTIVATIONS[config.activation])
 
     def forward(self, x: Tensor, tokens: None = None) -> Tensor:
+        """Return the tokens after the layer, B L C as the input."""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -122,6 +136,7 @@ class ClipLayers(nn.Module):
         self.layers = nn.ModuleList(ClipLayer(config, is_causal) for _ in range(config.num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens after all layers, B L C as the input."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -139,6 +154,7 @@ class ClipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.positions, config.dim)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the embedded tokens, B L C, for token ids B L."""
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
@@ -158,10 +174,12 @@ class ClipText(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.final_layer_norm.weight.device
 
     @property
     def num_layers(self) -> int:
+        """Number of layers of the text tower."""
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
@@ -231,6 +249,7 @@ class ClipVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(positions, config.dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the class token and all patches, B L C, for pixels B 3 H W."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # B L-1 C
         x = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         return x + self.position_embedding.weight

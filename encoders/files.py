@@ -62,22 +62,27 @@ class TransformerFiles(ABC):
         return replace(self, dit=dit, dit_dtype=select_compute_dtype(dtype, "--dit_dtype", None))
 
     def add_vae(self, options: VaeOptions) -> Self:
+        """Return the files with those of the VAE's options."""
         dtype = select_compute_dtype(options.vae_dtype, "--vae_dtype", None)
         return replace(self, vae=options.vae, vae_dtype=dtype, vae_tile=options.tile)
 
     @property
     def dit_path(self) -> Path:
+        """Path of the transformer, which exists."""
         return require_file(self.dit, self.dit_option, "the transformer checkpoint")
 
     @property
     def vae_path(self) -> Path:
+        """Path of the VAE, which exists; of a released folder the subfolder with the VAE."""
         path = require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
         return inside(path, self.vae_folder)
 
     def dit_header(self) -> DitHeader[Any]:
+        """Return the facts of the transformer's header, which is read once per file and process."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
+        """Return the dtype that the options ask for, else that of the file; None without a transformer."""
         if self.dit_dtype or self.dit is None:
             return self.dit_dtype
         return self.dit_header().compute_dtype
@@ -146,25 +151,31 @@ class OneTransformer:
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
-        def name(self) -> str: ...
+        def name(self) -> str:
+            """Name of the family, as in `Described.name`."""
 
         @property
         @abstractmethod
-        def files(self) -> TransformerFiles: ...
+        def files(self) -> TransformerFiles:
+            """Paths and dtypes of the family's files."""
 
         @property
         @abstractmethod
-        def dit(self) -> DitSpec: ...
+        def dit(self) -> DitSpec:
+            """Names inside the transformer, as in `Described.dit`."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """The family's metadata together with the names of the files."""
         return self.metadata_of(self.named)
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
+        """Empty: these families record no hashes of files."""
         return {}
 
     def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders that `files` describes."""
         return self.files.text_encoders()
 
     @property
@@ -174,10 +185,12 @@ class OneTransformer:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
+        """The one network, used for all noise levels."""
         return ONE_EXPERT
 
     @property
     def references(self) -> ReferenceRules | None:
+        """None: the model takes no reference pictures, unless the family says otherwise."""
         return None
 
     @property
@@ -194,10 +207,12 @@ class OneTransformer:
         return None
 
     def check_given_files(self) -> None:
+        """Check all files that options name."""
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What encoded pixels depend on: the VAE alone."""
         return self.files.vae_identity()
 
     @property
@@ -206,29 +221,36 @@ class OneTransformer:
         return MomentsRules(f"the model {self.name} is given clips alone. Leave out load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Raise DatasetError with the family's reason, because its caches cannot be made from moments."""
         raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: items have one cache file, without sections."""
         return None
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the VAE. There is no image encoder that `images` could ask for."""
         return MediaEncoders(self.files.load_vae(device))
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
+        """The checkpoint of the transformer, whose header has been checked."""
         self.files.dit_header()
         return (self.files.dit_path,)
 
     def file_beside(self, dit: Path) -> Path | None:
+        """Return None: all tensors are in the transformer's own file."""
         return None
 
     def block_counts(self) -> tuple[int, ...]:
+        """Return the number of layers, or those of double and single blocks, which the header gives."""
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
         return config.double_blocks, config.single_blocks
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype of the placement, else that of the options, else that of the file's blocks."""
         return select_dtype(self.files.dit_header().block_dtype, with_dtype(placement, self.files.dit_dtype))
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
@@ -239,8 +261,10 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
+        """Return `names` with the file names of transformer and VAE, if these are given."""
         files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 
     def check_files(self, media: bool) -> None:
+        """Check transformer and text encoders, and with `media` the VAE."""
         self.files.check(("dit", "texts", *(("vae",) if media else ())))

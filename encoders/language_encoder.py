@@ -104,8 +104,11 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
-    """Return the places to look for a Qwen tokenizer. option: the option that names it. repository: on the
-    hub.
+    """Return the places to look for a Qwen tokenizer.
+
+    Args:
+        option: Option that names the tokenizer.
+        repository: Repository on the hub that has it.
     """
     files = TokenizerFiles(
         option,
@@ -168,14 +171,17 @@ class LanguageUse:
 
     @property
     def numbers(self) -> tuple[int, ...]:
+        """Indices of the layers whose states are taken."""
         return self.stacked or self.states
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the conditions that the encoder returns."""
         return frozenset({self.states_key, self.mask_key, self.slots_key, self.sizes_key} - {""})
 
     @property
     def template(self) -> str:
+        """The text around a prompt, with `{}` in the place of the prompt."""
         images = self.pictures.text if self.pictures else ""
         return f"{self.before}{images}{{}}{self.after}"
 
@@ -186,6 +192,7 @@ class LanguageUse:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the template, for cache records."""
         return hashlib.sha256(self.template.encode()).hexdigest()[:16]
 
 
@@ -238,10 +245,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def token_bytes(self) -> int:
+        """Bytes of the states that one token gives."""
         return self._config.dim * len(self.use.numbers) * self.dtype.itemsize
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What states depend on in addition to the text: network, dtype, template and form of the weights."""
         config = self._config
         return self.identify(
             self.use.record or self.name,
@@ -255,6 +264,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def write(self, prompt: Prompt) -> Written:
+        """Put the template around a prompt, and move the spans of its weights with the text."""
         use = self.use
         start = len(use.before)
         text = prompt.text.strip() if use.strips else prompt.text
@@ -269,6 +279,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
+        """Return how many tokens at the start are dropped from the states: those of the template's start."""
         if self.use.dropped is not None:
             return self.use.dropped
         return len(tokenizer.read(self.use.system or self.use.before).ids)
@@ -287,6 +298,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
 
     def load(self, device: torch.device) -> None:
+        """Load the model onto `device`, or onto the CPU if the options ask for that."""
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
@@ -320,6 +332,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return network
 
     def waiting_bytes(self, room: int) -> int:
+        """Return the bytes of layers that stay in host memory if the device has `room` free bytes."""
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
@@ -336,6 +349,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return number
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
+        """Return the id of the padding token; 0 for a model without one."""
         return self.find_token(tokenizer, self.use.pad) if self.use.pad else 0
 
     def compute(
@@ -528,6 +542,7 @@ class LanguageModelFiles(TransformerFiles):
         """Return the settings of the family for its language model."""
 
     def add_text(self, options: TextEncoderOptions) -> Self:
+        """Return the files with those of the text encoder's options."""
         return replace(
             self,
             text_encoder=options.text_encoder,
@@ -539,6 +554,7 @@ class LanguageModelFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
+        """Path of the language model, which exists."""
         model = self.text_use.model
         return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
 
@@ -554,6 +570,7 @@ class LanguageModelFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the language model as the only text encoder."""
         return [self.language_model()]
 
     def text_width(self) -> int:
@@ -561,6 +578,12 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _measure_states, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check the language model's files and that its states have the width that the transformer takes.
+
+        Args:
+            config: Dimensions of the transformer; None if it is not given.
+            needed: Whether the language model has to be given.
+        """
         use = self.text_use
         model = use.model
         if self.text_encoder is not None or needed:

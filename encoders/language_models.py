@@ -223,6 +223,7 @@ class LanguageConfig:
 
     @property
     def further(self) -> str:
+        """Settings of this model alone, for cache records."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -416,6 +417,7 @@ def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
+    """Return the indices of all states: the embedding, each layer, and -1 for the last one after its norm."""
     return (*range(num_layers), -1)
 
 

@@ -67,6 +67,7 @@ class ImageUse:
     always: bool = True  # prompts have some; else the tower is loaded when one does
 
     def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
+        """Return the pictures that the text encoder is shown: the first `shown` of them."""
         return pictures[: self.shown]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
@@ -85,6 +86,7 @@ class ReadImages:
 
     @property
     def counts(self) -> list[int]:
+        """Number of tokens of each picture."""
         return [rows * columns for rows, columns in self.sides]
 
 

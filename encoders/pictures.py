@@ -85,9 +85,11 @@ class AutoencoderFiles(TransformerFiles):
     vae_folder: ClassVar[str] = "vae"
 
     def load_vae(self, device: torch.device) -> Any:
+        """Load FLUX's autoencoder with the dtype and tile of the options."""
         return load_autoencoder(self.vae_path, device, self.encoder_dtype(self.vae_dtype), self.vae_tile)
 
     def check_vae(self) -> None:
+        """Check that the VAE's file is FLUX's autoencoder, from its header."""
         read_autoencoder_header(self.vae_path, self.vae_option)
 
 
@@ -188,19 +190,23 @@ class ModelOfImages(OneTransformer):
 
         @property
         @abstractmethod
-        def name(self) -> str: ...
+        def name(self) -> str:
+            """Name of the family, as in `Described.name`."""
 
         @property
         @abstractmethod
-        def called(self) -> str: ...  # in messages
+        def called(self) -> str:
+            """The model's name in messages."""
 
         @property
         @abstractmethod
-        def latent(self) -> LatentSpec: ...
+        def latent(self) -> LatentSpec:
+            """The latent space of the VAE."""
 
         @property
         @abstractmethod
-        def defaults(self) -> SamplingDefaults: ...
+        def defaults(self) -> SamplingDefaults:
+            """Values of a request that does not set them."""
 
     # encoding
 
@@ -271,6 +277,7 @@ class ModelOfImages(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether the request has control images, the only media that the network takes."""
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -279,10 +286,12 @@ class ModelOfImages(OneTransformer):
 
     @property
     def same_latents(self) -> frozenset[str]:
+        """Families whose latent files can be read, as they have the same autoencoder."""
         return list_same_latents(self.name)
 
     @property
     def source(self) -> SourceRules:
+        """Denoising may start from a picture or a latent file."""
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
@@ -309,12 +318,14 @@ class ModelOfImages(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the one section of a picture, with embedded guidance if the model takes it."""
         conditions = dict(inputs.get(0, {}))
         if prepared.embedded_guidance is not None:
             conditions[GUIDANCE] = torch.tensor([prepared.embedded_guidance])
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents to pixels, 1 C F H W; a VAE of clips brings them in chunks."""
         decoded = encoders.vae.decode(latents)
         yield from decoded if self.vae_of_clips else (decoded,)
 

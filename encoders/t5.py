@@ -88,6 +88,7 @@ class T5Use:
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of the conditions that the encoder returns."""
         return frozenset({self.states} if self.mask is None else {self.states, self.mask})
 
     def read_width(self, checkpoint: Checkpoint) -> int:
@@ -136,6 +137,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What states depend on in addition to the text: dtype, length, mask and form of the weights."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),

@@ -180,6 +180,7 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed tokens, B L C in the dtype of `x`."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
 
@@ -241,6 +242,11 @@ class T5Block(nn.Module):
         self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
+        """Return the tokens after the block, B L C as the input.
+
+        A block with a position table computes the bias of attention; it and the blocks behind it use this
+        bias.
+        """
         if self.pos_embedding is not None:  # the bias of each head, by the relative position of two tokens
             table = self.pos_embedding["embedding"]
             length = max(tokens.lengths)

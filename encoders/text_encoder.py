@@ -46,8 +46,9 @@ class Tokens(NamedTuple):
     places: list[Place]  # in the text; None for tokens that the tokenizer adds
 
     def behind(self, end: float = math.inf) -> int:
-        """Return how many tokens at the end must survive a cut: those from character `end` on, and the end
-        token.
+        """Return how many tokens at the end must survive a cut.
+
+        These are the tokens from character `end` on, and the end token.
         """
         last_places = itertools.takewhile(
             lambda place: place is None or place[0] >= end, reversed(self.places)
@@ -97,6 +98,7 @@ class TokenizerSource:
             return None, _find_inside(checkpoint) is not None
 
     def identity(self, path: Path | None, checkpoint_path: Path) -> str:
+        """Return which tokenizer is used, for cache records; `path` is the one that an option gives."""
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
@@ -196,6 +198,7 @@ def _find_inside(checkpoint: Checkpoint) -> str | None:
 
 
 def find_merges(file: Path | None) -> Path | None:
+    """Return the merges next to a vocab.json; None for a tokenizer of one file."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
@@ -310,6 +313,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return identity
 
     def write(self, prompt: Prompt) -> Written:
+        """Return the prompt's text with nothing around it."""
         return Written(prompt.text, prompt.text, prompt.spans)
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
@@ -436,6 +440,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {**conditions, self.weighed: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
+        """Release the network; the next `load` reads it again."""
         self._loaded.free()
 
 

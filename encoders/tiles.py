@@ -21,8 +21,10 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Cut:
-    """How an axis is cut: pieces of `size` units, one every `stride` units, with the pixels of a unit in
-    input and output.
+    """How an axis is cut into overlapping pieces.
+
+    A piece has `size` units, and one begins every `stride` units. `unit_in` and `unit_out` are the pixels of
+    a unit in input and output.
     """
 
     size: int
@@ -31,6 +33,7 @@ class Cut:
 
     @property
     def stride(self) -> int:
+        """Units from the start of a piece to that of the next one; a quarter of each piece overlaps."""
         return int(self.size * 0.75)
 
     def pick(self, start: int) -> slice:

@@ -15,11 +15,22 @@ from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_to
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import ImageUse
 from encoders.text_encoder import Written
-from fibo_2.captions import TEXTS, WrittenCaption, has_drawn_texts, write_caption, write_edit, write_json
+from fibo_2.captions import (
+    INSTRUCTION,
+    TEXTS,
+    WrittenCaption,
+    find_caption_errors,
+    has_drawn_texts,
+    read_caption,
+    write_caption,
+    write_edit,
+    write_json,
+)
 from fibo_2.configs import STATES
 from fibo_2.references import read_shown, shrink
 from krea2.files import BESIDE
 from modules.control_codes import shorten
+from modules.text_files import looks_like_object
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +72,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         super().__init__(use, path, *settings, **named_settings)
         self._has_told = False  # how plain texts are encoded
         self._has_warned = False  # of texts that are not drawn
+        self._told_errors: set[str] = set()  # in keys of captions
 
     def write(self, prompt: Prompt) -> Written:
         """Write a caption or prompt as JSON; a negative one stays as it is.
@@ -70,9 +82,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         if prompt.is_negative:
             return super().write(prompt)
         caption = write_edit(prompt.text) if prompt.pictures else write_caption(prompt.text)
-        if caption.is_plain:
-            self._tell_plain(caption)
-        elif has_drawn_texts(prompt.text):
+        if not caption.is_plain and has_drawn_texts(prompt.text):
             self._warn_of_texts(prompt.text)
         written = super().write(Prompt(caption.text, spans=_move_spans(prompt, caption)))
         if not prompt.pictures:
@@ -83,13 +93,26 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             text=f"{written.text[:start]}{{{written.text[start:]}", start=start + 1, end=written.end + 1
         )
 
-    def _tell_plain(self, caption: WrittenCaption) -> None:
-        if not self._has_told:
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode as `LanguageModelEncoder.encode`, and log how plain texts and unknown keys are read."""
+        for prompt in prompts:  # not in `write`, which also counts tokens, of captions without their pictures
+            if not prompt.is_negative:
+                self._tell_reading(prompt)
+        return super().encode(prompts)
+
+    def _tell_reading(self, prompt: Prompt) -> None:
+        text, is_edit = prompt.text, bool(prompt.pictures)
+        if looks_like_object(text):
+            new = [error for error in _list_oddities(text, is_edit) if error not in self._told_errors]
+            self._told_errors.update(new)
+            if new:
+                told = "%s, which is not as the captions of the model's training: %s"
+                logger.warning(told, shorten(text, 60), "; ".join(new))
+        elif text.strip() and not self._has_told:
             self._has_told = True
-            logger.info(
-                "plain texts are encoded as JSON, which the model was trained on, such as %s",
-                shorten(caption.text, 120),
-            )
+            written = f"{{{write_edit(text).text}" if is_edit else write_caption(text).text
+            told = "plain texts are encoded as JSON, which the model was trained on, such as %s"
+            logger.info(told, shorten(written, 120))
 
     def _warn_of_texts(self, text: str) -> None:
         if not self._has_warned:
@@ -108,6 +131,15 @@ class Fibo2TextEncoder(LanguageModelEncoder):
             states: Sequence[Tensor] = conditions[KEY]  # type: ignore[assignment]
             results.append({**conditions, KEY: [scale_states(one) for one in states]})
         return results
+
+
+def _list_oddities(text: str, is_edit: bool) -> list[str]:
+    """Return what is wrong with the keys of an object, and what of it is not read. Raises OptionError."""
+    content = read_caption(text) or {}
+    errors = find_caption_errors(text)
+    if content.get(INSTRUCTION) and not is_edit:
+        errors.append(f"{INSTRUCTION} is left out, as there is no picture to edit")
+    return errors
 
 
 def scale_states(states: Tensor) -> Tensor:

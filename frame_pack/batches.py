@@ -1,4 +1,4 @@
-"""Check the tensors from caches, and name them as the transformer's arguments."""
+"""Check the tensors from caches, and name them as arguments of the transformer."""
 
 import logging
 from collections.abc import Mapping
@@ -30,8 +30,15 @@ _NEEDED = ("latent_indices", "image_embeddings")
 def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditions:
     """Return texts, image, indices and history of a batch, under their names in caches.
 
-    A kind of history may have no latents, or be missing. config: of the transformer in the file `dit`. Raises
-    CacheError naming the item and the command to run if something is missing or does not fit together.
+    A kind of history may have indices without latents, or be missing altogether.
+
+    Args:
+        batch: Batch from the caches.
+        config: Dimensions of the transformer.
+        dit: File of the transformer, for messages.
+
+    Raises:
+        CacheError: Naming the item and the command to run, if a tensor is missing or does not fit the others.
     """
     batch.check(dict.fromkeys(sorted(TEXT_KEYS), TEXTS_AGAIN), "the transformer")
     texts = {"llama_vec": config.text_dim, "clip_l_pooler": config.pooled_dim}
@@ -55,9 +62,9 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
 
 
 def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
-    """Raise CacheError if the indices of a kind of latents are missing, or do not fit these or the target.
+    """Raise CacheError if the indices of a kind of latents are missing, or do not fit them or the target.
 
-    latents, indices: their names in caches.
+    `latents` and `indices` are the names of the two tensors in caches.
     """
     if indices not in tensors:
         raise CacheError(
@@ -76,10 +83,15 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:
-    """Warn once if caches and samples use different orders of sections. is_f1: --f1; one_frame: --one_frame.
+    """Warn once if caches and samples use different orders of sections.
 
-    The caches of both orders have the same names. In F1 the neighbour in time stands before the target, else
-    after it. Images have no coarse history, and so no order.
+    The caches of both orders have the same names. With F1, the neighbor in time comes before the target,
+    otherwise after it. Images have no coarse history, and so no order.
+
+    Args:
+        batch: Batch from the caches.
+        is_f1: Whether samples use --f1.
+        one_frame: Whether samples use --one_frame.
     """
     if one_frame and batch.tensor("latents").shape[2] > 1:
         _note_clips()

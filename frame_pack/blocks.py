@@ -1,7 +1,7 @@
 """HunyuanVideo's blocks as in FramePack's files: separate query, key and value, with diffusers' names.
 
 Computation and dtypes are those of `hunyuan_model.blocks` and `hunyuan_model.token_refiner`, whose parts are
-used. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+used here. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
 """
 # Letters: B batch, L latent tokens, T tokens of image and text, N heads, D head width, C = N * D
 
@@ -29,6 +29,7 @@ class SingleAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return the attention among all tokens x, B L+T C to B L+T C."""
         # x: B L+T C
         q = self.norm_q(heads(self.to_q, x, self.num_heads))
         k = self.norm_k(heads(self.to_k, x, self.num_heads))
@@ -50,7 +51,7 @@ class FramePackAttention(SingleAttention):
         self.to_add_out = nn.Linear(dim, dim)
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
-        """Return query, key and value of a stream, each B L N D, the first two normalised. x: B L C."""
+        """Return query, key and value of a stream x, B L C: each B L N D, the first two normalized."""
         if is_text:
             layers, norms = (
                 (self.add_q_proj, self.add_k_proj, self.add_v_proj),
@@ -75,6 +76,7 @@ class RefinerAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor, lengths: Lengths | None, attention: AttentionChoice) -> Tensor:
+        """Return the attention among text tokens x, B T C to B T C."""
         # x: B T C
         q, k, v = (heads(layer, x, self.num_heads) for layer in (self.to_q, self.to_k, self.to_v))
         return in_own_dtype(self.to_out[0], attend(q, k, v, attention, lengths=lengths).flatten(2))
@@ -92,11 +94,13 @@ class HunyuanVideoTransformerBlock(DoubleStreamBlock):
         self.ff_context = NamedFeedForward(dim, ffn_dim, gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
         if is_text:
             return self.norm1_context, self.attn.to_add_out, self.ff_context
         return self.norm1, self.attn.to_out[0], self.ff
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return a stream's heads from separate matrices for query, key and value."""
         return self.attn.heads(x, is_text)
 
 
@@ -112,6 +116,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
         self.proj_out = nn.Linear(dim + ffn_dim, dim)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.norm(tokens.vector)
         h = modulate(self.layer_norm(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -122,7 +127,7 @@ class HunyuanVideoSingleTransformerBlock(nn.Module):
 class FramePackRefinerBlock(nn.Module):
     """Self-attention and feed-forward among text tokens.
 
-    Timestep and mean text only gate the two branches.
+    The timestep and the mean of the text only gate the two branches.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
@@ -136,6 +141,7 @@ class FramePackRefinerBlock(nn.Module):
     def forward(
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
     ) -> Tensor:
+        """Apply the block to text tokens x, B T C. `vector` is B C float32."""
         # x: B T C    vector: B C float32
         gate1, gate2 = self.norm_out(vector.unsqueeze(1))
         x = add_gated(x, gate1, self.attn(self.norm1(x).to(x.dtype), lengths, attention))
@@ -143,5 +149,5 @@ class FramePackRefinerBlock(nn.Module):
 
 
 def heads(layer: nn.Linear, x: Tensor, num_heads: int) -> Tensor:
-    """Apply the layer to B L C and split the result into heads: B L N D."""
+    """Apply a layer to x, B L C, and split the result into heads, B L N D."""
     return in_own_dtype(layer, x).unflatten(-1, (num_heads, -1))

@@ -1,7 +1,7 @@
-"""Contents of FramePack's latent caches: a file per section of a clip, or per image with control images.
+"""FramePack's latent caches: a file for each section of a clip, or for each image with control images.
 
 A section is what the network learns in one step: its true latents, and the network's other inputs when it
-generates that section (`sections.py`). The clip's own latents replace those made before.
+generates that section (`sections.py`). The clip's own latents take the place of latents generated before.
 """
 
 import logging
@@ -39,7 +39,7 @@ NO_MOMENTS = (
 def check_table(table: MediaTable, one_frame: bool) -> None:
     """Raise DatasetError if a table's items are of the wrong kind, or too short for a section.
 
-    one_frame: --one_frame. Warns of clips that are longer than whole sections.
+    `one_frame` is --one_frame. Warns of clips whose last frames do not fill a section.
     """
     if one_frame:
         _check_images(table)
@@ -97,7 +97,7 @@ def _check_images(table: MediaTable) -> None:
 
 
 def count_sections(table: MediaTable, frames: int) -> int:
-    """Return the number of sections in a clip of this many frames; left-over frames do not count.
+    """Return the number of full sections in a clip of this many frames.
 
     Raises MediaError if it is too short for one section.
     """
@@ -123,7 +123,7 @@ def _count_least_frames(table: MediaTable) -> int:
 
 
 def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> list[list[CacheEntry]]:
-    """Return the sections of every clip, each with `section`, its number in the clip.
+    """Return the cache entries of every clip, one for each section, with its number as `section`.
 
     Tensors have the VAE's dtype and are on the CPU. A clip is encoded as a whole, as a posterior sample
     seeded by its name; its first frame serves as the start image.
@@ -141,7 +141,11 @@ def clip_entries(encoders: MediaEncoders, media: MediaBatch, order: Order) -> li
 def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) -> list[CacheEntry]:
     """Return the sections of one clip in the order of generation.
 
-    latents: 1 C F h w, the start frame and whole sections.
+    Args:
+        latents: 1 C F h w, the start frame and full sections.
+        features: Image features of the first frame.
+        order: Order of generation.
+        window: Latent frames of a section.
     """
     start = latents[:, :, :1]
     targets = latents[:, :, 1:].split(window, dim=2)
@@ -163,10 +167,10 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
 
 
 def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame) -> list[list[CacheEntry]]:
-    """Return one entry for every image: its latents as the target, those of its control images before it.
+    """Return one entry for every image: its latents as the target, with those of its control images.
 
-    Each image is encoded alone. Latents are 0 where their image is transparent. switches: the black frames to
-    add; the indices come from the table.
+    Each image is encoded alone. Latents are 0 where their image is transparent. `switches` says which black
+    frames to add; the indices come from the table.
     """
     table = media.table
     settings = replace(
@@ -207,14 +211,14 @@ def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor
 
 
 def _encode_features(encoders: MediaEncoders, frames: Tensor) -> Tensor:
-    """Encode the first of `frames`, B F H W C uint8, as features B L C: in the latents' dtype, on the CPU."""
+    """Encode the first of `frames`, B F H W C uint8, as features B L C in the latents' dtype, on the CPU."""
     return encoders.image_encoder.encode(to_pixels(frames[:, :1]).squeeze(2)).to("cpu", encoders.vae.dtype)
 
 
 def _make_entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
-    """Build an entry. tensors: C F h w each, all named with the size of the target, `latents`."""
+    """Build an entry. `tensors` are C F h w each, all named with the size of the target, `latents`."""
     all_tensors = dict(tensors)
     for name, numbers in indices.by_name().items():
         all_tensors[name] = torch.tensor(numbers)

@@ -1,4 +1,4 @@
-"""FramePack as data: the dimensions of its transformer. FramePack and FramePack-F1 have the same."""
+"""FramePack as data: the dimensions of its transformer, which FramePack-F1 shares."""
 
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ class FramePackConfig(JointConfig):
 
     @property
     def kind(self) -> str:
+        """Always i2v: every video starts from an image."""
         return "i2v"
 
 

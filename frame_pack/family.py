@@ -70,7 +70,7 @@ UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
 class FramePack(OneTransformer):
     """Description of FramePack for one run, built by the `family_for_...` functions below.
 
-    FramePack-F1 has the same networks and another order of sections; files do not show the difference.
+    FramePack-F1 has the same networks and another order of sections; its files do not show the difference.
     """
 
     files: FramePackFiles
@@ -96,6 +96,7 @@ class FramePack(OneTransformer):
 
     @property
     def order(self) -> Order:
+        """Order in which sections are generated."""
         return F1 if self.is_f1 else ANTI_DRIFTING
 
     @property
@@ -117,10 +118,12 @@ class FramePack(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
+        """FramePack or, with --f1, FramePack-F1."""
         return FRAMEPACK_F1 if self.is_f1 else FRAMEPACK
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model, and whether it was trained for images or for a version's videos."""
         version = "-F1" if self.is_f1 else ""
         is_one_frame = self.one_frame is not None
         names = {
@@ -135,6 +138,7 @@ class FramePack(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What caches depend on: VAE and its tiling in time, image encoder, and kind of sections."""
         kind = "f1" if self.is_f1 else "anti-drifting"
         if self.one_frame is not None:
             left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}
@@ -147,12 +151,13 @@ class FramePack(OneTransformer):
         }
 
     def media_encoders(self, device: torch.device, images: bool = True) -> data.MediaEncoders:
+        """Load the VAE, and with `images` also SigLIP."""
         files = self.files
         siglip = load_siglip(files.image_encoder_path, device, files.encoder_dtype(None)) if images else None
         return data.MediaEncoders(files.load_vae(device), siglip)
 
     def check_table(self, table: data.MediaTable) -> None:
-        """Raise DatasetError unless a table has long clips, or for --one_frame images with control images."""
+        """Raise DatasetError unless a table has long clips or, with --one_frame, images with controls."""
         caching.check_table(table, self.one_frame is not None)
 
     def sections_of(self, table: data.MediaTable, frames: int) -> int | None:
@@ -164,7 +169,7 @@ class FramePack(OneTransformer):
     ) -> list[list[data.CacheEntry]]:
         """Return the sections of every clip, or one entry for every image.
 
-        Stored in the VAE's dtype, in model space.
+        They are stored in the VAE's dtype, in model space.
         """
         parts = media.split_for(encoders.vae.device)
         if self.one_frame is not None:
@@ -173,18 +178,21 @@ class FramePack(OneTransformer):
 
     @property
     def moments(self) -> data.MomentsRules:
+        """Rules for moments, which cannot be used: sections need image features of the frames."""
         return data.MomentsRules(caching.NO_MOMENTS)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
+        """Raise DatasetError: caches cannot be made from moments."""
         raise DatasetError(f"{media.keys[0]}: {caching.NO_MOMENTS}")
 
     # the network
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, with the factors of --te_multiplier on its text tokens."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions for training: all in the caches but the target latents, and guidance (B)."""
+        """Return the conditions of a training batch: all cached tensors except the target; guidance (B)."""
         guidance = torch.full((len(latents),), GUIDANCE_UNIT * self.trained_guidance, device=latents.device)
         conditions = read_conditions(batch, self.files.dit_header().config, self.files.dit_path)
         compare_order(batch, self.is_f1, self.one_frame is not None)
@@ -198,13 +206,19 @@ class FramePack(OneTransformer):
         cond: data.Conditions,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
-        """Predict the velocity, B C F H W in float32. cond: names as in caches, with guidance B.
+        """Predict the velocity, B C F H W float32.
 
         Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
-        dtype, as the released code does, training rounds neither. A kind of history with indices but without
-        latents has black latents.
-        """
+        dtype, as the released code does; training rounds neither. A kind of history with indices but without
+        latents is black.
 
+        Args:
+            dit: The transformer.
+            noisy: Noisy latents, B C F H W.
+            timesteps: B, 0..1000.
+            cond: Conditions by their names in caches, and guidance B.
+            tweaks: Changes to this call.
+        """
         device = noisy.device
         history: dict[str, Tensor] = {}
         for name, (latents, indices) in HISTORY.items():
@@ -237,9 +251,11 @@ class FramePack(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
+        """Check transformer and text encoders, and with `media` also the VAE and the image encoder."""
         self.files.check(("dit", "texts", *(("vae", "image_encoder") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve a request to sections, or to one image after a training of single images."""
         if self.one_frame is not None:  # samples of a training of pictures
             request = replace(request, extra={"one_frame": "default", **request.extra})
         self.files.check(("dit", "image_encoder"))
@@ -256,18 +272,22 @@ class FramePack(OneTransformer):
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return True: every video starts from an image."""
         return True
 
     @property
     def source(self) -> SourceRules:
+        """Rules for what denoising may start from: a video, or latents of this model or HunyuanVideo."""
         return SourceRules((VIDEO, LATENTS), "FramePack", False, frozenset({"framepack", "hunyuan"}))
 
     def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames section by section as posterior samples with this seed."""
         return encode_clip(encoders.vae, frames, seed, self.window)
 
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
+        """Encode the start images of each section, or the control images of a single image."""
         settings: FramePackRequest = prepared.family_record
         if settings.one_frame is None:
             return video_inputs(encoders, prepared)
@@ -305,10 +325,12 @@ class FramePack(OneTransformer):
         )
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels, one section after another unless --bulk_decode is set."""
         return decode_video(encoders.vae, latents, self.window, self.bulk_decode)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
+        """Return --f1 and --one_frame, as far as this run uses them."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
@@ -317,6 +339,7 @@ class FramePack(OneTransformer):
 
 
 def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePack:
+    """Describe the family for fpack_cache_latents.py, which needs the VAE and the image encoder."""
     files = _tile_vae(FramePackFiles(image_encoder=options.image_encoder).add_chunks(options.vae))
     one_frame = OneFrame(has_2x=not options.one_frame_no_2x, has_4x=not options.one_frame_no_4x)
     return FramePack(
@@ -327,6 +350,7 @@ def family_for_latent_caching(options: FramePackLatentCachingOptions) -> FramePa
 
 
 def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
+    """Describe the family for fpack_cache_text_encoder_outputs.py, which needs only the text encoders."""
     return FramePack(FramePackFiles().add_text(options.text))
 
 
@@ -345,6 +369,7 @@ def family_for_training(options: FramePackTrainingOptions) -> FramePack:
 
 
 def family_for_generation(options: FramePackGenerationOptions) -> FramePack:
+    """Describe the family for fpack_generate_video.py; warn if --f1 makes --latent_paddings useless."""
     if options.f1 and options.latent_paddings is not None:
         logger.warning(
             "--latent_paddings %s is ignored because --f1 generates a video from its start",

@@ -1,7 +1,7 @@
-"""Files of a FramePack run: transformer, text encoders, paths, and the check that each fits its option.
+"""Files of a FramePack run: transformer, text encoders, and the check that each fits its option.
 
-The text encoders are HunyuanVideo's with outputs in another form: names, shapes and dtypes are those of
-the cache format.
+The text encoders are HunyuanVideo's with outputs in another form: names, shapes and dtypes are those of the
+cache format.
 """
 
 import re
@@ -124,12 +124,14 @@ class FramePackFiles(HunyuanFiles):
 
     @property
     def image_encoder_path(self) -> Path:
+        """Path of SigLIP. Raises OptionError if --image_encoder is missing."""
         return inside(
             require_file(self.image_encoder, OPTION, "FramePack encodes its start image with SigLIP"),
             "image_encoder",
         )
 
     def check(self, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed, including SigLIP's width. Loads nothing."""
         super().check(needed)
         if self.image_encoder is not None or "image_encoder" in needed:
             path, takes = self.image_encoder_path, None
@@ -139,10 +141,11 @@ class FramePackFiles(HunyuanFiles):
 
 
 def saved_window(paths: Sequence[Path], otherwise: int) -> int:
-    """Return the number of latent frames per section in files of latents; `otherwise` if they do not state
-    it.
+    """Return the latent frames per section recorded in files of latents; `otherwise` if none is recorded.
 
-    Raises OptionError if the files differ, CheckpointError if one is damaged.
+    Raises:
+        OptionError: If the files differ.
+        CheckpointError: If a file is damaged.
     """
     windows = {}
     for path in paths:

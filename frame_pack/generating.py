@@ -41,9 +41,17 @@ def video_sections(
 ) -> Sections:
     """Yield each section for the denoising loop, in the order of generation; return the video's latents.
 
-    Latents: 1 C F h w. prompts, inputs: by section, as `frame_pack.inputs.video_inputs` makes them. guidance:
-    shape 1, the network's guidance input. Each section's noise is one draw of float32. Results are kept on
-    the CPU, so that device memory does not grow with the length.
+    The latents are 1 C F h w. Each section's noise is one draw of float32. Results are kept on the CPU, so
+    that device memory does not grow with the length.
+
+    Args:
+        prompts: Encoded prompts by section.
+        inputs: Conditions by section, as `frame_pack.inputs.video_inputs` makes them.
+        noise: Source of the noise.
+        guidance: The network's guidance input, shape 1.
+        order: Order of generation.
+        window: Latent frames of a section.
+        paddings: --latent_paddings.
     """
     plan = order.plan(len(inputs), window, paddings)
     end = inputs[0].get("end_latents")
@@ -78,9 +86,7 @@ def video_sections(
 
 
 def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section together with its neighbour, so that the transition is as in the finished
-    video.
-    """
+    """Return the newest section with its neighbor, so that the preview has the final video's transition."""
     # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first
@@ -105,9 +111,16 @@ def one_frame_section(
     window: int,
     shape: Sequence[int],
 ) -> Sections:
-    """Yield the one section that makes a picture; return its latent, 1 C 1 h w.
+    """Yield the one section that generates an image, and return its latent, 1 C 1 h w.
 
-    inputs: of `frame_pack.inputs.one_frame_inputs`. shape: of the latent.
+    Args:
+        settings: Settings of the image.
+        prompts: Its encoded prompts.
+        inputs: Result of `frame_pack.inputs.one_frame_inputs`.
+        noise: Source of the noise.
+        guidance: The network's guidance input, shape 1.
+        window: Latent frames of a section.
+        shape: Shape of the latent.
     """
     controls = inputs.get("control_latents")
     black = torch.zeros(*shape)
@@ -125,10 +138,10 @@ def one_frame_section(
 
 
 def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -> Iterator[Tensor]:
-    """Decode latents (1 C F h w in model space) to pixels 1 3 F H W in -1..1, in playing order.
+    """Decode latents, 1 C F h w in model space, to pixels 1 3 F H W in -1..1, in playing order.
 
-    Sections are decoded in overlapping pairs and blended, on the CPU. at_once: decode all together, which has
-    no seams and takes more memory; also done if the latents are not a whole number of sections.
+    Sections are decoded in overlapping pairs and blended, on the CPU. With `at_once`, or if the latents are
+    not a whole number of sections, all are decoded together, which has no seams and takes more memory.
     """
     sections = count_window_sections(latents.shape[2], window)
     if at_once or sections < 2 or video_latents(sections, window) != latents.shape[2]:
@@ -145,7 +158,7 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode a `Piece` to pixels 1 3 F H W in playing order: at once, not clamped before its transitions."""
+    """Decode a `Piece` at once to pixels 1 3 F H W in playing order, not clamped before its transitions."""
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 

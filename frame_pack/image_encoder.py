@@ -1,4 +1,4 @@
-"""FramePack's image encoder, a SigLIP so400m: turn an image into 729 vectors, its normed last hidden state.
+"""FramePack's image encoder, a SigLIP so400m: an image to 729 vectors, its normed last hidden state.
 
 Module names follow Hugging Face's files. Source: Zhai et al. 2023, arXiv 2303.15343.
 """
@@ -52,6 +52,7 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
+        """Number of vectors that an image becomes."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -125,15 +126,17 @@ class SiglipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the encoder."""
         return self.post_layernorm.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the encoder."""
         return self.post_layernorm.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels B 3 H W in -1..1, of any size: B 729 C in the compute dtype, on the device."""
+        """Encode pixels B 3 H W in -1..1, of any size, as B 729 C in the compute dtype, on the device."""
         prepared = self.prepare(pixels).to(self.device, self.dtype)
         x = self.embeddings["patch_embedding"](prepared).flatten(2).transpose(1, 2)
         x = x + self.embeddings["position_embedding"].get_parameter("weight")

@@ -1,7 +1,7 @@
 """Encode the images of a request as inputs of its sections: latents, and features of the image encoder.
 
-Every latent is a sample of the VAE's posterior, seeded by the request alone: that of a file does not depend
-on the other files. Source: the released code; masks as in kisekaeichi.
+Every latent is a sample of the VAE's posterior, seeded by the request alone, so that the result for a file
+does not depend on the other files. Source: the released code; masks as in kisekaeichi.
 """
 
 from pathlib import Path
@@ -24,10 +24,10 @@ from modules.media.pixels import byte_clips, image_pixels
 
 
 def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
-    """Encode the image of each section: `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w).
+    """Encode the image of each section as `image_embeddings` (1 S D) and `start_latents` (1 16 1 h w).
 
-    Section 0 may also have `end_latents`. All on the CPU, latents in model space; sections with the same
-    image share its tensors.
+    Section 0 may also have `end_latents`. All tensors are on the CPU, latents in model space; sections with
+    the same image share them.
     """
     settings: FramePackRequest = prepared.family_record
     images, end_image = settings.images, prepared.request.end_image_path
@@ -44,9 +44,9 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
 
 
 def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tensor:
-    """Encode a clip of any length: frames 1 F H W 3 uint8, F = 4n + 1, to 1 16 n+1 h w in model space.
+    """Encode a clip of any length, 1 F H W 3 uint8 with F = 4n + 1, to 1 16 n+1 h w in model space.
 
-    Two sections are encoded at a time, the first only to lead up to the second, so that memory does not grow
+    Two sections are encoded at a time, the first only as context for the second, so that memory does not grow
     with the length.
     """
     section = LATENT_STRIDE * window
@@ -62,7 +62,8 @@ def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tens
 def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:
     """Encode the start image as `image_embeddings` (1 S D), control images as `control_latents` (1 16 n h w).
 
-    A control's latent is multiplied by its mask: the mask file, else the control's alpha channel. On the CPU.
+    A control's latent is multiplied by its mask: the mask file, or else the control's alpha channel. All
+    tensors are on the CPU.
     """
     settings: FramePackRequest = prepared.family_record
     (image,) = settings.images
@@ -86,7 +87,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
 
 def read_mask(path: Path, size: Size) -> Tensor:
-    """Read an image as a mask, h w in 0..1. size: width and height of the latents. Raises MediaError."""
+    """Read an image as a mask, h w in 0..1. `size` is the latents' width and height. Raises MediaError."""
     from modules.media.reading import read_mask
 
     gray = numpy.array(Image.fromarray(read_mask(path)).convert("L"))
@@ -115,10 +116,14 @@ def _encode_latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_
 
 
 def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
-    """Resize transparency to the size of latents: 0 for transparent, 1 for opaque.
+    """Resize transparency to the size of latents, height x width float32: 0 transparent, 1 opaque.
 
-    alpha: H W uint8, cropped to the part of a picture that covers the latents. height, width: of the latents.
-    Returns height x width, float32, on the CPU. Lanczos, as in the known tuners.
+    Lanczos filter, as in kisekaeichi's implementation in musubi-tuner.
+
+    Args:
+        alpha: H W uint8, cropped to the part of an image that covers the latents.
+        height: Height of the latents.
+        width: Width of the latents.
     """
     scale = min(alpha.shape[1] / width, alpha.shape[0] / height)
     left, top = (alpha.shape[1] - scale * width) / 2, (alpha.shape[0] - scale * height) / 2
@@ -128,7 +133,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w, in their dtype, by the masks of `alpha`, B H W uint8; None: unchanged."""
+    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8; None: unchanged."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])

@@ -37,7 +37,7 @@ from running.run_blocks import BlockNetwork, Hidden
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive latents of the sequence, embedded by patches of one size."""
+    """Consecutive latents of the sequence that are embedded by patches of one size."""
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
@@ -46,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Everything that the rotary table of a sequence depends on."""
+    """What the rotary table of a sequence depends on."""
 
     stretches: tuple[Stretch, ...]  # front to back
     rows: int  # patches, before any are joined into coarse tokens
@@ -57,9 +57,13 @@ class WindowLayout:
 def position_scale(timesteps: Tensor, threshold: float | None, factor: float) -> float:
     """Return the factor for positions along rows and columns: `factor` from timestep `threshold` on, else 1.
 
-    timesteps: B, as the model takes them; the noisiest decides for all. threshold: None always returns 1. At
-    high noise the model lays out the picture; closer positions then keep a model that was trained on small
-    pictures from repeating itself in a large one.
+    At high noise the model lays out the image; closer positions then keep a model that was trained on small
+    images from repeating itself in a large one.
+
+    Args:
+        timesteps: B, 0..1000; the noisiest decides for all.
+        threshold: None always gives 1.
+        factor: Factor at high noise.
     """
     return factor if threshold is not None and float(timesteps.max()) >= threshold else 1.0
 
@@ -67,10 +71,15 @@ def position_scale(timesteps: Tensor, threshold: float | None, factor: float) ->
 def rotary_table(
     layout: WindowLayout, widths: Sequence[int], theta: float, device: torch.device = CPU
 ) -> Tensor:
-    """Return the turns as (cosine, sine) pairs, float32 on `device`.
+    """Return the rotations as (cosine, sine) pairs, float32 on `device`.
 
-    L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2. widths: channels for frames, rows and
-    columns; they sum to D.
+    The table is L 1 D/2 2 if all samples have the same indices, else B L 1 D/2 2.
+
+    Args:
+        layout: Layout of the sequence.
+        widths: Channels for frames, rows and columns; they sum to D.
+        theta: Base of the frequencies.
+        device: Device of the result.
     """
     batch = len(layout.stretches[0].indices)
     samples = [tuple(stretch.indices[sample] for stretch in layout.stretches) for sample in range(batch)]
@@ -118,6 +127,7 @@ class FramePackTokens(HunyuanTokens):
 
     @property
     def first_picture(self) -> int:
+        """Index of the first token of the noisy latents."""
         return self.video - math.prod(self.grid)
 
 
@@ -134,6 +144,7 @@ class ConditionEmbedding(nn.Module):
         self.text_embedder = TwoLayers("linear_1 linear_2", texts, in_float32=True)
 
     def forward(self, timesteps: Tensor, text: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Return one vector, B C float32, for timesteps B, text B text_dim and guidance B."""
         # timesteps, guidance: B    text: B text_dim
         vector = self.timestep_embedder(
             sinusoid(timesteps, self._freq_dim, torch.float32)
@@ -173,7 +184,7 @@ class FramePackRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice,
     ) -> Tensor:
-        """Do the same as `hunyuan_model.token_refiner.TokenRefiner.forward`."""
+        """Return text tokens, as `hunyuan_model.token_refiner.TokenRefiner.forward` does."""
         vector = self.time_text_embed(timesteps, mean_text(text, counts))
         tokens = in_own_dtype(self.proj_in, text).to(dtype)
         blocks = self.token_refiner.refiner_blocks
@@ -194,9 +205,9 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, times: int) -> Tensor:
-        """Embed B in_dim F H W as B l C.
+        """Embed B in_dim F H W as B l C; `times` (1, 2 or 4) is the coarseness.
 
-        Incomplete patches are padded with the border's values. times: 1, 2 or 4.
+        Incomplete patches are padded with the border's values.
         """
         layer = {1: self.proj, 2: self.proj_2x, 4: self.proj_4x}[times]
         frames, rows, columns = (
@@ -208,7 +219,7 @@ class CleanEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class Given:
-    """Latents with their indices on the frame axis: B in_dim F H W and B F."""
+    """Finished latents, B in_dim F H W, with their indices in time, B F."""
 
     name: str  # as the argument of `FramePackModel.embed` is called
     latents: Tensor
@@ -238,7 +249,7 @@ class FramePackModel(BlockNetwork):
     dtype_of = "transformer_blocks.0.attn.to_add_out.bias"
 
     def __init__(self, config: FramePackConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -284,13 +295,26 @@ class FramePackModel(BlockNetwork):
     ) -> Hidden:
         """Return tokens B L+T C, those of noisy latents last, and the blocks' other inputs.
 
-        noisy: B in_dim F H W. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
-        llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, 1000
-        times the scale. image_embeddings: B S image_dim, states of the image encoder. latent_indices: B F
-        integers, where on the frame axis the latents stand. clean_latents and the coarser _2x, _4x: B in_dim
-        n H W with their B n indices; None without latents of that kind. position_scale: factor for positions
-        along rows and columns. tweaks: changes to this call; their second text has arguments named llama,
-        llama_mask and clip_l. Raises ValueError if sizes do not go together.
+        Args:
+            noisy: B in_dim F H W.
+            timesteps: B, 0..1000.
+            llama: States of the language model, B T text_dim.
+            llama_mask: B T, true or 1 for real tokens, which come first.
+            clip_l: Pooled CLIP state, B pooled_dim.
+            guidance: B, 1000 times the scale.
+            image_embeddings: States of the image encoder, B S image_dim.
+            latent_indices: Indices in time of the noisy latents, B F integers.
+            clean_latents: Finished latents, B in_dim n H W; None without.
+            clean_latent_indices: Their indices, B n.
+            clean_latents_2x: Finished latents to embed at half resolution.
+            clean_latent_2x_indices: Their indices, B n.
+            clean_latents_4x: Finished latents to embed at quarter resolution.
+            clean_latent_4x_indices: Their indices, B n.
+            position_scale: Factor for positions along rows and columns.
+            tweaks: Changes to this call; their second text has arguments named llama, llama_mask and clip_l.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         history = [
             _describe_given("clean_latents_4x", clean_latents_4x, clean_latent_4x_indices, 4),

@@ -1,4 +1,4 @@
-"""What FramePack is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""FramePack's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import CLIPS, FamilyEntry, Marks
 from hunyuan_model.names import HUNYUAN_VIDEO

@@ -1,8 +1,8 @@
 """Single images: a section with one target frame, whose index in time sets the distance to the controls.
 
 A larger `target_index` lets the image change more. Control images have indices too and replace the start
-image. So a model of motion edits images (kisekaeichi: two controls, one at a later index; 1f-mc: two in a
-row).
+image. This makes a model of motion edit images (kisekaeichi: two controls, one at a later index; 1f-mc: two
+consecutive ones).
 """
 
 import logging
@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices:
     """Return the indices of the controls, the black frames after them and the target.
 
-    controls: number of control images; without one, a black frame is the control. The order in `clean` is
-    that of the latents: controls, then the black frame.
+    The order in `clean` is that of the latents: controls, then the black frame. `controls` is the number of
+    control images; without one, a black frame is the control.
     """
     controls = max(controls, 1)
     if len(settings.control_indices) > controls:

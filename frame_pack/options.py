@@ -27,9 +27,9 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 def parse_entries(text: str, option: str) -> dict[int, str]:
     """Return the texts by section number, always with an entry 0.
 
-    Without a piece for section 0, its entry is that of the lowest section counted from the start, else of the
-    section furthest from the end. If two pieces are for the same section, the later one is used. option:
-    "--prompt", for messages. Raises OptionError for a range that runs backwards or is too long.
+    Without a text for section 0, its entry is that of the lowest section counted from the start, else of the
+    section furthest from the end. If two texts are for the same section, the later one is used. `option` is
+    "--prompt" or the like, for messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -207,6 +207,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     text = options.text
     latents = options.vae.file.words()
     latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")
@@ -247,7 +248,7 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
 
 
 def _join_places(places: str, cached_with: Mapping[str, Any]) -> str:
-    """Return --one_frame_inference of what was cached. cached_with: options of the caching script by name."""
+    """Return the --one_frame_inference of cached items; `cached_with` are the caching script's options."""
     without = [word for word in ("no_2x", "no_4x") if cached_with.get(f"one_frame_{word}")]
     return ",".join([*filter(None, [places]), *without]) or "default"
 

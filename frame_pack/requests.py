@@ -1,8 +1,8 @@
-"""Settle a request for FramePack before anything is loaded: sections, their texts and images, or one picture.
+"""Resolve a request for FramePack before anything is loaded: sections with texts and images, or one image.
 
-`Request.extra` holds what only this family knows, as text: `image_path` (as `frame_pack.options` reads
-it), `one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and
-`control_image_mask_path` (a path a line). It is parsed here, once, into a `FramePackRequest`.
+`Request.extra` holds as text what only this family knows: `image_path` (as `frame_pack.options` reads it),
+`one_frame` (as `parse_one_frame` reads it), `video_sections`, `video_seconds` and `control_image_mask_path`
+(a path a line). It is parsed here, once, into a `FramePackRequest`.
 """
 
 import logging
@@ -52,10 +52,18 @@ def prepare_request(
     is_f1: bool,
     takes_shape: bool = False,
 ) -> requests.Prepared:
-    """Settle size, frames and numbers, and check the images. Unusable settings are left out with a warning.
+    """Resolve size, frames and numbers, and check the images. Unusable settings are dropped with a warning.
 
-    window: latent frames of a section. takes_shape: a single picture is shaped as its first control image,
-    else as its start image. Raises OptionError for impossible settings.
+    Args:
+        request: The request.
+        usual: Defaults of the family.
+        latent: Latent space of the model.
+        window: Latent frames of a section.
+        is_f1: Whether sections are generated in playing order.
+        takes_shape: Give a single image the aspect ratio of its first control image, else of its start image.
+
+    Raises:
+        OptionError: For invalid settings.
     """
     text = request.extra.get("one_frame")
     is_image = text is not None
@@ -105,7 +113,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket, of a dataset with this resolution, to which the first image would be assigned."""
+    """Return the bucket of the first image in a dataset with this resolution."""
     from modules.media.reading import image_size  # only for single pictures
 
     buckets = bucket_sizes(width, height, step)
@@ -137,8 +145,9 @@ def _read_prompts(request: requests.Request, sections: int, is_picture: bool) ->
 
 
 def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
-    """Return the request without unusable media, with a warning. Raises OptionError if a file cannot be
-    opened.
+    """Return the request without unusable media, with a warning.
+
+    Raises OptionError if a file cannot be opened.
     """
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
     request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
@@ -184,8 +193,9 @@ def _count_sections(request: requests.Request, usual: SamplingDefaults, window: 
 
 
 def _with_controls(request: requests.Request) -> requests.Request:
-    """Return the request without unused control images and masks. Raises OptionError if a used one is
-    missing.
+    """Return the request without unused control images and masks.
+
+    Raises OptionError if a used file is missing.
     """
     images = request.control_images
     extra = dict(request.extra)
@@ -210,7 +220,7 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 
 def _list_images(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
-    """Return the start image of each section. Raises OptionError if there is none or one cannot be read."""
+    """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
@@ -224,7 +234,7 @@ def _list_images(request: requests.Request, sections: int, is_picture: bool) -> 
 
 
 def _read_entries(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
-    """Read a text's entries for each section, in playing order. Warn of entries for other sections."""
+    """Parse a text's entries for each section, in playing order. Warn of entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)
@@ -243,7 +253,7 @@ def _read_entries(text: str, option: str, sections: int, is_picture: bool) -> tu
 
 
 def _check_image(option: str, path: Path) -> None:
-    """Raise OptionError if there is no image that can be decoded, long before it would be used."""
+    """Raise OptionError, long before the image is used, if it cannot be decoded."""
     if not path.exists():
         raise OptionError(f"{option} {path}: no such file.{explain_missing(path)}")
     requests.check_opens(option.removeprefix("--"), path, is_image=True)

@@ -1,9 +1,9 @@
 """The sections of a long video: their number and order, the context of each, and how they are joined.
 
-FramePack denoises one window of latent frames after the other. A window sees the start image, and the frames
-made before it at full, half and quarter resolution. Every latent frame that the network takes has a place on
-one line of time, its index. There are two orders. **Anti-drifting** (the default) makes the last section
-first and works back to the start image, which every section sees. **F1** makes the sections in playing order.
+FramePack denoises one window of latent frames after another. A window sees the start image, and the frames
+generated before it at full, half and quarter resolution. Every latent frame that the network takes has an
+index on one time line. There are two orders. **Anti-drifting** (the default) generates the last section first
+and works back to the start image, which every section sees. **F1** generates the sections in playing order.
 Pure arithmetic; no code here depends on a network.
 
 Source: Zhang and Agrawala 2025, arXiv 2504.12626; section numbers and paddings as in the released code.
@@ -44,7 +44,7 @@ class Indices:
     target: tuple[int, ...]  # the frames to denoise
 
     def by_name(self) -> dict[str, tuple[int, ...]]:
-        """Return the indices of the parts that are used, by their names in caches."""
+        """Return the indices of the used parts, by their names in caches."""
         parts = {
             "latent_indices": self.target,
             "clean_latent_indices": self.clean,
@@ -56,7 +56,7 @@ class Indices:
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """One section in the order of making."""
+    """One section in the order of generation."""
 
     index: int  # position in the video; 0 is played first
     padding: int  # windows between the start image and this section, for the time indices
@@ -69,9 +69,13 @@ class SectionPlan:
 def count_sections(seconds: float, window: int, sections: int | None = None) -> int:
     """Return the number of sections of a video.
 
-    seconds: --video_seconds. sections: --video_sections, used instead if given. window: latent frames of a
-    section, --latent_window_size.
-    Raises OptionError for impossible lengths.
+    Args:
+        seconds: --video_seconds.
+        window: --latent_window_size, the latent frames of a section.
+        sections: --video_sections, which replaces `seconds` if given.
+
+    Raises:
+        OptionError: For invalid lengths.
     """
     if window < 1:
         raise OptionError(
@@ -88,22 +92,27 @@ def count_sections(seconds: float, window: int, sections: int | None = None) -> 
 
 
 def count_window_sections(latent_frames: int, window: int) -> int:
+    """Return the number of full sections in latents, which begin with the start image."""
     return (latent_frames - 1) // window
 
 
 def video_latents(sections: int, window: int) -> int:
+    """Return the number of latent frames of a video, including the start image."""
     return sections * window + 1
 
 
 def video_frames(sections: int, window: int) -> int:
+    """Return the number of pixel frames of a video."""
     return pixel_frames(video_latents(sections, window))
 
 
 def section_frames(window: int) -> int:
+    """Return the number of pixel frames of one section."""
     return pixel_frames(window)
 
 
 def pixel_frames(latent_frames: int) -> int:
+    """Return the number of pixel frames that latent frames decode to."""
     return LATENT_STRIDE * (latent_frames - 1) + 1
 
 
@@ -111,7 +120,7 @@ def pixel_frames(latent_frames: int) -> int:
 
 
 def default_paddings(sections: int) -> tuple[int, ...]:
-    """Return the windows between the start image and each section, in the order of making.
+    """Return the number of windows between the start image and each section, in the order of generation.
 
     For a long video the released code does not count down from its length: it repeats 2.
     """
@@ -138,7 +147,7 @@ def parse_paddings(text: str) -> tuple[int, ...]:
 
 
 def section_indices(padding: int, window: int) -> Indices:
-    """Return the indices of an anti-drifting section: start image, target, and latents behind the target.
+    """Return the indices of an anti-drifting section: start image, target, and latents after the target.
 
     `padding` windows are left out between the start image and the target.
     """
@@ -184,7 +193,10 @@ def _list_indices(start: int, length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CleanLatents:
-    """Clean latents that the network takes besides the target: B C F H W each, at the places of `Indices`."""
+    """Finished latents that the network takes in addition to the target, B C F H W each.
+
+    Their indices are those of `Indices`.
+    """
 
     clean: Tensor  # F 2
     clean_2x: Tensor  # at full size like the next one: the network reduces them
@@ -201,16 +213,17 @@ class CleanLatents:
 
 @dataclass(frozen=True)
 class Order:
-    """An order of making sections, for a loop over them.
+    """An order of generating sections, for a loop over them.
 
-    The history holds the finished latents, B C F H W in playing order, always at least 19 frames: black ones
-    in place of missing ones. The same loop over true latents, instead of made ones, gives training inputs.
+    The history holds the finished latents, B C F H W in playing order, and always at least 19 frames: black
+    ones fill in for missing ones. The same loop over true latents, instead of generated ones, gives training
+    inputs.
     """
 
     in_front: bool  # each section is played before those made earlier
 
     def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
-        """Return the sections in the order of making. paddings: --latent_paddings, which F1 ignores."""
+        """Return the sections in the order of generation. F1 ignores `paddings`, --latent_paddings."""
         if not self.in_front:
             return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
         further_paddings = default_paddings(sections)[len(paddings) :]
@@ -222,7 +235,7 @@ class Order:
         return tuple(plans)
 
     def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
-        """Return the history before the first section. start, end: images, B C 1 H W; F1 ignores the end."""
+        """Return the history before the first section. Images are B C 1 H W; F1 ignores the end image."""
         history = start.new_zeros(*start.shape[:2], HISTORY, *start.shape[3:])
         if not self.in_front:
             return torch.cat([history, start], dim=2)
@@ -239,6 +252,7 @@ class Order:
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
     def extend(self, history: Tensor, section: Tensor) -> Tensor:
+        """Return the history with a new section, before or after it in playing order."""
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:
@@ -256,12 +270,12 @@ F1 = Order(in_front=False)
 
 
 def count_tokens(latent_frames: int, height: int, width: int) -> int:
-    """Return the tokens of the target alone. height, width: of the latents; a token covers 2 x 2 of them."""
+    """Return the number of tokens of the target alone; a token covers 2 x 2 latent pixels."""
     return latent_frames * (height // 2) * (width // 2)
 
 
 def compute_flow_shift(tokens: int) -> float:
-    """Return the flow shift of a target of `tokens` tokens: it grows exponentially with them, up to 7.
+    """Return the flow shift of a target with this many tokens: it grows exponentially, up to 7.
 
     The schedule is that of `make_schedule("unipc-bh1", ...)` with this shift.
     """
@@ -284,8 +298,8 @@ def decoding_slices(sections: int, window: int) -> tuple[slice, ...]:
 def blend_overlaps(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
     """Join clips that each repeat the last `overlap` frames of the one before, with a linear transition.
 
-    clips: B C F H W in playing order. Yields pieces in playing order and holds at most two clips at a time.
-    Raises ValueError if a clip is shorter than `overlap`.
+    Yields pieces in playing order, and holds at most two clips at a time. `clips` are B C F H W in playing
+    order. Raises ValueError if a clip is shorter than `overlap`.
     """
     tail: Tensor | None = None
     for clip in clips:

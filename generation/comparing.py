@@ -64,6 +64,7 @@ class Variant:
 
     @property
     def label(self) -> str:
+        """Heading of the column: the LoRA and its strength."""
         return f"{self.column} {self.strength}".rstrip()
 
 
@@ -82,6 +83,7 @@ class ClipFiles(NamedTuple):
 
     @property
     def exist(self) -> bool:
+        """Whether the clip or its latents exist, so that it need not be generated again."""
         return self.video.exists() or self.latents.exists()
 
 

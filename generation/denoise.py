@@ -33,13 +33,22 @@ def denoise(
     split: bool = True,
     first_step: int = 0,
 ) -> Tensor:
-    """Follow the velocity from noise to clean latents. Returns them in the shape of the section's noise,
-    float32, on its device.
+    """Follow the velocity from noise to clean latents.
 
-    dit_at: timestep -> the network to call. latents: the start, shaped like the noise. watchers: all are
-    called once the velocity of a step is known; if one returns True, the clean latents predicted at that step
-    are returned. split: run passes one by one instead of equal-shaped conditions as one batch. first_step: in
-    the solver's schedule; later than 0 for video-to-video.
+    Args:
+        family: The model family, whose `predict` is called.
+        dit_at: Returns the network to call at a timestep.
+        section: Conditions and shape of what is denoised.
+        latents: The start, in the shape of the section's noise.
+        solver: The stepping rule with its schedule.
+        guidance: Combines the velocities of a step's passes.
+        watchers: Called once the velocity of a step is known. If one returns True, denoising ends with the
+            clean latents predicted at that step.
+        split: Run passes one by one instead of batching conditions of equal shape.
+        first_step: Index in the solver's schedule; later than 0 for video-to-video.
+
+    Returns:
+        The latents in the shape of the section's noise, float32, on its device.
     """
     schedule = solver.schedule
     is_anchored = section.anchor is not None
@@ -123,11 +132,16 @@ def predictor(
     all_passes: steps.Tweaks = steps.NO_TWEAKS,
     clean_streams: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
-    """Make the function `predict(*conditions, tweaks=...)` of one step; it returns a velocity for each
-    condition.
+    """Make the function `predict(*conditions, tweaks=...)` of a step: a velocity for each condition.
 
-    all_passes: tweaks of every pass; those of the call are added. clean_streams: those of the section; a
-    picture or sound that is wholly given has timestep 0.
+    Args:
+        family: The model family.
+        dit_at: Returns the network to call at a timestep.
+        step: The step, with its noisy latents.
+        split: Run the passes one by one.
+        all_passes: Tweaks of every pass; those of the call are added.
+        clean_streams: Whether all images and all audio of the section are given; a given stream has timestep
+            0.
     """
     dit = dit_at(step.timestep)
     noisy = step.noisy
@@ -194,6 +208,7 @@ class SeededNoise:
         self._generator = torch.Generator(device="cpu" if cpu_noise else device).manual_seed(seed)
 
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw Gaussian noise of a shape, on the device of the run."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
         return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
 
@@ -216,13 +231,24 @@ def make_latents(
     on_section: OnSection | None = None,
     run: steps.RunPasses = run_passes,
 ) -> Tensor:
-    """Make the latents of one request. Returns B C F H W in model space, or B N with `prepared.joint`,
-    float32, on the device.
+    """Generate the latents of one request.
 
-    prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
-    timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
-    `denoise`; families with `SamplingDefaults.one_batch` split none. on_section: called before each section
-    is denoised; the network may leave its device meanwhile. run: runs the passes of a step.
+    Args:
+        family: The model family.
+        dit_at: Returns the network to call at a timestep; the caller sets evaluation mode and device.
+        prepared: The request with all values resolved.
+        prompts: Encoded prompts by section, from `Session.texts`, on the CPU.
+        inputs: Conditions from input media by section, from `session.encode_inputs`, on the CPU.
+        device: Device of the run.
+        cpu_noise: Draw noise on the CPU.
+        guidance_options: Options of guidance besides its scale.
+        watchers: See `denoise`.
+        split: See `denoise`; families with `SamplingDefaults.one_batch` never split.
+        on_section: Called before each section is denoised; the network may leave its device meanwhile.
+        run: Runs the passes of a step.
+
+    Returns:
+        Latents in model space, B C F H W, or B N with `prepared.joint`, float32, on the device.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -290,9 +316,7 @@ def sections_of(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
 ) -> Generator[steps.Section, Tensor, Tensor]:
-    """Yield the family's sections, each with the request's tweaks for all passes, and with its part of the
-    clean latents (`SOURCE`) to start from.
-    """
+    """Yield the family's sections with the request's tweaks and their part of the source latents."""
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)
     if source is not None:

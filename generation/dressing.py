@@ -54,10 +54,14 @@ class DitLoader:
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
-        """Load an expert into host memory. Its weights are computed on the device one by one, so they are the
-        same.
+        """Load an expert into host memory; its weights are the same, being computed on the device.
 
-        The returned `HostCopy` moves it to the device. check: called for each tensor; may raise.
+        Args:
+            expert: Index of the expert.
+            check: Called for each tensor; it may raise to stop loading.
+
+        Returns:
+            The network, and the `HostCopy` that moves it to the device.
         """
         from running.offload.turns import HostCopy  # only for networks that take turns
 
@@ -163,6 +167,7 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
+    """Return the key of an expert's LoRA options; "" if the options of all experts apply."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
@@ -252,10 +257,9 @@ FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Turn off the options of --optimized that are unavailable here, each with a warning that says why, and
-    log the rest in one line.
+    """Turn off the options of --optimized that are unavailable here, each with a warning, and log the others.
 
-    Options given by name stay: if unavailable, they are an error later.
+    Options that were given by name stay: if one is unavailable, it is an error later.
     """
     checks = _make_preset_checks(family, device)
     speed = options.speed

@@ -123,9 +123,7 @@ def warnings_told(answers: Answers) -> Iterator[None]:
 
 
 def open_answers() -> TextIOWrapper:
-    """Return standard output as a separate stream; everything else that is printed then goes to standard
-    error.
-    """
+    """Return standard output as a separate stream; other prints go to standard error from now on."""
     sys.stdout.flush()
     stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
     os.dup2(2, 1)

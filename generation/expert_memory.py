@@ -48,6 +48,7 @@ class ExpertTurns:
 
     @property
     def count(self) -> int:
+        """Number of experts that the run uses."""
         return len(set(self.order))
 
     def host_peak(self, weights: int, swapped: int) -> int:

@@ -47,9 +47,11 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 class WaitingNetwork(Protocol):
     """Protocol of a network whose weights can wait in host memory, as `running.offload.turns.HostCopy`."""
 
-    def bring(self) -> None: ...
+    def bring(self) -> None:
+        """Copy the weights to the device."""
 
-    def leave(self) -> None: ...
+    def leave(self) -> None:
+        """Release the device memory; the host keeps the weights."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -71,17 +73,20 @@ class ReadingAhead:
     stop: threading.Event  # set when nobody wants it any more
 
     def join(self) -> None:
+        """Wait until the thread has ended, in short waits that Ctrl-C can interrupt."""
         while wait([self.reading], PAUSE).not_done:
             pass
 
 
 def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
+    """Return the index of the expert that denoises each step of a request."""
     schedule = make_schedule(prepared.solver, prepared.steps, prepared.flow_shift, family.noise.table)
     timesteps = schedule.timesteps[prepared.first_step :].tolist()
     return [expert_at(timestep, family.experts) for timestep in timesteps]
 
 
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
+    """Return the order in which experts work over all requests, one entry for each change."""
     if len(family.experts) == 1:
         return [0] if requests else []
     steps = chain.from_iterable(experts_by_step(family, request) for request in requests)
@@ -164,8 +169,10 @@ class DitTurns:
                 _move_to_device(dit, copy, self.device)
 
     def can_stay(self, needed: int | None) -> bool:
-        """Return whether the working networks may stay on the device while something else needs `needed`
-        bytes of it. None: not known.
+        """Whether the working networks may stay on the device while other work needs `needed` bytes.
+
+        Args:
+            needed: Bytes; None if they are unknown, so that the networks must leave.
         """
         if self.device.type == "cpu":
             return True

@@ -132,9 +132,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
 
 def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
-    """Warn if the passes of guidance cannot be batched, or shared between processes, although the options ask
-    for it.
-    """
+    """Warn if guidance passes cannot be batched or shared between processes as the options ask."""
     options = run.options
     # attention that takes one sample at a time forces what was not asked for
     forces_split = options.speed.attention.split_attn and not options.split_uncond
@@ -303,9 +301,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
 
 @contextmanager
 def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
-    """Yield the callbacks for one job: they show progress bars over the steps, previews of latents, and the
-    growing preview of a video in sections.
-    """
+    """Yield the callbacks for one job: progress bars, latent previews, preview of a video in sections."""
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"

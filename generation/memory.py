@@ -64,6 +64,7 @@ class PhasePrediction:
 
     @property
     def most(self) -> int:
+        """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
@@ -80,6 +81,7 @@ class PhasePrediction:
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
+        """Return the memory plan of all phases with `blocks` swapped blocks while denoising."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
@@ -96,12 +98,19 @@ def predict(
     room: Room | None = None,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse all phases. Weights are not read; LoRAs are merged while loading and so take nothing. Raises
-    as loading does.
+    """Rehearse all phases of a generation without reading weights, and count their memory.
 
-    Products in 8 bits are rehearsed as products in 16 bit of the same weights. turns: of the whole run; None:
-    those of this request alone. room: memory of the device; text-encoder layers that do not fit wait on the
-    host. watch: `TokenCounter.watch`, if cards are to share the step.
+    LoRAs are merged while loading, so they take no memory. Products in 8 bits are rehearsed as 16-bit
+    products of the same weights. Errors of loading are raised as in a real run.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        prepared: The request.
+        device: Device of the run; nothing is allocated on it.
+        turns: Turns of the experts over the whole run; None for those of this request alone.
+        room: Memory of the device; layers of text encoders that do not fit wait on the host.
+        watch: `TokenCounter.watch` if several devices are to share the step.
     """
     extra = memory_plan.workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra=extra, room=room)
@@ -138,6 +147,7 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
+    """Count the memory of a block's work in a dry run, with these networks already loaded."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.place(network, ledger)
@@ -301,9 +311,7 @@ def _list_work_between_steps(
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
-    """Find the step that takes most memory: the one with the most passes in one batch, then with the most
-    passes.
-    """
+    """Find the step that needs most memory: most passes in one batch, then most passes, then the first."""
     candidates = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
         for index, plan in enumerate(plans):
@@ -323,6 +331,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
+    """Rehearse decoding of the first chunks, enough to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -335,6 +344,7 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 
 def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
+    """Return the phase at the largest moment of a dry run: weights, work and the device's extra memory."""
     _, moment = dry.largest(ledger.peaks)
     weights = moment.get(dry.WEIGHTS, 0)
     work = sum(moment.values()) - weights

@@ -110,11 +110,13 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """Return the tools in their order, as `post.chain_options.NamedTools`; None without a tool. Raises
-        OptionError.
+        """The tools in their order, as `post.chain_options.NamedTools`; None without a tool.
 
-        `post` is imported for this option alone, because training makes its samples through these loops and
-        does not need it.
+        `post` is imported for this option alone, because training generates its samples through these loops
+        and does not need it.
+
+        Raises:
+            OptionError: If a tool or one of its options is unknown.
         """
         if not self.post:
             return None
@@ -201,10 +203,12 @@ class GenerationOptions(Options, title="run"):
 
     @property
     def splits_guidance(self) -> bool:
+        """Whether guidance passes run one by one, by an option, for attention, or to share them."""
         return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.joined.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
+        """Axes of a comparison sheet: options and the values that they take."""
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
@@ -305,9 +309,7 @@ class GenerationOptions(Options, title="run"):
         _ = self.axes  # raises OptionError
 
     def warn_of_ignored(self) -> None:
-        """Warn about options that have no effect with other options; call it once, as records are made
-        repeatedly.
-        """
+        """Warn about options that others make ineffective; call it once, as records are rebuilt."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
@@ -416,6 +418,7 @@ def script_values(parser: Parser, defaults: ScriptDefaults) -> dict[str, Any]:
 
 
 def read_arguments(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, and fill in presets."""
     return fill_arguments(parser, parser.parse_args(argv))
 
 

@@ -49,9 +49,7 @@ class FrameTools(Protocol):
 
     @property
     def hides(self) -> bool:
-        """Return whether a tool hides something, such as faces. If so, no unprocessed frame may be shown or
-        saved.
-        """
+        """Whether a tool hides something, such as faces: unprocessed frames must not be shown or saved."""
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
@@ -72,10 +70,14 @@ class FrameTools(Protocol):
 def output_stem(
     when: datetime, seed: int, origin: Path | None = None, prompt: str = "", start: str = ""
 ) -> str:
-    """Return the name of an output without suffix: time, seed, and the name of the latent file `origin`. If
-    that file was named by this function, its own time and seed are used.
+    """Return the name of an output without its suffix: time, seed, and the name of the latent file `origin`.
 
-    prompt: its first words are added. start: is put before the time.
+    Args:
+        when: Time of the generation.
+        seed: Seed of the generation.
+        origin: Latent file that is decoded. If this function named it, its own time and seed are used.
+        prompt: Prompt whose first words are appended.
+        start: Text before the time.
     """
     if origin is not None:
         named_by_us = OWN_LATENTS.fullmatch(origin.stem)
@@ -114,6 +116,7 @@ def words_of(prompt: str) -> str:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
+    """Append underscores to a stem until no file with it and one of the suffixes exists."""
     suffixes = list(suffixes)
     while any((folder / f"{stem}{suffix}").exists() for suffix in suffixes):
         stem += "_"
@@ -302,6 +305,7 @@ def _save_video(
 
 
 def remember(frames: Iterable[Frame], last: deque[Frame]) -> Iterator[Frame]:
+    """Yield the frames, and keep the last ones in `last`, as many as it can hold."""
     for frame in frames:
         last.append(frame)
         yield frame

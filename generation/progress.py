@@ -37,6 +37,7 @@ FLOAT_BYTES = 4  # latent files are float32
 
 
 def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
+    """Return a prompt on one line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -103,9 +104,7 @@ def _describe_source(prepared: Prepared) -> str | None:
 
 
 def _describe_results(requests: Sequence[Prepared]) -> Row:
-    """Return the row of the box that describes the results: their kind, such as `clip`, and the size of the
-    first.
-    """
+    """Return the row of the box that describes the results: their kind, such as `clip`, and a size."""
     first = requests[0]
     size = size_in_words(first)
     if len(requests) == 1:

@@ -6,6 +6,7 @@ letters or by a long name (`line_options`). Unknown options are ignored with a w
 """
 
 import functools
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -108,10 +109,12 @@ def _read_side(text: str) -> int:
 
 
 def read_path(text: str) -> str:
+    """Return a path without quotation marks around it."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def read_name(text: str) -> str:
+    """Return a name unchanged; it exists because every line option has a reader."""
     return text
 
 
@@ -203,6 +206,7 @@ OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
 
 
 def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | None:
+    """Return the option that a word means, by its letters or its full name; None if it is unknown."""
     option = options.get(word)
     if option is not None:
         return option
@@ -216,6 +220,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
+    """Store the value of an option, and unset the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -269,14 +274,29 @@ def _cut_options(line: str) -> list[str]:
     """Return what comes before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    place = line.find(" --")
+    place = line.find(" --", _end_of_object(line, 0))
     while place >= 0:
         parts.append(line[start:place])
         start = place + len(" --")
         value = _WORD.match(line, start)
         quoted = None if value is None else _QUOTED.match(line, value.end())
-        place = line.find(" --", start if quoted is None else quoted.end())
+        end = start if value is None else _end_of_object(line, value.end())
+        place = line.find(" --", end if quoted is None else quoted.end())
     return [*parts, line[start:]]
+
+
+def _end_of_object(line: str, start: int) -> int:
+    """Return the place behind the JSON object that begins at `start`; `start` if none does.
+
+    Dashes in its texts are no options.
+    """
+    object_start = len(line) - len(line[start:].lstrip())
+    if not line.startswith("{", object_start):
+        return start
+    try:
+        return json.JSONDecoder().raw_decode(line, object_start)[1]
+    except (ValueError, RecursionError):  # such as {red|blue}
+        return start
 
 
 def unquote(text: str) -> str:
@@ -414,6 +434,15 @@ _NO_PROMPTS = re.compile(r"\s*(version https://git-lfs|<!doctype html|<html)", r
 
 
 def read_prompt_file(path: Path, option: str) -> str:
+    """Read a file of prompts.
+
+    Args:
+        path: The text file.
+        option: Option that names it, for messages.
+
+    Raises:
+        OptionError: If it cannot be read, is no UTF-8 text, or is a web page or a Git LFS pointer.
+    """
     try:
         text = read_text(path)
         if _NO_PROMPTS.match(text):

@@ -176,6 +176,7 @@ class OutputOptions(Options, title="output"):
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
+        """Return the options with --save_path, which names a file, split into its folder and its name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
     def is_picture(self, is_single: bool) -> bool:
@@ -215,16 +216,19 @@ class OutputOptions(Options, title="output"):
 
     @property
     def shows_progress(self) -> bool:
+        """Whether a video in sections is written anew after each section."""
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
     def writes_sound(self) -> bool:
+        """Whether audio is written, with a video or as a file of its own."""
         return self.output_type not in UNDECODED and (
             self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
         )
 
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
+    """Return an option of a preset as it would be typed."""
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 

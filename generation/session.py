@@ -53,6 +53,7 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
+    """Whether a request needs the media encoders before denoising: for its images, or for its source."""
     source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
@@ -73,11 +74,14 @@ class Session:
     _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
 
     def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
-        """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
-        dimension.
+        """Encode texts by section, as `wanted_texts` names them.
 
-        Each text encoder is loaded once, encodes each text that is new once and alone (its conditions depend
-        on no other), and is freed, or with `keep` moved to the CPU, before the next is loaded.
+        Each text encoder is loaded once and encodes each new text once and alone, because its conditions must
+        not depend on another text. It is then freed, or with `keep` moved to the CPU, before the next one is
+        loaded.
+
+        Returns:
+            Conditions on the CPU, without a batch dimension.
         """
         if self._text_encoders is None:
             self._text_encoders = self._make_text_encoders()
@@ -132,8 +136,12 @@ class Session:
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
-        """Yield the media encoders on the device. images: with the image encoder. again: they are needed
-        later, so keep them on the CPU; if the CPU is the device they are freed, and loaded again later.
+        """Yield the media encoders on the device.
+
+        Args:
+            images: Include the image encoder.
+            again: They are needed later, so keep them on the CPU; if the CPU is the device, they are freed
+                and loaded again later.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -157,11 +165,13 @@ class Session:
             free_memory(self.device)
 
     def drop_image_encoder(self) -> None:
+        """Release the image encoder, unless networks are to be kept."""
         if self._media is not None and not self.dits.keep:
             self._media = replace(self._media, image_encoder=None)
             self._has_image_encoder = False
 
     def free(self) -> None:
+        """Release all networks, and the device memory that torch caches."""
         for encoder in self._text_encoders or ():
             encoder.free()
         self._media = None

@@ -65,6 +65,7 @@ class ClipGrid:
 
     @property
     def clips(self) -> list[Path]:
+        """Paths of the clips that exist, row by row."""
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
@@ -90,9 +91,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    """Yield the cells of a row on the page. is_lower: leave out the first cell, which the row above already
-    shows.
-    """
+    """Yield the cells of a row on the page; `is_lower` leaves out the first, which is in the row above."""
     cells = list(zip(columns, row.paths, row.commands, strict=True))
     for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
@@ -101,6 +100,7 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
 
 
 def is_picture(path: Path) -> bool:
+    """Whether a path has the suffix of an image file."""
     return path.suffix.lower() in image_suffixes()
 
 
@@ -124,6 +124,7 @@ def _put_on_squares(frame: Frame) -> Frame:
 
 
 def read_middle_frame(path: Path | None) -> Frame | None:
+    """Return the middle frame of a clip; None if there is no clip."""
     if path is None:
         return None
     count = sum(1 for _ in frames_of(path))
@@ -247,8 +248,12 @@ Cells = Mapping[Place, GenerationJob]  # of one sheet, without cells that cannot
 
 
 def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: Failures) -> int:
-    """Make a sheet of each prompt line, and return the number of cells. lines: prompt lines by their labels,
-    as in `map_lines`.
+    """Generate a sheet for each prompt line, and return the number of cells.
+
+    Args:
+        run: The run.
+        lines: Prompt lines by their labels, as in `map_lines`.
+        failures: Collects the errors of single lines.
     """
     sheets = map_lines(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]

@@ -33,9 +33,9 @@ NOWHERE = sys.maxsize  # a place behind all tokens
 
 @dataclass(frozen=True)
 class HunyuanTokens:
-    """Inputs of the blocks besides the tokens x (B L+T C, the video first); built once per forward pass.
+    """Inputs of the blocks in addition to the tokens x, B L+T C with the video first.
 
-    With a second text x is B L+T+T' C, and texts are B T+T' C.
+    Built once per forward pass. With a second text, x is B L+T+T' C and texts are B T+T' C.
     """
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
@@ -50,16 +50,18 @@ class HunyuanTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs for the tokens of one process."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
     def first_picture(self) -> int:
-        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
-        picture tokens are left out.
+        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+
+        `kept` are the ascending positions of the kept tokens, B K.
         """
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
@@ -71,7 +73,7 @@ class HunyuanTokens:
 
     @property
     def split(self) -> int:
-        """Return the negative index where the second text begins in x and in the texts; 0: there is none."""
+        """Negative index where the second text begins in x and in the texts; 0 if there is none."""
         if self.second is None:
             return 0
         if self.part is None:
@@ -80,23 +82,21 @@ class HunyuanTokens:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Return the vectors that modulate the video's tokens and the texts', each B S C."""
+        """The vectors that modulate the video's tokens and the texts', each B S C."""
         return self.vector[:, :1], self.vector
 
     @property
     def clean(self) -> int:
-        """Return the negative index at which the video tokens begin that use a second vector; 0: there are
-        none.
-        """
+        """Negative index where the video tokens with a second vector begin; 0 if there are none."""
         return 0
 
     def split_video(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split x, B L+T ..., into video and text; in one split, so that its gradient is written once."""
+        """Split x, B L+T ..., into video and text, in one operator so that its gradient is written once."""
         video, text = x.split((self.video, x.shape[1] - self.video), dim=1)
         return video, text
 
     def join(self, video: Heads, text: Heads) -> Heads:
-        """Join normalised heads of video and text: query, key and value B L+T N D. Rotates the video's."""
+        """Join normalized heads of video and text to query, key and value, B L+T N D; rotate the video's."""
         video_query, video_key, video_value = video
         text_query, text_key, text_value = text
         query = turn_and_join(video_query, text_query, self.rotary)
@@ -106,29 +106,32 @@ class HunyuanTokens:
 
 @dataclass(frozen=True)
 class TokensWithTurnedText(HunyuanTokens):
-    """Inputs of blocks that rotate texts too: `rotary` covers all tokens."""
+    """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
     rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
 
     def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
+        """Select as `HunyuanTokens.select`, including the rotary rows of the video."""
         of_image = take_rows(self.rotary_of_picture, kept, num_left_out)
         return replace(super().select(kept, num_left_out), rotary_of_picture=of_image)
 
     @property
     def video(self) -> int:
+        """Number of video tokens, L."""
         return self.rotary_of_picture.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
-        """Join normalised heads of video and text: query, key and value B L+T N D. Rotates all."""
+        """Join normalized heads of video and text to query, key and value, B L+T N D; rotate all."""
         query, key, value = (torch.cat(both, dim=1) for both in zip(video, text, strict=True))
         return turn_first(query, self.rotary), turn_first(key, self.rotary), value
 
 
 class EmbeddedText(NamedTuple):
-    """An embedded text with the facts about it that the blocks need."""
+    """An embedded text, and what the blocks need to know about it."""
 
     tokens: Tensor  # B T C
     lengths: Lengths | None  # how many of the video's tokens and these are real; None: all
@@ -145,7 +148,12 @@ def join_tokens(
 ) -> Hidden:
     """Return the tokens of video and texts, B L+T C, and the other inputs of the blocks.
 
-    texts: the prompt and, if `steer` is given, a second one. inputs: further fields of the record.
+    Args:
+        video: Tokens of the video, in parts.
+        texts: The prompt and, if `steer` is given, a second text.
+        steer: How a second text changes the attention; None without one.
+        record: Class of the inputs.
+        **inputs: Other fields of the record.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common
@@ -157,7 +165,7 @@ def join_tokens(
 
 
 class HunyuanModulation(nn.Module):
-    """Compute the shifts, scales and gates of a block. name: of its linear layer in files."""
+    """Computes the shifts, scales and gates of a block. `name` is that of its linear layer in files."""
 
     def __init__(self, dim: int, count: int, name: str = "linear") -> None:
         super().__init__()
@@ -165,6 +173,7 @@ class HunyuanModulation(nn.Module):
         self.add_module(name, nn.Linear(dim, count * dim))
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Return `count` rows of modulation, each B S C float32, for a vector B S C float32."""
         # vector: B S C float32 -> count tensors B S C float32
         linear = getattr(self, self._name)
         return in_own_dtype(linear, functional.silu(vector)).float().chunk(self.count, dim=-1)
@@ -186,6 +195,7 @@ class DoubleStreamBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         video, text = tokens.split_video(x)
         video_vector, text_vector = tokens.rows
@@ -214,13 +224,13 @@ class DoubleStreamBlock(nn.Module):
     def _modulate_heads(
         self, x: Tensor, rows: Sequence[Tensor], tokens: HunyuanTokens, is_text: bool
     ) -> Heads:
-        """Return query, key and value of a stream's tokens B L C. rows: its shift, scale, ..., each B S C."""
+        """Return query, key and value of a stream's tokens B L C; `rows` starts with its shift and scale."""
         shift, scale, *_ = rows
         split = tokens.split if is_text else tokens.clean
         return self.heads(modulate(self.norm(x), shift, scale, tokens.dtype, split=split), is_text)
 
     def modulated_input(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
-        """Return the input of attention for the video tokens of x: B L+T C -> B L C."""
+        """Return the input of attention for the video tokens of x, B L+T C to B L C."""
         modulation, *_ = self.layers(False)
         vector, _ = tokens.rows
         shift, scale, *_ = modulation(vector)
@@ -237,7 +247,7 @@ class DoubleStreamBlock(nn.Module):
         scale: Tensor,
         gate: Tensor,
     ) -> Tensor:
-        """Add a stream's feed-forward branch to x, B L C, by token. shift, scale, gate: B S C float32."""
+        """Add a stream's feed-forward branch to x, B L C. Modulation rows are B S C float32 each."""
         return add_gated(x, gate, mlp(modulate(self.norm(x), shift, scale, dtype, split=split)), split)
 
 
@@ -262,11 +272,13 @@ class MMDoubleStreamBlock(DoubleStreamBlock):
         self.txt_mlp = TwoLayers("fc1 fc2", (dim, ffn_dim, dim), gelu)
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Return a stream's layers; see `DoubleStreamBlock.layers`."""
         if is_text:
             return self.txt_mod, self.txt_attn_proj, self.txt_mlp
         return self.img_mod, self.img_attn_proj, self.img_mlp
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:
+        """Return a stream's heads from one joint matrix for query, key and value."""
         if is_text:
             layers = self.txt_attn_qkv, self.num_heads, self.txt_attn_q_norm, self.txt_attn_k_norm
         else:
@@ -289,6 +301,7 @@ class MMSingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(dim + ffn_dim, dim)
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Apply the block to tokens x, B L+T C."""
         # x: B L+T C
         shift, scale, gate = self.modulation(tokens.vector)
         h = modulate(self.norm(x), shift, scale, tokens.dtype, split=tokens.split)
@@ -306,15 +319,15 @@ def split_heads(
     q_norm: nn.Module | None = None,
     k_norm: nn.Module | None = None,
 ) -> Heads:
-    """Return query, key and value, each B L N D, of tokens B L C; query and key by norms if given."""
+    """Return query, key and value, each B L N D, of tokens B L C. Norms, if given, apply to q and k."""
     q, k, v = in_own_dtype(qkv, x).unflatten(-1, (3, num_heads, -1)).unbind(2)
     return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k), v
 
 
 def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
-    """Compute the attention of the video with its text; return B L+T C.
+    """Return the attention of video and text to each other, B L+T C.
 
-    query, key, value: B L+T N D, those of the video rotated.
+    `query`, `key` and `value` are B L+T N D, those of the video rotated.
     """
     second, part, choice = tokens.second, tokens.part, tokens.attention
     if part is not None:
@@ -342,6 +355,6 @@ def attend_jointly(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTok
 
 
 def attend_turned(query: Tensor, key: Tensor, value: Tensor, tokens: HunyuanTokens) -> Tensor:
-    """Rotate the video tokens, B L+T N D and normalised, and do as `attend_jointly`."""
+    """Rotate the video tokens of normalized heads, B L+T N D, and compute `attend_jointly`."""
     query, key = turn_first(query, tokens.rotary), turn_first(key, tokens.rotary)
     return attend_jointly(query, key, value, tokens)

@@ -55,7 +55,7 @@ DIALECTS: Mapping[str, tuple[str, Names]] = {  # dialect -> a tensor that only i
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is a transformer of this family or a related one; return None if it is unknown."""
+    """Describe a file of this family's or a related transformer; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
             named = bare_names(checkpoint)
@@ -124,10 +124,15 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
 
 
 def read_dimensions(shapes: DitShapes, spec: DitSpec, names: Mapping[str, str]) -> dict[str, Any]:
-    """Read the dimensions that `HunyuanVideoConfig` and FramePack's config share.
+    """Read the dimensions that the configs of HunyuanVideo and FramePack share.
 
-    names: field -> the tensor or list that shows it. Raises CheckpointError if a tensor is missing, or if the
-    width cannot be cut into heads.
+    Args:
+        shapes: Shapes of the file's tensors.
+        spec: Names inside the transformer.
+        names: Tensor or list of blocks that shows each field of the config.
+
+    Raises:
+        CheckpointError: If a tensor is missing, or the width is not a multiple of the head width.
     """
     dim, in_dim, patch_size = shapes.patches(names["in_dim"])
     return {
@@ -143,7 +148,7 @@ def read_dimensions(shapes: DitShapes, spec: DitSpec, names: Mapping[str, str]) 
 def read_block_dimensions(
     shapes: DitShapes, spec: DitSpec, names: Mapping[str, str], dim: int
 ) -> dict[str, int]:
-    """Read the dimensions of blocks and refiner, as `read_dimensions`. dim: width of the model."""
+    """Read the dimensions of blocks and refiner as `read_dimensions`. `dim` is the width of the model."""
     (head_width,) = shapes.of(names["num_heads"], axes=1)
     if dim % head_width or head_width % TABLE_MULTIPLE:
         raise CheckpointError(
@@ -165,7 +170,7 @@ def read_block_dimensions(
 
 
 def _has_refiner(names: Iterable[str]) -> bool:
-    """Whether there is a refiner; FLUX, whose double blocks have the same names in ComfyUI, has none."""
+    """Return whether there is a refiner; FLUX has the same block names in ComfyUI, but no refiner."""
     return any(
         name.startswith(("txt_in.individual_token_refiner.", "context_embedder.token_refiner."))
         for name in names
@@ -173,7 +178,7 @@ def _has_refiner(names: Iterable[str]) -> bool:
 
 
 def _name_relative(checkpoint: Checkpoint) -> str | None:
-    """Return the name of a related model with blocks of the same names but other inputs; None for others."""
+    """Return the name of a related model with the same block names but other inputs; None for others."""
     names = checkpoint.tensors
     patches = names.get("img_in.proj.weight")
     for mark, name in (
@@ -194,7 +199,7 @@ def _name_relative(checkpoint: Checkpoint) -> str | None:
 
 
 def _make_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
-    """Map each published name to how its tensor is made from the file's tensors."""
+    """Return how each published tensor is made from the file's tensors."""
     swapped = SWAPPED if header.dialect == "diffusers" else ()
     return join_parts(_with_scales(checkpoint, header), DIALECTS[header.dialect][1], swapped)
 
@@ -203,7 +208,7 @@ def _make_sources(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig])
 
 
 def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) -> dict[str, TensorSource]:
-    """Map each tensor of the file by its own name; fp8 weights are multiplied by their scales.
+    """Return each tensor of the file under its own name; fp8 weights are multiplied by their scales.
 
     Raises CheckpointError if the map of scales is missing or invalid.
     """
@@ -234,7 +239,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
 
 
 def _read_scales(path: Path) -> dict[str, float]:
-    """Read the scales of fp8 weights, by the path of a module. Raises CheckpointError for another file."""
+    """Read the scales of fp8 weights by module path. Raises CheckpointError for another file."""
     content: Any = load_pickled(path)
     try:
         return {str(name): float(value) for name, value in content.items()}

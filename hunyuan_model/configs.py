@@ -50,5 +50,5 @@ class HunyuanVideoConfig(JointConfig):
 
     @property
     def kind(self) -> str:
-        """Return the condition besides the text: t2v (nothing) or i2v (an image)."""
+        """Condition in addition to the text: t2v (none) or i2v (an image)."""
         return "i2v" if self.in_dim == self.out_dim + IMAGE_CHANNELS else "t2v"

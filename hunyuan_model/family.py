@@ -76,6 +76,7 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def defaults(self) -> data.SamplingDefaults:
+        """The release's 50 steps and guidance; the size is that of training samples."""
         has_guidance = self.files.dit is None or self.files.dit_header().config.has_guidance
         return data.SamplingDefaults(
             steps=50,
@@ -91,17 +92,20 @@ class HunyuanVideo(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
+        """HunyuanVideo, or SkyReels V1 for its image-to-video transformer."""
         return SKYREELS_I2V if self.files.dit_header().config.kind == "i2v" else HUNYUAN_VIDEO
 
     # encoding
 
     def check_given_files(self) -> None:
+        """Check all files that options name, and the transformer's input channels."""
         if self.files.dit is not None:
             self._check_dit()
         self.files.check()
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What caches depend on: the VAE, and whether first frames are cached as well."""
         identity = self.files.vae_identity()
         return {**identity, "image": "first frame"} if self.caches_image else identity
 
@@ -116,21 +120,24 @@ class HunyuanVideo(OneTransformer):
     def encode_media(
         self, encoders: data.MediaEncoders, media: data.MediaBatch
     ) -> list[list[data.CacheEntry]]:
-        """Encode latents, not scaled, in the VAE's dtype; with `caches_image` first frames too."""
+        """Encode latents in the VAE's dtype, not scaled; with `caches_image` also the first frames."""
         parts = media.split_for(encoders.vae.device)
         return [[entry] for part in parts for entry in encode_latents(encoders.vae, part, self.caches_image)]
 
     @property
     def moments(self) -> data.MomentsRules:
+        """Rules for moments, which can be used; image-to-video needs those of first frames too."""
         return data.MomentsRules(with_image=self.caches_image)
 
     def latents_from_moments(self, media: data.MomentsBatch) -> list[data.CacheEntry]:
+        """Draw the same posterior samples from moments as `encode_media` draws from clips."""
         return sample_moments(media, self.files.encoder_dtype(self.files.vae_dtype))
 
     # the network
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
+        """The transformer file, with its input channels checked."""
         self._check_dit()
         return (self.files.dit_path,)
 
@@ -145,10 +152,11 @@ class HunyuanVideo(OneTransformer):
             )
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer, with the factors of --te_multiplier on its text tokens."""
         return self.files.multiply_text(super().load_dit(placement, expert))
 
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
-        """Return the conditions for training: text, guidance (B), `condition_latents` (B C F H W).
+        """Return the conditions of a training batch: text, guidance (B), `condition_latents` (B C F H W).
 
         The last only for transformers that take an image.
         """
@@ -174,13 +182,18 @@ class HunyuanVideo(OneTransformer):
         cond: data.Conditions,
         tweaks: Tweaks = NO_TWEAKS,
     ) -> Tensor:
-        """Predict the velocity, B C F H W in float32.
+        """Predict the velocity, B C F H W float32.
 
-        cond: llm B T D, llm_mask B T, clipL B E, guidance B, condition_latents B C F H W. Timesteps are
-        rounded to the dtype of the guidance: generation rounds both to the model's compute dtype, as the
-        released code does, training rounds neither.
+        Timesteps are rounded to the dtype of the guidance: generation rounds both to the model's compute
+        dtype, as the released code does; training rounds neither.
+
+        Args:
+            dit: The transformer.
+            noisy: Noisy latents, B C F H W.
+            timesteps: B, 0..1000.
+            cond: llm B T D, llm_mask B T, clipL B E, guidance B and, for i2v, condition_latents B C F H W.
+            tweaks: Changes to this call.
         """
-
         device = noisy.device
         if "condition_latents" in cond:
             condition = data.send_tensor(cond, "condition_latents", device)
@@ -197,10 +210,15 @@ class HunyuanVideo(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
+        """Check the files of a generation, and the transformer's input channels."""
         self._check_dit()
         super().check_files(media)
 
     def prepare(self, request: requests.Request) -> requests.Prepared:
+        """Resolve size, frames and guidance of a request.
+
+        Warn of media and guidance that the model ignores.
+        """
         self._check_dit()
         self.files.check()
         usable = {
@@ -227,15 +245,18 @@ class HunyuanVideo(OneTransformer):
         return requests.settle(request, default, size, flow_shift, default_negative="")
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
+        """Return whether the transformer starts from an image."""
         return self._starts_from_image
 
     @property
     def source(self) -> SourceRules:
+        """Rules for starting from a video, an image, or latents of this model or FramePack."""
         return SourceRules(
             (VIDEO, IMAGE, LATENTS), "HunyuanVideo", False, frozenset({"hunyuan", "framepack"})
         )
 
     def encode_source(self, encoders: data.MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames as a posterior sample with this seed, in model space."""
         return encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)]) * LATENT.scale
 
     def request_conditions(
@@ -259,7 +280,10 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section. Noise is drawn frame by frame: longer videos start with a shorter one's."""
+        """Yield the one section.
+
+        Noise is drawn frame by frame, so that a longer video starts with the noise of a shorter one.
+        """
         batch, channels, latent_frames, rows, columns = LATENT.shape(
             prepared.frames, prepared.height, prepared.width
         )
@@ -272,10 +296,12 @@ class HunyuanVideo(OneTransformer):
         return (yield prompts[0].section(torch.cat(drawn, dim=2).float(), conditions))
 
     def decode(self, encoders: data.MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels, one frame and then four at a time."""
         yield from encoders.vae.decode(latents / LATENT.scale)
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
+        """Return --i2v if the transformer starts from an image."""
         return ("--i2v",) if self.files.dit is not None and self._starts_from_image else ()
 
     @property
@@ -284,14 +310,17 @@ class HunyuanVideo(OneTransformer):
 
 
 def family_for_latent_caching(options: HunyuanLatentCachingOptions) -> HunyuanVideo:
+    """Describe the family for cache_latents.py, which needs only the VAE."""
     return HunyuanVideo(HunyuanFiles().add_chunks(options.vae), caches_image=options.i2v)
 
 
 def family_for_text_caching(options: HunyuanTextCachingOptions) -> HunyuanVideo:
+    """Describe the family for cache_text_encoder_outputs.py, which needs only the text encoders."""
     return HunyuanVideo(HunyuanFiles().add_text(options.text))
 
 
 def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
+    """Describe the family for hv_train_network.py and the other trainings of HunyuanVideo."""
     dtype = select_compute_dtype(options.dit_dtype, "--dit_dtype", None)
     return HunyuanVideo(
         HunyuanFiles(options.dit, dtype).add_encoders(options.vae, options.text),
@@ -303,6 +332,7 @@ def family_for_training(options: HunyuanTrainingOptions) -> HunyuanVideo:
 
 
 def family_for_generation(options: HunyuanGenerationOptions) -> HunyuanVideo:
+    """Describe the family for hv_generate_video.py."""
     return HunyuanVideo(
         HunyuanFiles(options.dit, reading=options.reading).add_encoders(options.vae, options.text),
         dit_channels=options.dit_in_channels,

@@ -48,21 +48,26 @@ class HunyuanFiles(TransformerFiles):
 
     @property
     def text_encoder1_path(self) -> Path:
+        """Path of the language model. Raises OptionError if --text_encoder1 is missing."""
         return require_file(
             self.text_encoder1, "--text_encoder1", "LLaVA's language model encodes the prompts"
         )
 
     @property
     def text_encoder2_path(self) -> Path:
+        """Path of CLIP-L. Raises OptionError if --text_encoder2 is missing."""
         return require_file(self.text_encoder2, "--text_encoder2", "CLIP-L encodes the prompts too")
 
     def add_encoders(self, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> Self:
+        """Return the files with the options of the VAE and the text encoders."""
         return self.add_chunks(vae).add_text(text)
 
     def add_chunks(self, options: HunyuanVaeOptions) -> Self:
+        """Return the files with the options of the VAE."""
         return replace(self.add_vae(options.file), vae_chunk_size=options.vae_chunk_size)
 
     def add_text(self, options: HunyuanTextOptions) -> Self:
+        """Return the files with the options of the text encoders."""
         return replace(
             self,
             text_encoder1=options.text_encoder1,
@@ -74,6 +79,7 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return the language model and CLIP-L, whose weights are read when they are loaded."""
         dtype, reading, (llava, clip) = self.encoder_dtype(self.text_dtype), self.reading, self.encoders
         return [
             llava(
@@ -89,12 +95,13 @@ class HunyuanFiles(TransformerFiles):
         ]
 
     def multiply_text(self, dit: nn.Module) -> nn.Module:
-        """Scale the tokens of texts in a transformer that is loaded, as --te_multiplier says."""
+        """Scale the text tokens in a loaded transformer as --te_multiplier says, and return it."""
         if self.reading.text_multipliers is not None:
             multiply_text(dit, self.refiner, *self.reading.text_multipliers)
         return dit
 
     def load_vae(self, device: torch.device) -> HunyuanVae:
+        """Load the VAE with the options for its chunks and tiles."""
         return load_vae(
             self.vae_path,
             device,
@@ -105,9 +112,11 @@ class HunyuanFiles(TransformerFiles):
         )
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the file is not a VAE of HunyuanVideo."""
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check that each text encoder fits its option and the transformer's input width."""
         text_dim, pooled_dim = (None, None) if config is None else (config.text_dim, config.pooled_dim)
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path

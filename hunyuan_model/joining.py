@@ -1,9 +1,9 @@
-"""Video and text tokens side by side, each written once to where it is needed.
+"""Put video and text tokens side by side, writing each directly to where it is needed.
 
-Uncompiled, an operator that makes part of a tensor and the `torch.cat` behind it are two passes over that
-part, and gradients of slices are tensors of the whole size, filled with zeros and added. Here parts are
-written into the whole, forward and backward, with the same bits. Compiled code has plain operators, which the
-compiler merges.
+Without compilation, an operator that makes part of a tensor and the `torch.cat` after it are two passes over
+that part, and gradients of slices are full-size tensors, filled with zeros and added. Here parts are written
+into the full tensor, forward and backward, with bit-equal results. Compiled code uses plain operators, which
+the compiler merges.
 """
 # Letters: B batch, L video tokens, T text tokens, N heads, D head width, C = N * D, F width of a feed-forward
 
@@ -18,12 +18,12 @@ from modules.layers.rope import rotate
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh approximation, as trained."""
+    """Apply GELU in its tanh approximation, as the model was trained."""
     return functional.gelu(x, approximate="tanh")
 
 
 def join_gelu(attended: Tensor, hidden: Tensor) -> Tensor:
-    """Return (attended, gelu(hidden)), B L C+F. attended: B L C. hidden: B L F."""
+    """Return (attended, gelu(hidden)), B L C+F, for attended B L C and hidden B L F."""
     if torch.compiler.is_compiling() or attended.dtype != hidden.dtype:
         return torch.cat([attended, gelu(hidden)], dim=-1)
     joined: Tensor = _JoinGelu.apply(attended, hidden)
@@ -50,7 +50,7 @@ class _JoinGelu(torch.autograd.Function):
 
 
 def turn_first(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the first L tokens of x, B L+T N D, by their positions. table: see `rotate`, of L tokens."""
+    """Rotate the first L tokens of x, B L+T N D, by their positions; `table` of L tokens as in `rotate`."""
     length = table.shape[-4]
     if _is_plain(x, table):
         return torch.cat([rotate(x[:, :length], table), x[:, length:]], dim=1)
@@ -59,7 +59,7 @@ def turn_first(x: Tensor, table: Tensor) -> Tensor:
 
 
 def turn_and_join(video: Tensor, text: Tensor, table: Tensor) -> Tensor:
-    """Rotate video tokens, B L N D, by their positions, and put text tokens, B T N D, behind them."""
+    """Rotate video tokens, B L N D, by their positions, and append text tokens, B T N D."""
     if _is_plain(video, table) or video.dtype != text.dtype:
         return torch.cat([rotate(video, table), text], dim=1)
     joined: Tensor = _Turn.apply(video, text, table)

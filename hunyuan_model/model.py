@@ -35,7 +35,7 @@ TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 
 
 class HunyuanFinalLayer(nn.Module):
-    """Final norm, modulated by the embedding, and projection to patches of this many numbers."""
+    """Final norm, modulated by the embedding, and projection to the values of a patch."""
 
     def __init__(self, dim: int, patch: int, eps: float) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class HunyuanFinalLayer(nn.Module):
         self.adaLN_modulation: Any = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
+        """Return the patches of the velocity for video tokens x, B L C to B L out_dim*4."""
         shift, scale = self.rows(tokens.vector[:, :1])
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
@@ -75,7 +76,7 @@ class HunyuanVideoModel(BlockNetwork):
     dtype_of = "double_blocks.0.img_attn_proj.bias"
 
     def __init__(self, config: HunyuanVideoConfig, attention: AttentionChoice = SDPA) -> None:
-        """attention: passed to `modules.attention.attend`."""
+        """Build the network without weights. `attention` is passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
         self.attention = attention
@@ -108,13 +109,20 @@ class HunyuanVideoModel(BlockNetwork):
     ) -> Hidden:
         """Return video and text tokens, B L+T C, and the other inputs of the blocks.
 
-        noisy: B in_dim F H W; where the model takes an image, its latents stand in frame 0 behind the noisy
-        ones, zeros after it. timesteps: B, 0..1000. llama: B T text_dim, states of the language model.
-        llama_mask: B T, true or 1 for real tokens, which come first. clip_l: B pooled_dim. guidance: B, the
-        number as the model was trained with it (1000 times the scale in generation); a model without guidance
-        embedding does not look at it. tweaks: changes to this call; their second text has arguments named
-        llama, llama_mask and clip_l, and its tokens follow the first text's. Raises ValueError if sizes do
-        not go together.
+        Args:
+            noisy: B in_dim F H W. If the model takes an image, its latents are in frame 0 of the channels
+                after the noisy ones, with zeros in the other frames.
+            timesteps: B, 0..1000.
+            llama: States of the language model, B T text_dim.
+            llama_mask: B T, true or 1 for real tokens, which come first.
+            clip_l: Pooled CLIP state, B pooled_dim.
+            guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
+                without guidance embedding.
+            tweaks: Changes to this call; their second text has arguments named llama, llama_mask and clip_l,
+                and its tokens follow those of the first text.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         if noisy.shape[1] != self.config.in_dim:
             raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
@@ -154,7 +162,7 @@ class HunyuanVideoModel(BlockNetwork):
 
 
 def rotary_widths(head_width: int) -> tuple[int, int, int]:
-    """Return the numbers of a head's channels for frames (an eighth), rows and columns (7/16 each)."""
+    """Return how many channels of a head encode frames (an eighth), rows and columns (7/16 each)."""
     side = 7 * head_width // 16
     return head_width - 2 * side, side, side
 
@@ -168,7 +176,7 @@ def check_sizes(noisy: Tensor, patch_size: tuple[int, int, int], text: Tensor, m
 
 
 def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
-    """Assemble patches, B L (C pf ph pw), to B C F H W. grid: tokens along frames, rows, columns."""
+    """Assemble patches, B L (C pf ph pw), to B C F H W; `grid` counts frames, rows and columns of tokens."""
     (frames, rows, columns), (pf, ph, pw) = grid, patch_size
     return rearrange(
         patches,
@@ -185,7 +193,7 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[
 def count_real(
     mask: Tensor, before: int, device: torch.device
 ) -> tuple[int, list[int] | None, Lengths | None]:
-    """Return the results of `real_tokens`, and numbers of real tokens with `before` in front of the text."""
+    """Return the results of `real_tokens`, and the lengths with `before` tokens in front of the text."""
     longest, counts = real_tokens(mask)
     return longest, counts, None if counts is None else make_lengths([before + n for n in counts], device)
 
@@ -193,8 +201,8 @@ def count_real(
 def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
     """Return the longest text's number of real rows, and that of each sample; None if all are equal.
 
-    mask: B T. Padding after the longest text is cut off, not masked: attention without a mask is faster and
-    gives the same result. Raises ValueError if padding is before a real token.
+    `mask` is B T. Padding after the longest text is cut off instead of masked, because attention without a
+    mask is faster and gives the same result. Raises ValueError if padding comes before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

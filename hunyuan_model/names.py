@@ -1,4 +1,4 @@
-"""What HunyuanVideo is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""HunyuanVideo's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import FamilyEntry, Marks
 from networks.names import layouts

@@ -74,6 +74,7 @@ class OfficialVideoOptions(Options, title="what to make", dashed=True):
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width in pixels, rounded up to multiples of 16."""
         height, width = self.video_size if len(self.video_size) == 2 else self.video_size * 2
         return -(-height // SIZE_STEP) * SIZE_STEP, -(-width // SIZE_STEP) * SIZE_STEP
 
@@ -157,6 +158,7 @@ class OfficialOptions(Options, title="output", dashed=True):
 
     @property
     def folder(self) -> Path:
+        """Output folder, with the suffix appended to its name."""
         return Path(f"{self.save_path}_{self.save_path_suffix}") if self.save_path_suffix else self.save_path
 
 
@@ -211,6 +213,7 @@ TYPED = {
 
 
 def generation_words(options: OfficialOptions) -> list[str]:
+    """Translate the released command line to that of hv_generate_video.py."""
     video = options.video
     model = options.model
     base = model.model_base

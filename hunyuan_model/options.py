@@ -77,7 +77,7 @@ class TextReadingOptions(Options):
 
     @property
     def text_multipliers(self) -> tuple[float, float] | None:
-        """Return the factors of --te_multiplier for the text's tokens and for their mean; None: none given.
+        """Factors of --te_multiplier for the text's tokens and their mean; None if it is not given.
 
         Raises OptionError if they are not numbers.
         """
@@ -156,6 +156,7 @@ def _check_channels(channels: int) -> None:
 
 
 def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
@@ -178,6 +179,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 
 
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
+    """Return the options that name the model's files, with placeholders for missing ones."""
     return {
         "--dit": dit or FillIn("DIT_FILE"),
         **vae.file.words(),

@@ -1,4 +1,4 @@
-"""Facts about HunyuanVideo for code outside its models: latent space, guidance, names in the transformer."""
+"""HunyuanVideo for code outside its models: latent space, guidance, names in the transformer."""
 
 from contract.data import LatentSpec
 from contract.family import DitSpec

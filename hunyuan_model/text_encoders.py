@@ -53,9 +53,12 @@ PROMPT_TOKENS = 256  # states of the language model that are kept
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The chat given to the language model: a system text, then the prompt as the user's words.
+    """The chat given to the language model: a system text, then the prompt as the user's message.
 
-    crop_start: number of tokens before the prompt, whose states are cut off; None: count them.
+    Attributes:
+        system: The system text.
+        crop_start: Number of tokens before the prompt, whose states are cut off; None to count them.
+        after: Text after the prompt.
     """
 
     system: str
@@ -64,11 +67,13 @@ class PromptTemplate:
 
     @property
     def before(self) -> str:
+        """Text before the prompt."""
         system = f"<|start_header_id|>system<|end_header_id|>\n\n{self.system}<|eot_id|>"
         return system + "<|start_header_id|>user<|end_header_id|>\n\n"
 
     @property
     def text(self) -> str:
+        """The whole template, with {} for the prompt."""
         return f"{self.before}{{}}{self.after}"
 
 
@@ -84,6 +89,7 @@ VIDEO_TEMPLATE = PromptTemplate(
 
 
 def select_template(system: str | None) -> PromptTemplate:
+    """Return the template with a custom system text; None for the default template for videos."""
     return VIDEO_TEMPLATE if system is None else PromptTemplate(system)
 
 
@@ -117,8 +123,15 @@ class LlavaTextEncoder(LanguageModelEncoder):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path, dtype, tokenizer, form: see `LanguageModelEncoder`. skip_layers: number of layers after the
-        state that is returned; 0 returns the last state, always normed. final_norm: norm other states too.
+        Args:
+            path: As in `LanguageModelEncoder`, like `dtype`, `tokenizer` and `form`.
+            dtype: Compute dtype.
+            tokenizer: Folder or file of the tokenizer.
+            template: Chat around each prompt.
+            skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
+                normed.
+            final_norm: Apply the final norm to other states, too.
+            form: Form of the weights in memory.
         """
         use = replace(
             self.usual,
@@ -133,16 +146,18 @@ class LlavaTextEncoder(LanguageModelEncoder):
 
     @property
     def state(self) -> str:
+        """Which state is returned, in words, for the identity of caches."""
         return f"{-1 - self.use.states[0]} layers skipped" + (", normed" if self.use.final_norm else "")
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer makes other tokens of the template than the model's own."""
+        """Warn if the tokenizer splits the template into other tokens than the model's own."""
         super().check_tokenizer(tokenizer)
         if self.use.dropped is None:
             message = "system prompt: %s (%d tokens before the prompt, which are cut off)"
             logger.info(message, self.template.system, self.count_dropped(tokenizer))
 
     def find_pad(self, tokenizer: TextTokenizer) -> int:
+        """Return the id to pad rows with; see `find_pad`."""
         return find_pad(tokenizer)
 
 

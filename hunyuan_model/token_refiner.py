@@ -22,7 +22,7 @@ from modules.speed_options import SDPA, AttentionChoice
 
 
 class NumberEmbedding(nn.Module):
-    """Embed a number per sample, such as the timestep: B -> B C float32."""
+    """Embeds one number per sample, such as the timestep, as B C float32."""
 
     def __init__(self, freq_dim: int, dim: int) -> None:
         super().__init__()
@@ -30,6 +30,7 @@ class NumberEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, numbers: Tensor) -> Tensor:
+        """Return embeddings, B C float32, of numbers, B."""
         # float32 angles: those of a large guidance are rounded, and the model was trained with rounded ones
         hidden = run_float32(self.mlp[0], sinusoid(numbers, self.freq_dim, torch.float32))
         return run_float32(self.mlp[2], functional.silu(hidden))
@@ -38,7 +39,7 @@ class NumberEmbedding(nn.Module):
 class RefinerBlock(nn.Module):
     """Self-attention and feed-forward among text tokens.
 
-    Timestep and mean text only gate the two branches.
+    The timestep and the mean of the text only gate the two branches.
     """
 
     def __init__(self, config: JointConfig) -> None:
@@ -55,6 +56,7 @@ class RefinerBlock(nn.Module):
     def forward(
         self, x: Tensor, vector: Tensor, lengths: Lengths | None, attention: AttentionChoice
     ) -> Tensor:
+        """Apply the block to text tokens x, B T C. `vector` is B C float32."""
         # x: B T C    vector: B C float32
         rows = in_own_dtype(self.adaLN_modulation[1], functional.silu(vector)).float()
         gate1, gate2 = rows.unsqueeze(1).chunk(2, dim=-1)
@@ -91,9 +93,14 @@ class TokenRefiner(nn.Module):
         dtype: torch.dtype,
         attention: AttentionChoice = SDPA,
     ) -> Tensor:
-        """Return text tokens, B T C in that dtype; the rows of padding have no meaning.
+        """Return text tokens, B T C in `dtype`; rows of padding are undefined.
 
-        text: B T text_dim. timesteps: B, 0..1000. counts: number of real tokens of each sample; None: all T.
+        Args:
+            text: States of the language model, B T text_dim.
+            timesteps: B, 0..1000.
+            counts: Number of real tokens of each sample; None if all T are real.
+            dtype: Dtype of the result.
+            attention: Passed to `modules.attention.attend`.
         """
         vector = self.t_embedder(timesteps) + self.c_embedder(mean_text(text, counts))
         x = in_own_dtype(self.input_embedder, text).to(dtype)
@@ -108,7 +115,7 @@ def refine_tokens(
     counts: Sequence[int] | None,
     attention: AttentionChoice,
 ) -> Tensor:
-    """Run the blocks on tokens B T C. vector: B C float32. counts: as for `TokenRefiner.forward`."""
+    """Apply blocks to tokens B T C. `vector` is B C float32; `counts` as in `TokenRefiner.forward`."""
     # an empty text keeps one key, because its rows need something to attend to
     lengths = None if counts is None else make_lengths([max(1, count) for count in counts], x.device)
     for block in blocks:
@@ -134,12 +141,15 @@ FRAMEPACK_REFINER = (
 
 
 def multiply_text(dit: nn.Module, refiner: tuple[str, str], llm: float, clip: float) -> None:
-    """Scale the outputs of the token refiner from now on. refiner: name of the refiner, one of the constants
-    above.
+    """Scale the outputs of a transformer's token refiner from now on.
 
-    llm: factor for the output of each refiner block; as blocks follow one another, the factors multiply.
-    clip: factor for the vector of the text's mean from which the gates are made. Despite the option's name
-    that vector comes from the language model too (CLIP's goes past the refiner).
+    Args:
+        dit: The transformer.
+        refiner: Names of the refiner and its list of blocks, one of the constants above.
+        llm: Factor for the output of each refiner block. The blocks run one after another, so the factors
+            multiply.
+        clip: Factor for the mean text vector from which the gates are computed. Despite the option's name
+            this vector comes from the language model, too; CLIP's does not pass through the refiner.
     """
     blocks, mean = map(dit.get_submodule, refiner)
     if llm != 1:

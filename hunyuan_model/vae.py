@@ -1,7 +1,7 @@
 """The HunyuanVideo video VAE: pixels to latents and back.
 
-Without tiles a clip is computed as a whole, as in training. Tiles bound the memory and change the result a
-little. They apply in height and width above 256 pixels and in time above 64 frames; neighbours share a
+Without tiles a clip is computed as a whole, as in training. Tiles bound the memory and change the result
+slightly. They apply in height and width above 256 pixels and in time above 64 frames; neighbors overlap by a
 quarter, as in the released VAE. Latents are those of cache files: not multiplied by the scaling factor.
 
 The image-to-video transformer of SkyReels V1 takes 16 more channels: the latents of the first frame, encoded
@@ -40,7 +40,7 @@ LOG_VARIANCE = (-30.0, 20.0)  # limits
 
 @dataclass(frozen=True)
 class Tiling:
-    """Size of a tile. Larger clips are cut."""
+    """Size of a tile, above which clips are cut."""
 
     edge: int = TILE  # pixels
     frames: int = TILE_FRAMES
@@ -49,8 +49,10 @@ class Tiling:
 class HunyuanVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_vae`.
 
-    chunk_size: frames that a layer computes at a time; None: as many as fit into 2**26 values. It changes
-    memory, not results. tiling: None computes every clip as a whole.
+    Args:
+        chunk_size: Number of frames that a layer computes at a time; None for as many as fit into 2**26
+            values. It changes memory, not results.
+        tiling: Size of tiles; None computes every clip as a whole.
     """
 
     def __init__(
@@ -66,20 +68,25 @@ class HunyuanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the VAE."""
         return self.quant_conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the VAE."""
         return self.quant_conv.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Return a sample of the posterior, or its mean if `generators` is None.
+        """Return a sample of the posterior, B Z n+1 H/8 W/8 float32 on the VAE's device.
 
-        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 4n + 1, H and W multiples of 8. Bytes
-        are converted piece by piece, so that a long clip takes no extra memory. generators: one for each
-        clip; the noise is drawn in float32. Returns B Z n+1 H/8 W/8, float32, on the VAE's device. Raises
-        ValueError for other sizes.
+        Args:
+            pixels: B 3 F H W in -1..1, or bytes 0..255, on any device. F = 4n + 1; H and W are multiples of
+                8. Bytes are converted piece by piece, so that a long clip takes no extra memory.
+            generators: One for each clip, for noise in float32; None returns the mean instead of a sample.
+
+        Raises:
+            ValueError: For other sizes.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} clips")
@@ -90,9 +97,9 @@ class HunyuanVae(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network gives them.
+        """Return means and logarithms of variances, B 2Z n+1 H/8 W/8 float32, as the network computes them.
 
-        Raises ValueError for unfit sizes.
+        Raises ValueError as `encode`.
         """
         check_clip(pixels, FRAMES, PIXELS)
         if self.tiling is None or pixels.shape[2] <= self.tiling.frames:
@@ -115,10 +122,10 @@ class HunyuanVae(nn.Module):
         return moments
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield pixels in playing order: one frame, then four at a time. B 3 F H W, float32, -1..1.
+        """Yield pixels in playing order, one frame and then four at a time: B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, on any device. The chunks are on the VAE's device; with tiles in height and width
-        they are in host memory.
+        `latents` are B Z f h w, on any device. The chunks are on the VAE's device; with tiles in height and
+        width they are in host memory.
         """
         for chunk in self.decode_unclamped(latents):
             yield chunk.clamp_(-1, 1)
@@ -180,10 +187,18 @@ def load_vae(
 ) -> HunyuanVae:
     """Load a HunyuanVideo VAE from any of its file layouts.
 
-    chunk_size: frames that a layer computes at a time. tiling: cut clips as the released VAE does. tile: edge
-    of a tile in pixels, rounded down to a multiple of 8; it turns tiling on. tile_frames: length of a tile, a
-    multiple of 16.
-    Raises OptionError for impossible sizes, CheckpointError if the file is damaged or holds another model.
+    Args:
+        path: The file.
+        device: Device to load onto.
+        dtype: Compute dtype.
+        chunk_size: Number of frames that a layer computes at a time, as in `HunyuanVae`.
+        tile: Edge of a tile in pixels, rounded down to a multiple of 8; turns tiling on.
+        tiling: Cut clips into tiles as the released VAE does.
+        tile_frames: Length of a tile in frames, a multiple of 16.
+
+    Raises:
+        OptionError: For invalid sizes.
+        CheckpointError: If the file is damaged or holds another model.
     """
     if chunk_size is not None and chunk_size < 1:
         raise OptionError(
@@ -209,10 +224,10 @@ def load_vae(
 
 
 def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list[CacheEntry]:
-    """Encode clips in one batch; return the cache entry of each, a posterior sample seeded by its name.
+    """Encode clips in one batch, and return the cache entry of each.
 
-    with_image: also encode the first frame alone, for image-to-video training. Latents are not in model
-    space and have the VAE's dtype.
+    Each entry holds a posterior sample seeded by the clip's name, not in model space, in the VAE's dtype.
+    With `with_image`, it also holds the first frame encoded alone, for image-to-video training.
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)
@@ -223,9 +238,9 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
-    """Return the same as `encode_latents` for clips with these moments: the same draws for the same names.
+    """Return the same as `encode_latents` from moments: the same draws for the same names.
 
-    dtype: of the VAE. With moments of first frames, also `latents_image`.
+    `dtype` is that of the VAE. Moments of first frames also give `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
     latents = sample_posterior(_copy_moments(media.moments), generators, LOG_VARIANCE)
@@ -241,7 +256,10 @@ def _copy_moments(moments: Tensor) -> Tensor:
 
 
 def first_frame_condition(first: Tensor, frames: int) -> Tensor:
-    """Build the further channels, B C F h w float32, of F latent frames. first: B C 1 h w, in model space."""
+    """Return the additional channels of F latent frames, B C F h w float32.
+
+    `first` are the first frames' latents, B C 1 h w in model space; the other frames are zero.
+    """
     condition = first.new_zeros((*first.shape[:2], frames, *first.shape[3:]), dtype=torch.float32)
     condition[:, :, :1] = first
     return condition
@@ -250,7 +268,8 @@ def first_frame_condition(first: Tensor, frames: int) -> Tensor:
 def find_first_frame(batch: Batch, latents: Tensor, spec: LatentSpec) -> Tensor:
     """Return the first frames of a training batch, B C 1 h w in model space.
 
-    They come from caches of the frame alone; if these are missing, from `latents`, which is logged once.
+    They come from caches of the frame alone. If these are missing, the first latent frames are used, which is
+    logged once.
     """
     if "latents_image" in batch.tensors:
         return spec.to_model(batch.tensor("latents_image"))

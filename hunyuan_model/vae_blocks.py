@@ -1,7 +1,7 @@
 """Layers of the HunyuanVideo video VAE: causal convolutions and group norms over a whole clip.
 
 A group norm needs every frame of a clip, so the features of the whole clip are in memory between two layers.
-Layers work on a few frames at a time: larger temporary tensors (normalised, padded, enlarged copies) exist
+Layers work on a few frames at a time: larger temporary tensors (normalized, padded, enlarged copies) exist
 only for these, and results are written or added into the output. The number of frames at a time changes
 results by rounding only.
 
@@ -61,9 +61,9 @@ class ClipNorm(nn.GroupNorm):
         super().__init__(groups, width, eps=EPS)
 
     def factors(self, x: Tensor, chunk: int | None) -> tuple[Tensor, Tensor]:
-        """Return factor and offset, B C 1 1 1 float32: x * factor + offset is the normalised clip.
+        """Return factor and offset, B C 1 1 1 float32, such that x * factor + offset is the normalized clip.
 
-        x: B C T H W.
+        `x` is B C T H W, processed in chunks of `chunk` frames.
         """
         groups = (self.num_groups, -1)
         mean, variance = self._statistics(x, chunk)  # B groups 1
@@ -95,9 +95,12 @@ class ClipNorm(nn.GroupNorm):
 class HunyuanCausalConv(nn.Module):
     """A 3x3x3 convolution that sees no later frame.
 
-    It pads by repeating the border of the picture and the first frame of the clip. kernel: 1 for a pointwise
-    one. enlarge: times that each pixel is repeated along each axis before the convolution. The first frame is
-    not repeated in time.
+    It pads by repeating the border of the frame and the first frame of the clip.
+
+    Args:
+        kernel: 1 for a pointwise convolution.
+        enlarge: How often each pixel is repeated along each axis before the convolution. The first frame is
+            not repeated in time.
     """
 
     def __init__(
@@ -115,9 +118,13 @@ class HunyuanCausalConv(nn.Module):
     def forward(
         self, x: Tensor, chunk: int | None, norm: ClipNorm | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """Convolve x, B C T H W. Returns B C' T' H' W'.
+        """Convolve x, B C T H W to B C' T' H' W'.
 
-        norm: apply it and SiLU first. onto: add the result to this tensor in place and return it.
+        Args:
+            x: The clip.
+            chunk: Number of frames to compute at a time.
+            norm: Norm to apply first, followed by SiLU.
+            onto: Tensor to add the result to in place, and to return.
         """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
@@ -139,7 +146,7 @@ class HunyuanCausalConv(nn.Module):
         return out
 
     def _sizes(self, x: Tensor) -> list[int]:
-        """Return frames, height, width of the result; `enlarge` repeats in time from the second frame on."""
+        """Return frames, height and width of the result; `enlarge` repeats from the second frame on."""
         frames, height, width = x.shape[2:]
         repeats, rows, columns = self.enlarge
         enlarged = (1 + (frames - 1) * repeats, height * rows, width * columns)
@@ -149,7 +156,7 @@ class HunyuanCausalConv(nn.Module):
         return sizes
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
+        """Return the input of results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""
         if self.conv.kernel_size[0] == 1:
             return x[:, :, start:stop]
         sources = self._list_source_frames(start, stop) if x.shape[2] > 1 else [0]
@@ -177,7 +184,7 @@ class HunyuanCausalConv(nn.Module):
         _repeat_borders(place.squeeze(2))
 
     def _list_source_frames(self, start: int, stop: int) -> list[int]:
-        """Return the indices of the frames that results `start` to `stop` see; the first one is repeated."""
+        """Return the indices of the frames that results `start` to `stop` see, with the first repeated."""
         step = self.conv.stride[0]
         frames = range(start * step - KERNEL + 1, (stop - 1) * step + 1)
         return [-(-max(0, frame) // self.enlarge[0]) for frame in frames]
@@ -191,7 +198,7 @@ class HunyuanCausalConv(nn.Module):
 
 
 def _repeat_borders(picture: Tensor) -> None:
-    """Write the values next to the outermost rows and columns of B C H W into these."""
+    """Copy the outermost inner rows and columns of B C H W into its border."""
     picture[..., 0, :] = picture[..., 1, :]
     picture[..., -1, :] = picture[..., -2, :]
     picture[..., 0] = picture[..., 1]
@@ -199,7 +206,10 @@ def _repeat_borders(picture: Tensor) -> None:
 
 
 class HunyuanResidualBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, with a shortcut. Overwrites its input if that is the shortcut."""
+    """Norm, SiLU and convolution, twice, with a shortcut.
+
+    The input is overwritten if it is the shortcut itself.
+    """
 
     def __init__(self, width_in: int, width_out: int, groups: int) -> None:
         super().__init__()
@@ -212,13 +222,14 @@ class HunyuanResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Apply the block to x, B C T H W to B C' T H W, `chunk` frames at a time."""
         h = self.conv1(x, chunk, self.norm1)
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, chunk)
         return self.conv2(h, chunk, self.norm2, onto=shortcut)
 
 
 class HunyuanFrameAttention(nn.Module):
-    """One-head attention of each pixel to its own frame and all earlier ones. Adds to its input in place."""
+    """One-head attention of each pixel to its own and all earlier frames, added to the input in place."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -229,6 +240,7 @@ class HunyuanFrameAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Add the attention to x, B C T H W, in place, and return x."""
         factor, offset = self.group_norm.factors(x, chunk)
         normed = torch.addcmul(offset, x.float(), factor).to(x.dtype)
         tokens = normed.permute(0, 2, 3, 4, 1).flatten(2, 3)  # B T H*W C
@@ -250,6 +262,7 @@ class Resample(nn.Module):
         self.conv = HunyuanCausalConv(width, width, stride=stride, enlarge=enlarge)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Return the convolution of x, B C T H W, at the new resolution."""
         return self.conv(x, chunk)
 
 
@@ -273,6 +286,7 @@ class CausalLevel(nn.Module):
         self.upsamplers = nn.ModuleList([] if up is None else [Resample(width, enlarge=up)])
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Apply all layers to x, B C T H W, `chunk` frames at a time."""
         for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = layer(x, chunk)
         return x
@@ -289,6 +303,7 @@ class CausalMiddle(nn.Module):
         )
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Apply the three layers to x, B C T H W."""
         x = self.attentions[0](self.resnets[0](x, chunk), chunk)
         return self.resnets[1](x, chunk)
 
@@ -309,6 +324,7 @@ class HunyuanVaeEncoder(nn.Module):
         self.conv_out = HunyuanCausalConv(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Return means and log variances, B 2Z t h w, of pixels x, B 3 T H W."""
         x = self.conv_in(x, chunk)
         for level in self.down_blocks:
             x = level(x, chunk)
@@ -331,6 +347,7 @@ class HunyuanVaeDecoder(nn.Module):
         self.conv_out = HunyuanCausalConv(widths[-1], 3)
 
     def forward(self, x: Tensor, chunk: int | None) -> Tensor:
+        """Return pixels, B 3 T H W, of latents x, B Z t h w."""
         x = self.mid_block(self.conv_in(x, chunk), chunk)
         for level in self.up_blocks:
             x = level(x, chunk)

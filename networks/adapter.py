@@ -49,6 +49,7 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
+        """Return the report of three numbers that were summed over processes as one tensor."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
@@ -100,6 +101,7 @@ class ForeignNetwork:
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength: through the network's own method, else on each part that has a `multiplier`."""
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
@@ -108,10 +110,12 @@ class ForeignNetwork:
                 setattr(part, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
+        """Call the network's hook of this name, if it has one."""
         if hasattr(self.module, "on_epoch_start"):
             _call(self.module.on_epoch_start, text_encoder=None, unet=self.dit, transformer=self.dit)
 
     def on_step_start(self) -> None:
+        """Call the network's hook of this name, if it has one."""
         if hasattr(self.module, "on_step_start"):
             self.module.on_step_start()
 

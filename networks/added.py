@@ -50,10 +50,12 @@ class ChangedPlace:
 
     @property
     def module_path(self) -> str:
+        """Path of the module whose weight is changed; the full path of a parameter of another name."""
         return self.path.removesuffix(".weight")
 
     @property
     def parameter(self) -> Tensor:
+        """The parameter as the module holds it now."""
         parameter = getattr(self.module, self.leaf)
         assert isinstance(parameter, Tensor)
         return parameter
@@ -66,6 +68,7 @@ class ChangedPlace:
 
     @property
     def is_linear(self) -> bool:
+        """Whether the module is a Linear."""
         return isinstance(self.module, nn.Linear)
 
     @property
@@ -76,6 +79,7 @@ class ChangedPlace:
         return (self.is_linear or is_plain) and self.leaf == "weight"
 
     def has(self, name: str) -> bool:
+        """Whether the module has a parameter of this name."""
         return isinstance(getattr(self.module, name, None), nn.Parameter)
 
 
@@ -117,6 +121,7 @@ class AddedPart:
         self._bias = self.delta.bias(device)
 
     def release(self) -> None:
+        """Release the tensors that `place_on` made."""
         self._angles = None
         self._chain = []
         self._full = None
@@ -124,6 +129,7 @@ class AddedPart:
 
     @property
     def is_made_full(self) -> bool:
+        """Whether the addition is held as a full matrix, not as factors."""
         return self._full is not None
 
     @property
@@ -188,9 +194,7 @@ class AddedPart:
         return self._apply(x.to(out.dtype), shaped)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return the addends to the module's parameters, by their names, float32; if it `sets_weight`, the
-        weight.
-        """
+        """Return what is added to the module's parameters, by name, float32; for `sets_weight` the weight."""
         if self.rotation is not None and self._angles is not None:
             made = self.rotation.make(self._angles, self.multiplier)
             return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
@@ -276,19 +280,23 @@ class AddedLayer(nn.Module):
         self._original[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors of all parts to a device in a dtype."""
         for part in self.parts:
             part.place_on(device, dtype)
 
     def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Place the parts on a device and let them act."""
         self.place_on(device, dtype)
         self.is_on = True
 
     def switch_off(self) -> None:
+        """Stop the parts and release their tensors."""
         self.is_on = False
         for part in self.parts:
             part.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Run the module, and add what the active parts contribute; parts with a region act on it only."""
         active = [part for part in self.parts if part.multiplier != 0] if self.is_on else []
         if not active:
             return self._before(*inputs, **named)
@@ -319,9 +327,7 @@ class AddedLayer(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether this wraps the frozen module itself. If something is in between, it would get the
-        changed input too.
-        """
+        """Whether this wraps the frozen module itself; a wrapper in between would get the changed input."""
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
@@ -370,6 +376,7 @@ class AddedLoras:
         self.layers = layers
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors of all layers to a device in a dtype."""
         for layer in self.layers:
             layer.place_on(device, dtype)
 

@@ -348,9 +348,14 @@ class LoraPatch:
         rounding: LoraRounding | None = None,
         is_masked: bool = False,
     ) -> None:
-        """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
-        messages. rounding: of weights in 16 bits; None: to the nearest. is_masked: the changes are not
-        merged, so that ranks are masked by the noise.
+        """Read the changes of all files by parameter name.
+
+        Args:
+            uses: LoRA files in the order in which they are added.
+            parameter_names: Tensor names of a model file in another layout, such as that of diffusers.
+            model: File of the model, for messages.
+            rounding: How changed 16-bit weights are rounded; None rounds to the nearest.
+            is_masked: Whether the changes stay unmerged because their ranks are masked by the noise level.
         """
         self._is_masked = is_masked
         self._uses = tuple(uses)
@@ -382,8 +387,12 @@ class LoraPatch:
             self._renamed = {module: alias(module, family) for module in modules}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Return the changed weight, a new tensor, or `weight` if nothing changes it. target, errors: as
-        `add_to` has them.
+        """Return the changed weight as a new tensor, or `weight` itself if nothing changes it.
+
+        Args:
+            name: Name of the weight.
+            weight: The weight; it is not changed.
+            target: See `add_to`, as for errors.
         """
         return self.add_to(name, weight.clone(), target) if self._find(name) else weight
 
@@ -437,11 +446,17 @@ class LoraPatch:
         return self._rounding.at_random(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
-        nothing, if one must be merged: magnitudes depend on the weight, a whole matrix is as large as it, and
-        a weight that is set takes its place.
+        """Record the changes of a weight that stays in 8 or 4 bits in `unmerged`, if they can stay outside.
 
-        Raises CheckpointError if a LoRA has another size.
+        A change must be merged if it has magnitudes, which depend on the weight; if it is a full matrix, as
+        large as the weight; or if it replaces the weight.
+
+        Returns:
+            True if the changes were recorded or there are none; False, with nothing recorded, if one must be
+            merged.
+
+        Raises:
+            CheckpointError: If the sizes of a LoRA do not fit the weight.
         """
         changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
         if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
@@ -480,6 +495,7 @@ class LoraPatch:
                 set_weight(parameter, self(published(name), gather_weight(parameter.data)))
 
     def touches(self, name: str) -> bool:
+        """Whether any file changes the parameter of this name."""
         return bool(self._find(name))
 
     def check(self) -> None:
@@ -559,9 +575,7 @@ class LoraPatch:
         )
 
     def _find(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter, under its own name or the names of its parts and wholes in
-        other layouts.
-        """
+        """Return the changes of a parameter, by its own name or those of its parts and wholes elsewhere."""
         if name not in self._found:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
@@ -602,8 +616,12 @@ class OriginalWeights:
     def __init__(
         self, uses: Sequence[LoraUse], published: Callable[[str], str] = str, rounding: str = NEAREST
     ) -> None:
-        """uses: all LoRAs that may be switched to. published: see `LoraPatch.bake`. rounding: a value of
-        `--lora_rounding`.
+        """Prepare for switching.
+
+        Args:
+            uses: All LoRAs that may be switched to.
+            published: See `LoraPatch.bake`.
+            rounding: A value of --lora_rounding.
         """
         self._all = LoraPatch(uses)
         self._published = published
@@ -623,6 +641,7 @@ class OriginalWeights:
         return weight
 
     def keep(self, network: nn.Module) -> None:
+        """Keep the originals of a network that was loaded without this patch."""
         for name, parameter in network.named_parameters():
             self(name, parameter)
 

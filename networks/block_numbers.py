@@ -34,6 +34,7 @@ class BlockSettings:
 
     @property
     def has_convolutions(self) -> bool:
+        """Whether convolutions have ranks of their own."""
         return CONV_DIMS in self.texts
 
     @property
@@ -64,6 +65,7 @@ class BlockSettings:
         return replace(self, factors=tuple(factors), numbered=numbered)
 
     def number_of(self, path: str) -> int | None:
+        """Return the index of the block that a module lies in; None if it lies in none, or before `fit`."""
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def factor_of(self, path: str) -> float:
@@ -72,6 +74,7 @@ class BlockSettings:
         return 1.0 if number is None or not self.factors else self.factors[number]
 
     def is_left_out(self, path: str) -> bool:
+        """Whether a module gets no LoRA because its block's factor on the learning rate is too small."""
         return bool(self.factors) and self.factor_of(path) <= self.threshold
 
     def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:

@@ -60,6 +60,7 @@ class Delta:
 
     @functools.cached_property
     def rotation(self) -> InputRotation | None:
+        """Rotation of the layer's input; None if the module adds to the weight."""
         return next((algebra.rotation for algebra in self.algebras if algebra.rotation is not None), None)
 
     @functools.cached_property
@@ -80,6 +81,7 @@ class Delta:
 
     @property
     def depends_on_weight(self) -> bool:
+        """Whether the change can only be computed from the frozen weight."""
         return self.rotation is not None or self.normalization is not None
 
     def with_factors(self, factors: Factors) -> "Delta":

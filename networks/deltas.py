@@ -39,6 +39,7 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the factors of all modules by tensor name, the reverse of `group_by_module`."""
     return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
 
 
@@ -48,6 +49,7 @@ def without_alpha(factors: Factors) -> Factors:
 
 
 def hollow(like: Tensor | TensorInfo) -> Tensor:
+    """Return a tensor of the same shape and dtype on the meta device, to compute shapes without memory."""
     return torch.empty(like.shape, dtype=like.dtype, device=META)
 
 
@@ -87,6 +89,7 @@ def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
 
 
 def is_number(alpha: Tensor | None) -> bool:
+    """Whether alpha is one finite number."""
     return alpha is not None and alpha.numel() == 1 and math.isfinite(float(alpha))
 
 
@@ -99,9 +102,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks and alphas of the modules that have a rank, sorted; of a kind without ranks
-    its sizes.
-    """
+    """Return the distinct ranks and alphas in files, sorted; kinds without a rank contribute their sizes."""
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
@@ -117,6 +118,7 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 
 
 def rows_in(factors: Factors) -> tuple[int, int]:
+    """Return the first and the last row, as stored, to which the factors of a part belong."""
     first, last = factors[ROWS].tolist()
     return int(first), int(last)
 

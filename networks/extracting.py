@@ -81,6 +81,7 @@ class BlockWeights(NamedTuple):
     example: str  # a tensor that every such model has
 
     def of(self, checkpoint: Checkpoint) -> list[str]:
+        """Return the names of the matrices in the blocks of a checkpoint."""
         return [
             name
             for name, info in checkpoint.tensors.items()
@@ -155,9 +156,7 @@ def extract_model(options: ExtractOptions) -> None:
 
 
 def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list[str]:
-    """Return the weights without those of networks that a fine-tuned file lacks as a whole, such as LTX-2's
-    connectors, which are not trained with the transformer.
-    """
+    """Drop weights of networks that a fine-tuned file lacks, such as LTX-2's connectors (never trained)."""
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
     kept = [name for name in weights if name.partition(".")[0] in networks]

@@ -34,6 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
+        """Return the geometry of a convolution; its padding must be given in numbers."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
@@ -107,10 +108,12 @@ class FactoredLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
+        """Replace the forward of the frozen module by that of this layer."""
         self._before = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the frozen module plus that of the product of factors."""
         # x: ... in, or B in H W
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.dtype == torch.float32:
@@ -128,6 +131,7 @@ class FactoredLayer(nn.Module):
         return self._norm({name: self.get_parameter(name) for name in self.factors}) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
+        """Scale the change by `ratio`: one factor is enough, because the change is a product of all."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 

@@ -16,6 +16,7 @@ from networks.kinds.factors import Factors
 def make_layers(
     targets: Mapping[str, Target], make_shapes: MakeShapes, product: Product
 ) -> dict[str, nn.Module]:
+    """Build a layer for each target, with factors of the shapes that the kind gives for its weight."""
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module

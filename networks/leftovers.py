@@ -29,6 +29,7 @@ class UnusedKind(NamedTuple):
 
 
 def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> dict[UnusedKind, list[str]]:
+    """Group tensor names by why they are unused."""
     kinds: dict[UnusedKind, list[str]] = {}
     for name in names:
         kinds.setdefault(kind_of(name), []).append(name)
@@ -152,10 +153,12 @@ def is_projection(names: Iterable[str]) -> bool:
 
 
 def without_numbers(module: str) -> str:
+    """Replace each number in a name by 0, so that equal modules of all blocks have one name."""
     return re.sub(r"\d+", "0", module)
 
 
 def module_of(name: str) -> str:
+    """Return the module of a tensor name, without our prefix."""
     return name.removeprefix(OURS).partition(".")[0]
 
 
@@ -176,8 +179,6 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 
 def text_side_of(names: Iterable[str]) -> str:
-    """Return the part of a model that all modules or weights of a LoRA belong to if it loads with the text
-    encoder; else "".
-    """
+    """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
     words = {module_names.on_text_side(module_of(name)) for name in names}
     return words.pop() if len(words) == 1 else ""

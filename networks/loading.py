@@ -101,8 +101,10 @@ class LoraFile:
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """Return whether a network that lacks these modules, all that there are, is no misfit: a text encoder
-        without a projection, if the file changes other networks too.
+        """Whether a network may lack these modules without an error.
+
+        It may if they are all projections of a text encoder that has none, and the file changes other
+        networks too.
         """
         return bool(self.encoder) and self.changes_others and is_projection(names)
 
@@ -133,8 +135,10 @@ class LoraFile:
         return group_by_module(self.tensors)
 
     def families(self, hint: str | None = None) -> list[FamilyNames]:
-        """Return the possible families, several if names, sizes, block numbers and metadata do not decide.
-        hint: the family to prefer then; None: the one in the metadata.
+        """Return the possible families: several if names, sizes, block numbers and metadata do not decide.
+
+        Args:
+            hint: Family to prefer if several are possible; None for the one in the metadata.
         """
         part = next(iter(self.parts.values()), self)
         trained_family = read_family(part.metadata)
@@ -167,13 +171,17 @@ def read_lora(
     family: str | None = None,
     with_words: bool = False,
 ) -> LoraFile:
-    """Read a file (or a PEFT folder) and recognise its dialect. Keys that cannot be used are listed in a
-    warning.
+    """Read a LoRA file (or a PEFT folder) of any dialect; a warning lists keys that cannot be used.
 
-    with_texts: read its changes of text encoders too. by_expert: allow a file that holds a LoRA for each
-    expert; the result has `parts` then. family: given by the user, else None. with_words: read the learned
-    words that it brings along too. Raises CheckpointError if it is missing, damaged, not a LoRA, or of an
-    unsupported kind.
+    Args:
+        path: The file or folder.
+        by_expert: Allow a file that holds a LoRA for each expert; the result then has `parts`.
+        with_texts: Also read its changes of text encoders.
+        family: Family that the user gave; None if none was given.
+        with_words: Also read the trained words (embeddings) in the file.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
         kind = key_formats.other_kind(checkpoint.tensors)
@@ -399,8 +407,9 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two names in a file for one weight, or for a weight and a part of it; None if there are none,
-    or if one of the families that are possible has them apart.
+    """Return two names in a file for one weight, or for a weight and its part; None if there are none.
+
+    It is also None if one of the possible families has both.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -495,8 +504,11 @@ class LoraUse:
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
-        """Return whether the patterns keep any factor of a module. names: its names in the file and in the
-        model.
+        """Whether the patterns keep any factor of a module.
+
+        Args:
+            factors: Names of the factors.
+            names: Names of the module in the file and in the model.
         """
         for factor in factors:
             tensors = [f"{name}.{factor}" for name in names]

@@ -75,10 +75,17 @@ class LoraLayer(nn.Module):
         alpha: float,
         heights: Sequence[int] = (),
     ) -> None:
-        """alpha: 0 means rank. heights: rows of the parts of a fused weight; each part gets factors of its
-        own, of this rank and alpha. Rank and alpha of the whole are theirs times the parts, so that
-        alpha / rank stays.
+        """Make the factors of a frozen module; they start at a change of 0.
+
         Initial values come from torch's global CPU generator, as in the LoRA modules of other tools.
+
+        Args:
+            original: The frozen module.
+            rank: Rank; of a fused weight the rank of each part.
+            alpha: Numerator of the scale alpha / rank; 0 means the rank.
+            heights: Rows of the parts of a fused weight; each part gets its own factors of this rank and
+                alpha. `rank` and `alpha` of the layer are those of all parts together, so their quotient is
+                unchanged.
         """
         super().__init__()
         num_parts = max(len(heights), 1)
@@ -114,12 +121,14 @@ class LoraLayer(nn.Module):
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
+        """Replace the forward of the frozen module by that of this layer."""
         self._original_forward = self._original[0].forward
         # masks depend on an element's index in the input, so that pieces of it would get equal masks
         self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the frozen module's output plus the product of the factors, with dropouts and noise."""
         # x: B L in, or B in H W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
@@ -191,6 +200,7 @@ class LoraLayer(nn.Module):
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
+        """The frozen module."""
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -213,6 +223,7 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
+        """Scale the change by `ratio`, its square root on each of the two factors."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
@@ -296,6 +307,7 @@ def _make_empty(layer: Layer) -> Layer:
 
 
 def halves(seed: int) -> tuple[int, int]:
+    """Return the low and the high 32 bits of a seed."""
     return seed & _32_BITS, seed >> 32
 
 

@@ -71,13 +71,16 @@ class OwnNetwork(nn.Module):
                 layer.attach()
 
     def layers_of_dit(self) -> list[Any]:
+        """Return the layers in the DiT, without those in text encoders."""
         return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
 
     @property
     def module(self) -> nn.Module:
+        """The network itself; in a `ForeignNetwork` it is another object."""
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of all layers."""
         for layer in self.layers:
             layer.multiplier = multiplier
 

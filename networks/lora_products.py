@@ -1,9 +1,9 @@
-"""Compute LoRA layers: two thin products, added in place to tensors of the frozen layer; the up factor of a
-fused layer whose parts (q, k, v, ...) have their own LoRAs; noise on weights (LoRA-GGPO).
+"""Compute LoRA layers: products summed in place, block-diagonal up factors, noise on weights (LoRA-GGPO).
 
 As separate operations a LoRA costs three passes over the output (its own output written and read, the sum
 written) and in the backward pass as many over the gradient of the input. Here both sums are made by the
-matrix product itself, which reads and writes the tensor once. They are rounded once, not twice.
+matrix product itself, which reads and writes the tensor once. They are rounded once, not twice. The up factor
+of a fused layer is block-diagonal if its parts (q, k, v, ...) have their own LoRAs.
 Source of LoRA-GGPO: Chang et al. 2025, arXiv 2502.14538.
 """
 # Letters: R rank, of a part where there are P parts
@@ -163,6 +163,7 @@ class BlockUp(nn.Module):
         self.register_load_state_dict_pre_hook(_gather)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Multiply each group of R values by the rows of its part; `hidden` is ... P R."""
         # hidden: ... P R
         return self.multiply(hidden, self.weight)
 

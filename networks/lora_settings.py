@@ -1,6 +1,4 @@
-"""Settings of a LoRA network: `--network_dim`, `--network_alpha`, `--network_dropout`, `--network_args`, and
-the meaning of a family's own.
-"""
+"""Read the settings of a LoRA network: `--network_dim`, `_alpha`, `_dropout`, `_args`, and a family's own."""
 
 import ast
 import math
@@ -71,8 +69,10 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 
 
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
-    """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out. Raises
-    OptionError for anything else.
+    """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out.
+
+    Raises:
+        OptionError: If the text is anything else.
     """
     text = str(typed)
     numbers = text.strip().removeprefix("[").removesuffix("]").split(",")
@@ -122,10 +122,12 @@ class LoraSettings:
 
     @property
     def has_rank_dropout(self) -> bool:
+        """Whether whole ranks are dropped."""
         return self.dropouts is not None and self.dropouts.rank > 0
 
     @property
     def ranks_by_pattern(self) -> list[int]:
+        """Ranks that patterns of --network_args give to modules."""
         return [int(rank) for _, rank in self.reg_ranks]
 
     def heights_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:

@@ -1,6 +1,4 @@
-"""Merge LoRAs into model files, tensor by tensor, or into one LoRA, for merge_lora.py and the tools of image
-families.
-"""
+"""Merge LoRAs into model files, tensor by tensor, or into one LoRA; also for tools of image families."""
 # Letters: R rank
 
 import time
@@ -302,9 +300,7 @@ def merge_into_file(
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch that adds the LoRAs to the weights of a file: of one network, or of a whole
-    checkpoint.
-    """
+    """Return the patch that adds the LoRAs to a file: of one network, or of a whole checkpoint."""
     if is_whole(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())

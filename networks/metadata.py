@@ -1,6 +1,4 @@
-"""Metadata of LoRA files: their expert, the checksums that model browsers look up, and a one-line
-description.
-"""
+"""Metadata of LoRA files: their expert, the checksums that model browsers look up, a one-line description."""
 
 import hashlib
 import math
@@ -47,6 +45,7 @@ def expert_of(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def in_words(expert: str) -> str:
+    """Return an expert's name as words, such as "high-noise expert"."""
     return f"{expert.replace('_', '-')} expert"
 
 
@@ -89,6 +88,7 @@ def add_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> di
 
 
 def layout_hash(tensors: Mapping[str, Tensor | TensorInfo]) -> str:
+    """Return 16 hexadecimal digits of a hash of names, dtypes and shapes, to recognize our own files."""
     lines = sorted(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()[:16]
 

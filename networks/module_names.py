@@ -74,11 +74,15 @@ _LONG = 16
 
 
 def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for: several if names, sizes and numbers of blocks do not tell
-    them apart; [] if no family has such names.
+    """Return the families that a LoRA may be for; several if nothing tells them apart.
 
-    names: of its modules, underscored. size_of: name -> rows and columns of its change; None if unknown.
-    hint: the family that its metadata or the user name.
+    Args:
+        names: Names of the LoRA's modules, with underscores.
+        size_of: Maps a name to the rows and columns of its change; None if they are unknown.
+        hint: Family that the metadata or the user names.
+
+    Returns:
+        The families, or [] if none has such names.
     """
     names = list(names)
     families = _families_knowing(names, hint)
@@ -140,9 +144,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
 
 
 def _rate_agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[str, int]) -> int:
-    """Return the level of agreement between block numbers and a released model. depths: its number of blocks
-    by list.
-    """
+    """Return how well block numbers agree with a released model; `depths` has its block count by list."""
     for name, blocks in numbers.items():
         if name in depths and max(blocks) >= depths[name]:
             return _CONTRADICTS
@@ -220,14 +222,13 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
 
 def is_optional(name: str, family: FamilyNames) -> bool:
+    """Whether only some models of the family have the module of this name."""
     return _tables(family).optional.first(name) is not None
 
 
 @cache
 def on_text_side(name: str) -> str:
-    """Return the part of a model that an underscored name belongs to if it is loaded with the text encoder;
-    else "".
-    """
+    """Return the model part of a name with underscores, if it loads with the text encoder; else ""."""
     for family in FAMILIES:
         starts = tuple(start.replace(".", "_") for start in family.text_side)
         if name.startswith(starts):
@@ -236,6 +237,7 @@ def on_text_side(name: str) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
+    """Whether a path is one that some family's files write without a prefix."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
 
 
@@ -262,6 +264,7 @@ def is_stacked(name: str, family: FamilyNames) -> bool:
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
+    """Whether the family has a module of this name, in our layout or another one."""
     tables = _tables(family)
     return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
@@ -294,9 +297,7 @@ def _all_names() -> frozenset[str]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return the possible numbers of parts of a fused layer in layouts that split it; `path` may have
-    prefixes.
-    """
+    """Return into how many parts other layouts may split a fused layer; `path` may have prefixes."""
     name = path.replace(".", "_")
     names = [name, *(name[place + 1 :] for place, character in enumerate(name) if character == "_")]
     counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}

@@ -23,7 +23,7 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""
+    r"""Split `FILE:0.8`; the multiplier is 1 without a number. A drive's colon (C:\x) belongs to the name."""
     name, colon, number = str(text).rpartition(":")
     if not colon or text.exists():
         return text, 1.0

@@ -34,6 +34,8 @@ class PlacedModule(NamedTuple):
 
 
 class LoraSize(NamedTuple):
+    """Rank and alpha of the LoRA of a module."""
+
     rank: int
     alpha: float
 

@@ -57,11 +57,10 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
 
 
 def default_rows(part: WeightPart, full_height: int) -> slice | None:
-    """Return the rows of a part in a fused weight of which the parts have the heights of published models;
-    None if they do not fit.
+    """Return the rows of a part in a fused weight by published heights; None if these do not fit.
 
-    It is for rotations of inputs, whose tensors do not show how many rows a module has. Halves may be
-    swapped: the rotation is the same for all rows.
+    It serves rotations of inputs, whose tensors do not show how many rows a module has. If the two halves of
+    a weight are swapped, the answer is all rows, because the rotation is the same for each row.
     """
     if not is_cut(part):
         return slice(0, full_height)
@@ -72,6 +71,7 @@ def default_rows(part: WeightPart, full_height: int) -> slice | None:
 
 
 def is_cut(part: WeightPart) -> bool:
+    """Whether a part holds some rows of the fused weight, not all of them in another order."""
     return part.index is not None and part.index != SWAPPED
 
 

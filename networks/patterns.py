@@ -1,7 +1,7 @@
-"""Regular expressions for names of modules, which are written with dots (`blocks.0.ffn.2`), as the model has
-them, or with underscores (`lora_unet_blocks_0_ffn_2`), as LoRA files have them.
+"""Regular expressions for module names, which have dots in models and underscores in LoRA files.
 
-A pattern that fits nothing as its option reads it is tried in the other spelling.
+Examples of names are `blocks.0.ffn.2` and `lora_unet_blocks_0_ffn_2`. A pattern that fits nothing as its
+option reads it is tried in the other spelling.
 """
 
 import difflib
@@ -22,6 +22,7 @@ class NamePattern:
     names: frozenset[str]  # in all spellings
 
     def match(self, name: str) -> bool:
+        """Whether the name is one of those that the pattern fits in its other spelling."""
         return name in self.names
 
     search = match

@@ -31,6 +31,7 @@ class RankMask:
         self.rows: Tensor | None = None  # S x R, or 1 x R for equal levels; booleans
 
     def set_levels(self, levels: Tensor) -> None:
+        """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
         rank = self.rank // self.num_parts
         numbers = torch.arange(rank, device=levels.device)
         rows = numbers < self.rule.active(rank, levels)[:, None]
@@ -88,10 +89,9 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
-    """Return the number of LoRAs of the trained rank that were joined to one of this rank, as those of q, k
-    and v are.
+    """Return how many LoRAs of the trained rank were joined to one of this rank, as those of q, k and v are.
 
-    Where modules have ranks of their own it is 1: these files are joined nowhere here.
+    It is 1 if modules have ranks of their own: such files are joined nowhere here.
     """
     trained = metadata.get("ss_network_dim", "")
     arguments = metadata.get("ss_network_args", "")

@@ -127,14 +127,17 @@ class ResizedModule:
 
     @property
     def rank(self) -> int:
+        """The new rank."""
         return len(self.down)
 
     @property
     def alpha(self) -> float:
+        """Alpha that keeps the strength, alpha / rank, at the new rank."""
         return self.strength * self.rank
 
     @property
     def is_convolution(self) -> bool:
+        """Whether the module is a convolution: its down factor has kernel axes."""
         return self.down.ndim > 2
 
 

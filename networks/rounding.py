@@ -59,6 +59,7 @@ class RoundingLoss:
 
     @property
     def kept_share(self) -> float:
+        """Fraction of the change that rounding keeps; 1 for a change of 0."""
         return 1 + self.lost / self.size if self.size > 0 else 1.0
 
     @property
@@ -193,6 +194,7 @@ class LoraRounding:
 
     @property
     def needs_samples(self) -> bool:
+        """Whether a sample of rows is compared: always, except if every weight is rounded at random."""
         return self._rule != STOCHASTIC
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
@@ -227,9 +229,7 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def words(self) -> str:
-        """Return the rounding of the weights since the last report, and its effect, in words; "" without
-        news.
-        """
+        """Return how weights were rounded since the last report, with the effect; "" without news."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         typed = f"--lora_rounding {self._rule}"

@@ -158,8 +158,9 @@ def split_key(key: str) -> Place | None:
 
 
 def split_end(key: str) -> tuple[str, str]:
-    """Return what names the module of a key, and our name of its part: `x.lora_A.default.weight` -> `x`,
-    `lora_down.weight`. The part is "" if the end is not known.
+    """Split a key into what names its module and our name of its part.
+
+    `x.lora_A.default.weight` gives `x` and `lora_down.weight`; the part is "" if the end is unknown.
     """
     match = _FACTOR.search(key)
     if match is not None:
@@ -288,8 +289,13 @@ def _text_prefix(place: TextPlace, kind: str, family: FamilyNames | None) -> str
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
-    """Describe what precedes or follows the path of a known module, else the start of all names; "" if there
-    are no names. paths: with their prefixes.
+    """Describe what precedes or follows the path of a known module, or else how all names begin.
+
+    Args:
+        paths: Paths with their prefixes.
+
+    Returns:
+        A phrase for a message; "" if there are no paths.
     """
     paths = list(paths)
     if not paths:

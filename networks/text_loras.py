@@ -74,6 +74,7 @@ class TextLoras:
 
     @property
     def is_empty(self) -> bool:
+        """Whether nothing is left to add."""
         return not self._uses and not self._on_side
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
@@ -155,12 +156,14 @@ class TensorPiece:
     is_transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
+        """Return a view of the piece in the file's tensor."""
         if self.is_transposed:
             return tensor.t()
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
 def is_whole(names: Iterable[str]) -> bool:
+    """Whether tensor names are those of a whole Stable Diffusion checkpoint: a U-Net and text encoders."""
     starts = {name.partition(".")[0] for name in names}
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
 
@@ -183,9 +186,7 @@ def pieces_of(name: str) -> list[TensorPiece]:
 
 
 class FullPatch:
-    """Add LoRAs to the weights of a whole checkpoint, with the methods of `LoraPatch`, which does so for one
-    network.
-    """
+    """Add LoRAs to the weights of a whole checkpoint; it has the methods of `LoraPatch`."""
 
     def __init__(
         self,
@@ -206,14 +207,17 @@ class FullPatch:
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def touches(self, name: str) -> bool:
+        """Whether any file changes the tensor of this name."""
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
+        """Add the changes to the tensor, in place, piece by piece."""
         for piece, patch in self._of(name):
             patch.add_to(piece.name, piece.of(tensor), target)
         return tensor
 
     def check(self) -> None:
+        """Report changes that found no weight, for each network of the checkpoint."""
         for patch in self._patches.values():
             patch.check()
 

@@ -153,6 +153,7 @@ class FluxMergeOptions(Options):
 
     @property
     def targets(self) -> dict[str, Path]:
+        """Files to write, by the option that names them."""
         models = {name: getattr(self, name) for name in FLUX_OUTPUTS}
         return {name: path for name, path in models.items() if path is not None}
 

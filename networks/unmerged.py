@@ -1,5 +1,6 @@
-"""Put LoRAs round layers that stay in 8 or 4 bits, and those whose ranks the noise of each step masks round
-all layers. All other LoRAs are merged.
+"""Add LoRAs around layers that stay in 8 or 4 bits, and around all layers if the noise level masks ranks.
+
+All other LoRAs are merged.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -64,6 +64,7 @@ class LoraOptions(Options):
         self.multipliers(warns=True)
 
     def multipliers(self, warns: bool = False) -> tuple[float, ...]:
+        """Return one multiplier for each LoRA file; `warns` reports multipliers without a file."""
         return multipliers_for(self.lora_weight or (), self.lora_multiplier, "--lora_multiplier", warns)
 
 

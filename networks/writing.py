@@ -126,8 +126,14 @@ def write_modules(
     pieces_of: Callable[[str, Factors], Pieces | str],
     form_of: Callable[[Factors], Form],
 ) -> TranslatedModules:
-    """Return the tensors in a dialect. pieces_of: maps a module (without our prefix) and its factors to
-    factors by path there, or to a reason why there are none.
+    """Return the tensors of a network in another dialect.
+
+    Args:
+        modules: Factors by module name, ours.
+        start: Prefix of the names in that dialect.
+        pieces_of: Maps a module (without our prefix) and its factors to factors by path in the dialect, or to
+            the reason why they have no form there.
+        form_of: Returns the form of the factors in the dialect.
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}

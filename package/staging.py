@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 
 def package_name(name: str) -> str:
+    """Return the name that a room or root module has inside the installed package."""
     return PACKAGE + name.removeprefix(FRONT_NAME) if name.startswith(FRONT_NAME) else f"{PACKAGE}.{name}"
 
 
@@ -81,13 +82,16 @@ def _find_imports(tree: ast.AST, lines: list[bytes], ours: Collection[str]) -> I
 
 
 def rename_scripts(source: str, scripts: Collection[str]) -> str:
-    """Change commands in texts to console commands: `wan_cache_latents` for `python wan_cache_latents.py`,
-    `reelsmith compare` for `python tools/compare.py`.
+    """Replace commands in texts by console commands.
 
-    For launchers it names the module: `accelerate launch ... -m reelsmith.wan_train_network`. A literal that
-    is the path of a script and nothing else is not a text but a word of a command: code finds the script by
-    it, and `command_words` translates it when the command is shown. So it stays; only that of a script with a
-    console command of its own loses its ending, because either form names that script.
+    `wan_cache_latents` takes the place of `python wan_cache_latents.py`, `reelsmith compare` that of `python
+    tools/compare.py`. A launcher's command names the module: `accelerate launch ... -m
+    reelsmith.wan_train_network`.
+
+    A literal that is the path of a script and nothing else stays, because it is not a text but a word of a
+    command: code finds the script by this path, and `command_words` translates it when the command is shown.
+    Only a script with a console command of its own loses its ending there, because either form names that
+    script.
     """
     names = "|".join(sorted(scripts))
     rooms = "|".join(SCRIPT_ROOMS)
@@ -127,11 +131,13 @@ CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
 
 def find_rooms(root: Path) -> list[str]:
+    """Return the sorted names of the folders at the root that are packages and get installed."""
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
     return sorted(folders - NOT_INSTALLED)
 
 
 def find_own_names(root: Path) -> set[str]:
+    """Return the top-level names that imports of the product use: rooms, root scripts and `package`."""
     return {*find_rooms(root), *(path.stem for path in root.glob("*.py")), "package"} - {PACKAGE}
 
 

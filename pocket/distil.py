@@ -69,6 +69,7 @@ class Ways:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Distill the pocket Wan with the options of the command line, or of `argv`, and save the student."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,6 +104,7 @@ def distil(settings: Settings) -> Path:
 
 
 def load_pocket() -> WanModel:
+    """Load the pocket model's transformer on the CPU in float32."""
     return load_dit(HERE / "dit.safetensors", Placement(CPU, torch.float32))
 
 
@@ -194,6 +196,7 @@ class Decay:
     steps: int
 
     def __call__(self, step: int) -> float:
+        """Return the factor on the rate at `step`: 1 for the first fifth, then a straight line to 0."""
         return min(1.0, (self.steps - step) / (0.8 * self.steps))
 
 

@@ -56,6 +56,7 @@ class Thing:
     velocity: tuple[float, float]  # pixels per frame
 
     def centre(self, frame: int) -> tuple[float, float]:
+        """Return the position of the center in a frame, x and y in pixels."""
         return self.start[0] + frame * self.velocity[0], self.start[1] + frame * self.velocity[1]
 
 

@@ -46,6 +46,7 @@ class Asked:
 
     @property
     def prompt(self) -> str:
+        """The caption of this clip, with made-up words in place of the names that they stand for."""
         color, shape = (self.words.get(name, name) for name in (self.colour, self.shape))
         return f"a {color} {shape} moving {self.direction}"
 
@@ -63,6 +64,7 @@ class Accuracy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Generate clips for drawn prompts, let the detectors look at them, and write their counts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

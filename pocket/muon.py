@@ -18,8 +18,10 @@ BETAS = (0.9, 0.98)
 
 
 class Muon(Optimizer):
-    """Take Muon's step for parameters of two or more axes (first axis by the rest), Adam's for all other
-    ones.
+    """Optimize matrices with Muon's orthogonalized momentum, and vectors with Adam.
+
+    A parameter of more than two axes is a matrix of its first axis by all others. A parameter whose first
+    axis has length 1 counts as a vector.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3) -> None:
@@ -27,6 +29,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
+        """Update all parameters that have a gradient. `closure` is not supported and must be None."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -70,10 +70,12 @@ class GeneratedClip:
 
     @cached_property
     def frames(self) -> drawing.Clip:
+        """The clip's frames, F H W 3 uint8, read from its file once."""
         return numpy.stack(list(video_frames(self.path)))
 
     @cached_property
     def verdict(self) -> Verdict:
+        """What the detectors see in the clip: its color, shape and direction."""
         return look(self.frames, FORMS)
 
 

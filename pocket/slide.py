@@ -63,6 +63,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train a slider in the given folder and print a table of what each strength does to the prompts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -70,6 +70,7 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Make clips, train the three networks of the pocket model and write their files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -131,10 +131,9 @@ def invented_word(random: np.random.Generator) -> str:
 
 
 def make_tokenizer(seed: int) -> Tokenizer:
-    """Make a lower-case tokenizer that keeps the captions' words whole and splits all other words down to
-    letters.
+    """Make a lower-case tokenizer that keeps the captions' words whole.
 
-    The end token is last.
+    All other words are split down to letters. The end token is the last of the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

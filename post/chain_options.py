@@ -61,14 +61,17 @@ class Chain:
 
     @property
     def added(self) -> str:
+        """Text for names of results, from the tools."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
     def labels(self) -> list[str]:
+        """Labels for progress bars: none for the first tool, "--then NAME" for the others."""
         return ["", *(f"{THEN} {tool.name}" for tool, _ in self.tools[1:])]
 
     @property
     def needs_video(self) -> bool:
+        """Whether a tool needs several frames, so that single images are refused."""
         return any(tool.needs_video for tool, _ in self.tools)
 
     @property
@@ -128,14 +131,17 @@ class NamedTools:
 
     @property
     def labels(self) -> list[str]:
+        """Labels for progress bars, with the option that names the tools."""
         return [f"{self.option} {tool.name}" for tool, _ in self.tools]
 
     @property
     def hiding(self) -> str | None:
+        """Name of the first tool that hides something; None if no tool does."""
         return hiding_tool(self.tools)
 
     @property
     def in_words(self) -> str:
+        """Tools and settings for metadata, joined by "--then"."""
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
@@ -209,19 +215,19 @@ def find_tool(name: str) -> Tool:
 
 
 def hiding_tool(tools: Sequence[ToolOptions]) -> str | None:
+    """Return the name of the first tool that hides something, such as faces; None if no tool does."""
     return next((tool.name for tool, _ in tools if tool.hides), None)
 
 
 def tool_names() -> str:
+    """Return the names of all tools as a list in words."""
     names = [tool.name for tool in TOOLS]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @contextlib.contextmanager
 def name_tool(name: str) -> Iterator[None]:
-    """Prefix the message of a UserError in the block with the tool's name, at most once; do nothing if the
-    name is empty.
-    """
+    """Prefix a UserError of the block with the tool's name, at most once; an empty name does nothing."""
     try:
         yield
     except UserError as error:
@@ -231,8 +237,9 @@ def name_tool(name: str) -> Iterator[None]:
 
 
 def tool_in_words(tool: Tool, options: Any) -> str:
-    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`; only names of
-    files, so that folders stay private.
+    """Return a tool and its settings for metadata, such as `upscaler model=x.pth scale=2.0`.
+
+    Paths are reduced to file names, so that folders stay private.
     """
     words = [tool.name]
     for name, value in option_values(options).items():

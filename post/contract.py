@@ -89,6 +89,7 @@ LARGEST = 65535  # pixels of a side; no codec and few picture files take more
 
 
 def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int]:
+    """Return width and height times a factor, rounded down."""
     return int(width * factor), int(height * factor)
 
 

@@ -55,9 +55,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
-    """Raise OptionError if a source has a caption: its folder is a dataset, into which results must not be
-    written.
-    """
+    """Raise OptionError if a source has a caption: results must not be written into a dataset's folder."""
     caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
     if caption is not None:
         raise OptionError(

@@ -41,6 +41,7 @@ class ToolRunOptions(Options, title="input and output"):
 
     @property
     def means_folder(self) -> bool:
+        """Whether --output ends like a folder, so that it is one even before it exists."""
         ends = ("/", os.sep) if os.altsep is None else ("/", os.sep, os.altsep)
         return self.output is not None and self.output.endswith(ends)
 
@@ -144,17 +145,17 @@ class InterpolationOptions(Options, title="interpolation"):
 
     @property
     def kind(self) -> str:
+        """Which network estimates the motion, from --mode."""
         return WITH_RAFT if WITH_RAFT in self.mode.lower() else WITH_FLOWFORMER
 
     @property
     def part(self) -> Fraction:
+        """Factor on the size at which motion is estimated, as an exact fraction."""
         return Fraction(self.ds_factor).limit_denominator(SMALLEST_PART)
 
     @property
     def alignment(self) -> int:
-        """Return the number whose multiples, times --ds_factor, are multiples of 32: pictures' sides must be
-        multiples of it.
-        """
+        """Number of which image sides must be multiples, so that --ds_factor gives multiples of 32."""
         step = ALIGNMENT / self.part
         return step.numerator  # the smallest whole multiple of the step
 

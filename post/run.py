@@ -57,10 +57,10 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Work on the files in turn. If one of several fails, the failure is reported and the remaining ones
-    continue.
+    """Process the files in turn; if one of several fails, report it and continue with the others.
 
-    Raises UserError at the end if one failed, with the exit code of the failures if all have the same.
+    Raises:
+        UserError: At the end if a file failed, with the exit code of the failures if it is the same for all.
     """
     done = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
@@ -116,6 +116,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
 
 # Run stages on a video: decode, stages and encode at the same time, with few pictures in memory.
 def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
+    """Return metadata entries `post_N` for the tools of this run, numbered after those of earlier runs."""
     numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
     first = max(numbers, default=0) + 1
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
@@ -146,6 +147,7 @@ def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], h
 
 
 def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+    """Yield the images, and write each into a folder as a PNG with its index as name."""
     for index, image in enumerate(pictures):
         write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
         yield image

@@ -136,6 +136,7 @@ class PostTools:
 
     @property
     def hides(self) -> bool:
+        """Whether a tool hides something, so that unprocessed frames must not be shown."""
         return self.selected.hiding is not None
 
     def check(self) -> None:

@@ -29,6 +29,7 @@ SHARE = 0.8  # share of the host's free memory to use; the system kills programs
 
 
 def round_up(number: int, step: int) -> int:
+    """Return the next multiple of `step` that is at least `number`."""
     return -(-number // step) * step
 
 
@@ -139,10 +140,12 @@ def room_on(device: torch.device) -> int | None:
 
 
 def min_tile(step: int, overlap: int) -> int:
+    """Return the smallest side of a tile: twice the overlap, and a multiple of the network's step."""
     return round_up(max(LEAST, 2 * overlap), step)
 
 
 def short_reason(error: BaseException) -> str:
+    """Return the first sentence of an error's message; its type if it has none."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
@@ -216,8 +219,13 @@ class Guarded:
     """
 
     def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
-        """exact: loads the network in float32; called at the first non-finite result. what: name of the
-        network.
+        """Guard a loaded network.
+
+        Args:
+            run: The network in `dtype`.
+            dtype: Dtype in which it computes.
+            exact: Loads the network in float32; called at the first result that is not finite.
+            what: Name of the network, for messages.
         """
         self._run = run
         self.dtype = dtype

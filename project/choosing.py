@@ -95,7 +95,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         pairs_sounds=pairs_sounds,
         learns_clips=model.data["frames"] > 1,
         least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
-        learns_sounds="sound_alone" in model.data,
+        learns_sounds=learns_sound_alone(model),
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_has_latents(family, "has_alpha"),
         learns_layers=_has_latents(family, "has_layers"),
@@ -104,6 +104,10 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         contradiction=_find_contradiction(family, model, dits),
         family=family,
     )
+
+
+def learns_sound_alone(model: ModelSet) -> bool:
+    return bool(model.data.get("sound_alone"))
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
@@ -292,13 +296,15 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     return " and ".join(kinds)
 
 
-def select_model(options: NewOptions, memory: float) -> ModelChoice:
+def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
     """Return the named model and the trigger word; ask for missing ones on a terminal.
 
-    memory: GiB of the card. Raises OptionError if the model is unknown, or nobody can be asked.
+    memory: GiB of the card. before_asking: raises what would make questions vain. Raises OptionError if the
+    model is unknown, or nobody can be asked.
     """
     models = find_models()
     if options.family is None:
+        before_asking()
         named = _ask_for_family(options, models, memory)
     else:
         named = read_family(options.family, models)
@@ -308,6 +314,7 @@ def select_model(options: NewOptions, memory: float) -> ModelChoice:
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
     if asks_for_task:
+        before_asking()
         model = _ask_for_task(options, tasks, memory)
     elif len(tasks) > 1:
         model = _select_task(options.task, tasks)

@@ -31,6 +31,7 @@ from project.choosing import (
     check_model_files,
     check_word,
     describe_makes,
+    learns_sound_alone,
     select_model,
 )
 from project.fitting import describe_fit, find_memory, needs_image
@@ -78,11 +79,6 @@ def write_project(options: NewOptions) -> None:
     learns pictures. Raises OutputError if one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
-    existing = [path for path in paths if path.exists()]
-    if existing and not (options.overwrite or options.dry_run or options.print_run):
-        raise OutputError(
-            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
-        )
     memory = find_memory() if options.memory is None else options.memory
     foreign = None if options.from_file is None else read_foreign(options.from_file, options.trains)
     asked = ""  # what the project trains, if nothing else is typed
@@ -90,11 +86,12 @@ def write_project(options: NewOptions) -> None:
         asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
         options = fill_in(foreign, options)
     try:
-        model_choice = select_model(options, memory)
+        model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     kind = _select_kind(options, model_choice, memory, asked)  # before the family is made: it takes seconds
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
+    _reject_existing(options, paths)  # behind what is mistyped, which --overwrite would not mend
     if foreign is not None:
         choice = _check_foreign(choice, foreign)
     if options.print_run:
@@ -125,6 +122,15 @@ def write_project(options: NewOptions) -> None:
         lines.append(f"written: {', '.join(map(str, paths))}")
         lines.append(_describe_next(choice, bool(errors)))
     print_lines(lines)
+
+
+def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
+    """Raise OutputError if a file that is to be written is there, and is not to be replaced."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not (options.overwrite or options.dry_run or options.print_run):
+        raise OutputError(
+            f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
+        )
 
 
 def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
@@ -267,7 +273,10 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
     edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    sound_families = dict.fromkeys(entry.family for entry in models if "sound_alone" in entry.data)
+    hearing = [f"--task {entry.task}" for entry in of_family if learns_sound_alone(entry)]
+    if not hearing:
+        families = dict.fromkeys(entry.family for entry in models if learns_sound_alone(entry))
+        hearing = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
     if facts.hears:
         silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
@@ -278,7 +287,7 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, ki
         kind=kind,
         control_kind=find_control_kind(model),
         edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
-        hearing=" or ".join(f"--family {family}" for family in sound_families),
+        hearing=" or ".join(hearing),
         silent=silent_tasks[0] if silent_tasks else "",
     )
 

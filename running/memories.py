@@ -11,11 +11,11 @@ from running.run_blocks import Hidden, run_blocks
 
 
 class Remembers(Protocol):
-    """The attention of a block. It sets `remembered` for tokens that are to be remembered, and otherwise puts
-    it next to the keys and values of its tokens.
+    """Protocol of a block's attention that keeps keys and values from one call of the network to the next.
 
-    It is not part of the record of tokens: a key or a number of each block there would have every block
-    compiled anew.
+    It sets `remembered` during a call whose tokens are to be remembered; in other calls it appends
+    `remembered` to the keys and values of the current tokens. The tensors are not part of the record of
+    tokens, because a different key or number in each block would make torch compile every block separately.
     """
 
     remembered: Sequence[Tensor]  # keys, rotated, and values; empty: nothing is remembered

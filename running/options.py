@@ -145,6 +145,7 @@ class PlanOptions(Options):
 
     @property
     def is_planning(self) -> bool:
+        """Whether --plan is given, so that the command predicts its memory and exits."""
         return self.plan is not None
 
     @property
@@ -221,4 +222,5 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
 
 
 def set_blocks_to_swap(speed: Speed, blocks: int) -> Speed:
+    """Return the options with another number of swapped blocks."""
     return replace(speed, swap=replace(speed.swap, blocks_to_swap=blocks))

@@ -53,6 +53,7 @@ Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the ne
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run the blocks of a DiT in the way that its runner says; `hidden` is changed in place."""
     runner_of(dit)(dit, hidden, tweaks)
 
 
@@ -110,6 +111,7 @@ class BlockNetwork(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the blocks compute: that of the parameter `dtype_of`."""
         return self.get_parameter(self.dtype_of).dtype
 
     def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
@@ -120,6 +122,7 @@ class BlockNetwork(nn.Module):
 
 
 def runner_of(dit: nn.Module) -> Runner:
+    """Return the runner that was set on a DiT; by default the one that runs all blocks in order."""
     return dit.__dict__.get(_RUNNER, run_in_order)
 
 

@@ -102,6 +102,7 @@ class StepCache:
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
+        """Forget the residuals, so that the next pass is computed."""
         self._branches.clear()
 
 
@@ -229,14 +230,16 @@ class TeaCacheRule:
 
 
 def relative_change(before: Tensor, now: Tensor) -> Tensor:
-    """Return the mean absolute difference of two tensors of one shape, as a share of the mean size of the
-    first: a number on their device, float32.
+    """Return the mean absolute difference of two tensors, divided by the mean absolute value of the first.
+
+    The result is a float32 scalar on their device, so that no copy to the host is needed.
     """
     size = before.abs().mean(dtype=torch.float32)
     return (now - before).abs_().mean(dtype=torch.float32) / size
 
 
 def polynomial(coefficients: tuple[float, ...], x: float) -> float:
+    """Evaluate a polynomial; the coefficient of the highest power comes first."""
     value = 0.0
     for coefficient in coefficients:
         value = value * x + coefficient
@@ -255,6 +258,10 @@ Measure = Callable[[Turn, Signal, Tensor], None]
 
 
 def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run all blocks, and pass what entered them and their residual to `measure`.
+
+    Passes outside the steps of a video, and passes that leave out blocks, are not measured.
+    """
     before = hidden.x
     inner(dit, hidden, tweaks)
     if tweaks.turn is not None and not tweaks.leaves_out:
@@ -272,6 +279,7 @@ class Ratios:
         self._found: dict[int, list[Tensor]] = {}
 
     def forget(self) -> None:
+        """Forget the sizes of earlier steps."""
         self._sizes.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
@@ -300,9 +308,11 @@ class Changes:
         self._found: list[tuple[Tensor, Tensor]] = []
 
     def forget(self) -> None:
+        """Forget the tensors of earlier steps."""
         self._before.clear()
 
     def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        """Record the relative changes since the previous step of the same pass; the first step has none."""
         entered = signal()
         step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
         if step == turn.step - 1:

@@ -52,6 +52,7 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
+        """Draw the seed of each prompt's first image in a new round."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:

@@ -98,6 +98,7 @@ class Model:
 
     @property
     def is_inpainting(self) -> bool:
+        """Whether the U-Net takes 9 channels: noisy latents, mask, and latents of the masked image."""
         return int(self.unet.config.in_channels) == 9
 
 

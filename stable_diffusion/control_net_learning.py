@@ -44,6 +44,7 @@ class TrainedControlNet(nn.Module):
         self.multiplier = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of the ControlNet."""
         self.multiplier = multiplier
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:

@@ -26,6 +26,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def weights_option() -> Any:
+    """Return the option for the ControlNet to start from."""
     return option(
         "ControlNet to start from: a file, or a folder in diffusers' layout; default: a copy of the U-Net",
         place="there",
@@ -35,6 +36,7 @@ def weights_option() -> Any:
 
 
 def rate_option() -> Any:
+    """Return the option for the learning rate of the parts that the U-Net does not have."""
     return option(
         "learning rate of the parts that the U-Net does not have: the control picture's embedding and the "
         "outputs, which begin with zeros",

@@ -12,12 +12,14 @@ from torch import Tensor
 
 
 def unet_class() -> type[Any]:
+    """Import the class of the U-Net."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel
 
 
 def vae_class() -> type[Any]:
+    """Import the class of the VAE."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL
@@ -34,6 +36,7 @@ def scheduler_class(name: str) -> type[Any]:
 
 
 def make_xformers_processor() -> Any:
+    """Return an attention processor that calls xformers."""
     from diffusers.models.attention_processor import XFormersAttnProcessor
 
     return XFormersAttnProcessor()
@@ -55,6 +58,7 @@ def translate_vae_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict
 
 
 def diffusers_version() -> str:
+    """Return the version of diffusers, which files of results record."""
     import diffusers
 
     return str(diffusers.__version__)

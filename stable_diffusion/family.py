@@ -133,6 +133,7 @@ RELEASES: Mapping[ModelKind, ModelRelease] = {
 
 
 def latent_spec(kind: ModelKind) -> LatentSpec:
+    """Return the sizes and file names of latents for a kind of checkpoint."""
     tag = _TAGS[kind]
     texts = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
     return LatentSpec(
@@ -173,30 +174,37 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def kind(self) -> ModelKind:
+        """Kind of the checkpoint: 1.x, 2.x or XL."""
         return self.files.kind
 
     @property
     def name(self) -> str:
+        """Name of the family in metadata."""
         return self.kind.name
 
     @property
     def called(self) -> str:
+        """Name of the family in messages."""
         return self.kind.words
 
     @property
     def cache_tag(self) -> str:
+        """Text in the names of cache files."""
         return _TAGS[self.kind]
 
     @property
     def latent(self) -> LatentSpec:
+        """Sizes and file names of the latents."""
         return latent_spec(self.kind)
 
     @property
     def dit(self) -> DitSpec:
+        """Names of the U-Net's blocks, as runners and networks need them."""
         return unet_spec(self.files.unet_config)
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Steps, guidance, size and samplers of a generation that gives none."""
         return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
@@ -210,10 +218,12 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def release(self) -> ModelRelease:
+        """The released checkpoint that the family is named after."""
         return RELEASES[self.kind]
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Entries for files of results: architecture, prediction type, model and VAE."""
         kind, predicts_v = self.kind, self.noise.predicts_v
         architecture = "stable-diffusion-xl-v1-base"
         version = "sdxl_base_v1-0"
@@ -240,6 +250,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def hashed_files(self) -> Mapping[str, Path]:
+        """Files whose hashes a training records, by key of the metadata."""
         return self.files.hashed
 
     @property
@@ -276,6 +287,7 @@ class StableDiffusion(ModelOfImages):
         return None if made is None or made.in_texts else made
 
     def check_table(self, table: MediaTable) -> None:
+        """Check a table of the dataset: control images are used only by a network that sees them."""
         if self._seeing is not None:
             table = control_pictures.check_controls(table, self._seeing.called)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
@@ -286,33 +298,41 @@ class StableDiffusion(ModelOfImages):
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
+        """Keep the control image of a request; only a network that sees one can use it."""
         sees = self._seeing is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Return the control image of a sample as conditions; empty without a network that sees one."""
         return {0: {} if self._seeing is None else control_pictures.sample_controls(prepared)}
 
     # files
 
     def check_files(self, media: bool) -> None:
+        """Check that the files exist and belong to a supported kind."""
         self.files.check()
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
+        """File of the U-Net, which the checkpoint may contain."""
         return (self.files.unet_path,)
 
     def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks in each part of the U-Net."""
         return tuple(count for _, count in unet_parts(self.files.unet_config))
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype of the U-Net under a placement."""
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the U-Net; there is a single expert."""
         return self.files.load_unet(placement, self.dit)
 
     # texts
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Make the text encoders of the checkpoint, one or two; each loads when it is used."""
         encoders = make_encoders(
             self.files,
             self.chunks,
@@ -348,20 +368,24 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def text_keys(self) -> frozenset[str]:
+        """Names of the tensors that the text encoders compute."""
         return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
 
     # a training of all weights
 
     @property
     def learning_parts(self) -> LearningParts:
+        """Learning rates of text encoders and blocks, and how long the text encoders learn."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
     def reads_weight(self, text_encoder: str, weight: str) -> bool:
+        """Whether a weight of a text encoder affects the states that the U-Net sees: later layers do not."""
         by_name = {encoder.name: encoder for encoder in self._counting}
         return by_name[text_encoder].reads_weight(weight)
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
+        """Return the size in bytes of a full checkpoint whose trained weights have a dtype."""
         with quiet():
             infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
@@ -369,6 +393,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
+        """Return what writes trained networks as a checkpoint: one file, or a folder in diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
@@ -386,6 +411,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def is_of_one_file(self) -> bool:
+        """Whether the checkpoint is a single file, not a folder."""
         return not self.files.path.is_dir()
 
     # the network
@@ -544,16 +570,19 @@ class StableDiffusion(ModelOfImages):
         return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents in model space to pixels."""
         yield encoders.vae.decode(latents / self.latent.scale)
 
 
 def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
+    """Return the family of the script that caches latents; control images are stored too."""
     return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae), stores_controls=True)
 
 
 def family_for_text_caching(
     kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
 ) -> StableDiffusion:
+    """Return the family of the script that caches texts."""
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)

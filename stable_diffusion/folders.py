@@ -257,6 +257,11 @@ def _are_counts(value: object, length: int) -> bool:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
+    """Read a JSON configuration of a folder in diffusers' layout.
+
+    Raises:
+        CheckpointError: If the file is missing, cannot be read, or holds no object.
+    """
     try:
         content = parse_json(read_text(file))
     except FileNotFoundError:

@@ -87,6 +87,7 @@ class LearntRows(nn.Module):
             self.register_parameter(name, Parameter(tensor))
 
     def prepare_optimizer_params(self, learning_rate: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return one parameter group with all vectors, and its name for the logs."""
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def set_multiplier(self, multiplier: float) -> None:

@@ -37,6 +37,7 @@ class LatentRefinerBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B width h w."""
         # x: B width h w
         inner = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(x + self.bn2(self.conv2(inner)))
@@ -58,6 +59,7 @@ class LatentRefiner(nn.Module):
         self.conv_final = nn.Conv2d(WIDTH // 2, 4, 1)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Return the latents with the predicted detail added, B 4 h w."""
         # latents: B 4 h w
         x = torch.relu(self.bn1(self.conv1(latents)))
         for first in range(1, NUM_BLOCKS + 1, BLOCKS_OF_A_GROUP):

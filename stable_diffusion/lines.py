@@ -241,6 +241,7 @@ class Inputs:
         return _in_turn(self.images, number)
 
     def mask(self, number: int) -> Path | None:
+        """Return the mask of the image with this number; files are used in turn. None without masks."""
         return _in_turn(self.masks, number)
 
     def select_guides(self, number: int) -> tuple[Path, ...]:
@@ -298,6 +299,7 @@ class Line:
 
     @property
     def is_plain(self) -> bool:
+        """Whether the prompt comes from an image's metadata, where no options or variants are read."""
         return self.image_number is not None
 
 

@@ -47,6 +47,7 @@ class TrainedLllite(Lllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of all modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:

@@ -48,6 +48,7 @@ class OpenedCheckpoint:
 
     @property
     def kind(self) -> ModelKind:
+        """Kind of the checkpoint."""
         return self.marks.kind
 
 

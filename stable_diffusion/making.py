@@ -31,7 +31,8 @@ class MakesIdeas(Protocol):
 
     def for_batch(
         self, pictures: Sequence[contract.AskedImage], width: int, height: int
-    ) -> AbstractContextManager[contract.Idea | None]: ...
+    ) -> AbstractContextManager[contract.Idea | None]:
+        """Open the block in which a batch is generated; yield its `Idea`, or None if the batch needs none."""
 
 
 class _Texts(NamedTuple):

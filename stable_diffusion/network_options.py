@@ -83,10 +83,12 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def flag(self) -> str:
+        """The option that names the networks."""
         return "--control_net_lllite_models" if self.control_net_lllite_models else "--control_net_models"
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
+        """The networks with preparation, strength and fraction of steps; missing values have defaults."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -197,10 +199,12 @@ class GuideOptions(Options, title="guidance by other networks"):
 
     @property
     def uses_clip(self) -> bool:
+        """Whether CLIP steers images."""
         return self.clip_guidance_scale > 0 or self.clip_image_guidance_scale > 0
 
     @property
     def image_option(self) -> str | None:
+        """First option that needs a guide image; None if none does."""
         scales = ("clip_image_guidance_scale", "vgg16_guidance_scale")
         return next((f"--{name}" for name in scales if getattr(self, name) > 0), None)
 
@@ -284,18 +288,22 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """The files, none if the option is not given."""
         return self.network_weights or ()
 
     @property
     def multipliers(self) -> tuple[float, ...]:
+        """One multiplier for each file."""
         return multipliers_for(self.files, self.network_mul or (), "--network_mul")
 
     @property
     def num_merged(self) -> int:
+        """Number of files, from the first on, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property
     def num_adjustable(self) -> int:
+        """Number of files that stay separate, so that a prompt line can change their multipliers."""
         return len(self.files) - self.num_merged
 
     def check_strengths(self, multipliers: Sequence[float]) -> None:

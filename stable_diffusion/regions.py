@@ -69,6 +69,7 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
+    """Split a prompt into the parts of its regions."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -189,9 +190,7 @@ class _Batch:
                 module.forward = self._couple(module.forward)
 
     def region_of(self, part: int, name: str) -> Callable[[Tensor], Tensor]:
-        """Return a function that limits the effect of a part's LoRA on the module `name` to the part's
-        region.
-        """
+        """Return a function that limits the effect of a part's LoRA on the module `name` to its region."""
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
             return lambda added: self._limit_text(part, added)
         return lambda added: self._limit_features(part, added)
@@ -249,6 +248,7 @@ class _Batch:
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:
+    """Restore the forward of a module; None means that it had only that of its class."""
     if forward is None:
         del module.forward
     else:

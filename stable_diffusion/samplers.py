@@ -82,11 +82,10 @@ def make_scheduler(
 
 
 def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> float:
-    """Return the weight of the derivative from `which` steps ago (0: the latest) in a linear multistep of
-    that order.
+    """Return the weight of the derivative from `which` steps ago (0 is the latest) in a linear multistep.
 
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at
-    those of the other derivatives. Three Gauss points are exact, as the degree is at most 3.
+    those of the other derivatives. Three Gauss points are exact, because the degree is at most 3.
     """
     start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
@@ -161,6 +160,7 @@ class SchedulerSolver:
 
     @property
     def noise_level(self) -> float:
+        """Standard deviation of the noise that sampling starts from."""
         return float(self.scheduler.init_noise_sigma)
 
     def model_input(self, index: int, sample: Tensor) -> Tensor:
@@ -236,6 +236,7 @@ class SeenSolver:
 
     @property
     def schedule(self) -> Schedule:
+        """Schedule of the wrapped solver."""
         return self.solver.schedule
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:

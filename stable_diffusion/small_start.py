@@ -73,6 +73,7 @@ class DeepShrinks:
 
 
 def input_blocks(unet: Any) -> list[nn.Module]:
+    """Return the modules of the U-Net's first half as its published blocks are numbered."""
     blocks = [unet.conv_in]
     for block in unet.down_blocks:
         blocks += [*block.resnets, *(block.downsamplers or ())]
@@ -89,6 +90,7 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
+    """Return a size times a ratio, at least 1 on each side."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 

@@ -86,9 +86,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask resized to that size, 1 1 H W: 1 (repaint) for values of at least half grey, else 0, as
-    in diffusers.
-    """
+    """Return a mask resized to a size, 1 1 H W: 1 (repaint) from half gray on, else 0, as in diffusers."""
     gray = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(gray, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -96,7 +94,9 @@ def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting:
-    """Wraps the steps of a sampler. After each step the latents become
+    """Wrap the steps of a sampler, so that only masked areas are repainted.
+
+    After each step the latents become
 
         original with noise * (1 - mask) + latents * mask
 
@@ -109,6 +109,7 @@ class Inpainting:
     mask: Tensor  # B 1 h w; 1 is painted anew
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Take a step, then restore what lies outside the mask."""
         painted = step(index, velocity, sample).squeeze(2)
         original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
@@ -134,6 +135,7 @@ def is_masked(picture: AskedImage) -> bool:
 
 
 def find_strength(picture: AskedImage, start: SecondStart | None) -> float | None:
+    """Return how much of an image is denoised anew; None for images that start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -233,6 +235,7 @@ STRIDE = 8  # pixels of one latent
 
 
 def latent_size(settings: ImageSettings) -> tuple[int, int]:
+    """Return height and width of the latents."""
     return settings.height // STRIDE, settings.width // STRIDE
 
 
@@ -249,6 +252,7 @@ def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return an image resized to a size, by Lanczos; unchanged if it has that size."""
     if picture.size == (width, height):
         return picture
     return picture.resize((width, height), Image.Resampling.LANCZOS)

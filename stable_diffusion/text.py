@@ -221,6 +221,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
 
 
 def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
+    """Raise OptionError if --clip_skip is larger than the number of the text encoder's layers."""
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "

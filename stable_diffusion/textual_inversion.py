@@ -153,8 +153,12 @@ def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> n
 
 
 def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[str, list[int]]:
-    """Return the ids of all names of words. index: of the encoder. vocabulary: rows of its table without
-    them.
+    """Return the token ids of all names of words.
+
+    Args:
+        words: The words with their vectors.
+        index: Index of the text encoder.
+        vocabulary: Number of rows of its table without the words.
     """
     ids: dict[str, list[int]] = {}
     first = vocabulary  # row of the word's first vector
@@ -170,9 +174,7 @@ def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[
 
 
 def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return the derived names and their ids: names of each word's single vectors, and the names in the
-    files.
-    """
+    """Return derived names and their ids: those of each word's single vectors, and the names in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]

@@ -302,6 +302,7 @@ class TowerEncoder:
         return row
 
     def free(self) -> None:
+        """Release the network and its tokenizer."""
         self._loaded.free()
 
 
@@ -320,6 +321,16 @@ def make_encoders(
     learning: LearningTexts | None = None,
     bundled: Sequence[LearnedWord] = (),
 ) -> list[TowerEncoder]:
+    """Make the encoders of a checkpoint, one or two.
+
+    Args:
+        files: The checkpoint.
+        chunks: Number of 75-token chunks to which texts are padded or cut.
+        clip_skip: Layer, counted from the end, whose states are used; None for the default of the kind.
+        tells_cut: Warn about texts that are cut off.
+        learning: The encoders that are trained; None if all are frozen.
+        bundled: Words whose vectors a LoRA file brings along.
+    """
     encoders = []
     for number in range(len(files.kind.lora_prefixes)):
         encoder = TowerEncoder(

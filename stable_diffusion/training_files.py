@@ -107,10 +107,12 @@ class TrainingFiles:
 
     @property
     def kind(self) -> ModelKind:
+        """Kind of the checkpoint; without one, the first kind of the script."""
         return self.kinds[0] if self.ckpt is None else self.marks.kind
 
     @property
     def predicts_v(self) -> bool:
+        """Whether the U-Net predicts v instead of noise: by an option, or by the checkpoint."""
         return self.says_v or (self.ckpt is not None and self.marks.predicts_velocity)
 
     @contextmanager
@@ -142,6 +144,7 @@ class TrainingFiles:
 
     @cached_property
     def unet_config(self) -> Mapping[str, Any]:
+        """Configuration of the U-Net in diffusers' terms."""
         with self.opened() as release:
             return release.unet.config
 
@@ -244,10 +247,12 @@ class DiffusersVae:
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
     def to(self, device: torch.device) -> "DiffusersVae":
+        """Move the network to a device, and return this object."""
         self.network.to(device)
         return self
 

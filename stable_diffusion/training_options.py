@@ -81,6 +81,7 @@ class LossWeightOptions(Options, title="loss"):
 
     @property
     def has_any(self) -> bool:
+        """Whether any factor is on."""
         return bool(
             self.min_snr_gamma
             or self.scale_v_pred_loss_like_noise_pred
@@ -121,16 +122,19 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 
     @property
     def chunks(self) -> int:
+        """Number of 75-token chunks of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
     # of a training of all weights
 
     @property
     def is_whole(self) -> bool:
+        """Whether the script trains a whole checkpoint; `OfFullCheckpoint` overrides this."""
         return False
 
     @property
     def learns_in_bf16(self) -> bool:
+        """Whether trained weights are kept in bf16; `OfFullCheckpoint` overrides this."""
         return False
 
     @property
@@ -175,10 +179,12 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
 
     @property
     def chunks(self) -> int:
+        """Number of 75-token chunks of each caption."""
         return (self.max_token_length or CHUNK) // CHUNK
 
 
 def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the two caching scripts, latents and texts, that match a training."""
     ckpt = options.ckpt or FillIn("CHECKPOINT")
     texts = {
         CKPT: ckpt,

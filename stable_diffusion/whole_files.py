@@ -159,6 +159,7 @@ def _make_keeper(checkpoint: TrainingFiles, release: OpenedCheckpoint) -> Callab
 
 
 def list_plans(release: OpenedCheckpoint) -> Plans:
+    """Return the plan of each network of a checkpoint by the name that a training has for it."""
     texts = {text_encoder_name(number): text.network for number, text in enumerate(release.texts)}
     return {DIT: release.unet, **texts, VAE_PART: release.vae}
 

@@ -28,14 +28,17 @@ class OfFullCheckpoint:
 
     @property
     def is_whole(self) -> bool:
+        """Whether the script trains a whole checkpoint: true for every script with these options."""
         return True
 
     @property
     def learns_in_bf16(self) -> bool:
+        """Whether --full_bf16 is given."""
         return self.full_bf16
 
 
 def text_switch(help: str) -> Any:
+    """Return the switch that trains the text encoders too, with a help text of the script."""
     return option(help, facts=IDENTITY, often=True)
 
 

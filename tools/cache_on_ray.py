@@ -19,6 +19,7 @@ from modules.installation import import_own
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run a caching command on a Ray cluster; `argv` holds the command and its options."""
     options = read_ray_options(__doc__, argv)
     script = import_own(options.script)
 

@@ -24,6 +24,10 @@ from modules.parser import Parser, add_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Generate one clip for each prompt, LoRA file and strength, and join them to a grid.
+
+    Options that this command does not know are passed to the family's generation script.
+    """
     parser = Parser(description=__doc__, allow_abbrev=False)
     entries = with_scripts()
     families = {name: entry.further_models for name, entry in entries.items()}

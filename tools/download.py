@@ -16,6 +16,7 @@ from modules.script_options import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Download the files of a task, or with --list print the tasks and files."""
     (options,) = parse_options(__doc__, argv, DownloadOptions)
 
     if options.list_only:

@@ -33,6 +33,7 @@ class ShareOptions(Options):
 
     @property
     def copy(self) -> Path:
+        """Path of the copy: --output, or the page's name with `-shared` at its end."""
         return self.output or self.page.with_name(f"{self.page.stem}-shared.html")
 
 

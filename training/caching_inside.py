@@ -70,6 +70,7 @@ class Where(Enum):
 
     @property
     def is_made(self) -> bool:
+        """Whether the training command itself makes these tensors: as npz files or in memory."""
         return self in {Where.NPZ, Where.MEMORY}
 
 
@@ -83,10 +84,12 @@ class TablePlan:
 
     @property
     def is_own(self) -> bool:
+        """Whether latents and texts come from ordinary cache files, so that no store is opened for them."""
         return self.latents is self.texts is Where.OWN
 
     @property
     def can_be_planned(self) -> bool:
+        """Whether --plan can count the items from files alone: nothing is encoded live or kept in memory."""
         return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
 
 
@@ -209,6 +212,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
+    """Return the stores that the planned tables are read from; tables with ordinary caches have none."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -477,11 +481,18 @@ class LiveMedia:
         self._encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
-        """Encode the items of a batch that are not cached. Returns place in the batch -> tensors on the CPU,
-        without batch dimension.
+        """Encode the items of a batch that are not cached.
 
-        stream: seeds of the random numbers. Raises MediaError if a picture cannot be read, DatasetError if
-        its size has changed.
+        Args:
+            items: Items of the batch, in its order; items with cached latents are skipped.
+            stream: Parts of the seed for random crops, flips and the posterior sample.
+
+        Returns:
+            Position in the batch -> tensors on the CPU, without a batch dimension.
+
+        Raises:
+            MediaError: If an image cannot be read.
+            DatasetError: If the size of an image has changed since the items were listed.
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):

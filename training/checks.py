@@ -234,9 +234,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if a file of --network_weights rotates inputs and the network does not, or the
-    reverse.
-    """
+    """Raise OptionError if exactly one of the --network_weights file and the network rotates its inputs."""
     in_file = kind_of_files(lora.tensors, ROTATING)
     trained = network.kind if network.kind in ROTATING else None
     if in_file is trained:

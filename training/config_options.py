@@ -151,6 +151,7 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def toml_value(value: Any) -> str:
+    """Return a value as TOML: lists, booleans and numbers as such, anything else as a quoted string."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, bool):

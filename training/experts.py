@@ -54,8 +54,10 @@ class ExpertNetworks:
     loras: "Sequence[AddedLoras]" = ()
 
     def at(self, expert: int) -> nn.Module:
-        """Return the network of an expert, on the device. If experts take turns it replaces the others there,
-        whose weights are not copied back.
+        """Return the network of an expert, on the device.
+
+        If experts take turns, it replaces the other networks there; their weights are not copied back to the
+        host, because they are frozen.
         """
         network = self.networks[expert]
         if self.copies and not self.copies[network].is_here:

@@ -122,26 +122,27 @@ class NextSteps:
 
     @property
     def options(self) -> TrainingOptions:
+        """Options of the run that the commands follow."""
         return self.plan.options
 
     @property
     def names(self) -> Names:
+        """Names of the files of the run."""
         return self.plan.names
 
     @property
     def converted_for(self) -> str:
-        """Return the tool that reads LoRAs of this family, with the names of the known tuners, only once they
-        are converted; empty if there is none.
-        """
+        """Tool that reads LoRAs of this family only after a conversion; empty if no conversion is needed."""
         family_names = read_family({TRAINED_ON: self.plan.family.name})
         return "" if family_names is None else family_names.converted_for
 
     def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return commands to train on, to generate with a file, to convert it if a tool needs that or to
-        extract a LoRA of a whole model, and to start this run again.
+        """Return the commands that can follow: resume, generate, convert or extract, start again.
 
-        saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
-        whole run.
+        Args:
+            saved: The newest usable file, see `Story.usable_file`; None if nothing has been saved. The
+                commands then name the file that the end of the run will save.
+            is_finished: Whether the run has done all its steps.
         """
         file = saved or [*self.names.files(self.names.name).values()][0]
         resume = self._resume(is_finished)
@@ -273,6 +274,7 @@ class NextSteps:
         return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
+        """Return the advice after a run failed: the command that continues from its newest state, if any."""
         if self._has_state():
             return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."

@@ -93,12 +93,11 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
 
 
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Return the number of captions with each tag (a part between commas), by the names of the items'
-    folders.
+    """Count the captions that contain each tag, a part between commas, by the names of the items' folders.
 
-    A caption counts once, however often its item is repeated. If a table's captions are not on this machine
-    (its caches were copied), it is left out. A folder keeps its MOST_TAGS most frequent tags, because they
-    are written into a file's header.
+    A caption counts once, however often its item is repeated. A table whose captions are not on this machine
+    (its caches were copied) is left out. A folder keeps its MOST_TAGS most frequent tags, because they are
+    written into a file's header.
     """
     from dataset.listing import find_sources  # other trainings read caches alone
 

@@ -531,10 +531,11 @@ _REFUSED_BESIDE = {
 
 
 def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
-    """Return the differences of a script that trains a network which sees control pictures next to a model of
-    noise.
+    """Return the defaults of a script that trains a control network for a model with a noise schedule.
 
-    called: the network. settings: of `ImageTrainerDefaults`; `refused` are further options.
+    Args:
+        called: Name of the network, as error messages call it.
+        settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
     """
     refused = {**_refused_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
@@ -557,10 +558,11 @@ _TOKENS = (
 
 
 def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
-    """Return the differences of a script that trains a network which sees control pictures next to the blocks
-    of a transformer.
+    """Return the defaults of a script that trains a control network attached to the blocks of a transformer.
 
-    called: the network. defaults: of the family's trainer of LoRAs.
+    Args:
+        called: Name of the network, as error messages call it.
+        defaults: Defaults of the script that trains LoRAs of the same family.
     """
     of_blocks = (*SWAPPING, "use_pinned_memory_for_block_swap", *list_block_options(), *options_of_blocks())
     refused = {
@@ -575,10 +577,12 @@ def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDe
 def beside_transformer(
     called: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
 ) -> ImageTrainerDefaults:
-    """Return the differences of a script that trains a network which sees control pictures next to a
-    transformer.
+    """Return the defaults of a script that trains a control network next to a transformer.
 
-    called: the network. defaults: of the family's trainer of LoRAs. refused: further options -> reason.
+    Args:
+        called: Name of the network, as error messages call it.
+        defaults: Defaults of the script that trains LoRAs of the same family.
+        refused: Further options that the script rejects, with the reason.
     """
 
     def translate(args: argparse.Namespace) -> None:

@@ -30,14 +30,15 @@ _ADVICE: Mapping[str, str] = {
 
 
 def is_of_kohya_page(key: str) -> bool:
+    """Whether a key comes from the GUI kohya_ss and names no option of a training script."""
     return key in _ADVICE
 
 
 def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
-    """Return the advice for a key of the page; None if its value has no effect, or network_args state the
-    same.
+    """Return the advice for a key of the kohya_ss page, with the values of all keys of the same file.
 
-    values: all keys of the file.
+    Returns:
+        The advice; None if the value has no effect, or if network_args set the same thing.
     """
     value, arguments = values[key], values.get("network_args")
     is_stated = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)

@@ -296,6 +296,7 @@ class UndressedNetwork:
 
     @property
     def expert(self) -> Expert:
+        """The expert that this network is."""
         return self.family.experts[self.index]
 
 
@@ -311,6 +312,7 @@ class Loading:
 
     @property
     def has_samples(self) -> bool:
+        """Whether samples are generated while training; their LoRAs of --sample_lora need memory too."""
         return self.plan.options.samples.are_made
 
     @property
@@ -366,9 +368,7 @@ class Loading:
     def _read_merged(
         self, network: NetworkOptions | None, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read LoRAs to merge for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
-        which are put round layers.
-        """
+        """Read the LoRAs to merge for an expert: a patch (None if none), and T-LoRAs, which wrap layers."""
         merge = self.plan.joined.merge
         if network is None or merge is None:
             return None, ()

@@ -127,6 +127,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
     @property
     def name_parts(self) -> tuple[str, ...]:
+        """Parts of names that select the trained weights; empty if all weights are trained."""
         return () if EVERYTHING in self.trainable_modules else self.trainable_modules
 
 
@@ -202,6 +203,7 @@ class OptimizerOptions(Options, title="optimizer"):
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
+        """Parse --optimizer_args into keyword arguments of the optimizer."""
         return read_literals("--optimizer_args", self.optimizer_args) if self.optimizer_args else {}
 
 
@@ -244,10 +246,12 @@ class PartsOptions(Options, title="what is trained"):
 
     @property
     def trains_dit(self) -> bool:
+        """Whether the DiT gets a LoRA."""
         return not self.network_train_text_encoder_only
 
     @property
     def trains_texts(self) -> bool:
+        """Whether the text encoders get a LoRA."""
         return not self.network_train_unet_only
 
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
@@ -375,4 +379,5 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
             )
 
     def arguments(self) -> dict[str, Any]:
+        """Parse --lr_scheduler_args into keyword arguments of the scheduler."""
         return read_literals("--lr_scheduler_args", self.lr_scheduler_args) if self.lr_scheduler_args else {}

@@ -100,6 +100,7 @@ def advance(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch])
 
 
 def is_ending(run: TrainingRun) -> bool:
+    """Whether all processes have agreed to end the run before its last step."""
     return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
@@ -171,9 +172,7 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
 
 
 def _read_wishes(run: TrainingRun) -> Wishes:
-    """Return the saves and samples that the clock and the files ask this process for. A file may also ask to
-    end the run.
-    """
+    """Return the saves and samples that clock and files request of this process; note a request to stop."""
     requests = run.requests
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked

@@ -36,6 +36,7 @@ class NoisySound:
     levels: tuple[float, ...] = ()  # the sigmas on the host, as in `NoisyBatch`
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisySound":
+        """Return a copy with `move` applied to every tensor."""
         return replace(
             self,
             noise=move(self.noise),

@@ -159,14 +159,17 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def has_window(self) -> bool:
+        """Whether a minimum or maximum timestep is given."""
         return self.min_timestep is not None or self.max_timestep is not None
 
     @property
     def drawn_by(self) -> tuple[str, str]:
+        """Sampler of timesteps and weighting scheme, which together decide the distribution."""
         return self.timestep_sampling, self.weighting_scheme
 
     @property
     def follows_size(self) -> bool:
+        """Whether the distribution depends on the size of the latents, so that buckets differ."""
         return self.timestep_sampling in {*SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
@@ -235,4 +238,5 @@ class PredictionOptions(Options, title="prediction"):
 
     @property
     def weighted_by(self) -> str:
+        """Rule that weights the loss by its noise level: SIGMA for sigma-scaled predictions, else none."""
         return SIGMA if self.model_prediction_type == SIGMA_SCALED else NOTHING

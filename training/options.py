@@ -170,37 +170,45 @@ class TrainingOptions(Options):
 
     @property
     def only_shows(self) -> bool:
+        """Whether the command shows something and exits before training, as with --check or --plan."""
         shows_images = self.subset is not None and self.subset.debug_dataset
         is_shown = self.joined.show is not None or shows_images
         return is_shown or self.loop.check or self.speed.plan.is_planning
 
     @property
     def by_expert(self) -> learning_options.ExpertTrainingOptions:
+        """Options of the two experts; for families of one DiT, a record with defaults."""
         return self.experts or learning_options.ONE_DIT
 
     @property
     def frozen(self) -> FrozenModelOptions:
+        """Options of the frozen model under a LoRA; defaults if the model itself is trained."""
         return NOTHING_FROZEN if self.network is None else self.network.frozen
 
     @property
     def is_for_images(self) -> bool:
+        """Whether the script is one of the image trainers: only they have --model_prediction_type."""
         return self.prediction is not None
 
     @property
     def can_swap(self) -> bool:
+        """Whether blocks can be swapped: the DiT is frozen, and its weights are not split over processes."""
         return self.whole_dit is None and not self.speed.joined.splits_weights
 
     @property
     def is_fused(self) -> bool:
+        """Whether weights are stepped inside the backward pass (--fused_backward_pass)."""
         records = (self.whole_dit, self.parts)
         return any(options is not None and options.fused_backward_pass for options in records)
 
     @property
     def predicted(self) -> str:
+        """What an output is compared as, from --model_prediction_type; raw for video models."""
         return noise_options.RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
     def weighted_by(self) -> str:
+        """Rule that weights the loss by its noise level."""
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
     def _check_full_dit(self, options: learning_options.WholeDitOptions) -> None:
@@ -261,6 +269,7 @@ class ScriptOption(NamedTuple):
 
     @property
     def flag(self) -> str:
+        """The option as it was typed, without its value; as `--name` if it was not typed."""
         return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
 
 
@@ -379,11 +388,7 @@ def training_parser(
 
 
 def _reject_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value that sends something from this machine, if the command is a job of the
-    queue: the page shows its line, and not the file that the line names.
-
-    values: by destination, as the file `place` has them.
-    """
+    """Raise OptionError if a queued job's config file sends data away: the page shows only the job's line."""
     if not os.environ.get(FROM_QUEUE):
         return
     for action in parser._actions:

@@ -107,6 +107,7 @@ class TrainingPlan:
 
     @property
     def splits_model(self) -> bool:
+        """Whether a trained transformer is split over the processes."""
         return splits_full_model(self.options)
 
 

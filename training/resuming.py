@@ -194,6 +194,7 @@ def describe_adapter(path: Path, strength: float, with_content: bool = False) ->
 
 
 def epoch_digest(order: BatchOrder) -> str:
+    """Return 12 hexadecimal digits of a hash of the first epoch's order: a changed dataset changes them."""
     digest = hashlib.sha256()
     for number, batch in enumerate(order.epoch(0)):
         digest.update(("\n" * bool(number) + ",".join(item.key for item in batch)).encode())
@@ -290,6 +291,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 
 
 def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
+    """Return the settings of this run that are compared with those of a saved state, by option."""
     config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 

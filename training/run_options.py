@@ -127,6 +127,7 @@ class StartOptions(Options, title="beginning later"):
 
     @property
     def is_given(self) -> bool:
+        """Whether the run begins later than at step 0 without a state."""
         return self.initial_epoch is not None or self.initial_step is not None
 
 
@@ -213,6 +214,7 @@ class SampleOptions(Options, title="samples while training"):
 
     @property
     def is_timed(self) -> bool:
+        """Whether some option says when samples are generated."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None

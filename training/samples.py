@@ -108,6 +108,7 @@ class Sampler:
 
     @property
     def first_values(self) -> dict[str, Any]:
+        """Settings of the first sample for the page; empty without samples."""
         first = self.samples[0] if self.samples else None
         return {} if first is None else sample_values(first.prepared, first.is_seeded, self.session.family)
 
@@ -310,6 +311,7 @@ def prepare_samples(
 
 
 def prompts_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the prompt of each entry; an entry without one has an empty prompt."""
     return [str(entry.get("prompt", "")) for entry in entries]
 
 

@@ -184,9 +184,7 @@ def _describe_model(plan: TrainingPlan) -> str:
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
-    """Return the trained network with its rank, or the trained parts of the model, in words. sizes: of a
-    file.
-    """
+    """Name the trained network with its rank (of a file: its `sizes`), or the trained parts of the model."""
     network, full_dit = plan.options.network, plan.options.whole_dit
     made = made_network_of(plan.family)
     if made is not None:

@@ -67,10 +67,12 @@ class Trainable:
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
+        """Modules with trained parameters, those of tied networks included."""
         return (*self.modules.values(), *(network.module for network in self.tied))
 
     @property
     def parameters(self) -> list[Parameter]:
+        """Trained parameters, in the order of the optimizer's groups."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     @property
@@ -85,6 +87,7 @@ class Trainable:
 
     @property
     def all_networks(self) -> tuple[TrainableNetwork, ...]:
+        """Trained networks, tied ones included."""
         return (*self.networks, *self.tied)
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
@@ -94,6 +97,7 @@ class Trainable:
         return sizes_of([module.state_dict() for module in chosen])
 
     def start_epoch(self) -> None:
+        """Put the networks into training mode, and tell foreign networks that an epoch begins."""
         for network in self.all_networks:
             if not network.module.training:  # the walk over its modules takes longer than a short epoch
                 network.module.train()
@@ -118,8 +122,9 @@ class Trainable:
 
     @contextlib.contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
-        """Give all networks a strength during the block: also during a backward pass, which may compute
-        forward passes again.
+        """Set the strength of all networks during the block.
+
+        Keep the block open during the backward pass too: checkpointed blocks run their forward pass again.
         """
         before = self.strength.value
         self._set_strength(strength)

@@ -64,11 +64,11 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 
 @dataclass
 class Requests:
-    """Hold the requests to a run from outside: signals (Ctrl-C, SIGTERM) end it after its step, files also
-    ask for samples and saves, and a clock asks for saves.
+    """Collect the requests to a run from outside: signals, request files, and a clock.
 
-    A second signal ends it at once. A file is removed only when its request was served: if the run is killed
-    before, the next run serves it.
+    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it at once. Files may also ask for
+    samples and saves, and the clock asks for saves. A file is removed only after its request was served: if
+    the run is killed before, the next run serves it.
     """
 
     paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
@@ -173,11 +173,13 @@ class TrainedModel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the network computes: that of autocast or, without autocast, of its weights."""
         precision = self.plan.options.accelerator.mixed_precision
         return AUTOCAST.get(precision, dtype_of(self.dits.networks[0]))
 
     @property
     def options(self) -> TrainingOptions:
+        """Options of the run."""
         return self.plan.options
 
     @property
@@ -192,10 +194,12 @@ class TrainedModel:
 
     @property
     def takes_part_in_saving(self) -> bool:
+        """Whether this process calls the saver: the main one and all that hold a part of the weights."""
         return self.plan.accelerator.is_main_process or self.plan.splits_model
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
+        """All modules that compute in a training pass: transformers, then trained networks."""
         return (*self.dits.networks, *self.trainable.all_modules)
 
 
@@ -243,38 +247,43 @@ class TrainingRun:
 
     @functools.cached_property
     def row_numbers(self) -> tuple[str, ...]:
-        """Return the names of the values with a sum and a count in the rows of steps: the parts, then those
-        of features.
-        """
+        """Names of the values that rows of steps hold as sum and count: loss parts, then features."""
         further = [name for tally in self.joined.tallies for name in tally.names]
         return (*self.parts, *further)
 
     @property
     def plan(self) -> TrainingPlan:
+        """What was known before networks were loaded."""
         return self.model.plan
 
     @property
     def options(self) -> TrainingOptions:
+        """Options of the run."""
         return self.model.plan.options
 
     @property
     def joined(self) -> JoinedRun:
+        """What the features of the run have contributed."""
         return self.model.plan.joined
 
     @property
     def family(self) -> Family:
+        """The model family."""
         return self.model.plan.family
 
     @property
     def steps(self) -> StepPlan:
+        """Number of steps and epochs."""
         return self.model.plan.steps
 
     @property
     def progress(self) -> Progress:
+        """Current step and epoch."""
         return self.model.plan.progress
 
     @property
     def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
         return self.plan.accelerator.is_main_process
 
     @property
@@ -289,4 +298,5 @@ class TrainingRun:
 
     @property
     def autocast(self) -> Autocast:
+        """Function that opens the autocast context of a pass."""
         return self.model.plan.accelerator.autocast

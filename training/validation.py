@@ -49,8 +49,14 @@ class Validation:
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return the numbers for the trackers. For image models these are, under the names of image trainers,
-        the mean and its difference to `running`, the loss of the last steps. occasion: STEP or EPOCH.
+        """Return the numbers for the trackers.
+
+        Image models get the names of image trainers: the mean, and its difference from the training loss.
+
+        Args:
+            losses: Validation losses by name.
+            occasion: STEP or EPOCH, part of the names.
+            running: Loss of the last training steps; None before the first.
         """
         if not self.is_of_images:
             return dict(losses)

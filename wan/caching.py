@@ -27,10 +27,15 @@ from wan.spec import LATENT
 def encode_together(
     encoders: MediaEncoders, media: MediaBatch, store: torch.dtype, image_kind: str | None
 ) -> list[CacheEntry]:
-    """Encode all items in one batch: latents, control videos, and with `image_kind` the image condition.
+    """Encode all items in one batch: latents, control videos, and the image condition of `image_kind`.
 
-    store: dtype of the latents. image_kind: i2v, flf2v, vace, one_frame, or None for text-to-video caches.
     Without an image encoder there are no image features: Wan2.2 takes none.
+
+    Args:
+        encoders: VAE and image encoder.
+        media: Clips or images of one size.
+        store: Dtype of the stored latents.
+        image_kind: i2v, flf2v, vace or one_frame; None for text-to-video caches.
     """
     vae = encoders.vae
     if image_kind == VACE:
@@ -54,9 +59,9 @@ def encode_together(
 def _encode_images(
     encoders: MediaEncoders, pixels: Tensor, store: torch.dtype, has_last: bool
 ) -> dict[str, Tensor]:
-    """Return the image condition and, with an image encoder, the features of clips' first frames.
+    """Return the image condition and, with an image encoder, the features of the clips' first frames.
 
-    has_last: of their last frames too.
+    With `has_last`, the last frames are part of both.
     """
     first, last = pixels[:, :, :1], pixels[:, :, -1:]
     if has_last:
@@ -85,11 +90,17 @@ CLIP_TOKENS = 257  # per image: 16 x 16 patches and the class token
 def batch_conditions(
     task: WanTask, config: WanConfig, batch: Batch, zeros_on: torch.device | None
 ) -> Conditions:
-    """Return the text, by task CLIP features, and `condition_latents` B C F H W.
+    """Return the text, `condition_latents` B C F H W and, if the task has them, CLIP features of a batch.
 
-    zeros_on: device on which to make zero image features, for a model with image attention if the task has no
-    image; copying them there would make the host wait. Raises CacheError, with the command that makes it, if
-    something is missing or the number of images is wrong.
+    Args:
+        task: The task that is trained.
+        config: Dimensions of the transformer.
+        batch: Batch from the caches.
+        zeros_on: Device for zero image features, if the model has image attention and the task no image.
+            Copying zeros from the host would make the host wait.
+
+    Raises:
+        CacheError: With the command that makes it, if a tensor is missing or is for another number of images.
     """
     if PLACES in batch.tensors:
         from wan import one_frame  # only for single pictures
@@ -128,7 +139,7 @@ def batch_conditions(
 
 
 def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
-    """Return the CLIP features of a batch. Raises CacheError if they are of another number of images."""
+    """Return the CLIP features of a batch. Raises CacheError if they are for another number of images."""
     clip = batch.tensor("clip")
     positions = config.image_positions
     if positions:
@@ -148,5 +159,5 @@ def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
 def no_features(
     config: WanConfig, batch_size: int, device: torch.device | None = None
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Return zero CLIP features, B T D, on the host or a device."""
+    """Return zero CLIP features, B T D, on `device`; None for the host."""
     return {"clip": torch.zeros(batch_size, CLIP_TOKENS, config.image_dim, device=device)}

@@ -76,7 +76,7 @@ def identify(path: Path) -> str | None:
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
     """Raise CheckpointError if a file is another kind of model than --task says. Its size may differ.
 
-    option: the option that named the file.
+    `option` is the option that named the file.
     """
     if header.config.kind != task.model_kind:
         versions = dict.fromkeys(f"Wan{TASKS[name].version}" for name in _list_fitting_tasks(header))
@@ -93,9 +93,9 @@ def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: 
 def note_task(
     header: DitHeader[WanConfig], task: WanTask, path: Path, target: torch.dtype | None = None
 ) -> None:
-    """Log that only --task tells a file's kind, or that its size differs from the released checkpoint.
+    """Log that the kind of a file is known from --task only, or that its size differs from the release.
 
-    target: its compute dtype; warns if a large file stays in float32, as released for A14B.
+    `target` is the compute dtype. Warns if a large file stays in float32, as A14B was released.
     """
     config = header.config
     if target == torch.float32 and header.block_dtype == target and config.dim >= TASKS["ti2v-5B"].dim:
@@ -167,9 +167,10 @@ def _reject_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
 
 
 def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:
-    """Return the header of a transformer with VACE's blocks from a file of their own (--vace).
+    """Return the header of a transformer combined with VACE's blocks from a separate file (--vace).
 
-    Raises CheckpointError if it is another file, or of another size, or if the transformer has such blocks.
+    Raises CheckpointError if that file is not VACE's or has another size, or if the transformer has such
+    blocks itself.
     """
     path = checkpoint.path
     config = header.config
@@ -269,7 +270,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
 
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
-    """Raise CheckpointError if the file's config.json puts VACE's blocks next to other blocks than usual."""
+    """Raise CheckpointError if config.json attaches VACE's blocks to other blocks than the released ones."""
     default = list(range(0, layers, layers // vace_layers))
     file, settings = read_config_json(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
@@ -321,6 +322,7 @@ def _describe_difference(config: WanConfig, task: WanTask) -> str:
 
 
 def make_dit(config: WanConfig, *settings: Any) -> WanModel:
+    """Build an empty transformer; with VACE's second stack of blocks if the config has one."""
     if config.kind != VACE:
         return WanModel(config, *settings)
     from wan.vace_model import WanVaceModel  # only for VACE

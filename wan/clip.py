@@ -141,6 +141,7 @@ class ImageAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the attention of the tokens x among each other, B L C to B L C."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B N L D
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -162,6 +163,7 @@ class ClipBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to tokens x, B L C float32."""
         dtype = self.attn.proj.weight.dtype
         x = x + self.attn(self.norm1(x).to(dtype))
         return x + self.mlp(self.norm2(x).to(dtype))
@@ -187,17 +189,23 @@ class WanClipVision(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the encoder."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the encoder."""
         return self.patch_embedding.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode images. pixels: B 3 H W in -1..1, of any size.
+        """Encode images to 257 vectors each.
 
-        Returns B 257 C in the compute dtype, on the encoder's device.
+        Args:
+            pixels: B 3 H W in -1..1, of any size.
+
+        Returns:
+            Features, B 257 C, in the compute dtype, on the encoder's device.
         """
         x = self.patch_embedding(self.prepare(pixels).to(self.dtype)).flatten(2).transpose(1, 2)  # B L-1 C
         x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.float()], dim=1) + self.pos_embedding
@@ -207,7 +215,7 @@ class WanClipVision(nn.Module):
         return x.to(self.dtype)
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """Resize to the tower's square, bicubic without antialiasing, as released; normalise, float32."""
+        """Resize to the tower's square, bicubic without antialiasing as released; normalize in float32."""
         size = (self.image_size, self.image_size)
         pixels = F.interpolate(pixels.to(self.device).float(), size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))

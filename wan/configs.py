@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VaeRelease:
-    """One generation of the VAE. Its dimensions are read from its file; these facts follow from them."""
+    """One generation of the VAE. The fields follow from the dimensions that are read from its file."""
 
     name: str
     models: str  # whose latents these are
@@ -19,11 +19,13 @@ class VaeRelease:
 
     @property
     def about(self) -> str:
+        """Name, models and latent size of the VAE, for messages."""
         size = f"{self.channels} latent channels, {self.stride[1]}x{self.stride[2]} pixels each"
         return f"the {self.name} VAE (of {self.models}: {size})"
 
     @property
     def files(self) -> str:
+        """Names of the released files, for messages."""
         return f"{self.file}, {self.copies}"
 
 
@@ -103,7 +105,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """Return the kind of model, a key in `INPUT_CHANNELS`. Wan2.1 and 2.2 share one for text-to-video."""
+        """Kind of the model, a key in `INPUT_CHANNELS`. Wan2.1 and 2.2 share one for text-to-video."""
         if self.vace_layers:
             return VACE if self.in_dim == INPUT_CHANNELS[False]["t2v"] else "unknown"
         if self.image_positions:
@@ -146,26 +148,29 @@ class WanTask:
 
     @property
     def side_step(self) -> int:
-        """Return the number of pixels that widths and heights are multiples of."""
+        """Number of pixels that widths and heights are multiples of."""
         return 32 if self.kind == "ti2v" else 16
 
     @property
     def takes_image(self) -> bool:
-        """Return whether the network's condition channels hold an image; such a task needs one."""
+        """Whether the network's condition channels hold an image; such a task requires one."""
         return self.kind in {"i2v", "flf2v"}
 
     @property
     def has_features(self) -> bool:
+        """Whether the network takes CLIP features of the image: in Wan2.1 only."""
         return self.takes_image and self.version == "2.1"
 
     @property
     def model_kind(self) -> str:
+        """Kind of the model with its version where that changes the input channels."""
         if self.has_control:
             return FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
         return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
 
     @property
     def in_dim(self) -> int:
+        """Number of input channels of the transformer."""
         kinds = {"flf2v": 36, VACE: 16, **INPUT_CHANNELS[True], **INPUT_CHANNELS[False]}
         return kinds[self.model_kind]
 
@@ -380,7 +385,7 @@ FIRST_LAST_FLOW_SHIFT = 16.0
 
 
 def default_flow_shift(task: WanTask, width: int, height: int) -> float:
-    """Return the released code's shift for a task and an output size."""
+    """Return the released code's default flow shift for a task and an output size in pixels."""
     if task.kind == "flf2v":
         return FIRST_LAST_FLOW_SHIFT
     is_small = (width, height) in _480P

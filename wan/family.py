@@ -104,31 +104,36 @@ class Wan(OneTransformer):
 
     @property
     def dit(self) -> DitSpec:
+        """Names inside the transformer; VACE has a second list of blocks."""
         return VACE_DIT if self.files.task.kind == VACE else DIT
 
     def block_counts(self) -> tuple[int, ...]:
+        """Return the number of blocks, and with VACE also those of its second stack."""
         config = self.files.dit_header().config
         return (config.num_layers, config.vace_layers)[: len(self.dit.block_lists)]
 
     @property
     def latent(self) -> LatentSpec:
+        """Latent space of the task.
+
+        Single images have one latent frame for each control image and the target.
+        """
         latent = LATENT_SPECS[self.files.task.kind]
         return replace(latent, in_sections=True) if self.image_kind == ONE_FRAME else latent
 
     @property
     def references(self) -> ReferenceRules | None:
-        """Return the rules for references in caches; None if there are none. `wan.vace` checks those of a
-        request.
-        """
+        """Rules for references in caches; None if there are none. `wan.vace` checks those of a request."""
         return VACE_REFERENCES if VACE in (self.image_kind, self.files.task.kind) else None
 
     @property
     def fuller(self) -> tuple[str, ...]:
+        """Return the conditions that only a teacher gets: the caption, and for TI2V the first frame."""
         return (CAPTION, FIRST_FRAME) if self.files.task.keeps_image else (CAPTION,)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """Return the transformers that are given. --dit alone serves all noise levels."""
+        """The transformers that the options name. --dit alone serves all noise levels."""
         if self.files.dit_high_noise is None or self.boundary is None:
             return ONE_EXPERT
         both = _experts(self.boundary)
@@ -136,6 +141,7 @@ class Wan(OneTransformer):
 
     @property
     def defaults(self) -> SamplingDefaults:
+        """Steps, guidance, flow shift and frames of the task; the size is that of training samples."""
         task = self.files.task
         high = task.high_noise_guidance
         strong = {} if high is None else {HIGH_NOISE: high}
@@ -156,11 +162,13 @@ class Wan(OneTransformer):
 
     @property
     def release(self) -> ModelRelease:
+        """Repositories and license of the task's released model."""
         licence = "Apache-2.0", "apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0"
         return ModelRelease(self.files.task.repositories, *licence)
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """Metadata of the model: version, task, and the names of one or two transformer files."""
         names = {
             "architecture": f"wan{self.files.task.version}",
             "implementation": f"https://github.com/Wan-Video/Wan{self.files.task.version}",
@@ -176,6 +184,7 @@ class Wan(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
+        """What caches depend on: the VAE and, with an image condition, its kind and the image encoder."""
         identity = dict(self.files.vae_identity())
         if self.image_kind is not None:
             clip = {} if self.files.clip is None else {"clip": fingerprint(self.files.clip_path)}
@@ -183,6 +192,7 @@ class Wan(OneTransformer):
         return identity
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the VAE and, for tasks with image features, the CLIP image encoder."""
         files = self.files
         wants_image = files.clip is not None if self.image_kind is not None else self.files.task.has_features
         clip = None
@@ -193,6 +203,7 @@ class Wan(OneTransformer):
         return MediaEncoders(files.load_vae(device), clip)
 
     def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table has control media that the cached kind of model cannot use."""
         if self.image_kind == ONE_FRAME:
             from wan import one_frame  # only for single pictures
 
@@ -214,10 +225,10 @@ class Wan(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Encode every clip as latents, and its control video if there is one.
+        """Encode every clip as latents, with its control video if there is one.
 
-        With an image kind, also return the CLIP features and the image condition. Stored in the VAE's dtype,
-        CLIP features in float16, as in the caches of other tuners.
+        With an image kind, the CLIP features and the image condition are added. Latents are stored in the
+        VAE's dtype, CLIP features in float16, as in the caches of other trainers.
         """
         dtype = self.files.encoder_dtype(self.files.vae_dtype)
         entries = []
@@ -227,11 +238,12 @@ class Wan(OneTransformer):
 
     @property
     def moments(self) -> MomentsRules:
+        """Rules for moments: caches with an image condition or VACE need pixels and cannot use them."""
         rejections = {None: None, VACE: NO_VACE_MOMENTS}
         return MomentsRules(rejections.get(self.image_kind, NO_MOMENTS))
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Return normalised means of the posteriors: no sample is drawn, as for clips encoded here."""
+        """Return the normalized means of the posteriors: no sample is drawn, as for encoded clips."""
         dtype = self.files.encoder_dtype(self.files.vae_dtype)
         latents = normalise(media.moments.float().chunk(2, dim=1)[0]).to(dtype)
         return [CacheEntry({"latents": latent}) for latent in latents]
@@ -240,13 +252,16 @@ class Wan(OneTransformer):
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
+        """Transformer files in the order of the experts, checked against --task."""
         self.files.check_dits()
         return self.files.dits
 
     def file_beside(self, dit: Path) -> Path | None:
+        """Return the separate file with VACE's blocks for a transformer file; None if there is none."""
         return self.files.find_vace(dit)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the transformer of an expert, with VACE's blocks from their own file if there is one."""
         path = self.dit_files[expert]
         note_task(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
@@ -254,7 +269,7 @@ class Wan(OneTransformer):
         return load_dit(path, placement, self.rope, self.precision, second_file=self.files.find_vace(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
-        """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""
+        """Return the conditions of a training batch: text, `condition_latents`, CLIP features by task."""
         if self.image_kind == ONE_FRAME and PLACES not in batch.tensors:
             from wan.one_frame import note_clips  # only for single pictures
 
@@ -268,7 +283,10 @@ class Wan(OneTransformer):
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
-        """Predict the velocity, B C F H W float32, from t5 (n D each), clip (B T 1280), condition_latents."""
+        """Predict the velocity, B C F H W float32.
+
+        The conditions are t5 (n D for each sample), clip (B T 1280) and condition_latents (B C F H W).
+        """
         condition = cond.get("condition_latents")
         if isinstance(condition, Tensor):
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
@@ -288,9 +306,14 @@ class Wan(OneTransformer):
     # generation
 
     def check_files(self, media: bool) -> None:
+        """Check the transformers and text encoder, and with `media` also the VAE and the image encoder."""
         self.files.check(("dit", "texts", *(("vae", "clip") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
+        """Resolve a request for the task: media, size, frames, flow shift and control.
+
+        A training of single images samples single images, as `wan.one_frame` prepares them.
+        """
         task = self.files.task
         self.files.check_dits()
         settings: dict[str, Any] = {"usual": self.defaults, "latent": self.latent, "experts": self.experts}
@@ -313,12 +336,13 @@ class Wan(OneTransformer):
         return prepared if control is None else control.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether the task takes an image or control video, or the request starts from an image."""
         task = self.files.task
         keeps_one = task.keeps_image and prepared.request.image_path is not None
         return task.takes_image or task.has_control or keeps_one or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode images and control video as CLIP features and condition channels: B ..., on the CPU."""
+        """Encode images and control video as CLIP features and condition channels, B ..., on the CPU."""
         if self.files.task.kind == VACE:
             from wan.vace import encode_control  # only for VACE
 
@@ -333,7 +357,7 @@ class Wan(OneTransformer):
 
     @property
     def source(self) -> SourceRules:
-        """Return the rules for starts of denoising: a picture's task starts from a picture."""
+        """Rules for what denoising may start from; a task for images starts from an image."""
         task = self.files.task
         takes = {VIDEO: task.frames != 1, IMAGE: not task.takes_image, LATENTS: True}
         return SourceRules(
@@ -344,6 +368,7 @@ class Wan(OneTransformer):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode frames as normalized means of the posterior; `seed` is unused, as no sample is drawn."""
         return encoders.vae.encode(to_pixels(frames))
 
     def sections(
@@ -355,8 +380,8 @@ class Wan(OneTransformer):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section for the denoising loop.
 
-        Noise is one draw of C F H W; extra noise on the image's condition, for more motion, is drawn after
-        it. An image that is the first frame of the video is given to the section.
+        Noise is one draw of C F H W. Extra noise on the image's condition, for more motion, is drawn after
+        it. An image that is the video's first frame is passed to the section as a clean frame.
         """
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
@@ -392,6 +417,7 @@ class Wan(OneTransformer):
         return torch.cat([condition[:, :-image], noisy], dim=1)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Yield pixels, one frame and then four at a time."""
         yield from encoders.vae.decode(latents.to(encoders.vae.device))
 
     @property
@@ -401,17 +427,19 @@ class Wan(OneTransformer):
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:
-    """Describe the family for wan_cache_latents.py: the file of the VAE tells whose latents are made."""
+    """Describe the family for wan_cache_latents.py; the VAE's file determines whose latents are cached."""
     return Wan(*caching_files(options))
 
 
 def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
+    """Describe the family for wan_cache_text_encoder_outputs.py, which needs only umT5."""
     text = options.text
     files = WanFiles(t5=text.t5, t5_tokenizer=text.t5_tokenizer, t5_form=text_form(text))
     return Wan(files, image_kind=VACE)  # captions may be those of items with references
 
 
 def family_for_training(options: WanTrainingOptions) -> Wan:
+    """Describe the family for wan_train_network.py and the other trainings of Wan."""
     files = files_of(options)
     if options.first_frame_probability is None:  # what was trained with is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
@@ -428,9 +456,9 @@ def family_for_training(options: WanTrainingOptions) -> Wan:
 
 
 def family_for_samples(options: WanTrainingOptions) -> Wan | None:
-    """Describe the family for samples made with a transformer that is not trained (--sample_dit_other).
+    """Describe the family for samples with a transformer that is not trained (--sample_dit_other).
 
-    None if there is none.
+    None if the option is not given.
     """
     sample_dit, experts = options.sample_dit_other, options.experts
     if sample_dit is None:

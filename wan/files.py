@@ -1,6 +1,6 @@
-"""Files of a Wan run, each checked against its option, and what the options choose in the family's words.
+"""Files of a Wan run, each checked against its option, and the choices that options make.
 
-A whole release (--ckpt_dir) is a folder; names of transformer files tell task and expert.
+A whole release (--ckpt_dir) is a folder; the names of its transformer files give task and expert.
 """
 
 import logging
@@ -58,7 +58,7 @@ class WanFiles(TransformerFiles):
 
     @property
     def dits(self) -> tuple[Path, ...]:
-        """Return the transformer files: low noise first. --dit is required if the other one is missing."""
+        """Transformer files, low noise first. --dit is required if the file for high noise is missing."""
         if self.dit_high_noise is None:
             return (self.dit_path,)
         high = require_file(self.dit_high_noise, "--dit_high_noise", "the transformer for much noise")
@@ -85,10 +85,12 @@ class WanFiles(TransformerFiles):
 
     @property
     def t5_path(self) -> Path:
+        """Path of umT5. Raises OptionError if --t5 is missing."""
         return require_file(self.t5, "--t5", "the umT5 text encoder encodes the prompts")
 
     @property
     def clip_path(self) -> Path:
+        """Path of the image encoder. Raises OptionError if --clip is missing."""
         return require_file(self.clip, "--clip", "the task is conditioned on image features")
 
     def find_vace(self, dit: Path) -> Path | None:
@@ -101,7 +103,7 @@ class WanFiles(TransformerFiles):
     def dit_header(self, dit: Path | None = None) -> DitHeader[WanConfig]:
         """Read variant, dialect and dtype of a transformer file, with VACE's blocks from their own file.
 
-        dit: None takes the first one, as all experts have the same dimensions.
+        `dit` is the file; None for the first one, because all experts have the same dimensions.
         """
         dit = self.dits[0] if dit is None else dit
         header = read_once(dit, read_dit_header)
@@ -109,26 +111,32 @@ class WanFiles(TransformerFiles):
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
+        """Return the dtype of --dit_dtype, else that of the first transformer file; None without a file."""
         dit = self.dit or self.dit_high_noise
         return None if dit is None else self.dit_dtype or self.dit_header().compute_dtype
 
     def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
+        """Return `chosen`, else the transformer's dtype, else `usual` or the default of the files."""
         return chosen or self.compute_dtype() or usual or self.usual
 
     def text_encoders(self) -> list[TextEncoder]:
+        """Return umT5, whose weights are read when it is loaded."""
         from wan.t5 import WanTextEncoder  # only with texts
 
         return [WanTextEncoder(self.t5_path, self.t5_tokenizer, self.t5_form)]
 
     def load_vae(self, device: torch.device) -> WanVae:
+        """Load the VAE with the options for its cache and tiles."""
         dtype = self.encoder_dtype(self.vae_dtype)
         return load_vae(self.vae_path, device, dtype, self.vae_cache_cpu, tile=self.vae_tile)
 
     def check_vae(self) -> None:
+        """Raise CheckpointError if the VAE is not the one of the task's latents."""
         config = read_once(self.vae_path, read_vae).config
         check_latents(config, LATENT_SPECS[self.task.kind], self.vae_path, f"--task {self.task.name}")
 
     def check_texts(self, config: Any, needed: bool) -> None:
+        """Check umT5 and its tokenizer if they are given, and umT5 also if it is needed."""
         if self.t5 is not None or needed:
             from encoders.t5_network import read_t5  # only with texts
             from wan.t5 import UMT5
@@ -140,6 +148,7 @@ class WanFiles(TransformerFiles):
             TOKENIZER.files.check_given(self.t5_tokenizer)
 
     def check(self, needed: Collection[str] = ()) -> None:
+        """Check the files that are given or needed ("dit", "vae", "texts", "clip"). Loads nothing."""
         if self.dit or self.dit_high_noise or "dit" in needed:
             self.check_dits()
         super().check(needed)
@@ -176,17 +185,22 @@ PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
 class WanRelease(NamedTuple):
-    """Files in a folder of a release, and the boundary of its experts."""
+    """Files in a release's folder by the names of `WanFiles`, and the boundary of its experts."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     boundary: float | None = None  # of its experts, as a timestep; None: it says nothing
 
 
 def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
-    """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
+    """Find the parts of an official release, or of a diffusers pipeline. Loads nothing.
 
-    latent: the model's latent space, which decides the VAE to look for. Raises OptionError if the folder is
-    missing, CheckpointError if its index cannot be read.
+    Args:
+        folder: Folder of the release.
+        latent: Latent space of the model, which decides which VAE to look for.
+
+    Raises:
+        OptionError: If the folder is missing.
+        CheckpointError: If its index cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(
@@ -227,10 +241,10 @@ def _read_boundary(index: Path) -> float | None:
 
 
 def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
-    """Fill the files that options do not give from a release.
+    """Fill in the files that options do not give from a release.
 
-    If --dit is given, the release's transformer for much noise is not taken either: --dit alone means one
-    transformer for all noise levels.
+    If --dit is given, the release's transformer for high noise is not used either, because --dit alone means
+    one transformer for all noise levels.
     """
     typed = {name for name in release if getattr(files, name) is not None}
     if files.dit is not None:
@@ -242,7 +256,7 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
 
 
 class _NamedDit(NamedTuple):
-    """A transformer and which expert it is."""
+    """A transformer file, and the experts that its option and its name stand for."""
 
     option: str
     path: Path
@@ -251,10 +265,12 @@ class _NamedDit(NamedTuple):
 
 
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
-    """Compare the names of the transformers with their options.
+    """Compare the names of the transformer files with their options.
 
-    Raises OptionError if both names say that the files were swapped. Warns if only one of them does, because
-    a name is only a hint.
+    A name is only a hint: if one of the two contradicts its option, a warning is logged.
+
+    Raises:
+        OptionError: If both names say that the files were swapped.
     """
     experts = dict(WAN.experts)
     dits = []
@@ -291,7 +307,7 @@ def _find_existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
 
 
 def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
-    """Return the files that are given and that the task takes. Raises OptionError if two were swapped."""
+    """Return the given files that the task uses. Raises OptionError if the transformers were swapped."""
     text = options.text
     high = options.experts.dit_high_noise
     check_names(options.dit, high)
@@ -316,9 +332,9 @@ def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
 
 
 def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float | None]:
-    """Return the files of a generation, also those of --ckpt_dir, and the boundary of the experts.
+    """Return the files of a generation, including those of --ckpt_dir, and the boundary of the experts.
 
-    Raises OptionError if the transformer for little noise is missing.
+    Raises OptionError if the transformer for low noise is missing.
     """
     files = files_of(options)
     task = TASKS[options.task]
@@ -362,7 +378,7 @@ def find_boundary(
 
 
 def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | None]:
-    """Return the files, set to a task whose latents fit the VAE, and the kind of condition to cache.
+    """Return the files, with a task whose latents fit the VAE, and the kind of condition to cache.
 
     The kind is i2v, flf2v, vace or one_frame; None for text-to-video caches. Raises OptionError for switches
     that do not apply to those latents.

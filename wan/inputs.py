@@ -1,7 +1,7 @@
-"""A request for Wan: its size and flow shift, its images and videos encoded as conditions of the transformer.
+"""A request for Wan: its size and flow shift, and its images and videos as conditions of the transformer.
 
 Image-to-video models take 20 more channels: 4 of a mask (1 if the latent frame is known) and 16 of the
-latents of the known frames, with mid-grey for the others. Fun-Control models of Wan2.1 take 32: 16 of the
+latents of the known frames, with mid-gray for the others. Fun-Control models of Wan2.1 take 32: 16 of the
 control video's latents and 16 of the start image's, without a mask; those of Wan2.2 take 36, the image's with
 its mask. Source: the released Wan2.1 code (Wan team 2025, arXiv 2503.20314, section 5) and VideoX-Fun for
 Fun-Control.
@@ -39,10 +39,10 @@ SIZE_STEP = 16  # pixels: VAE stride 8, patch 2
 
 
 def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
-    """Return width and height with the image's aspect and about `area` pixels, floored to multiples of 16.
+    """Return a size with the image's aspect ratio and about `area` pixels, floored to multiples of 16.
 
-    image: width, height. Source: the released image-to-video code, which floors latent sides to multiples of
-    the patch.
+    Sizes are (width, height). Source: the released image-to-video code, which floors latent sides to
+    multiples of the patch.
     """
     aspect = image[1] / image[0]
     # add a little because the root of an exact square may come out just below it
@@ -52,16 +52,16 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def _round_side(side: float, step: int) -> int:
-    """Return the multiple of `step` below a side, one step at least."""
+    """Return the largest multiple of `step` that is not above `side`, but at least one step."""
     return max(int(side // step) * step, step)
 
 
 def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
-    """Return width and height, multiples of `step` with at most `area` pixels, near to the image's aspect.
+    """Return a size of at most `area` pixels, in multiples of `step`, near the image's aspect ratio.
 
-    image: width, height. Two sizes are computed: either side is rounded down first, and the other is then as
-    long as the area allows. The one whose aspect is nearer to the image's is returned. Source: the released
-    code of TI2V-5B.
+    Two sizes (width, height) are computed: in each, one side is rounded down first, and the other is then as
+    long as the area allows. The size with the nearer aspect ratio is returned. Source: the released code of
+    TI2V-5B.
     """
     aspect = image[0] / image[1]
     # add a little because the root of an exact square may come out just below it
@@ -83,9 +83,9 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
 
 
 def frame_mask(known_frames: Tensor) -> Tensor:
-    """Turn the known pixel frames (F, 0 or 1) into a mask 4 L.
+    """Turn the known pixel frames (F, 0 or 1) into a mask, 4 L.
 
-    The first frame is repeated four times; then each group of four frames becomes the channels of a latent
+    The first frame is repeated four times. Then each group of four frames becomes the channels of a latent
     frame.
     """
     repeated = torch.cat([known_frames[:1].repeat(FRAMES_PER_LATENT), known_frames[1:]])
@@ -93,9 +93,13 @@ def frame_mask(known_frames: Tensor) -> Tensor:
 
 
 def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor | None = None) -> Tensor:
-    """Return the condition of image-to-video: B 20 L h w, float32.
+    """Return the condition of image-to-video, B 20 L h w float32.
 
-    image, end_image: B 3 1 H W in -1..1. An end image is encoded alone and appended as one more latent frame.
+    Args:
+        vae: The VAE.
+        image: First frame, B 3 1 H W in -1..1.
+        frames: Number of pixel frames.
+        end_image: Last frame, like `image`. It is encoded alone and appended as one more latent frame.
     """
     clip = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, *image.shape[3:])], dim=2)
     latents = vae.encode(clip)
@@ -109,9 +113,9 @@ def image_condition(vae: WanVae, image: Tensor, frames: int, end_image: Tensor |
 
 
 def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """Return the condition of first-and-last-frame models: B 20 L h w, float32.
+    """Return the condition of first-and-last-frame models, B 20 L h w float32.
 
-    first, last: B 3 1 H W; both are encoded in one clip.
+    Both images, B 3 1 H W, are encoded in one clip of `frames` frames.
     """
     if frames == 1:
         return image_condition(vae, first, 1)
@@ -132,12 +136,12 @@ FIRST_LATENTS = "first_latents"  # condition: clean latents of an image, B C 1 h
 
 
 def appends_end(task: WanTask, request: Request) -> bool:
-    """Return whether an end image becomes one more latent frame; else it is the last frame of the clip."""
+    """Return whether an end image becomes one more latent frame; otherwise it is the clip's last frame."""
     return task.kind == "i2v" and task.version == "2.1" and request.end_image_path is not None
 
 
 def take_inputs(task: WanTask, request: Request) -> Request:
-    """Return the request with the media that the task takes. Raises OptionError if one is missing."""
+    """Return the request with only the media that the task takes. Raises OptionError if one is missing."""
     if task.takes_image:
         require(request.first_image, "--image_path", f"--task {task.name} starts from an image")
     if task.kind == "flf2v":
@@ -168,7 +172,7 @@ def encode_inputs(
 ) -> dict[str, Tensor | list[Tensor]]:
     """Encode a request's images and control video as CLIP features and condition channels, on the CPU.
 
-    Images are stretched to the size, which has the aspect of the first one.
+    Images are stretched to the output size, which has the aspect ratio of the first one.
     """
     request = prepared.request
     vae = encoders.vae
@@ -220,11 +224,15 @@ def _encode_images(vae: WanVae, task: WanTask, prepared: Prepared, first: Path) 
 
 
 def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
-    """Return the condition channels of a Fun-Control model: B 32 L h w, of Wan2.2 B 36 L h w.
+    """Return the condition channels of a Fun-Control model, B 32 L h w; for Wan2.2 B 36 L h w.
 
-    control: latents of the control video. image: result of `image_condition`; None: zeros in its place, for
-    the mask too. has_end: the last frame of `image` is an end image. Source: VideoX-Fun, for Wan2.2
-    pipeline_wan2_2_fun_control.py.
+    Source: VideoX-Fun; for Wan2.2 its pipeline_wan2_2_fun_control.py.
+
+    Args:
+        task: The task.
+        control: Latents of the control video.
+        image: Result of `image_condition`; None for zeros in its place, also in the mask.
+        has_end: Whether the last frame of `image` is an end image.
     """
     if task.version == "2.2":
         if image is None:
@@ -248,10 +256,19 @@ def prepare_request(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Fill open fields of the request, settle the size, and check both.
+    """Fill in open fields of the request, resolve its size, and check both.
 
-    request: with the media that the task takes, see `wan.inputs.take_inputs`. The video takes the aspect of
-    the image that it starts from. Raises OptionError if a size cannot be made.
+    The video takes the aspect ratio of the image that it starts from.
+
+    Args:
+        task: The task.
+        request: Request with only the media that the task takes, see `wan.inputs.take_inputs`.
+        usual: Defaults of the task.
+        latent: Latent space of the model.
+        experts: The transformers.
+
+    Raises:
+        OptionError: If the model cannot generate the size.
     """
     width, height, frames = size_of(request, usual)
     if task.frames == 1 and frames != 1:

@@ -1,10 +1,9 @@
-"""The transformer of Wan2.1 and Wan2.2. Module names follow the published checkpoints, so official files load
-without renaming.
+"""The transformer of Wan2.1 and Wan2.2.
 
-Source: the released model code and Wan Team 2025, arXiv 2503.20314. Always float32: the residual stream,
-norms, the final layer; rotary angles are float64. Time embedding, modulation and the rotation by position are
-float32 too, unless `precision` says float16. Everything else computes in the dtype of its weights or of
-autocast.
+Module names follow the published checkpoint, so official files load without renaming. Source: the released
+model code and Wan Team 2025, arXiv 2503.20314. The residual stream, norms and the final layer are always
+float32; rotary angles are float64. Time embedding, modulation and the rotation by position are float32 too,
+unless `precision` says float16. All other layers compute in the dtype of their weights or of autocast.
 """
 # Letters: B batch, L video tokens, S segments of them (2 with given frames), T text tokens, I image tokens,
 # N heads, D head width, C = N * D
@@ -44,6 +43,7 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Return the attention among video tokens x, B L C to B L C."""
         heads = (self.num_heads, -1)
         q = rotate(self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads), tokens.rotary)
         k = rotate(self.norm_k(in_own_dtype(self.k, x)).unflatten(-1, heads), tokens.rotary)
@@ -70,6 +70,7 @@ class CrossAttention(SelfAttention):
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Return the attention of video tokens x, B L C, to the texts and the image."""
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
         of_texts = []
@@ -108,6 +109,7 @@ class WanAttentionBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Apply the block to video tokens x, B L C float32."""
         # x: B L C float32, also between the branches
         dtype, split = tokens.dtype, tokens.num_given
         table = self.modulation.to(tokens.modulation.dtype)
@@ -129,7 +131,7 @@ class WanAttentionBlock(nn.Module):
     def feed_forward(
         self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:
-        """Add the feed-forward branch to a segment x, B L C float32, by token. shift, scale, gate: B 1 C."""
+        """Add the feed-forward branch to a segment x, B L C float32. Modulation rows are B 1 C each."""
         h = modulate(self.norm2(x), shift, scale, dtype)
         h = in_own_dtype(self.ffn[2], self.ffn[1](in_own_dtype(self.ffn[0], h)))
         return add_gated(x, gate, h)
@@ -146,15 +148,16 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, x: Tensor, tokens: WanTokens) -> Tensor:
+        """Return the patches of the velocity for tokens x, B L C to B L out_dim*4 float32."""
         shift, scale = (self.modulation.float() + tokens.time.unsqueeze(2)).unbind(2)  # each B S C
         h = modulate(self.norm(x), shift, scale, torch.float32, split=tokens.num_given)
         return run_float32(self.head, h)
 
 
 class ImageEmbedding(nn.Module):
-    """Project CLIP features to image tokens: B I image_dim -> B I C.
+    """Project CLIP features to image tokens, B I image_dim to B I C.
 
-    First-and-last-frame models add learned positions first.
+    First-and-last-frame models first add learned positions, which distinguish the two images.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -170,6 +173,7 @@ class ImageEmbedding(nn.Module):
             self.emb_pos = nn.Parameter(torch.zeros(1, config.image_positions, config.image_dim))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return image tokens, B I C. Raises ValueError if the features are for another number of images."""
         if hasattr(self, "emb_pos"):
             if features.shape[1] != self.emb_pos.shape[1]:
                 raise ValueError(
@@ -209,9 +213,14 @@ class WanModel(BlockNetwork):
         rope: str = "default",
         precision: torch.dtype = torch.float32,
     ) -> None:
-        """attention: passed to `modules.attention.attend`. rope: a key of `modules.layers.rope.TABLES`.
+        """Build the network without weights.
 
-        precision: of time embedding, modulation and the rotation by position; float16 takes less memory.
+        Args:
+            config: Dimensions.
+            attention: Passed to `modules.attention.attend`.
+            rope: Key of `modules.layers.rope.TABLES`.
+            precision: Dtype of time embedding, modulation and the rotation by position; float16 takes less
+                memory.
         """
         super().__init__()
         self.config = config
@@ -252,15 +261,21 @@ class WanModel(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         places: tuple[int, ...] = (),
     ) -> Hidden:
-        """Return the video tokens, B L C in float32, and the other inputs of the blocks.
+        """Return the video tokens, B L C float32, and the other inputs of the blocks.
 
-        noisy: B in_dim F H W, condition channels behind the noisy latents. timesteps: B, 0..1000. text: per
-        sample n text_dim, at most text_len rows; or B n text_dim. image_embeds: B I image_dim of the image
-        encoder, for models with image attention. Without them the model takes its first 257 rows of text for
-        the image, as older tools ran Fun-Control models; give zeros for no image. tweaks: changes to this
-        call; their second text is named "text". Their given frames have the time 0, and their velocity is 0.
-        places: positions in time of frames that are not consecutive. Raises ValueError if sizes do not go
-        together.
+        Args:
+            noisy: Latents, B in_dim F H W, with condition channels after the noisy ones.
+            timesteps: B, 0..1000.
+            text: For each sample n text_dim, at most text_len rows; or B n text_dim.
+            image_embeds: Features of the image encoder, B I image_dim, for models with image attention. None
+                uses the first 257 rows of the text instead, as older tools ran Fun-Control models; zeros
+                stand for no image.
+            tweaks: Changes to this call; their second text is named "text". Their given frames have the time
+                0, and their velocity is 0.
+            places: Positions in time of frames that are not consecutive.
+
+        Raises:
+            ValueError: If sizes do not match.
         """
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
@@ -311,10 +326,9 @@ class WanModel(BlockNetwork):
         merges: AttentionChoice | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return text tokens, B T C, and the number of equal rows that each of them represents, T; None: one
-        each.
+        """Return text tokens, B T C, and how many equal rows each of them represents, T; None: one each.
 
-        merges: the attention that may repeat keys; None: every row is needed.
+        `merges` is the attention, if it can weigh repeated keys; None if every row is needed.
         """
         samples = [rows.to(noisy.device) for rows in text]
         rows, repeats = pad_texts(samples, self.config.text_len, merges)
@@ -324,7 +338,7 @@ class WanModel(BlockNetwork):
         return embedded.expand(len(noisy), -1, -1), repeats
 
     def unembed(self, x: Tensor, tokens: WanTokens) -> Tensor:
-        """Turn video tokens B L C into the velocity, B out_dim F H W in float32; 0 for given frames."""
+        """Turn video tokens B L C into the velocity, B out_dim F H W float32; 0 for given frames."""
         frames, rows, columns = tokens.grid
         pf, ph, pw = self.config.patch_size
         velocity = rearrange(
@@ -344,10 +358,10 @@ class WanModel(BlockNetwork):
         return torch.cat([clean, velocity[:, :, given_frames:]], dim=2)
 
     def _embed_times(self, timesteps: Tensor, has_given: bool) -> tuple[Tensor, Tensor]:
-        """Return the embedded times, B S C, and their modulation, B S 6 C. S is 1, or 2 with time 0 of given
-        frames first.
+        """Return the embedded times, B S C, and their modulation, B S 6 C.
 
-        Each distinct time is embedded once, not once for each token as the released code does.
+        S is 1, or 2 if there are given frames, whose time 0 comes first. Each distinct time is embedded once,
+        not once for each token as in the released code.
         """
         if has_given:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(1)])  # B+1: time 0 is embedded once for all
@@ -368,6 +382,6 @@ def _pair_with_last(rows: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:
-    """Compute attention in one dtype. The dtypes of q, k and v differ only if a file mixes dtypes."""
+    """Compute attention in one dtype; those of q, k and v differ only in files with mixed dtypes."""
     dtype = tokens.dtype
     return attend(q.to(dtype), k.to(dtype), v.to(dtype), tokens.attention, repeats=repeats)

@@ -1,4 +1,4 @@
-"""What Wan is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+"""Wan's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
 from contract.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, with_endings

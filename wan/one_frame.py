@@ -1,9 +1,9 @@
-"""A single picture from image-to-video models: one latent frame next to those of its control images.
+"""A single image from image-to-video models: one latent frame next to those of its control images.
 
-Each has a place in time, which is its rotary position; the latents stand in the order of these places. A
-control image is known (mask 1); in place of the picture the model is shown grey (mask 0), as for the unknown
-frames of a video. All frames are noised, denoised and learned; the picture's alone is decoded. Source: the
-known tuner's page on one frame with Wan2.1 (wan_1f), whose caches and draws of noise these are.
+Each latent frame has an index in time, which is its rotary position, and the frames are sorted by it. A
+control image is known (mask 1); in place of the target image the model sees gray (mask 0), as for the unknown
+frames of a video. All frames are noised, denoised and learned; only the target is decoded. Source:
+musubi-tuner's page on one frame with Wan2.1 (wan_1f), whose caches and noise draws are reproduced here.
 """
 
 import logging
@@ -58,21 +58,21 @@ CACHE_AGAIN = "wan_cache_latents.py --one_frame and --clip, of Wan2.2 --i2v"
 
 @dataclass(frozen=True)
 class FrameOrder:
-    """Latent frames in the order of their places in time."""
+    """Latent frames sorted by their index in time."""
 
     places: tuple[int, ...]
     images: tuple[int, ...]  # which control image stands there; -1: the picture
 
     @property
     def slot(self) -> int:
-        """Index of the picture among the frames."""
+        """Position of the target image among the frames."""
         return self.images.index(-1)
 
 
 def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
-    """Order a picture and its control images by their places in time, by default 1 and 0.
+    """Sort the target image and its control images by their indices in time, by default 1 and 0.
 
-    Raises ValueError if the picture has the place of a control image.
+    Raises ValueError if the target has the index of a control image.
     """
     controls = controls or (DEFAULT_CONTROL,)
     target = DEFAULT_TARGET if target is None else target
@@ -91,9 +91,9 @@ def prepare(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Settle a request for a single picture, with its `FrameOrder` as `Prepared.family_record`.
+    """Resolve a request for a single image, with its `FrameOrder` as `Prepared.family_record`.
 
-    Raises OptionError.
+    Raises OptionError if an image or an index is missing or not valid.
     """
     check_one_frame(task)
     where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
@@ -118,7 +118,7 @@ def prepare(
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
-    """Return the positions of the picture and its control images that --one_frame_inference states."""
+    """Return the indices of the target and the control images in --one_frame_inference."""
     settings = parse_one_frame(request.extra[ONE_FRAME])
     images = request.control_images
     if not (settings.has_post and settings.has_2x and settings.has_4x):
@@ -136,7 +136,7 @@ def _read_order(request: Request, where: str) -> FrameOrder:
 
 
 def _take_images(task: WanTask, request: Request, where: str) -> Request:
-    """Return the request with the images that the task takes. Raises OptionError if one is missing."""
+    """Return the request with only the images that the task takes. Raises OptionError if one is missing."""
     if request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and {where}: a single picture is made from "
@@ -173,9 +173,9 @@ def _list_feature_images(request: Request) -> list[Path]:
 def encode_request(
     encoders: MediaEncoders, prepared: Prepared, task: WanTask
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Return `condition_latents`, 1 20 F h w, places, 1 F, and by task CLIP features, on the CPU.
+    """Return `condition_latents` 1 20 F h w, places 1 F and, if the task has them, CLIP features.
 
-    Control images are scaled to cover the picture and cropped.
+    All are on the CPU. Control images are scaled to cover the target's size and cropped.
     """
     request = prepared.request
     order = prepared.family_record
@@ -193,7 +193,7 @@ def encode_request(
 
 
 def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
-    """Return mask and latents, B 20 F h w. controls, grey: B 16 1 h w each."""
+    """Return mask and latents, B 20 F h w, from latents of single images, B 16 1 h w each."""
     frames = [*controls, grey]  # the picture, -1 in the order, is grey
     mask = grey[:, :FRAMES_PER_LATENT]
     masks = [torch.full_like(mask, float(image >= 0)) for image in order.images]
@@ -202,7 +202,10 @@ def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor)
 
 
 def check_table(table: MediaTable, has_features: bool) -> None:
-    """Raise DatasetError unless a table has images with control images. has_features: with CLIP's."""
+    """Raise DatasetError unless a table has images with control images.
+
+    `has_features` says whether CLIP features are cached, which limits the number of control images.
+    """
     if table.kind != "image" or not table.has_control:
         raise DatasetError(
             f"{table.name}: --one_frame learns images from control images. Give an image_directory with a "
@@ -222,7 +225,7 @@ def check_table(table: MediaTable, has_features: bool) -> None:
 
 
 def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Encode pictures with their control images, each image alone. store: dtype of the latents."""
+    """Encode images with their control images, each image alone. `store` is the dtype of the latents."""
     vae = encoders.vae
     table = media.table
     order = order_frames(table.clean_indices, table.target_index)
@@ -248,7 +251,10 @@ def _make_entry(tensors: Mapping[str, Tensor], item: int, places: Tensor) -> Cac
 
 
 def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditions:
-    """Return text, places, `condition_latents` and by task CLIP features. Raises CacheError."""
+    """Return text, places, `condition_latents` and, if the task has them, CLIP features.
+
+    Raises CacheError if a tensor is missing or does not fit the others.
+    """
     try:
         check_one_frame(task)
     except OptionError as error:
@@ -299,6 +305,7 @@ def _read_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
 
 @lru_cache  # once, not with every batch
 def note_clips() -> None:
+    """Warn that --one_frame is given although the caches hold videos."""
     logger.warning(
         "--one_frame is given, but the caches are not those of single pictures: videos are learned, and "
         "samples are pictures. Cache again with %s, or leave --one_frame out",

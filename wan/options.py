@@ -34,7 +34,7 @@ MAX_TIMESTEP = 1000
 
 
 def check_one_frame(task: WanTask) -> None:
-    """Raise OptionError unless the task makes single pictures from control images."""
+    """Raise OptionError unless the task can generate single images from control images."""
     able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
@@ -214,7 +214,7 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
             self._check_sample_dit(self.sample_dit_other)
 
     def _check_sample_dit(self, sample_dit: Path) -> None:
-        """Raise OptionError unless samples need a transformer besides those that are trained."""
+        """Raise OptionError unless samples need a transformer in addition to the trained ones."""
         trained = (self.dit, self.experts.dit_high_noise)
         if None not in trained:
             raise OptionError(
@@ -334,9 +334,9 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 
 
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
-    """Return the options of a training from caches of latents: --task, unless it is the default.
+    """Return the options of a training from latent caches: --task, unless it is the default.
 
-    family: as the caching command built it. Caches do not show the size of the model.
+    `family` is that of the caching command. Caches do not show the size of the model.
     """
     has_features = options.clip is not None
     if options.vace:
@@ -351,6 +351,7 @@ def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str,
 
 
 def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the latent and the text caching script for a training."""
     task = TASKS[options.task]
     latents = {
         "--vae": options.vae.vae or FillIn(f"WAN_{'2.2' if task.kind == 'ti2v' else '2.1'}_VAE_FILE"),
@@ -392,7 +393,7 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
 
 
 def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pictures and clips of a sample; placeholders for those that its task needs."""
+    """Return the images and clips of a sample, with placeholders for those that its task requires."""
     task = TASKS[options.task]
     one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
     if sample.get("example"):
@@ -405,7 +406,7 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
 
 
 def _list_needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
-    """Return the pictures and clips that a task cannot do without, each with a word in place of the path."""
+    """Return the images and clips that a task requires, each with a placeholder for its path."""
     if one_frame:
         return {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
     return {
@@ -416,7 +417,7 @@ def _list_needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
 
 
 def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pictures and clips that a sample was made from."""
+    """Return the images and clips that a sample was generated from."""
     extra = sample.get("extra") or {}
     images = sample.get("control_images")
     is_vace = TASKS[options.task].kind == VACE
@@ -435,7 +436,7 @@ def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _list_item_inputs(task: WanTask, one_frame: bool, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the pictures and clips that a training item was learned with."""
+    """Return the images and clips that a training item was cached with."""
     example = sample["example"]
     control = next(iter(example.controls), None)
     if one_frame:

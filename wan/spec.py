@@ -1,4 +1,4 @@
-"""Latents of Wan2.1 and Wan2.2, names inside their transformers, and inputs of blocks besides video tokens.
+"""Latents of Wan2.1 and Wan2.2, names inside the transformers, and block inputs other than video tokens.
 
 Names are for code that acts on a transformer from outside; inputs are texts, times and positions.
 """
@@ -98,7 +98,7 @@ VACE_DIT = replace(
 
 @dataclass(frozen=True)
 class WanTokens:
-    """Inputs of the blocks besides the video tokens; built once per forward pass by `WanModel.embed`."""
+    """Inputs of the blocks in addition to video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
@@ -114,6 +114,7 @@ class WanTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "WanTokens":
+        """Return the inputs for the tokens of one process."""
         return replace(
             self,
             rotary=part.rows(self.rotary),
@@ -123,12 +124,13 @@ class WanTokens:
 
     @property
     def first_picture(self) -> int:
-        """Return the index of the first token of the latents to learn, the first token of `grid`."""
+        """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
     def select(self, kept: Tensor, num_left_out: int) -> "WanTokens":
-        """Return the inputs for some tokens of x. kept: B K, positions of the kept tokens, ascending; only
-        picture tokens are left out.
+        """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
+
+        `kept` are the ascending positions of the kept tokens, B K.
         """
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 
@@ -141,7 +143,7 @@ def pad_texts(
     On a CPU, if `attention` can repeat keys, the rows that are zero in every sample are merged into one, and
     T numbers say how many rows each row stands for. The layers before attention treat each row separately, so
     the result is the same, and most of a small model's work is saved. On a GPU 512 rows cost next to nothing,
-    and kernels want the weights of keys in 16 bits, which cannot tell 505 rows from 508.
+    and kernels take the weights of keys in 16 bits, which cannot distinguish 505 rows from 508.
     """
     longest = max(len(rows) for rows in text)
     if longest > length:

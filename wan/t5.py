@@ -63,10 +63,10 @@ def clean_text(text: str) -> str:
 
 
 def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
-    """Return `clean_text(text)` without white space at its ends, and the places of the parts in it.
+    """Return `clean_text(text)` without surrounding white space, and the positions of its parts.
 
-    Each part is cleaned alone to measure its length. If cleaning joins it to its neighbours (an accent behind
-    the last letter of a part), places may be off by a character or two.
+    Each part is cleaned alone to measure its length. If cleaning joins it to its neighbors (an accent after
+    the last letter of a part), positions may be off by a character or two.
     """
     cleaned = clean_text(text).strip()
     length = 0
@@ -81,7 +81,7 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
 
 
 class WanTextEncoder(FileTextEncoder[T5Network]):
-    """umT5. Each prompt gives a state for each of its tokens, at most 512 with the end token."""
+    """umT5. Each prompt gives a state for each of its tokens, at most 512 including the end token."""
 
     can = EncoderAbilities(divide=True)
     name = "t5"
@@ -95,13 +95,16 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
+        """What the states depend on: the file, the tokenizer, and the form of the weights."""
         return self.identify("t5", weights=self.form)
 
     def write(self, prompt: Prompt) -> Written:
+        """Clean the prompt, and shift the positions of its weighted parts accordingly."""
         text, spans = clean_spans(prompt.text, prompt.spans)
         return Written(text, text, spans)
 
     def load_network(self, device: torch.device) -> T5Network:
+        """Load umT5 in the requested form; with `blocks`, only this process's part of its blocks."""
         return load_t5(self.path, device, UMT5, form=self.form, blocks=self.blocks)
 
     def compute(

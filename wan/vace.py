@@ -1,10 +1,10 @@
-"""The control of VACE models: a video, a mask of what is made new, and reference pictures, as 96 channels.
+"""The control of VACE models as 96 channels: a video, a mask of what is generated, and reference images.
 
-16 channels are the latents of what stays, 16 those of what changes, 64 the mask, whose 8 x 8 pixels of a
-latent pixel are channels. Without a mask all of a video changes: it is followed, as one of depth or poses.
-Each reference is a latent frame in front of the clip, also in the noise; it is cut off in the end. Source:
-the released code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the
-first one is next to the clip.
+16 channels are the latents of what stays, 16 those of what changes, 64 the mask: the 8 x 8 pixels of a latent
+pixel are channels. Without a mask all of a video changes: it is followed, as a video of depth or poses. Each
+reference is a latent frame before the clip, also in the noise; it is cut off at the end. Source: the released
+code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the first one is next
+to the clip.
 """
 
 import logging
@@ -34,16 +34,18 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one hold
 
 @dataclass(frozen=True)
 class VaceRequest:
-    """Inputs of VACE for a request, besides its video and its references."""
+    """Inputs of VACE for a request, in addition to its video and its references."""
 
     mask: Path | None
     scales: tuple[float, ...]  # of the hints, one a layer
 
     def add_to(self, prepared: Prepared) -> Prepared:
-        """Return the prepared request with these settings in it and in the metadata of its files.
+        """Return the prepared request with these settings, also in the metadata of its files.
 
-        Raises OptionError if the mask has neither the shape of its clip nor that of the result, or if nothing
-        in it is white; MediaError if it is too short.
+        Raises:
+            OptionError: If the mask has neither the aspect ratio of its clip nor that of the result, or has
+                no white pixels.
+            MediaError: If the mask is too short.
         """
         metadata = dict(prepared.own_metadata)
         if self.mask is not None and prepared.request.control_path is not None:
@@ -57,7 +59,7 @@ class VaceRequest:
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
-    """Raise OptionError if a mask has another aspect ratio than its clip, and another than the result."""
+    """Raise OptionError if a mask has neither the aspect ratio of its clip nor that of the result."""
     width, height = image_size(mask)
     clip_width, clip_height = image_size(clip)
     aspect = width / height
@@ -70,9 +72,9 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
 
 
 def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
-    """Return the request with its references as separate pictures, and VACE's own settings.
+    """Return the request with its references as separate images, and VACE's own settings.
 
-    layers: number of VACE's blocks. Raises OptionError if a file is missing or has no use.
+    `layers` is the number of VACE's blocks. Raises OptionError if a file is missing or unused.
     """
     unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
     for option, path in unusable.items():
@@ -123,7 +125,7 @@ def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
 
 
 def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Split paths at commas, as the release does, except for a path that exists as it is."""
+    """Split paths at commas, as the release does, except for a path that exists with its comma."""
     words = []
     for path in paths:
         words += [str(path)] if path.exists() else str(path).split(",")
@@ -131,7 +133,7 @@ def divide(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def read_scales(text: str, layers: int) -> tuple[float, ...]:
-    """Read one scale for all layers, or one for each. Raises OptionError."""
+    """Parse one scale for all layers, or one for each. Raises OptionError for another number of scales."""
     words = text.replace(",", " ").split()
     try:
         scales = tuple(map(float, words))
@@ -151,8 +153,8 @@ def read_scales(text: str, layers: int) -> tuple[float, ...]:
 def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[Tensor]]:
     """Return `vace_control`, 1 96 K+L h w with K references in front, and `vace_scales`, 1 layers.
 
-    On the CPU. Returns {} if all strengths are 0: no hints are computed. Raises MediaError if a video is too
-    short.
+    Both are on the CPU. The result is empty if all scales are 0, because then no hints are computed. Raises
+    MediaError if a video is too short.
     """
     # with the libraries of media, which networks run without
     from modules.media.canvas import on_white
@@ -178,9 +180,9 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
 
 
 def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
-    """Read a mask, 1 1 F H W in 0..1 (1, white: made new). A single picture holds for all frames.
+    """Read a mask, 1 1 F H W in 0..1 (1, white: generated anew). A single image is used for all frames.
 
-    Raises OptionError if nothing is white.
+    Raises OptionError if no pixel is white.
     """
     if path.suffix.lower() in PICTURES and path.is_file():
         pixels = image_pixels(path, width, height).expand((-1, -1, frames, -1, -1))
@@ -197,8 +199,12 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
 def encode_halves(vae: WanVae, pixels: Tensor, mask: Tensor) -> Tensor:
     """Return the latents of the pixels to keep, then of the pixels to change: B 32 L h w.
 
-    pixels: B 3 F H W in -1..1. mask: B 1 F H W, above 0.5 where it changes. In each half, all other pixels
-    are grey.
+    In each half, all other pixels are gray.
+
+    Args:
+        vae: The VAE.
+        pixels: Clip, B 3 F H W in -1..1.
+        mask: B 1 F H W, above 0.5 where the clip changes.
     """
     changes = (mask > 0.5).to(pixels)
     return torch.cat([vae.encode(pixels * (1 - changes)), vae.encode(pixels * changes)], dim=1)
@@ -208,8 +214,8 @@ def fold_mask(mask: Tensor) -> Tensor:
     """Turn a mask, B 1 F H W, into B 64 L h w: the pixels of a latent pixel become channels, row by row.
 
     Mask values are not rounded: the release applies the threshold of 0.5 to the clip alone. As in the
-    release, frames nearest to the middles of L equal parts are taken, although the first latent frame holds
-    one frame only.
+    release, the frames nearest to the middles of L equal parts are used, although the first latent frame
+    holds only one frame.
     """
     step, rows, columns = LATENT.stride
     frames = (mask.shape[2] - 1) // step + 1
@@ -218,9 +224,12 @@ def fold_mask(mask: Tensor) -> Tensor:
 
 
 def join_control(halves: Tensor, mask: Tensor, references: Sequence[Tensor]) -> Tensor:
-    """Return B 96 K+L h w: references (B 16 1 h w each) in front, the last one first, their mask 0.
+    """Join the parts of VACE's control to B 96 K+L h w; the mask of references is 0.
 
-    halves: B 32 L h w, what stays before what changes. mask: B 64 L h w.
+    Args:
+        halves: Latents of what stays, then of what changes, B 32 L h w.
+        mask: Folded mask, B 64 L h w.
+        references: K latents, B 16 1 h w each. They come before the clip, the last one first.
     """
     control = torch.cat([halves, mask.to(halves)], dim=1)
     fronts = []

@@ -20,8 +20,9 @@ from wan.spec import VACE_DIT, WanTokens
 
 
 class WanVaceBlock(WanAttentionBlock):
-    """A block of the second stack: from the stack's stream and x it makes the next stream and a hint. All are
-    B L C float32.
+    """A block of the second stack: it returns the next control stream and a hint for Wan's block.
+
+    Streams and hints are B L C float32.
     """
 
     def __init__(self, config: WanConfig, index: int) -> None:
@@ -30,6 +31,7 @@ class WanVaceBlock(WanAttentionBlock):
         self.after_proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, side: Tensor, x: Tensor, tokens: WanTokens) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the next control stream and its hint. `x` enters the network's first block."""
         if self.before_proj is not None:
             side = in_own_dtype(self.before_proj, side).float() + x
         side = super().forward(side, tokens)
@@ -55,9 +57,13 @@ class WanVaceModel(WanModel):
         hint_scales: Tensor | None = None,
         **named_inputs: Any,
     ) -> Hidden:
-        """Embed as `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
+        """Embed as `WanModel.embed`, with control for the second stack.
 
-        hint_scales: B layers; None: hints are added at full strength.
+        Args:
+            *inputs: Inputs of `WanModel.embed`.
+            control: B vace_dim F H W, of the noisy latents' size; None computes no hints.
+            hint_scales: Factors of the hints, B layers; None for 1.
+            **named_inputs: Inputs of `WanModel.embed`.
         """
         hidden = super().embed(*inputs, **named_inputs)
         if control is not None:

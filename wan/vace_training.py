@@ -1,6 +1,6 @@
-"""What VACE learns from: control, mask and references of a dataset's items, to caches and to conditions.
+"""Training inputs of VACE: control, mask and references of a dataset's items, as caches and as conditions.
 
-In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as bytes where there is a mask, and
+In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as bytes if there is a mask, and
 `latents_reference_0`, ... of one frame each. In training the references are also frames in front of the
 clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """
@@ -17,9 +17,9 @@ from wan.vae import WanVae
 
 
 def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
-    """Encode items of one size for VACE. store: dtype of the latents.
+    """Encode items of one size for VACE. `store` is the dtype of the latents.
 
-    A missing control video is grey; a missing mask marks all as to be made new.
+    A missing control video is replaced by gray; without a mask, all pixels count as generated anew.
     """
     device = vae.device
     pixels = to_pixels(media.frames.to(device))

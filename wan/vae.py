@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 class WanVae(nn.Module):
     """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_vae`.
 
-    cache_on_cpu: keep the features between frame groups in host memory. tile: edge in pixels; larger pictures
-    are cut into overlapping tiles of this size, and each tile goes through the whole clip before the next.
+    Args:
+        cache_on_cpu: Keep the features between frame groups in host memory.
+        tile: Edge of a tile in pixels. Larger frames are cut into overlapping tiles, and each tile goes
+            through the whole clip before the next; None computes frames as a whole.
     """
 
     def __init__(self, config: WanVaeConfig, cache_on_cpu: bool = False, tile: int | None = None) -> None:
@@ -43,19 +45,25 @@ class WanVae(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Compute dtype of the VAE."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the VAE."""
         return self.conv1.weight.device
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, as_moments: bool = False) -> Tensor:
-        """Return the normalised means of the posterior.
+        """Return the normalized means of the posterior, B Z n+1 H/S W/S float32 on the VAE's device.
 
-        pixels: B 3 F H W in -1..1, on any device (moved group by group); F = 4n + 1, H and W multiples of the
-        stride S, 8 or 16. Returns B Z n+1 H/S W/S, float32, on the VAE's device. as_moments: return means and
-        logarithms of variances, B 2Z ..., not normalised. Raises ValueError for other sizes.
+        Args:
+            pixels: B 3 F H W in -1..1, on any device (moved group by group). F = 4n + 1, and H and W are
+                multiples of the stride S, 8 or 16.
+            as_moments: Return means and logarithms of variances instead, B 2Z ..., not normalized.
+
+        Raises:
+            ValueError: For other sizes.
         """
         step, side, _ = RELEASES[self.config.latent_channels].stride
         check_clip(pixels, step, side)
@@ -72,15 +80,19 @@ class WanVae(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, not normalised: B 2Z n+1 H/S W/S, as `encode` does."""
+        """Return means and logarithms of variances, not normalized, B 2Z n+1 H/S W/S; see `encode`."""
         return self.encode(pixels, as_moments=True)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
-        """Yield pixels in playing order: one frame, then four at a time. B 3 F H W, float32, -1..1.
+        """Yield pixels in playing order, one frame and then four at a time: B 3 F H W, float32, -1..1.
 
-        latents: B Z f h w, normalised, on any device. The chunks are on the VAE's device. With tiles they are
-        in host memory, and the first one is yielded after the last tile is done. clamps: to -1..1.
+        The chunks are on the VAE's device. With tiles they are in host memory, and the first one is yielded
+        after the last tile is done.
+
+        Args:
+            latents: B Z f h w, normalized, on any device.
+            clamps: Whether to clamp pixels to -1..1.
         """
         chunks = self._decode(latents)
         if self.tile is not None:
@@ -92,7 +104,7 @@ class WanVae(nn.Module):
             yield chunk.clamp_(-1, 1) if clamps else chunk
 
     def _encode(self, pixels: Tensor, as_moments: bool) -> Tensor:
-        """Encode one frame, then groups of as many as make a latent frame."""
+        """Encode one frame, then groups of as many frames as make a latent frame."""
         frames = pixels.shape[2]
         parts = []
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
@@ -123,7 +135,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Normalise means to latents of caches and model, B Z f h w float32. Their channels tell the VAE."""
+    """Normalize means to latents of caches and model, B Z f h w float32. Their channels identify the VAE."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

@@ -46,7 +46,7 @@ class WanVaeConfig:
 
 
 class TimeMemory:
-    """Hold the last frames that each layer has seen of the chunks so far. One for each clip."""
+    """The last frames of the clip that each layer has seen so far. Use one for each clip."""
 
     def __init__(self, on_cpu: bool = False) -> None:
         self._on_cpu = on_cpu
@@ -78,7 +78,7 @@ class RmsNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width, *[1] * spatial_axes))
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalise x: B C ... . out: tensor to write the result into; None makes a new one."""
+        """Normalize x, B C ... `out` receives the result; None makes a new tensor."""
         # a length rounded to 16 bits would scale the whole pixel wrongly
         exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact).clamp_min_(1e-12)
@@ -98,9 +98,12 @@ class WanCausalConv(nn.Conv3d):
     def forward(  # type: ignore[override]  # a stream needs its memory besides the next frames
         self, x: Tensor, memory: TimeMemory | None, norm: RmsNorm | None = None
     ) -> Tensor:
-        """Convolve the next frames of a clip, x: B C T H W. Returns B C' T H W.
+        """Convolve the next frames of a clip, x B C T H W to B C' T H W.
 
-        memory: of the clip; None if the chunk is the whole clip. norm: apply it and SiLU first.
+        Args:
+            x: The frames.
+            memory: State of the clip; None if x is the whole clip.
+            norm: Norm to apply first, followed by SiLU.
         """
         before = None if memory is None else memory.take(self, x.device)
         if before is None and x.shape[2] == 1:
@@ -116,9 +119,9 @@ class WanCausalConv(nn.Conv3d):
 
 
 def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Tensor:
-    """Return x preceded by the two frames before it, B C T+2 H W; before the clip begins these are zeros.
+    """Return x preceded by the two frames before it, B C T+2 H W; zeros stand for frames before the clip.
 
-    Written into one tensor, so that no concatenation copies it again.
+    The result is written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
     earlier = TIME_KERNEL - 1
@@ -152,6 +155,7 @@ class WanResidualBlock(nn.Module):
         self.shortcut = nn.Conv3d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Apply the block to the next frames x, B C T H W to B C' T H W."""
         norm1, conv1, norm2, conv2 = self.residual.values()
         h = conv2(conv1(x, memory, norm1), memory, norm2)
         return h.add_(self.shortcut(x))
@@ -167,6 +171,7 @@ class WanFrameAttention(nn.Module):
         self.proj = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Add the attention within each frame to x, B C T H W. `memory` is unused."""
         batch, channels, _, height, width = x.shape
         frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)  # B*T 1 H*W 3C
@@ -185,6 +190,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(width, width, (TIME_KERNEL, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Return x, B C T H W, at half the height and width, and if temporal at half the frames."""
         x = _convolve_frames(self.resample["1"], x, pad=True)
         if self.time_conv is None or memory is None:  # the only frame of a clip passes unchanged
             return x
@@ -206,6 +212,7 @@ class Upsample(nn.Module):
         self.time_conv = nn.Conv3d(width, 2 * width, (TIME_KERNEL, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Return x, B C T H W, at twice the height and width, and if temporal at twice the frames."""
         if self.time_conv is not None and memory is not None:
             before = memory.take(self, x.device)
             if before is None:  # the clip's first frame passes unchanged; later frames do not see it
@@ -223,7 +230,8 @@ class Upsample(nn.Module):
 def _convolve_frames(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: bool = False) -> Tensor:
     """Apply an image convolution to every frame.
 
-    pad: add one row below and one column right first. enlarge: first repeat each pixel in both directions.
+    `pad` first adds one row at the bottom and one column at the right. `enlarge` first repeats each pixel in
+    both directions.
     """
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # B*T C H W
@@ -235,7 +243,7 @@ def _convolve_frames(conv: nn.Module, x: Tensor, pad: bool = False, enlarge: boo
 
 
 class WanVaeHalf(nn.Module):
-    """The encoder or the decoder, chunk by chunk.
+    """The encoder or the decoder, which processes a clip in chunks.
 
     The encoder turns patches of pixels B 3PP T H W into means and log variances B 2Z t h w, the decoder
     latents B Z t h w into patches of pixels.
@@ -263,6 +271,7 @@ class WanVaeHalf(nn.Module):
         self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Return the result for the next chunk x of a clip; None as `memory` if x is the whole clip."""
         x = self.conv1(x, memory)
         order = [*self.downsamples, *self.middle] if self.is_encoder else [*self.middle, *self.upsamples]
         for layer in order:
@@ -279,6 +288,7 @@ class DownStage(nn.Module):
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Apply the layers to the next frames x, and add averaged groups of x to the result."""
         h = x
         for layer in self.downsamples:
             h = layer(h, memory)
@@ -294,6 +304,7 @@ class UpStage(nn.Module):
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
+        """Apply the layers to the next frames x, and add repeated values of x if they enlarge."""
         h = x
         for layer in self.upsamples:
             h = layer(h, memory)

@@ -60,10 +60,12 @@ def read_vae(
     model: str = "a VAE of Wan2.1 or Wan2.2",
     files: str = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}",
 ) -> LoadPlan[WanVaeConfig]:
-    """Plan how to load a VAE of Wan2.1 or Wan2.2: official or ComfyUI file, or diffusers layout.
+    """Plan how to load a VAE of Wan2.1 or Wan2.2 from an official, ComfyUI or diffusers file.
 
-    model, files: what the model needs and its released files, for messages. Raises CheckpointError for any
-    other file.
+    `model` and `files` say in error messages what the model needs and which files were released.
+
+    Raises:
+        CheckpointError: For any other file.
     """
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
@@ -104,8 +106,12 @@ def check_latents(
 ) -> None:
     """Raise CheckpointError if a model's latents belong to another VAE.
 
-    path: of its file. needed_by: the model in words, for the message: "--task ti2v-5B". files: the released
-    files of its VAE; "": those of Wan's release.
+    Args:
+        config: Dimensions of the given VAE.
+        latent: Latent space of the model.
+        path: The VAE's file.
+        needed_by: What needs the latents, for the message: "--task ti2v-5B".
+        files: Released files of the right VAE; "" for those of Wan's release.
     """
     release = RELEASES[latent.channels]
     has_alpha = config.colors == 4
@@ -173,7 +179,7 @@ def _read_layers(
 
 
 def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
-    """Raise CheckpointError if a VAE is of neither generation. colours: input channels of its first layer."""
+    """Raise CheckpointError if a VAE is of neither generation. `colours` are the first layer's inputs."""
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
@@ -207,7 +213,7 @@ def _make_vae_error(path: Path, difference: str) -> CheckpointError:
 
 
 def _check_shortcuts(config: WanVaeConfig, release: VaeRelease, path: Path) -> None:
-    """Raise CheckpointError if a stage cannot have the shortcut around its layers."""
+    """Raise CheckpointError if a stage's sizes do not allow the shortcut around its layers."""
     for layers, is_down in ((config.encoder, True), (config.decoder, False)):
         for stage in layers:
             if stage.layers and not _has_shortcut(stage, is_down):

@@ -1,8 +1,8 @@
 """Shortcuts without weights around the stages of the Wan2.2 VAE, and its patches of pixels.
 
-A stage changes channels and resolution. Its shortcut does too: pixels of a small block (frames x rows x
-columns, in this order, the last one fastest) and channels are one long axis, which is averaged in groups, or
-whose numbers are repeated. Source: the released VAE of Wan2.2.
+A stage changes channels and resolution. Its shortcut does too: the pixels of a small block (frames x rows x
+columns, in this order, the last one fastest) and the channels form one long axis, which is averaged in
+groups, or whose values are repeated. Source: the released VAE of Wan2.2.
 """
 # Letters: B batch, C channels, T frames, H height, W width
 
@@ -27,6 +27,7 @@ def unfold_patches(channels: Tensor, patch: int) -> Tensor:
 
 
 def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -> bool:
+    """Return whether a stage's widths allow the averages (down) or repetitions (up) of its shortcut."""
     block = prod(factors)
     pair = (width, width_out)
     if is_down:
@@ -35,7 +36,7 @@ def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -
 
 
 def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
-    """Return means of x: B C T H W to B width T/frames H/rows W/columns.
+    """Return group means of x, B C T H W to B width T/frames H/rows W/columns.
 
     Zeros before the clip's only or first frame complete a block of frames.
     """
@@ -46,11 +47,11 @@ def average_groups(x: Tensor, width: int, factors: Factors) -> Tensor:
 
 
 def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
-    """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its numbers in blocks; return h, changed in
-    place.
+    """Add x, B C T H W, to h, B C' T' H*rows W*columns, repeating its values in blocks; return h.
 
-    T' is T * frames; less at the beginning of a clip, where the first frames of the first block are left out.
-    One pixel of all blocks is added at a time, so that no enlarged copy of x is made.
+    h is changed in place. T' is T * frames, or less at the beginning of a clip, where the first frames of the
+    first block are left out. One pixel of all blocks is added at a time, so that no enlarged copy of x is
+    made.
     """
     frames, rows, columns = factors
     block = prod(factors)

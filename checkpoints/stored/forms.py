@@ -30,16 +30,20 @@ class StoredForm(Protocol):
     """How weights are stored, and how layers compute with them. Equal forms are equal objects."""
 
     @property
-    def name(self) -> str: ...  # for messages and metadata: fp8, int8, nf4
+    def name(self) -> str:
+        """Name in messages and metadata: fp8, int8, nf4."""
 
     @property
-    def how(self) -> str: ...  # for the log: "in fp8 with a scale per row"
+    def how(self) -> str:
+        """Words for the log, such as "in fp8 with a scale per row"."""
 
     @property
-    def companions(self) -> tuple[str, ...]: ...  # names of the buffers next to the weight
+    def companions(self) -> tuple[str, ...]:
+        """Names of the buffers next to the weight."""
 
     @property
-    def stays(self) -> bool: ...  # whether layers keep a file's weights so without an option that asks for it
+    def stays(self) -> bool:
+        """Whether layers keep a file's weights in this form without an option that asks for it."""
 
     def quantise(self, weight: Tensor) -> "Stored":
         """Round a weight, out x in, of any float dtype."""
@@ -88,10 +92,12 @@ class Stored:
 
     @property
     def weight(self) -> Tensor:
+        """The tensor of codes, without its companions."""
         assert self.tensors[0] is not None
         return self.tensors[0]
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantize the weight, out x in."""
         return self.form.value(self.tensors, self.shape, dtype)
 
 
@@ -119,6 +125,7 @@ def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
 
 
 def attach(layer: nn.Linear, stored: Stored) -> None:
+    """Put a stored weight into a linear layer, which computes with it from then on."""
     layer.weight = nn.Parameter(stored.weight, requires_grad=False)
     for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
         layer.register_buffer(name, tensor)
@@ -158,8 +165,9 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
 def multiply_value(
     form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + b in the dtype of x; the backward pass dequantises W again instead of keeping its
-    value.
+    """Compute x W^T + b in the dtype of x.
+
+    The backward pass dequantizes W again instead of keeping its value.
     """
     filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)

@@ -21,6 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 
 def is_fp8(dtype: torch.dtype) -> bool:
+    """Return whether a dtype is a floating point number of 8 bits."""
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
@@ -87,8 +88,10 @@ def store_scale(scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fp8:
-    """The fp8 form. Layers compute in float32 if `float32_linear` is set; with a `product` they multiply in 8
-    bits whenever `suits_fp8` allows it.
+    """The fp8 form.
+
+    Layers compute in float32 if `float32_linear` is set. With a `product` they multiply in 8 bits whenever
+    `suits_fp8` allows it.
     """
 
     quantisation: Quantisation = Quantisation("cast")
@@ -98,21 +101,26 @@ class Fp8:
 
     @property
     def how(self) -> str:
+        """Words for the log."""
         return "cast to fp8" if self.quantisation.kind == "cast" else "in fp8 with a scale per row"
 
     def quantise(self, weight: Tensor) -> Stored:
+        """Store a weight as the quantization says: cast, or divided by scales."""
         rows, columns = weight.shape
         return Stored(self, (rows, columns), quantise(weight, self.quantisation))
 
     def empty(self, shape: Shape) -> Stored:
+        """Return a weight on the meta device, to plan memory. Scales are too small to count."""
         return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the weight times its scale in `dtype`."""
         weight, scale = tensors
         assert weight is not None
         return dequantise(weight, scale, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Multiply in 8 bits if these inputs allow it, else by the dequantized weight."""
         how, (weight, scale) = self.quantisation, tensors
         if how.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
@@ -127,6 +135,10 @@ class Fp8:
             return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        """Return `count` rows from `first` on.
+
+        Scales of blocks of rows are cut too if whole blocks are taken; one for the whole weight stays.
+        """
         scale = stored.tensors[1]
         part = stored.weight[first : first + count].contiguous()
         if scale is not None:
@@ -152,9 +164,15 @@ class Fp8:
         return Stored(self, shape, (weight, torch.cat(scales)))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
+        """Return the chosen form if it is fp8 too, so that weights of a file compute as the options say."""
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
+        """Check that the device knows fp8.
+
+        Raises:
+            OptionError: For Apple's GPUs.
+        """
         if device.type == "mps":
             raise OptionError(
                 "Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu"
@@ -180,7 +198,8 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return the quantisation to use in a dry run: unchanged, as products in 8 bits take the memory of 16-bit
-    ones.
+    """Return the quantization to use in a dry run: unchanged.
+
+    Products in 8 bits take the same memory as those in 16 bits.
     """
     return quantisation

@@ -81,11 +81,10 @@ def tensor_scaled_product(
     fast_sums: bool,
     piece: int = PIECE,
 ) -> Tensor:
-    """Compute a `Product` with scales applied afterwards, for builds of torch without row-wise scales
-    (Windows).
+    """Compute a `Product` with scales applied afterwards, where torch has no row-wise scales (Windows).
 
     The unscaled sums are rounded to bfloat16 and then scaled. That costs one more pass over the result and a
-    second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantize_rows`.
+    second rounding of 2^-9, which is small compared with that to e4m3. `piece` is as for `quantize_rows`.
     """
     no_scale = torch.ones(1, device=a.device)
     sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)

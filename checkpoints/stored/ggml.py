@@ -108,8 +108,9 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GGUF: the weights and bytes of a block, the offsets of its float16 numbers, and the function
-    that makes its values.
+    """A kind of GGUF weight: how a block is laid out, and the function that makes its values.
+
+    `weights` and `size` are the weights and bytes of a block, `halves` the offsets of its float16 numbers.
     """
 
     name: str

@@ -43,6 +43,7 @@ class Int8:
 
     @property
     def how(self) -> str:
+        """Words for the log."""
         rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
         return f"in int8 with a scale per row, {rotated}"
 
@@ -52,6 +53,7 @@ class Int8:
         return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
 
     def quantise(self, weight: Tensor) -> Stored:
+        """Rotate the rows of a weight in groups and round them to int8, each with a scale."""
         rows, columns = weight.shape
         form = self._for_width(columns)
         codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
@@ -61,14 +63,17 @@ class Int8:
         return Stored(form, (rows, columns), (codes, scales))
 
     def empty(self, shape: Shape) -> Stored:
+        """Return codes and scales on the meta device, to plan memory."""
         codes = torch.empty(shape, dtype=torch.int8, device="meta")
         return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the weight in `dtype`: codes times scales, rotated back."""
         codes, scale = _pair(tensors)
         return _by_parts(lambda part: rotate(_scale_codes(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Multiply in int8; few tokens and Apple's GPUs use the dequantized weight."""
         dtype = computed_dtype(x)
         codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
@@ -77,16 +82,19 @@ class Int8:
         return out
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        """Return `count` rows from `first` on with their scales."""
         codes, scale = _pair(stored.tensors)
         rows = slice(first, first + count)
         return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
+        """Stack the rows of several weights and of their scales."""
         pairs = [_pair(part.tensors) for part in parts]
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
+        """Return this form with the chosen rounding of gradients if the chosen form is int8 too."""
         if not isinstance(chosen, Int8):
             return self
         return replace(self, rounds_gradients=chosen.rounds_gradients)
@@ -96,16 +104,19 @@ class Int8:
 
 
 def form_of(quantisation: Quantisation) -> Int8:
+    """Return the form that the quantization's options describe."""
     return Int8(rounds_gradients=quantisation.int8_backward)
 
 
 def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+    """Return the quantization unchanged: int8 needs nothing of the device."""
     return quantisation
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return the quantisation to use in a dry run: unchanged, as products in 8 bits take the memory of 16-bit
-    ones.
+    """Return the quantization to use in a dry run: unchanged.
+
+    Products in 8 bits take the same memory as those in 16 bits.
     """
     return quantisation
 

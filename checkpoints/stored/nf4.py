@@ -53,6 +53,10 @@ class Nf4:
     how = "in nf4 with nested statistics"
 
     def quantise(self, weight: Tensor) -> Stored:
+        """Round a weight to the 16 values of nf4, in blocks of 64 that are divided by their maximum.
+
+        The maxima, less their mean, are rounded to 8 bits in blocks of 256.
+        """
         rows, columns = weight.shape
         flat = weight.reshape(-1)
         packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=weight.device)
@@ -71,6 +75,7 @@ class Nf4:
         return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> Stored:
+        """Return the weight and its statistics on the meta device, to plan memory."""
         blocks = -(-shape[0] * shape[1] // BLOCK)
         packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
         codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
@@ -78,6 +83,7 @@ class Nf4:
         return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the weight in `dtype`: values of the codes times the maxima of their blocks."""
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
         wide = _pad_rows(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
         peaks = wide.view(-1)[: len(codes)] + offset
@@ -89,6 +95,7 @@ class Nf4:
         return (_pad_rows(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Multiply by the dequantized weight."""
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
@@ -96,9 +103,11 @@ class Nf4:
         return None
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
+        """Return None: blocks do not end where rows end, so weights cannot be stacked."""
         return None
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
+        """Return the chosen form if it is nf4 too."""
         return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
@@ -106,6 +115,7 @@ class Nf4:
 
 
 def form_of(quantisation: Quantisation) -> Nf4:
+    """Return the form that the quantization's options describe."""
     return Nf4(quantisation.product)
 
 

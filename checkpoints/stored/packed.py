@@ -33,12 +33,15 @@ class RowForm:
 
     @property
     def how(self) -> str:
+        """Words for the log."""
         return f"in {self.name}"
 
     def quantise(self, weight: Tensor) -> Stored:
+        """Raise NotImplementedError: these forms are only read."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> Stored:
+        """Raise NotImplementedError: these forms are only read."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -58,9 +61,11 @@ class RowForm:
         return out
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Multiply by the dequantized weight."""
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        """Return `count` rows from `first` on; companions of one row are for all rows and stay whole."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
@@ -70,8 +75,10 @@ class RowForm:
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
-        """Stack the rows of several weights. Returns None if a companion covers all rows of a part, or is
-        missing in some parts.
+        """Stack the rows of several weights.
+
+        Returns:
+            None if a companion covers all rows of a part, or is missing in some parts.
         """
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
@@ -88,9 +95,11 @@ class RowForm:
         return Stored(self, shape, tuple(joined))
 
     def computing_as(self, chosen: StoredForm) -> StoredForm:
+        """Return this form: options do not change how it computes."""
         return self
 
     def check_device(self, device: torch.device) -> None:
+        """Do nothing: every device can dequantize these forms."""
         pass
 
 
@@ -123,12 +132,15 @@ def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
 
 
 def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
-    # N K e4m3, N K/32 e8m0
+    """Return the values of mxfp8: weight N K e4m3, scales N K/32 e8m0."""
     return _scale_groups(weight.float(), scales)
 
 
 def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
-    # N K/2, N K/16 e4m3, N 1; 1 K: what the layer's input is multiplied by, which the weight may be as well
+    """Return the values of nvfp4: weight N K/2, scales N K/16 e4m3, scale N 1.
+
+    `input_scale`, 1 K, is what the layer's input is multiplied by, which the weight may be as well.
+    """
     values = _scale_groups(
         _levels(weight.device)[_unpack_nibbles(weight, high_first=True).int()], scales.float() * scale
     )
@@ -136,17 +148,18 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    # N K/2, signed, N 1
+    """Return the values of signed int4: weight N K/2, scale N 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    # N K/2, N K/16, N 1, 1 16
+    """Return the values of w4a8: weight N K/2, scales N K/16, scale N 1, codebook 1 16."""
     return _w8(_unpack_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    """Return the values of w6a8: weight N 3K/4, scales N K/16, scale N 1, codebook 1 64."""
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
@@ -161,13 +174,13 @@ def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Ten
 
 
 def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    # N K/2, N K/64 twice
+    """Return the values of AWQ: weight N K/2, scales and zeros N K/64."""
     values = _scale_groups(_unpack_nibbles(weight).float() - 8, scales)
     return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
 
 
 def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    # N K, N 1
+    """Return the values of int8: weight N K, scale N 1."""
     return weight.float() * scale
 
 

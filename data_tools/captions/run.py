@@ -47,6 +47,7 @@ from data_tools.captions.places import (
 from data_tools.captions.server import ApiServer
 from dataset.caching.prefetch import Failure, first_lines
 from dataset.config import DatasetConfig
+from dataset.listing import find_all_sources
 from dataset.sources.captions import lines_of
 from dataset.sources.fetching import fetch
 from modules.atomic_write import write_text
@@ -124,8 +125,10 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Raise OptionError if a table teaches edits, whose captions say what is changed."""
+    lists = tuple(table for table in config.datasets if table.jsonl_file is not None)
+    listed = find_all_sources(replace(config, datasets=lists), captions=False)
     for table in config.datasets:
-        if table.control_directory:
+        if table.control_directory or any(one.control and one.table is table for one in listed):
             raise OptionError(
                 f"--caption_format {options.caption_format}: {table.name} has pictures before an edit, and "
                 "its captions say what is changed. A model that sees the results alone cannot write them"

@@ -1,8 +1,10 @@
-"""Train a packed folder on a card of Modal. In the folder of Reelsmith:
+"""Train a packed folder on a card of Modal.
 
-modal volume put reelsmith clips-pack.zip
-modal run --detach docs/clusters/modal_train.py --pack clips-pack.zip
-modal volume get reelsmith clips/output
+In the folder of Reelsmith:
+
+    modal volume put reelsmith clips-pack.zip
+    modal run --detach docs/clusters/modal_train.py --pack clips-pack.zip
+    modal volume get reelsmith clips/output
 """
 
 import os

@@ -19,13 +19,18 @@ class Magnitudes(Protocol):
     """Normalize the changed weight: one number for each output (out x 1 ...) or each input (1 x in ...)."""
 
     @property
-    def part(self) -> str: ...  # end of the tensor's name
+    def part(self) -> str:
+        """End of the tensor's name."""
 
-    # Return the addition to a weight, out in (kernel), float32. delta: the change of the other factors.
-    # by_frozen_norms: numbers by output refer to the norms of the frozen weight alone
-    def decompose(
-        self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool
-    ) -> Tensor: ...
+    def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+        """Return the addition to a weight that gives the changed weight the norms of the magnitudes, float32.
+
+        Args:
+            weight: The frozen weight, out in (kernel).
+            delta: Change by the other factors, of the same shape.
+            magnitudes: Norms of the rows or columns.
+            by_frozen_norms: Whether magnitudes by output refer to the norms of the frozen weight alone.
+        """
 
 
 class InputRotation(Protocol):
@@ -35,17 +40,24 @@ class InputRotation(Protocol):
     """
 
     @property
-    def part(self) -> str: ...  # the only part: values of the rotation
+    def part(self) -> str:
+        """Name of the only part, which holds the values of the rotation."""
 
     @property
-    def title(self) -> str: ...  # "an OFT"
+    def title(self) -> str:
+        """Name with its article for messages, such as "an OFT"."""
 
-    def make(self, values: Tensor, strength: float) -> Tensor: ...  # R - I, as the next two methods take it
-    def of_input(self, x: Tensor, made: Tensor) -> Tensor: ...  # x (R - I). x: ... in
-    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor: ...  # W (R^T - I), float32
+    def make(self, values: Tensor, strength: float) -> Tensor:
+        """Return R - I as `of_input` and `of_weight` take it."""
 
-    # Return why the values do not fit a weight of this name, as the end of a sentence; "" if they do
-    def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str: ...
+    def of_input(self, x: Tensor, made: Tensor) -> Tensor:
+        """Return x (R - I) for inputs `x`, ... in."""
+
+    def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
+        """Return W (R^T - I), float32."""
+
+    def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
+        """Return why the values do not fit a weight of this name, as half a sentence; "" if they fit."""
 
 
 class Algebra:

@@ -1,9 +1,8 @@
-"""What a kind of network is: one record, of which each tool for networks and each phase of a training reads
-its part.
+"""Describe a kind of network in one record, from which each tool and each phase of a training reads its part.
 
 A kind is one light file, or one with a heavy half next to it, and its lines in `networks/kinds/__init__.py`.
-Without these every script does all the rest as before. No tool names a kind but LoRA: what is asked of all
-kinds is in `composing.py`.
+Without these, every script does everything else as before. No tool names a kind except LoRA: questions to all
+kinds are in `composing.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,36 +49,50 @@ class Settings(Protocol):
     """The settings of a network, as far as kinds read them: see `networks.lora_settings`."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Rank of linear layers."""
 
     @property
-    def conv_rank(self) -> int | None: ...
+    def conv_rank(self) -> int | None:
+        """Rank of convolutions with a kernel; None if they get no LoRA."""
 
     @property
-    def variants(self) -> Sequence["NetworkKind"]: ...
+    def variants(self) -> Sequence["NetworkKind"]:
+        """Kinds that extend the layers, such as DoRA."""
 
     @property
-    def dropouts(self) -> object: ...  # None: there are none
+    def dropouts(self) -> object:
+        """The dropouts; None if there are none."""
 
     @property
-    def has_rank_dropout(self) -> bool: ...
+    def has_rank_dropout(self) -> bool:
+        """Whether whole ranks are dropped."""
 
     @property
-    def ranks_by_pattern(self) -> Sequence[int]: ...
+    def ranks_by_pattern(self) -> Sequence[int]:
+        """Ranks that patterns of --network_args give to modules."""
 
-    def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]: ...
+    def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
+        """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
 
 
 class RankRule(Protocol):
     """How many ranks of a LoRA act on a sample, by its level of noise. It can be compared and hashed."""
 
     @property
-    def kind(self) -> "NetworkKind": ...
+    def kind(self) -> "NetworkKind":
+        """The kind that the rule belongs to."""
 
-    def in_words(self) -> str: ...  # as --network_args has it
+    def in_words(self) -> str:
+        """Return the rule as --network_args has it."""
 
-    # numbers of active ranks, S. levels: S, shares of noise, 0 to 1
-    def active(self, rank: int, levels: "Tensor") -> "Tensor": ...
+    def active(self, rank: int, levels: "Tensor") -> "Tensor":
+        """Return the number of active ranks of each sample, S.
+
+        Args:
+            rank: Rank of the LoRA.
+            levels: Noise level of each sample, S, from 0 to 1.
+        """
 
 
 class NetworkKind:
@@ -242,4 +255,5 @@ class NetworkKind:
 
 
 def named(kind: NetworkKind) -> str:
+    """Return the name of a kind with its article, for messages."""
     return f"{kind.article} {kind.name}"

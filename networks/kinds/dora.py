@@ -46,6 +46,7 @@ class DoraKind(NetworkKind):
     plain_title = "Make a plain LoRA of the DoRA"
 
     def load_algebra(self) -> "DoraAlgebra":
+        """Return the algebra of magnitudes."""
         from networks.kinds.dora_change import DoraAlgebra  # torch
 
         return DoraAlgebra(PART)
@@ -72,16 +73,19 @@ class DoraKind(NetworkKind):
         are_frozen: bool,
         target: str,
     ) -> "LoraFile":
+        """Convert the magnitudes of a file; see `dora_files.with_norms`."""
         from networks.kinds.dora_files import with_norms  # torch
 
         return with_norms(lora, family, baking=baking, are_frozen=are_frozen, target=target)
 
     def extend_layer(self, layer: "LoraLayer") -> None:
+        """Give the layer of a LoRA magnitudes."""
         from networks.kinds.dora_layer import extend  # torch
 
         extend(layer)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return why a format cannot hold a DoRA; a network without a family is checked by its own tools."""
         if family is None:
             return ""
         if name == COMFYUI:

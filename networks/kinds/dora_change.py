@@ -21,19 +21,23 @@ class DoraAlgebra(Algebra):
         self.magnitudes = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
+        """Return the magnitudes if they belong neither to rows nor to columns; None otherwise."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.part} has the shape {list(shape)}"
         return None
 
     def row_parts(self, factors: Factors) -> set[str] | None:
+        """Return the magnitudes if there is one for each row; none if there is one for each input."""
         return set() if is_by_input(factors[self.part]) else {self.part}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return the magnitudes of some rows; None if there is one for each input, which all rows share."""
         magnitudes = factors[self.part]
         return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
+        """Return the addition to a weight; see `Magnitudes.decompose`."""
         return decompose(weight, delta, magnitudes, by_frozen_norms)
 
 

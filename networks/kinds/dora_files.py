@@ -25,11 +25,22 @@ PART = "dora_scale"
 def with_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
-    """Convert a DoRA's magnitudes by output to division by the norms of the frozen weights, as in ComfyUI, or
-    of the changed weights (`are_frozen` = False). Other LoRAs are returned unchanged.
+    """Convert the magnitudes of a DoRA's outputs between the norms of frozen and of changed weights.
 
-    m' = m * |W| / |W + dW|, row by row, is exact; the metadata are marked. target: for messages.
-    Raises OptionError if a model is given for nothing, CheckpointError if one is missing or does not fit.
+    ComfyUI divides by the norms of the frozen weights, training by those of the changed weights. The
+    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata name the new form. Other LoRAs
+    are returned unchanged.
+
+    Args:
+        lora: The file.
+        family: Names of the model's modules.
+        baking: The model whose weights W are read; None if none is given.
+        are_frozen: Convert to the norms of the frozen weights (True) or of the changed weights (False).
+        target: Value of --target, for messages.
+
+    Raises:
+        OptionError: If a model is given although nothing is to be converted.
+        CheckpointError: If a model is needed but missing, or does not fit.
     """
     tensors = {**lora.tensors, **lora.text_tensors}
     magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]

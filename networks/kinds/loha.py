@@ -51,6 +51,7 @@ class LohaKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LohaAlgebra":
+        """Return the algebra of element-wise products."""
         from networks.kinds.loha_layer import LohaAlgebra  # torch
 
         return LohaAlgebra()
@@ -58,6 +59,7 @@ class LohaKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: Any
     ) -> "dict[str, nn.Module]":
+        """Return a trained layer for each target."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.loha_layer import PRODUCT
 
@@ -66,12 +68,14 @@ class LohaKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
+        """Return the layer of a module with the sizes of a file's factors."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.loha_layer import PRODUCT
 
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return the reason why diffusers reads no LoHa; "" for other formats."""
         if name != DIFFUSERS or family is None:
             return ""
         return (

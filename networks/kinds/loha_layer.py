@@ -20,9 +20,11 @@ class LohaAlgebra(Algebra):
     """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
 
     def find_absent(self, factors: Factors) -> str | None:
+        """Return that the second product is absent, if it is."""
         return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        """Return the shape that both products have; MismatchError if they differ."""
         if "hada_w1_a" not in shapes:
             return None
         first, second = (
@@ -33,6 +35,7 @@ class LohaAlgebra(Algebra):
         return first
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
+        """Return the element-wise product of the two low-rank matrices."""
         if "hada_w1_a" not in factors:
             return None
         first = product_with_core(factors["hada_w1_a"] * scale, factors["hada_w1_b"], factors.get("hada_t1"))
@@ -40,11 +43,13 @@ class LohaAlgebra(Algebra):
         return first.mul_(second)
 
     def row_parts(self, factors: Factors) -> set[str] | None:
+        """Return the left factors; None if they have a core, because their rows are then the second axis."""
         if any(core in factors for _, _, core in MATRICES):
             return None
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return the left factors of some rows, whichever axis these are."""
         cut: dict[str, Tensor] = {}
         for left, _, core in MATRICES:
             if left in factors:

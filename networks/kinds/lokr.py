@@ -93,6 +93,7 @@ class LokrKind(NetworkKind):
     is_for_comfyui_alone = True
 
     def load_algebra(self) -> "LokrAlgebra":
+        """Return the algebra of Kronecker products."""
         from networks.kinds.lokr_layer import LokrAlgebra  # torch
 
         return LokrAlgebra()
@@ -121,6 +122,7 @@ class LokrKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
     ) -> "dict[str, nn.Module]":
+        """Return a trained layer for each target, with the shapes that the kind's arguments give."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
@@ -129,12 +131,14 @@ class LokrKind(NetworkKind):
     def layer_of(
         self, module: LoraModule, path: str, factors: Factors, settings: Settings
     ) -> "FactoredLayer":
+        """Return the layer of a module with the sizes of a file's factors."""
         from networks.factored_networks import layer_of  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return why diffusers reads no LoKr of this family; "" for formats and families that can."""
         if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
             return ""
         return (

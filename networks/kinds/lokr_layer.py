@@ -21,9 +21,15 @@ class LokrAlgebra(Algebra):
     indivisible = "a LoKr"
 
     def find_absent(self, factors: Factors) -> str | None:
+        """Return that the large matrix is absent, if it is."""
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        """Return the shape of the Kronecker product, out in (kernel).
+
+        Raises:
+            MismatchError: If the small matrix has kernel axes that the large one lacks.
+        """
         if not any(part in shapes for part in _FIRST):
             return None
         first = shapes.get("lokr_w1") or shape_with_core(shapes["lokr_w1_a"], shapes["lokr_w1_b"], None)
@@ -36,6 +42,7 @@ class LokrAlgebra(Algebra):
         return tuple(one * other for one, other in zip(padded, second, strict=True))
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
+        """Return the Kronecker product of the two matrices."""
         if not any(part in factors for part in _FIRST):
             return None
         first = factors.get("lokr_w1")
@@ -49,9 +56,11 @@ class LokrAlgebra(Algebra):
         return torch.kron(shaped, second.contiguous())
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return None for a LoKr: a row of the change comes from rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
     def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
+        """Return the factors of rows that are whole multiples of the large matrix's height; else None."""
         first = next(part for part in _FIRST if part in factors)
         block = height // len(factors[first])  # rows of the large matrix
         if start % block or stop % block:

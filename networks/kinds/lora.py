@@ -30,6 +30,7 @@ class LoraKind(NetworkKind):
     is_sized_by_rank = True
 
     def load_algebra(self) -> "LoraAlgebra":
+        """Return the algebra of low-rank products."""
         from networks.kinds.lora_algebra import LoraAlgebra  # torch
 
         return LoraAlgebra()
@@ -37,6 +38,7 @@ class LoraKind(NetworkKind):
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: Any
     ) -> "dict[str, nn.Module]":
+        """Return a trained layer for each target, extended by the variants that the settings ask for."""
         from networks.lora_layer import LoraLayer  # torch
 
         layers: dict[str, nn.Module] = {}
@@ -51,7 +53,9 @@ class LoraKind(NetworkKind):
         """Accept all settings."""
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
-        """Return a layer with the rank and alpha of factors; split if that is asked for and the up factor has
+        """Return a layer with the rank and alpha of a file's factors.
+
+        Its factors are split if the settings split fused layers and the up factor consists of diagonal
         blocks.
         """
         from networks.deltas import rank_of  # torch

@@ -13,6 +13,7 @@ class LoraAlgebra(Algebra):
     """up @ down, and for convolutions also with a core (`MID`) in between."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
+        """Return the shape of the product, out in (kernel); MismatchError if the factors' ranks differ."""
         if DOWN not in shapes:
             return None
         out, *up_columns = shapes[UP]
@@ -29,6 +30,7 @@ class LoraAlgebra(Algebra):
         return out, width, *kernel
 
     def change(self, factors: Factors, scale: float) -> Tensor | None:
+        """Return up @ down, or up @ core @ down for a convolution with a core."""
         if DOWN not in factors:
             return None
         down = factors[DOWN]  # r x in (x kernel)
@@ -38,7 +40,9 @@ class LoraAlgebra(Algebra):
         return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])
 
     def row_parts(self, factors: Factors) -> set[str] | None:
+        """Return the up factor and the bias."""
         return factors.keys() & {UP, BIAS}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
+        """Return the rows of the up factor and of the bias; the down factor serves all rows."""
         return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

@@ -36,10 +36,9 @@ BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 
 
 def fit_block_size(width: int, size: int) -> int | None:
-    """Return the divisor of a width that is nearest to a block size, the smaller one of two; None if there is
-    none from 2 on.
+    """Return the divisor of a width that is nearest to a block size; None for a width of 1.
 
-    Source: OneTrainer, modules/module/LoRAModule.py, which chooses so.
+    Of two equally near divisors it is the smaller one, as in OneTrainer (modules/module/LoRAModule.py).
     """
     divisors = [number for number in range(2, width + 1) if width % number == 0]
     return min(divisors, key=lambda number: (abs(number - size), number), default=None)
@@ -88,6 +87,7 @@ class OftKind(NetworkKind):
     plain_title = "Make a plain LoRA of the OFT"
 
     def load_algebra(self) -> "OftAlgebra":
+        """Return the algebra of block rotations."""
         from networks.kinds.oft_rotation import OftAlgebra  # torch
 
         return OftAlgebra(PART)
@@ -210,6 +210,7 @@ class OftKind(NetworkKind):
         return OftLayer(module, size)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
+        """Return the reason why ComfyUI reads no OFT of this form; "" for other formats."""
         if name != COMFYUI:
             return ""
         return (
@@ -220,6 +221,7 @@ class OftKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
+        """Return the modules under PEFT's names; None if some are no OFT."""
         from networks.writing import write_pieces_for_diffusers  # only if a file is written
 
         if not all(PART in factors for factors in modules.values()):

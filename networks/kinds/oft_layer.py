@@ -42,13 +42,16 @@ class OftLayer(nn.Module):
 
     @property
     def original(self) -> nn.Linear:
+        """The frozen module."""
         return self._original[0]
 
     def attach(self) -> None:
+        """Replace the forward of the frozen module by that of this layer."""
         self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rotate the input, then run the frozen module."""
         # x: ... in
         if self.multiplier == 0:
             return self._original_forward(x)
@@ -63,6 +66,7 @@ class OftLayer(nn.Module):
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
+        """Return the seed of a random decision of this layer in this step."""
         return self.seed.derive(self.index, kind)
 
     def _drop(self, by: Tensor, dropouts: Dropouts) -> Tensor:

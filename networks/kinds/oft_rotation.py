@@ -1,5 +1,6 @@
-"""Compute the rotations of an OFT, which turns the inputs of frozen layers, block by block: the heavy half of
-`oft.py`.
+"""Compute the rotations of an OFT, which turns the inputs of frozen layers block by block.
+
+This is the heavy half of `oft.py`.
 
 A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has a rotation
 of its own, which is made from a skew-symmetric matrix Q. W stays as it is, however it is stored, and the
@@ -71,21 +72,26 @@ class OftAlgebra(Algebra):
         self.rotation = self
 
     def find_wrong_shape(self, factors: Factors) -> str | None:
+        """Return the values if no block size has as many; None otherwise."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
         return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
 
     def make(self, values: Tensor, strength: float) -> Tensor:
+        """Return R - I of all blocks at a strength; see `turns`."""
         return turns(values, strength)
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
+        """Return x (R - I); see `turn`."""
         return turn(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
+        """Return W (R^T - I); see `turned_weight`."""
         return turned_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
+        """Return why the values do not fit a weight; see the function `find_misfit`."""
         return find_misfit(values, weight, name)
 
 

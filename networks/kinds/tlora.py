@@ -34,6 +34,7 @@ class TLoraRule:
 
     @property
     def kind(self) -> NetworkKind:
+        """The kind T-LoRA."""
         return TLORA
 
     def in_words(self) -> str:
@@ -63,6 +64,11 @@ class TLoraKind(NetworkKind):
     )
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> TLoraRule | None:
+        """Return the rule of --network_args; None unless the switch is on.
+
+        Raises:
+            OptionError: If numbers are given without the switch, or all ranks would act at all noise levels.
+        """
         if not values.get(SWITCH, False):
             further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
             if further is not None:

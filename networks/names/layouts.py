@@ -212,15 +212,18 @@ class FamilyNames:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
+        """All module paths of the network in our layout, each once."""
         named = (*(ours for _, ours in self.aliases), *(part.ours for part in self.parts), *self.further)
         return tuple(dict.fromkeys(named))
 
 
 def with_endings(start: str, endings: str) -> tuple[str, ...]:
+    """Return the paths that begin with `start` and end with one of the words of `endings`."""
     return tuple(start + ending for ending in endings.split())
 
 
 def in_both_streams(endings: str) -> str:
+    """Return the endings with `{x}` replaced by img, then by txt."""
     return " ".join(endings.replace("{x}", stream) for stream in ("img", "txt"))
 
 

@@ -32,6 +32,7 @@ def published_path(path: str) -> str:
 
 
 def published_parameter(name: str) -> str:
+    """Return the published name of a text encoder's parameter."""
     path, _, leaf = name.rpartition(".")
     return f"{published_path(path)}.{leaf}".lstrip(".")
 

@@ -44,10 +44,12 @@ class ScriptCommand:
 
     @property
     def script(self) -> str:
+        """Name of the script without `.py`, which is also its module's name."""
         return self.path.stem
 
     @property
     def name(self) -> str:
+        """The command as it is typed after `reelsmith`: its words with blanks between them."""
         return " ".join(self.words)
 
     @property

@@ -165,6 +165,7 @@ class BlurStage:
     name: str = "yolo_blur"
 
     def result(self, clip: Clip) -> Clip:
+        """Return the clip unchanged: blurring keeps size and frame rate."""
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:

@@ -38,9 +38,11 @@ class Track:
 
     @property
     def last(self) -> Sighting:
+        """The newest sighting."""
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
+        """Return the box where the thing is expected in an image, from its recent motion."""
         motion = _measure_motion(list(self.sightings)[-MOTION:])
         return _move_box(self.last.box, motion, index - self.last.number)
 
@@ -96,10 +98,12 @@ class Tracks:
         self.started += len(unmatched)
 
     def boxes(self, index: int) -> list[Box]:
+        """Return the boxes to cover in an image, also those of things that were not detected there."""
         boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
+        """Drop what images after `index` do not need: ended tracks, and older sightings of the others."""
         self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
             while len(track.sightings) > MOTION and track.sightings[1].number <= index:

@@ -81,6 +81,7 @@ class Area:
 
     @property
     def is_empty(self) -> bool:
+        """Whether the rectangle contains no pixel."""
         return self.left >= self.right or self.top >= self.bottom
 
     def widened(self, pixels: int, width: int, height: int) -> "Area":

@@ -53,10 +53,12 @@ class CodeFormerConfig:
 
     @property
     def side(self) -> int:
+        """Side of the square of codebook entries that describes a face."""
         return round(self.places**0.5)
 
     @property
     def size(self) -> int:
+        """Side of the face image in pixels."""
         return self.side << sum(block.kind == RESIZE for block in self.encoder)
 
 
@@ -80,6 +82,7 @@ class ResBlock(nn.Module):
         self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the changed features, B C H W."""
         changed = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
         return changed + (x if self.conv_out is None else self.conv_out(x))
 
@@ -93,6 +96,7 @@ class AttentionBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Let all positions of B C H W attend to each other."""
         normed = self.norm(x)
         # float32: in float16 the products of wide features may be beyond the range
         q, k, v = (
@@ -110,6 +114,7 @@ class Halving(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Halve height and width."""
         return self.conv(pad(x, (0, 1, 0, 1)))
 
 
@@ -121,6 +126,7 @@ class Doubling(nn.Module):
         self.conv = _make_conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Double height and width."""
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 

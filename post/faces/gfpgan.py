@@ -36,6 +36,7 @@ class GfpganConfig:
 
     @property
     def size(self) -> int:
+        """Side of the face image in pixels."""
         return SMALLEST << (len(self.body) - 1)
 
 
@@ -58,6 +59,7 @@ class StyleResidualBlock(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features at the new size, B C H W."""
         changed = _lrelu(self.conv2(_resize(_lrelu(self.conv1(x)), self.factor)))
         return changed + self.skip(_resize(x, self.factor))
 
@@ -195,6 +197,7 @@ class Gfpgan(nn.Module):
         return self.stylegan_decoder(styles, steering).float()
 
     def draw_noise(self, generator: torch.Generator) -> None:
+        """Fill the decoder's noise buffers, once after loading, so that equal faces give equal results."""
         for noise in self.stylegan_decoder.noises.buffers():
             noise.copy_(torch.randn(noise.shape, generator=generator))
 

@@ -80,8 +80,13 @@ def may_be_onnx(path: Path) -> bool:
 
 
 def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
-    """Return the file's inputs and outputs, and its content. Raises CheckpointError if it is damaged or
-    unsafe: if running it would open other files, or take unlimited memory.
+    """Read an ONNX file, and check that it is safe to run.
+
+    Returns:
+        Its inputs and outputs, and its content.
+
+    Raises:
+        CheckpointError: If it is damaged, or if running it would open other files or take unlimited memory.
     """
     content = _read_bytes(path)
     try:
@@ -301,9 +306,7 @@ class _Checks:
 
 
 def _measure_stored(tensor: _Parts) -> int:
-    """Return the size of a tensor's values in the file, in bytes; a number in a field of its own counts as
-    one.
-    """
+    """Return the bytes of a tensor's values in the file; a number in a field of its own counts as one."""
     size = 0
     for field_number in _VALUES:
         for value in tensor[field_number]:

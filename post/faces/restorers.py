@@ -51,6 +51,7 @@ class ParseNetConfig:
 
     @property
     def stride(self) -> int:
+        """Pixels for each position of the coarsest features."""
         return 1 << (len(self.down) - 1)
 
 
@@ -67,6 +68,7 @@ class ConvLayer(nn.Module):
             self.norm["norm"] = batch_norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve, then normalize if the layer has a norm."""
         x = self.conv2d(x)
         for norm in self.norm.values():
             x = norm(x)
@@ -85,6 +87,7 @@ class ParsingBlock(nn.Module):
         self.doubles = scale > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return features at the scaled size, B C H W."""
         if self.doubles:
             x = interpolate(x, scale_factor=2, mode="nearest")
         straight = x if self.shortcut_func is None else self.shortcut_func(x)

@@ -65,6 +65,7 @@ class Pyramid(nn.Module):
         self.merge2 = _make_conv(width, width, 3, slope)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the features of three scales, fine to coarse, each with the coarser ones added."""
         fine, middle, coarse = self.output1(features[0]), self.output2(features[1]), self.output3(features[2])
         middle = self.merge2(middle + interpolate(coarse, size=middle.shape[2:], mode="nearest"))
         fine = self.merge1(fine + interpolate(middle, size=fine.shape[2:], mode="nearest"))
@@ -84,6 +85,7 @@ class Context(nn.Module):
         self.conv7x7_3 = _make_conv(quarter, quarter, 3, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the three views, concatenated along channels."""
         shared = self.conv5X5_1(x)
         views = [self.conv3X3(x), self.conv5X5_2(shared), self.conv7x7_3(self.conv7X7_2(shared))]
         return relu(torch.cat(views, dim=1))

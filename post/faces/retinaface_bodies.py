@@ -28,6 +28,7 @@ class ResNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of the three scales of features that the detector uses."""
         return self.outer[1:]
 
 
@@ -39,6 +40,7 @@ class MobileNetConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of the three scales of features that the detector uses."""
         return tuple(stage[-1] for stage in self.stages)
 
 
@@ -58,6 +60,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(width, outer, 1, stride, bias=False), batch_norm(outer))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B C H W."""
         y = relu(self.bn1(self.conv1(x)))
         y = relu(self.bn2(self.conv2(y)))
         return relu(self.bn3(self.conv3(y)) + self.downsample(x))

@@ -74,6 +74,7 @@ def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tenso
 
 
 def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution that keeps height and width at stride 1."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)
 
 

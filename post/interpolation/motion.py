@@ -42,6 +42,7 @@ class Lateral(nn.Module):
         self.layers = nn.Sequential(conv(width, width), nn.LeakyReLU(SLOPE), conv(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus what the two convolutions add."""
         return x + self.layers(x)
 
 

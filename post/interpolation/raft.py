@@ -57,6 +57,7 @@ class RaftResidual(nn.Module):
         self.downsample = nn.Sequential(conv(inputs, width, 1, stride), norm(width)) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B C H W."""
         inner = relu(self.norm1(self.conv1(x)))
         inner = relu(self.norm2(self.conv2(inner)))
         return relu((x if self.downsample is None else self.downsample(x)) + inner)
@@ -98,6 +99,7 @@ class MotionEncoder(nn.Module):
         self.conv = conv(correlation[1] + flow[1], motion - 2)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        """Encode correlation and flow into features; the flow itself is the last two channels."""
         compared = relu(self.convc2(relu(self.convc1(correlation))))
         moved = relu(self.convf2(relu(self.convf1(flow))))
         return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
@@ -171,6 +173,7 @@ class FlowHead(nn.Module):
         self.conv2 = conv(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the change of the flow, B 2 H W."""
         return self.conv2(relu(self.conv1(x)))
 
 

@@ -51,6 +51,7 @@ class UpdateConfig:
 
 
 def prelu(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
+    """Return a convolution followed by a PReLU with a slope for each channel."""
     return nn.Sequential(conv(inputs, outputs, size), nn.PReLU(outputs))
 
 
@@ -66,6 +67,7 @@ class Residual(nn.Module):
         self._side = side
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the refined features, B C H W."""
         inner = x
         for of_all, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
             for layer in of_all:  # one by one and in place: at full size each tensor is large
@@ -154,10 +156,12 @@ class SynthesisConfig:
 
     @property
     def feature(self) -> int:
+        """Number of feature channels that the first stage passes on, next to its flows and mask."""
         return self.first.outputs - FLOWS - 1
 
     @property
     def blends(self) -> int:
+        """Number of blends whose mean is the result."""
         return self.last.outputs // PER_BLEND
 
 
@@ -215,6 +219,7 @@ class Synthesis(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
         return self.amt_comb_block[0].weight.dtype  # type: ignore[return-value]
 
     def maps(self, encoded: EncodedImage) -> Maps:

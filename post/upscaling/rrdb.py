@@ -31,10 +31,12 @@ class RrdbConfig:
 
     @property
     def factor(self) -> int:
+        """Factor on width and height."""
         return 2**self.doublings // self.unshuffle
 
     @property
     def step(self) -> int:
+        """Number of which image sides must be multiples."""
         return self.unshuffle
 
     @property
@@ -56,6 +58,7 @@ class DenseBlock(nn.Module):
         self.conv1x1 = nn.Conv2d(features, growth, 1, bias=False) if config.has_shortcuts else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus SHARE times the last convolution of all features."""
         features = [x]
         for number in range(1, 5):
             convolve = self.get_submodule(f"conv{number}")
@@ -76,6 +79,7 @@ class DenseResidualBlock(nn.Module):
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus SHARE times what three dense blocks make of it."""
         return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
@@ -96,6 +100,7 @@ class RRDBNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
+        """Parts of equal shape, which can be compiled once for all."""
         return tuple(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +151,7 @@ class CompactNet(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
+        """Parts to compile: all layers as one."""
         return (self.body,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,10 +46,12 @@ class SwinirConfig:
 
     @property
     def factor(self) -> int:
+        """Factor on width and height."""
         return prod(self.ups)
 
     @property
     def step(self) -> int:
+        """Number of which image sides must be multiples: the side of a window."""
         return self.window
 
     @property
@@ -101,6 +103,7 @@ class SwinMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the features of each token, B L C."""
         return self.fc2(gelu(self.fc1(x)))
 
 
@@ -164,8 +167,9 @@ class ResidualGroup(nn.Module):
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
-    """Return the attention bias, heads N N, with the last `rows` and `columns` of a window masked from the
-    rest.
+    """Return the attention bias, heads N N, with the last rows and columns of a window masked from the rest.
+
+    Windows are shifted cyclically, so these rows and columns come from the opposite edge of the image.
     """
     if not rows and not columns:
         return bias
@@ -210,6 +214,7 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
 
 
 def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3 x 3 convolution that keeps height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
@@ -295,6 +300,7 @@ class SwinIR(nn.Module):
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:
+        """Blocks of equal shape, which can be compiled once for all."""
         return tuple(module for module in self.modules() if isinstance(module, Block))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Fit a network into device memory: keep parts of it in host memory or in other processes, and
-recompute activations.
+"""Fit a network into device memory: parts in host memory or other processes, recomputed activations.
 
 block_swap: copy blocks from host memory before they run
 checkpointing: gradient checkpointing, of blocks and pieces of tokens

@@ -51,6 +51,7 @@ class Unit:
 
     @property
     def learns(self) -> bool:
+        """Whether any weight of the block is trained."""
         return any(weight.requires_grad for weight in self.weights)
 
 
@@ -66,6 +67,7 @@ class Slot:
     is_changed: bool = False  # the host's copies are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
+        """Return the slot's memory as tensors of the shapes and dtypes of a block's weights."""
         places = zip(self.memory, unit.host, strict=False)  # another block may have more
         return [memory[: host.nbytes].view(host.dtype).view(host.shape) for memory, host in places]
 
@@ -87,6 +89,7 @@ class Ring:
         ]
 
     def slot_of(self, unit: Unit) -> Slot | None:
+        """Return the slot that holds a block; None if it is on the host only."""
         return next((slot for slot in self.slots if slot.unit is unit), None)
 
     def next(self, route: Iterable[int]) -> list[Unit]:
@@ -119,8 +122,13 @@ class BlockSwap:
     def __init__(
         self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
     ) -> None:
-        """order: positions of all blocks, as they run. in_host_memory: all such parameters, also those
-        outside blocks.
+        """Prepare to stream the blocks of a network.
+
+        Args:
+            rings: Lists of streamed blocks with their slots.
+            order: Positions of all blocks in the order in which they run.
+            in_host_memory: All parameters in host memory, also those outside blocks.
+            transfer: Copies between host and device.
         """
         self.rings = rings
         self.in_host_memory = in_host_memory
@@ -360,6 +368,7 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
+    """Return the block swap of a network; None if its blocks are not swapped."""
     swap = getattr(network, _NAME, None)
     return swap if isinstance(swap, BlockSwap) else None
 

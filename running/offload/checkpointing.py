@@ -68,6 +68,7 @@ class HostMemory:
         return self._make(size_bytes)
 
     def put(self, piece: Tensor) -> None:
+        """Give a piece back for reuse."""
         self._free.append(piece)
 
 
@@ -98,6 +99,7 @@ class Offload:
         self._last = None
 
     def hooks(self) -> saved_tensors_hooks:
+        """Return hooks for autograd that move saved tensors to the host and back."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":

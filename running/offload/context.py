@@ -63,12 +63,15 @@ class TokenPart:
 
     @property
     def run(self) -> slice:
+        """Range of this process's tokens in the clip."""
         return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
 
     def of_first(self, count: int) -> int:
+        """Return how many of the clip's first `count` tokens this process has."""
         return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
 
     def of_last(self, count: int) -> int:
+        """Return how many of the clip's last `count` tokens this process has."""
         return self.run.stop - self.run.start - self.of_first(self.length - count)
 
     def rows(self, table: Tensor, before: int = 0) -> Tensor:

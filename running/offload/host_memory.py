@@ -115,6 +115,7 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
 
 def wait_for_all(machine: Machine | None) -> None:
+    """Wait until every process has come here; None means that there is only one process."""
     if machine is not None:
         torch.distributed.barrier()
 
@@ -239,6 +240,7 @@ class Transfer:
         self._device = device
 
     def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes on the device."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def mark(self) -> Any:
@@ -264,15 +266,18 @@ class CudaTransfer(Transfer):
         self._stream = torch.cuda.Stream(device)
 
     def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes that are not reused while a copy into them is still running."""
         memory = super().memory(size_bytes)
         # if it is freed during a copy into it, torch does not reuse it before the copy is done
         memory.record_stream(self._stream)
         return memory
 
     def mark(self) -> torch.cuda.Event:
+        """Record an event in the stream that computes."""
         return torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
+        """Queue copies in the transfer stream; they start after `after`."""
         self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for target, source in pairs:
@@ -280,13 +285,16 @@ class CudaTransfer(Transfer):
             return self._stream.record_event()
 
     def wait(self, moment: torch.cuda.Event) -> None:
+        """Make the computing stream wait for a moment; the host does not wait."""
         torch.cuda.current_stream(self._device).wait_event(moment)
 
     def finish(self) -> None:
+        """Block the host until all copies are done."""
         self._stream.synchronize()
 
 
 def transfer_to(device: torch.device) -> Transfer:
+    """Return the kind of transfer that suits the device."""
     return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
 
 
@@ -345,6 +353,7 @@ class LoadedNetwork(Generic[Network, Beside]):
         return self._pair
 
     def free(self) -> None:
+        """Release network and companion, and the device memory that torch caches."""
         if self._pair is not None:
             device = next(self._pair[0].parameters()).device
             self._pair = None

@@ -25,11 +25,13 @@ def take_turns(work: Callable[[U], T], item: U) -> T:
 
 
 def have_joined() -> bool:
+    """Whether this process is one of several that communicate."""
     has_joined = distributed.is_available() and distributed.is_initialized()
     return has_joined and distributed.get_world_size() > 1
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of processes that the launcher started, from WORLD_SIZE; 1 without a launcher."""
     return int(environment.get("WORLD_SIZE", "1"))
 
 

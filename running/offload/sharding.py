@@ -44,8 +44,11 @@ class ShardedBlocks:
     """The parts of a network's blocks that this process keeps: a `BlockPlace`."""
 
     def __init__(self, device: torch.device, asked_by: str) -> None:
-        """device: of this process. asked_by: the option, for messages. All processes that have joined take
-        part.
+        """Prepare to split blocks over all processes that have joined.
+
+        Args:
+            device: Device of this process.
+            asked_by: Option that asked for the split, for messages.
         """
         self.asked_by = asked_by
         from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
@@ -168,6 +171,7 @@ def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweak
 
 
 def is_sharded(network: nn.Module) -> bool:
+    """Whether the blocks of a network are split over processes."""
     return hasattr(network, _NAME)
 
 
@@ -190,6 +194,7 @@ def gather_weight(weight: Tensor) -> Tensor:
 
 
 def rows_here(weight: Any) -> Tensor:
+    """Return the rows of a split weight that this process keeps, without gradient."""
     rows: Tensor = weight.to_local().detach()
     return rows
 
@@ -214,6 +219,7 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_split(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor, of which this process keeps some rows."""
     return hasattr(weight, "to_local")
 
 

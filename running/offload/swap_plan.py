@@ -91,6 +91,7 @@ class SwapPlan:
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
+        """Return the names of the network's input layers to swap; empty if these stay on the device."""
         return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
 
 
@@ -124,6 +125,7 @@ def big_weights(network: nn.Module, path: str) -> Iterator[str]:
 
 
 def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear and convolutional layers below `path`, by full name: they hold nearly all weights."""
     for name, module in network.get_submodule(path).named_modules(prefix=path):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             yield name, module
@@ -152,13 +154,16 @@ class HostWeights:
 
     @property
     def is_filled_here(self) -> bool:
+        """Whether this process reads the weights; else another one reads them into shared memory."""
         return self._held is None or self._held.is_filled_here
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
+        """Weights in memory that processes share, by name; empty if nothing is shared."""
         return {} if self._held is None else self._held.tensors
 
     def finish(self) -> None:
+        """Wait until all processes of the machine have read their weights."""
         wait_for_all(self._machine)
 
     def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:

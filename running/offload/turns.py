@@ -77,6 +77,7 @@ class HostCopy:
 
     @property
     def is_here(self) -> bool:
+        """Whether the network is on the device; always true on a CPU."""
         return self._transfer is None or self._is_here
 
     @property

@@ -132,6 +132,7 @@ class MemoryWatch:
         self._has_seen = self._has_seen or (self._steps > 0 and elements >= self.largest)
 
     def after_step(self) -> None:
+        """Count a step: compare the predicted and measured peak once, and warn if memory becomes full."""
         self._steps += 1
         if self._steps == 1:
             self._count_anew()

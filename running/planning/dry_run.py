@@ -44,6 +44,7 @@ Moment = Mapping[str, int]  # bytes by kind
 
 
 def round_up_bytes(size: int) -> int:
+    """Round a size up to whole granules, as CUDA's allocator does."""
     return -(-size // GRANULE) * GRANULE
 
 
@@ -95,6 +96,7 @@ class Ledger(TorchDispatchMode):
         self._compare()
 
     def forget_peaks(self) -> None:
+        """Forget the peaks, so that those of another phase can be measured."""
         self.peaks = {}
 
     def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -380,6 +382,7 @@ Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[
 
 
 def plainly(_: nn.Module) -> Extrapolate:
+    """Return the function that extrapolates block by block, for runs on one device."""
     return extrapolate
 
 

@@ -52,6 +52,7 @@ class _Attention(torch.autograd.Function):
 
 @planned
 def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the output of a fused attention and its log-sum-exp for the backward pass."""
     return query.new_empty(query.shape), _make_row_numbers(query)
 
 
@@ -65,6 +66,7 @@ def attention_backward(
 
 @planned
 def attention_workspace(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate what the backward pass of attention needs: a float32 gradient and a number for each row."""
     return query.new_empty(query.shape, dtype=torch.float32), _make_row_numbers(query)
 
 
@@ -105,6 +107,7 @@ class _RmsNorm(torch.autograd.Function):
 
 @planned
 def rms_norm(x: Tensor, weight: Tensor | None, axes: int) -> tuple[Tensor, Tensor]:
+    """Allocate the output of a fused RMS norm and the reciprocal root mean squares."""
     return torch.empty_like(x), x.new_empty(x.shape[: x.ndim - axes], dtype=torch.float32)
 
 

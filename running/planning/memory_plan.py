@@ -57,6 +57,7 @@ class Phase:
 
     @property
     def host(self) -> int:
+        """Bytes of host memory of the phase."""
         return sum(part.host for part in self.parts)
 
 
@@ -69,14 +70,17 @@ class MemoryPlan:
 
     @property
     def worst(self) -> Phase:
+        """The phase that needs most device memory."""
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
     def device(self) -> int:
+        """Bytes of device memory at the peak of the run."""
         return self.worst.device
 
     @property
     def host(self) -> int:
+        """Bytes of host memory at the peak of the run."""
         return max(phase.host for phase in self.phases)
 
 
@@ -98,6 +102,7 @@ class Swapped:
 
     @property
     def saved(self) -> int:
+        """Bytes of device memory that the swap saves: what left the device, less the slots for streaming."""
         return self.host + self.elsewhere - self.ring
 
     def words(self, blocks: int, ring: str) -> str:
@@ -246,6 +251,7 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 
 
 def show(plan: MemoryPlan, last_line: str) -> None:
+    """Print the plan as a table in GiB, followed by its remarks and `last_line`."""
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
         is_marked = phase is plan.worst and len(plan.phases) > 1
@@ -272,9 +278,11 @@ class Swappable(Protocol):
     """A prediction of the device's bytes for a number of swapped blocks, which can be at most `most`."""
 
     @property
-    def most(self) -> int: ...
+    def most(self) -> int:
+        """Largest number of blocks that can be swapped."""
 
-    def device(self, blocks: int, /) -> int: ...
+    def device(self, blocks: int, /) -> int:
+        """Return the bytes of device memory with this number of swapped blocks."""
 
 
 def smallest_swap(prediction: Swappable, usable: int) -> int | None:

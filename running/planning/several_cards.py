@@ -29,9 +29,11 @@ class Divided(Swappable, Protocol):
     """A prediction of a run, for one of the cards that share it."""
 
     @property
-    def swaps(self) -> Sequence[Swapped]: ...
+    def swaps(self) -> Sequence[Swapped]:
+        """Effect on the weights by the number of swapped blocks, from 0 on."""
 
-    def plan(self, blocks: int, /) -> MemoryPlan: ...
+    def plan(self, blocks: int, /) -> MemoryPlan:
+        """Return the memory plan with this number of swapped blocks."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
+    """Return the options that divide the run as `division` says, without block swap."""
     return override_options(speed, {**divided_options(division), "blocks_to_swap": None})
 
 

@@ -50,9 +50,7 @@ def join_ways(speed: SpeedOptions) -> JoinedWays:
 
 
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
-    """Raise OptionError if the processes of a launcher would make a prompt several times, or cannot make it
-    together.
-    """
+    """Raise OptionError if launched processes would generate a prompt several times, or cannot share it."""
     times = count_groups(speed, processes)
     if speed.joined.divides_passes:
         times = 1

@@ -25,20 +25,24 @@ class SwapsBlocks(Protocol):
     """Options that keep blocks in host memory, as far as ways read them."""
 
     @property
-    def typed(self) -> str: ...
+    def typed(self) -> str:
+        """The option as the user types it."""
 
 
 class SpeedOptions(Protocol):
     """Options of memory and speed, as far as ways read them."""
 
     @property
-    def ways(self) -> Options: ...  # a record for each way, by its name
+    def ways(self) -> Options:
+        """Options of each way, in a record by its name."""
 
     @property
-    def swap(self) -> SwapsBlocks: ...
+    def swap(self) -> SwapsBlocks:
+        """Options that keep blocks in host memory."""
 
     @property
-    def joined(self) -> "JoinedWays": ...
+    def joined(self) -> "JoinedWays":
+        """What the ways that are on have contributed."""
 
 
 class FurtherModel(NamedTuple):
@@ -140,6 +144,7 @@ class JoinedWays:
 
     @property
     def num_peers(self) -> int:
+        """Number of processes that work together on one model."""
         return prod(self.peers.values())
 
 

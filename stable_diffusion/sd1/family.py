@@ -12,14 +12,17 @@ from stable_diffusion.sd1.options import (
 
 
 def family_for_latent_caching(options: Sd1LatentCachingOptions) -> family.StableDiffusion:
+    """Return the family for sd_cache_latents.py."""
     return family.family_for_latent_caching(family.OF_SD, options)
 
 
 def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiffusion:
+    """Return the family for sd_cache_text_encoder_outputs.py."""
     return family.family_for_text_caching(family.OF_SD, options, options.clip_skip)
 
 
 def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
+    """Return the family for a training script, with the embedding or ControlNet that the script trains."""
     made = family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
     if isinstance(options, InversionOptions):
         return family.with_inversion(made)
@@ -34,4 +37,5 @@ def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
 
 
 def family_for_generation(options: Sd1GenerationOptions) -> family.StableDiffusion:
+    """Return the family for sd_generate_image.py."""
     return family.family_for_generation(family.OF_SD, options)

@@ -15,14 +15,17 @@ from stable_diffusion.sdxl.options import (
 
 
 def family_for_latent_caching(options: SdxlLatentCachingOptions) -> family.StableDiffusion:
+    """Return the family for sdxl_cache_latents.py."""
     return family.family_for_latent_caching(family.OF_XL, options)
 
 
 def family_for_text_caching(options: SdxlTextCachingOptions) -> family.StableDiffusion:
+    """Return the family for sdxl_cache_text_encoder_outputs.py."""
     return family.family_for_text_caching(family.OF_XL, options)
 
 
 def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
+    """Return the family for a training script, with the embedding, ControlNet or LLLite that it trains."""
     made = family.family_for_training(family.OF_XL, options)
     if isinstance(options, SdxlLlliteTrainingOptions):
         from stable_diffusion.lllite_learning import MODULE, describe_lllite  # only to train one
@@ -41,4 +44,5 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
 
 
 def family_for_generation(options: SdxlGenerationOptions) -> family.StableDiffusion:
+    """Return the family for sdxl_generate_image.py."""
     return family.family_for_generation(family.OF_XL, options)

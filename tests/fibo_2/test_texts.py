@@ -55,6 +55,50 @@ def test_the_states_are_those_of_the_pipeline(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ('{"short_descripton": "a"}', "short_descripton is no key of a caption: short_description is meant"),
+        ('{"short_description": 3}', "short_description is a number, not a text"),
+        ("{}", "short_description is missing"),
+        (
+            '{"short_description": "a", "edit_instruction": "make it red"}',
+            "edit_instruction is left out, as there is no picture to edit",
+        ),
+    ],
+)
+def test_a_prompt_with_keys_that_the_model_does_not_know_is_told_once(
+    prompt: str, told: str, encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = '{"short_description": "a cat", "lighting": {"conditions": "sun"}}'
+    own = Fibo2TextEncoder(TEXT_USE, encoder.path, torch.float32)
+    own.load(CPU)
+    own.encode([Prompt(good), Prompt("a cat"), Prompt(""), Prompt(prompt, is_negative=True)])
+    own.token_counter()(prompt)  # may be that of an edit
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    own.encode([Prompt(prompt)])
+    own.encode([Prompt(prompt)])
+
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told in warning
+
+
+def test_a_plain_edit_is_told_as_it_is_read(
+    tmp_path: Path, encoder: LanguageModelEncoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = Fibo2TextEncoder(TEXT_USE, encoder.path, torch.float32)
+    own.load(CPU)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    caplog.set_level("INFO")
+
+    own.token_counter()("add a hat")
+    own.encode([Prompt("add a hat", pictures=(tmp_path / "a.png",), picture_size=(64, 64))])
+
+    (told,) = [message for message in caplog.messages if message.startswith("plain texts")]
+    assert told.endswith('such as {"edit_instruction":"add a hat"}')
+
+
+@pytest.mark.parametrize(
     "size", [(640, 480), (300, 200), (1920, 1080), (2560, 1080), (400, 200), (77, 500), (64, 64)]
 )
 def test_the_size_of_training_is_the_released_one(size: tuple[int, int]) -> None:
@@ -123,13 +167,13 @@ def test_texts_that_are_not_drawn_are_told_once(
     )
     for text in silent:
         encoder.write(Prompt(text))
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert not [record for record in caplog.records if "drawings" in record.getMessage()]
 
     drawn = '{"short_description":"a sign","text_render":[{"text":"SALE"}]}'
     for _ in range(2):
         encoder.write(Prompt(drawn))
 
-    (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (warned,) = [record.getMessage() for record in caplog.records if "drawings" in record.getMessage()]
     assert warned.startswith("text_render of {")
     assert "reads the words alone" in warned
 

@@ -412,6 +412,17 @@ def test_dashes_in_a_value_in_quotation_marks_belong_to_it() -> None:
     assert parse_generation_line('say "hi" --n 5" tall --s 3')["infer_steps"] == 3
 
 
+@pytest.mark.parametrize("parse", [parse_generation_line, parse_sample_line])
+def test_dashes_in_a_json_object_belong_to_it(parse: Callable[[str], dict[str, Any]]) -> None:
+    text = '{"short_description": "a -- b --s 9", "objects": [{"description": "} --d 1"}]}'
+
+    for line in (f"{text} --n {text} --d 4", f"--prompt {text} --d 4 --n {text}"):
+        found = parse(line)
+        assert (found["prompt"], found["negative_prompt"], found["seed"]) == (text, text, 4)
+    found = parse("{red|blue} {cat --d 4")  # no object
+    assert (found["prompt"], found["seed"]) == ("{red|blue} {cat", 4)
+
+
 @pytest.mark.parametrize("line", ["a castle --prompt b", '--prompt "a" --prompt "b"'])
 def test_a_line_with_two_prompts_is_refused(line: str) -> None:
     with pytest.raises(OptionError, match="two prompts"):

@@ -127,7 +127,7 @@ NEEDS_PAIRS = {
     "flux_kontext dev",
 }
 NEEDS_CLIPS = {"wan i2v-14B-480p", "wan flf2v-14B", "skyreels i2v", "framepack i2v"}
-HEARS = {"ltx_2 av", "ltx_25 v"}
+HEARS = {"ltx_2 av"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
 
 
@@ -707,6 +707,7 @@ def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
         (". --family wan --task t2v-1.3B-FC", "Wan2.1 t2v-1.3B-FC learns from control clips"),
         ("set/p0.jpg --family lumina", "it is a file. Give the folder that it is in: set"),
         ("bells --family wan --task t2v-1.3B", "--family ltx_2 or --family ltx_25 learns sounds alone"),
+        ("bells --family ltx_25 --task v", "Give one that has. --task av learns sounds alone"),
         ("set --family minimax_h3 --task ref2va", "is not described by `new`: see docs/minimax_h3.md"),
     ],
 )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from browser.described_folder import read_described
 from dataset.config import load_dataset_config
+from modules.errors import OutputError
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project import choosing
@@ -291,7 +292,7 @@ def test_a_terminal_is_asked_until_the_answer_is_right(
     monkeypatch.setattr(choosing, "has_terminal", lambda: True)
     monkeypatch.setattr(choosing, "ask_on_terminal", answer)
 
-    chosen = choosing.select_model(NewOptions(folder=tmp_path), 12)
+    chosen = choosing.select_model(NewOptions(folder=tmp_path), 12, before_asking=lambda: None)
 
     assert ((chosen.model.family, chosen.model.task), chosen.trigger, answers) == (model, word, [])
     assert all(f"{number + 1:<2}  {name}" in shown[0] for number, name in enumerate(FAMILY_NAMES))
@@ -416,3 +417,45 @@ def test_a_checkpoint_of_another_kind_names_its_scripts_and_its_family(tmp_path:
     assert (
         "train_network.py and sd_generate_image.py; for `new` --family stable_diffusion --task 1.5" in told[1]
     )
+
+
+@pytest.mark.parametrize(
+    "mistyped",
+    [
+        ["--family", "lumina", "--task", "edit"],
+        ["--family", "luminosa"],
+        ["--family", "lumina", "--train", "lllite"],
+        ["--family", "lumina", "--model_file", "clip=a.safetensors"],
+        ["--from", "missing.toml"],
+    ],
+    ids=["task", "family", "what is trained", "file", "project"],
+)
+def test_what_is_mistyped_is_told_before_the_files_that_are_there(
+    mistyped: list[str], tmp_path: Path
+) -> None:
+    """It would be told again after the advice to give --overwrite."""
+    write_photos(tmp_path / "set")
+    run_here("new_project.py", "set", "--family", "lumina", folder=tmp_path)
+    before = (tmp_path / "set" / "run.toml").read_bytes()
+
+    told = run_here("new_project.py", "set", *mistyped, folder=tmp_path)
+
+    said = assert_one_message(*told, mistyped[-1])
+    assert "--overwrite" not in said
+    assert_one_message(
+        *run_here("new_project.py", "set", "--family", "lumina", folder=tmp_path), "--overwrite"
+    )
+    assert (tmp_path / "set" / "run.toml").read_bytes() == before
+
+
+def test_nobody_is_asked_about_a_folder_whose_files_are_to_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path)
+    (tmp_path / "run.toml").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(choosing, "has_terminal", lambda: True)
+    monkeypatch.setattr(choosing, "ask_on_terminal", lambda question: pytest.fail(question))
+
+    for family in (None, "flux_2"):  # which has several tasks
+        with pytest.raises(OutputError, match=r"run\.toml is there already"):
+            write_project(NewOptions(folder=tmp_path, family=family))

@@ -54,7 +54,8 @@ ALIGNMENT = 64  # bytes: enough for every dtype
 class EncodesImages(Protocol):
     """Functions that read and encode pictures of a batch, as `training.caching_inside.LiveMedia` does."""
 
-    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]: ...
+    def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
+        """Encode the items that are not cached; see `training.caching_inside.LiveMedia.encode`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Packed:
 
     @classmethod
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
+        """Copy all tensors of a micro-batch into one of bytes; the outline keeps their shapes."""
         pieces: list[Tensor] = []
 
         def pack(tensor: Tensor) -> Tensor:
@@ -266,6 +268,16 @@ class Randomness:
     def draw(
         self, count: int, number: int, first_sample: int, shape: Sequence[int], stream: str = "timesteps"
     ) -> Timesteps:
+        """Draw the timesteps of one micro-batch.
+
+        Args:
+            count: Number of samples in the micro-batch.
+            number: Index of the micro-batch in the run; it seeds the generator.
+            first_sample: Index in the run of the micro-batch's first sample, for samplers that spread
+                timesteps evenly over consecutive samples.
+            shape: Shape of the latents, for shifts that depend on the size.
+            stream: Name of the random stream; other streams get independent numbers.
+        """
         generator = seed_generator(self.seed, stream, number)
         return draw(
             self.timesteps,
@@ -290,13 +302,15 @@ def draw_given_frames(spec: NoiseSpec, frames: int, *stream: int | str) -> int:
 
 
 def seed_generator(*parts: int | str) -> torch.Generator:
+    """Return a CPU generator seeded by a hash of the given parts, such as the seed, a name and an index."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @dataclass
 class Feed:
-    """Yield the micro-batches of one process, in the order of the plan. Workers get copies of this object, as
-    a map-style data set.
+    """Yield the micro-batches of one process, in the order of the plan.
+
+    Workers get copies of this object, as a map-style data set.
     """
 
     order: BatchOrder

@@ -33,6 +33,7 @@ class LiveTexts:
 
     @property
     def keys(self) -> frozenset[str]:
+        """Names of all tensors that the loaded encoders compute; a cache need not have them."""
         return frozenset().union(*(encoder.keys for encoder in self.encoders))
 
     def load(self, device: torch.device, blocks: BlockPlace | None = None) -> None:
@@ -47,6 +48,7 @@ class LiveTexts:
             logger.info("Captions are encoded while training, by %s.", names)
 
     def free(self) -> None:
+        """Release the weights of all loaded text encoders."""
         for encoder in self.encoders:
             encoder.free()
 

@@ -16,6 +16,7 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 
 def list_trained(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
+    """Return the tables that are trained on: all except those for validation."""
     return [table for table in tables if not table.validation]
 
 

@@ -299,6 +299,17 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
 
 
 def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, expert: Expert) -> Tensor:
+    """Return which drawn noise levels may be used, B bool.
+
+    A level must lie in the range of the expert and, with --preserve_distribution_shape, between the minimum
+    and maximum timestep: the latter rejects draws instead of squeezing them into the range.
+
+    Args:
+        options: Options of the timestep distribution.
+        shares: Fraction of noise of each draw, B, 0..1.
+        noise: How the family numbers its timesteps.
+        expert: The network that the batch trains, with its range of timesteps.
+    """
     levels = NUM_TIMESTEPS * shares.double()
     fits = (levels >= expert.lowest) & (levels < expert.highest)
     return fits & is_in_range(options, shares, noise) if options.preserve_distribution_shape else fits
@@ -383,10 +394,10 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:
-    """Return the weight of each sample's loss: B float32. Timesteps are rounded to 1..1000; with `exactly`,
-    the share of noise is used as it is, but at least a thousandth.
+    """Return the weight of each sample's loss, B float32 (Esser et al. 2024, arXiv 2403.03206, section 3.1).
 
-    Source: Esser et al. 2024, arXiv 2403.03206, section 3.1.
+    Timesteps are rounded to 1..1000. With `exactly`, the fraction of noise is used unrounded, but is at least
+    a thousandth, because some weights divide by it.
     """
     counted = NUM_TIMESTEPS * times.sigmas.double() if exactly else times.timesteps.double().round()
     sigmas = counted.clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
@@ -445,9 +456,7 @@ def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: fl
 
 
 def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
-    """Return t of the sampler cut_logit_normal: B, whole thousandths above 0. numbers: uniform; the first of
-    them, up to a share, choose uniform draws.
-    """
+    """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
     share = rule.uniform_share
     edge = torch.tensor(rule.cut, dtype=torch.float64)
     kept = torch.special.ndtr((torch.logit(edge) - rule.mean) / rule.std)  # of the draws, below the cut
@@ -458,9 +467,7 @@ def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
-    """Return t of the sampler `sigma`, an index into 1000, 999, ..., 1: the bounds count from the noisy end,
-    as in known tuners.
-    """
+    """Return t of the sampler `sigma`, an index into 1000 ... 1: its bounds count from the noisy end."""
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)

@@ -38,6 +38,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
     )
 
     def multipliers(self) -> tuple[float, ...]:
+        """Return the strength of each LoRA merged into the second transformer; 1 where none is given."""
         return multipliers_for(
             self.base_weights_high_noise or (),
             self.base_weights_multiplier_high_noise or (),

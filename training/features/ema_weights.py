@@ -31,9 +31,14 @@ class WeightAverage:
     def __init__(
         self, decay: float, every: int, *, dits: Sequence[nn.Module], trainable: Trainable, on_host: bool
     ) -> None:
-        """Begin with the current weights. decay, every: of --ema_decay and --ema_update_every.
-        dits: those that are trained whole; their weights may be swapped.
-        on_host: keep the average in host memory, as for a whole model.
+        """Begin with the current weights.
+
+        Args:
+            decay: Decay of the average, from --ema_decay.
+            every: Number of optimizer steps between two updates, from --ema_update_every.
+            dits: Transformers that are trained in full; their weights may be swapped out.
+            trainable: The trained parameters and their names.
+            on_host: Keep the average in host memory, as for a full model.
         """
         self.decay, self.every = decay, every
         self.on_host = on_host
@@ -45,6 +50,7 @@ class WeightAverage:
         self.begin()
 
     def begin(self) -> None:
+        """Restart the average from the current weights, as float32 copies."""
         self.steps = 0  # since it began
         self.values.clear()  # before there is another
         settle_all(self._dits)
@@ -90,6 +96,7 @@ class WeightAverage:
 
     @property
     def metadata(self) -> dict[str, str]:
+        """Metadata of the files of the average: its decay and the number of steps that it covers."""
         return {"ss_ema_decay": str(self.decay), "ss_ema_steps": str(self.steps)}
 
     def restore(self, saved: SavedState) -> None:

@@ -36,6 +36,7 @@ class WordRows:
         return self.tensors()
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the trained vectors under the names of an embedding bundled in a LoRA file."""
         return bundle_word(self.taught.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:

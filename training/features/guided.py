@@ -64,6 +64,7 @@ class GuidedTarget:
 
 
 def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
+    """Return the target that the options describe; the scale of audio is that of video unless it is given."""
     scale = options.guided_target
     assert scale is not None  # the feature is on
     return GuidedTarget(

@@ -50,96 +50,124 @@ T = TypeVar("T")
 class OptionsOfRun(Protocol):
     """The options of a run, as far as features read them."""
 
-    def of(self, kind: type[T]) -> T: ...
+    def of(self, kind: type[T]) -> T:
+        """Return the options record of a feature, by its class."""
 
     @property
-    def is_fused(self) -> bool: ...
+    def is_fused(self) -> bool:
+        """Whether weights are stepped inside the backward pass (--fused_backward_pass)."""
 
     @property
-    def loop(self) -> "LoopOptions": ...
+    def loop(self) -> "LoopOptions":
+        """Length of the run, batches and gradient checkpointing."""
 
     @property
-    def speed(self) -> "TrainingSpeedOptions": ...
+    def speed(self) -> "TrainingSpeedOptions":
+        """Memory and speed: attention, precision, block swap, compilation."""
 
     @property
-    def timesteps(self) -> "TimestepOptions": ...
+    def timesteps(self) -> "TimestepOptions":
+        """Distribution of the timesteps."""
 
     @property
-    def weighted_by(self) -> str: ...
+    def weighted_by(self) -> str:
+        """Rule that weights the loss by its noise level, one of the names in `training.noise_options`."""
 
     @property
-    def is_for_images(self) -> bool: ...
+    def is_for_images(self) -> bool:
+        """Whether the script is one of the image trainers, with their options."""
 
     @property
-    def network(self) -> "NetworkOptions | None": ...
+    def network(self) -> "NetworkOptions | None":
+        """Options of the trained LoRA; None if another part of the model is trained."""
 
     @property
-    def caching(self) -> "CachingInRunOptions | None": ...
+    def caching(self) -> "CachingInRunOptions | None":
+        """Options of caches made by the training command; None in scripts that cannot make them."""
 
     @property
-    def whole_dit(self) -> "WholeDitOptions | None": ...
+    def whole_dit(self) -> "WholeDitOptions | None":
+        """Options of full fine-tuning; None if the DiT stays frozen."""
 
     @property
-    def saving(self) -> "SavingOptions": ...
+    def saving(self) -> "SavingOptions":
+        """Where and how often files and states are saved."""
 
     @property
-    def loss(self) -> "LossOptions": ...
+    def loss(self) -> "LossOptions":
+        """How errors become a loss."""
 
     @property
-    def logs(self) -> "LogOptions": ...
+    def logs(self) -> "LogOptions":
+        """What is logged and where."""
 
 
 class PlannedRun(Protocol):
     """A run before its networks are loaded, as far as features use it."""
 
     @property
-    def training(self) -> "Sequence[TrainingItem]": ...  # the items to learn
+    def training(self) -> "Sequence[TrainingItem]":
+        """Items that are trained on, without those for validation."""
 
     @property
-    def sources(self) -> "BatchSources": ...  # where they are read from
+    def sources(self) -> "BatchSources":
+        """Where the tensors of the items are read from."""
 
     @property
-    def config(self) -> "DatasetConfig": ...
+    def config(self) -> "DatasetConfig":
+        """The dataset file, as read."""
 
     @property
-    def steps(self) -> "StepPlan": ...
+    def steps(self) -> "StepPlan":
+        """Number of steps and epochs, and the micro-batches of each step."""
 
     @property
-    def family(self) -> "Family": ...
+    def family(self) -> "Family":
+        """The model family."""
 
     @property
-    def options(self) -> OptionsOfRun: ...
+    def options(self) -> OptionsOfRun:
+        """Options of the run, which never change."""
 
     @property
-    def others(self) -> "OtherFamilies": ...
+    def others(self) -> "OtherFamilies":
+        """How the family is made with other files, such as the DiT of a teacher."""
 
     @property
-    def progress(self) -> "Progress": ...
+    def progress(self) -> "Progress":
+        """Current step and epoch; the only part of a plan that changes while training."""
 
     @property
-    def accelerator(self) -> "Accelerator": ...
+    def accelerator(self) -> "Accelerator":
+        """The processes of the run, with device and mixed precision."""
 
 
 class HookedRun(Protocol):
     """A run, as far as features use it."""
 
     @property
-    def options(self) -> OptionsOfRun: ...
+    def options(self) -> OptionsOfRun:
+        """Options of the run, which never change."""
 
     @property
-    def progress(self) -> "Progress": ...
+    def progress(self) -> "Progress":
+        """Current step and epoch."""
 
     @property
-    def steps(self) -> "StepPlan": ...
+    def steps(self) -> "StepPlan":
+        """Number of steps and epochs."""
 
     @property
-    def device(self) -> "torch.device": ...
+    def device(self) -> "torch.device":
+        """Device of this process."""
 
     @property
-    def is_main(self) -> bool: ...
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
 
     @property
-    def has_scaler(self) -> bool: ...
+    def has_scaler(self) -> bool:
+        """Whether losses are scaled because gradients are float16."""
 
 
 class Average(Protocol):
@@ -148,50 +176,64 @@ class Average(Protocol):
     steps: int  # that it covers
 
     @property
-    def metadata(self) -> dict[str, str]: ...  # of its files
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the files of the average."""
 
-    def begin(self) -> None: ...  # with the weights of now
+    def begin(self) -> None:
+        """Restart the average from the current weights."""
 
-    def in_place(self) -> AbstractContextManager[None]: ...  # the parameters hold it during the block
+    def in_place(self) -> AbstractContextManager[None]:
+        """Replace the parameters by their average during the block."""
 
-    def tensors(self) -> "dict[str, Tensor]": ...  # by weight name, not copied
+    def tensors(self) -> "dict[str, Tensor]":
+        """Return the averages by weight name, without copying them."""
 
-    def restore(self, saved: "SavedState") -> None: ...
+    def restore(self, saved: "SavedState") -> None:
+        """Read the average from a saved state."""
 
 
 class LearnerBeside(Protocol):
     """What learns next to the network of a run, and is saved in its files and in states."""
 
     @property
-    def module(self) -> "nn.Module": ...
+    def module(self) -> "nn.Module":
+        """Module with the trained parameters; its state is saved in states of the run."""
 
-    def group(self, learning_rate: float) -> dict[str, Any]: ...  # of the optimizer
+    def group(self, learning_rate: float) -> dict[str, Any]:
+        """Return the parameter group for the optimizer."""
 
-    def tensors(self) -> "dict[str, Tensor]": ...  # in the file of a LoRA
+    def tensors(self) -> "dict[str, Tensor]":
+        """Return the tensors to write into the file of a LoRA."""
 
-    def list_in_lora(self) -> "dict[str, Tensor]": ...  # likewise; logs what there is to say of them
+    def list_in_lora(self) -> "dict[str, Tensor]":
+        """Return the same tensors as `tensors`, and log what users of the file must know."""
 
     def add_to(
         self, trainable: "Trainable", learning_rate: float, total_steps: int, device: "torch.device"
-    ) -> "Trainable": ...
+    ) -> "Trainable":
+        """Return the trainable parts of the run with this one added, on the device."""
 
 
 class FrozenNetwork(Protocol):
     """A network that is loaded and frozen, before its blocks are compiled and swapped."""
 
     @property
-    def dit(self) -> "nn.Module": ...
+    def dit(self) -> "nn.Module":
+        """The loaded transformer, without gradients."""
 
     @property
-    def expert(self) -> "Expert": ...
+    def expert(self) -> "Expert":
+        """The expert that the network is, with its noise levels."""
 
 
 class NetworkLoading(Protocol):
     """Load the networks of a run, and further ones."""
 
-    def load(self, family: "Family", index: int) -> FrozenNetwork: ...  # of an expert
+    def load(self, family: "Family", index: int) -> FrozenNetwork:
+        """Load the network of the expert at `index` and freeze it."""
 
-    def dress_blocks(self, network: Any) -> None: ...  # one that `load` returned
+    def dress_blocks(self, network: Any) -> None:
+        """Compile, checkpoint and swap the blocks of a network that `load` returned, as the options say."""
 
 
 class HookedModel(Protocol):
@@ -200,31 +242,40 @@ class HookedModel(Protocol):
     average: Average | None
 
     @property
-    def plan(self) -> PlannedRun: ...
+    def plan(self) -> PlannedRun:
+        """The run's plan, made before the networks were loaded."""
 
     @property
-    def loading(self) -> NetworkLoading: ...
+    def loading(self) -> NetworkLoading:
+        """Loads further networks with the settings of the run."""
 
     @property
-    def adapters(self) -> "Sequence[AddedLoras]": ...  # of --training_adapter, in the trained networks
+    def adapters(self) -> "Sequence[AddedLoras]":
+        """LoRAs of --training_adapter, in the trained networks."""
 
     @property
-    def compute_dtype(self) -> "torch.dtype": ...
+    def compute_dtype(self) -> "torch.dtype":
+        """Dtype in which the network computes: that of autocast or, without autocast, of its weights."""
 
     @property
-    def options(self) -> OptionsOfRun: ...
+    def options(self) -> OptionsOfRun:
+        """Options of the run, which never change."""
 
     @property
-    def networks(self) -> "Sequence[nn.Module]": ...  # that are trained
+    def networks(self) -> "Sequence[nn.Module]":
+        """Transformers that are trained, or that hold the trained LoRA, in the order of the experts."""
 
     @property
-    def trainable(self) -> "Trainable": ...
+    def trainable(self) -> "Trainable":
+        """The trained parameters."""
 
     @property
-    def optimizer(self) -> "Optimizer": ...
+    def optimizer(self) -> "Optimizer":
+        """The optimizer of all trained parameters."""
 
     @property
-    def takes_part_in_saving(self) -> bool: ...
+    def takes_part_in_saving(self) -> bool:
+        """Whether this process calls the saver: the main one and all that hold a part of the weights."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +318,7 @@ class Tally:
     numbers: "Tensor | None" = None  # of the last passes, one for each name: means
 
     def take(self) -> "Tensor | None":
+        """Return the numbers of the micro-batch and forget them; None if its passes left none."""
         taken = self.numbers
         self.numbers = None
         return taken
@@ -294,10 +346,12 @@ class KeptAverage:
 class Storage(Protocol):
     """Where else saved files go, and where states may come from."""
 
-    def make_publisher(self) -> "Publisher | None": ...  # None: nothing is passed on
+    def make_publisher(self) -> "Publisher | None":
+        """Return what publishes saved files; None if they stay on this machine."""
 
     # what --resume says, and a folder to write into -> the state if it is there, else None
-    def fetch_state(self, name: str, folder: Path) -> Path | None: ...
+    def fetch_state(self, name: str, folder: Path) -> Path | None:
+        """Download the state `name` below `folder` and return its path; None if states are local."""
 
 
 OnNoise = Callable[["torch.Size", int, int], "Tensor"]

@@ -178,7 +178,8 @@ class ItemLossRecorder:
 
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
-    ) -> None: ...
+    ) -> None:
+        """Do nothing: samples have no loss."""
 
     def _begin(self) -> None:
         """Begin the file, with what is in it of the steps before. Raises OutputError."""

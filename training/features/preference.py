@@ -47,6 +47,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
     @property
     def beta(self) -> float:
+        """Strength of the preference, from --preference; read only while the feature is on."""
         assert self.preference is not None  # the feature is on
         return self.preference
 

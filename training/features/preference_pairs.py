@@ -129,15 +129,22 @@ def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
 
 
 def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -> tuple[Tensor, Tensor]:
-    """Return the loss of each pair, B, and the means over the pairs without gradients: error of
-    the better ones, error of the worse ones, share that is right.
+    """Return the loss of each pair and the mean values for the logs.
 
-    errors, base_errors: of the network and of the model without it, 2B each, the better ones first. With the
-    margin m = (base_better - better) + (worse - base_worse), the loss is
+    With the margin m = (base_better - better) + (rejected - base_rejected), the loss is
 
         -log sigmoid(beta / 2 * m) + data_weight * better
 
-    and a pair is right if its margin is above 0.
+    and the network orders a pair correctly if its margin is above 0.
+
+    Args:
+        errors: Errors of the network, 2B: those of the better items first, then those of the rejected ones.
+        base_errors: Errors of the model without the network, in the same order.
+        preference: Strength beta, and the weight of the ordinary loss of the better items.
+
+    Returns:
+        The loss of each pair, B, and three means without gradients: error of the better items, error of the
+        rejected items, fraction of pairs in the right order.
     """
     better, rejected = errors.chunk(2)
     base_better, base_rejected = base_errors.chunk(2)

@@ -74,10 +74,12 @@ class Skipping:
     has_scaler: bool  # of fp16: a norm that is not finite is the scaler's matter, which lowers its scale
 
     def judge(self, loss: float, norm: float, kind: str) -> int:
-        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. loss: its mean. norm: of its gradients,
-        before clipping.
+        """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. Counters change only in `note`.
 
-        Changes nothing: see `note`.
+        Args:
+            loss: Mean loss of the step.
+            norm: Norm of the gradients before clipping.
+            kind: Kind of the step; only norms of the same kind are compared.
         """
         is_finite = math.isfinite(loss) and (math.isfinite(norm) or self.has_scaler)
         if not is_finite:
@@ -160,8 +162,15 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
 def describe_skip(
     outcome: int, loss: float, norm: float, limit: float | None, is_new_level: bool = False
 ) -> str:
-    """Return the reason why a step is left out, as sentences. limit: of the norm. is_new_level: as
-    `Skipping.note`.
+    """Return the reason why a step is skipped, in whole sentences.
+
+    Args:
+        outcome: SPIKE or BAD.
+        loss: Mean loss of the step.
+        norm: Norm of the gradients before clipping.
+        limit: Norm above which a step is a spike; None if there is no limit yet.
+        is_new_level: Whether this spike was one too many in a row, so that norms of its size are accepted
+            from now on.
     """
     if outcome == BAD:
         return f"the loss is {loss:.4g}, the gradient norm {norm:.4g}."

@@ -36,6 +36,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
 
     @property
     def path(self) -> Path:
+        """File of the slider, from --slider; read only while the feature is on."""
         assert self.slider is not None  # the feature is on
         return self.slider
 

@@ -28,6 +28,7 @@ class Slider:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """All captions that the slider needs encoded: positive, negative, neutral and an optional anchor."""
         anchors = () if self.anchor is None else (self.anchor,)
         return (self.positive, self.negative, self.neutral, *anchors)
 

@@ -53,12 +53,12 @@ def slider_passes(
     passes: TrainingPasses,
     noisy_batch: NoisyBatch,
 ) -> Iterator[Streams]:
-    """Yield the errors of each pass with gradients: at strength 1 and -1, of the neutral caption and of an
-    anchor.
+    """Yield the errors of each pass with gradients: strengths 1 and -1, neutral caption, anchor.
 
     With d = b(positive) - b(negative) of the base model, G the guidance and f the network at a strength:
     1/2 |f(neutral) - (b(neutral) + strength * G * d)|^2 + anchor_weight * |f(anchor) - b(anchor)|^2, times
-    the slider's weight. The strength holds until the caller has taken the gradients.
+    the slider's weight. The strength stays set until the caller has computed the gradients, because
+    checkpointed blocks run their forward pass again.
     """
     slider = target.slider_of(noisy_batch.number)
 

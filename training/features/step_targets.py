@@ -16,6 +16,7 @@ class StepPasses:
     size: int = 1  # of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
+        """Add the passes of another target; the factors on the batch size multiply."""
         return StepPasses(
             with_gradients=self.with_gradients + further.with_gradients,
             without=self.without + further.without,

@@ -52,8 +52,10 @@ class TeacherModel:
         return self.predict(passes, noisy_batch, has_loras=True)
 
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-        """Return b + T' - T: what the trained model predicts without its network, with the change that the
-        LoRAs make in the teacher. So only what they change is taught, not the teacher's own way to a picture.
+        """Return the target b + T' - T, in which only the effect of the LoRAs is taught.
+
+        b is the prediction of the trained model without its network; T' and T are those of the teacher with
+        and without its LoRAs. The teacher's other differences from the model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -75,6 +77,7 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
+        """Load the teacher, or reuse the frozen trained model with other LoRAs, and teach with it."""
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(

@@ -53,6 +53,7 @@ class Band:
     highest: float
 
     def holds(self, level: float) -> bool:
+        """Whether a noise level lies in the band."""
         return self.lowest <= level <= self.highest
 
 
@@ -68,6 +69,7 @@ class TeacherTarget:
 
 
 def make_target(options: TeacherOptions) -> TeacherTarget:
+    """Return the teacher's target that the options describe; timesteps become fractions of noise, 0..1."""
     band = None
     if options.band is not None:
         low, high = options.band
@@ -178,6 +180,7 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
 
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    """Return the prediction of the base model, for runs that are their own teacher."""
     return passes.base(noisy_batch)
 
 

@@ -87,6 +87,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
 
     @property
     def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers to start; a folder for logs alone means tensorboard."""
         if self.log_with is None:
             return () if self.logging_dir is None else ("tensorboard",)
         return ("tensorboard", "wandb") if self.log_with == "all" else (self.log_with,)

@@ -83,6 +83,7 @@ class Trackers:
             self._hook(error)
 
     def note_values(self, values: Mapping[str, float], step: int) -> None:
+        """Send the numbers of a step to every tracker, unless an earlier failure has disabled them."""
         if not self._is_lost:
             with self._guarded():
                 for tracker in self.accelerator.trackers:

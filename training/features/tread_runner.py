@@ -34,6 +34,7 @@ class Route:
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
+        """Return the indices of the routed blocks in a network of `count` blocks, both ends included."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
 

@@ -23,6 +23,7 @@ class Hub:
     options: UploadOptions
 
     def make_publisher(self) -> "Publisher | None":
+        """Return what uploads saved files; None without --huggingface_repo_id."""
         if self.options.huggingface_repo_id is None:
             return None
         from training.features.uploads_hub import make_uploads  # only with uploads
@@ -30,6 +31,7 @@ class Hub:
         return make_uploads(self.options)
 
     def fetch_state(self, name: str, folder: Path) -> Path | None:
+        """Download a state from the hub into `folder`; None without --resume_from_huggingface."""
         if not self.options.resume_from_huggingface:
             return None
         from training.features.uploads_hub import download_state  # only with a state on the hub

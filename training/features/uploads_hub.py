@@ -137,6 +137,7 @@ def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, An
 
 
 def may_replace(existing: str, card: str) -> bool:
+    """Whether a model card may be replaced: it was written by this run, and nobody has edited it since."""
     old, new = (_END.fullmatch(text.replace("\r\n", "\n")) for text in (existing, card))
     return old is not None and new is not None and old[2] == new[2] and _digest(old[1]) == old[3]
 
@@ -245,6 +246,7 @@ class Uploads:
             self._upload(path, card)
 
     def publish_state(self, folder: Path) -> None:
+        """Start uploading a state folder, if --save_state_to_huggingface asks for it."""
         if self.options.save_state_to_huggingface:
             self._start_upload(folder, None)
 

@@ -112,6 +112,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:
+    """Return a number of steps; a float is a fraction of the run's steps."""
     return steps if isinstance(steps, int) else int(steps * total_steps)
 
 
@@ -217,6 +218,7 @@ class CurveSchedule(LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the step: the curve itself follows from the options."""
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -226,10 +228,12 @@ class CurveSchedule(LambdaLR):
         self.go_to(state_dict["step"])
 
     def step(self, epoch: int | None = None) -> None:
+        """Advance by one optimizer step; `epoch`, part of torch's interface, is ignored."""
         # torch's own warns where the optimizer's step is another function, as for bf16 weights
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
+        """Set the learning rates of a step directly, as when a run is resumed."""
         self.last_epoch = step
         self._step_count = step + 1
         self._last_lr = [
@@ -258,13 +262,22 @@ class Imported:
             ) from error
 
     def get_last_lr(self) -> list[float]:
+        """Return the rates of the wrapped scheduler as floats; some schedulers keep tensors."""
         return [float(rate) for rate in self.inner.get_last_lr()]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped scheduler's state without its functions, as plain values that need no pickle."""
         plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
         return {"scheduler": plain_state(plain, "scheduler")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the wrapped scheduler.
+
+        For schedulers of torch only their counters are restored; settings come from this run's options.
+
+        Raises:
+            CheckpointError: If the state was saved by another kind of schedule.
+        """
         if "scheduler" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
@@ -293,9 +306,11 @@ class OwnRates:
         """Do nothing."""
 
     def get_last_lr(self) -> list[float]:
+        """Return the rates that the optimizer uses now."""
         return self.rates()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the rates are part of the optimizer's state."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

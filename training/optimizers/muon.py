@@ -62,6 +62,7 @@ class MuonWithAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss
+        """Update all weights that have gradients. A closure is not supported."""
         assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:

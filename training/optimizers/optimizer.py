@@ -237,6 +237,7 @@ def _with_wrapped(optimizer: Optimizer) -> list[Any]:
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, or one that it wraps, is schedule-free by the name of its class."""
     kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 

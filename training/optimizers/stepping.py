@@ -90,6 +90,7 @@ class ParameterSteps:
 
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
+        """Step one parameter with its gradient; bf16 weights are stepped in float32 and rounded back."""
         value = parameter.detach()
         gradient = parameter.grad
         weight = self.split.get(parameter)
@@ -301,8 +302,15 @@ def check_offload(optimizer_type: str) -> None:
 
 
 def check_split(option: str, optimizer_type: str) -> None:
-    """Raise OptionError if a transformer that is split over processes cannot be trained with an optimizer, or
-    with this torch. option: by which it is split.
+    """Reject optimizers that cannot train a transformer that is split over processes.
+
+    Args:
+        option: The option that splits the transformer, for the message.
+        optimizer_type: Value of --optimizer_type.
+
+    Raises:
+        OptionError: If the optimizer needs full matrices and cannot step single parameters, or if this torch
+            can only average gradients.
     """
     from torch.distributed.fsdp import FSDPModule
 

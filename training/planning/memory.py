@@ -109,6 +109,7 @@ class StepPrediction:
 
     @property
     def takes_turns(self) -> bool:
+        """Whether networks share the device in turns: with samples or with an inactive expert."""
         return self.sampled > 0 or (self.further > 0 and self.options.by_expert.offload_inactive_dit)
 
     def scaled(self, share: float) -> "StepPrediction":
@@ -122,17 +123,21 @@ class StepPrediction:
         return replace(self, moments=moments, waiting=round(self.waiting * share))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
+        """Return the memory plan of a step with `blocks` swapped blocks."""
         return memory_plan.MemoryPlan((self.phase(blocks),), tuple(remarks))
 
     def device(self, blocks: int) -> int:
+        """Return the bytes of device memory that a step with `blocks` swapped blocks needs."""
         return self.phase(blocks).device
 
     @property
     def most(self) -> int:
+        """Largest number of blocks that can be swapped."""
         return len(self.swaps) - 1
 
     @property
     def blocks(self) -> int:
+        """Number of swapped blocks that the options ask for; 0 with --blocks_to_swap auto."""
         swap = self.options.speed.swap
         return 0 if swap.is_auto else swap.number
 
@@ -147,10 +152,20 @@ def predict(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
 ) -> StepPrediction:
-    """Rehearse a step. noisy_batch: on the CPU. device: of the run. sampled, texts: see `StepPrediction`.
-    watch: `TokenCounter.watch`, if cards are to share the step. tables: of the dataset.
+    """Rehearse a step of the largest batch without content and count its memory.
 
-    8-bit products are rehearsed as 16-bit products of the same weights. Raises the errors of loading.
+    Products in 8 bits are rehearsed as 16-bit products of the same weights. Errors of loading the model are
+    raised as in a real run.
+
+    Args:
+        family: Model family of the run.
+        options: Options of the run.
+        noisy_batch: The batch, on the CPU.
+        device: Device of the run; nothing is allocated on it.
+        sampled: See `StepPrediction`.
+        texts: See `StepPrediction`.
+        watch: `TokenCounter.watch` if several devices are to share the step.
+        tables: Tables of the dataset.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     quantization = rehearsed(options.speed.fp8.quantisation)
@@ -388,10 +403,12 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
 
 def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]:
-    """Return the size to which the batch, the clip or the picture has to shrink if all other savings do not
-    suffice.
+    """Return the first smaller batch, clip or image that fits, as a line of advice for `--plan`.
 
-    Stops at the first that fits. before: the prediction with all other savings.
+    Args:
+        latent: Sizes that the family supports.
+        before: The prediction with all other savings, which is still too large.
+        room: Available memory.
     """
     can_swap = before.options.can_swap
     blocks = before.most if can_swap else before.blocks
@@ -403,10 +420,12 @@ def smaller(latent: LatentSpec, before: StepPrediction, room: Room) -> list[str]
 
 
 def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
-    """Return (key of --dataset_config, value, resulting shape): fewer samples, then fewer frames, then
-    smaller pictures.
+    """Return smaller shapes, in the order in which to try them: fewer samples, fewer frames, smaller images.
 
-    Sections of a clip keep their length, which the model sets.
+    Sections of a clip keep their length, because the model fixes it.
+
+    Returns:
+        Triples of a key of --dataset_config, its value, and the resulting shape B F H W of the latents.
     """
     count, frames, height, width = shape
     _, vertical, horizontal = latent.stride
@@ -438,6 +457,7 @@ def list_halves(number: int) -> list[int]:
 
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
+    """Return the size of a batch in pixels and frames, in words; `shape` counts latents."""
     count, frames, height, width = shape
     _, rows, columns = latent.stride
     return f"{width * columns}x{height * rows}, {latent.count_frames(frames)} frames, batch {count}"

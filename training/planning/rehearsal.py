@@ -70,13 +70,12 @@ class Rehearsal:
 
     @property
     def counts(self) -> dry.Counts:
+        """Number of blocks in each list of the DiT's blocks."""
         return tuple(map(len, self.blocks.values()))
 
     @property
     def waiting(self) -> int:
-        """Return the bytes that --gradient_checkpointing_cpu_offload keeps on the host: the inputs of all
-        blocks but the last.
-        """
+        """Bytes that --gradient_checkpointing_cpu_offload keeps on the host: inputs of all but one block."""
         if not self.options.loop.gradient_checkpointing_cpu_offload:
             return 0
         inputs = [self.ledger.inputs[name] for name, blocks in self.blocks.items() for _ in blocks]
@@ -169,6 +168,7 @@ class Rehearsal:
             fill_missing_gradients(self.parameters)
 
     def clear_gradients(self) -> None:
+        """Release all gradients, so that the next phase is counted without them."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -219,9 +219,7 @@ def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[st
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert. The first one is switched on; the others only take the memory
-    that they need in further transformers.
-    """
+    """Add --training_adapter of each expert; all except the first are switched off and only take memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -375,6 +373,7 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> Autocast:
+    """Return the function that opens autocast for --mixed_precision; a null context for full precision."""
     dtype = AUTOCAST.get(options.accelerator.mixed_precision)
     if dtype is None:
         return contextlib.nullcontext

@@ -129,12 +129,14 @@ class Story:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Story":
+        """Build a story from the rows of a history file."""
         story = cls()
         for row in rows:
             story.add(row)
         return story
 
     def add(self, row: Row) -> None:
+        """Add one row; the key that it has tells its kind. A start clears the ending of an earlier run."""
         step = row["step"]
         self.doing = self.doing if "message" in row else str(row.get("doing", ""))
         if "loss" in row:
@@ -186,10 +188,12 @@ class Story:
 
     @property
     def start(self) -> "Start | None":
+        """The newest start that could be read; None if there is none."""
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
     def lowest(self) -> tuple[int, float] | None:
+        """Step and value of the lowest validation loss; None before the first validation."""
         by_loss = [(loss, step) for step, loss in self.validations.items()]
         if not by_loss:
             return None
@@ -339,6 +343,7 @@ def history_path(folder: Path, name: str) -> Path:
 
 
 def history_name(path: Path) -> str:
+    """Return the output name of the run that a history file belongs to."""
     return path.name.removesuffix(END)
 
 

@@ -74,12 +74,14 @@ class ItemPicture:
 
     @classmethod
     def of(cls, name: str, frame: Frame) -> "ItemPicture":
+        """Make the small JPEG of a frame, at most SIDE pixels on each side."""
         file = io.BytesIO()
         Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
         return cls(make_storable(name), base64.b64encode(file.getvalue()).decode())
 
     @property
     def tag(self) -> Markup:
+        """The image as an `<img>` element with its data inside."""
         return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(self.data, self.name)
 
 

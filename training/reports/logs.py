@@ -64,6 +64,7 @@ class RowLayout:
 
     @property
     def size(self) -> int:
+        """Number of values in a row before the norms."""
         return self.part_counts.stop
 
 
@@ -142,12 +143,14 @@ class Recorder(Protocol):
 
     def __exit__(self, *error: Any) -> bool | None: ...
 
-    def note_values(self, values: Mapping[str, float], step: int) -> None: ...  # in the main process only
+    def note_values(self, values: Mapping[str, float], step: int) -> None:
+        """Record the numbers of a step; called in the main process only."""
 
     # likewise; by the number of the prompt: files, and their frames side by side (H W 3)
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
-    ) -> None: ...
+    ) -> None:
+        """Record samples: by index, the written files, strips of their frames, and prompts."""
 
 
 @dataclass

@@ -1,5 +1,4 @@
-"""Describe a training on one HTML page: samples, curves, files, memory, commands to continue, and
-settings."""
+"""Describe a training on one HTML page: samples, curves, files, memory, next commands and settings."""
 
 import contextlib
 import functools
@@ -165,9 +164,7 @@ def make_curves(
 
 
 def join_bins(points: Points, most: int = MAX_BINS) -> dict[float, list[float]]:
-    """Return the values in each of about `most` equal ranges of steps, in order, by the middle of their
-    steps.
-    """
+    """Return the values of about `most` equal ranges of steps, by the middle step of each range."""
     width = 1
     while points and (max(points) - min(points)) // width >= most:
         width *= 2

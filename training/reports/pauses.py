@@ -45,13 +45,15 @@ class StepClock:
 
     @contextmanager
     def pause(self, kind: str) -> Iterator[None]:
+        """Time the block as a pause of this kind."""
         start = self.now()
         yield
         self.pauses.setdefault(kind, []).append(self.now() - start)
 
     def left(self, step: int, total_steps: int) -> float | None:
-        """Return the seconds left after a step, coming pauses included at the mean of their kind; None before
-        the first step.
+        """Return the seconds left after a step; None before the first step.
+
+        Coming pauses are included, each with the mean of its kind.
         """
         if self.seconds_per_step is None:
             return None

@@ -1,6 +1,4 @@
-"""Pass the events of a run to its history, and have its page drawn from it. Nothing that goes wrong here ends
-a training.
-"""
+"""Pass the events of a run to its history and have its page drawn. No failure here ends a training."""
 
 import logging
 import math
@@ -40,6 +38,7 @@ class RepeatedWork:
         return now - self.ended >= max(least, self.cost / SHARE)
 
     def note(self, started: float, ended: float) -> None:
+        """Record when the work began and ended, in seconds of the same clock."""
         self.ended = ended
         self.cost = ended - started
 
@@ -159,9 +158,11 @@ class RunReporter:
 
     @property
     def validations(self) -> Mapping[int, float]:
+        """Validation losses by step, from the history."""
         return self.history.story.validations
 
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Write the losses of a validation into the history."""
         self._note(step, validation=dict(losses))
 
     def note_samples(

@@ -54,6 +54,7 @@ class ScoreNote:
 
     @property
     def text(self) -> str:
+        """The note as text in the current language."""
         return say(NOTES[self.kind], **self.values)
 
 
@@ -85,10 +86,12 @@ class StepScores:
 
     @property
     def clip(self) -> float | None:
+        """Mean CLIP score of the samples; None if none was scored."""
         return _mean([sample.clip for sample in self.samples])
 
     @property
     def likeness(self) -> float | None:
+        """Mean likeness of the samples to the dataset; None if none was scored."""
         return _mean([sample.likeness for sample in self.samples])
 
     @property
@@ -100,10 +103,12 @@ class StepScores:
 
     @property
     def copies(self) -> list[SampleScore]:
+        """Samples that copy an item of the dataset."""
         return [sample for sample in self.samples if sample.is_copied]
 
     @property
     def near(self) -> list[SampleScore]:
+        """Samples that are close to an item without copying it."""
         return [sample for sample in self.samples if sample.is_near and not sample.is_copied]
 
     @property
@@ -136,10 +141,12 @@ class BestFile:
 
     @property
     def name(self) -> str:
+        """Name of the file."""
         return self.row.saved
 
     @property
     def text(self) -> str:
+        """The choice and its reasons as a sentence in the current language."""
         return say("Best file: %(file)s: %(reasons)s.", file=self.name, reasons=join("; ", self.reasons))
 
 

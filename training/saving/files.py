@@ -67,6 +67,7 @@ class Names:
 
     @property
     def pattern(self) -> str:
+        """Regular expression for what follows a name: average, part of the model, embedding, suffix."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
@@ -87,13 +88,17 @@ class PublishedRun:
 class Publisher(Protocol):
     """Send saved files and states to another place, such as a hub."""
 
-    def about(self, run: PublishedRun) -> "Publisher": ...  # one that can say this of the run
+    def about(self, run: PublishedRun) -> "Publisher":
+        """Return a publisher that also knows the run, such as for a model card."""
 
-    def publish(self, path: Path) -> None: ...
+    def publish(self, path: Path) -> None:
+        """Start publishing a saved file."""
 
-    def publish_state(self, folder: Path) -> None: ...
+    def publish_state(self, folder: Path) -> None:
+        """Start publishing a state folder."""
 
-    def close(self) -> None: ...  # waits for what is still on its way
+    def close(self) -> None:
+        """Wait until everything has been published."""
 
 
 @dataclass
@@ -108,9 +113,11 @@ class MinuteClock:
         self.last = self.now()
 
     def is_due(self) -> bool:
+        """Whether the minutes have passed since the last save."""
         return self.now() - self.last >= 60 * self.minutes
 
     def restart(self) -> None:
+        """Count the minutes from now."""
         self.last = self.now()
 
 
@@ -132,14 +139,17 @@ class Saver:
     note_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
+        """Save after an optimizer step; `with_state` overrides --save_state."""
         self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
         self.tidy(step=step)
 
     def save_epoch(self, epoch: int) -> None:
+        """Save after an epoch, with a state if --save_state asks for it."""
         self._save(f"-{epoch:06d}", self.options.save_state)
         self.tidy(epoch=epoch)
 
     def save_final(self) -> None:
+        """Save the end of the run under the plain name."""
         self._save("", self.options.saves_state_at_end)
 
     def tidy(self, step: int | None = None, epoch: int | None = None) -> None:
@@ -371,6 +381,7 @@ def _is_input(entry: Path, inputs: Collection[Path]) -> bool:
 
 
 def state_pattern(name: str) -> re.Pattern[str]:
+    """Return the regular expression that matches names of the state folders of a run."""
     return re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?-state")
 
 
@@ -383,6 +394,7 @@ def recover_states(output_dir: Path, name: str) -> None:
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
+    """Return the state folders of earlier runs of this name that a later run moved aside."""
     states = state_pattern(name)
     pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
@@ -405,9 +417,7 @@ def _make_new(folder: Path) -> Path:
 
 
 def _copy(file: str | Path, target: str | Path) -> None:
-    """Give a file a second name (hard link), or copy it if the volume has no links. Files are replaced, never
-    changed, so the second one does not change.
-    """
+    """Hard-link a file, or copy it if the volume has no links; saved files are never changed in place."""
     try:
         os.link(file, target)
     except OSError:

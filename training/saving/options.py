@@ -114,6 +114,7 @@ class SavingOptions(Options, title="saving"):
 
     @property
     def saves_state_at_end(self) -> bool:
+        """Whether the end of the run writes a state folder."""
         return self.save_state or self.save_state_on_train_end
 
     def spread(self, num_epochs: int, ratio: int) -> "SavingOptions":

@@ -80,6 +80,7 @@ class ForeignState:
     is_ordered: bool = False  # the network's tensors are in that program's own order
 
     def release(self) -> None:
+        """Forget the tensors that were read."""
         self.network.clear()
         self.optimizer.clear()
 
@@ -175,9 +176,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def one_error(folder: Path) -> Iterator[None]:
-    """Turn errors of the block, as damaged states and those of other networks cause them, into
-    CheckpointError with the folder.
-    """
+    """Turn errors of damaged or foreign states into a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError as error:
@@ -270,6 +269,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def shorten_value(value: Any) -> str:
+    """Return a value as text of at most 60 characters, for messages."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -380,6 +380,7 @@ def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor
 
 
 def share_of_files(folder: Path) -> list[Path]:
+    """Return the weight files of a state that this process checks: every n-th of n processes."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
     if not distributed.is_initialized():
         return paths
@@ -387,6 +388,7 @@ def share_of_files(folder: Path) -> list[Path]:
 
 
 def file_checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's content, read in pieces of 4 MiB."""
     require_regular_file(path)
     value = 0
     with path.open("rb") as file:

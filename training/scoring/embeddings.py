@@ -55,6 +55,7 @@ class VectorStore:
         self.write()
 
     def add(self, key: str, vectors: Tensor) -> None:
+        """Add vectors under a key; write the store if the last write is SAVE_SECONDS ago."""
         self.vectors[key] = vectors
         if time.monotonic() - self._saved >= SAVE_SECONDS:
             self.write()

@@ -81,10 +81,12 @@ class ScoredRun:
 
     @property
     def folder(self) -> Path:
+        """Folder of the run's history and results."""
         return self.history.parent
 
     @property
     def name(self) -> str:
+        """Output name of the run."""
         return history_name(self.history)
 
     def list_samples(self) -> list[tuple[SampleRow, dict[int, Path]]]:

@@ -215,4 +215,5 @@ def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bo
 
 
 def has_mask(noisy_batch: NoisyBatch) -> bool:
+    """Whether items of the batch have a mask, of a clip or of its loss."""
     return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
