@@ -44,7 +44,7 @@ class Checklist:
 
 
 @dataclass
-class _Group:
+class _PrintedGroup:
     """A line, and the commands or files that are indented below it."""
 
     head: OutputLine
@@ -112,17 +112,17 @@ def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) ->
     return rows
 
 
-def _group(lines: Iterable[OutputLine]) -> list[_Group]:
-    groups: list[_Group] = []
+def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
+    groups: list[_PrintedGroup] = []
     for line in lines:
         if groups and (line.depth or line.is_command):
             groups[-1].items.append(line)
         else:
-            groups.append(_Group(line))
+            groups.append(_PrintedGroup(line))
     return groups
 
 
-def _grade(group: _Group, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
+def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
     """Return the row of a line and what belongs to it; None if it needs nobody, or is mended."""
     head = group.head
     is_counted = any(words in head.text for words in (*ASKS_FOR_CAPTIONS, IS_OF_WORD))
