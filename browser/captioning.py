@@ -97,9 +97,9 @@ def describe_engine(engine: str) -> str:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{CAPTION_MODEL.replace('/', '--')}"
     return (
-        say("on disk")
+        say("ready")
         if folder.is_dir()
-        else say("%(caption_model_size)s to load", caption_model_size=CAPTION_MODEL_SIZE)
+        else say("%(caption_model_size)s to download", caption_model_size=CAPTION_MODEL_SIZE)
     )
 
 

@@ -268,15 +268,19 @@ class FolderFiles:
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
 
-        Returns 0 for a folder with more than MOST_COUNTED files.
+        Returns 0 for a folder with more than MAX_COUNTED files.
         """
+        return len(self.list_unreadable(folder))
+
+    def list_unreadable(self, folder: Path) -> list[str]:
+        """Return the names of files that cannot be read; none if the folder has more than MAX_COUNTED."""
         try:
             names = list_names(folder)
         except OSError:
-            return 0
+            return []
         if len(names) > MAX_COUNTED:
-            return 0
-        return sum(self.facts(folder / name).fault != "" for name in names)
+            return []
+        return [name for name in names if self.facts(folder / name).fault != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, and the reason if it cannot be edited on this page."""

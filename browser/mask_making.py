@@ -141,7 +141,7 @@ class MaskMakingPages:
         """Write into dataset.toml whether the training uses the masks of a folder."""
         use = read_mask_use(self.site.runs, folder)
         if use is None:
-            raise OptionError(say("It is not described yet: press Describe first."))
+            raise OptionError(say("It is not prepared yet: press Prepare first."))
         self.site.tracked_runs.reject_while_it_runs(use.config.path.parent)
         use.write(bool(fields.get("learns")))
 

@@ -62,11 +62,11 @@ class ModelPart:
         if self.has_other_size:
             return say("another file than the released one, by its size")
         if self.is_there:
-            return say("on disk")
+            return say("ready")
         return (
             say("%(size_bytes)s of it on disk", size_bytes=gigabytes(self.size_bytes))
             if self.size_bytes
-            else say("to load")
+            else say("to download")
         )
 
 
@@ -102,11 +102,11 @@ class TaskFiles:
     def state(self) -> str:
         """State of the task in words: on disk, or how much is to be downloaded."""
         if self.is_there:
-            return say("on disk")
+            return say("ready")
         if len(self.missing) == len(self.parts):
-            return say("to load")
+            return say("to download")
         return say(
-            "%(total_bytes)s to load",
+            "%(total_bytes)s to download",
             total_bytes=gigabytes(total_bytes(part.component for part in self.missing)),
         )
 

@@ -45,6 +45,11 @@ class ModelRow:
     is_suggested: bool = False
 
     @property
+    def licences(self) -> list[str]:
+        """Return the names of the licences of its parts, each once."""
+        return [licence.name for licence in list_licenses(self.model.components)]
+
+    @property
     def value(self) -> str:
         """Value of the form field that selects the model."""
         return f"{self.model.family} {self.model.task}"
@@ -91,9 +96,9 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     for place, model in enumerate(find_models()):
         missing = list_missing(model, models, {})
         size = (
-            say("%(total_bytes)s to load", total_bytes=gigabytes(total_bytes(missing)))
+            say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
             if missing
-            else say("on disk")
+            else say("ready")
         )
         row = ModelRow(
             model=model,
@@ -157,7 +162,7 @@ def describe_file(text: str) -> str:
     suffix = path.suffix.lower()
     try:
         if path.is_dir():
-            return say("a folder; Describe looks into it")
+            return say("a folder; Prepare looks into it")
         if suffix not in MODEL_SUFFIXES:
             return say(
                 "This is no model file: their names end in %(names)s.",
@@ -167,7 +172,7 @@ def describe_file(text: str) -> str:
             return say("There is no such file.")
         size_bytes = path.stat().st_size
         if suffix != ".safetensors":
-            return say("%(size_bytes)s; what it is, Describe looks up", size_bytes=gigabytes(size_bytes))
+            return say("%(size_bytes)s; what it is, Prepare looks up", size_bytes=gigabytes(size_bytes))
         with path.open("rb") as file:
             start = file.read(16)
             file.seek(0)

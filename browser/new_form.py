@@ -29,7 +29,7 @@ MAX_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {
     "family": say("Model"),
-    "task": say("Task"),
+    "task": say("Version"),
     "train": say("What is trained"),
     "trigger": say("Trigger word"),
     "model_files": say("model files"),
@@ -209,7 +209,7 @@ def check_form(form: NewForm) -> None:
         )
     tasks = [model.task for model in models if model.family == form.family]
     if form.task not in tasks:
-        error = join(" ", filter(None, (say("Task"), form.task)))
+        error = join(" ", filter(None, (say("Version"), form.task)))
         raise OptionError(
             say("%(problem)s: choose one of %(names)s.", problem=error, names=join(", ", tasks))
         )

@@ -34,6 +34,7 @@ from browser.captioning import (
     read_tries,
 )
 from browser.captions import mark_bytes
+from browser.checklist import Checklist, make_checklist
 from browser.command_lines import format_command
 from browser.command_output import OUT, REPAIR, OutputLine, find_command, read_changes, read_output_lines
 from browser.described_folder import (
@@ -61,7 +62,7 @@ from browser.folders import (
     read_outer_folder,
 )
 from browser.jobs import WAITING, Job
-from browser.launch import find_program
+from browser.launch import command_part, find_program, split_words
 from browser.machine import CardReader
 from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
@@ -149,6 +150,8 @@ BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
+TILES = 12  # files of the row of pictures
+LETTERS = 160  # of their captions, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # of that page, which may be somebody else's: no script, nothing from elsewhere, an origin of its own
@@ -334,7 +337,9 @@ class NewPages:
             "next_folder": PART,
             "tool_folders": [] if opened is None else [opened],
             "roots": tops,
-            "into": str(folder or name_upload_folder(tops[0], date.today())),
+            "is_chosen": folder is not None,
+            "unnamed": str(folder or name_upload_folder(tops[0], date.today())),
+            **self.list_tiles(content),
             "upload": UPLOAD,
             "piece": PIECE,
             "piece_bytes": PIECE_BYTES,
@@ -342,6 +347,18 @@ class NewPages:
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
             "left_out": [] if folder is None else self.files.left_out.list_names(folder),
+        }
+
+    def list_tiles(self, content: MediaFolder | None) -> dict[str, Any]:
+        """Return the values for the row of pictures: the first files of a folder. content: None: no files."""
+        names: list[str] = []
+        if content is not None:
+            with contextlib.suppress(OSError):
+                names = list_names(content.path)
+        return {
+            "tiles": [self.files.show(content.path, name) for name in names[:TILES]] if content else [],
+            "num_files": len(names),
+            "shown_letters": LETTERS,
         }
 
     def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
@@ -397,7 +414,7 @@ class NewPages:
                     missing = list_missing(model, self.site.models, form.model_files)
         if missing is not None:
             info.append(
-                say("%(total_bytes)s to load", total_bytes=gigabytes(total_bytes(missing)))
+                say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
                 if missing
                 else say("its model is here")
             )
@@ -447,6 +464,9 @@ class NewPages:
         loading = self.loading_values(described)
         download = loading["download"]
         works.append(download is not None and download.state == RUNNING)
+        checklist = self.make_checklist(
+            folder, described, background_jobs, queue.jobs, output["looking_lines"]
+        )
         commands: list[list[str]] = []
         if folder is not None:
             commands = read_commands(folder) if described is None else described.commands
@@ -459,6 +479,7 @@ class NewPages:
             **output,
             **loading,
             "standing": standing,
+            "checklist": checklist,
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
@@ -505,7 +526,6 @@ class NewPages:
             to_load=loading["to_load"] if is_loaded_here else "",
             load_failure=describe_failure(loading["download"]) if is_loaded_here else "",
             **self.find_missing(folder, described, checking, output["looking_lines"]),
-            num_licences=len(loading["licences"]),
             loads_at_start=bool(loading["licences"]) and not is_loaded_here,
             checking=checking,
             is_check_old=output["is_check_old"],
@@ -564,6 +584,32 @@ class NewPages:
             "repairing": repairing,
             "repair_lines": [line for line in read_output_lines(repairing, names) if line.is_about_repair],
         }
+
+    def make_checklist(
+        self,
+        folder: Path | None,
+        described: DescribedFolder | None,
+        background_jobs: Mapping[str, Job | None],
+        jobs: Sequence[Job],
+        lines: Sequence[OutputLine],
+    ) -> Checklist:
+        """Return the checklist of a folder.
+
+        jobs: of the queue. lines: of `new`, which count if it has ended without a failure.
+        """
+        if folder is None:
+            return Checklist([])
+        content = read_media_folder(folder)
+        unreadable = [] if content is None else self.files.list_unreadable(folder)
+        looking = background_jobs[COMPARE] or background_jobs[DESCRIBE]
+        is_told = looking is not None and looking.code == 0
+        return make_checklist(
+            content or read_outer_folder(folder),
+            lines if is_told else [],
+            unreadable=unreadable,
+            word="" if described is None else described.trigger,
+            mended=list_mended(lines, looking, [*jobs, background_jobs[REPAIRING]]),
+        )
 
     def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
         """Return what is to be downloaded for a folder: size, licenses, and the state of the login."""
@@ -849,7 +895,7 @@ class NewPages:
             raise OptionError(
                 say(
                     "The files of this folder do not have what you have typed yet (%(names)s). Press "
-                    "Describe first.",
+                    "Prepare first.",
                     names=join(", ", labels),
                 )
             )
@@ -887,7 +933,7 @@ class NewPages:
         """Write the three files as the shown changes say; the old files are copied into the bin first."""
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
-            raise OptionError(say("There are no changes to make (any more). Press Describe to see them."))
+            raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
         self.site.tracked_runs.reject_while_it_runs(folder)
@@ -914,7 +960,7 @@ class NewPages:
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Add the run of a folder to the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
-            raise OptionError(say("It is not described yet: press Describe first."))
+            raise OptionError(say("It is not prepared yet: press Prepare first."))
         words = self.make_run_words(read_described(folder))
         if "--download" in words and not has_accepted:
             raise OptionError(
@@ -946,7 +992,7 @@ class NewPages:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
         words = find_repair(read_commands(folder), folder)
         if not words:
-            raise OptionError(say("It is not described yet: press Describe first."))
+            raise OptionError(say("It is not prepared yet: press Prepare first."))
         require_inside(self.site.runs, folder)
         if encoding:
             words = [*words, encoding]
@@ -983,6 +1029,25 @@ class NewPages:
         )
         reason = find_misfit(chosen.family, chosen.task, option, text) if is_option else ""
         return answer_page(str(escape(reason)))
+
+
+def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence[Job | None]) -> set[str]:
+    """Return the remedies that have done their work since `new` has looked, for `make_checklist`.
+
+    lines: of `new`. looking: it. jobs: that may have carried out what the lines name.
+    """
+    if looking is None or not looking.log.exists():
+        return set()
+    since = looking.log.stat().st_mtime
+    done = {
+        tuple(split_words(command_part(job.line)))
+        for job in jobs
+        if job is not None and job.code == 0 and job.log.exists() and job.log.stat().st_mtime > since
+    }
+    mended = {line.text for line in lines if line.is_command and tuple(shlex.split(line.text)) in done}
+    if any("--repair_captions" in words for words in done):
+        mended.add(REPAIR)
+    return mended
 
 
 def describe_failure(download: Download | None) -> str:

@@ -46,7 +46,6 @@ class FolderStanding:
     has_changes: bool = False  # shown ones, of which nobody has said whether they are wanted
     download: Download | None = None  # of its model
     to_load: str = ""  # GB of its model that are missing, and that this page can load
-    num_licences: int = 0  # of the missing parts
     load_failure: str = ""  # last lines of a download that has died
     uncaptioned: int = 0  # files without the caption that the training needs
     only_pictures: bool = True  # of these files
@@ -70,7 +69,7 @@ class FolderStanding:
     @property
     def done(self) -> str:
         """What has been completed, in words."""
-        words = [say("Described")]
+        words = [say("Prepared")]
         if self.download is not None and self.download.state == FINISHED and not self.to_load:
             words.append(say("the model is here"))
         if self.is_checked:
@@ -80,16 +79,18 @@ class FolderStanding:
 
 def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> NextStep:
     """Return the next step of a folder. `is_written` says whether its files have the values of the form."""
-    fields = {say("a folder"): form.folder, say("a model"): form.family, say("a task"): form.task}
+    fields = {say("a folder"): form.folder, say("a model"): form.family}
+    if form.family:
+        fields[say("a version")] = form.task
     missing = [label for label, text in fields.items() if not text]
     if missing:
-        return NextStep(DESCRIBE, say("Describe"), missing=missing)
+        return NextStep(DESCRIBE, say("Prepare"), missing=missing)
     if standing.describing is not None and standing.describing.state == RUNNING:
-        return NextStep(BUSY, say("Describing …"))
+        return NextStep(BUSY, say("Preparing …"))
     if standing.has_changes:
         return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_PLACE)
     if not (standing.is_described and is_written):
-        return NextStep(DESCRIBE, say("Describe"))
+        return NextStep(DESCRIBE, say("Prepare"))
     return _select_after_describing(standing)
 
 
@@ -138,19 +139,18 @@ def _select_after_describing(standing: FolderStanding) -> NextStep:
         return NextStep(
             MEND,
             say("Look at the files"),
-            missing=[say("the files that are listed under What is in it")],
+            missing=[say("the files that are listed under Your files")],
             done=standing.done,
             address=LISTED_PLACE,
         )
     if standing.to_load and download is not None and download.state == RUNNING:
         return NextStep(
             BUSY,
-            say("Getting the model%(progress_words)s …", progress_words=download.progress_words),
+            say("Downloading the model%(progress_words)s …", progress_words=download.progress_words),
             done=standing.done,
         )
     if standing.to_load:
-        licenses = counted(standing.num_licences, "licence", "%(n)s licences")
-        word = say("Get the model (%(size)s, %(licences)s)", size=standing.to_load, licences=licenses)
+        word = say("Download the model (%(size)s)", size=standing.to_load)
         return NextStep(LOAD, word, done=standing.done)
     if checking is not None and checking.state == RUNNING:
         return NextStep(BUSY, say("Checking …"), done=standing.done)

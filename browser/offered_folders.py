@@ -64,7 +64,7 @@ def require_inside(runs: Runs, folder: Path) -> None:
     """Raise OptionError if the dataset of a described folder names files outside the roots."""
     path = folder / DATASET_FILE
     if not path.is_file():
-        raise OptionError(say("It is not described yet: press Describe first."))
+        raise OptionError(say("It is not prepared yet: press Prepare first."))
     outside = [place for place in find_places(path, folder) if not runs.is_below(place)]
     if outside:
         raise OptionError(

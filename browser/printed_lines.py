@@ -28,6 +28,22 @@ LINES = (
     say("First %(deeds)s. Then %(command)s checks, caches and trains"),
     say("First %(deeds)s. Then %(command)s downloads the model, checks, caches and trains"),
     say("left out: %(reason)s"),
+    say("%(names)s: left out, %(reason)s"),
+    say("%(names)s: shorter than %(frames)s frames (at %(fps)s a second)"),
+    say("%(names)s: pictures, of which this model learns nothing"),
+    say("%(names)s: too short for a clip of this model, which learns their first frame"),
+    say("%(names)s: an empty caption: nothing is learned by name"),
+    say("%(names)s: empty captions: nothing is learned by name"),
+    say("%(names)s: an empty caption: only %(word)s is learned there"),
+    say("%(names)s: empty captions: only %(word)s is learned there"),
+    say("%(folder)s: learned by its masks"),
+    say(
+        "%(captions)s: lists of tags (%(tags)s, ...), learned as they stand: %(model)s was trained on "
+        "sentences"
+    ),
+    say("captions that are not UTF-8: %(names)s: read as %(encoding)s"),
+    say("%(n)s cannot be read and has no caption, which ends a run: delete each, or move it away:"),
+    say("%(n)s cannot be read and have no caption, which ends a run: delete each, or move it away:"),
     # how a run ended
     say("ended by an error after step %(step)s: %(reason)s"),
     say("ended while %(doing)s: %(reason)s"),
@@ -53,6 +69,7 @@ PARTS = (
     say("1 picture"),
     say("1 clip"),
     say("1 sound"),
+    say("%(n)s captions"),
     say("pictures"),
     say("clips"),
     say("a CPU (--memory 12: a card of 12 GiB)"),

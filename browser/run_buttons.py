@@ -636,7 +636,7 @@ class RunButtons:
     def check(self, shown: ShownRun, _: Form) -> str:
         """Start the check of a run's described folder. Raises OptionError if there is none."""
         if shown.plan is None:
-            raise OptionError(say("There is no described folder to check."))
+            raise OptionError(say("There is no prepared folder to check."))
         folder = shown.plan.folder
         self.site.background_jobs.start(
             name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()

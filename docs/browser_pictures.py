@@ -313,13 +313,13 @@ def write_clips(folder: Path) -> None:
 
 def fill_new(page: Any, is_wide: bool) -> None:
     """Describe the folder if it is not; show its captions, or on a phone what was said of it."""
-    described = page.locator("#progress .state", has_text=re.compile("^described$"))
+    described = page.locator("#progress .state", has_text=re.compile("^prepared$"))
     if not described.count():
-        page.get_by_role("button", name="Describe").click()
+        page.get_by_role("button", name="Prepare").click()
         described.wait_for(timeout=120_000)
-        page.get_by_role("button", name=re.compile("^(Get the model|Check|Start)")).wait_for()
+        page.get_by_role("button", name=re.compile("^(Download the model|Check|Start)")).wait_for()
     if is_wide:
-        page.get_by_text("Files and captions").click()
+        page.get_by_role("button", name="Files", exact=True).click()
         wait_until(page, READY_CAPTIONS)
     else:
         page.locator("#progress h2").first.evaluate("heading => heading.scrollIntoView()")

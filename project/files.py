@@ -59,8 +59,8 @@ from project.options import (
     find_models,
     make_caption_words,
     own_command,
+    typed_in,
 )
-from project.running import typed_in
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
 

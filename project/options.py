@@ -6,11 +6,13 @@ from pathlib import Path
 
 from contract.families import FAMILIES, caption_formats
 from downloads.catalogue import ModelSet, model_sets
+from modules import installation
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.options import KeyFile, info_of
+from modules.paths import path_from
 from modules.text_files import bad_character, real_path
 
 RUN_FILE = "run.toml"
@@ -82,6 +84,23 @@ def times_of_steps(steps: int) -> dict[str, int]:
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` to type: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])
+
+
+def find_own_script(words: Sequence[str]) -> Path | None:
+    """Return the script of ours that a command runs; None if it is another command."""
+    if words[:1] != ["python"]:
+        return None
+    return installation.find_script("".join(words[1:2]))
+
+
+def typed_in(words: Sequence[str], folder: Path) -> str:
+    """Return a command as it can be typed in a folder."""
+    script = find_own_script(words)
+    if script is None or installation.PREFIX:
+        return as_typed(words)
+    absolute = installation.ROOT / script
+    relative = path_from(folder, absolute)
+    return as_typed([words[0], min(relative, str(absolute), key=len), *words[2:]])
 
 
 def as_operand(folder: Path) -> str:

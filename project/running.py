@@ -26,7 +26,7 @@ from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import in_one_spelling
 from modules.output_files import check_output_name
-from modules.paths import expand_path, path_from
+from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.checked import remember_checked, was_checked
@@ -41,8 +41,10 @@ from project.options import (
     RUN_FILE,
     as_operand,
     find_models,
+    find_own_script,
     make_caption_words,
     own_command,
+    typed_in,
 )
 from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
@@ -453,23 +455,6 @@ def _list_typed_values(words: Sequence[str]) -> dict[str, str]:
     return dict(itertools.pairwise(words))
 
 
-def typed_in(words: Sequence[str], folder: Path) -> str:
-    """Return a command as it can be typed in a folder."""
-    script = _find_script(words)
-    if script is None or installation.PREFIX:
-        return as_typed(words)
-    absolute = installation.ROOT / script
-    relative = path_from(folder, absolute)
-    return as_typed([words[0], min(relative, str(absolute), key=len), *words[2:]])
-
-
-def _find_script(words: Sequence[str]) -> Path | None:
-    """Return the script of ours that a command runs; None if it is another command."""
-    if words[:1] != ["python"]:
-        return None
-    return installation.find_script("".join(words[1:2]))
-
-
 def _is_check_of_media(words: Sequence[str]) -> bool:
     with contextlib.suppress(KeyError, IndexError):
         return "--check" in words and bool(script_family(words))
@@ -558,7 +543,7 @@ def _require_script(words: Sequence[str]) -> Path:
     Raises:
         OptionError: If it is not one that a run needs: run.toml may come from somebody else.
     """
-    script = _find_script(words)
+    script = find_own_script(words)
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
             f"{as_typed(words)} is no command of a run, which downloads, caches, trains and generates. "

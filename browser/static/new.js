@@ -13,7 +13,8 @@
   };
   form.addEventListener("input", ({ target }) => { if (target.name) remember(); });
   form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
-  form.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.id === "into") event.preventDefault(); });
+  // The field of the folder is a field of the form, and stands above the pictures.
+  for (const kind of ["input", "change"]) find("folder").addEventListener(kind, () => form.dispatchEvent(new Event(kind)));
 
   // The page opens again at the same place, with the focus where it was, and with what was done.
   const PLACE = `place ${location.pathname}`;
@@ -56,7 +57,9 @@
 
   document.addEventListener("click", (event) => {
     const { target } = event;
-    if (target.matches(".take")) {
+    const card = target.closest(".model-cards .take");
+    if (card) take(card.dataset.family, card.dataset.task);
+    else if (target.matches(".take")) {
       take(target.dataset.family, target.dataset.task).then(() => {
         find("task").focus({ preventScroll: true }); // the table leads to the fields
         find("task").scrollIntoView({ block: "center" });
@@ -66,11 +69,14 @@
       change(find("name"), target.dataset.name);
       find("name").focus(); // the button goes away
     }
-    if (target.matches("a.find") && rows) {
+    const tile = target.closest("a.find");
+    if (tile && rows && find("strip").dataset.rows === form.dataset.rows) { // else another folder was typed
+      event.preventDefault();
       find("captions").open = true;
-      change(find("text"), target.dataset.text);
+      find("captions").scrollIntoView();
+      change(find("text"), tile.dataset.text);
     }
-    if (target.matches("#leads a.button[href^='#']")) lead(event, document.querySelector(target.hash));
+    if (target.matches("a.button[href^='#']")) lead(event, document.querySelector(target.hash));
     if (target.matches(".leave")) move(JSON.parse(target.dataset.names), "out");
     if (target.matches(".return")) move([target.dataset.name], "back");
     if (target.matches("button.out")) move([target.closest(".file").file.pictures[0].name], "out");
@@ -90,6 +96,13 @@
   };
   addEventListener("hashchange", showCaptions);
   showCaptions();
+
+  // ---- tabs below the pictures: one part is open, or none
+  for (const tab of document.querySelectorAll(".tabs button")) {
+    const part = find(tab.getAttribute("aria-controls"));
+    tab.addEventListener("click", () => { part.open = !part.open; });
+    part.addEventListener("toggle", () => tab.setAttribute("aria-expanded", part.open));
+  }
 
   // The count of files without a caption follows the captions that are saved.
   if (find("tiles")) {
@@ -212,7 +225,8 @@
   async function send(files) {
     if (isSending || !files.length) return;
     isSending = true;
-    const into = find("into").value, refusals = find("refusals"), status = find("dropped");
+    const refusals = find("refusals"), status = find("dropped"), into = find("into").value || dropping.dataset.unnamed;
+    const isName = find("put") && into !== dropping.dataset.unnamed && !/[\\/]/.test(into), word = isName ? into.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "") : "";
     let folder = "", taken = 0;
     refusals.replaceChildren();
     for (const [at, file] of files.entries()) {
@@ -229,19 +243,43 @@
     const fields = new URLSearchParams(location.search);
     fields.delete("mark");
     fields.set("folder", folder);
+    if (word && !fields.has("trigger")) fields.set("trigger", word);
     const address = `${ROOT}/new?${fields}`;
     if (taken === files.length && !hasDrafts()) { location.assign(address); return; }
     status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: translate("show them") }));
   }
 
+  // Files that are dropped while no folder is chosen are asked what they show, unless that is said already.
+  let waiting = [];
+  function takeIn(files, name = "") {
+    if (!find("put") || find("into").value || !files.length) return send(files);
+    waiting = files;
+    find("source").open = true;
+    find("into").value = name;
+    find("into").focus();
+    find("put").hidden = false;
+    find("dropped").textContent = translateCount(files.length, "%(n)s file: what is it?", "%(n)s files: what are they?");
+    return Promise.resolve();
+  }
+  const put = () => {
+    const files = waiting;
+    waiting = [];
+    find("put").hidden = true;
+    return send(files);
+  };
+
   if (dropping) {
-    find("drop").addEventListener("change", ({ target }) => { send([...target.files]).then(() => { target.value = ""; }); });
+    find("drop").addEventListener("change", ({ target }) => { takeIn([...target.files]).then(() => { target.value = ""; }); });
+    find("put")?.addEventListener("click", put);
+    find("into").addEventListener("keydown", ({ key }) => { if (key === "Enter" && waiting.length) put(); });
     document.addEventListener("dragover", (event) => { event.preventDefault(); dropping.classList.add("over"); });
     document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) dropping.classList.remove("over"); });
     document.addEventListener("drop", async (event) => {
       event.preventDefault();
       dropping.classList.remove("over");
-      send(await list(event.dataTransfer.items));
+      const dropped = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.() ?? null);
+      const name = dropped.length === 1 && dropped[0]?.isDirectory ? dropped[0].name : "";
+      takeIn(await list(event.dataTransfer.items), name);
     });
   }
 }

@@ -31,7 +31,8 @@ function filterRows(field) {
     row.hidden = !words.every((word) => text.includes(word));
     count += !row.hidden;
   }
-  document.getElementById("setting-count").textContent = !rows.length ? "" : words.length ? translate("%(count)s of %(n)s keys", { count, n: rows.length }) : translate("%(n)s keys", { n: rows.length });
+  if (!field.dataset.count) return;
+  document.getElementById(field.dataset.count).textContent = !rows.length ? "" : words.length ? translate("%(count)s of %(n)s keys", { count, n: rows.length }) : translate("%(n)s keys", { n: rows.length });
 }
 
 document.addEventListener("input", (event) => {
@@ -92,8 +93,7 @@ document.addEventListener("htmx:before:swap", () => { untouched = keyFields().fi
 document.addEventListener("htmx:after:swap", ({ target }) => {
   for (const field of untouched) if (field.isConnected) setValue(field, defaultOf(field));
   untouched = [];
-  const find = document.querySelector("[data-find]");
-  if (find) filterRows(find);
+  for (const field of document.querySelectorAll("[data-find]")) filterRows(field);
   const part = target.closest?.(".later");
   if (part?.querySelector("[data-run-mark]")) {
     if (part.restored) keepTyped(part);

@@ -67,7 +67,7 @@ def test_the_commands_that_write_and_try_captions_follow_what_is_typed(tmp_path:
     with serve_runs(tmp_path / "roots") as served:
         describe(served, folder)
         with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
-            page.get_by_text("Let a model write them").click()
+            page.get_by_role("button", name="Captions by a model").click()
             assert page.locator("#try_line").inner_text().endswith(" --try_on 3")
             page.get_by_label("Question").fill("What <b>is</b> it?")
             wait_until(page, "document.querySelector('#caption_line').textContent.includes('What')")

@@ -467,7 +467,7 @@ def test_the_labels_of_the_form_are_found_once(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served, open_settings(served, folder) as page:
         wait_until(page, "document.querySelector('#sample-form') !== null")
         wait_until(page, "document.querySelector('#memory-form') !== null")
-        for label in ("Folder", "Model", "Task", "Trigger word", "Name", "Training steps"):
+        for label in ("Folder", "Model", "Version", "Trigger word", "Name", "Training steps"):
             assert page.get_by_label(label, exact=True).count() == 1, label
 
 

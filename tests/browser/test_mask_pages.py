@@ -544,7 +544,7 @@ def test_masks_that_a_job_has_made_are_learned(folder: Path, served: Served) -> 
         path.unlink()
     Image.new("RGB", (20, 20), "#00ff00").save(folder / "green.png")
     with open_page(f"{served.url}/new?{urlencode({'folder': folder})}") as page:
-        page.locator("#masks-fold summary").click()
+        page.get_by_role("button", name="Masks", exact=True).click()
         page.locator("#mask-find").select_option("colour")
         page.locator("#mask-rgb").fill("00ff00")
         page.get_by_role("button", name="Make the masks").click()

@@ -61,17 +61,17 @@ def post(served: Served, what: str, **fields: str | list[str]) -> Answer:
 def test_a_task_is_on_disk_when_all_of_its_parts_are(models: Path) -> None:
     empty = find_task(models, "wan", "t2v-1.3B")
     assert empty is not None
-    assert (empty.state, empty.is_there, len(empty.missing)) == ("to load", False, 4)
+    assert (empty.state, empty.is_there, len(empty.missing)) == ("to download", False, 4)
 
     write_task(models, "wan", "t2v-1.3B")
     full = find_task(models, "wan", "t2v-1.3B")
     assert full is not None
-    assert (full.state, {part.state for part in full.parts}) == ("on disk", {"on disk"})
+    assert (full.state, {part.state for part in full.parts}) == ("ready", {"ready"})
 
     (models / DIT).unlink()
     rest = find_task(models, "wan", "t2v-1.3B")
     assert rest is not None
-    assert ([part.path for part in rest.missing], rest.state) == ([DIT], "2.8 GB to load")
+    assert ([part.path for part in rest.missing], rest.state) == ([DIT], "2.8 GB to download")
     larger = find_task(models, "wan", "t2v-14B")  # has all but its transformer in common
     assert larger is not None
     assert [part.component.role for part in larger.missing] == ["transformer"]

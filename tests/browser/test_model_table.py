@@ -55,7 +55,7 @@ def test_only_what_is_not_there_is_loaded(tmp_path: Path) -> None:
         (tmp_path / part.path).touch()
     assert list_missing(model, tmp_path, {}) == []
     row = next(row for row in list_model_rows(tmp_path, 0) if row.model.task == "t2v-1.3B")
-    assert (row.size, row.fit) == ("on disk", "Slow on a CPU")
+    assert (row.size, row.fit) == ("ready", "Slow on a CPU")
 
 
 def test_a_file_says_what_it_is(tmp_path: Path) -> None:

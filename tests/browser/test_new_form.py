@@ -58,8 +58,8 @@ def test_what_another_model_cannot_have_is_not_kept() -> None:
     [
         ({"family": ""}, "Model: choose one"),
         ({"family": "nothing"}, "Model nothing: choose one of wan"),
-        ({"task": ""}, "Task: choose one of t2v-1.3B"),
-        ({"task": "t9v"}, "Task t9v: choose one of t2v-1.3B"),
+        ({"task": ""}, "Version: choose one of t2v-1.3B"),
+        ({"task": "t9v"}, "Version t9v: choose one of t2v-1.3B"),
         ({"trigger": "a\tb"}, "Trigger word 'a\\tb' holds a tab"),
         ({"name": "a/b"}, "Name"),
         ({"name": "aux.txt"}, "Name 'aux.txt': on Windows aux is a device"),

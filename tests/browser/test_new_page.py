@@ -94,7 +94,7 @@ def describe(served: Served, folder: Path, **changes: str) -> None:
     """Describe a folder as the page does, and wait for it."""
     answer = post(served, "describe", **{"folder": str(folder), **FIELDS, **changes})
     assert answer.status == 200, text_of(answer)
-    wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">prepared<')
 
 
 def press(page: Any, button: str) -> None:
@@ -111,17 +111,17 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
 ) -> None:
     images = write_images(tmp_path / "from a camera")
     with open_page(f"{served.url}/new") as page:
-        page.get_by_label("Put them into").fill("kittens")
+        page.get_by_label("What is it?").fill("kittens")
         page.get_by_label("Choose files").set_input_files(images)
         page.wait_for_url("**folder=**")
         assert page.get_by_label("Folder").input_value() == str(root / "kittens")
-        page.get_by_text("Files and captions").click()
+        page.get_by_role("button", name="Files", exact=True).click()
         for image in images:
             page.get_by_label(f"Caption of {image.name}").fill(f"a square of noise, {image.stem}")
             page.keyboard.press("Control+Enter")
         wait_until(page, "drafts.size === 0")
         page.get_by_label("Model").select_option("wan")
-        page.get_by_label("Task").select_option("t2v-1.3B")
+        page.get_by_label("Version").select_option("t2v-1.3B")
         page.get_by_label("Trigger word").fill("ohwx")
         page.get_by_label("Name").fill("own")
         page.get_by_label("Steps").fill("2")
@@ -131,8 +131,8 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
         page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
         wait_until(page, "document.querySelector('#command').textContent.includes('t5=')")
         command = page.locator("#command").text_content()
-        press(page, "Describe")
-        wait_page(page, "Train on it")
+        press(page, "Prepare")
+        wait_page(page, "Training")
         wait_page(page, "no fault")
 
         assert_equal_to_command(command, root / "kittens", tmp_path)
@@ -232,7 +232,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     write_images(root / "set", 1)
     assert refused(served, root, family="") == "Model: choose one."
     assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
-    assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
+    assert refused(served, root, task="").startswith("Version: choose one of t2v-1.3B")
     assert refused(served, root, steps="ten").startswith("Training steps ten: give a whole number from 1")
     assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
     assert refused(served, root, name="../x").startswith("Name ../x: a name has no slash.")
@@ -240,7 +240,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     for what in ("start", "try", "write", "repair"):
         answer = post(served, what, folder=str(root / "set"))
         assert answer.status == 422
-        assert text_of(answer, "refused") == "It is not described yet: press Describe first."
+        assert text_of(answer, "refused") == "It is not prepared yet: press Prepare first."
     assert post(served, "nothing", folder=str(root / "set")).status == 404
 
 
@@ -248,7 +248,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
 def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> None:
     write_images(root / "set", 1, captions=True)
     post(served, "describe", **{"folder": str(root / "set"), **FIELDS, "file_dit": PARTS["vae"]})
-    text = wait_for(served, root / "set", "not described")
+    text = wait_for(served, root / "set", "not prepared")
     assert "a Wan2.1 VAE" in text or "--dit" in text
     shown = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
     assert f'value="{PARTS["vae"]}"' in shown  # the form is still that of the command
@@ -270,7 +270,7 @@ def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
     assert sorted(answer.status for answer in answers) == [200, 422]
     [failed] = [answer for answer in answers if answer.status == 422]
     assert "running already" in text_of(failed)
-    wait_for(served, root / "set", '">described<')
+    wait_for(served, root / "set", '">prepared<')
 
 
 def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Path) -> None:
@@ -310,7 +310,7 @@ def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served
     assert 'name="trigger" value="ohwx"' in shown  # what was asked for survives a reload
     assert post(served, "replace", folder=str(folder), mark="0123").status == 422
     assert post(served, "replace", folder=str(folder), mark=mark).status == 200
-    wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">prepared<')
     assert 'trigger_word = "ohwx"' in (folder / "dataset.toml").read_text()
     [kept] = (root / "reelsmith-bin/replaced").iterdir()
     assert {name: (kept / name).read_bytes() for name in FILES} == old
@@ -372,8 +372,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
         answer = post(served, what, **typed)
         assert answer.status == 422
         assert text_of(answer, "refused") == (
-            "The files of this folder do not have what you have typed yet (Name, Steps). "
-            "Press Describe first."
+            "The files of this folder do not have what you have typed yet (Name, Steps). Press Prepare first."
         )
     assert served.runs.list_all() == []
 
@@ -419,7 +418,7 @@ def test_what_is_typed_and_not_saved_is_said_before_a_start(served: Served, root
 def test_the_count_of_files_without_a_caption_follows_the_captions(served: Served, root: Path) -> None:
     write_images(root / "set", 2)
     with open_page(f"{served.url}/new?{urlencode({'folder': str(root / 'set')})}") as page:
-        page.get_by_role("link", name="its files").click()
+        page.get_by_role("button", name="Files", exact=True).click()
         page.get_by_label("Caption of p00.png").fill("a square")
         page.keyboard.press("Control+Enter")
         page.get_by_text("2 pictures, 1 without caption").wait_for()
@@ -514,9 +513,9 @@ def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served
     write_images(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
-    wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">prepared<')
     text = served.ask(f"/new?folder={quote(str(folder))}").text
-    assert re.search(r">Get the model \([\d.]+ GB, \d licences\)</button>", text)
+    assert re.search(r">Download the model \([\d.]+ GB\)</button>", text)
     assert "are loaded first, under these licences" in text
     assert 'href="https://github.com/krea-ai' in text
     assert "There is no login on this machine" in text or "There is a login" in text
@@ -533,12 +532,12 @@ def test_missing_captions_come_before_a_download(served: Served, root: Path) -> 
     (folder / "broken.jpg").write_bytes(b"no picture")
     fields = {name: text for name, text in FIELDS.items() if name not in ("trigger",) and "file_" not in name}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
-    wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">prepared<')
     address = f"{served.url}/new?folder={quote(str(folder))}"
     with open_page(address) as page:
         text = page.locator("#next").inner_text()
         assert "Still missing: captions of 4 pictures, or a trigger word." in text
-        assert "Get the model" not in text
+        assert "Download the model" not in text
         page.locator("#next").get_by_text("Type a trigger word").click()
         assert page.evaluate("document.activeElement.id") == "trigger"
         page.locator("#step").click()
@@ -549,7 +548,7 @@ def test_missing_captions_come_before_a_download(served: Served, root: Path) -> 
         wait_until(page, "document.querySelector('#step').textContent === 'Look at the files'")
         assert page.locator(".leave").count() == 1  # one button for the broken file
         page.locator(".leave").click()
-        wait_until(page, "document.querySelector('#step').textContent.startsWith('Get the model')")
+        wait_until(page, "document.querySelector('#step').textContent.startsWith('Download the model')")
         assert page.problems == []
 
 
@@ -558,7 +557,7 @@ def test_a_download_that_fails_says_so_at_its_button(served: Served, root: Path)
     write_images(folder, 2, captions=True)
     fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
     post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
-    wait_for(served, folder, '">described<')
+    wait_for(served, folder, '">prepared<')
     jobs = BackgroundJobs(open_queue(Runs([root]), read_only=False))
     name = name_download(MODELS, "krea2", "raw")
     jobs.start(name, ["python", "tools/download.py", "--family", "krea9"], root)
@@ -577,9 +576,10 @@ def test_mistakes_are_said_while_one_types(served: Served, root: Path) -> None:
     typed["family"] = "anima"
     text = html.unescape(served.ask(f"/new?{urlencode({**typed, 'task': ''})}", HX_Request="true").text)
     pieces = {
-        name: text.split(f'id="{name}"')[1].split("</p>")[0] for name in ("content", "word", "free", "hours")
+        name: text.split(f'id="{name}"')[1].split("</p>")[0]
+        for name in ("folder_fault", "word", "free", "hours")
     }
-    assert "no such folder below" in pieces["content"]
+    assert "no such folder below" in pieces["folder_fault"]
     assert "Training steps abc: give a whole number" in pieces["hours"]
     assert "a name has no slash" in pieces["free"]
     assert 'role="alert"' in pieces["word"]
@@ -641,7 +641,7 @@ def test_names_and_captions_are_text(served: Served, root: Path) -> None:
     Image.new("RGB", (64, 64)).save(folder / "<img src=x onerror=alert(1)>.png")
     (folder / "<img src=x onerror=alert(1)>.txt").write_text("<script>alert(2)</script>", encoding="utf-8")
     with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
-        page.get_by_text("Files and captions").click()
+        page.get_by_role("button", name="Files", exact=True).click()
         page.get_by_label("Caption of <img").wait_for()
         assert page.get_by_label("Caption of <img").input_value() == "<script>alert(2)</script>"
         assert page.locator(".file img").count() == 1
@@ -659,7 +659,7 @@ def test_what_is_typed_survives_a_reload(served: Served, root: Path) -> None:
         page.get_by_label("Trigger word").fill("ohwx")
         page.reload()
         fields = [
-            page.get_by_label(label).input_value() for label in ("Folder", "Model", "Task", "Trigger word")
+            page.get_by_label(label).input_value() for label in ("Folder", "Model", "Version", "Trigger word")
         ]
         assert fields == [str(root / "set"), "wan", "t2v-1.3B", "ohwx"]
         assert parse_qs(urlsplit(page.url).query)["task"] == ["t2v-1.3B"]
@@ -675,10 +675,12 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
     }"""
     with open_page(f"{served.url}/new") as page:
         page.evaluate(drop, ["evil.py", "import os"])
+        press(page, "Put them there")
         page.get_by_text("evil.py: only pictures, clips, sounds").wait_for()
         page.get_by_text("0 of 1 taken").wait_for()
         assert list(root.iterdir()) == []
         page.evaluate(drop, ["a.txt", "a cat"])
+        press(page, "Put them there")
         page.wait_for_url("**folder=**")
     [path] = root.rglob("a.txt")
     assert path.read_text() == "a cat"
@@ -725,9 +727,10 @@ def test_the_page_fits_and_each_label_is_there_once(served: Served, root: Path) 
     with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
         page.locator("#text-prompts").wait_for(state="attached")  # it is read after the page
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        page.evaluate("document.querySelector('#captions').open = true")  # of the tabs one is open
         page.locator("#choose").scroll_into_view_if_needed()
         page.locator(".file").nth(1).wait_for()
-        fixed = {"folder", "model", "task", "trigger word", "name", "steps"}
+        fixed = {"folder", "model", "version", "trigger word", "name", "steps"}
         labels = [label for label in page.evaluate(LABELS) if label]
         assert {label: labels.count(label) for label in fixed} == dict.fromkeys(fixed, 1)
         assert_fits(page)
@@ -772,10 +775,10 @@ def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, r
     folder = describe_folder(root / "set", save_every_n_steps=10)
     with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
         page.get_by_label("Training steps", exact=True).fill("300")
-        page.get_by_role("button", name="Describe").focus()
+        page.get_by_role("button", name="Prepare").focus()
         place = page.evaluate("scrollY")
         with page.expect_navigation():
-            page.get_by_role("button", name="Describe").press("Enter")
+            page.get_by_role("button", name="Prepare").press("Enter")
         page.get_by_text("Written into run.toml: max_train_steps = 300, save_every_n_steps = 50.").wait_for()
         page.wait_for_function("document.activeElement.id === 'step'")
         assert abs(page.evaluate("scrollY") - place) < 200
@@ -851,9 +854,9 @@ def test_a_page_that_does_nothing_follows_what_another_one_does(served: Served, 
         page.wait_for_timeout(1500)
         assert "--dry_run" not in page.locator("#command").inner_text()
         describe(served, folder)
-        page.get_by_text("Train on it").wait_for(timeout=PATIENCE * MILLISECONDS)
+        page.get_by_text("Training").wait_for(timeout=PATIENCE * MILLISECONDS)
         wait_until(page, f"document.getElementById('steps').value === '{FIELDS['steps']}'")  # loaded again
-        assert page.get_by_label("Task").input_value() == FIELDS["task"]
+        assert page.get_by_label("Version").input_value() == FIELDS["task"]
 
 
 def test_the_counts_of_a_folder_agree_with_its_rows_and_with_what_new_takes(tmp_path: Path) -> None:

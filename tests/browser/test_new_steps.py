@@ -52,16 +52,16 @@ def standing(**facts: Any) -> FolderStanding:
 @pytest.mark.parametrize(
     ("facts", "is_written", "word"),
     [
-        ({}, False, "Describe"),
-        ({"describing": (RUNNING,)}, False, "Describing …"),
+        ({}, False, "Prepare"),
+        ({"describing": (RUNNING,)}, False, "Preparing …"),
         ({**DESCRIBED, "describing": (FINISHED, 0), "has_changes": True}, False, "Look at the changes"),
-        ({**CHECKED}, False, "Describe"),  # something was typed since
-        ({**DESCRIBED, "to_load": "99 GB", "num_licences": 1}, True, "Get the model (99 GB, licence)"),
-        ({**CHECKED, "to_load": "99 GB", "num_licences": 2}, True, "Get the model (99 GB, 2 licences)"),
+        ({**CHECKED}, False, "Prepare"),  # something was typed since
+        ({**DESCRIBED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
+        ({**CHECKED, "to_load": "99 GB"}, True, "Download the model (99 GB)"),
         (
             {**DESCRIBED, "to_load": "99 GB", "download": (RUNNING,)},
             True,
-            "Getting the model, 11.2 of 34.8 GB …",
+            "Downloading the model, 11.2 of 34.8 GB …",
         ),
         ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
         ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
@@ -80,13 +80,13 @@ def test_the_word_of_the_button_follows_the_state(facts: dict[str, Any], is_writ
     step = select_step(FILLED, standing(**facts), is_written)
     assert step.word == word
     other = select_step(NewForm(folder="set"), standing(**facts), is_written)
-    assert (other.word, other.missing) == ("Describe", ["a model", "a task"])
+    assert (other.word, other.missing) == ("Prepare", ["a model"])
 
 
 def test_what_has_worked_and_what_is_to_be_mended_is_said() -> None:
-    assert select_step(FILLED, standing(**CHECKED), True).done == "Described, checked: no fault."
+    assert select_step(FILLED, standing(**CHECKED), True).done == "Prepared, checked: no fault."
     loaded = standing(**DESCRIBED, download=(FINISHED, 0))
-    assert select_step(FILLED, loaded, True).done == "Described, the model is here."
+    assert select_step(FILLED, loaded, True).done == "Prepared, the model is here."
     faulty = select_step(FILLED, standing(**DESCRIBED, checking=(DIED, 1)), True)
     assert faulty.missing == ["what the check has found"]
     bare = select_step(FILLED, standing(**DESCRIBED, uncaptioned=12), True)
@@ -138,10 +138,10 @@ def test_the_button_is_always_in_view_and_the_page_is_low(served: Served, root: 
                     shown = page.evaluate("document.documentElement.scrollHeight")
                     assert shown <= MAX_SCREENS * height, address
         assert page.get_by_role("button", name="Check", exact=True).count() == 1
-        assert page.locator("#next").get_by_text("Described.").is_visible()
+        assert page.locator("#next").get_by_text("Prepared.").is_visible()
         page.set_viewport_size({"width": 1440, "height": 900})
         page.get_by_label("Training steps", exact=True).fill("77")
-        page.get_by_role("button", name="Describe", exact=True).wait_for()
+        page.get_by_role("button", name="Prepare", exact=True).wait_for()
         assert "77 steps" in page.locator("#next").inner_text()
         assert page.evaluate("document.activeElement.id") == "steps"
         page.get_by_text("show the command").click()
@@ -162,7 +162,7 @@ def test_lists_that_scroll_say_how_many_more(served: Served) -> None:
 
 def test_the_page_reads_without_scripts(served: Served, root: Path) -> None:
     text = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
-    for words in (">Check</button>", "Described.", "10 steps", "its model is here", " free</span>"):
+    for words in (">Check</button>", "Prepared.", "10 steps", "its model is here", " free</span>"):
         assert words in text
     assert text.count('id="step"') == 1
 
@@ -179,7 +179,7 @@ def test_the_model_is_loaded_after_its_licences_and_only_what_is_missing(
         text.replace('files = ["cache/dit.safetensors"]', f"files = {json.dumps(files)}"), encoding="utf-8"
     )
     page = served.ask(f"/new?folder={quote(str(root / 'loaded'))}").text
-    assert re.search(r">Get the model \([\d.]+ GB, licence\)</button>", page)
+    assert re.search(r">Download the model \([\d.]+ GB\)</button>", page)
     assert "I accept this licence" in page
     started: list[list[str]] = []
     monkeypatch.setattr(
@@ -210,19 +210,19 @@ def test_six_clicks_and_one_typed_word_lead_to_a_running_training(tmp_path: Path
             save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
     clicks = 0
     with serve_runs(tmp_path / "roots", models=models) as served, open_page(f"{served.url}/new") as page:
-        for label, choice in (("Model", "wan"), ("Task", "t2v-1.3B")):
+        for label, choice in (("Model", "wan"), ("Version", "t2v-1.3B")):
             page.get_by_label(label).select_option(choice)
             clicks += 1
             wait_until(page, "document.querySelectorAll('#task option').length > 1")
         page.get_by_text("kittens", exact=True).click()
         page.wait_for_url("**folder=**")
         page.get_by_label("Trigger word").fill("ohwx")
-        page.get_by_role("button", name="Describe", exact=True).click()
-        page.get_by_role("button", name="Describing …").wait_for()
+        page.get_by_role("button", name="Prepare", exact=True).click()
+        page.get_by_role("button", name="Preparing …").wait_for()
         page.get_by_role("button", name="Checking …").wait_for(timeout=180 * SECONDS)
         start = page.get_by_role("button", name="Start", exact=True)
         start.wait_for(timeout=180 * SECONDS)
-        assert page.locator("#standing").inner_text() == "Described, checked: no fault."
+        assert page.locator("#standing").inner_text() == "Prepared, checked: no fault."
         start.click()
         page.get_by_role("link", name="Show the training").wait_for(timeout=PATIENCE * MILLISECONDS)
         clicks += 3

@@ -61,6 +61,31 @@ def test_each_line_of_a_usual_folder_is_shown_in_the_language_of_the_page(
     assert [translate_line(line) for line in shown] == shown
 
 
+@pytest.mark.parametrize("code", ["zh", "ja"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.png, b.png: empty captions: only ohwx is learned there",
+        "a.mp4: shorter than 17 frames (at 16 a second)",
+        "a.png and 3 more: pictures, of which this model learns nothing",
+        "/x/set: learned by its masks",
+        "12 captions: lists of tags (cat, ...), learned as they stand: wan t2v-1.3B was trained on sentences",
+        "captions that are not UTF-8: a.txt: read as Windows-1252",
+        "1 cannot be read and has no caption, which ends a run: delete each, or move it away:",
+    ],
+)
+def test_lines_of_less_usual_folders_are_translated_with_their_names_and_numbers(
+    line: str, code: str
+) -> None:
+    with speaking(Language(code, read_texts(code))):
+        shown = show(translate_line(line))
+    assert any(ord(character) > 0x3000 for character in shown)
+    for stays in re.findall(r"[\w/]+\.\w+|/x/set|\d+|ohwx|Windows-1252|t2v-1.3B", line):
+        assert stays in shown
+    for word in ("caption", "learn", "short", "read as", "frames"):
+        assert word not in shown
+
+
 def test_names_cannot_make_a_line_slow_and_other_lines_stay() -> None:
     for line in (": . at , on " * 20_000, "names: " * 50_000, "a line of another form", ""):
         begin = time.process_time()

@@ -227,7 +227,7 @@ def test_an_address_fills_the_form_too(page: Any, served: Served, root: Path) ->
 def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:
     press(page, "b.png", "use as sample prompt")
     page.wait_for_selector("#sheet[open]")
-    assert "No described folder here trains this family" in page.locator("#sheet").inner_text()
+    assert "No prepared folder here trains this family" in page.locator("#sheet").inner_text()
     page.locator("#sheet [data-close]").click()
     describe(root / "mine")
     press(page, "b.png", "use as sample prompt")

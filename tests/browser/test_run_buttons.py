@@ -102,7 +102,7 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     write_controlled_run(output)
     page = served.ask(f"{address_of(served)}deeds").text
     assert "Make a picture with it" in page
-    assert "cannot be filled from this run" not in page
+    assert "is used by a command, in a terminal" not in page
     assert 'name="prompt" value="a cat"' in page
     assert 'name="control" value="output/edges.png"' in page
 
@@ -132,7 +132,7 @@ def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Serv
     write_generating_run(tmp_path / "my clips" / "output", "good", script)
     page = served.ask(f"{address_of(served)}deeds").text
     assert "Generate with it" not in page
-    assert "The page Generate cannot be filled from this run" in page
+    assert "This file is used by a command, in a terminal" in page
     run = address_of(served).split("/")[2]
     form = served.ask(f"/generate?run={run}").text
     assert "its history has no command of a script that this page drives" in form
@@ -149,8 +149,8 @@ def test_a_run_that_no_form_can_be_filled_from_says_so(script: str, served: Serv
     ("kind", "expected"),
     [
         ("draft", {"Check", "Start", "Edit samples", "Remove"}),
-        ("good", {"Train on", "Again with changes", "Edit samples", "Generate with it", "Remove"}),
-        ("", {"Continue", "Train on", "Again with changes", "Edit samples", "Generate with it", "Remove"}),
+        ("good", {"Train on", "Copy and change", "Edit samples", "Generate with it", "Remove"}),
+        ("", {"Continue", "Train on", "Copy and change", "Edit samples", "Generate with it", "Remove"}),
         (None, {"Stop", "Edit samples", "Generate with it", "Remove"}),
     ],
 )
@@ -473,7 +473,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.get_by_text("waiting, place 1").wait_for()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("It was taken out of the queue").wait_for()
-        page.get_by_role("button", name="Again with changes").click()
+        page.get_by_role("button", name="Copy and change").click()
         page.wait_for_url("**/new?**")
         assert page.get_by_label("Name").input_value() == "own-2"
         assert page.get_by_label("Training steps", exact=True).input_value() == "77"

@@ -140,7 +140,7 @@ def test_a_tag_is_renamed_and_given_back_by_clicks(pictures: Path) -> None:
         serve_runs(pictures.parent) as served,
         open_page(f"{served.url}/new?{urlencode({'folder': str(pictures)})}") as page,
     ):
-        page.locator("#tags-fold > summary").click()
+        page.get_by_role("button", name="Tags", exact=True).click()
         wait_until(page, "document.querySelector('#tag-rename') !== null")
         page.get_by_label("Old tag").fill("red_hat")
         page.get_by_label("becomes").fill("Hut ü")

@@ -203,6 +203,7 @@ def test_a_page_sends_a_large_file_in_pieces_through_breaks(
 
         page.route("**/new/piece?*", pass_on)
         page.locator("#drop").set_input_files(source)
+        page.get_by_role("button", name="Put them there").click()
         page.wait_for_url("**/new?*folder=*", timeout=PATIENCE * MILLISECONDS)
     assert list(breaks) == []
     (taken,) = (tmp_path / "roots").glob("*/large.png")

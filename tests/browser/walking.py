@@ -41,7 +41,7 @@ TYPING_SECONDS = 0.35  # after which a page asks what its fields mean
 STEADY = 8  # clicks for which an address that has answered counts as there
 MAX_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
-NOT_DRAWN = ("Load", "Get the model")  # beginnings of the names of buttons of downloads
+NOT_DRAWN = ("Load", "Download the model")  # beginnings of the names of buttons of downloads
 GOES_ON = "--check"  # of a command that the page New begins by itself after the one of a press
 FREE_OPTIONS = (
     "--seed",
@@ -107,9 +107,7 @@ CONTRADICTIONS: Mapping[str, Callable[[Said], bool]] = {
     "the queue goes on, and is paused": lambda it: (
         it.has("The queue goes on") and "paused" in it.page["state"]
     ),
-    "not described, and described": lambda it: (
-        it.has("^not described") and " Train on it " in it.page["text"]
-    ),
+    "not described, and described": lambda it: it.has("^not prepared") and " Training " in it.page["text"],
     "no run, and runs": lambda it: "No run yet" in it.page["text"] and bool(it.page["facts"]["runs"]),
     "nothing runs, and a job does": lambda it: "nothing runs ·" in it.page["text"] and RUNNING in it.states,
 }

@@ -1,0 +1,143 @@
+"""What is in a folder as a checklist: what is in order, to look at, or ends a run, each with its remedy.
+
+What the folder says by itself is asked of it each time, so that a mended row is gone. What only `new` finds
+out is read of its lines; those that need nobody stand behind the list.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from browser.command_output import OUT, REPAIR, OutputLine
+from browser.folders import MediaFolder
+from modules.pages.language import counted, join, say
+
+GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
+LISTED = 3  # files that a row names
+# of lines of `new`: the caption of files is asked for, which the folder says by itself
+ASKS_FOR_CAPTIONS = ("which `run` refuses. A model (", "or name what they show by a made-up word alone:")
+IS_OF_WORD = "(class_tokens) stands for it"
+# of lines about what somebody may want to change
+WARNING = (
+    *(": tiny, below", "left out", "too short", "shorter than", "learns nothing", "an empty caption"),
+    *("empty captions", "captions of no file", "not UTF-8", "unlearns", "seems to be", "counts"),
+)
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """Hold a row of the checklist."""
+
+    grade: str
+    text: str = ""
+    line: OutputLine | None = None  # of `new`, in place of the text
+    items: Sequence[OutputLine] = ()  # printed below that line: commands, or files
+    left_out: Sequence[str] = ()  # files that its button leaves out
+    asks_for_captions: bool = False
+
+
+@dataclass(frozen=True)
+class Checklist:
+    """Hold the rows of a folder, and the lines that are no rows."""
+
+    rows: Sequence[CheckRow]
+    details: Sequence[OutputLine] = ()
+
+
+@dataclass
+class _PrintedGroup:
+    """A line, and the commands or files that are indented below it."""
+
+    head: OutputLine
+    items: list[OutputLine] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[OutputLine]:
+        return [self.head, *self.items]
+
+
+def make_checklist(
+    content: MediaFolder | None,
+    lines: Sequence[OutputLine],
+    *,
+    unreadable: Sequence[str] = (),
+    word: str = "",
+    mended: Collection[str] = (),
+) -> Checklist:
+    """Return the checklist of a folder, the worst rows first.
+
+    Args:
+        content: Counts of its files; None if it has none.
+        lines: Of `new`.
+        unreadable: Names of its files that cannot be read now.
+        word: The trigger word that stands for missing captions; empty: there is none.
+        mended: Remedies of lines that have done their work: texts of commands, or REPAIR.
+    """
+    rows = [] if content is None else _list_counted(content, unreadable, word)
+    details: list[OutputLine] = []
+    for group in _group(lines):
+        row = _grade(group, unreadable, mended)
+        if row is None:
+            # its file has a button already
+            details += [replace(line, remedy="") if line.remedy == OUT else line for line in group.lines]
+        else:
+            rows.append(row)
+    return Checklist(sorted(rows, key=lambda row: (BAD, WARN, GOOD).index(row.grade)), details)
+
+
+def _list_counted(content: MediaFolder, unreadable: Sequence[str], word: str) -> list[CheckRow]:
+    """Return the rows that the files of a folder say by themselves."""
+    rows = [CheckRow(GOOD, replace(content, uncaptioned=0, unreadable=0).words)]
+    if unreadable:
+        names = join(", ", unreadable[:LISTED])
+        text = counted(
+            len(unreadable),
+            "%(n)s file cannot be read: %(names)s",
+            "%(n)s files cannot be read: %(names)s",
+            names=names if len(unreadable) <= LISTED else say("%(names)s and others", names=names),
+        )
+        rows.append(CheckRow(BAD, text, left_out=unreadable))
+    if content.uncaptioned and word:
+        text = counted(
+            content.uncaptioned,
+            "%(n)s file has no caption: %(word)s stands for it",
+            "%(n)s files have no caption: %(word)s stands for it",
+            word=word,
+        )
+        rows.append(CheckRow(GOOD, text))
+    elif content.uncaptioned:
+        text = counted(content.uncaptioned, "%(n)s file has no caption", "%(n)s files have no caption")
+        rows.append(CheckRow(WARN, text, asks_for_captions=True))
+    else:
+        rows.append(CheckRow(GOOD, say("each has a caption")))
+    return rows
+
+
+def _group(lines: Iterable[OutputLine]) -> list[_PrintedGroup]:
+    groups: list[_PrintedGroup] = []
+    for line in lines:
+        if groups and (line.depth or line.is_command):
+            groups[-1].items.append(line)
+        else:
+            groups.append(_PrintedGroup(line))
+    return groups
+
+
+def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[str]) -> CheckRow | None:
+    """Return the row of a line and what belongs to it; None if it needs nobody, or is mended."""
+    head = group.head
+    is_counted = any(words in head.text for words in (*ASKS_FOR_CAPTIONS, IS_OF_WORD))
+    if is_counted or head.text.startswith("First "):
+        return None
+    if head.remedy == OUT and {*head.left_out} <= {*unreadable}:
+        return None  # a row has it already
+    if head.remedy == REPAIR and REPAIR in mended:
+        return None
+    items = [item for item in group.items if item.text not in mended and item.text not in unreadable]
+    if any(item.is_command for item in group.items) and not items:
+        return None
+    if head.is_fault or any(item.remedy == OUT for item in items):
+        return CheckRow(BAD, line=head, items=items)
+    is_warning = any(words in head.text for words in WARNING)
+    if head.remedy or any(item.is_command for item in items) or is_warning:
+        return CheckRow(WARN, line=head, items=items)
+    return None
