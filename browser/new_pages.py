@@ -1039,15 +1039,20 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
     if looking is None or not looking.log.exists():
         return set()
     since = looking.log.stat().st_mtime
-    done = {
-        tuple(split_words(command_part(job.line)))
-        for job in jobs
-        if job is not None and job.code == 0 and job.log.exists() and job.log.stat().st_mtime > since
-    }
-    mended = {line.text for line in lines if line.is_command and tuple(shlex.split(line.text)) in done}
+    ended = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
+    done = [_split_line(job.line) for job in ended if job.log.stat().st_mtime > since]
+    mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}
     if any("--repair_captions" in words for words in done):
         mended.add(REPAIR)
     return mended
+
+
+def _split_line(line: str) -> list[str]:
+    """Return the words of a command without its `cd`, or the line itself if it cannot be split."""
+    try:
+        return split_words(command_part(line))
+    except OptionError:  # somebody's own line of the queue: no line of `new` equals it
+        return [line]
 
 
 def describe_failure(download: Download | None) -> str:

@@ -225,8 +225,8 @@
   async function send(files) {
     if (isSending || !files.length) return;
     isSending = true;
-    const refusals = find("refusals"), status = find("dropped"), into = find("into").value || dropping.dataset.unnamed;
-    const isName = find("put") && into !== dropping.dataset.unnamed && !/[\\/]/.test(into), word = isName ? into.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "") : "";
+    const refusals = find("refusals"), status = find("dropped"), into = find("into").value || dropping.dataset.folder;
+    const isName = find("put") && into !== dropping.dataset.folder && !/[\\/]/.test(into), word = isName ? into.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "") : "";
     let folder = "", taken = 0;
     refusals.replaceChildren();
     for (const [at, file] of files.entries()) {

@@ -449,7 +449,7 @@ def test_search_finds_english_words_names_and_those_of_the_language(tmp_path: Pa
             *(("host memory blocks", "blocks_to_swap"), ("ブロックスワップ", "blocks_to_swap")),
             *(("サンプラー", "timestep_sampling"), ("過学習", "network_dropout")),
         ):
-            page.locator("[data-find]").fill(word)
+            page.locator("[data-find='#setting-rows']").fill(word)
             assert page.locator(f"#row-{key}").is_visible(), word
             assert not page.locator("#row-output_name").is_visible(), word
         assert page.problems == []

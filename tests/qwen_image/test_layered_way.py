@@ -138,9 +138,13 @@ def test_without_the_whole_picture_layers_alone_are_learned_and_made(project: Pr
     project.train_lora("alone", "--remove_first_image_from_target", *samples)
     made = project.generate("made alone", "--remove_first_image_from_target")
 
-    for folder in (project.folder / "alone" / "sample", made):
+    samples_folder = project.folder / "alone" / "sample"
+    for folder, sheets in (
+        (samples_folder, ["sheet"]),
+        (made, []),
+    ):  # a run shows its composites side by side
         endings = sorted(path.stem.rpartition("_")[2] for path in folder.glob("*.png"))
-        assert endings == ["composite", "layer1", "layer2"]
+        assert endings == ["composite", "layer1", "layer2", *sheets]
 
 
 @pytest.mark.long
