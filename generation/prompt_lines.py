@@ -283,29 +283,33 @@ def _cut_options(line: str) -> list[str]:
     """Return what comes before the first ` --`, and each option with its value."""
     parts = []
     start = 0
-    place = line.find(" --", _end_of_object(line, 0))
+    place = line.find(" --", _end_of_object(line, 0) or 0)
     while place >= 0:
         parts.append(line[start:place])
         start = place + len(" --")
         value = _WORD.match(line, start)
-        quoted = None if value is None else _QUOTED.match(line, value.end())
-        end = start if value is None else _end_of_object(line, value.end())
-        place = line.find(" --", end if quoted is None else quoted.end())
+        place = line.find(" --", start if value is None else _end_of_value(line, value.end()) or start)
     return [*parts, line[start:]]
 
 
-def _end_of_object(line: str, start: int) -> int:
-    """Return the place behind the JSON object that begins at `start`; `start` if none does.
+def _end_of_value(line: str, start: int) -> int | None:
+    """Return the position after the quoted text or JSON object that begins at `start`; None if none does."""
+    quoted = _QUOTED.match(line, start)
+    return _end_of_object(line, start) if quoted is None else quoted.end()
+
+
+def _end_of_object(line: str, start: int) -> int | None:
+    """Return the position after the JSON object that begins at `start`; None if none does.
 
     Dashes in its texts are no options.
     """
     object_start = len(line) - len(line[start:].lstrip())
     if not line.startswith("{", object_start):
-        return start
+        return None
     try:
         return json.JSONDecoder().raw_decode(line, object_start)[1]
     except (ValueError, RecursionError):  # such as {red|blue}
-        return start
+        return None
 
 
 def unquote(text: str) -> str:

@@ -5,7 +5,7 @@ from networks.names import layouts
 from networks.names.layouts import FamilyNames, RowsByHead, WeightPart, renamed_parts, stacked_parts
 
 LICENSE = (
-    "MiniMax H3 Community License: without an authorisation by MiniMax, which is free, it gives no rights in "
+    "MiniMax H3 Community License: without an authorization by MiniMax, which is free, it gives no rights in "
     "the USA, the EU, the UK and South Korea, also to what the model makes."
 )
 ENTRY = FamilyEntry(
