@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 
+from browser.jobs import open_queue
 from browser.runs import Runs
 from browser.server import make_app
 from browser.start import open_socket
@@ -108,7 +109,9 @@ class QuickServer(uvicorn.Server):
 def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
     """Serve the runs below folders. options: of `make_app`."""
     runs, listener = Runs(folders), open_socket("127.0.0.1", 0)
-    config = uvicorn.Config(make_app(runs, **options), log_level="critical", lifespan="off", ws="none")
+    queue = options.pop("queue", None) or open_queue(runs, bool(options.get("read_only")))
+    app = make_app(runs, queue=queue, **options)
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
     server = QuickServer(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -118,6 +121,7 @@ def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
         server.should_exit = True
         thread.join(PATIENCE)
         listener.close()
+        queue.end_work()  # a page may have begun it, and the thread would go on beside later tests
 
 
 def write_run(folder: Path, name: str = "x", steps: int = 6, kind: str | None = "good", **told: Any) -> Path:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,7 +132,8 @@ def test_beginnings_of_options_and_values_like_options_are_taken_as_before() -> 
 def test_commands_are_quoted_for_the_shell_of_the_system(
     monkeypatch: pytest.MonkeyPatch, system: str, typed: str
 ) -> None:
-    monkeypatch.setattr(command.os, "name", system)
+    # of this module alone: a path that another thread makes would be of a system that is not here
+    monkeypatch.setattr(command, "os", SimpleNamespace(name=system))
     words = ["python", "x.py", "--vae", "models/my vae.pt", "--dataset_config", r"C:\d.toml"]
     assert command.as_typed(words) == typed
 
