@@ -6,7 +6,7 @@ from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 
 main = training_script(
-    "anima", __doc__, whole_dit=True, kind="FullTraining", images=ImageTrainerDefaults(**TRAINER)
+    "anima", __doc__, full_dit=True, kind="FullTraining", images=ImageTrainerDefaults(**TRAINER)
 )
 
 

@@ -10,7 +10,7 @@ from training.scripts import training_script
 main = training_script(
     "sd1",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     script="fine_tune.py",
     kind="FineTuning",
     images=replace(CHECKPOINT_TRAINER, shown_as=SHOWN_AS),

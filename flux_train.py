@@ -8,7 +8,7 @@ from training.scripts import training_script
 main = training_script(
     "flux",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     kind="FullTraining",
     images=ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}),
 )

@@ -1,14 +1,14 @@
 """Train a ControlNet for FLUX.1. All options: python flux_train_control_net.py --help"""
 
 import modules.interpreter  # noqa: F401
-from flux.options import CONTROL_NET_REFUSED, TRAINER, join_swapped
+from flux.options import CONTROL_NET_REJECTED, TRAINER, join_swapped
 from training.image_options import FOREIGN, ImageTrainerDefaults, OfManyWeights, beside_transformer
 from training.scripts import training_script
 
 DEFAULTS = beside_transformer(
     "a ControlNet",
     ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}, foreign=(*FOREIGN, OfManyWeights)),
-    refused=CONTROL_NET_REFUSED,
+    refused=CONTROL_NET_REJECTED,
 )
 main = training_script(
     "flux",

@@ -8,7 +8,7 @@ from training.scripts import training_script
 main = training_script(
     "hunyuan_image",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     images=ImageTrainerDefaults(**{**TRAINER, "translate": name_attention}),
 )
 

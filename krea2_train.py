@@ -12,7 +12,7 @@ TURBO_LACKS_IT = (
 main = training_script(
     "krea2",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     kind="FullTraining",
     changes=TrainerChanges(refused={"turbo_dit": TURBO_LACKS_IT}),
 )

@@ -55,10 +55,10 @@ def settle(
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
         return shared, family_options
-    from ltx_2.references import settle_factors  # with references or a LoRA
+    from ltx_2.references import resolve_factors  # with references or a LoRA
 
     # prompt lines may have references too
-    factors = settle_factors(references, [Path(weight) for weight in shared.lora.lora_weight or ()])
+    factors = resolve_factors(references, [Path(weight) for weight in shared.lora.lora_weight or ()])
     family_options = replace(family_options, references=factors)
     if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
         from ltx_2.stages import keep_for_first_stage  # with two stages

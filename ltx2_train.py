@@ -17,7 +17,7 @@ changes = TrainerChanges(
 main = training_script(
     "ltx_2",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     kind="FullTraining",
     samplers=(*SAMPLERS, SHIFTED_LOGIT),
     changes=changes,

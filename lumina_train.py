@@ -5,7 +5,7 @@ from lumina.options import TRAINER
 from training.image_options import ImageTrainerDefaults
 from training.scripts import training_script
 
-main = training_script("lumina", __doc__, whole_dit=True, images=ImageTrainerDefaults(**TRAINER))
+main = training_script("lumina", __doc__, full_dit=True, images=ImageTrainerDefaults(**TRAINER))
 
 
 if __name__ == "__main__":

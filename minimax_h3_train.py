@@ -11,7 +11,7 @@ common = trainer_changes(SAMPLERS, WEIGHTINGS)
 of_teacher = dict.fromkeys(TEACHER_OPTIONS, NO_FROZEN_MODEL)
 changes = TrainerChanges(**{**common, "refused": {**common["refused"], **of_teacher}})
 main = training_script(
-    "minimax_h3", __doc__, whole_dit=True, kind="FullTraining", samplers=(UNIFORM,), changes=changes
+    "minimax_h3", __doc__, full_dit=True, kind="FullTraining", samplers=(UNIFORM,), changes=changes
 )
 
 

@@ -6,9 +6,7 @@ from training.options import TrainerChanges
 from training.scripts import training_script
 
 changes = TrainerChanges(settings={"timestep_sampling": {"default": CUT_LOGIT}})
-main = training_script(
-    "moss_image", __doc__, whole_dit=True, samplers=(*SAMPLERS, CUT_LOGIT), changes=changes
-)
+main = training_script("moss_image", __doc__, full_dit=True, samplers=(*SAMPLERS, CUT_LOGIT), changes=changes)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from training.scripts import training_script
 main = training_script(
     "sdxl",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     script="sdxl_train.py",
     kind="FullTraining",
     images=replace(CHECKPOINT_TRAINER, shown_as=SHOWN_AS),

@@ -1,12 +1,12 @@
 """Train a ControlNet for Stable Diffusion 1.x or 2.x. All options: python train_control_net.py --help"""
 
 import modules.interpreter  # noqa: F401
-from stable_diffusion.control_net_options import REFUSED
+from stable_diffusion.control_net_options import REJECTED
 from stable_diffusion.training_options import SHOWN_AS_CONTROL_NET
 from training.image_options import control_trainer
 from training.scripts import training_script
 
-DEFAULTS = control_trainer("a ControlNet", shown_as=SHOWN_AS_CONTROL_NET, refused=REFUSED)
+DEFAULTS = control_trainer("a ControlNet", shown_as=SHOWN_AS_CONTROL_NET, refused=REJECTED)
 main = training_script(
     "sd1",
     __doc__,

@@ -13,7 +13,7 @@ from training.scripts import training_script
 main = training_script(
     "sd1",
     __doc__,
-    whole_dit=True,
+    full_dit=True,
     script="train_db.py",
     kind="DreamBooth",
     images=replace(CHECKPOINT_TRAINER, shown_as=SHOWN_AS),

@@ -20,7 +20,7 @@ def reject_lora_options(options: WanTrainingOptions) -> None:
         )
 
 
-main = training_script("wan", __doc__, whole_dit=True, check=reject_lora_options)
+main = training_script("wan", __doc__, full_dit=True, check=reject_lora_options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import modules.interpreter  # noqa: F401
 from training.scripts import training_script
 
-main = training_script("z_image", __doc__, whole_dit=True)
+main = training_script("z_image", __doc__, full_dit=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from contract.loading import Placement
 from contract.made_networks import MadeNetwork
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import control_pictures
 from encoders.pictures import ModelOfImages, encode_images, image_defaults
 from modules.devices import send
@@ -164,7 +164,12 @@ class Anima(ModelOfImages):
         return conditions
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -178,7 +183,7 @@ class Anima(ModelOfImages):
             noisy,
             timesteps.float() / UNIT,
             **_name_texts(cond, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: _name_texts(text, noisy.device)),
+            overrides=overrides.rename_away(lambda text: _name_texts(text, noisy.device)),
         )
         return velocity
 

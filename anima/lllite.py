@@ -211,7 +211,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=_say_generation,
-        usual_rate=DefaultRate(1e-5, "2e-4", 5e-3),
+        default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
             "lllite.cond_emb_dim": config.cond_emb_dim,

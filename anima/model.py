@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anima.adapter import AnimaAdapter, read_texts
 from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import attend
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
@@ -52,7 +52,7 @@ class AnimaTokens:
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
@@ -251,7 +251,7 @@ class AnimaModel(BlockNetwork):
         states_mask: Tensor,
         ids: Tensor,
         weights: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return image tokens, B L C, and the other inputs of the blocks.
 
@@ -262,7 +262,7 @@ class AnimaModel(BlockNetwork):
             states_mask: B S, 1 for real ones, which come first.
             ids: T5's tokens, B T'.
             weights: B T', 0 for padding after the tokens, 1 or a weight for each token.
-            tweaks: Changes to this call; their second text has the same four arguments.
+            overrides: Changes to this call; their second text has the same four arguments.
 
         Raises:
             ValueError: If sizes do not match.
@@ -275,7 +275,9 @@ class AnimaModel(BlockNetwork):
         patches = functional.pad(patches, (0, PATCH**2))
         waves = sinusoid(sigmas, self.config.dim, torch.float32)
         time = self.t_embedding_norm(waves)
-        prompts = tweaks.texts(len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights)
+        prompts = overrides.texts(
+            len(noisy), states=states, states_mask=states_mask, ids=ids, weights=weights
+        )
         tokens = AnimaTokens(
             grid,
             rotary=self._rotary.get_table(grid, noisy.device),
@@ -284,7 +286,7 @@ class AnimaModel(BlockNetwork):
             shifts=self.t_embedder[1](waves),
             dtype=dtype,
             attention=self.attention,
-            combine=tweaks.steer,
+            combine=overrides.steer,
         )
         image = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
         return Hidden(image, tokens)

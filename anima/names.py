@@ -1,6 +1,6 @@
 """Anima's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, GrownBlocks, LoraRules, renamed_parts
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="anima",
     cache="anima_cache",
     record="Anima",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--qwen3 QWEN3_FILE",
     same_latents="qwen_image",
 )

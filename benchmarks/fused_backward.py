@@ -80,14 +80,14 @@ def _measure(words: list[str]) -> tuple[int, int, int, int]:
     import transformers.optimization  # noqa: F401  # Adafactor: loaded now so that it does not count
 
     from modules.options import read_options
-    from training.learning_options import WholeDitOptions
+    from training.learning_options import FullDitOptions
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions
 
-    parser = training_parser("", WholeDitOptions)
+    parser = training_parser("", FullDitOptions)
     from modules.parser import add_options
 
     add_options(parser, WanTrainingOptions)

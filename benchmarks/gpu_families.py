@@ -70,7 +70,7 @@ class BenchFamily:
         trained: (config, numbers, shape) -> additional tensors of a training sample's cache.
         section: Shape of a clip's latents -> shape of those that are denoised together.
         config: Family -> config of the transformer.
-        sounds: Whether each clip has audio.
+        audios: Whether each clip has audio.
     """
 
     room: str  # folder with family.py and options.py
@@ -86,7 +86,7 @@ class BenchFamily:
     trained: Callable[[Any, Drawn, Shape], Conditions] = lambda config, drawn, shape: {}
     section: Callable[[Shape], Shape] = lambda shape: shape
     config: Callable[[Any], Any] = lambda family: family.files.dit_header().config
-    sounds: bool = False
+    audios: bool = False
 
 
 def training_family(row: Row, path: Path) -> tuple[Any, Any]:
@@ -368,7 +368,7 @@ FAMILIES = {
     "minimax_h3": BenchFamily(
         *("minimax_h3", "H3TrainingOptions", "minimax_h3_generate_video", _h3_texts),
         work=lambda config, shape, text: h3_work(config, count_tokens(shape), text),
-        sounds=True,
+        audios=True,
     ),
     "sd1": BenchFamily(
         *("stable_diffusion.sd1", "Sd1TrainingOptions", "gen_img", _sd_texts),

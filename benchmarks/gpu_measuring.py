@@ -168,7 +168,7 @@ def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
 
     def load() -> None:
         host = swapped_weights(family.dit, options.speed.swap, device)
-        placement = placement_of(options, device, options.speed.fp8.quantisation)
+        placement = placement_of(options, device, options.speed.fp8.quantization)
         dit = family.load_dit(replace(placement, host=host))
         synchronize(device)
         del dit

@@ -20,8 +20,8 @@ from benchmarks.gpu_families import (
 from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
 from checkpoints.stored.forms import prepare
-from contract.data import HAS_SOUND, SOUND, Batch, Joint
-from contract.family import sound_of
+from contract.data import HAS_AUDIO, SOUND, Batch, Joint
+from contract.family import audio_of
 from contract.requests import Prepared, Request, settle
 from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
@@ -32,7 +32,7 @@ from networks.adapter import make_network
 from running.dressing import swapped_weights
 from running.planning.memory_plan import workspace
 from training.experts import dress, placement_of
-from training.loss import NoisyBatch, NoisySound
+from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
@@ -68,7 +68,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     planned = row.planned or plan_of_training(row, options, family, device)
     begun = time.monotonic()
     host = swapped_weights(family.dit, options.speed.swap, device)
-    form = options.speed.fp8.quantisation
+    form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
     dit = NoisyFamily(family).load_dit(replace(placement, host=host)).requires_grad_(False)
     loading = time.monotonic() - begun
@@ -165,9 +165,9 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
     entry = FAMILIES[row.model.family]
     count = entry.work
     assert count is not None
-    sound = sound_shape(row, family)
+    audio = audio_shape(row, family)
     # tokens of sound see all and are seen by all, as those of the text
-    further_tokens = row.text_tokens + (sound[1] * sound[2] if sound else 0)
+    further_tokens = row.text_tokens + (audio[1] * audio[2] if audio else 0)
     work = count(entry.config(family), section_of(row, family), further_tokens)
     if row.kind == GENERATION:
         made = row.steps * passes_of(family) * work.forward
@@ -175,7 +175,7 @@ def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
     loop = options.loop
     keeps = loop.gradient_checkpointing_keep is not None
     # compiled blocks and products with 8-bit weights save tensors at their end: all of it is recomputed
-    ends_early = options.speed.compilation.choice is None and options.speed.fp8.quantisation is None
+    ends_early = options.speed.compilation.choice is None and options.speed.fp8.quantization is None
     made = work.lora_step(loop.gradient_checkpointing, keeps, ends_early)
     return made, work.lora_step(checkpointing=False)
 
@@ -188,11 +188,11 @@ def passes_of(family: Any) -> int:
     )
 
 
-def sound_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
+def audio_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
     """Return the shape of the latents of a clip's audio, C T M; None for a model without audio."""
-    if not FAMILIES[row.model.family].sounds:
+    if not FAMILIES[row.model.family].audios:
         return None
-    spec = sound_of(family)
+    spec = audio_of(family)
     assert spec is not None
     return spec.shape(row.size.frames, family.defaults.fps)
 
@@ -208,11 +208,11 @@ def random_batch(row: Row, family: Any) -> NoisyBatch:
     }
     one = torch.ones(1)
     noise = drawn.numbers(*shape)
-    size, sound = sound_shape(row, family), None
+    size, audio = audio_shape(row, family), None
     if size is not None:
-        tensors |= {SOUND: drawn.numbers(1, *size), HAS_SOUND: one}
-        sound = NoisySound(drawn.numbers(1, *size), one / 2, one * 500, one)
-    return NoisyBatch(Batch(tensors, ("",), ("random",)), noise, one / 2, one * 500, one, sound=sound)
+        tensors |= {SOUND: drawn.numbers(1, *size), HAS_AUDIO: one}
+        audio = NoisyAudio(drawn.numbers(1, *size), one / 2, one * 500, one)
+    return NoisyBatch(Batch(tensors, ("",), ("random",)), noise, one / 2, one * 500, one, audio=audio)
 
 
 def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
@@ -231,10 +231,10 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
         experts=family.experts,
     )
     prepared = replace(prepared, family_record=entry.own())
-    if (sound := sound_shape(row, family)) is not None:
+    if (audio := audio_shape(row, family)) is not None:
         _, *image = section_of(row, family)
-        joint = Joint(tuple(image), sound)  # type: ignore[arg-type]  # four numbers
-        prepared = replace(prepared, joint=joint, sound_shift=family.noise.sound_shift)
+        joint = Joint(tuple(image), audio)  # type: ignore[arg-type]  # four numbers
+        prepared = replace(prepared, joint=joint, audio_shift=family.noise.audio_shift)
     return prepared, {0: EncodedPrompts(*texts)}, inputs
 
 

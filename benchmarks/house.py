@@ -23,7 +23,7 @@ NOT_PRODUCT = {"tests", "pocket", "benchmarks", "docs"}
 SCRIPTS = "scripts"  # the room of the files at the root
 LONG = 20  # lines from which on a function can be dense
 DENSE = 6.0  # expressions a line
-MOST_EXPRESSIONS, MAX_LOCALS, MAX_PARAMETERS = 300, 20, 12
+MAX_EXPRESSIONS, MAX_LOCALS, MAX_PARAMETERS = 300, 20, 12
 MANY_ARGUMENTS = 5  # positional ones, from which on keywords are clearer
 # local names and parameters that say nothing of what they hold
 VAGUE = {
@@ -61,7 +61,7 @@ class FunctionFigures:
     def is_crowded(self) -> bool:
         """Whether it exceeds a limit of tests/test_size.py."""
         return (
-            self.expressions > MOST_EXPRESSIONS
+            self.expressions > MAX_EXPRESSIONS
             or self.local_names > MAX_LOCALS
             or self.parameters > MAX_PARAMETERS
         )
@@ -70,7 +70,7 @@ class FunctionFigures:
     def weight(self) -> float:
         """Sum of its expressions, names and density, each relative to its limit."""
         density = self.expressions / self.lines / DENSE if self.lines >= LONG else 0.0
-        return self.expressions / MOST_EXPRESSIONS + self.local_names / MAX_LOCALS + density
+        return self.expressions / MAX_EXPRESSIONS + self.local_names / MAX_LOCALS + density
 
 
 @dataclass
@@ -98,7 +98,7 @@ class RoomFigures:
             f"functions of {LONG} lines and more": len(long),
             f"of these above {DENSE:.0f} expressions a line": sum(one.is_dense for one in long),
             "expressions a line in them": f"{per_line:.2f}",
-            f"above {MOST_EXPRESSIONS} expressions": self._count("expressions", MOST_EXPRESSIONS),
+            f"above {MAX_EXPRESSIONS} expressions": self._count("expressions", MAX_EXPRESSIONS),
             f"above {MAX_LOCALS} local names": self._count("local_names", MAX_LOCALS),
             f"above {MAX_PARAMETERS} parameters": self._count("parameters", MAX_PARAMETERS),
             "vague names in 1,000 statements": f"{1000 * self.vague_names / max(self.statements, 1):.1f}",

@@ -84,7 +84,7 @@ def _load(path: Path, target: str) -> None:
 
     from checkpoints.opening import open_checkpoint
     from contract.loading import Placement
-    from modules.speed_options import Quantisation
+    from modules.speed_options import Quantization
     from wan.checkpoints import load_dit
 
     load_dit(path, Placement(torch.device("meta")))  # so that what a first call imports does not count
@@ -100,7 +100,7 @@ def _load(path: Path, target: str) -> None:
     start = time.perf_counter()
     cpu = torch.device("cpu")
     placement = (
-        Placement(cpu, quantisation=Quantisation("rows"))
+        Placement(cpu, quantization=Quantization("rows"))
         if target == "fp8"
         else Placement(cpu, compute_dtype=getattr(torch, target))
     )

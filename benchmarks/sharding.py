@@ -91,7 +91,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     models = family.train[1 : family.train.index("--network_module")]
     return {
         LORA: [*family.train, *RUN],
-        "whole model": [family.train_whole, *models, *RUN, "--save_state", "--overwrite"],
+        "whole model": [family.train_full, *models, *RUN, "--save_state", "--overwrite"],
     }
 
 

@@ -211,7 +211,7 @@ def run(
     """Return the velocities of all clips at all noise levels, and their mean square error."""
     row = Row("", TRAINING, replace(WAN_14B, words=("--task", "t2v-1.3B")), SMALL, "", tuple(words))
     options, family = training_family(row, path)
-    dit = family.load_dit(placement_of(options, CPU, options.speed.fp8.quantisation))
+    dit = family.load_dit(placement_of(options, CPU, options.speed.fp8.quantization))
     drawn, made, errors = torch.Generator().manual_seed(0), [], []
     for clip in clips:
         noise = torch.randn(1, *clip["latents"].shape, generator=drawn)

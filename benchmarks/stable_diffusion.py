@@ -41,7 +41,7 @@ from benchmarks.process_memory import (  # noqa: E402
 
 BAR, MEMORY_BAR = 1.1, 1.0
 OTHER_BAR = 1.05  # of both, for what is no LoRA
-LORA, WHOLE, LLLITE, WORD = "lora", "whole", "lllite", "word"
+LORA, FULL, LLLITE, WORD = "lora", "whole", "lllite", "word"
 NEW_WORD = "zzword"
 EMBEDDED, PROJECTED = 32, 64  # numbers of a ControlNet-LLLite
 RANK, ALPHA = 8, 8
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="no", choices=["no", "bf16"], help="value of --mixed_precision"
     )
-    parser.add_argument("--learns", choices=[LORA, WHOLE, LLLITE, WORD], default=LORA, help="what both train")
+    parser.add_argument("--learns", choices=[LORA, FULL, LLLITE, WORD], default=LORA, help="what both train")
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
     parser.add_argument("--profile", choices=["plain", "ours"], help="print where the time of one goes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -169,7 +169,7 @@ def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    kept = torch.float32 if args.learns == WHOLE else dtype
+    kept = torch.float32 if args.learns == FULL else dtype
     unet: Any = UNet2DConditionModel.from_pretrained(folder / "model" / "unet", torch_dtype=kept)
     learner: Any = unet
     if args.learns == LORA:
@@ -308,7 +308,7 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
     """Yield a step of the script's loop, which trains the U-Net from caches in memory."""
     from contract.families import FAMILIES
     from training.image_options import CHECKPOINT_TRAINER, NOISE_TRAINER, read_image_training
-    from training.learning_options import WholeDitOptions
+    from training.learning_options import FullDitOptions
     from training.loop import advance
     from training.run import prepare_run
 
@@ -342,10 +342,10 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
         typed += ["--token_string", NEW_WORD]
         record = entry.options_record("InversionTraining")
         options, family_options, _ = read_image_training("", record, WORD_TRAINER, typed)
-    elif args.learns == WHOLE:
+    elif args.learns == FULL:
         record = entry.options_record("FullTraining" if args.kind == "sdxl" else "FineTuning")
         options, family_options, _ = read_image_training(
-            "", record, CHECKPOINT_TRAINER, typed, learner=WholeDitOptions
+            "", record, CHECKPOINT_TRAINER, typed, learner=FullDitOptions
         )
     else:
         typed += ["--network_dim", str(RANK), "--network_alpha", str(ALPHA), "--network_train_unet_only"]

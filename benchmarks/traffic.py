@@ -143,7 +143,7 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
     from training.planning.rehearsal import dress_trainable, stand_in_batch
 
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
-    placement = replace(placement_of(options, META, options.speed.fp8.quantisation), attention=choice)
+    placement = replace(placement_of(options, META, options.speed.fp8.quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
     with quiet(), dry_run() as ledger, torch.autograd.set_detect_anomaly(True, check_nan=False):
@@ -175,7 +175,7 @@ def count_denoising(
 
     choice = replace(options.speed.attention.choice, mode="sdpa")
     with quiet():
-        dit = family.load_dit(Placement(META, attention=choice, quantisation=options.speed.fp8.quantisation))
+        dit = family.load_dit(Placement(META, attention=choice, quantization=options.speed.fp8.quantization))
     dit.eval().requires_grad_(False)
     blocks = family.dit.blocks(dit)
     with quiet(), dry_run() as ledger, torch.no_grad():
@@ -188,7 +188,7 @@ def count_denoising(
 
         def run(numbers: Counts) -> list[Operation]:
             keep_blocks(dit, blocks, numbers, ledger)
-            predict = predictor(family, lambda _: dit, step, options.splits_guidance, section.tweaks)
+            predict = predictor(family, lambda _: dit, step, options.splits_guidance, section.overrides)
             with Counting(ledger.device) as counting, ledger.guessing():
                 guidance(step, predict, section)
             return counting.operations

@@ -49,14 +49,14 @@ def main() -> None:
 def _measure(folder: Path, args: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Return seconds of bare steps and of steps of the loop, one figure of each per round."""
     from modules.options import read_options
-    from training.learning_options import WholeDitOptions
+    from training.learning_options import FullDitOptions
     from training.loop import advance
     from training.options import TrainingOptions, read_arguments, training_parser
     from training.run import prepare_run
     from wan.family import family_for_training
     from wan.options import WanTrainingOptions
 
-    parser = training_parser("", WholeDitOptions) if args.whole else training_parser("")
+    parser = training_parser("", FullDitOptions) if args.whole else training_parser("")
     add_options(parser, WanTrainingOptions)
     given = read_arguments(parser, _write_project(folder, args, args.whole), {})
     family = family_for_training(read_options(WanTrainingOptions, given))
@@ -118,10 +118,10 @@ def _time(count: int, step: Callable[[], None]) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _write_project(folder: Path, args: argparse.Namespace, is_whole: bool = False) -> list[str]:
+def _write_project(folder: Path, args: argparse.Namespace, is_full: bool = False) -> list[str]:
     """Write a random transformer and caches of clips of nine frames; return the options of a run on them.
 
-    `is_whole` trains all weights instead of a LoRA.
+    `is_full` trains all weights instead of a LoRA.
     """
     import torch
 
@@ -154,7 +154,7 @@ def _write_project(folder: Path, args: argparse.Namespace, is_whole: bool = Fals
             "dataset_config": folder / "dataset.toml",
             "dit": dit,
             "task": "t2v-1.3B",
-            **({} if is_whole else {"network_dim": 16}),
+            **({} if is_full else {"network_dim": 16}),
             "learning_rate": 1e-4,
         },
         **{"output_dir": folder / "output", "output_name": "x", "logging_dir": folder / "logs", "seed": 1},

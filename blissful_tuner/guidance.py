@@ -38,7 +38,7 @@ from blissful_tuner.options import MAX_SCALE, PLAIN_GUIDANCE, GuidanceOptions, N
 from contract.data import Conditions
 from contract.requests import Prepared
 from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from contract.steps import NO_TWEAKS, Away, Guidance, Predict, RunPasses, Section, Step, Tweaks
+from contract.steps import NO_OVERRIDES, Away, Guidance, Overrides, Predict, RunPasses, Section, Step
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def make_guidance(
         OptionError: If the request's schedule and the options do not go together.
     """
     plans = plan_steps(prepared, options)
-    join = functools.cache(Tweaks.within)  # the same objects at all steps, as `Tweaks.turn` requires
+    join = functools.cache(Overrides.within)  # the same objects at all steps, as `Overrides.turn` requires
     below = prepared.rules.below_share
     steering = _Steering(options.nag)
 
@@ -78,18 +78,18 @@ def make_guidance(
         plan = plan_at(step)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
-        steered = steering.make_tweaks(section)
-        calls: dict[Tweaks, dict[int, Conditions]] = {}
+        steered = steering.make_overrides(section)
+        calls: dict[Overrides, dict[int, Conditions]] = {}
         # by pass: its tweaks and conditions. Passes in which both are the same are computed once
-        keys: dict[Pass, tuple[Tweaks, int]] = {}
+        keys: dict[Pass, tuple[Overrides, int]] = {}
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
-            tweaks = join(pass_.tweaks, plan.tweaks)
+            overrides = join(pass_.overrides, plan.overrides)
             if pass_.text == "positive":
-                tweaks = join(tweaks, steered)
-            calls.setdefault(tweaks, {})[id(conditions)] = conditions
-            keys[pass_] = tweaks, id(conditions)
+                overrides = join(overrides, steered)
+            calls.setdefault(overrides, {})[id(conditions)] = conditions
+            keys[pass_] = overrides, id(conditions)
         by_call = run(calls, predict, section)
         velocities = {pass_: by_call[key] for pass_, key in keys.items()}
         return plan.combine(velocities, step, section)
@@ -103,23 +103,23 @@ class _Steering:
     def __init__(self, options: NagOptions) -> None:
         self._options = options
         self._section: Section | None = None
-        self._tweaks = NO_TWEAKS
+        self._overrides = NO_OVERRIDES
 
-    def make_tweaks(self, section: Section) -> Tweaks:
+    def make_overrides(self, section: Section) -> Overrides:
         """Return the tweaks of a section, whose conditions are on the device by now."""
         if section is not self._section:
             self._section = section
-            self._tweaks = self._steer_away(section)
-        return self._tweaks
+            self._overrides = self._steer_away(section)
+        return self._overrides
 
-    def _steer_away(self, section: Section) -> Tweaks:
+    def _steer_away(self, section: Section) -> Overrides:
         nag = self._options
         if not nag.is_on:
-            return NO_TWEAKS
+            return NO_OVERRIDES
         assert section.away is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
         steer = NormalizedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
-        return Tweaks(away=Away(section.away, steer))
+        return Overrides(away=Away(section.away, steer))
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
@@ -145,14 +145,14 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
-        self._weakened = Pass("negative", Tweaks(skip_blocks=layers))
-        self._thinned = Pass("negative", Tweaks(skip_blocks=prepared.rules.negative_skips.blocks))
+        self._weakened = Pass("negative", Overrides(skip_blocks=layers))
+        self._thinned = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
-        self._perturbed = Pass("positive", Tweaks(skip_self_attention=self._rules.perturbed_blocks))
-        self._isolated = Pass("positive", Tweaks(isolated=True))
-        self._guided_tweaks = NO_TWEAKS
+        self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
+        self._isolated = Pass("positive", Overrides(isolated=True))
+        self._guided_overrides = NO_OVERRIDES
         if options.disable_embedded_for_cfg:
-            self._guided_tweaks = Tweaks(embedded_guidance=False)
+            self._guided_overrides = Overrides(embedded_guidance=False)
         rule = self._rules.projection
         # of the picture, and of the sound
         self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
@@ -167,22 +167,22 @@ class _StepPlanner:
         options = self._options
         factor = options.cfgzerostar_multiplier if index < options.cfgzerostar_init_steps else 1.0
         of_image: tuple[GuidanceStage, ...] = ()
-        of_sound: tuple[GuidanceStage, ...] = ()
+        of_audio: tuple[GuidanceStage, ...] = ()
         if scale is not None and self._rules.streams:
-            of_image, of_sound = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
+            of_image, of_audio = (self._make_stream_stages(rule, scale) for rule in self._rules.streams)
         elif scale is not None:
-            of_image, of_sound = (
+            of_image, of_audio = (
                 self._make_plain_stages(index, scale, momentum) for momentum in self._momenta
             )
         if self._prepared.joint is None:
-            of_sound = ()
+            of_audio = ()
         passes: list[Pass] = []
         if factor:
             passes.append(POSITIVE)
-            for stage in (*of_image, *of_sound):
+            for stage in (*of_image, *of_audio):
                 passes += stage.passes
-        tweaks = NO_TWEAKS if scale is None else self._guided_tweaks
-        return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_sound), factor, tweaks)
+        overrides = NO_OVERRIDES if scale is None else self._guided_overrides
+        return PassPlan(tuple(dict.fromkeys(passes)), (of_image, of_audio), factor, overrides)
 
     def _make_stream_stages(self, rule: StreamGuidance, scale: float) -> tuple[GuidanceStage, ...]:
         """Return the stages of a picture or a sound that has scales of its own."""
@@ -484,7 +484,7 @@ def _warn_of_unused_options(
     }
     negatives = [texts.negative for texts in prepared.prompts.values()]
     has_negative_text = any(negative is not None and negative.text for negative in negatives)
-    skips_layers = any(pass_.tweaks.skip_blocks for pass_ in passes)
+    skips_layers = any(pass_.overrides.skip_blocks for pass_ in passes)
     reasons: dict[str, str] = {}
     if not is_guided:
         reasons = dict.fromkeys(is_given, NO_STEP)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
 from contract.rules import Projection, StreamGuidance
-from contract.steps import NO_TWEAKS, Calls, Made, Predict, Section, Step, Tweaks
+from contract.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Section, Step
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Pass:
     """
 
     text: Literal["positive", "negative", "blank"]
-    tweaks: Tweaks = NO_TWEAKS
+    overrides: Overrides = NO_OVERRIDES
 
 
 POSITIVE, NEGATIVE, BLANK = Pass("positive"), Pass("negative"), Pass("blank")
@@ -51,19 +51,19 @@ class PassPlan:
     # stages of the picture, and of the sound that is made with it
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
     factor: float = 1.0  # of the velocity in the end
-    tweaks: Tweaks = NO_TWEAKS  # of all passes
+    overrides: Overrides = NO_OVERRIDES  # of all passes
 
     @property
     def max_together(self) -> int:
         """Largest number of passes that can form one batch, because they have equal tweaks."""
-        return max(Counter(pass_.tweaks for pass_ in self.passes).values(), default=0)
+        return max(Counter(pass_.overrides for pass_ in self.passes).values(), default=0)
 
     def combine(self, velocities: Velocities, step: Step, section: Section) -> Tensor:
         """Return the velocity that the solver follows. There is at least one pass.
 
         Picture and sound are guided separately; if one is wholly given, its velocity is 0.
         """
-        joint = section.tweaks.joint
+        joint = section.overrides.joint
         if joint is None:
             velocity = _apply(self.stages[0], velocities, step.noisy, step.sigma)
             return velocity if self.factor == 1 else velocity * self.factor
@@ -93,11 +93,11 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
     """Run all passes here: those with the same tweaks are one call of `predict`, which may batch them."""
-    by_call: dict[tuple[Tweaks, int], Tensor] = {}
-    for tweaks, conditions in calls.items():
-        velocities = predict(*conditions.values(), tweaks=tweaks)
+    by_call: dict[tuple[Overrides, int], Tensor] = {}
+    for overrides, conditions in calls.items():
+        velocities = predict(*conditions.values(), overrides=overrides)
         for key, velocity in zip(conditions, velocities, strict=True):
-            by_call[tweaks, key] = velocity
+            by_call[overrides, key] = velocity
     return by_call
 
 

@@ -104,7 +104,7 @@ class Shot(NamedTuple):
 
     frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
     fps: float
-    is_picture: bool
+    is_image: bool
 
 
 @dataclass
@@ -167,7 +167,7 @@ class LatentPreviews:
             shot = take()
             if shot is None:
                 return
-            if shot.is_picture:
+            if shot.is_image:
                 write_png(self.folder / f"{NAME}.png", next(shot.frames()))
             else:
                 path = self.folder / f"{NAME}.mp4"

@@ -453,7 +453,7 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         logger.info("%s", note)
     if shard_bytes and len(split(plan.tensors, shard_bytes)) > 1:
         paths = changing.write_shards(
-            output, plan.tensors, plan.read, metadata=plan.metadata, most_bytes=shard_bytes
+            output, plan.tensors, plan.read, metadata=plan.metadata, max_bytes=shard_bytes
         )
         what = f"{paths[-1]} and {len(paths) - 1} files"
     else:

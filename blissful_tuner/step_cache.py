@@ -99,7 +99,7 @@ def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> 
                 f"{option} measures all steps from noise on, and a video that starts from another has only "
                 f"the last ones: leave out --{source.option}"
             )
-        fewest = 2 if isinstance(choice, MagCalibration) else step_cache.FEWEST_STEPS
+        fewest = 2 if isinstance(choice, MagCalibration) else step_cache.MIN_STEPS
         if prepared.steps < fewest:
             raise OptionError(
                 f"{option} with {prepared.steps} steps: at least {fewest} are needed. Use as many as the "

@@ -44,11 +44,11 @@ class SourceDefaults:
         refused |= {} if self.takes_video else dict.fromkeys(("video_path", "v2v_pad_mode"), _NO_VIDEO)
         spelled = tuple(dict.fromkeys((f"--{self.share}", *SPELLINGS)))
         unused_share = next(name for name in SHARES if name != self.share)
-        refused_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
+        rejected_if_short = {"v2v_pad_mode": {"help": f"{_PAD}; default: it is refused"}}
         defaults = {self.share: self.denoise, "v2v_pad_mode": self.pad_mode if self.takes_video else None}
         return {
             "refused": refused,
-            "settings": {self.share: {"flags": spelled}, **({} if self.pad_mode else refused_if_short)},
+            "settings": {self.share: {"flags": spelled}, **({} if self.pad_mode else rejected_if_short)},
             "defaults": defaults,
             "without": (unused_share,) if self.takes_image else (unused_share, "i2_extra_noise"),
         }

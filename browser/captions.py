@@ -22,7 +22,7 @@ from modules.pages.language import say
 from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
-MOST_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
+MAX_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
 LOCK = ".captions.lock"  # in the folder of the captions, while one is written
 MAX_SAVES = 100  # how many saves of a file can be undone
 
@@ -258,11 +258,9 @@ def _encode(text: str, now: bytes) -> bytes:
     if reason is not None:
         raise ValueError(say("a caption cannot hold %(reason)s", reason=reason))
     new = CaptionText.of(now).with_text(text)
-    if len(new) > MOST_BYTES:
+    if len(new) > MAX_BYTES:
         raise ValueError(
-            say(
-                "a caption of more than %(most_bytes)s KiB cannot be edited here", most_bytes=MOST_BYTES >> 10
-            )
+            say("a caption of more than %(most_bytes)s KiB cannot be edited here", max_bytes=MAX_BYTES >> 10)
         )
     return new
 
@@ -283,7 +281,7 @@ def _only_one_writes(path: Path) -> AbstractContextManager[None]:
 
 def _read_content(path: Path) -> bytes | None:
     try:
-        return read_content(path, MOST_BYTES)
+        return read_content(path, MAX_BYTES)
     except FileNotFoundError:
         return None
 

@@ -36,7 +36,7 @@ from training.reports.present_files import present_commands
 from training.reports.scores import select_file
 from training.reports.sections import SAMPLES
 
-MOST_COLUMNS = 24
+MAX_COLUMNS = 24
 MAX_ROWS = 40
 DEFAULT_ROWS = 8
 SCRIPT = ["python", "tools/compare.py"]
@@ -274,11 +274,11 @@ def read_comparison(runs: Runs, form: Mapping[str, Sequence[str]]) -> Comparison
     for source in sources:
         comparison.columns += _select_files(runs, source, form.get("file", ()))
     _select_rows(comparison, form.get("prompt", ()))
-    if len(comparison.columns) > MOST_COLUMNS or len(comparison.rows) > MAX_ROWS:
+    if len(comparison.columns) > MAX_COLUMNS or len(comparison.rows) > MAX_ROWS:
         raise OptionError(
             say(
                 "%(most_columns)s files and %(most_rows)s prompts are the most: choose fewer",
-                most_columns=MOST_COLUMNS,
+                max_columns=MAX_COLUMNS,
                 most_rows=MAX_ROWS,
             )
         )

@@ -130,7 +130,7 @@ class Thumbnails:
     """Makes small images of the first frames of files, and caches the most recent ones."""
 
     def __init__(self) -> None:
-        self._pictures: OrderedDict[object, bytes] = OrderedDict()
+        self._images: OrderedDict[object, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def make(self, part: Mapping[str, Any], stamp: int) -> bytes:
@@ -146,17 +146,17 @@ class Thumbnails:
         """
         key = part["path"], stamp
         with self._lock:
-            if key in self._pictures:
-                self._pictures.move_to_end(key)
-                return self._pictures[key]
+            if key in self._images:
+                self._images.move_to_end(key)
+                return self._images[key]
         with DECODING:
             reduced = reduce_frame(self._read_frame(part), LARGEST_SIDE)[..., :3]
         jpeg = io.BytesIO()
         Image.fromarray(reduced).save(jpeg, format="JPEG", quality=80)
         with self._lock:
-            self._pictures[key] = jpeg.getvalue()
-            while len(self._pictures) > MAX_IMAGES:
-                self._pictures.popitem(last=False)
+            self._images[key] = jpeg.getvalue()
+            while len(self._images) > MAX_IMAGES:
+                self._images.popitem(last=False)
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:

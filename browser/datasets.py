@@ -25,7 +25,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
 from modules.media.labels import label_of
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
@@ -48,7 +48,7 @@ MODELS = {
     "MiniMax-H3": ("24", "32", "17"),
     "models of pictures": ("24", "16", "1"),
 }
-PICTURES = "models of pictures"
+IMAGES = "models of pictures"
 # by what a run calls its model
 OF_RUNS = {
     "hunyuan_video": "HunyuanVideo",
@@ -184,13 +184,13 @@ class MediaFiles:
 
     pictures: int = 0
     clips: int = 0
-    sounds: int = 0
+    audios: int = 0
     first: Path | None = None  # image or clip, by name
 
     @property
     def total(self) -> int:
         """Number of images, clips and audio files together."""
-        return self.pictures + self.clips + self.sounds
+        return self.pictures + self.clips + self.audios
 
     @property
     def words(self) -> str:
@@ -200,8 +200,8 @@ class MediaFiles:
             counts.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
             counts.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
-        if self.sounds:
-            counts.append(counted(self.sounds, "%(n)s sound", "%(n)s sounds"))
+        if self.audios:
+            counts.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
         return join(", ", counts) or say("no pictures or clips in its folders")
 
 
@@ -220,7 +220,7 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
     """
     images: list[str] = []
     clips: list[str] = []
-    sounds = 0
+    audios = 0
     for place in find_places(dataset.path, dataset.folder, has_beside=False):
         if not (place.is_dir() and is_open(place)):
             continue
@@ -234,10 +234,10 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
                     images.append(entry.path)
                 elif suffix in VIDEO_SUFFIXES:
                     clips.append(entry.path)
-                elif suffix in SOUND_SUFFIXES:
-                    sounds += 1
+                elif suffix in AUDIO_SUFFIXES:
+                    audios += 1
     first = min([*images, *clips], default=None)
-    return MediaFiles(len(images), len(clips), sounds, None if first is None else Path(first))
+    return MediaFiles(len(images), len(clips), audios, None if first is None else Path(first))
 
 
 class Datasets:
@@ -277,7 +277,7 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                default_model = PICTURES if run.model in image_families() else next(iter(MODELS))
+                default_model = IMAGES if run.model in image_families() else next(iter(MODELS))
                 models.setdefault(path, OF_RUNS.get(run.model, default_model))
                 if run.model in caption_formats():
                     formats[path] = run.model

@@ -14,7 +14,7 @@ from modules.text_files import parse_json, read_text
 FOLDER = "drafts"  # in that of the render jobs
 NAME = re.compile(r"[0-9a-f]{16}")
 MAX_DRAFTS = 40
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 Fields = Mapping[str, Sequence[str]]
 
@@ -35,7 +35,7 @@ class Drafts:
         if not NAME.fullmatch(name):
             return None
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            row = parse_json(read_text(self._path(name), MOST_BYTES))
+            row = parse_json(read_text(self._path(name), MAX_BYTES))
             return {str(key): [str(text) for text in texts] for key, texts in row.items()}
         return None
 

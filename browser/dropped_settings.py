@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from browser.recipes import PICTURES, ModelRecipe, float_or_one
+from browser.recipes import IMAGES, ModelRecipe, float_or_one
 from browser.result_settings import KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
 from modules.pages.language import say
@@ -44,7 +44,7 @@ class DroppedSettings:
         texts = {"prompt": self.texts.get("prompt", "")}
         for name, key in recipe.keys.items():
             text = self.texts.get(key, "")
-            if text and name not in PICTURES:
+            if text and name not in IMAGES:
                 texts[name] = text
         return texts
 

@@ -14,7 +14,7 @@ from modules.text_files import parse_toml, read_text
 from training.reports.history import history_path
 
 DEVICE = "device"  # line of a history with the name of the card
-MOST_BYTES = 1 << 20  # of a dataset.toml
+MAX_BYTES = 1 << 20  # of a dataset.toml
 SIZES = ("resolution", "target_frames", "batch_size")  # keys of a dataset that a step's length follows
 TASK = "task"  # likewise keys of a training
 ACCUMULATION = "gradient_accumulation_steps"
@@ -120,7 +120,7 @@ def _find_run_sizes(runs: Runs, run: RunSummary, typed: Mapping[str, str]) -> se
 def _read_sizes(path: Path) -> set[str] | None:
     """Return the sizes of the datasets in a dataset.toml; None if it cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, UserError):
-        config = parse_toml(read_text(path, MOST_BYTES))
+        config = parse_toml(read_text(path, MAX_BYTES))
         shared = config.get("general", {})
         tables = [{**shared, **table} for table in config["datasets"]] if "datasets" in config else [shared]
         return {str([table.get(key) for key in SIZES]) for table in tables}

@@ -30,15 +30,15 @@ from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.labels import label_of
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
 from modules.pages.language import say
 from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
-PICTURES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
-SHOWN = PICTURES | VIDEO_SUFFIXES
+IMAGES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
+SHOWN = IMAGES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
 MAX_INFO = 4000  # files whose headers are kept
 MAX_COUNTED = 100  # files whose headers are read to count the damaged ones
@@ -69,7 +69,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def _is_listed(path: Path) -> bool:
-    is_media = path.suffix.lower() in SHOWN | SOUND_SUFFIXES
+    is_media = path.suffix.lower() in SHOWN | AUDIO_SUFFIXES
     return is_media and path.name[0] != "." and label_of(path.stem) is None
 
 
@@ -169,7 +169,7 @@ class FolderFiles:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
-        self._facts: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
+        self._info: OrderedDict[tuple[str, int], HeaderInfo] = OrderedDict()
 
     def address(self, folder: Path) -> str:
         """Return the address from which `dataset.js` requests the files of a folder."""
@@ -259,11 +259,11 @@ class FolderFiles:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
             return HeaderInfo(None, None, None, fault=error.strerror or str(error))
-        if key not in self._facts:
-            self._facts[key] = _read_info(path)
-            while len(self._facts) > MAX_INFO:
-                self._facts.popitem(last=False)
-        return self._facts[key]
+        if key not in self._info:
+            self._info[key] = _read_info(path)
+            while len(self._info) > MAX_INFO:
+                self._info.popitem(last=False)
+        return self._info[key]
 
     def count_unreadable(self, folder: Path) -> int:
         """Return the number of files that cannot be read.
@@ -347,7 +347,7 @@ class FolderFiles:
 def _read_info(path: Path) -> HeaderInfo:
     suffix = path.suffix.lower()
     try:
-        if suffix in PICTURES:
+        if suffix in IMAGES:
             return HeaderInfo(image_size(path), None, None, fault="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)

@@ -287,7 +287,7 @@ class FolderSettingsPages:
         self,
         folder: Path,
         change: DraftChange | None = None,
-        is_refused: bool = False,
+        is_rejected: bool = False,
         chosen_problem: str = "",
     ) -> Response:
         """Return the settings of a folder.
@@ -295,7 +295,7 @@ class FolderSettingsPages:
         Args:
             folder: The described folder.
             change: What a form would save; None without a form.
-            is_refused: Whether the answer explains a rejected request (status 422).
+            is_rejected: Whether the answer explains a rejected request (status 422).
             chosen_problem: Why the values that `new` chose cannot be determined; "" if they can.
         """
         view = self.view(folder, change or DraftChange(part=""))
@@ -310,7 +310,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
-        return answer_template("folder_settings.html", RUN_FILE, values, is_refused)
+        return answer_template("folder_settings.html", RUN_FILE, values, is_rejected)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         """Return the values that the template shows. Errors of reading are a part of them, never raised."""
@@ -399,7 +399,7 @@ class FolderSettingsPages:
             return self.answer_conflict(folder, part, read_draft_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
-        return self.answer(folder, change, is_refused=what == "save" and change.fault != "")
+        return self.answer(folder, change, is_rejected=what == "save" and change.fault != "")
 
     def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
         """Return the text of a file with the edits of a form."""
@@ -458,7 +458,7 @@ class FolderSettingsPages:
             names2=join("; ", wanted or [say("nothing")]),
         )
         change = DraftChange(part=part, fault=fault, text=typed)
-        return self.answer(folder, change, is_refused=True)
+        return self.answer(folder, change, is_rejected=True)
 
     def ask_chosen(self, folder: Path) -> Response:
         """Start the process that prints the run.toml that `new` would write."""
@@ -470,5 +470,5 @@ class FolderSettingsPages:
                     name_background_job(CHOSEN, folder), words, Path.cwd(), within=folder
                 )
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, is_refused=True, chosen_problem=str(error))
+            return self.answer(folder, is_rejected=True, chosen_problem=str(error))
         return self.answer(folder)

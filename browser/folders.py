@@ -12,7 +12,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.described_folder import is_described
 from browser.runs import Runs
 from modules.media.labels import MASK_FOLDERS, label_of
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.output_files import fold_name
 from modules.pages.language import counted, join, say
@@ -42,7 +42,7 @@ class MediaFolder:
     path: Path
     pictures: int
     clips: int
-    sounds: int
+    audios: int
     uncaptioned: int  # files whose caption is missing or empty
     first: Path | None  # image or clip that is shown
     is_described: bool
@@ -65,8 +65,8 @@ class MediaFolder:
             words.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
             words.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
-        if self.sounds:
-            words.append(counted(self.sounds, "%(n)s sound", "%(n)s sounds"))
+        if self.audios:
+            words.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
         if self.inner:
             words[-1] = counted(
                 self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=words[-1]
@@ -122,7 +122,7 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
             names["picture"].append(name)
         elif suffix in VIDEO_SUFFIXES:
             names["clip"].append(name)
-        elif suffix in SOUND_SUFFIXES:
+        elif suffix in AUDIO_SUFFIXES:
             names["sound"].append(name)
         elif suffix == ".txt" or (suffix == ".caption" and path.stem not in captions):
             captions[path.stem] = _has_text(entry)
@@ -134,7 +134,7 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
         path=folder,
         pictures=len(names["picture"]),
         clips=len(names["clip"]),
-        sounds=len(names["sound"]),
+        audios=len(names["sound"]),
         uncaptioned=sum(not captions.get(Path(name).stem) for name in media),
         first=None if shown is None else folder / shown,
         is_described=is_described(folder),
@@ -167,7 +167,7 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
         path=folder,
         pictures=sum(one.pictures for one in inner),
         clips=sum(one.clips for one in inner),
-        sounds=sum(one.sounds for one in inner),
+        audios=sum(one.audios for one in inner),
         uncaptioned=sum(one.uncaptioned for one in inner),
         first=next((one.first for one in inner if one.first is not None), None),
         is_described=is_described(folder),

@@ -23,7 +23,7 @@ from browser.lora_rows import BOTH, LoraRow, RunLoras, check_family, choose_expe
 from browser.page_root import add_root
 from browser.recipes import (
     FIELDS,
-    PICTURES,
+    IMAGES,
     RESULTS,
     ModelRecipe,
     RenderRequest,
@@ -226,7 +226,7 @@ class GeneratePages:
                 "frames": say("Seconds") if recipe and recipe.counts_seconds else say("Frames"),
             },
             "numbers": NUMBERS,
-            "pictures": PICTURES,
+            "pictures": IMAGES,
             "notes": NOTES,
             "choosers": CHOOSERS,
             "experts": EXPERTS,
@@ -244,7 +244,7 @@ class GeneratePages:
             "message": problem,
             "note": message,
         }
-        return answer_template("generate.html", say("Generate"), values, is_refused=error != "")
+        return answer_template("generate.html", say("Generate"), values, is_rejected=error != "")
 
     def work_values(self) -> dict[str, object]:
         """Return the values for the part of the page about render jobs."""
@@ -290,7 +290,7 @@ class GeneratePages:
             "message": error,
             "on_its_way": on_its_way,
         }
-        return answer_template("generate_work.html", say("Generate"), values, is_refused=error != "")
+        return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
 
     def show_preview(self, request: Request) -> Response:
         """Answer with the newest preview; empty if it has just been removed, which the next poll reports."""
@@ -493,7 +493,7 @@ class GeneratePages:
         named = {*render_request.recipe.paths}
         paths = [
             *render_request.references,
-            *(render_request.texts.get(name, "").strip() for name in PICTURES),
+            *(render_request.texts.get(name, "").strip() for name in IMAGES),
         ]
         for path in filter(None, paths):
             if path not in named and not self.site.runs.is_inside(render_request.recipe.folder / path):
@@ -588,7 +588,7 @@ class GeneratePages:
         ]
         sentences += [
             say("It began from %(splitlines)s: drop that on the form.", splitlines=text.splitlines()[0])
-            for name in PICTURES
+            for name in IMAGES
             for text in [found.texts.get(recipe.keys.get(name, ""), "")]
             if text
         ]

@@ -15,7 +15,7 @@ from modules.pages.language import say
 from modules.run_limits import reject_writing
 
 FOLDER = "inputs"  # in that of results
-MOST_BYTES = 256 << 20  # of a file
+MAX_BYTES = 256 << 20  # of a file
 MAX_FILES = 1000
 LONGEST_NAME = 60  # characters
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
@@ -55,7 +55,7 @@ class InputFolder:
             remove_leftovers(self.folder)
             check_space(place, 1)
             try:
-                await write_arriving(chunks, path, "It", MOST_BYTES)
+                await write_arriving(chunks, path, "It", MAX_BYTES)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

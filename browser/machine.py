@@ -133,7 +133,7 @@ class MachineLine:
 
     site: Site
     cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
-    _facts: MachineInfo = field(default_factory=MachineInfo)
+    _info: MachineInfo = field(default_factory=MachineInfo)
     _next: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,9 +146,9 @@ class MachineLine:
         """Return the state of the machine; it is at most a few seconds old."""
         with self._lock:
             if time.monotonic() >= self._next:
-                self._facts = self._gather()
+                self._info = self._gather()
                 self._next = time.monotonic() + EVERY_SECONDS
-            return self._facts
+            return self._info
 
     def _gather(self) -> MachineInfo:
         try:

@@ -105,7 +105,7 @@ class MaskMakingPages:
             values |= self.tool.stand(folder)
             values["use"] = self.find_use(folder)
             values["is_first"] = self.is_first(values["use"], values["job"])
-        return answer_template("mask_making.html", say("Masks"), values, is_refused=refused != "")
+        return answer_template("mask_making.html", say("Masks"), values, is_rejected=refused != "")
 
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form: the model, and the commands that the form stands for."""

@@ -32,7 +32,7 @@ from data_tools.masks.places import (
 )
 from modules.errors import MediaError, OptionError
 from modules.file_locks import only_one
-from modules.media.colours import split_bands
+from modules.media.colors import split_bands
 from modules.media.labels import MASK_LABEL, label_of
 from modules.media.reading import count_frames, first_frame, image_size, video_frames
 from modules.media.streams import source_info
@@ -201,16 +201,16 @@ class MaskReview:
             content = self._shots.get(key)
         return None if content is None else MaskImage(content, "image/jpeg")
 
-    def read_mask(self, place: MaskPlace, number: int, is_whole: bool) -> MaskImage | None:
+    def read_mask(self, place: MaskPlace, number: int, is_full: bool) -> MaskImage | None:
         """Return a mask as PNG: white pixels whose opacity is the mask's brightness.
 
-        `is_whole` asks for full size. Returns None and raises MediaError as `read_picture`.
+        `is_full` asks for full size. Returns None and raises MediaError as `read_picture`.
         """
         if place.mask is None:
             return None
         with DECODING:
             gray = read_frame(place.mask, number)
-            if not is_whole:
+            if not is_full:
                 gray = reduce_frame(gray, LARGEST_SIDE)
             white = np.full_like(gray, 255)
             png = io.BytesIO()

@@ -235,7 +235,7 @@ class MemoryPages:
             "fault": fault,
             "done": done,
         }
-        return answer_template("memory_bar.html", say("Memory"), values, is_refused=fault != "")
+        return answer_template("memory_bar.html", say("Memory"), values, is_rejected=fault != "")
 
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the card size in GiB of the last plan; without a plan, that of this machine's card."""

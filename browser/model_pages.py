@@ -107,7 +107,7 @@ class ModelPages:
             "describe_fit": describe_fit,
             "files": files,
             "chosen": chosen,
-            "is_whole": files is not None and _is_whole(files),
+            "is_full": files is not None and _is_full(files),
             "can_be_smaller": files is not None and _has_smaller(files),
             "command": "" if files is None else files.shown_download(models),
             "download": None if files is None else find_download(site.background_jobs, files, models),
@@ -128,7 +128,7 @@ class ModelPages:
             "can_write": not site.read_only,
             "message": error,
         }
-        return answer_template("models.html", say("Models"), values, is_refused=error != "")
+        return answer_template("models.html", say("Models"), values, is_rejected=error != "")
 
     def describe_free(self) -> str:
         """Return the free disk space for models, in words."""
@@ -165,7 +165,7 @@ class ModelPages:
         """Start the download of a task. Raises UserError if its licenses are not accepted."""
         if not is_accepted:
             raise OptionError(say("Read the licences of its parts, and tick that you accept them."))
-        if _is_whole(files):
+        if _is_full(files):
             raise OptionError(say("All of its parts are on disk."))
         models = self.site.models
         name = name_download(models, files.model.family, files.model.task)
@@ -189,7 +189,7 @@ class ModelPages:
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
 
 
-def _is_whole(files: TaskFiles) -> bool:
+def _is_full(files: TaskFiles) -> bool:
     """Return whether all parts are on disk in their released size."""
     return files.is_there and not any(part.has_other_size for part in files.parts)
 

@@ -18,7 +18,7 @@ from modules.pages.page import encode_address
 from modules.paths import without_quotes
 from project.kinds.composing import BY_NAME, KINDS, LORA, find_control_kind
 from project.kinds.contract import RunKind
-from project.kinds.whole_model import WHOLE
+from project.kinds.whole_model import FULL
 from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
 
@@ -177,7 +177,7 @@ def list_shown_kinds(model: ModelSet) -> list[RunKind]:
     These are the kinds that the model supports, and full training even if the model rejects it: the page then
     shows the reason.
     """
-    return [kind for kind in KINDS if kind is WHOLE or kind.find_script(model) is not None]
+    return [kind for kind in KINDS if kind is FULL or kind.find_script(model) is not None]
 
 
 def select_single_task(family: str, task: str) -> str:

@@ -132,7 +132,7 @@ from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.kinds.composing import BY_NAME, LORA, find_control_kind
-from project.kinds.whole_model import WHOLE
+from project.kinds.whole_model import FULL
 from project.media import has_control_pairs
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
@@ -151,7 +151,7 @@ FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part t
 MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 TILES = 12  # files of the row of pictures
-LETTERS = 160  # of their captions, of which two lines are shown
+CHARACTERS = 160  # of their captions, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
 # of that page, which may be somebody else's: no script, nothing from elsewhere, an origin of its own
@@ -312,7 +312,9 @@ class NewPages:
             "message": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
-        response = answer_template("new.html", say("New"), values, is_refused=error != "", policy=PAGE_POLICY)
+        response = answer_template(
+            "new.html", say("New"), values, is_rejected=error != "", policy=PAGE_POLICY
+        )
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
 
@@ -358,7 +360,7 @@ class NewPages:
         return {
             "tiles": [self.files.show(content.path, name) for name in names[:TILES]] if content else [],
             "num_files": len(names),
-            "shown_letters": LETTERS,
+            "shown_letters": CHARACTERS,
         }
 
     def list_model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
@@ -384,8 +386,8 @@ class NewPages:
         chosen = BY_NAME[form.train or LORA.name]
         return {
             "kinds": [(name_field(kind), KIND_TITLES[kind.name]) for kind in list_shown_kinds(model)],
-            "whole": WHOLE.name,
-            "whole_refusal": WHOLE.why_not(model, self.memory),
+            "whole": FULL.name,
+            "whole_refusal": FULL.why_not(model, self.memory),
             "kind_lines": chosen.describe(model, self.memory) or [KIND_NOTES.get(chosen.name, "")],
         }
 
@@ -550,10 +552,10 @@ class NewPages:
         content = read_media_folder(folder) or read_outer_folder(folder)
         if NEEDS_CAPTIONS in verdict and not described.trigger and content is not None:
             missing["uncaptioned"] = content.uncaptioned
-            missing["only_pictures"] = not content.clips and not content.sounds
+            missing["only_pictures"] = not content.clips and not content.audios
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
         if HAS_ERRORS in verdict and not was_checked:
-            missing["has_listed_faults"] = any(line.is_fault or line.remedy == OUT for line in lines)
+            missing["has_listed_errors"] = any(line.is_fault or line.remedy == OUT for line in lines)
         return missing
 
     def output_values(self, folder: Path | None, background_jobs: Mapping[str, Job | None]) -> dict[str, Any]:
@@ -641,7 +643,7 @@ class NewPages:
         """Return the same part as `show_progress`. `refused` is the reason why a button did nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused, "is_part": True}
-        return answer_template("new_progress.html", say("New"), values, is_refused=refused != "")
+        return answer_template("new_progress.html", say("New"), values, is_rejected=refused != "")
 
     def show_caption_line(self, request: Request) -> Response:
         """Answer with the command that writes captions as the form says, or why there is none."""

@@ -49,7 +49,7 @@ class FolderStanding:
     load_failure: str = ""  # last lines of a download that has died
     uncaptioned: int = 0  # files without the caption that the training needs
     only_pictures: bool = True  # of these files
-    has_listed_faults: bool = False  # `new` has listed files with which no training runs
+    has_listed_errors: bool = False  # `new` has listed files with which no training runs
     loads_at_start: bool = False  # the training loads what is missing
     checking: Job | None = None
     is_check_old: bool = False
@@ -135,7 +135,7 @@ def _select_after_describing(standing: FolderStanding) -> NextStep:
         return NextStep(FOLLOW, say("Show the training"), done=words[job.state], address=address)
     if standing.uncaptioned:
         return _ask_for_captions(standing)
-    if standing.has_listed_faults:
+    if standing.has_listed_errors:
         return NextStep(
             MEND,
             say("Look at the files"),

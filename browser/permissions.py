@@ -24,7 +24,7 @@ CODE = ("network_module",)  # options that load code
 NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MAX_LINES = 100
-MOST_SHOWN = 64 << 10  # bytes of a file
+MAX_SHOWN = 64 << 10  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def read_permissions(folder: Path) -> list[Permission]:
 def read_shown_text(path: Path) -> str:
     """Return the text of a file for reading; only its first part if it is long. Raises OSError."""
     content = read_content(path)
-    text = content[:MOST_SHOWN].decode("utf-8", "replace")
-    return text if len(content) <= MOST_SHOWN else f"{text}\n… and {len(content) - MOST_SHOWN:,} bytes"
+    text = content[:MAX_SHOWN].decode("utf-8", "replace")
+    return text if len(content) <= MAX_SHOWN else f"{text}\n… and {len(content) - MAX_SHOWN:,} bytes"
 
 
 def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "redraw": ["i2i_path", "video_path"],
     "share": ["denoise"],  # of `redraw` that is made anew
 }
-PICTURES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
+IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
 SIDES = ("width", "height")
 SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
 SIZE = "video_size"
@@ -442,8 +442,8 @@ def _make_recipe(
         folder=folder,
         missing=[*missing, *(option.flag for option in fixed if option.has_example)],
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
-        needed=[name for name in examples if name in PICTURES],
-        paths=[path for name in PICTURES for path in default.get(name, "").splitlines()],
+        needed=[name for name in examples if name in IMAGES],
+        paths=[path for name in IMAGES for path in default.get(name, "").splitlines()],
         of_files=of_files,
     )
 
@@ -514,7 +514,7 @@ class RenderRequest:
                 self._check_text(name, text.strip())
         if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
             raise OptionError(say("Width and Height: give both, or neither for the model's usual size."))
-        for name in PICTURES:
+        for name in IMAGES:
             self._check_images(name)
 
     def _check_recipe(self) -> None:

@@ -28,18 +28,18 @@ def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def answer_template(
-    name: str, title: str, values: Mapping[str, Any], is_refused: bool = False, policy: str = POLICY
+    name: str, title: str, values: Mapping[str, Any], is_rejected: bool = False, policy: str = POLICY
 ) -> Response:
     """Return the page made from a template of this folder.
 
-    `is_refused` marks the page as the explanation of a rejected request (status 422).
+    `is_rejected` marks the page as the explanation of a rejected request (status 422).
     """
-    return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
+    return answer_page(render_page(HERE / name, title, values, policy), 422 if is_rejected else 200)
 
 
-def answer_message(text: str, is_refused: bool = False) -> Response:
-    """Return a short message for the line next to a button. `is_refused` says that nothing was done."""
-    return answer_template("message.html", "", {"message": text, "is_bad": is_refused}, is_refused)
+def answer_message(text: str, is_rejected: bool = False) -> Response:
+    """Return a short message for the line next to a button. `is_rejected` says that nothing was done."""
+    return answer_template("message.html", "", {"message": text, "is_bad": is_rejected}, is_rejected)
 
 
 def answer_json(value: Any, status: int = 200) -> Response:

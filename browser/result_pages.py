@@ -504,7 +504,7 @@ class ResultPages:
             "message": error,
             **values,
         }
-        return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
+        return answer_template("result_sheet.html", result.path.name, shown, is_rejected=error != "")
 
     def show_commands(self, request: Request) -> Response:
         """Answer with the command that each button of a result stands for, as JSON."""
@@ -781,11 +781,11 @@ class ResultPages:
         if change is None:
             return answer_unknown()
         if result is None:
-            return answer_message(say("This file is not there any more."), is_refused=True)
+            return answer_message(say("This file is not there any more."), is_rejected=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
-            return answer_message(str(error), is_refused=True)
+            return answer_message(str(error), is_rejected=True)
 
 
 def _free_path(path: Path, added: str) -> Path:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from browser.recipes import (
     FIELDS,
+    IMAGES,
     LORA,
-    PICTURES,
     SIZES,
     STRENGTHS,
     ModelRecipe,
@@ -39,7 +39,7 @@ from modules.parser import add_options
 PREFIX = "bt_"
 NOT_SET = "N/A"
 MAX_KEPT = 4000  # characters of a text that a list keeps
-MOST_TAGS = 400  # of a file that are looked at
+MAX_TAGS = 400  # of a file that are looked at
 MAX_TYPED = 1 << 16  # characters of all texts of a render job
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
@@ -48,7 +48,7 @@ APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "ti
 # keys of prompt lines that metadata call otherwise
 KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
 # options that name files to begin from: metadata hold their names
-MEDIA = {key for name in PICTURES for key in FIELDS[name]}
+MEDIA = {key for name in IMAGES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
@@ -152,7 +152,7 @@ class ResultSettings:
 
     def shortened(self) -> "ResultSettings":
         """Return the settings with texts cut to a length that a list of thousands of files can keep."""
-        values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
+        values = {name: shorten(text, MAX_KEPT) for name, text in [*self.values.items()][:MAX_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
 
@@ -176,7 +176,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
-    for name, text in [*tags.items()][: 2 * MOST_TAGS]:
+    for name, text in [*tags.items()][: 2 * MAX_TAGS]:
         tool = TOOL_TAG.fullmatch(name)
         if tool is not None:
             done[int(tool[1])] = text

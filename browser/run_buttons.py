@@ -73,7 +73,7 @@ from training.reports.present_files import present_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
-MOST_LISTED = 200  # files that a question lists
+MAX_LISTED = 200  # files that a question lists
 RESUME = "--resume"
 STEPS_OPTION = "--max_train_steps"
 
@@ -414,7 +414,7 @@ class RunButtons:
             values["message"] = error or str(problem)
             values["what"] = ""
         values |= facts or {}
-        return answer_template("panel.html", shown.summary.name, values, is_refused=error != "")
+        return answer_template("panel.html", shown.summary.name, values, is_rejected=error != "")
 
     def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return the content of a run.toml that a page shows before it is started."""
@@ -461,13 +461,13 @@ class RunButtons:
         place = self.bin_folder.find_place(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
-            "files": [(path, as_size(sizes[path])) for path in paths[:MOST_LISTED]],
-            "more": max(0, len(paths) - MOST_LISTED),
+            "files": [(path, as_size(sizes[path])) for path in paths[:MAX_LISTED]],
+            "more": max(0, len(paths) - MAX_LISTED),
             "count": counted(len(paths), "%(n)s file or folder", "%(n)s files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
             "bin": place,
-            "command": format_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
+            "command": format_move(paths, place / name) if len(paths) <= MAX_LISTED else "",
             "is_draft": not shown.summary.history.exists(),
         }
 
@@ -555,9 +555,9 @@ class RunButtons:
                 "%(run_file)s has changed meanwhile. Nothing was written: look at it again.",
                 run_file=RUN_FILE,
             )
-            return answer_message(text, is_refused=True)
+            return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
-            return answer_message(str(error), is_refused=True)
+            return answer_message(str(error), is_rejected=True)
         return answer_message(message)
 
     def start(self, shown: ShownRun, form: Form) -> str:

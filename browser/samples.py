@@ -59,11 +59,11 @@ FIELDS = {
     "source": ("control_image_path", "ci"),
 }
 DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-WHOLE = tuple(DEFAULT)  # fields of whole numbers above 0
+FULL = tuple(DEFAULT)  # fields of whole numbers above 0
 MAX_NUMBER = 1_000_000
 SCALES = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
-PICTURES = ("start", "source")
+IMAGES = ("start", "source")
 OF_NUMBERS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
 OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
@@ -217,7 +217,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
     if edit.changes and not edit.prompt and edit.row.line is None:
         raise OptionError(say("%(title)s: write its prompt.", title=title))
     for name, text in edit.changes.items():
-        if name in WHOLE and text and parse_full(text, MAX_NUMBER) is None:
+        if name in FULL and text and parse_full(text, MAX_NUMBER) is None:
             raise OptionError(
                 say(
                     "%(title)s %(name)s: %(text)s is no whole number above 0, such as %(usual)s.",
@@ -240,7 +240,7 @@ def _check_edit(edit: _RowEdit, check_image: Any) -> None:
             raise OptionError(
                 say("%(title)s %(name)s: %(text)s: leave out the dashes.", title=title, name=name, text=text)
             )
-        if name in PICTURES and text:
+        if name in IMAGES and text:
             check_image(text)
 
 
@@ -296,7 +296,7 @@ class SamplePages:
         return read_draft_file(self.site, folder, PROMPTS_FILE), run
 
     def answer(
-        self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False
+        self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_rejected: bool = False
     ) -> Response:
         """Return the part of the page.
 
@@ -304,14 +304,14 @@ class SamplePages:
             folder: The described folder.
             change: What a form would save; None without a form.
             num_rows: Minimum number of rows to show.
-            is_refused: Whether the page reports an error.
+            is_rejected: Whether the page reports an error.
         """
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
         try:
             values |= self.collect_values(folder, num_rows)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
-        return answer_template("sample_rows.html", say("Samples"), values, is_refused)
+        return answer_template("sample_rows.html", say("Samples"), values, is_rejected)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
         """Return the values for the template. Raises as `read_drafts` and `read_described`."""
@@ -331,7 +331,7 @@ class SamplePages:
             "next_count": count + 1,
             "number_fields": select_number_fields(model, rows),
             "picture_fields": images,
-            "pictures": list_pictures(folder) if images else [],
+            "pictures": list_images(folder) if images else [],
             "every": str(keys.get(EVERY, "")),
             "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
             "at_first": bool(keys.get(AT_FIRST)),
@@ -356,9 +356,9 @@ class SamplePages:
             change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part="samples", fault=str(error))
-        is_refused = what == "save" and change.fault != ""
-        num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
-        return self.answer(folder, change, num_rows, is_refused)
+        is_rejected = what == "save" and change.fault != ""
+        num_rows = sum(name.startswith("row ") for name in fields) if is_rejected else 0
+        return self.answer(folder, change, num_rows, is_rejected)
 
     def check_image(self, folder: Path, text: str) -> None:
         """Raise OptionError if a path, relative to a folder, is not an image below the roots."""
@@ -389,12 +389,12 @@ def select_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> l
 
 def select_image_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
     """Return the image fields that the model uses, or that a line has."""
-    fields = {name for row in rows for name in PICTURES if name in row.texts}
+    fields = {name for row in rows for name in IMAGES if name in row.texts}
     if model is not None and model.data.get("from_image"):
         fields.add("start")
     if model is not None and needs_image(model):
         fields.add("source")
-    return [name for name in PICTURES if name in fields]
+    return [name for name in IMAGES if name in fields]
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
@@ -414,7 +414,7 @@ def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
     )
 
 
-def list_pictures(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """Return the images of a folder and its subfolders as relative paths; at most MOST_PICTURES."""
     images: list[str] = []
     waiting = [(folder, 0)]

@@ -26,7 +26,7 @@ from browser.dataset_pages import dataset_routes
 from browser.draft_changes import folder_routes
 from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
-from browser.inputs import MOST_BYTES as MAX_OF_INPUT
+from browser.inputs import MAX_BYTES as MAX_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.mask_making import mask_making_routes
@@ -114,7 +114,7 @@ HEADERS = {
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
 TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what holds texts of the page
-MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
+MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
 LARGEST_BODIES = {
     "/generate/file": MAX_OF_INPUT,
@@ -157,7 +157,7 @@ class Gate:
         root = access.root if access is not None and is_below else ""
         is_begun = False
         received = 0  # bytes
-        max_bytes = LARGEST_BODIES.get(request.url.path, MOST_BYTES)
+        max_bytes = LARGEST_BODIES.get(request.url.path, MAX_BYTES)
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received

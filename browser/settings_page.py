@@ -76,7 +76,7 @@ class SettingsPages:
             "can_write": not site.read_only,
             "message": error,
         }
-        return answer_template("settings_page.html", say("Settings"), values, is_refused=error != "")
+        return answer_template("settings_page.html", say("Settings"), values, is_rejected=error != "")
 
     def find_worker(self) -> str:
         """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""

@@ -54,7 +54,7 @@ MAX_SHARES = 200
 MAX_KEPT = 300  # in the file, with those that have ended; each takes some 150 bytes of 64 KiB
 RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
 ENDED = say("This link does not hold any more: ask for a new one.")
-MOST_SHOWN = (100, 30)  # columns and rows of the grid of samples
+MAX_SHOWN = (100, 30)  # columns and rows of the grid of samples
 # no script of a shared page loads its samples
 TAGS = {
     ".mp4": Markup('<video src="{}" aria-label="{}" controls muted loop playsinline></video>'),
@@ -232,7 +232,7 @@ class SharePages:
             story,
             make_shared_standing(now),
             load=shared_clip,
-            most=MOST_SHOWN,
+            most=MAX_SHOWN,
             name=run.name,
             has_sections=False,  # no training images are named
         )

@@ -16,7 +16,7 @@ from modules.pages.language import counted, join, say
 from modules.text_files import bad_character, read_if_object, real_path
 
 SEPARATOR = ","
-MOST_LETTERS = 200  # of a tag
+MAX_CHARACTERS = 200  # of a tag
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class TagEditor:
             OSError: If a caption cannot be read.
         """
         old, new = old.strip(), " ".join(new.split())
-        if bad_character(new) or SEPARATOR in new or len(new) > MOST_LETTERS:
+        if bad_character(new) or SEPARATOR in new or len(new) > MAX_CHARACTERS:
             raise OptionError(
                 say(
                     "a tag is at most %(most_letters)s letters without a comma: rename to one tag at a time",
-                    most_letters=MOST_LETTERS,
+                    most_letters=MAX_CHARACTERS,
                 )
             )
         if KEPT in new:

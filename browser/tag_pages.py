@@ -31,7 +31,7 @@ from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
 TRIED = 5  # files of a try
-MOST_TAGS = 60  # that are shown at once
+MAX_TAGS = 60  # that are shown at once
 FAMILY, TASK = "tools", "wd_tagger"  # of the catalogue's model
 FORM = ToolForm(
     name="tag",
@@ -108,11 +108,11 @@ class TagPages:
         if part in ("", "editor"):
             counts = self.editor.count(folder)
             values |= {
-                "tags": counts.most_common(MOST_TAGS),
+                "tags": counts.most_common(MAX_TAGS),
                 "num_tags": len(counts),
                 "change": self.editor.last_change(folder),
             }
-        return answer_template("tags.html", say("Tags"), values, is_refused=refused != "")
+        return answer_template("tags.html", say("Tags"), values, is_rejected=refused != "")
 
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form: the model, and the commands that the form stands for."""

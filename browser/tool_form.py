@@ -106,12 +106,12 @@ def give_value(option: str, text: str) -> list[str]:
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_whole: bool) -> None:
+def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_full: bool) -> None:
     """Raise OptionError if a text is not a number that an option with these limits accepts."""
     least = facts.get("least", facts.get("above", -math.inf))
     most = facts.get("most", facts.get("below", math.inf))
     try:
-        is_right = least <= (int(text) if is_whole else float(text)) <= most
+        is_right = least <= (int(text) if is_full else float(text)) <= most
     except ValueError:
         is_right = False
     if is_right:
@@ -122,7 +122,7 @@ def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_whol
         "least": f"{least:g}",
         "most": f"{most:g}",
     }
-    if is_whole:
+    if is_full:
         raise OptionError(
             say("%(label)s %(text)s: give a whole number from %(least)s to %(most)s.", **values)
         )

@@ -13,7 +13,7 @@ from modules.pages.language import say
 DECODING = threading.Lock()
 
 
-async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, most_bytes: int) -> None:
+async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, max_bytes: int) -> None:
     """Write the bytes that arrive to a new file.
 
     If this fails, the file is incomplete, and the caller removes it.
@@ -22,22 +22,22 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, mo
         chunks: Bytes as they arrive.
         path: New file.
         name: Name of the dropped file, for messages.
-        most_bytes: Maximum size.
+        max_bytes: Maximum size.
 
     Raises:
-        OptionError: If nothing arrives, or more than `most_bytes`.
+        OptionError: If nothing arrives, or more than `max_bytes`.
         OSError: If the file cannot be written.
     """
     received = 0
     with path.open("xb") as file:
         async for chunk in chunks:
             received += len(chunk)
-            if received > most_bytes:
+            if received > max_bytes:
                 raise OptionError(
                     say(
                         "%(name)s has more than %(most_bytes)s bytes, as many as were announced or are taken",
                         name=name,
-                        most_bytes=f"{most_bytes:,}",
+                        max_bytes=f"{max_bytes:,}",
                     )
                 )
             await run_in_threadpool(file.write, chunk)

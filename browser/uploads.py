@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
+from browser.captions import MAX_BYTES as MAX_CAPTION_BYTES
 from browser.described_folder import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
 from browser.names import number_names, short_digest
@@ -28,7 +28,7 @@ from modules.console import as_size
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, image_suffixes
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_info
@@ -38,7 +38,7 @@ from modules.pages.language import say
 from modules.text_files import bad_character, read_content, real_path
 
 ADDRESS = "/new/upload"
-PICTURE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
+IMAGE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 MAX_DIGITS = 15  # of a size
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
@@ -118,8 +118,8 @@ def find_kind(name: str) -> str:
     if suffix in VIDEO_SUFFIXES:
         return CLIP
     if suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES | image_suffixes():
-        return PICTURE
-    if suffix in SOUND_SUFFIXES:
+        return IMAGE
+    if suffix in AUDIO_SUFFIXES:
         return SOUND
     if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
@@ -147,7 +147,7 @@ def check_content(path: Path, kind: str) -> None:
         _check_caption(path)
         return
     with DECODING:
-        if kind == PICTURE:
+        if kind == IMAGE:
             first_frame(path)
         elif kind == CLIP:
             source_info(path)
@@ -157,7 +157,7 @@ def check_content(path: Path, kind: str) -> None:
 
 def _check_caption(path: Path) -> None:
     try:
-        text = read_content(path, MOST_CAPTION_BYTES).decode("utf-8-sig")
+        text = read_content(path, MAX_CAPTION_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise OptionError(
             say("%(path)s is not UTF-8: save it as UTF-8 text, then drop it again", path=path)
@@ -167,7 +167,7 @@ def _check_caption(path: Path) -> None:
             say(
                 "%(path)s has more than %(most_caption_bytes)s KiB: it is no caption",
                 path=path,
-                most_caption_bytes=MOST_CAPTION_BYTES >> 10,
+                most_caption_bytes=MAX_CAPTION_BYTES >> 10,
             )
         ) from None
     reason = bad_character(text)

@@ -310,9 +310,9 @@ def write_shards(
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
-    most_bytes: int,
+    max_bytes: int,
 ) -> list[Path]:
-    """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
+    """Write files of at most `max_bytes` and their index, all of them or none; return their paths.
 
     `path` is the name of a single file. `read` is as for `stream_tensors`. Files of an earlier model of this
     name are replaced. `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which
@@ -322,7 +322,7 @@ def write_shards(
         OutputError: If a file cannot be written.
         OptionError: If there would be too many.
     """
-    plan = plan_shards(path, tensors, most_bytes, "--shard_size")
+    plan = plan_shards(path, tensors, max_bytes, "--shard_size")
     paths = [path.with_name(name) for name in plan.files]
     index_path = path.with_name(plan.index_name)
     with atomic_files(path, plan.total_bytes) as folder:

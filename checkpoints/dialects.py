@@ -29,7 +29,7 @@ from checkpoints.stored.forms import Stored, form_of, prepare
 from contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
@@ -97,13 +97,13 @@ def load_planned(
     return network.eval()
 
 
-def text_quantization(form: str) -> Quantisation:
+def text_quantization(form: str) -> Quantization:
     """Return the `Quantisation` of a text encoder.
 
     Args:
         form: Name of a module of `checkpoints.stored`.
     """
-    return Quantisation("rows", float32_scales=True, form=form)
+    return Quantization("rows", float32_scales=True, form=form)
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:

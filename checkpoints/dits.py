@@ -27,7 +27,7 @@ from contract.family import DitSpec
 from contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.speed_options import BASE_FORMS, Quantisation
+from modules.speed_options import BASE_FORMS, Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ def stored_layers(
 
     If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
     """
-    quantization = placement.quantisation
+    quantization = placement.quantization
     if quantization is None:
         staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
         if not staying:
@@ -329,16 +329,16 @@ _SAME_FORMS = {form.name for form in BASE_FORMS if form.rounds_in_one_way}
 
 
 def have_chosen_form(
-    quantisation: Quantisation,
+    quantization: Quantization,
     names: frozenset[str],
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
     """Return whether these stored weights of a file all have the form that options ask for."""
-    if quantisation.form not in _SAME_FORMS or quantisation.int8_backward:
+    if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
-    return all(weight is not None and weight.form.name == quantisation.form for weight in stored)
+    return all(weight is not None and weight.form.name == quantization.form for weight in stored)
 
 
 def _without_patched(

@@ -142,7 +142,7 @@ def check_state_width(
         )
 
 
-def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
+def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
     """Return the path and the settings of the config.json next to the file; {} if it is another model's.
 
     `classes` are the names that `_class_name` has for this model.
@@ -155,12 +155,12 @@ def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[P
     return path, settings if is_ours else {}
 
 
-def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
+def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
     """Return the number of groups in the config.json next to the file; None if absent or of another model.
 
-    Raises CheckpointError as `stated_settings`, and if the number is below 1.
+    Raises CheckpointError as `declared_settings`, and if the number is below 1.
     """
-    path, settings = stated_settings(checkpoint, classes)
+    path, settings = declared_settings(checkpoint, classes)
     if "norm_num_groups" not in settings:
         return None
     groups = settings["norm_num_groups"]

@@ -114,7 +114,7 @@ class SavedLatents:
 
     latents: Tensor  # B C F H W
     metadata: Mapping[str, str]
-    sound: Tensor | None = None  # B C T M, if they are a clip's with sound
+    audio: Tensor | None = None  # B C T M, if they are a clip's with sound
 
 
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
@@ -129,7 +129,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     """
     metadata: Mapping[str, str] = {}
     latents: Any = None
-    sound: Tensor | None = None
+    audio: Tensor | None = None
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as file:
             metadata = file.metadata
@@ -137,7 +137,7 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             if info is not None:
                 latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
             if SOUND in file.tensors and not only_shape:
-                sound = file.read(SOUND)[None].float()
+                audio = file.read(SOUND)[None].float()
     else:
         content = load_pickled(path)  # mapped: nothing is read yet
         latents = content.get("latent") if isinstance(content, dict) else content
@@ -150,21 +150,21 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         )
     if latents.ndim == 4:
         latents = latents[None]
-    if latents.ndim != 5 or len(latents) != 1 or not (latents.numel() or sound is not None):
+    if latents.ndim != 5 or len(latents) != 1 or not (latents.numel() or audio is not None):
         raise CheckpointError(
             f"{option} {path}: `latent` has the shape {tuple(latents.shape)}; C F H W of one video is needed",
             path,
         )
-    if sound is not None and (sound.ndim != 4 or not sound.numel()):
+    if audio is not None and (audio.ndim != 4 or not audio.numel()):
         raise CheckpointError(
-            f"{option} {path}: `{SOUND}` has the shape {tuple(sound[0].shape)}; C T M of one clip is needed",
+            f"{option} {path}: `{SOUND}` has the shape {tuple(audio[0].shape)}; C T M of one clip is needed",
             path,
         )
-    tensors = [latents] if sound is None else [latents, sound]
+    tensors = [latents] if audio is None else [latents, audio]
     if not only_shape and not all(map(is_finite, tensors)):
         raise CheckpointError(
             f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
             "them again",
             path,
         )
-    return SavedLatents(latents.float(), metadata, sound)
+    return SavedLatents(latents.float(), metadata, audio)

@@ -45,7 +45,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import import_own
 from modules.options import Options, option
 from modules.output_files import check_output_file, check_place, reject_replacing
-from modules.speed_options import SDPA, Quantisation
+from modules.speed_options import SDPA, Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +332,7 @@ class _Rounding:
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes: Tensor | None
         if self.dtype == E4M3:
-            codes, scale = round_to_fp8(weight, Quantisation("tensor", float32_scales=True))
+            codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
         else:
             codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantise(weight).tensors
         assert codes is not None

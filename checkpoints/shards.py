@@ -34,27 +34,27 @@ class ShardPlan:
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Cut tensors, in their order, into groups of at most `most_bytes`; a larger tensor is a group alone."""
+def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Cut tensors, in their order, into groups of at most `max_bytes`; a larger tensor is a group alone."""
     groups: list[dict[str, TensorInfo]] = []
     room = 0
     for name, info in tensors.items():
         if not groups or info.size_bytes > room:
             groups.append({})
-            room = most_bytes
+            room = max_bytes
         groups[-1][name] = info
         room -= info.size_bytes
     return groups
 
 
-def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], most_bytes: int, option: str) -> ShardPlan:
-    """Plan files of at most `most_bytes`.
+def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, option: str) -> ShardPlan:
+    """Plan files of at most `max_bytes`.
 
     `path` is the name of a single file.
 
     Raises OptionError that names the option if there would be too many files.
     """
-    groups = split(tensors, most_bytes)
+    groups = split(tensors, max_bytes)
     if len(groups) > MAX_SHARDS:
         raise OptionError(f"{option}: the model would be cut into {len(groups):,} files. Give a larger size")
     files = {

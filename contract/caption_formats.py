@@ -45,7 +45,7 @@ class CaptionFormat:
         """Return the key of the text that says the whole."""
         return self.keys[0].name
 
-    def find_faults(self, caption: Mapping[str, Any]) -> list[str]:
+    def find_errors(self, caption: Mapping[str, Any]) -> list[str]:
         """Return what is missing in a caption, and what is misspelt or of the wrong kind."""
         missing = [] if is_said(caption.get(self.main)) else [f"{self.main} is missing"]
         return missing + self.find_key_errors(caption)

@@ -40,11 +40,11 @@ REJECTED_LATENTS = "latents_worse"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# the same in the cache of a clip's latents (`SoundSpec.is_inside`), and whether it is more than silence: 1, 0
-INNER_SOUND, IS_HEARD = "latents_audio", "audio_present"
+# the same in the cache of a clip's latents (`AudioSpec.is_inside`), and whether it is more than silence: 1, 0
+INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
 # which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
 # and the latents are absent
-HAS_SOUND = "has_sound"
+HAS_AUDIO = "has_sound"
 # frames per second of a clip: in caches one number; in batches and conditions B integers, in thousandths,
 # because integers stay on the host
 FPS = "reelsmith_fps"
@@ -60,7 +60,7 @@ SAID_SIZES = "reelsmith_said_sizes"
 # then frames of its latents): in caches F, in batches and conditions B F, on the host
 PLACES = "f_indices"
 
-LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
+LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class MadeBy:
 
     path: Path
     part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
-    encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
+    encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
     own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
     windows: int = 0  # how many items its clip gives; 0: the cache does not say
     as_shown: int | None = None  # the mark of how an earlier version read clips; None: they are read so today
@@ -249,8 +249,8 @@ class MediaBatch:
     # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
     references: tuple[Tensor, ...] = ()
     control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
-    # of clips, for a family with `SoundSpec.is_inside`: B C S float32, zeros where nothing is heard
-    sound: Tensor | None = None
+    # of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros where nothing is heard
+    audio: Tensor | None = None
     heard: tuple[bool, ...] = ()  # which of them have sound
     shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
 
@@ -276,7 +276,7 @@ class MediaBatch:
             alpha=None if self.alpha is None else self.alpha[single],
             references=tuple(reference[single] for reference in self.references),
             control_mask=None if self.control_mask is None else self.control_mask[single],
-            sound=None if self.sound is None else self.sound[single],
+            audio=None if self.audio is None else self.audio[single],
             heard=self.heard[single],
             shown=self.shown[single],
         )
@@ -342,7 +342,7 @@ class MediaEncoders:
 
     vae: Any  # the family's own VAE class
     image_encoder: Any = None
-    sound: Any = None  # of a family with `SoundSpec.is_inside`, in caching
+    audio: Any = None  # of a family with `AudioSpec.is_inside`, in caching
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ class LatentSpec:
     # pixels have a fourth channel, alpha, which pictures and their references keep; 255 if a file has none
     has_alpha: bool = False
     has_layers: bool = False  # frames are a picture and its layers, from back to front, each encoded alone
-    has_whole: bool = True  # with layers: the first frame is the whole picture, not the lowest layer
+    has_full: bool = True  # with layers: the first frame is the whole picture, not the lowest layer
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
     # in training the latents of an item's references stand in front of its clip's, the last one first
     references_first: bool = False
@@ -378,9 +378,9 @@ class LatentSpec:
     unsaid_fps: float | None = None
     clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
     tail: int = 1  # frames of a video behind its whole clips
-    holds_sound: bool = False  # see `SoundSpec.is_inside`
+    holds_audio: bool = False  # see `AudioSpec.is_inside`
     # metadata that other programs give caches of the same name for another use: name, value of this run
-    stated: tuple[tuple[str, str], ...] = ()
+    declared: tuple[tuple[str, str], ...] = ()
     tells_sizes: bool = False  # batches have `SIZES`
     # caches of pictures hold means: those of another model are these if its autoencoder is the same
     shares_caches: bool = False
@@ -391,7 +391,7 @@ class LatentSpec:
         return self.masks_latents or self.has_alpha
 
     @property
-    def is_of_pictures(self) -> bool:
+    def is_of_images(self) -> bool:
         """Return whether time is not compressed: the model makes single pictures."""
         return self.stride[0] == 1
 
@@ -441,20 +441,20 @@ class Joint:
     """
 
     picture: tuple[int, int, int, int]  # C F H W
-    sound: tuple[int, int, int]  # C T M
+    audio: tuple[int, int, int]  # C T M
 
-    def join(self, picture: Tensor, sound: Tensor) -> Tensor:
+    def join(self, picture: Tensor, audio: Tensor) -> Tensor:
         """Return B N of B C F H W and B C T M."""
-        return torch.cat([picture.flatten(1), sound.flatten(1)], dim=1)
+        return torch.cat([picture.flatten(1), audio.flatten(1)], dim=1)
 
     def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
         """Return B C F H W and B C T M, views of B N."""
         count = math.prod(self.picture)
-        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.sound)
+        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.audio)
 
 
 @dataclass(frozen=True)
-class SoundSpec:
+class AudioSpec:
     """Facts about a family's latents of sound."""
 
     rate: int  # samples in a second, as the encoder takes them
@@ -465,12 +465,12 @@ class SoundSpec:
     without: str = "another model"  # what to give for a run without sound: an option
     is_alone: bool = False  # nothing is learned of clips but their sound
     time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
-    # caches of latents hold the sound of their clip too, silence without any: `INNER_SOUND` and `IS_HEARD`
+    # caches of latents hold the sound of their clip too, silence without any: `INNER_AUDIO` and `IS_HEARD`
     is_inside: bool = False
 
 
 @dataclass(frozen=True)
-class Sound:
+class Audio:
     """A generated track: samples C S, float32, -1..1."""
 
     samples: Tensor

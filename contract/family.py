@@ -2,7 +2,7 @@
 
 Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
 `timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
-latents`, shaped like `noisy`. A picture and its sound are one tensor, B N (`Joint`), with a timestep each. A
+latents`, shaped like `noisy`. A picture and its audio are one tensor, B N (`Joint`), with a timestep each. A
 family is a frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no
 loop asks for its name.
 """
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from contract import rules
 from contract.data import (
+    Audio,
+    AudioSpec,
     Batch,
     CacheEntry,
     Conditions,
@@ -27,13 +29,11 @@ from contract.data import (
     MomentsBatch,
     MomentsRules,
     SamplingDefaults,
-    Sound,
-    SoundSpec,
 )
 from contract.few_steps import FewSteps
 from contract.loading import BlockPlace, Placement
 from contract.requests import Prepared, Prompt, Request
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 if TYPE_CHECKING:  # a generation fits no pictures to buckets
     from modules.media.buckets import Fit, Size
@@ -57,7 +57,7 @@ class NoiseSpec:
     # sign of the velocity in the network's own output: -1 for latents - noise, which `predict` negates. It
     # matters only for --model_prediction_type, which mixes the output with other tensors
     output_sign: float = 1.0
-    whole_timesteps: bool = False  # the timestep fed to the network is cut to a whole number
+    integer_timesteps: bool = False  # the timestep fed to the network is cut to a whole number
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
     # shape of the latents, B C F H W or B C T M of sound -> number of tokens, for shifts that follow the
     # size. No lambda: workers receive it
@@ -70,12 +70,12 @@ class NoiseSpec:
     # what training makes of its noise before it is mixed in, from the noise, the latents in model space (both
     # B C F H W) and a generator; None: nothing. No lambda: workers receive it
     vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
-    # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
+    # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
     cut_logit: rules.CutLogit | None = None  # likewise, of cut_logit_normal
     # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
-    sound_shift: float = 1.0
+    audio_shift: float = 1.0
     # a shift behind all samplers: options and draws count levels before it, which the model's generations
     # visit evenly
     base_shift: float = 1.0
@@ -588,53 +588,58 @@ def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
     return family.can.fit_captions
 
 
-class HearsSound(Protocol):
+class HearsAudio(Protocol):
     """A family whose clips can have sound, with latents of its own next to the picture's."""
 
     @property
-    def sound(self) -> SoundSpec | None:
+    def audio(self) -> AudioSpec | None:
         """Format of the sound's latents; None if this run has no sound."""
 
     @property
-    def sound_learning(self) -> rules.SoundLearning:
+    def audio_learning(self) -> rules.AudioLearning:
         """How a training weighs and noises sound."""
 
     @property
-    def sound_identity(self) -> Mapping[str, str]:
+    def audio_identity(self) -> Mapping[str, str]:
         """Everything that encoded sound depends on, found without loading the weights."""
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> Any:
+    def audio_networks(self, device: torch.device, decodes: bool) -> Any:
         """Load the networks that encode sound, or with `decodes` those that decode its latents."""
 
-    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
+    def encode_audio(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
         """Encode the sound of clips as latents in model space, B C T M.
 
         Args:
-            networks: Result of `sound_networks`.
-            samples: Amplitudes B channels S, at `sound.rate` samples per second.
+            networks: Result of `audio_networks`.
+            samples: Amplitudes B channels S, at `audio.rate` samples per second.
             frames: Number of frames of each clip.
             fps: Frames per second.
         """
 
-    def decode_sound(self, networks: Any, latents: Tensor) -> Sound:
+    def decode_audio(self, networks: Any, latents: Tensor) -> Audio:
         """Decode the latents 1 C T M of one clip to its track."""
 
 
-def hears_sound(family: Described) -> TypeGuard[HearsSound]:
+def hears_audio(family: Described) -> TypeGuard[HearsAudio]:
     """Return whether clips of this run have sound."""
-    return sound_of(family) is not None
+    return audio_of(family) is not None
 
 
-def sound_of(family: Described) -> SoundSpec | None:
+def audio_of(family: Described) -> AudioSpec | None:
     """Return the format of the sound in this run; None if the run has no sound."""
-    return cast("HearsSound", family).sound if family.can.hear else None
+    return cast("HearsAudio", family).audio if family.can.hear else None
 
 
 class Passes(Protocol):
     """The network as the denoising loop calls it, one pass at a time."""
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity of `noisy` in one pass of the network.
 
@@ -643,7 +648,7 @@ class Passes(Protocol):
             noisy: Noisy latents in model space, B C F H W.
             timesteps: Input of the model, B, about 1000 * sigma.
             cond: Conditions by the names that caches use.
-            tweaks: Changes to this single call.
+            overrides: Changes to this single call.
 
         Returns:
             `noise - latents`, shaped like `noisy`. A model that predicts noise returns that (see

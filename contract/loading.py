@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checkpoints.stored.forms import Stored
 from modules.errors import CheckpointError
-from modules.speed_options import SDPA, AttentionChoice, Quantisation
+from modules.speed_options import SDPA, AttentionChoice, Quantization
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Placement:
     # output what `patch` would add to the weight; None: never
     leave_unmerged: Callable[[str, tuple[int, ...]], bool] | None = None
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
-    quantisation: Quantisation | None = None
+    quantization: Quantization | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
     blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays unchanged
     # called before each tensor, instead of a progress bar; may raise to end the loading

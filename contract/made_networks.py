@@ -47,7 +47,7 @@ class MadeNetwork:
     # script and options that generate with a saved file, given the file, the values of a sample, and script
     # and options that make this sample with the model alone
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
-    usual_rate: DefaultRate
+    default_rate: DefaultRate
     write: WritesNetwork | None = None  # None: the state dict is what files hold
     # logs what there is to say of it before its values are saved
     report: Callable[[nn.Module], None] = lambda module: None

@@ -37,7 +37,7 @@ class WordToLearn:
     until: float = 1.0  # share of the steps in which they learn
 
 
-def find_fault(word: str) -> str:
+def find_error(word: str) -> str:
     """Return why a text cannot be a new word, with what to do; "" if it can."""
     if not word or word.split() != [word]:
         return "has blanks or is empty: it is one word. Give one such as mycat"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from modules.errors import OptionError
 
 # negative places too, as for fp_1f_clean_indices and fp_1f_target_index of a dataset
-_WHOLE = re.compile(r"-?[0-9]+")
+_FULL = re.compile(r"-?[0-9]+")
 MAX_PLACE = 9999  # 40 is far already; more digits are a typing error
 
 
@@ -33,7 +33,7 @@ def parse_one_frame(text: str) -> OneFrame:
     settings = OneFrame()
     word = ""
     for item in (piece.strip() for piece in text.split(",")):
-        if word == "control_index" and _WHOLE.fullmatch(item):  # places may have commas between them too
+        if word == "control_index" and _FULL.fullmatch(item):  # places may have commas between them too
             indices = (*settings.control_indices, _index(item, text))
             settings = replace(settings, control_indices=indices)
             continue
@@ -45,7 +45,7 @@ def parse_one_frame(text: str) -> OneFrame:
         elif word == "control_index":
             indices = tuple(_index(number, text) for number in re.split("[;+]", value))
             settings = replace(settings, control_indices=indices)
-        elif _WHOLE.fullmatch(item):
+        elif _FULL.fullmatch(item):
             raise _reject(text, f"{item!r} stands alone: write indices as in control_index=0+10")
         else:
             raise _reject(text, f"{item!r} is unknown")
@@ -61,7 +61,7 @@ _SWITCHES: Mapping[str, Callable[[OneFrame], OneFrame]] = {
 
 
 def _index(number: str, text: str) -> int:
-    if not _WHOLE.fullmatch(number.strip()):
+    if not _FULL.fullmatch(number.strip()):
         raise _reject(text, f"{number.strip()!r} is not a whole number")
     if len(number.strip().lstrip("-")) > len(str(MAX_PLACE)):
         raise _reject(text, f"the largest index is {MAX_PLACE}")

@@ -42,7 +42,7 @@ class Prompt:
     # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
     pictures: tuple[Path, ...] = ()
     # width and height that each of these is to cover; None: as the encoder reads them
-    picture_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = None
     # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
     frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
     # of a caption that is cached: frames of its clip as they are learned, F H W C uint8, and its references
@@ -139,7 +139,7 @@ class Prepared:
     first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound
-    sound_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
+    audio_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
     # what the network is fed at the beginning of each step, if a source is given and the sections bring their
     # own solver; (): as the solver's name and the other settings say
@@ -157,14 +157,14 @@ class Prepared:
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
     @property
-    def is_sound_alone(self) -> bool:
+    def is_audio_alone(self) -> bool:
         """Whether the request makes sound without pictures."""
         return self.joint is not None and not self.joint.picture[1]
 
     @property
     def is_still(self) -> bool:
         """Return whether it is a single picture, which is written without its sound, if it has any."""
-        return self.frames == 1 and not self.is_sound_alone
+        return self.frames == 1 and not self.is_audio_alone
 
     @property
     def num_steps(self) -> int:
@@ -180,7 +180,7 @@ NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "contr
 _OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
 
 REMEMBERED = 256  # files that were decoded to check them
-MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+MAX_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
 # field of a request -> its option, its letter in a prompt line, the most
@@ -357,12 +357,12 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     """
     width, height, frames = size
     step = latent.pixel_step
-    option = "--image_size" if latent.is_of_pictures else "--video_size"
+    option = "--image_size" if latent.is_of_images else "--video_size"
     num_pixels = width * height * frames
-    if num_pixels > MOST_PIXELS:
+    if num_pixels > MAX_PIXELS:
         raise OptionError(
             f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
-            f"million pixels, {MOST_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+            f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
         )
     if width % step or height % step or min(width, height) < step:
         near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))

@@ -187,8 +187,8 @@ class ModelRelease:
 
     repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
     licence: str
-    licence_key: str  # the hub's identifier of it, "other" for those that have none
-    licence_url: str
+    license_key: str  # the hub's identifier of it, "other" for those that have none
+    license_url: str
     # False: other checkpoints of the kind, with licences of their own, are trained more often
     covers_all: bool = True
 
@@ -366,15 +366,15 @@ class CutLogit:
     uniform_share: float = 0.0  # of draws are uniform
 
 
-IMAGE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
+IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # of a clip with sound: in logs
 
 
 @dataclass(frozen=True)
-class SoundLearning:
+class AudioLearning:
     """Weights of a clip's sound and picture in training, and their noise levels."""
 
-    picture_weight: float = 1.0  # of the loss, of pictures without sound too
-    sound_weight: float = 1.0
+    image_weight: float = 1.0  # of the loss, of pictures without sound too
+    audio_weight: float = 1.0
     has_own_times: bool = False  # the noise level of the sound is drawn by itself; else it is the picture's
     given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
 
@@ -418,5 +418,5 @@ class ShownMedium:
 
     kind: str  # "image", "video" or "audio"
     path: Path
-    sound: Path | None = None  # the file with the sound of a clip; None: the clip itself, if any
+    audio: Path | None = None  # the file with the sound of a clip; None: the clip itself, if any
     is_silent: bool = False  # the sound of a clip is left out

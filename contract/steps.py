@@ -74,7 +74,7 @@ class Turn:
 
 
 @dataclass(frozen=True, eq=False)
-class Tweaks:
+class Overrides:
     """Changes to a single call of the network.
 
     Equal only to itself, so that it may be a key and hold tensors.
@@ -99,7 +99,7 @@ class Tweaks:
         """Return whether a part of the network is left out, so that the pass is weaker than usual."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
-    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
         """Return the tweaks with `rename` applied to the names in the second text's conditions."""
         if self.away is None:
             return self
@@ -124,9 +124,9 @@ class Tweaks:
         }
         return [text, {name: second.get(name) for name in text}]
 
-    def within(self, all_passes: "Tweaks") -> "Tweaks":
+    def within(self, all_passes: "Overrides") -> "Overrides":
         """Return these tweaks of a pass, combined with those that hold for all passes of its section."""
-        if all_passes is NO_TWEAKS:
+        if all_passes is NO_OVERRIDES:
             return self
         return replace(
             self,
@@ -142,7 +142,7 @@ class Tweaks:
         )
 
 
-NO_TWEAKS = Tweaks()
+NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
@@ -163,18 +163,18 @@ class Anchor:
 class Section:
     """One run of the denoising loop. Conditions have a batch dimension."""
 
-    noise: Tensor  # B C F H W, model space, float32; B N with `tweaks.joint`, as all latents of the loop
+    noise: Tensor  # B C F H W, model space, float32; B N with `overrides.joint`, as all latents of the loop
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
     place: int = 0  # of its first latent frame in the video
     source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
     away: Conditions | None = None  # of a text alone, without media
-    tweaks: Tweaks = NO_TWEAKS  # of every pass
-    # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
-    # tells the network
+    overrides: Overrides = NO_OVERRIDES  # of every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place;
+    # `overrides.given_frames` tells the network
     given: Tensor | None = None
-    given_sound: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
+    given_audio: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
     anchor: Anchor | None = None
     previous: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
@@ -187,14 +187,14 @@ class Section:
     @property
     def clean_streams(self) -> tuple[bool, bool]:
         """Return whether the whole picture is given instead of denoised, and whether the sound is."""
-        joint, frames = self.tweaks.joint, self.given
+        joint, frames = self.overrides.joint, self.given
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
-        return has_image, self.given_sound is not None
+        return has_image, self.given_audio is not None
 
 
 Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
-Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
-Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
+Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
+Made = Mapping[tuple[Overrides, int], Tensor]  # the velocity of each
 RunPasses = Callable[[Calls, Predict, Section], Made]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
@@ -209,7 +209,7 @@ class Step:
     sigma: float  # noise level of `noisy`
     timestep: float  # what the network is fed
     noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
-    sound_sigma: float | None = None  # noise level of the sound; None: as the picture's
+    audio_sigma: float | None = None  # noise level of the sound; None: as the picture's
     next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 
@@ -254,18 +254,18 @@ class StepDone:
         if self.section.solver is not None:
             of_solver: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
             return of_solver
-        joint = self.section.tweaks.joint
-        if self.step.sound_sigma is None or joint is None:
+        joint = self.section.overrides.joint
+        if self.step.audio_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity
-        image, sound = joint.split(self.step.noisy)
-        image_velocity, sound_velocity = joint.split(self.velocity)
-        clean_sound = sound - self.step.sound_sigma * sound_velocity
-        return joint.join(image - self.step.sigma * image_velocity, clean_sound)
+        image, audio = joint.split(self.step.noisy)
+        image_velocity, audio_velocity = joint.split(self.velocity)
+        clean_audio = audio - self.step.audio_sigma * audio_velocity
+        return joint.join(image - self.step.sigma * image_velocity, clean_audio)
 
     @property
     def picture(self) -> Tensor:
         """Return the clean latents of the picture alone, B C F H W."""
-        joint = self.section.tweaks.joint
+        joint = self.section.overrides.joint
         latents = self.clean if joint is None else joint.split(self.clean)[0]
         return latents[:, :, : self.section.shown]
 

@@ -32,7 +32,7 @@ PART = ".part"  # behind the name of a text cache that some of the text encoders
 VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
 
 FLIPPED = "_flipped"  # behind the key of mirrored latents
-SOUND_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other programs read it
+AUDIO_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other programs read it
 EMPTY = -1  # instead of the number of a caption: the empty prompt
 
 Grid = tuple[int, int, int]  # F, H, W of latents
@@ -42,7 +42,7 @@ NpzNames = tuple[str, LatentSpec, frozenset[str]]
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
-_SOUND_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
+_AUDIO_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
 # latents of any family, and those of sound; then texts: the first, further ones, the empty prompt, unfinished
 _CACHE_NAME = re.compile(
@@ -79,14 +79,14 @@ class LatentName:
         return "_".join([*parts, f"{self.size[0]:04d}x{self.size[1]:04d}", tag]) + SUFFIX
 
 
-def sound_tag(tag: str) -> str:
+def audio_tag(tag: str) -> str:
     """Return the tag in file names of sound latents: `clip_..._ltx2_audio` next to `clip_..._ltx2`."""
     return f"{tag}_audio"
 
 
-def sound_file_name(latent_file: str, tag: str) -> str:
+def audio_file_name(latent_file: str, tag: str) -> str:
     """Return the name of the cache of a clip's sound, which is next to that of its latents."""
-    return latent_file.removesuffix(f"{tag}{SUFFIX}") + sound_tag(tag) + SUFFIX
+    return latent_file.removesuffix(f"{tag}{SUFFIX}") + audio_tag(tag) + SUFFIX
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
@@ -223,7 +223,7 @@ def tensor_key(name: str) -> str:
     latents = _LATENT_NAME.fullmatch(name)
     if latents is not None:
         return latents[1]
-    if _SOUND_NAME.fullmatch(name):
+    if _AUDIO_NAME.fullmatch(name):
         return SOUND
     name = name.removeprefix(VARIABLE)
     return name if name.endswith("_mask") else re.sub(f"_{_DTYPE}$", "", name)
@@ -309,7 +309,7 @@ class CacheStore(Protocol):
     def __contains__(self, name: str) -> bool:
         """Return whether there is an entry of that name, whole or damaged."""
 
-    def read(self, name: str, is_whole: bool = True) -> Entry:
+    def read(self, name: str, is_full: bool = True) -> Entry:
         """Read an entry to the CPU; its header alone if it is not wanted whole.
 
         Raises:
@@ -336,7 +336,7 @@ class CacheStore(Protocol):
         """
 
 
-def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
+def read_entry(path: Path | str, is_full: bool = True) -> Entry:
     """Read a cache file to the CPU; metadata and tensor names alone if it is not wanted whole.
 
     Raises:
@@ -348,7 +348,7 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
         with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
             info = os.fstat(file.fileno())
             if stat.S_ISREG(info.st_mode):
-                if is_whole:
+                if is_full:
                     return unpack(path, file.read())
                 return unpack_header(path, info.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -410,16 +410,16 @@ def checksum(name: str, tensor: Tensor) -> str:
     return f"{zlib.crc32(data.data, start):08x}"
 
 
-def is_latent_cache(entry: Entry, architecture: str, sound: bool = False) -> bool:
+def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> bool:
     """Return whether the tensor names are those of a latent cache of a family, not of a LoRA.
 
     Args:
         entry: Entry or its header.
         architecture: The family's name.
-        sound: Check for a cache of a clip's sound.
+        audio: Check for a cache of a clip's sound.
     """
     return (
-        (SOUND in entry.keys if sound else bool(entry.grids))
+        (SOUND in entry.keys if audio else bool(entry.grids))
         and _all_cache_names(entry)
         and entry.metadata.get("architecture", architecture) == architecture
     )

@@ -43,15 +43,15 @@ __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_confi
 logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
-MOST_LISTED = 100  # problems that a message names
+MAX_LISTED = 100  # problems that a message names
 KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
 
 # A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
 # source key of sounds -> source key of clips
-OF_SOUND = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
+OF_AUDIO = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
 # if neither the table nor [general] says; 20 seconds are the longest for which LTX-2 has positions
-FULL_SOUND = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
+FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
@@ -82,9 +82,9 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     _check_cache_folders(tables, errors)
     tables = _share_folders(tables)
     if errors:
-        lines = [f"{path} cannot be used:", *errors[:MOST_LISTED]]
-        if len(errors) > MOST_LISTED:
-            lines.append(f"... and {len(errors) - MOST_LISTED} more")
+        lines = [f"{path} cannot be used:", *errors[:MAX_LISTED]]
+        if len(errors) > MAX_LISTED:
+            lines.append(f"... and {len(errors) - MAX_LISTED} more")
         hint = forms.other_trainers().hint_of(content)
         if hint:
             lines.append(hint)
@@ -229,7 +229,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     for table in config.datasets:
         if table.kind == "video" and family.can.keep_time and table.source_fps is None:
             table = replace(table, source_fps=forms.AUTO)
-        finds_sound = family.latent.holds_sound and table.kind == "video"
+        finds_sound = family.latent.holds_audio and table.kind == "video"
         tables.append(replace(table, finds_sound=finds_sound, shows_media=family.can.show_media))
     config = replace(config, datasets=tuple(tables))
     latent = family.latent
@@ -246,7 +246,7 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
     return replace(config, datasets=tuple(tables))
 
 
-def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
+def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose folders of clips take their sound from files named like the clips.
 
     `folder` is that of these files; None means next to the clips. Tables with an audio_directory keep it.
@@ -257,7 +257,7 @@ def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) ->
     for table in config.datasets:
         if table.kind == "video" and table.audio_directory is None and table.directory is None:
             logger.warning("%s: %s is ignored: audio_path in its rows names their sound", table.name, option)
-        elif table.kind == "video" and table.audio_directory is None and not table.is_of_sound:
+        elif table.kind == "video" and table.audio_directory is None and not table.is_of_audio:
             table = replace(table, audio_directory=folder or table.directory)
         tables.append(table)
     return replace(config, datasets=tuple(tables))
@@ -299,7 +299,7 @@ def with_references(
         )
     errors: list[str] = []
     for table in config.datasets:
-        errors += _clip_reference_problems(table, rules, instead)
+        errors += _clip_reference_errors(table, rules, instead)
         if rules is None or rules.clips:
             errors += _find_image_reference_errors(table)
     if errors:
@@ -316,7 +316,7 @@ def with_references(
     return replace(config, datasets=tuple(tables))
 
 
-def _clip_reference_problems(table: DatasetTable, rules: "ReferenceRules | None", instead: str) -> list[str]:
+def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", instead: str) -> list[str]:
     """Return a line for each key of references of clips that the model has no use for."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
@@ -377,10 +377,10 @@ def _read_table(
     source_key = _find_source(entry, where, problems)
     if source_key is None:
         return None
-    is_of_sound = source_key in OF_SOUND
-    if is_of_sound:
+    is_of_audio = source_key in OF_AUDIO
+    if is_of_audio:
         entry = _as_clips(entry, source_key, general)
-    media_key = OF_SOUND.get(source_key, source_key)
+    media_key = OF_AUDIO.get(source_key, source_key)
     form = FORM_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
     values = {name: key.default for name, key in KEYS.items()}
@@ -400,7 +400,7 @@ def _read_table(
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
     fields["own"] = read_own_keys(form, media_key, values)
-    fields |= {"directory": None, "is_of_sound": is_of_sound}
+    fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:
         fields[form.source] = values[media_key]
     if not _complete(form, fields, source_key, f"{path}, {where}", problems):
@@ -416,7 +416,7 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
-        sources = [name for name in OF_SOUND if name in entry]
+        sources = [name for name in OF_AUDIO if name in entry]
     if len(sources) == 1:
         return sources[0]
     if sources:
@@ -457,11 +457,11 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
     for key in BLACK:
         if key in entry:
             logger.info("%s: ignored, as sounds have no pictures", key)
-    default = {key: value for key, value in FULL_SOUND.items() if key not in general}
+    default = {key: value for key, value in FULL_AUDIO.items() if key not in general}
     if "target_frames" in entry:
         default.pop("frame_extraction", None)
-    stated = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
-    return {**default, **stated, **BLACK, OF_SOUND[source]: entry[source]}
+    declared = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
+    return {**default, **declared, **BLACK, OF_AUDIO[source]: entry[source]}
 
 
 def _complete(
@@ -496,8 +496,8 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
         key = "alpha_mask" if fields["alpha_mask"] else "worse_directory"
         return f"{key} cannot be used with multiple_target, whose layers are learned with their alpha"
-    if fields["is_of_sound"] and fields["worse_directory"]:
+    if fields["is_of_audio"] and fields["worse_directory"]:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
-    if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
+    if fields["is_of_audio"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
     return find_window_error(fields)

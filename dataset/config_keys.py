@@ -36,7 +36,7 @@ MAX_WEIGHT = 100
 MAX_MULTIPLIER = 10
 MAX_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
-MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
+MAX_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
 RATES = (0.001, 1_000_000)  # frames a second
 
 
@@ -116,7 +116,7 @@ def _size(value: Any) -> tuple[int, int]:
     if len(sides) != 2:
         raise Unfit
     width, height = map(SIDE.read, sides)
-    if width * height > MOST_PIXELS:
+    if width * height > MAX_PIXELS:
         raise Unfit
     return width, height
 
@@ -170,7 +170,7 @@ SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RAT
 SIZE = Form(
     _size,
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
-    f"together at most {MOST_PIXELS:,} pixels",
+    f"together at most {MAX_PIXELS:,} pixels",
 )
 MODE, CACHE_FORMAT = one_of(MODES), one_of(CACHE_FORMATS)
 AUDIO = one_of((REQUIRED, IF_PRESENT, IGNORE))

@@ -221,9 +221,9 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     unread: list[Fault] = []
     for table in config.datasets:
         if form_of(table).has_columns:
-            from dataset.forms.unread import find_unread  # only with lists or tables
+            from dataset.forms.unread import find_unused  # only with lists or tables
 
-            unread += find_unread(table)
+            unread += find_unused(table)
     if unread:
         logger.warning("%s", escape_control_codes("\n".join(list_errors(unread, LISTED))))
     if any(table.references for table in config.datasets) and lack_references(config.datasets, sources):

@@ -16,7 +16,7 @@ R = TypeVar("R", bound=Options)
 
 GUESS = "guess"  # of --repair_captions without a value
 MAX_AT_ONCE = 1024  # items or threads
-MOST_SHARDS = 1_000_000
+MAX_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
@@ -65,7 +65,7 @@ class ShardOptions(Options):
         "any order and number at a time, into one cache folder. When all are done, run the command once "
         "without these two: it checks everything, makes what is missing and removes what is stale",
         least=1,
-        most=MOST_SHARDS,
+        most=MAX_SHARDS,
         needs="shard_index",
     )
     shard_index: int | None = option(
@@ -303,7 +303,7 @@ class RayOptions(Options, title="cluster"):
         "pieces of the work, which actors take one after the other; more of them balance the load; "
         "default: 8 for each actor, or 1 for each if texts are cached",
         least=1,
-        most=MOST_SHARDS,
+        most=MAX_SHARDS,
     )
     temp_dir: Path | None = option(
         "where a cluster of this machine alone keeps its sockets and logs; a short path; default: Ray's own",

@@ -47,8 +47,8 @@ def cache_family_latents(
     from dataset.config import (
         for_family,
         load_dataset_config,
+        with_audio_files,
         with_downloads,
-        with_sound_files,
     )
 
     with name_as_typed(options.typed_names):
@@ -58,9 +58,9 @@ def cache_family_latents(
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
         # of families that hear, whose options may say where the sound is
-        sound_files = getattr(family_options, "sound_files", None)
-        if sound_files is not None:
-            config = with_sound_files(config, *sound_files)
+        audio_files = getattr(family_options, "audio_files", None)
+        if audio_files is not None:
+            config = with_audio_files(config, *audio_files)
 
         entry.say_notice()
         print_loading()

@@ -122,8 +122,8 @@ def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) ->
     else:
         for number, subset in enumerate(subsets):
             where = f"{place}, subset {number + 1}"
-            stated = without_nulls(subset, where, problems)
-            values = {**shared, **_read_level(stated, where, problems, SUBSET)}
+            declared = without_nulls(subset, where, problems)
+            values = {**shared, **_read_level(declared, where, problems, SUBSET)}
             yield _Subset(number, where, values)
 
 

@@ -203,7 +203,7 @@ class DatasetTable:
     references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: "ReferenceRules | None" = None
-    is_of_sound: bool = False  # its clips are sounds without pictures
+    is_of_audio: bool = False  # its clips are sounds without pictures
     gives_latents: bool = False  # computed before, so that no frames are read
     uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
@@ -278,17 +278,17 @@ class DatasetTable:
         if self.own is not None:
             return self.own.source_key(self.kind)
         name = "directory" if self.directory is not None else "jsonl_file"
-        return f"{'audio' if self.is_of_sound else self.kind}_{name}"
+        return f"{'audio' if self.is_of_audio else self.kind}_{name}"
 
     @property
     def path_key(self) -> str:
         """Return the key of an item's path in lists, such as `video_path`."""
-        return "audio_path" if self.is_of_sound else f"{self.kind}_path"
+        return "audio_path" if self.is_of_audio else f"{self.kind}_path"
 
     @property
     def holds(self) -> Literal["image", "video", "sound"]:
         """Kind of media that the items are."""
-        return "sound" if self.is_of_sound else self.kind
+        return "sound" if self.is_of_audio else self.kind
 
     @property
     def control_count(self) -> int | None:
@@ -338,7 +338,7 @@ class DatasetTable:
         return settings
 
     @property
-    def stated_fps(self) -> float | None:
+    def declared_fps(self) -> float | None:
         """Frame rate that the table states as a number; None for "auto" or without one."""
         return None if isinstance(self.source_fps, str) else self.source_fps
 

@@ -31,14 +31,14 @@ def find_window_error(values: Mapping[str, Any]) -> str | None:
     return f"min_timestep = {low} is not below max_timestep = {high}, so no noise level is left"
 
 
-def find_unused(stated: Mapping[str, Any]) -> str | None:
+def find_unused(declared: Mapping[str, Any]) -> str | None:
     """Return the idle keys of a table that is only for validation, and the reason; None without such keys.
 
     Args:
-        stated: The keys of the table.
+        declared: The keys of the table.
     """
-    unused = [name for name in TIMESTEP_KEYS if name in stated]
-    if not stated.get("validation") or not unused:
+    unused = [name for name in TIMESTEP_KEYS if name in declared]
+    if not declared.get("validation") or not unused:
         return None
     return (
         f"{' and '.join(unused)} with validation = true: this table is never trained on, and a validation "

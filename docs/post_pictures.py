@@ -67,12 +67,12 @@ SIDE, RATE_OF_CLIP, FACTOR, CUT = 128, 12, 3, 3  # CUT: number of the first pict
 def main() -> None:
     """Draw the pictures that the command line names, all of them if it names none."""
     parser = Parser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(IMAGES))
     names = parser.parse_args().names
     FOLDER.mkdir(exist_ok=True)
-    for name in names or PICTURES:
+    for name in names or IMAGES:
         with tempfile.TemporaryDirectory() as folder:
-            PICTURES[name](Path(folder), FOLDER / f"{name}.png")
+            IMAGES[name](Path(folder), FOLDER / f"{name}.png")
 
 
 def draw_upscaling(folder: Path, path: Path) -> None:
@@ -274,7 +274,7 @@ def row(frames: Sequence[Frame]) -> Frame:
     return np.concatenate([part for frame in frames for part in (frame, gap)][:-1], axis=1)
 
 
-PICTURES: dict[str, Callable[[Path, Path], None]] = {
+IMAGES: dict[str, Callable[[Path, Path], None]] = {
     "upscaling": draw_upscaling,
     "face_blur": draw_blur,
     "interpolation": draw_times,

@@ -23,7 +23,7 @@ from downloads.hubs import RemoteFile, explain_status, find_file
 from downloads.listing import describe_licenses, gigabytes, print_lines
 from downloads.options import DownloadOptions
 from modules.atomic_write import give_name, make_folder
-from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
+from modules.downloading import PIECE, Answer, BrokenTry, RejectedBySite, ask_http, receive
 from modules.errors import CheckpointError, DownloadError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_TOKENIZER_BYTES
@@ -310,11 +310,11 @@ def _receive(
                 tries=TRIES,
                 wait=wait,
                 first_wait=FIRST_WAIT,
-                most_bytes=size,
+                max_bytes=size,
                 size_bytes=size,
                 progress=show,
             )
-    except RefusedBySite as refused:
+    except RejectedBySite as refused:
         if refused.status is not None:
             raise explain_status(refused.status, name, remote.page, bool(remote.headers)) from None
         raise DownloadError(

@@ -11,7 +11,7 @@ import requests
 from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
 
 from downloads.catalogue import ReleasedFile
-from modules.downloading import BrokenTry, RefusedBySite, ask_http
+from modules.downloading import BrokenTry, RejectedBySite, ask_http
 from modules.errors import DownloadError
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
         # no HEAD: addresses that it redirects to may be signed for GET only
         with ask_http(url, 0, None) as answer:
             size = answer.size_bytes
-    except RefusedBySite as refused:
+    except RejectedBySite as refused:
         if refused.status == 404:
             raise explain_status(404, file.file, page, has_token=False) from None
         raise DownloadError(f"{page}: {refused}, for {file.file}. Try again later.") from None

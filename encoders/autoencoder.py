@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import dialects
-from checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
+from checkpoints.encoders import ALL_IN_ONE, check_groups, declared_groups
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -95,7 +95,7 @@ def read_autoencoder(
         _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     decoder_widths = tuple(shape(f"decoder.up.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
-    groups = stated_groups(checkpoint, kind.classes) or GROUPS
+    groups = declared_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, (*widths, *decoder_widths), groups)
     config = AutoencoderConfig(
         latent_channels=channels,

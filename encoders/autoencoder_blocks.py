@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
         return h.add_(x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
-class PictureAttention(nn.Module):
+class ImageAttention(nn.Module):
     """One-head attention of each pixel to all pixels, added to the input."""
 
     def __init__(self, width: int, groups: int) -> None:
@@ -70,7 +70,7 @@ class Middle(nn.Module):
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.block_1 = ResidualBlock(width, width, groups)
-        self.attn_1 = PictureAttention(width, groups)
+        self.attn_1 = ImageAttention(width, groups)
         self.block_2 = ResidualBlock(width, width, groups)
 
     def forward(self, x: Tensor) -> Tensor:

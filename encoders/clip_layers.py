@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
 from contract.family import DitSpec
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from encoders.clip_checkpoints import (
     MEAN,
     STD,
@@ -222,7 +222,7 @@ class ClipText(nn.Module):
         return states, self._pool(hidden.x, ends)
 
     def _run(self, hidden: Hidden, layers: Iterable[int]) -> None:
-        run_blocks(self, hidden, Tweaks(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
+        run_blocks(self, hidden, Overrides(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
         """Return the normed states of the end tokens, B C; B P if projected.

@@ -55,7 +55,7 @@ class TransformerFiles(ABC):
     vae_option: ClassVar[str] = "--vae"
     vae_folder: ClassVar[str] = ""  # of the VAE in a whole release, which may be given too
     usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
-    vae_usual: ClassVar[torch.dtype | None] = None  # of the VAE, if that was released in another one
+    vae_default: ClassVar[torch.dtype | None] = None  # of the VAE, if that was released in another one
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
         """Return a copy with the options of the transformer.
@@ -103,7 +103,7 @@ class TransformerFiles(ABC):
 
     def vae_identity(self) -> Mapping[str, str]:
         """Return the facts that latents depend on besides the pixels."""
-        dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_usual))
+        dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
     @abstractmethod

@@ -173,7 +173,7 @@ class LanguageUse:
     # count those that are left; sizes are rows and columns of half tokens. "": their states stay
     slots_key: str = ""
     sizes_key: str = ""
-    # key of hashes of the pictures of a dataset's text, as `ImageUse.hash_pictures` makes them; "": none
+    # key of hashes of the pictures of a dataset's text, as `ImageUse.hash_images` makes them; "": none
     hashes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
@@ -507,12 +507,12 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         encoded = self._encode_prompts(prompts)
         key = self.use.hashes_key
         use = self.use.pictures
-        if not key or use is None or use.hash_pictures is None:
+        if not key or use is None or use.hash_images is None:
             return encoded
         hashed = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
             if len(prompt.frames) == len(prompt.pictures):  # those of a dataset, or none
-                conditions = {**conditions, key: [use.hash_pictures(use.choose(prompt.frames))]}
+                conditions = {**conditions, key: [use.hash_images(use.choose(prompt.frames))]}
             hashed.append(conditions)
         return hashed
 
@@ -630,7 +630,7 @@ def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse)
         if prompt.frames:
             frames = [use.show(frame) for frame in use.choose(prompt.frames)]
         else:
-            frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
+            frames = [use.read(path, prompt.image_size) for path in use.choose(prompt.pictures)]
         images.append(read_images(tower, frames, use))
     return images
 

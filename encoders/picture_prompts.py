@@ -58,12 +58,12 @@ class ImageUse:
     text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the picture
     alone: str = ""  # likewise, of a picture that is the only one, if that differs
     token: str = "<|image_pad|>"
-    # a picture as it is shown, of `Prompt.picture_size` if that is given: H W 3 uint8; MediaError
+    # a picture as it is shown, of `Prompt.image_size` if that is given: H W 3 uint8; MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
     # pixels of `Prompt.frames`, H W C uint8, as they are shown: H W 3
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
     # hashes of `Prompt.frames`, for caches: n 32 uint8; None: there are none
-    hash_pictures: Callable[[Sequence[Tensor]], Tensor] | None = None
+    hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced

@@ -158,13 +158,13 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
     """Return the request with its reference pictures in all prompts.
 
-    `size` are `Prompt.picture_size`.
+    `size` are `Prompt.image_size`.
     """
     paths = prepared.request.control_images
     texts = prepared.prompts[0]
 
     def with_images(prompt: Prompt | None) -> Prompt:
-        return replace(prompt or Prompt(""), pictures=paths, picture_size=size)
+        return replace(prompt or Prompt(""), pictures=paths, image_size=size)
 
     prompts = Prompts(
         with_images(texts.positive),

@@ -28,7 +28,7 @@ from checkpoints.encoders import SPIECE_MODEL
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import BlockPlace
-from contract.steps import NO_TWEAKS
+from contract.steps import NO_OVERRIDES
 from modules.attention.sdpa import attend_with_bias
 from modules.devices import dtype_name, send_ahead
 from modules.errors import CheckpointError
@@ -303,7 +303,7 @@ class T5Network(nn.Module):
         lengths = [len(prompt) for prompt in ids]
         tokens = T5Tokens(lengths, lengths if visible is None else visible)
         hidden = Hidden(self.token_embedding(torch.cat(list(ids)).to(self.norm.weight.device)), tokens)
-        run_blocks(self, hidden, NO_TWEAKS)
+        run_blocks(self, hidden, NO_OVERRIDES)
         return list(self.norm(hidden.x).split(lengths))
 
     def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -200,4 +200,4 @@ def find_caption_errors(text: str) -> list[str]:
         caption = content.get(CAPTION, {key: content[key] for key in content.keys() - {INSTRUCTION}})
         errors = [fault] if fault else []
         return errors + (FORMAT.find_key_errors(caption) if isinstance(caption, dict) else [])
-    return FORMAT.find_faults(content)
+    return FORMAT.find_errors(content)

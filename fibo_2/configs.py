@@ -32,7 +32,7 @@ class Fibo2Config(LuminaConfig):
     """Dimensions of a Fibo 2.0 transformer, read from a checkpoint's tensors."""
 
     time_hidden: int = 1024  # width between the layers that embed the time
-    most_gist: int = 512  # tokens that the Perceiver makes of a text, at most
+    max_gist: int = 512  # tokens that the Perceiver makes of a text, at most
     perceiver_layers: int = 2
     injections: tuple[int, ...] = (6, 14, 22, 30, 38)  # blocks that read the text
     patch_size: int = 1  # of the packed latents
@@ -50,9 +50,9 @@ class Fibo2Config(LuminaConfig):
     def count_gist(self, tokens: int) -> int:
         """Return the number of gist tokens that the Perceiver makes of a text with this many tokens."""
         share = min(max((tokens - MIN_TOKENS) / (MOST_TOKENS - MIN_TOKENS), 0.0), 1.0)
-        step = self.most_gist // GIST_STEPS
-        fewest = self.most_gist // 2
-        return -int(-(fewest + share * (self.most_gist - fewest)) // step) * step
+        step = self.max_gist // GIST_STEPS
+        fewest = self.max_gist // 2
+        return -int(-(fewest + share * (self.max_gist - fewest)) // step) * step
 
 
 NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)

@@ -23,7 +23,7 @@ from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Prepared, Prompt, Request, full_patches, size_of
 from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from encoders.files import judge_distillation
 from fibo_2 import options as own
@@ -140,7 +140,12 @@ class Fibo2(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -151,7 +156,7 @@ class Fibo2(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity
@@ -198,7 +203,7 @@ class Fibo2(pictures.ModelOfImages):
         if not paths:
             return prompt
         size = (prepared.width, prepared.height) if len(paths) == 1 else None
-        prompt = replace(prompt, pictures=paths, picture_size=size)
+        prompt = replace(prompt, pictures=paths, image_size=size)
         if not mask:
             return prompt
         from fibo_2.references import read_masked  # only with a mask
@@ -211,7 +216,7 @@ class Fibo2(pictures.ModelOfImages):
         from fibo_2.references import read_edited  # only with images to edit
 
         prompt = prepared.prompts[0].positive
-        frames = prompt.frames or [read_edited(path, prompt.picture_size) for path in prompt.pictures]
+        frames = prompt.frames or [read_edited(path, prompt.image_size) for path in prompt.pictures]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         for number, image in enumerate(frames):
             conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(image[None, None]))

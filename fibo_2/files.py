@@ -112,7 +112,7 @@ def _read_config(shapes: DitShapes) -> Fibo2Config:
         time_dim=shapes.of("t_embedder.mlp.2.weight")[0],
         freq_dim=freq_dim,
         time_hidden=hidden,
-        most_gist=max_gist,
+        max_gist=max_gist,
         perceiver_layers=shapes.blocks("perceiver.layers"),
         injections=injections,
     )

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from fibo_2.configs import DIT, PLACES, Fibo2Config
 from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.model import real_tokens
@@ -146,7 +146,7 @@ class Perceiver(nn.Module):
 
     def __init__(self, config: Fibo2Config) -> None:
         super().__init__()
-        self.latent_queries = nn.Parameter(torch.empty(config.most_gist, config.dim))
+        self.latent_queries = nn.Parameter(torch.empty(config.max_gist, config.dim))
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.perceiver_layers))
         self.norm_out = RMSNorm(config.dim, config.eps)
 
@@ -284,7 +284,7 @@ class Fibo2Model(BlockNetwork):
         timesteps: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
         """Return the tokens of image, references and gist, B L+R+G C, and the other inputs of the blocks.
@@ -294,7 +294,7 @@ class Fibo2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n W.
             text_mask: B T, true or 1 for real tokens, which come first.
-            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
                 gist follows that of the first text.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
 
@@ -308,7 +308,8 @@ class Fibo2Model(BlockNetwork):
         patches = [rearrange(latents, "b z 1 h w -> b (h w) z") for latents in (noisy, *references)]
         image = in_own_dtype(self.x_embedder, torch.cat(patches, dim=1)).to(dtype)
         texts = [
-            _read_states(arguments) for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask)
+            _read_states(arguments)
+            for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask)
         ]
         gists = [self._make_gist(one, image.shape[1], dtype) for one in texts]
         tokens = Fibo2Tokens(
@@ -323,11 +324,11 @@ class Fibo2Model(BlockNetwork):
         )
         image = self._refine(image, tokens)
         for second in gists[1:]:  # at most one
-            assert tweaks.steer is not None  # it comes with a second text
+            assert overrides.steer is not None  # it comes with a second text
             count = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(image.shape[1], count, second.lengths, tweaks.steer),
+                second=SecondText(image.shape[1], count, second.lengths, overrides.steer),
                 second_rotary=self._make_table(Fibo2Layout(grids, count), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
@@ -392,7 +393,7 @@ class Fibo2Model(BlockNetwork):
             return on_grid([axis(positions, width) for positions, width in sides])
 
         tables = []
-        for plane, (rows, columns) in enumerate(layout.grids, self.config.most_gist + 1):
+        for plane, (rows, columns) in enumerate(layout.grids, self.config.max_gist + 1):
             tables.append(grid(range(plane, plane + 1), rows, columns))
         tables.append(grid(range(1, 1 + layout.gist), 1, 1))
         return torch.cat(tables).unsqueeze(-3)

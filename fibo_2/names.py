@@ -1,6 +1,6 @@
 """Fibo 2.0's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from lumina.names import LUMINA_SIDES
 from networks.names.layouts import FamilyNames, WeightPart, stacked_parts, with_endings
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="fibo_2",
     cache="fibo_2_cache",
     record="Fibo2",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_VL_FILE",
     same_latents="flux_2",
     captions="captions",

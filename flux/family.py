@@ -31,7 +31,7 @@ from contract.few_steps import UNDOING, FewSteps
 from contract.loading import Placement
 from contract.made_networks import MadeNetwork
 from contract.rules import ModelRelease
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders import control_pictures
 from encoders.pictures import (
     GUIDANCE,
@@ -287,7 +287,12 @@ class Flux(ModelOfImages):
             )
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -302,7 +307,7 @@ class Flux(ModelOfImages):
             timesteps.float(),
             **name_texts(cond, self._text_inputs, device),
             guidance=guidance_in(cond, device),
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
+            overrides=overrides.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
             references=() if is_control else images,
             control=images[0] if is_control else None,
             control_strength=control_pictures.strength_in(cond),

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
@@ -136,7 +136,7 @@ class FluxModel(BlockNetwork):
         t5_mask: Tensor | None = None,
         pooled: Tensor | None = None,
         guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         control: Tensor | None = None,
         control_strength: float = 1.0,
@@ -153,7 +153,7 @@ class FluxModel(BlockNetwork):
                 padding more.
             pooled: State of CLIP-L, B pooled_dim; None for Chroma.
             guidance: B, not scaled; None is 0. Ignored by a model without guidance.
-            tweaks: Changes to this call; their second text has arguments named t5, t5_mask and pooled.
+            overrides: Changes to this call; their second text has arguments named t5, t5_mask and pooled.
             references: Clean latents of images to edit (Kontext), each B Z 1 h w of its own size.
             control: Latents of a control image for the ControlNet, of the size of `noisy`.
             control_strength: Factor of what the ControlNet adds.
@@ -174,17 +174,17 @@ class FluxModel(BlockNetwork):
             for modulation_rows in self._modulation_rows:
                 modulation_rows.place(timesteps.device)
             rows = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
-        elif not self.config.has_guidance or not tweaks.embedded_guidance:
+        elif not self.config.has_guidance or not overrides.embedded_guidance:
             scale = None
         texts = []
-        for prompt in tweaks.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
+        for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
             vector = self._embed_vector(timesteps, prompt["pooled"], scale) if rows is None else rows
             texts.append(EmbeddedText(text, lengths, vector))
         hidden = join_tokens(
             images,
             texts,
-            tweaks.steer,
+            overrides.steer,
             grid=grids[0].sizes,
             rotary=rotary,
             dtype=dtype,

@@ -1,6 +1,6 @@
 """Names of FLUX.1 and Chroma: scripts, modules in LoRA files, and tensors that identify files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from hunyuan_model.names import LINEAR1_PARTS
 from networks.names import layouts
 from networks.names.layouts import (
@@ -18,7 +18,7 @@ ENTRY = FamilyEntry(
     script="flux",
     cache="flux_cache",
     record="Flux",
-    encoders=(("vae", "--ae", PICTURES),),
+    encoders=(("vae", "--ae", IMAGES),),
     texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
     further_models=("chroma",),
 )

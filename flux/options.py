@@ -166,7 +166,7 @@ class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=N
 DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # of a new ControlNet
 _COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
 # settings of `training.image_options.beside_transformer`
-CONTROL_NET_REFUSED: Mapping[str, str] = {
+CONTROL_NET_REJECTED: Mapping[str, str] = {
     "network_dim": _COPIES,
     "network_dropout": _COPIES,
     "network_weights": f"Give the ControlNet to start from to {CONTROL_NET}",

@@ -23,7 +23,7 @@ from contract.family import DitSpec, Family, NoiseSpec
 from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
@@ -136,7 +136,12 @@ class Flux2(pictures.ModelOfImages):
         return conditions | pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -148,7 +153,7 @@ class Flux2(pictures.ModelOfImages):
             timesteps.float(),
             **name_texts(cond, {"text": KEY}, device),
             guidance=pictures.guidance_in(cond, device),
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
+            overrides=overrides.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
             references=pictures.references_in(cond, device),
         )
         return velocity

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model import blocks
 from modules.layers.modulation import add_gated, modulate
@@ -222,7 +222,7 @@ class Flux2Model(BlockNetwork):
         timesteps: Tensor,
         text: Tensor,
         guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
         """Return image and text tokens, B L+T C, and the other inputs of the blocks.
@@ -234,7 +234,7 @@ class Flux2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim, including padding.
             guidance: B, not scaled; None leaves it out. Ignored by a model without guidance.
-            tweaks: Changes to this call; their second text has an argument named text.
+            overrides: Changes to this call; their second text has an argument named text.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
@@ -251,9 +251,9 @@ class Flux2Model(BlockNetwork):
         for latents in images:
             pixels = latents.flatten(2).transpose(1, 2)  # B L Z
             embedded.append(in_own_dtype(self.img_in, pixels).to(dtype))
-        vector = self._embed_vector(timesteps, guidance if tweaks.embedded_guidance else None)
+        vector = self._embed_vector(timesteps, guidance if overrides.embedded_guidance else None)
         texts = []
-        for prompt in tweaks.texts(len(noisy), text=text):
+        for prompt in overrides.texts(len(noisy), text=text):
             tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(tokens, None, vector))
         # an image's token stands at (image, row, column, 0), a text's at (0, 0, 0, place)
@@ -269,13 +269,13 @@ class Flux2Model(BlockNetwork):
         return blocks.join_tokens(
             embedded,
             texts,
-            tweaks.steer,
+            overrides.steer,
             blocks.TokensWithTurnedText,
             grid=(1, *noisy.shape[-2:]),
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_picture=rotary[:num_images],
+            rotary_of_image=rotary[:num_images],
         )
 
     def _embed_vector(self, timesteps: Tensor, guidance: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """FLUX.2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from flux.names import FLUX_NORMS, FLUX_NUMBERS, FLUX_QKV
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
@@ -10,7 +10,7 @@ ENTRY = FamilyEntry(
     script="flux_2",
     cache="flux_2_cache",
     record="Flux2",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder TEXT_ENCODER_FILE",
 )
 

@@ -23,7 +23,7 @@ from contract.family import Abilities, DitSpec, Family, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Box, Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from flux_2.versions import VERSIONS
 from flux_3 import options as own
@@ -123,23 +123,28 @@ class Flux3(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
         The conditions are ctx_vec, T D for each sample, and latents_control_0, ..., B C 1 h w each. The
-        distilled transformer predicts the mean velocity of the step in `tweaks.turn`.
+        distilled transformer predicts the mean velocity of the step in `overrides.turn`.
         """
         next_timesteps = None
         if dit.config.is_flow_map:  # type: ignore[union-attr]
-            assert tweaks.turn is not None, "trainings of the distilled model are refused"
-            next_timesteps = torch.full_like(timesteps.float(), tweaks.turn.next_timestep)
+            assert overrides.turn is not None, "trainings of the distilled model are refused"
+            next_timesteps = torch.full_like(timesteps.float(), overrides.turn.next_timestep)
         velocity: Tensor = dit(
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             next_timesteps=next_timesteps,
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity

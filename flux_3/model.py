@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import Lengths, SecondText, attend, make_lengths
@@ -33,8 +33,8 @@ from running.run_blocks import BlockNetwork, Hidden
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
 
-PICTURE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
-CONTENT = (PICTURE, REFERENCES)
+IMAGE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
+CONTENT = (IMAGE, REFERENCES)
 SCALE = 0.5  # of an image's rows and columns, as positions
 ROWS = 3  # that modulate a block: shift, scale and gate
 # rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
@@ -67,7 +67,7 @@ class Flux3Tokens:
         return self.counts
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
@@ -307,7 +307,7 @@ class Flux3Model(BlockNetwork):
         self.content_mode_blocks = nn.ModuleDict({mode: _make_mode_blocks(config, mode) for mode in CONTENT})
         self.txt_mode_blocks = _make_mode_blocks(config, TEXT)
         self.single_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
-        self.final_layer = nn.ModuleDict({PICTURE: PixelFinalLayer(config.dim, config.channels, config.eps)})
+        self.final_layer = nn.ModuleDict({IMAGE: PixelFinalLayer(config.dim, config.channels, config.eps)})
         self._rotary = GridTable[Flux3Layout](self._make_table)
 
     def embed(
@@ -317,7 +317,7 @@ class Flux3Model(BlockNetwork):
         text: Tensor,
         text_mask: Tensor,
         next_timesteps: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
     ) -> Hidden:
         """Return the tokens of image, references and text, B L+R+T C, and the other inputs of the blocks.
@@ -328,7 +328,7 @@ class Flux3Model(BlockNetwork):
             text: States of the language model, B T text_dim, including those of padding to a multiple of 80.
             text_mask: B T, true or 1 for these states; further ones fill up the batch.
             next_timesteps: B, where the step ends; required by a distilled model, and by no other.
-            tweaks: Changes to this call; their second text has arguments named text and text_mask.
+            overrides: Changes to this call; their second text has arguments named text and text_mask.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
@@ -344,17 +344,17 @@ class Flux3Model(BlockNetwork):
         if (next_timesteps is not None) != self.config.is_flow_map:
             raise ValueError("a distilled transformer, and no other, takes the times at which steps end")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        contents = [self._embed_image(PICTURE, noisy)]
+        contents = [self._embed_image(IMAGE, noisy)]
         contents += [self._embed_image(REFERENCES, latents) for latents in references]
         texts = []
-        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, dtype))
         x = torch.cat([*(tokens.to(dtype) for tokens in contents), *(words.states for words in texts)], dim=1)
         of_image = contents[0].shape[1]
         of_contents = sum(tokens.shape[1] for tokens in contents)
-        counts = {PICTURE: of_image, TEXT: x.shape[1] - of_contents}
+        counts = {IMAGE: of_image, TEXT: x.shape[1] - of_contents}
         if references:
-            counts = {PICTURE: of_image, REFERENCES: of_contents - of_image, TEXT: counts[TEXT]}
+            counts = {IMAGE: of_image, REFERENCES: of_contents - of_image, TEXT: counts[TEXT]}
         layout = Flux3Layout(
             grid=_measure_grid(noisy),
             references=tuple(_measure_grid(latents) for latents in references),
@@ -373,9 +373,9 @@ class Flux3Model(BlockNetwork):
             text_lengths=first.lengths(0),
         )
         for second in seconds:  # at most one
-            assert tweaks.steer is not None  # it comes with a second text
+            assert overrides.steer is not None  # it comes with a second text
             second_text = SecondText(
-                of_contents, second.states.shape[1], second.lengths(of_contents), tweaks.steer
+                of_contents, second.states.shape[1], second.lengths(of_contents), overrides.steer
             )
             tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
         return Hidden(x, tokens)
@@ -402,7 +402,7 @@ class Flux3Model(BlockNetwork):
             zero = zero + step_end
         rows = []
         for mode in modes:
-            embedded = time if mode == PICTURE else zero
+            embedded = time if mode == IMAGE else zero
             early = self.early_stream_modulations[mode](embedded)
             joint = self.single_stream_modulations[mode](embedded)
             rows.append(torch.cat([early, joint, embedded.unsqueeze(1)], dim=1))
@@ -415,7 +415,7 @@ class Flux3Model(BlockNetwork):
         """Turn tokens B L+R+T C into the velocity, B Z 1 H W in float32."""
         image = x[:, : math.prod(tokens.grid)]
         embedding = tokens.vector[:, :1, TIME_ROW]
-        pixels = self.final_layer[PICTURE](image, embedding, tokens.dtype).float()
+        pixels = self.final_layer[IMAGE](image, embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:

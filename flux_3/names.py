@@ -1,6 +1,6 @@
 """FLUX 3's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="flux_3",
     cache="flux_3_cache",
     record="Flux3",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_VL_FILE",
     same_latents="flux_2",
 )

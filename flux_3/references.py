@@ -15,7 +15,7 @@ from encoders.pictures import read_reference
 from modules.media.buckets import Fit, Size, fit_within
 from modules.media.reading import image_size, read_image, resize_frame
 
-MOST_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
+MAX_PIXELS, MAX_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
 MIN_SIDE = 64
 AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
 SHRINKING = 0.995  # by which an image is reduced until its canvas fits
@@ -38,11 +38,11 @@ def fit_canvas(size: Size, step: int) -> Canvas:
 
     An image is reduced only if its canvas would have too many pixels or too long a side.
     """
-    scale = min(1.0, math.sqrt(MOST_PIXELS / math.prod(size)), MAX_SIDE / max(size))
+    scale = min(1.0, math.sqrt(MAX_PIXELS / math.prod(size)), MAX_SIDE / max(size))
     while True:
         width, height = (max(1, round(side * scale)) for side in size)
         canvas = _round_up(width, step), _round_up(height, step)
-        if math.prod(canvas) <= MOST_PIXELS:
+        if math.prod(canvas) <= MAX_PIXELS:
             return Canvas((width, height), canvas)
         scale *= SHRINKING
 

@@ -16,7 +16,7 @@ from contract.loading import Placement
 from contract.one_frame import OneFrame
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, SourceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, read_conditions
@@ -204,7 +204,7 @@ class FramePack(OneTransformer):
         noisy: Tensor,
         timesteps: Tensor,
         cond: data.Conditions,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
@@ -217,7 +217,7 @@ class FramePack(OneTransformer):
             noisy: Noisy latents, B C F H W.
             timesteps: B, 0..1000.
             cond: Conditions by their names in caches, and guidance B.
-            tweaks: Changes to this call.
+            overrides: Changes to this call.
         """
         device = noisy.device
         history: dict[str, Tensor] = {}
@@ -233,7 +233,7 @@ class FramePack(OneTransformer):
             history[indices] = places
         guidance = data.send_tensor(cond, "guidance", device)
         # a turn says on the host what the device would have to be asked for
-        on_host = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
+        on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
         scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
         return dit(
@@ -245,7 +245,7 @@ class FramePack(OneTransformer):
             latent_indices=data.send_tensor(cond, "latent_indices", device),
             **history,
             position_scale=scale,
-            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
+            overrides=overrides.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

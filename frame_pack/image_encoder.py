@@ -97,10 +97,10 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     return LoadPlan(config, tower, sources, _UNUSED + other_networks)
 
 
-def _select_image_size(positions: int, patch: int, stated: object) -> int:
+def _select_image_size(positions: int, patch: int, declared: object) -> int:
     """Return the side that gives `positions` patches: config.json's, else FramePack's, else the smallest."""
     side = math.isqrt(positions)
-    for size in (stated, IMAGE_SIZE):
+    for size in (declared, IMAGE_SIZE):
         if isinstance(size, int) and size // patch == side:
             return size
     return side * patch

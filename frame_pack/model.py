@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from frame_pack.blocks import (
     FramePackRefinerBlock,
     HunyuanVideoSingleTransformerBlock,
@@ -126,7 +126,7 @@ class FramePackTokens(HunyuanTokens):
     """Inputs of the blocks; the noisy latents are the last tokens of the video."""
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the noisy latents."""
         return self.video - math.prod(self.grid)
 
@@ -291,7 +291,7 @@ class FramePackModel(BlockNetwork):
         clean_latents_4x: Tensor | None = None,
         clean_latent_4x_indices: Tensor | None = None,
         position_scale: float = 1.0,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return tokens B L+T C, those of noisy latents last, and the blocks' other inputs.
 
@@ -311,7 +311,8 @@ class FramePackModel(BlockNetwork):
             clean_latents_4x: Finished latents to embed at quarter resolution.
             clean_latent_4x_indices: Their indices, B n.
             position_scale: Factor for positions along rows and columns.
-            tweaks: Changes to this call; their second text has arguments named llama, llama_mask and clip_l.
+            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
+                clip_l.
 
         Raises:
             ValueError: If sizes do not match.
@@ -324,7 +325,7 @@ class FramePackModel(BlockNetwork):
         clean = [kind for kind in history if kind is not None]
         kinds = [*clean, Given("noisy", noisy, latent_indices, 1)]
         self._check(kinds, llama, llama_mask)
-        if tweaks.slow_frames is not None:
+        if overrides.slow_frames is not None:
             raise ValueError("sections keep the frames' positions within the trained range: none is slowed")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.x_embedder["proj"], noisy)  # B C f h w
@@ -333,10 +334,10 @@ class FramePackModel(BlockNetwork):
         video.append(patches.to(dtype).flatten(2).transpose(1, 2))
         rotary = self._rotary.get_table(_make_layout(kinds, grid, position_scale), noisy.device)
         image = self.image_projection(image_embeddings).to(dtype)
-        guided = guidance if tweaks.embedded_guidance else None
+        guided = guidance if overrides.embedded_guidance else None
         before = rotary.shape[-4] + image.shape[1]  # the image's tokens become part of the text
         texts = []
-        for prompt in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+        for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real(prompt["llama_mask"], before, noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.context_embedder(
@@ -347,7 +348,7 @@ class FramePackModel(BlockNetwork):
         return join_tokens(
             video,
             texts,
-            tweaks.steer,
+            overrides.steer,
             FramePackTokens,
             grid=grid,
             rotary=rotary,

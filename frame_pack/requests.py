@@ -136,24 +136,24 @@ def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest)
         )
 
 
-def _read_prompts(request: requests.Request, sections: int, is_picture: bool) -> list[requests.Prompt]:
-    texts = _read_entries(request.prompt, "--prompt", sections, is_picture)
+def _read_prompts(request: requests.Request, sections: int, is_image: bool) -> list[requests.Prompt]:
+    texts = _read_entries(request.prompt, "--prompt", sections, is_image)
     if request.second_prompt is None:
         return [requests.Prompt(text) for text in texts]
-    second = _read_entries(request.second_prompt, "--prompt_2", sections, is_picture)
+    second = _read_entries(request.second_prompt, "--prompt_2", sections, is_image)
     return [requests.Prompt(text, second=for_clip) for text, for_clip in zip(texts, second, strict=True)]
 
 
-def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> requests.Request:
+def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> requests.Request:
     """Return the request without unusable media, with a warning.
 
     Raises OptionError if a file cannot be opened.
     """
     why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_picture}, why_not)
+    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, why_not)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
-    if is_picture and request.source is not None:
+    if is_image and request.source is not None:
         raise OptionError(
             f"--{request.source.option} {request.source.path} and --one_frame_inference: a single picture is "
             "made from --image_path and --control_image_path. Leave one of them out"
@@ -161,10 +161,10 @@ def _with_media(request: requests.Request, is_f1: bool, is_picture: bool) -> req
     return requests.keep_usable_media(request, {"control_path": False}, "FramePack does not take it")
 
 
-def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_picture: bool) -> int:
+def _count_sections(request: requests.Request, usual: SamplingDefaults, window: int, is_image: bool) -> int:
     typed_sections = request.extra.get("video_sections")
     seconds = request.extra.get("video_seconds")
-    if is_picture:
+    if is_image:
         if typed_sections not in (None, "1"):
             logger.warning("--video_sections %s is ignored because a single picture is made", typed_sections)
         return 1
@@ -219,26 +219,26 @@ def _with_controls(request: requests.Request) -> requests.Request:
     return request
 
 
-def _list_images(request: requests.Request, sections: int, is_picture: bool) -> tuple[Path, ...]:
+def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
     """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
     text = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
     if text is None and request.first_image is not None:  # the first frame of the video that it starts from
         return (request.first_image,) * sections
-    entries = _read_entries(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_picture)
+    entries = _read_entries(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image)
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):
         _check_image("--image_path", path)
     return paths
 
 
-def _read_entries(text: str, option: str, sections: int, is_picture: bool) -> tuple[str, ...]:
+def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tuple[str, ...]:
     """Parse a text's entries for each section, in playing order. Warn of entries for other sections."""
     entries = parse_entries(text, option)
     used = (
         (entries[0],)
-        if is_picture
+        if is_image
         else tuple(select_entry(entries, index, sections) for index in range(sections))
     )
     unused: dict[str, int] = {}

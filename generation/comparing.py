@@ -373,7 +373,7 @@ def load_for_columns(
     weights would then double the host memory.
     """
     speed = run.options.speed
-    is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
+    is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
     is_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)  # T-LoRAs
     if is_plain and not is_masked and len(run.family.experts) <= 1:
         yield from _load_switched_networks(run, columns)
@@ -418,7 +418,7 @@ def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
         saved = load_latents(path)
         preview = path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
-        return replace(cell, latent_path=path, preview=preview, latents=saved.latents, sound=saved.sound)
+        return replace(cell, latent_path=path, preview=preview, latents=saved.latents, audio=saved.audio)
 
     missing = [cell for cell in cells if not files[cell.label].video.exists()]
     if missing:

@@ -52,7 +52,7 @@ def denoise(
     """
     schedule = solver.schedule
     is_anchored = section.anchor is not None
-    assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
+    assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:
         from generation.anchors import hold_consistent, hold_masked  # few sections have an anchor
@@ -61,7 +61,7 @@ def denoise(
     num_steps = schedule.num_steps - first_step
     for made in range(num_steps):
         index = first_step + made
-        sound_sigmas = schedule.sound_sigmas
+        audio_sigmas = schedule.audio_sigmas
         is_last = made + 1 == num_steps
         step = steps.Step(
             made,
@@ -69,12 +69,12 @@ def denoise(
             sigma=float(schedule.sigmas[index]),
             timestep=float(schedule.timesteps[index]),
             noisy=latents,
-            sound_sigma=None if sound_sigmas is None else float(sound_sigmas[index]),
+            audio_sigma=None if audio_sigmas is None else float(audio_sigmas[index]),
             next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
-            step, predictor(family, dit_at, step, split, section.tweaks, section.clean_streams), section
+            step, predictor(family, dit_at, step, split, section.overrides, section.clean_streams), section
         ).float()
         done = steps.StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
@@ -100,13 +100,13 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
         index: Index of the step.
         velocity: Velocity of video and audio, B N.
     """
-    joint = section.tweaks.joint
-    if joint is None or schedule.sound_sigmas is None:
+    joint = section.overrides.joint
+    if joint is None or schedule.audio_sigmas is None:
         return velocity
-    image, sound = joint.split(velocity)
-    own = schedule.sound_sigmas[index + 1] - schedule.sound_sigmas[index]
+    image, audio = joint.split(velocity)
+    own = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
     of_image = schedule.sigmas[index + 1] - schedule.sigmas[index]
-    return joint.join(image, sound * float(own / of_image))
+    return joint.join(image, audio * float(own / of_image))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
@@ -119,12 +119,12 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
         section: The section to denoise.
         latents: Latents, B C F H W, or B N for video with audio.
     """
-    joint = section.tweaks.joint
+    joint = section.overrides.joint
     if joint is None:
         return _put_first_frames(latents, section.given)
-    image, sound = joint.split(latents)
+    image, audio = joint.split(latents)
     image = _put_first_frames(image, section.given)
-    return joint.join(image, sound if section.given_sound is None else section.given_sound)
+    return joint.join(image, audio if section.given_audio is None else section.given_audio)
 
 
 def _put_first_frames(latents: Tensor, frames: Tensor | None) -> Tensor:
@@ -138,10 +138,10 @@ def predictor(
     dit_at: steps.DitAt,
     step: steps.Step,
     split: bool,
-    all_passes: steps.Tweaks = steps.NO_TWEAKS,
+    all_passes: steps.Overrides = steps.NO_OVERRIDES,
     clean_streams: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
-    """Make the function `predict(*conditions, tweaks=...)` of a step: a velocity for each condition.
+    """Make the function `predict(*conditions, overrides=...)` of a step: a velocity for each condition.
 
     Args:
         family: The model family.
@@ -155,21 +155,23 @@ def predictor(
     dit = dit_at(step.timestep)
     noisy = step.noisy
 
-    def predict(*conditions: Conditions, tweaks: steps.Tweaks = steps.NO_TWEAKS) -> tuple[Tensor, ...]:
+    def predict(
+        *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
+    ) -> tuple[Tensor, ...]:
         can_stack = not split and _are_alike(conditions)
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams) or step.sound_sigma is not None:
-                sound_timesteps = timesteps
-                if step.sound_sigma is not None:
-                    sound_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.sound_sigma)
-                of_streams = zip((timesteps, sound_timesteps), clean_streams, strict=True)
+            if any(clean_streams) or step.audio_sigma is not None:
+                audio_timesteps = timesteps
+                if step.audio_sigma is not None:
+                    audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
+                of_streams = zip((timesteps, audio_timesteps), clean_streams, strict=True)
                 timesteps = torch.stack([times * (not is_clean) for times, is_clean in of_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
-            which = (*map(id, group), id(tweaks))
+            which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,
                 step.num_steps,
@@ -177,10 +179,10 @@ def predictor(
                 next_timestep=step.next_timestep,
                 which=which,
             )
-            group_tweaks = replace(tweaks.within(all_passes), turn=turn)
+            group_overrides = replace(overrides.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)
-            velocities += family.predict(dit, rows, timesteps, batch, group_tweaks).chunk(len(group))
+            velocities += family.predict(dit, rows, timesteps, batch, group_overrides).chunk(len(group))
         return tuple(velocities)
 
     return predict
@@ -288,7 +290,7 @@ def make_latents(
                 family.noise.table,
                 draw=noise.draw,
                 levels=stage.levels,
-                sound_shift=stage.sound_shift,
+                audio_shift=stage.audio_shift,
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
@@ -330,14 +332,14 @@ def sections_of(
     source = conditions.pop(SOURCE, None)
     if source is not None:
         inputs = {**inputs, 0: conditions}
-    request_tweaks = steps.NO_TWEAKS
+    request_overrides = steps.NO_OVERRIDES
     if prepared.slow_frames is not None or prepared.joint is not None:
-        request_tweaks = steps.Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
+        request_overrides = steps.Overrides(slow_frames=prepared.slow_frames, joint=prepared.joint)
     sections = family.sections(prepared, prompts, inputs, noise)
     try:
         section = next(sections)
         while True:
-            section = replace(section, tweaks=section.tweaks.within(request_tweaks))
+            section = replace(section, overrides=section.overrides.within(request_overrides))
             if isinstance(source, Tensor):
                 from blissful_tuner.video_to_video import fit_frames  # only with a source
 
@@ -406,7 +408,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         blank=moved(section.blank),
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
-        given_sound=None if section.given_sound is None else section.given_sound.to(device),
+        given_audio=None if section.given_audio is None else section.given_audio.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
         away=moved(section.away),
     )

@@ -24,7 +24,7 @@ from modules.attention.attend import check_backend
 from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.errors import OptionError
 from modules.options import override_options
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.names.layouts import FOR_BOTH
 from networks.use_options import multipliers_for
 from running.dressing import dress, swapped_weights
@@ -49,7 +49,7 @@ class DitLoader:
     uses: LorasByExpert
     device: torch.device
     options: GenerationOptions
-    quantisation: Quantisation | None
+    quantization: Quantization | None
     # by expert: notes the weights while they are loaded, in place of merging
     originals: "Sequence[OriginalWeights] | None" = None
 
@@ -88,7 +88,7 @@ class DitLoader:
             attention=speed.attention.choice,
             patch=patch,
             leave_unmerged=merged.leave_unmerged if merged else None,
-            quantisation=self.quantisation,
+            quantization=self.quantization,
             host=host,
             blocks=blocks,
             check=check,
@@ -154,10 +154,10 @@ def dit_loader(
     Raises:
         OptionError: If an option is unavailable on the device.
     """
-    quantization = options.speed.fp8.quantisation
+    quantization = options.speed.fp8.quantization
     if quantization is not None:
         quantization = prepare(quantization, device)
-    return DitLoader(family, uses, device, options=options, quantisation=quantization, originals=originals)
+    return DitLoader(family, uses, device, options=options, quantization=quantization, originals=originals)
 
 
 logger = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ def _make_preset_checks(
         "attn_mode": check_attention,
         "compile": check_compile,
         "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: speed.fp8.quantisation and prepare(speed.fp8.quantisation, device),
+        "fp8_fast": lambda speed: speed.fp8.quantization and prepare(speed.fp8.quantization, device),
         "fp16_accumulation": lambda _: _check_fp16_sums(device),
     }
 

@@ -137,7 +137,7 @@ def order_turns(family: Family, options: GenerationOptions, requests: Sequence[P
         never_beside=options.experts.offload_inactive_dit,
         lazy=options.experts.lazy_loading,
         together=sharing_processes(options.speed) > 1,
-        in_fp8=options.speed.fp8.quantisation is not None,
+        in_fp8=options.speed.fp8.quantization is not None,
     )
 
 

@@ -109,7 +109,7 @@ class DitTurns:
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
     # bytes of the device, when something was allowed next to them
-    most_beside: int = field(default=0, init=False)
+    max_beside: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of experts that have one
     _working: set[int] = field(default_factory=set)  # experts on the device
@@ -179,7 +179,7 @@ class DitTurns:
         if self.device.type == "cpu":
             return True
         if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
-            self.most_beside = max(self.most_beside, torch.cuda.memory_allocated(self.device) + needed)
+            self.max_beside = max(self.max_beside, torch.cuda.memory_allocated(self.device) + needed)
             return True
         return False
 

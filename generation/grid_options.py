@@ -20,7 +20,7 @@ MAX_AXES = 2
 MAX_CELLS = 100  # of a sheet: their videos are open at once while it is drawn
 PROMPT = LineOption("prompt", str)
 # no axes, and why
-REFUSED = {
+REJECTED = {
     "fps": "it changes no picture, and the cells of a sheet play at one rate. Leave it out",
     "lora_multiplier": "it holds for a whole run. tools/compare.py makes a column of each strength",
 }
@@ -98,8 +98,8 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
     name = name.strip().lstrip("-")
     if not sign:
         raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
-    if name in REFUSED:
-        raise OptionError(f"--sheet {name}: {REFUSED[name]}")
+    if name in REJECTED:
+        raise OptionError(f"--sheet {name}: {REJECTED[name]}")
     option = PROMPT if name == PROMPT.key else find_option(name, line_options)
     if option is None:
         keys = sorted({line_option.key for line_option in line_options.values()})
@@ -146,7 +146,7 @@ def list_cells(
         yield place, values
 
 
-MOST_COLUMNS = 64
+MAX_COLUMNS = 64
 
 
 class CompareOptions(Options, title="comparison"):
@@ -174,9 +174,9 @@ class CompareOptions(Options, title="comparison"):
                 "many, the first of each for the first column"
             )
         columns = len(self.lora) * len(self.lora_multiplier) + 1
-        if columns > MOST_COLUMNS:
+        if columns > MAX_COLUMNS:
             raise OptionError(
-                f"--lora and --lora_multiplier give {columns} columns, {MOST_COLUMNS} are the most. Give "
+                f"--lora and --lora_multiplier give {columns} columns, {MAX_COLUMNS} are the most. Give "
                 "fewer files or strengths."
             )
 

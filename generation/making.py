@@ -17,7 +17,7 @@ from blissful_tuner.metadata import as_tags
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_audio
 from contract.inputs import SOURCES
 from contract.requests import Box
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
@@ -132,7 +132,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if not options.interactive:
         _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
     if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        predicted = max(run.predicted.most, run.session.dits.most_beside)
+        predicted = max(run.predicted.most, run.session.dits.max_beside)
         logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
     return clips
 
@@ -296,8 +296,8 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
     stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
     path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
     joint = job.prepared.joint
-    image, sound = (latents, None) if joint is None else joint.split(latents)
-    outputs.save_latents(path, image, metadata, sound)
+    image, audio = (latents, None) if joint is None else joint.split(latents)
+    outputs.save_latents(path, image, metadata, audio)
     until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
     logger.info("Latents: %s%s", path, until)
     return replace(
@@ -307,7 +307,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
         latent_path=path,
         preview=preview,
         latents=image,
-        sound=sound,
+        audio=audio,
     )
 
 
@@ -389,9 +389,9 @@ def decode_all(
     """
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
-    if hears_sound(run.family) or run.options.output.save_audio is not None:  # or says that there is none
+    if hears_audio(run.family) or run.options.output.save_audio is not None:  # or says that there is none
         jobs = {job.label: job for job in denoised}
-        tracks = _decode_sound(run, jobs, failures)
+        tracks = _decode_audio(run, jobs, failures)
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for job in denoised:
@@ -404,7 +404,7 @@ def decode_all(
     return paths
 
 
-def _decode_sound(
+def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
     @contextmanager
@@ -413,11 +413,11 @@ def _decode_sound(
             yield
 
     return make_tracks(
-        run, {label: job.sound for label, job in jobs.items() if not job.prepared.is_still}, note
+        run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, note
     )
 
 
-def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, sound: Track | None) -> Path:
+def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, audio: Track | None) -> Path:
     assert job.latents is not None, "it is denoised"
     return outputs.save_pixels(
         run.options.output,
@@ -426,7 +426,7 @@ def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob,
         fps=job.prepared.fps,
         metadata=job.metadata,
         post=run.post,
-        track=sound,
+        track=audio,
         latent=run.family.latent,
     )
 
@@ -463,16 +463,16 @@ def make_tracks(
         latents: See `decode_tracks`.
         note: See `decode_tracks`.
     """
-    sounds = {label: sound for label, sound in latents.items() if sound is not None}
+    audios = {label: audio for label, audio in latents.items() if audio is not None}
     output = run.options.output
-    if not sounds or not hears_sound(run.family):
+    if not audios or not hears_audio(run.family):
         if output.save_audio is not None:
             logger.warning("--save_audio %s is ignored because nothing with sound is made", output.save_audio)
         return {}
-    if not output.writes_sound:
+    if not output.writes_audio:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
         return {}
-    return decode_tracks(run.family, sounds, run.session.device, note)
+    return decode_tracks(run.family, audios, run.session.device, note)
 
 
 def decode(

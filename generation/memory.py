@@ -12,7 +12,7 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
 from contract.data import Conditions
-from contract.family import Family, TextEncoder, can_divide, can_see, hears_sound, is_layered
+from contract.family import Family, TextEncoder, can_divide, can_see, hears_audio, is_layered
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt
 from contract.rules import Expert, noisiest
@@ -134,13 +134,13 @@ def predict(
         watch=watch,
     )
     after: list[memory_plan.Phase] = []
-    if options.output.output_type not in UNDECODED and not prepared.is_sound_alone:
+    if options.output.output_type not in UNDECODED and not prepared.is_audio_alone:
         after.append(rehearse_decoding(family, prepared, extra))
     joint = None if prepared.is_still else prepared.joint
-    if joint is not None and hears_sound(family) and options.output.writes_sound:
-        networks = family.sound_networks(META, decodes=True)
+    if joint is not None and hears_audio(family) and options.output.writes_audio:
+        networks = family.audio_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_sound(networks, torch.empty(1, *joint.sound))
+            family.decode_audio(networks, torch.empty(1, *joint.audio))
             after.insert(0, make_phase("decoding sound", ledger, extra))
     return replace(denoising, before=tuple(before), after=tuple(after))
 
@@ -225,7 +225,7 @@ def rehearse_denoising(
     """
     speed = options.speed
     sdpa = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    placement = Placement(META, attention=sdpa, quantisation=rehearsed(speed.fp8.quantisation))
+    placement = Placement(META, attention=sdpa, quantization=rehearsed(speed.fp8.quantization))
     dit, lora_changes = load_with_loras(family, options, placement)
     dit.eval().requires_grad_(False)
     weights = memory_plan.dtypes_of(dit)
@@ -247,8 +247,8 @@ def rehearse_denoising(
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
             """Return the peaks of the step if the network had this many blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
-            if section.tweaks.section_cache is not None:
-                section.tweaks.section_cache.clear()  # by other blocks
+            if section.overrides.section_cache is not None:
+                section.overrides.section_cache.clear()  # by other blocks
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with _cached_dit(family, prepared, dit) as dit_at:
@@ -257,7 +257,7 @@ def rehearse_denoising(
                     dit_at,
                     step,
                     split=options.splits_guidance and not family.defaults.one_batch,
-                    all_passes=section.tweaks,
+                    all_passes=section.overrides,
                     clean_streams=section.clean_streams,
                 )
                 with ledger.guessing():  # a family may look at the timestep
@@ -337,7 +337,7 @@ def heaviest_step(
         sigma=1.0,
         timestep=timestep,
         noisy=noisy,
-        sound_sigma=None if prepared.sound_shift == 1 else 1.0,
+        audio_sigma=None if prepared.audio_shift == 1 else 1.0,
     )
 
 
@@ -390,8 +390,8 @@ def plan_generation(
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
         plan_of_blocks = prediction.plan(blocks)
         denoising = prediction.phase(blocks)
-        expert_remarks = prediction.turns.remarks(plan_of_blocks, denoising, room, host_room())
-        return replace(plan_of_blocks, remarks=(*remarks, *expert_remarks))
+        expert_warnings = prediction.turns.remarks(plan_of_blocks, denoising, room, host_room())
+        return replace(plan_of_blocks, remarks=(*remarks, *expert_warnings))
 
     def advise(room: Room) -> list[str]:
         return advice(family, options, prepared, prediction=prediction, room=room, device=device)
@@ -441,7 +441,7 @@ def advice(
         with quiet():
             return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
 
-    cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
+    cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantization is None else []
     can_swap = not speed.joined.splits_weights
     changes, cheapest = memory_plan.advise(
         prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"

@@ -19,8 +19,8 @@ from contract.data import SOUND, LatentSpec
 from generation.script_options import IMAGE_OUTPUTS, OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.errors import OptionError
-from modules.media.colours import Frame
-from modules.media.encoding import settle_codec
+from modules.media.colors import Frame
+from modules.media.encoding import resolve_codec
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
 LAST_FRAME_SUFFIX = "_last.png"
-SOUND_SUFFIX = ".wav"
+AUDIO_SUFFIX = ".wav"
 # of every kind of output
 SUFFIXES = (
-    LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, SOUND_SUFFIX,
+    LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, AUDIO_SUFFIX,
     ".mp4", ".mkv", ".png", "_000.png", "",
 )  # fmt: skip
 
@@ -151,7 +151,7 @@ def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Ite
 
 
 def save_latents(
-    path: Path, latents: Tensor, metadata: Mapping[str, str] | None, sound: Tensor | None = None
+    path: Path, latents: Tensor, metadata: Mapping[str, str] | None, audio: Tensor | None = None
 ) -> None:
     """Write latents (1 C F H W) as `latent` (C F H W) in float32, in the sampler's space.
 
@@ -159,11 +159,11 @@ def save_latents(
         path: Path of the file.
         latents: Latents, 1 C F H W.
         metadata: Metadata of the file.
-        sound: Latents of the clip's audio, 1 C T M, written as `SOUND`; None without audio.
+        audio: Latents of the clip's audio, 1 C T M, written as `SOUND`; None without audio.
     """
     tensors = {"latent": latents[0].float()}
-    if sound is not None:
-        tensors[SOUND] = sound[0].float()
+    if audio is not None:
+        tensors[SOUND] = audio[0].float()
     save_tensors(path, tensors, None if metadata is None else with_plain_keys(metadata))
 
 
@@ -197,16 +197,16 @@ def save_pixels(
     """
     frames = frames_of(chunks)
     if latent is not None and latent.has_layers:
-        return _save_layers(options, stem, frames, has_whole=latent.has_whole, metadata=metadata)
+        return _save_layers(options, stem, frames, has_full=latent.has_full, metadata=metadata)
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
     first_frames = list(islice(frames, 2))
     if not first_frames:
-        return _save_sound(options, stem, track, metadata)
+        return _save_audio(options, stem, track, metadata)
     playing: Iterator[Frame] = chain(first_frames, frames)
     is_single = len(first_frames) == 1
     del first_frames  # a frame takes megabytes
-    is_image = options.is_picture(is_single)
+    is_image = options.is_image(is_single)
     saves_last = options.save_last_frame and not is_image
     hides = post is not None and post.hides
     last = deque[Frame](maxlen=1)
@@ -218,8 +218,8 @@ def save_pixels(
         playing = remember(playing, last)
     if is_image:
         return _save_image(options, stem, playing, metadata)
-    saves_sound = options.save_audio is not None and track is not None
-    side_suffixes = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
+    saves_audio = options.save_audio is not None and track is not None
+    side_suffixes = [LAST_FRAME_SUFFIX] * saves_last + [AUDIO_SUFFIX] * saves_audio
     if options.output_type in IMAGE_OUTPUTS:
         path = _save_frames(options, stem, playing, metadata=metadata, side_suffixes=side_suffixes)
         name = path.name
@@ -234,8 +234,8 @@ def save_pixels(
             track=track,
         )
         name = path.stem
-    if track is not None and saves_sound:
-        write_wav(path.with_name(f"{name}{SOUND_SUFFIX}"), track)
+    if track is not None and saves_audio:
+        write_wav(path.with_name(f"{name}{AUDIO_SUFFIX}"), track)
     if last:
         last_path = path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
         write_png(last_path, last[0], as_png_texts(metadata or {}))
@@ -259,14 +259,14 @@ def _save_layers(
     options: OutputOptions,
     stem: str,
     frames: Iterator[Frame],
-    has_whole: bool,
+    has_full: bool,
     metadata: Mapping[str, str] | None,
 ) -> Path:
     """Write a PNG file for each picture, and the one that its layers give together; return the last path."""
     from modules.media.layers import COMPOSITE, write_layers  # few results have any
 
     stem = Path(options.file_name).stem or free_stem(options.save_path, stem, [f"{COMPOSITE}.png"])
-    paths = write_layers(options.save_path, stem, frames, has_whole, as_png_texts(metadata or {}))
+    paths = write_layers(options.save_path, stem, frames, has_full, as_png_texts(metadata or {}))
     logger.info("Layers: %s to %s", paths[0], paths[-2].name)
     return paths[-1]
 
@@ -295,13 +295,13 @@ def _save_frames(
     return path
 
 
-def _save_sound(
+def _save_audio(
     options: OutputOptions, stem: str, track: Track | None, metadata: Mapping[str, str] | None
 ) -> Path:
     """Write sound that has no pictures."""
     if track is None:
         raise OptionError(f"{stem}: the latents hold sound alone, which is not made here. Ask for sound")
-    name = options.file_name or free_stem(options.save_path, stem, [SOUND_SUFFIX]) + SOUND_SUFFIX
+    name = options.file_name or free_stem(options.save_path, stem, [AUDIO_SUFFIX]) + AUDIO_SUFFIX
     path = options.save_path / name
     write_wav(path, track, metadata)
     return path
@@ -334,7 +334,7 @@ def _save_video(
     path = options.save_path / name
     first_frames = list(islice(playing, 1))
     height, width = first_frames[0].shape[:2]
-    codec = settle_codec(options.format.codec, width, height)
+    codec = resolve_codec(options.format.codec, width, height)
     playing = chain(first_frames, playing)
     with ExitStack() as opened:
         if options.format.keep_pngs:

@@ -50,7 +50,7 @@ def size_in_words(prepared: Prepared, has_layers: bool = False) -> str:
     unit = "pictures" if has_layers else "frames"
     frames = f"{prepared.frames} {unit}, " if prepared.frames > 1 else ""
     size = f"{prepared.width} x {prepared.height} (width x height), {frames}"
-    if prepared.is_sound_alone:
+    if prepared.is_audio_alone:
         size = f"{prepared.frames / prepared.fps:.2f} s of sound, "
     return f"{size}{count_of(prepared.num_steps, 'step')}, seed {prepared.seed}"
 
@@ -96,7 +96,7 @@ def show_start(
 def _count_latents(family: Family, request: Prepared) -> int:
     """Return the number of elements of a request's latents, those of its sound included."""
     if request.joint is not None:
-        return prod(request.joint.picture) + prod(request.joint.sound)
+        return prod(request.joint.picture) + prod(request.joint.audio)
     return prod(family.latent.shape(request.frames, request.height, request.width))
 
 
@@ -120,10 +120,10 @@ def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:
     first = requests[0]
     size = size_in_words(first, has_layers)
     if len(requests) == 1:
-        if first.is_sound_alone:
+        if first.is_audio_alone:
             return "sound", size
         return "clip" if first.frames > 1 and not has_layers else "picture", size
-    are_images = all(request.frames == 1 and not request.is_sound_alone for request in requests)
+    are_images = all(request.frames == 1 and not request.is_audio_alone for request in requests)
     return "pictures" if are_images or has_layers else "clips", f"{len(requests)}; the first: {size}"
 
 

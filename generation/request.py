@@ -332,7 +332,7 @@ class GenerationJob:
     # of all its files. None: as the run says; once it is denoised: none, as with --no_metadata
     metadata: Mapping[str, str] | None = None
     latents: Tensor | None = None  # 1 C F H W, on the CPU, once it is denoised
-    sound: Tensor | None = None  # its latents, 1 C T M
+    audio: Tensor | None = None  # its latents, 1 C T M
     latent_path: Path | None = None  # where the latents are kept until the pixels are written
     preview: Path | None = None  # of the video while it is made, if there is one
 
@@ -413,7 +413,7 @@ def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> Ge
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:
-        frames = 0 if prepared.is_sound_alone else prepared.frames
+        frames = 0 if prepared.is_audio_alone else prepared.frames
         run.options.output.check_file_name(1 if run.family.latent.has_layers else frames)
     if run.post is not None and run.family.latent.has_layers:
         raise OptionError("--post works on clips and pictures, not on layers of a picture; leave it out")

@@ -18,7 +18,7 @@ from torch import Tensor
 from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_audio
 from contract.loading import Placement
 from contract.requests import Box
 from generation.dressing import (
@@ -71,8 +71,8 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     failures = Failures(strict=len(paths) == 1)
     start = time.monotonic()
     make_folder(run.options.output.save_path, "--save_path")
-    sounds = {str(path): files[path].sound for path in paths}
-    tracks = make_tracks(run, sounds, failures.note_errors)
+    audios = {str(path): files[path].audio for path in paths}
+    tracks = make_tracks(run, audios, failures.note_errors)
     decoded: list[Path] = []
     with run.session.media(images=False, again=False) as encoders:
         for path in paths:
@@ -166,8 +166,8 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
             path,
         )
     check_maker(saved, family.source, path, f"--latent_path {path}", "Decode them as those of that model")
-    if saved.sound is not None:
-        _check_sound(family, path, saved.sound, latent_frames)
+    if saved.audio is not None:
+        _check_audio(family, path, saved.audio, latent_frames)
     if not latent_frames:
         logger.info("%s: sound alone", path)
         return saved
@@ -184,7 +184,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     return saved
 
 
-def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) -> None:
+def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) -> None:
     """Raise CheckpointError if the sound of a latent file is not of this family's latent space.
 
     Warns if the family makes no sound.
@@ -192,16 +192,16 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
     Args:
         family: The model family.
         path: Path of the file.
-        sound: Audio latents, 1 C T M.
+        audio: Audio latents, 1 C T M.
         latent_frames: Number of latent frames of the video.
     """
     fps = family.defaults.fps
-    spec = family.sound if hears_sound(family) else None
+    spec = family.audio if hears_audio(family) else None
     if spec is None:
         logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
         return
     own_shape = list(spec.shape(latent_frames, fps))
-    shape = list(sound.shape[1:])
+    shape = list(audio.shape[1:])
     for axes in (shape, own_shape):
         del axes[spec.time_axis]
     if shape != own_shape:

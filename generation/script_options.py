@@ -87,8 +87,8 @@ OUTPUT_TYPES = {
 # names with such an ending are files, and no folders
 WRITTEN = {".mp4", ".mkv", ".png", ".wav"}
 _OF_IMAGES = {".gif", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff"}
-_OF_SOUND = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
-OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _OF_SOUND
+_OF_AUDIO = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac"}
+OF_RESULTS = WRITTEN | {".mov", ".webm", ".avi", ".m4v", ".safetensors"} | _OF_IMAGES | _OF_AUDIO
 
 
 class OutputOptions(Options, title="output"):
@@ -162,7 +162,7 @@ class OutputOptions(Options, title="output"):
             )
         if self.save_path.suffix.lower() not in WRITTEN:
             default = self.save_path.with_suffix(".png" if self.pictures else self.format.suffix)
-            if self.save_path.suffix.lower() in _OF_SOUND:
+            if self.save_path.suffix.lower() in _OF_AUDIO:
                 default = self.save_path.with_suffix(".wav")
                 raise OptionError(
                     f"--save_path {self.save_path}: no such files are written. Sound alone is "
@@ -179,7 +179,7 @@ class OutputOptions(Options, title="output"):
         """Return the options with --save_path, which names a file, split into its folder and its name."""
         return replace(self, save_path=self.save_path.parent, file_name=self.save_path.name)
 
-    def is_picture(self, is_single: bool) -> bool:
+    def is_image(self, is_single: bool) -> bool:
         """Return whether a result is written as a single picture.
 
         With --output_type images it is a folder of images, unless the script makes pictures or numbers them,
@@ -206,7 +206,7 @@ class OutputOptions(Options, title="output"):
         if frames < 1:
             what = "sound alone is made"
             suffix = ".wav"
-        elif self.is_picture(frames - self.trim_tail_frames <= 1):
+        elif self.is_image(frames - self.trim_tail_frames <= 1):
             what = "a picture is made"
             suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
@@ -223,7 +223,7 @@ class OutputOptions(Options, title="output"):
         return self.output_type not in UNDECODED and not self.no_progressive_save
 
     @property
-    def writes_sound(self) -> bool:
+    def writes_audio(self) -> bool:
         """Whether audio is written, with a video or as a file of its own."""
         return self.output_type not in UNDECODED and (
             self.save_audio is not None or self.output_type not in IMAGE_OUTPUTS
@@ -315,12 +315,12 @@ class ScriptDefaults:
     def declared(self) -> dict[str, Any]:
         """Return the settings of `GenerationOptions` for `add_options` in the script."""
         source = self.source.declared()
-        refused_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
+        rejected_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
         return {
             "without": {*source["without"], *self._list_absent()},
             "defaults": {**self._list_defaults(), **source["defaults"]},
             "settings": self._settings(source["settings"]),
-            "refused": {**source["refused"], **refused_videos, **self.refused},
+            "refused": {**source["refused"], **rejected_videos, **self.refused},
         }
 
     def _list_defaults(self) -> dict[str, Any]:

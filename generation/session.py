@@ -16,7 +16,7 @@ from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
-from contract.family import Family, HearsSound, TextEncoder, can_divide
+from contract.family import Family, HearsAudio, TextEncoder, can_divide
 from contract.loading import BlockPlace
 from contract.requests import Prepared, Prompt, Prompts
 from contract.steps import EncodedPrompts
@@ -247,7 +247,7 @@ def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:
 
 @torch.no_grad()
 def decode_tracks(
-    family: HearsSound,
+    family: HearsAudio,
     latents: Mapping[str, Tensor],
     device: torch.device,
     note: Callable[[str], AbstractContextManager[object]],
@@ -263,17 +263,17 @@ def decode_tracks(
     tracks: dict[str, Track] = {}
     if not latents:
         return tracks
-    networks = family.sound_networks(device, decodes=True)
+    networks = family.audio_networks(device, decodes=True)
     try:
         for label in track(latents, "Decoding sound", len(latents), unit="clip"):
             with note(label):
-                sound = family.decode_sound(networks, latents[label].to(device))
-                if not is_finite(sound.samples):
+                audio = family.decode_audio(networks, latents[label].to(device))
+                if not is_finite(audio.samples):
                     raise UserError(
                         "The sound's decoder made values that are NaN or infinite of good latents: nothing "
                         "would be heard. Give --vae_dtype float32"
                     )
-                tracks[label] = sound.samples.float().cpu().numpy(), sound.rate
+                tracks[label] = audio.samples.float().cpu().numpy(), audio.rate
     finally:
         del networks
         free_memory(device)

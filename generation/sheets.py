@@ -80,7 +80,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
         prompts.append({"rows": rows_of_prompt})
     write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
     write_png(sheet, compose(grid, _read_middle_frames(grid)))
-    if all(map(is_picture, grid.clips)):
+    if all(map(is_image, grid.clips)):
         return [page, sheet]
     few = max(1, min(MAX_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
     if few < len(grid.rows):
@@ -99,14 +99,14 @@ def _embed_cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[M
         yield {"clip": clip, "file": path.name, "command": command}
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a path has the suffix of an image file."""
     return path.suffix.lower() in image_suffixes()
 
 
 def frames_of(path: Path) -> Iterator[Frame]:
     """Yield the frames (H W 3) of a clip or of a picture, which has one; behind transparent parts squares."""
-    if is_picture(path):
+    if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
     return islice(video_frames(path), MOST_FRAMES)
 
@@ -300,7 +300,7 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     if words:
         name = f"{name}_{words}"
     with own_stem(output.save_path, name) as stem:
-        if all(map(is_picture, grid.clips)):
+        if all(map(is_image, grid.clips)):
             path = output.save_path / f"{stem}.png"
             write_png(path, compose(grid, _read_middle_frames(grid)), as_png_texts(metadata))
         else:

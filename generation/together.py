@@ -55,7 +55,7 @@ def plan_ways(
     def runs() -> Iterator[Rehearsed]:
         run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
         yield Rehearsed((), run.counter.heads, can_swap=True, divide=run.divide)
-        if alone.speed.fp8.quantisation is None:
+        if alone.speed.fp8.quantization is None:
             fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
             run = _DividedRun(family, fp8, prepared, device=device, cards=cards, room=room)
             yield Rehearsed(("--fp8_scaled",), run.counter.heads, can_swap=True, divide=run.divide)
@@ -84,7 +84,7 @@ class _DividedRun:
         self.room = room
         self.counter = TokenCounter()
         with quiet():
-            self.whole_network = predict(
+            self.full_network = predict(
                 family, options, prepared, device, room=room, watch=self.counter.watch
             )
 
@@ -103,7 +103,7 @@ class _DividedRun:
         """
         if division != Division(self.cards):
             check_together(self.family, self._set_division(division))
-        prediction = self.shards if division.shards else self.whole_network
+        prediction = self.shards if division.shards else self.full_network
         if division.context == 1:
             return prediction
         return replace(prediction, moments=divide_tokens(prediction.moments, division.context, self.counter))

@@ -43,7 +43,9 @@ LATENT = LatentSpec(
     npz=NpzFormat("_hi", "_hi_te", variable_length=frozenset({"vlm_embed", "vlm_mask"})),
 )
 # the shift by size counts tokens of halved sides, as in the known trainers, although patches are one pixel
-NOISE = NoiseSpec(training_offset=0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_image_tokens)
+NOISE = NoiseSpec(
+    training_offset=0.0, integer_timesteps=True, table_is_shifted=True, tokens=count_image_tokens
+)
 DIT = DitSpec(
     block_lists=HUNYUAN.block_lists,
     fp8_exclude=("norm", "_emb"),

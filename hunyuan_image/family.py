@@ -25,7 +25,7 @@ from contract.rules import (
     ModelRelease,
     Projection,
 )
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders.pictures import ModelOfImages, image_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
@@ -97,7 +97,12 @@ class HunyuanImage(ModelOfImages):
         return {name: batch.tensors[name] for name in TEXT_INPUTS.values()}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C H W float32, at timesteps rounded to whole numbers.
 
@@ -107,7 +112,7 @@ class HunyuanImage(ModelOfImages):
             noisy.squeeze(2),
             timesteps.float().trunc(),
             **name_texts(cond, TEXT_INPUTS, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return velocity.unsqueeze(2)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_image.configs import DIT, HunyuanImageConfig
 from hunyuan_model.blocks import (
     EmbeddedText,
@@ -96,7 +96,7 @@ class HunyuanImageModel(BlockNetwork):
         text_mask: Tensor,
         glyphs: Tensor,
         glyph_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return image and text tokens, B L+J C, and the other inputs of the blocks.
 
@@ -107,7 +107,7 @@ class HunyuanImageModel(BlockNetwork):
             text_mask: B T, true or 1 for real tokens, which come first.
             glyphs: States of the glyph encoder, B G glyph_dim.
             glyph_mask: B G, like `text_mask`; all 0 for an image without glyphs.
-            tweaks: Changes to this call; their second text has these four arguments, and its tokens follow
+            overrides: Changes to this call; their second text has these four arguments, and its tokens follow
                 those of the first text.
 
         Raises:
@@ -121,7 +121,7 @@ class HunyuanImageModel(BlockNetwork):
         rotary = self._rotary.get_table(Grid((rows, columns)), noisy.device)
         vector = self.time_in(timesteps).unsqueeze(1)
         texts = []
-        for prompt in tweaks.texts(
+        for prompt in overrides.texts(
             len(noisy), text=text, text_mask=text_mask, glyphs=glyphs, glyph_mask=glyph_mask
         ):
             states, counts = self._embed_prompt(prompt, timesteps, dtype)
@@ -132,7 +132,7 @@ class HunyuanImageModel(BlockNetwork):
         return join_tokens(
             [rearrange(pixels, "b c h w -> b (h w) c")],
             texts,
-            tweaks.steer,
+            overrides.steer,
             grid=(1, rows, columns),
             rotary=rotary,
             dtype=dtype,

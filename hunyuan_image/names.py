@@ -1,6 +1,6 @@
 """HunyuanImage-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES
 from networks.names.layouts import FamilyNames, LoraRules, renamed_parts
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="hunyuan_image",
     cache="hunyuan_image_cache",
     record="HunyuanImage",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN_FILE --byt5 BYT5_FILE",
     training=("--network_train_unet_only",),
 )

@@ -54,7 +54,7 @@ class HunyuanTokens:
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 
@@ -108,21 +108,21 @@ class HunyuanTokens:
 class TokensWithTurnedText(HunyuanTokens):
     """Inputs of blocks that rotate texts, too: `rotary` covers all tokens."""
 
-    rotary_of_picture: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
+    rotary_of_image: Tensor = field(kw_only=True)  # its first L rows; compiled code leaves shapes open
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for the tokens of one process; the rotary rows of the video are cut as well."""
-        return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
+        return replace(super().cut(part), rotary_of_image=part.rows(self.rotary_of_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Select as `HunyuanTokens.select`, including the rotary rows of the video."""
-        of_image = take_rows(self.rotary_of_picture, kept, num_left_out)
-        return replace(super().select(kept, num_left_out), rotary_of_picture=of_image)
+        of_image = take_rows(self.rotary_of_image, kept, num_left_out)
+        return replace(super().select(kept, num_left_out), rotary_of_image=of_image)
 
     @property
     def video(self) -> int:
         """Number of video tokens, L."""
-        return self.rotary_of_picture.shape[-4]
+        return self.rotary_of_image.shape[-4]
 
     def join(self, video: Heads, text: Heads) -> Heads:
         """Join normalized heads of video and text to query, key and value, B L+T N D; rotate all."""

@@ -14,7 +14,7 @@ from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.inputs import IMAGE, LATENTS, VIDEO
 from contract.loading import Placement
 from contract.rules import ModelRelease, SourceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
@@ -180,7 +180,7 @@ class HunyuanVideo(OneTransformer):
         noisy: Tensor,
         timesteps: Tensor,
         cond: data.Conditions,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
@@ -192,7 +192,7 @@ class HunyuanVideo(OneTransformer):
             noisy: Noisy latents, B C F H W.
             timesteps: B, 0..1000.
             cond: llm B T D, llm_mask B T, clipL B E, guidance B and, for i2v, condition_latents B C F H W.
-            tweaks: Changes to this call.
+            overrides: Changes to this call.
         """
         device = noisy.device
         if "condition_latents" in cond:
@@ -204,7 +204,7 @@ class HunyuanVideo(OneTransformer):
             timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
-            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
+            overrides=overrides.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_model.blocks import (
     EmbeddedText,
     HunyuanTokens,
@@ -105,7 +105,7 @@ class HunyuanVideoModel(BlockNetwork):
         llama_mask: Tensor,
         clip_l: Tensor,
         guidance: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return video and text tokens, B L+T C, and the other inputs of the blocks.
 
@@ -118,8 +118,8 @@ class HunyuanVideoModel(BlockNetwork):
             clip_l: Pooled CLIP state, B pooled_dim.
             guidance: B, as in the model's training (1000 times the scale in generation); ignored by a model
                 without guidance embedding.
-            tweaks: Changes to this call; their second text has arguments named llama, llama_mask and clip_l,
-                and its tokens follow those of the first text.
+            overrides: Changes to this call; their second text has arguments named llama, llama_mask and
+                clip_l, and its tokens follow those of the first text.
 
         Raises:
             ValueError: If sizes do not match.
@@ -132,10 +132,10 @@ class HunyuanVideoModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.img_in["proj"], noisy).to(dtype)  # B C f h w
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
-        rotary = self._rotary.get_table(Grid(grid, tweaks.slow_frames), noisy.device)
-        guided = guidance if self.config.has_guidance and tweaks.embedded_guidance else None
+        rotary = self._rotary.get_table(Grid(grid, overrides.slow_frames), noisy.device)
+        guided = guidance if self.config.has_guidance and overrides.embedded_guidance else None
         texts = []
-        for prompt in tweaks.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
+        for prompt in overrides.texts(len(noisy), llama=llama, llama_mask=llama_mask, clip_l=clip_l):
             longest, counts, lengths = count_real(prompt["llama_mask"], len(rotary), noisy.device)
             states = prompt["llama"][:, :longest]
             text = self.txt_in(states, timesteps, counts, dtype=dtype, attention=self.attention)
@@ -147,7 +147,7 @@ class HunyuanVideoModel(BlockNetwork):
         return join_tokens(
             [video],
             texts,
-            tweaks.steer,
+            overrides.steer,
             grid=grid,
             rotary=rotary,
             dtype=dtype,

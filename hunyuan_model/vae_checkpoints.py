@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from checkpoints import dialects
-from checkpoints.encoders import check_groups, stated_groups
+from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from encoders.autoencoder import as_matrices
@@ -102,5 +102,5 @@ def _read_widths(
 
 def _read_groups(checkpoint: Checkpoint, narrowest: int) -> int:
     """Return the number of norm groups: that of config.json, else 32, or fewer of two channels each."""
-    stated = stated_groups(checkpoint, CONFIG_CLASSES)
-    return stated if stated is not None else max(1, min(MAX_GROUPS, narrowest // 2))
+    declared = declared_groups(checkpoint, CONFIG_CLASSES)
+    return declared if declared is not None else max(1, min(MAX_GROUPS, narrowest // 2))

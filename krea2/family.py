@@ -23,7 +23,7 @@ from contract.data import (
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_image_tokens
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import pictures
 from encoders.language_encoder import LanguageUse
 from krea2 import options as own
@@ -187,7 +187,12 @@ class Krea2(pictures.ModelOfImages):
                 raise CacheError(f"{cache.path}: the caption was encoded {how}. Run {TEXTS_AGAIN}{words}.")
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -198,7 +203,7 @@ class Krea2(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
         )
@@ -267,7 +272,7 @@ class Krea2(pictures.ModelOfImages):
     ) -> Generator[Section, Tensor, Tensor]:
         """Yield the one section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        return (yield replace(section, tweaks=Tweaks(section_cache={})) if self.isolated else section)
+        return (yield replace(section, overrides=Overrides(section_cache={})) if self.isolated else section)
 
 
 def family_for_latent_caching(options: own.Krea2LatentCachingOptions) -> Krea2:

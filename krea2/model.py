@@ -21,7 +21,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
@@ -56,7 +56,7 @@ class Krea2Tokens(LuminaTokens):
         return replace(super().cut(part), split=part.of_first(self.references))
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the image, which follows the references."""
         return self.references
 
@@ -323,26 +323,26 @@ class Krea2Model(BlockNetwork):
     def forward(
         self,
         *inputs: Any,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         isolated: bool = False,
         **named_inputs: Any,
     ) -> Any:
         """Predict as `embed` describes.
 
-        With `tweaks.section_cache`, isolated references are computed once.
+        With `overrides.section_cache`, isolated references are computed once.
         """
-        memory = tweaks.section_cache if isolated and references else None
+        memory = overrides.section_cache if isolated and references else None
         if memory is not None and not memory:
             memory.update(self.remember([latents[:1] for latents in references]))
-        if memory is None or tweaks.leaves_out:
+        if memory is None or overrides.leaves_out:
             memory = {}
         else:
             references = ()
         with remembering(memory, self.attentions()):
             return super().forward(
                 *inputs,
-                tweaks=tweaks,
+                overrides=overrides,
                 references=references,
                 isolated=isolated,
                 **named_inputs,
@@ -353,7 +353,7 @@ class Krea2Model(BlockNetwork):
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)
-        images = [self.embed_picture(latents).to(dtype) for latents in references]
+        images = [self.embed_image(latents).to(dtype) for latents in references]
         x = torch.cat(images, dim=1)
         grids = tuple(self.grid_of(latents) for latents in references)
         layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
@@ -378,7 +378,7 @@ class Krea2Model(BlockNetwork):
         timesteps: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         isolated: bool = False,
     ) -> Hidden:
@@ -389,7 +389,7 @@ class Krea2Model(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T n text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
                 tokens follow those of the first text.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             isolated: References attend only to each other.
@@ -402,13 +402,13 @@ class Krea2Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         reference_grids = tuple(self.grid_of(latents) for latents in references)
         grid = self.grid_of(noisy)
-        images = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
+        images = [self.embed_image(latents).to(dtype) for latents in (*references, noisy)]
         image = images[0] if not references else torch.cat(images, dim=1)
         num_images = image.shape[1]  # tokens of references and image, R + L
         num_references = num_images - math.prod(grid)
         num_isolated = num_references if isolated else 0
         texts = []
-        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_prompt(arguments, num_images - num_isolated, dtype))
         x = torch.cat([image, *(embedded.states for embedded in texts)], dim=1)
         layout = Krea2Layout(grid, x.shape[1] - num_images, reference_grids)
@@ -426,11 +426,11 @@ class Krea2Model(BlockNetwork):
             isolated=num_isolated,
         )
         for second in seconds:  # at most one
-            assert tweaks.steer is not None  # it comes with a second text
+            assert overrides.steer is not None  # it comes with a second text
             count = second.states.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, count, second.lengths, tweaks.steer),
+                second=SecondText(num_images, count, second.lengths, overrides.steer),
                 second_rotary=rotary[: num_images + count],
             )
         return Hidden(x, tokens)
@@ -465,7 +465,7 @@ class Krea2Model(BlockNetwork):
             )
         return height // PATCH, width // PATCH
 
-    def embed_picture(self, latents: Tensor) -> Tensor:
+    def embed_image(self, latents: Tensor) -> Tensor:
         """Return the tokens of an image, B Z 1 H W to B L C."""
         patches = rearrange(latents, "b z 1 (h ph) (w pw) -> b (h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return in_own_dtype(self.first, patches)

@@ -1,6 +1,6 @@
 """Krea 2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts
 
 ENTRY = FamilyEntry(
@@ -8,7 +8,7 @@ ENTRY = FamilyEntry(
     script="krea2",
     cache="krea2_cache",
     record="Krea2",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_VL_FILE",
     spelled=(("infer_steps", "--steps"),),
     same_latents="qwen_image",

@@ -18,7 +18,7 @@ references: clips and images that a clip is made from
 refused_options: options of musubi-tuner's fork that are rejected, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
-sound: mel spectrograms, audio VAE, vocoders, and their files
+audio: mel spectrograms, audio VAE, vocoders, and their files
 stage_options: options of making clips in two stages
 stages: the two stages of a clip
 text_encoder: Gemma with the connectors behind it

@@ -278,11 +278,11 @@ class LtxBlock(nn.Module):
         stream = tokens.streams[names]
         assert stream.cross is not None
         table = getattr(self, names.cross_table).float()
-        video_scale, video_shift, sound_scale, sound_shift = (table[:4] + stream.cross.rows).unbind(2)
+        video_scale, video_shift, audio_scale, audio_shift = (table[:4] + stream.cross.rows).unbind(2)
         h = norm_tokens(x.float())
         return {
             VIDEO: modulate(h, video_shift, video_scale, tokens.dtype, split=stream.num_given),
-            SOUND: modulate(h, sound_shift, sound_scale, tokens.dtype, split=stream.num_given),
+            SOUND: modulate(h, audio_shift, audio_scale, tokens.dtype, split=stream.num_given),
         }
 
     def change(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
-from ltx_2.configs import LATENT, OF_SOUND, OF_VIDEO, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
+from ltx_2.configs import LATENT, OF_AUDIO, OF_VIDEO, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
@@ -80,11 +80,11 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     gates = f"{BLOCK}.attn1.to_gate_logits.weight"
     is_gated = gates in names
     projects_text = "caption_projection.linear_1.weight" in names
-    stated_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
-    num_heads = shapes.of(gates)[0] if is_gated else int(stated_heads)
+    declared_heads = settings.get("num_attention_heads", DEFAULT_HEADS)
+    num_heads = shapes.of(gates)[0] if is_gated else int(declared_heads)
     return LtxConfig(
         video=_read_stream(shapes, VIDEO, projects_text, settings),
-        sound=_read_stream(shapes, SOUND, projects_text, settings),
+        audio=_read_stream(shapes, SOUND, projects_text, settings),
         num_heads=num_heads,
         num_layers=shapes.blocks("transformer_blocks"),
         cross_dim=shapes.of(f"{BLOCK}.{VIDEO.cross_attn}.to_q.weight")[0],
@@ -171,11 +171,11 @@ FORMAT = DitFormat(
 # without the sound's stream: none of its weights is read
 SILENT = replace(
     FORMAT,
-    network=lambda config, attention: LtxModel(replace(config, sound=None), attention),
-    ignore=(*CONNECTORS, *OF_SOUND),
+    network=lambda config, attention: LtxModel(replace(config, audio=None), attention),
+    ignore=(*CONNECTORS, *OF_AUDIO),
 )
 # without the video's
-SOUND_ALONE = replace(
+AUDIO_ALONE = replace(
     FORMAT,
     network=lambda config, attention: LtxModel(replace(config, shows=False), attention),
     ignore=(*CONNECTORS, *OF_VIDEO),

@@ -35,7 +35,7 @@ SOUND = StreamNames(
     cross_attn="video_to_audio_attn",
 )
 # patterns of tensors in files of either layout that a network without the sound's stream leaves out
-OF_SOUND = ("*audio*", "av_c*", "*_a2v_*")
+OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
 # likewise, one without the video's stream
 OF_VIDEO = (
     "*.attn[12].*",
@@ -74,7 +74,7 @@ class LtxConfig:
     """Dimensions of an LTX-2 transformer, read from a checkpoint's tensors and its record of settings."""
 
     video: StreamConfig
-    sound: StreamConfig | None  # None: the sound's stream is left out
+    audio: StreamConfig | None  # None: the sound's stream is left out
     num_heads: int  # of both streams and of the attention between them
     num_layers: int
     cross_dim: int  # width of the attention between the streams
@@ -111,8 +111,8 @@ class LtxConfig:
         streams = {}
         if self.shows:
             streams[VIDEO] = self.video
-        if self.sound is not None:
-            streams[SOUND] = self.sound
+        if self.audio is not None:
+            streams[SOUND] = self.audio
         return streams
 
 

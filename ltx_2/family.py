@@ -13,7 +13,7 @@ from contract import rules
 from contract.data import (
     FIRST_FRAME,
     FPS,
-    HAS_SOUND,
+    HAS_AUDIO,
     REFERENCE_LATENTS,
     Batch,
     CacheEntry,
@@ -26,7 +26,7 @@ from contract.data import (
     name_texts,
     split_items,
 )
-from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from contract.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
 from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.loading import Placement
 from contract.requests import (
@@ -41,7 +41,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -69,8 +69,8 @@ from ltx_2.references import (
     read_strengths,
     reference_key,
     references_of,
+    split_audio,
     split_denoised,
-    split_sound,
     thin_out,
     with_noisy_references,
 )
@@ -86,7 +86,7 @@ from modules.options import NO_OPTIONS, in_one_spelling
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
 SOLVER = "euler-tenth"
 # --ltx2_train_direction -> the stream that is given
-GIVEN = {"joint": "", "a2v": rules.SOUND_STREAM, "v2a": rules.IMAGE_STREAM}
+GIVEN = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Ltx2(Ltx2Media):
     guidance: Ltx2GuidanceOptions = Ltx2GuidanceOptions.usual()
     noise: NoiseSpec = NOISE
     dit: DitSpec = DIT
-    sound_learning: rules.SoundLearning = rules.SoundLearning()
+    audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # width, height, frames where nothing is said
     image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
     drive_video: Path | None = None  # of a generation: it stays unchanged, and its sound is made
-    makes_sound: bool = True  # False: samples of a training with sound are silent
+    makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # of a training
     references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
@@ -189,7 +189,7 @@ class Ltx2(Ltx2Media):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode clips and their references; without video, empty latents of the clip's shape."""
-        if not self.files.has_pictures:
+        if not self.files.has_images:
             shape = self.latent.shape(*media.frames.shape[1:4])[1:]
             return [[CacheEntry({"latents": torch.zeros(shape, dtype=self.vae_dtype)})] for _ in media.keys]
         entries = []
@@ -221,46 +221,51 @@ class Ltx2(Ltx2Media):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: texts, frame rates, and which samples have audio."""
-        names = [*self.files.check_cached_texts(batch), FPS, HAS_SOUND]
+        names = [*self.files.check_cached_texts(batch), FPS, HAS_AUDIO]
         names += [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
         return {name: batch.tensors[name] for name in names if name in batch.tensors}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity in float32, B C F H W; with audio B N of video and audio joined.
 
         The conditions are video_prompt_embeds and audio_prompt_embeds B T C, FPS and HAS_SOUND.
         """
-        joint = tweaks.joint
-        image, sound = split_sound(noisy, joint)
-        image_times = sound_times = timesteps
+        joint = overrides.joint
+        image, audio = split_audio(noisy, joint)
+        image_times = audio_times = timesteps
         if timesteps.ndim == 2:
-            image_times, sound_times = timesteps.unbind(1)
+            image_times, audio_times = timesteps.unbind(1)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
             image, denoised = split_denoised(image, references, self.reference_strength)
-        has_sound = None if sound is None else cond.get(HAS_SOUND)
+        has_sound = None if audio is None else cond.get(HAS_AUDIO)
         arguments_of = partial(_name_texts, device=noisy.device)
-        velocity, sound_velocity = dit(
-            image if self.files.has_pictures else None,
+        velocity, audio_velocity = dit(
+            image if self.files.has_images else None,
             image_times,
             fps=self._list_rates(cond),
-            sound=sound,
-            sound_timesteps=sound_times,
+            audio=audio,
+            audio_timesteps=audio_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
-            tweaks=tweaks.rename_away(arguments_of),
+            overrides=overrides.rename_away(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
             **arguments_of(cond),
         )
-        if not self.files.has_pictures:
+        if not self.files.has_images:
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
         if joint is None:
             return velocity
-        return joint.join(velocity, sound_velocity)
+        return joint.join(velocity, audio_velocity)
 
     def _list_rates(self, cond: Conditions) -> float | list[float]:
         """Return the frames per second of each sample; the default if the conditions do not have them."""
@@ -296,7 +301,7 @@ class Ltx2(Ltx2Media):
     def prepare(self, request: Request) -> Prepared:
         """Resolve sizes, guidance, references, audio and stages of a request."""
         self.files.check(("dit",))
-        if not self.files.has_pictures:
+        if not self.files.has_images:
             self._reject_images(request)
         usable = {**NO_MEDIA, "image_path": True}
         request = keep_usable_media(request, usable, f"{NAME} does not take it")
@@ -354,15 +359,15 @@ class Ltx2(Ltx2Media):
 
     def _make_joint(self, prepared: Prepared) -> Joint | None:
         """Return the joint shape of video and audio; None without audio, as for a single image."""
-        sound = self.sound
-        is_alone = not self.files.has_pictures
-        if sound is None or not self.makes_sound or (prepared.frames <= 1 and not is_alone):
+        audio = self.audio
+        is_alone = not self.files.has_images
+        if audio is None or not self.makes_audio or (prepared.frames <= 1 and not is_alone):
             return None
         _, channels, length, rows, columns = self.latent.shape(
             prepared.frames, prepared.height, prepared.width
         )
         image = (channels, 0 if is_alone else length, rows, columns)
-        return Joint(image, sound.shape(prepared.frames, prepared.fps))
+        return Joint(image, audio.shape(prepared.frames, prepared.fps))
 
     def _resolve_guidance(self, request: Request) -> rules.GuidanceRules:
         (num_blocks,) = self.block_counts()
@@ -371,7 +376,7 @@ class Ltx2(Ltx2Media):
             scale=request.guidance_scale,
             num_blocks=num_blocks,
             perturbed=RELEASES[self.version].perturbed,
-            is_alone=not self.files.has_pictures,
+            is_alone=not self.files.has_images,
         )
 
     def _make_output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
@@ -531,15 +536,15 @@ class Ltx2(Ltx2Media):
             if joint is None:
                 return noise.draw(self.latent.shape(stage.frames, stage.height, stage.width))
             image = noise.draw((1, *joint.picture))
-            sound = noise.draw((1, *joint.sound))
-            return joint.join(image, sound)
+            audio = noise.draw((1, *joint.audio))
+            return joint.join(image, audio)
 
         def begin(stage: Prepared, number: int, start: Tensor) -> Section:
             conditions = {**inputs.get(number, {}), FPS: torch.tensor([round(1000 * stage.fps)])}
             first = conditions.pop(FIRST, None)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
-                section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+                section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
             return section
 
         if self.stages is None or not prepared.stages:  # one stage of two is rehearsed by itself
@@ -586,9 +591,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     """Describe the family for ltx2_train_network.py and ltx2_train.py."""
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    is_alone = not files.has_pictures  # images then hold a place, and the noise level goes by the sound
+    is_alone = not files.has_images  # images then hold a place, and the noise level goes by the sound
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
-    learning = rules.SoundLearning(
+    learning = rules.AudioLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
         options.independent_audio_timestep or is_alone,
@@ -605,9 +610,9 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         guidance=options.guidance,
         noise=noise,
         dit=replace(DIT, lora_choice=LORA_PRESETS[options.lora_target_preset]),
-        sound_learning=learning,
+        audio_learning=learning,
         size=(options.width, options.height, options.sample_num_frames),
-        makes_sound=not options.silent,
+        makes_audio=not options.silent,
         stages=two_stages(options.stages),
         options=options,
         references=_resolve_training_references(options) if takes_references else None,
@@ -637,4 +642,4 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
 
 
 _: type[Family] = Ltx2
-_hears: type[HearsSound] = Ltx2
+_hears: type[HearsAudio] = Ltx2

@@ -13,30 +13,30 @@ from checkpoints.dits import with_dtype
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
-from contract.data import LATENTS_MADE, SOUND, Batch, LatentSpec, SoundSpec
+from contract.data import LATENTS_MADE, SOUND, AudioSpec, Batch, LatentSpec
 from contract.family import TextEncoder
 from contract.loading import Placement
 from contract.rules import ShiftedLogit
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
-from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
+from ltx_2.audio import (
+    JOINED,
+    RATE,
+    AudioVae,
+    Settings,
+    Vocoder,
+    latent_count,
+    load_audio_vae,
+    load_vocoder,
+    read_audio_vae,
+)
+from ltx_2.checkpoints import AUDIO_ALONE, FORMAT, SILENT
 from ltx_2.checkpoints import identify as identify  # files.py has it in every family's folder
 from ltx_2.configs import LATENT, LtxConfig
 from ltx_2.connectors import FILES, open_connectors, read_connectors
 from ltx_2.model import LtxModel
 from ltx_2.model_options import AUDIO, CHECKPOINT, GEMMA, VIDEO, Ltx2TextOptions, Ltx2VaeOptions
 from ltx_2.options import Ltx2SigmaOptions, Ltx2TrainingOptions, Ltx2TransformerOptions
-from ltx_2.sound import (
-    JOINED,
-    RATE,
-    Settings,
-    SoundVae,
-    Vocoder,
-    latent_count,
-    load_sound_vae,
-    load_vocoder,
-    read_sound_vae,
-)
 from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder, prompt_key
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
@@ -56,7 +56,7 @@ APART = {
     **dict.fromkeys(("audio_vae", "vocoder"), "ltx-2.5-audio-vae-bf16.safetensors"),
 }
 # of the releases' sound, where its file is not there
-SOUND_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels": 2}
+AUDIO_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels": 2}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Ltx2Files(TransformerFiles):
         return AUDIO in self.streams
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         """Whether the run has video."""
         return VIDEO in self.streams
 
@@ -123,8 +123,8 @@ class Ltx2Files(TransformerFiles):
     def load_dit(self, placement: Placement) -> LtxModel:
         """Load the transformer. For one stream alone, the layers of the other are left out."""
         dit_format = FORMAT
-        if not self.has_pictures:
-            dit_format = SOUND_ALONE
+        if not self.has_images:
+            dit_format = AUDIO_ALONE
         elif not self.has_sound:
             dit_format = SILENT
         network: LtxModel = dit_format.load(self.dit_path, with_dtype(placement, self.dit_dtype))
@@ -144,7 +144,7 @@ class Ltx2Files(TransformerFiles):
         Without its file it is the releases', for the transformer's channels; for audio alone it is a
         placeholder.
         """
-        if not self.has_pictures:
+        if not self.has_images:
             return LATENT
         try:
             config: VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
@@ -169,56 +169,56 @@ class Ltx2Files(TransformerFiles):
 
     def vae_identity(self) -> Mapping[str, str]:
         """What video latents depend on; a constant without video."""
-        return super().vae_identity() if self.has_pictures else NO_IMAGES
+        return super().vae_identity() if self.has_images else NO_IMAGES
 
     def check_vae(self) -> None:
         """Raise CheckpointError if the video or the audio VAE, as far as used, is another model's."""
-        if self.has_pictures:
+        if self.has_images:
             read_once(self.vae_path, _read_video_vae)
         if self.has_sound:
-            read_once(self.sound_path("audio_vae"), _read_sound_vae)
+            read_once(self.audio_path("audio_vae"), _read_audio_vae)
 
-    def sound_path(self, part: str) -> Path:
+    def audio_path(self, part: str) -> Path:
         """Return the path of a part that makes audio: audio_vae or vocoder."""
         return self._find_part(self.audio_vae, AUDIO_VAE, part, "it turns sound into latents and back")
 
     @property
-    def sound(self) -> SoundSpec | None:
+    def audio(self) -> AudioSpec | None:
         """Latent space of audio; None if the run has no audio."""
         if not self.has_sound:
             return None
         try:
-            settings: Settings = read_once(self.sound_path("audio_vae"), _read_sound_vae)
+            settings: Settings = read_once(self.audio_path("audio_vae"), _read_audio_vae)
         except OptionError:  # a training from caches needs no VAE
-            settings = SOUND_SETTINGS
-            self._check_default_sound()
-        return SoundSpec(
+            settings = AUDIO_SETTINGS
+            self._check_default_audio()
+        return AudioSpec(
             RATE,
             settings["in_channels"],
-            partial(sound_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
+            partial(audio_shape, settings["latent_channels"], settings["mel_bins"] // JOINED),
             without="--ltx2_mode video",
-            is_alone=not self.has_pictures,
+            is_alone=not self.has_images,
         )
 
-    def _check_default_sound(self) -> None:
+    def _check_default_audio(self) -> None:
         """Raise OptionError if the transformer takes other audio latents than the releases' VAEs make."""
-        stream = None if self.dit is None else self.dit_header().config.sound
-        default = SOUND_SETTINGS["latent_channels"] * SOUND_SETTINGS["mel_bins"] // JOINED
+        stream = None if self.dit is None else self.dit_header().config.audio
+        default = AUDIO_SETTINGS["latent_channels"] * AUDIO_SETTINGS["mel_bins"] // JOINED
         if stream is not None and stream.channels != default:
             raise OptionError(
                 f"{AUDIO_VAE}: {self.dit_path} takes sound of {stream.channels} channels, those of the "
                 f"releases have {default}. Give the file of its sound's VAE"
             )
 
-    def sound_identity(self) -> dict[str, str]:
+    def audio_identity(self) -> dict[str, str]:
         """Return what cached audio depends on besides the samples; the VAE is always float32."""
-        return {"audio_vae": fingerprint(self.sound_path("audio_vae"))}
+        return {"audio_vae": fingerprint(self.audio_path("audio_vae"))}
 
-    def load_sound(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+    def load_audio(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
         """Load the audio VAE, and with `decodes` also the vocoder."""
         option = AUDIO_VAE if self.audio_vae else RELEASED
-        vocoder = load_vocoder(self.sound_path("vocoder"), device, option) if decodes else None
-        return load_sound_vae(self.sound_path("audio_vae"), device, option), vocoder
+        vocoder = load_vocoder(self.audio_path("vocoder"), device, option) if decodes else None
+        return load_audio_vae(self.audio_path("audio_vae"), device, option), vocoder
 
     # texts
 
@@ -288,11 +288,11 @@ class Ltx2Files(TransformerFiles):
         text_dims = [stream.text_dim for stream in config.streams.values()]
         widths = dict(zip((VIDEO, AUDIO), text_dims, strict=False))
         needed = {prompt_key(stream): widths[stream] for stream in self.streams}
-        if not self.has_pictures and SOUND not in batch.tensors:
+        if not self.has_images and SOUND not in batch.tensors:
             raise CacheError(
                 f"{batch.keys[0]}: it has no sound, and --ltx2_mode audio learns nothing else. Leave it out"
             )
-        for cache in batch.made_by if self.has_pictures else ():
+        for cache in batch.made_by if self.has_images else ():
             if cache.part == LATENTS_MADE and cache.encoder == NO_IMAGES:
                 raise CacheError(
                     f"{cache.path}: it was cached with --ltx2_mode audio and has no pictures. Cache again, "
@@ -315,8 +315,8 @@ def _read_video_vae(checkpoint: Checkpoint) -> VideoVaeConfig:
     return read_video_vae(checkpoint).config
 
 
-def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
-    return read_sound_vae(checkpoint, AUDIO_VAE).config
+def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
+    return read_audio_vae(checkpoint, AUDIO_VAE).config
 
 
 def _lacks(checkpoint: Checkpoint, part: str) -> bool:
@@ -326,7 +326,7 @@ def _lacks(checkpoint: Checkpoint, part: str) -> bool:
     return has_dit and not any(name.startswith(part) for name in names)
 
 
-def sound_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
+def audio_shape(channels: int, bins: int, frames: int, fps: float) -> tuple[int, int, int]:
     """Return the shape C T M of the latents of a clip's audio."""
     return channels, latent_count(frames, fps), bins
 

@@ -45,8 +45,8 @@ def guidance_rules(
         )
 
     image = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
-    sound = guidance_of(AUDIO)
-    return GuidanceRules(streams=(image, sound), perturbed_blocks=frozenset(skipped))
+    audio = guidance_of(AUDIO)
+    return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped))
 
 
 def _select_weight(typed: float | None, default: float) -> float:

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from contract import rules
 from contract.data import (
+    Audio,
+    AudioSpec,
     LatentSpec,
     MediaEncoders,
-    Sound,
-    SoundSpec,
 )
 from contract.inputs import SOURCES
 from encoders.files import OneTransformer
+from ltx_2.audio import AudioVae, Vocoder
 from ltx_2.files import Ltx2Files
 from ltx_2.options import NAME
-from ltx_2.sound import SoundVae, Vocoder
 from modules.media.pixels import to_pixels
 
 
@@ -40,9 +40,9 @@ class Ltx2Media(OneTransformer):
         return self.files.latent
 
     @property
-    def sound(self) -> SoundSpec | None:
+    def audio(self) -> AudioSpec | None:
         """Format of the audio latents; None if the run has no audio."""
-        return self.files.sound
+        return self.files.audio
 
     # images
 
@@ -53,7 +53,7 @@ class Ltx2Media(OneTransformer):
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
         """Load the video VAE; without video, nothing."""
-        return MediaEncoders(self.files.load_vae(device) if self.files.has_pictures else None)
+        return MediaEncoders(self.files.load_vae(device) if self.files.has_images else None)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode frames in model space; `seed` is unused, as means are not drawn."""
@@ -68,22 +68,22 @@ class Ltx2Media(OneTransformer):
     # sound
 
     @property
-    def sound_identity(self) -> Mapping[str, str]:
+    def audio_identity(self) -> Mapping[str, str]:
         """What cached audio depends on besides the samples."""
-        return self.files.sound_identity()
+        return self.files.audio_identity()
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> tuple[SoundVae, Vocoder | None]:
+    def audio_networks(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:
         """Load the audio VAE, and with `decodes` also the vocoder."""
-        return self.files.load_sound(device, decodes)
+        return self.files.load_audio(device, decodes)
 
-    def encode_sound(
-        self, networks: tuple[SoundVae, Vocoder | None], samples: Tensor, frames: int, fps: float
+    def encode_audio(
+        self, networks: tuple[AudioVae, Vocoder | None], samples: Tensor, frames: int, fps: float
     ) -> Tensor:
         """Encode the audio of clips, cut or padded with silence to their length, as B C T M."""
         return networks[0].encode_clip(samples, frames, fps)
 
-    def decode_sound(self, networks: tuple[SoundVae, Vocoder | None], latents: Tensor) -> Sound:
+    def decode_audio(self, networks: tuple[AudioVae, Vocoder | None], latents: Tensor) -> Audio:
         """Decode latents 1 C T M to a track, by way of a mel spectrogram."""
         vae, vocoder = networks
         assert vocoder is not None, "loaded to encode"
-        return Sound(vocoder.decode(vae.decode(latents))[0], vocoder.rate)
+        return Audio(vocoder.decode(vae.decode(latents))[0], vocoder.rate)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
@@ -154,11 +154,11 @@ class LtxModel(nn.Module):
         timesteps: Tensor,
         text: Tensor | None = None,
         fps: Fps = DEFAULT_FPS,
-        sound: Tensor | None = None,
-        sound_timesteps: Tensor | None = None,
+        audio: Tensor | None = None,
+        audio_timesteps: Tensor | None = None,
         sound_text: Tensor | None = None,
         has_sound: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: LtxReferences = NO_REFERENCES,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and audio in float32; None for a stream that is not given.
@@ -168,13 +168,13 @@ class LtxModel(nn.Module):
             timesteps: B, 0..1000; 0 for a video that is given.
             text: States for the video's stream, B T text_dim, all of which are seen.
             fps: Frame rate of the video.
-            sound: Latents of the audio, B Z M K with K bins each; None for video alone: then no weight of the
+            audio: Latents of the audio, B Z M K with K bins each; None for video alone: then no weight of the
                 audio stream is used.
-            sound_timesteps: B, 0 for audio that is given; None: those of the video.
+            audio_timesteps: B, 0 for audio that is given; None: those of the video.
             sound_text: States for the audio stream, B T text_dim.
             has_sound: B, whether a sample has audio; without, its audio has no influence on its video. None:
                 all have it.
-            tweaks: Changes to this call; their second text has arguments named text and sound_text. Their
+            overrides: Changes to this call; their second text has arguments named text and sound_text. Their
                 given frames have the time 0, and their velocity is 0.
             references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
 
@@ -184,20 +184,20 @@ class LtxModel(nn.Module):
         latents = {}
         if noisy is not None:
             latents[VIDEO] = noisy
-        if sound is not None:
-            latents[SOUND] = sound
-        if sound_timesteps is None:
-            sound_timesteps = timesteps
+        if audio is not None:
+            latents[SOUND] = audio
+        if audio_timesteps is None:
+            audio_timesteps = timesteps
         hidden = self.embed(
             latents,
-            timesteps={VIDEO: timesteps, SOUND: sound_timesteps},
+            timesteps={VIDEO: timesteps, SOUND: audio_timesteps},
             texts={VIDEO: text, SOUND: sound_text},
             fps=fps,
             has_sound=has_sound,
-            tweaks=tweaks,
+            overrides=overrides,
             references=references,
         )
-        run_blocks(self, hidden, tweaks)
+        run_blocks(self, hidden, overrides)
         velocities = self.unembed(hidden.x, hidden.tokens)
         return velocities.get(VIDEO), velocities.get(SOUND)
 
@@ -208,7 +208,7 @@ class LtxModel(nn.Module):
         texts: dict[StreamNames, Tensor | None],
         fps: Fps = DEFAULT_FPS,
         has_sound: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: LtxReferences = NO_REFERENCES,
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
@@ -218,8 +218,8 @@ class LtxModel(nn.Module):
         self._check(latents, texts)
         first = next(iter(latents.values()))
         dtype = activation_dtype(first.device, self.compute_dtype)
-        prompts = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
-        sees_other = len(latents) == 2 and not tweaks.isolated
+        prompts = overrides.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
+        sees_other = len(latents) == 2 and not overrides.isolated
         parts = {}
         streams = {}
         for names, stream_latents in latents.items():
@@ -228,7 +228,7 @@ class LtxModel(nn.Module):
                 names,
                 stream_latents,
                 timesteps=timesteps[names],
-                given_frames=tweaks.given_frames if is_video else 0,
+                given_frames=overrides.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
             text_name = "text" if is_video else "sound_text"
@@ -247,7 +247,7 @@ class LtxModel(nn.Module):
             bins=latents[SOUND].shape[3] if SOUND in latents else 0,
             dtype=dtype,
             attention=self.attention,
-            combine=tweaks.steer,
+            combine=overrides.steer,
             keeps_references=references.share > 0,
         )
         return Hidden(tokens.join(parts), tokens)

@@ -115,7 +115,7 @@ LTX_2 = FamilyNames(
     _LTX_ALIASES,
     converted_for="diffusers, LTX-2's own pipelines and musubi-tuner's fork",
     # the names of its official code, which ComfyUI, diffusers and the fork of musubi-tuner read, too
-    usual_format=COMFYUI,
+    default_format=COMFYUI,
     not_in_diffusers=(("DoRA", "diffusers leaves the magnitudes of LTX-2's DoRAs out"),),
     versions=("ltx2", "ltx-2", "ltx_2"),
     release_pattern=r"(?:architecture=ltx-|model_version=)(\d\.\d)",

@@ -67,7 +67,7 @@ _OF_IMAGES = {
     "image_crf",
 }
 # what is for sound, or between both streams
-_OF_SOUND = {
+_OF_AUDIO = {
     "video_loss_weight",  # of the only loss
     "audio_vae",
     "ltx2_audio_source",
@@ -109,7 +109,7 @@ def log_ignored(streams: Collection[str], *records: Options) -> None:
     if VIDEO not in streams:
         lacking, reason = _OF_IMAGES, "sound alone has no pictures"
     elif AUDIO not in streams:
-        lacking, reason = _OF_SOUND, "pictures alone have no sound"
+        lacking, reason = _OF_AUDIO, "pictures alone have no sound"
     else:
         return
     given = [field for record in records for field in fields(record) if is_given(record, field)]
@@ -138,7 +138,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
     ltx_version = _version()
 
     @property
-    def sound_files(self) -> tuple[str, Path | None] | None:
+    def audio_files(self) -> tuple[str, Path | None] | None:
         """The option that takes audio from files, and their folder; None if audio is in the clips."""
         if self.ltx2_audio_source == "video":
             return None

@@ -152,7 +152,7 @@ class DenoisedReferences:
         return pack(image_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
 
 
-def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
+def split_audio(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
     """Split latents into video and audio by the shapes in `joint`; None for a clip without audio."""
     if joint is None:
         return latents, None
@@ -192,20 +192,20 @@ def _denoise_with_references(
     section: Section, strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
     """Yield a section with its references appended to its video; return its latents without them."""
-    joint = section.tweaks.joint or joint
-    image, sound = split_sound(section.noise, joint)
+    joint = section.overrides.joint or joint
+    image, audio = split_audio(section.noise, joint)
     frames = image.shape[2]
     references = join_tokens(references_of(section.positive)).to(image.device)
     packed = pack(image, _blend_with_noise(references, strength, noise))
-    if joint is None or sound is None:
+    if joint is None or audio is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]
-    packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
-    tweaks = replace(section.tweaks, joint=packed_joint)
-    noise_of_both = packed_joint.join(packed, sound)
-    latents = yield replace(section, noise=noise_of_both, tweaks=tweaks, shown=frames)
-    image, sound = packed_joint.split(latents)
-    return joint.join(image[:, :, :frames], sound)
+    packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.audio)
+    overrides = replace(section.overrides, joint=packed_joint)
+    noise_of_both = packed_joint.join(packed, audio)
+    latents = yield replace(section, noise=noise_of_both, overrides=overrides, shown=frames)
+    image, audio = packed_joint.split(latents)
+    return joint.join(image[:, :, :frames], audio)
 
 
 def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
@@ -314,7 +314,7 @@ def _read_factor(path: Path, metadata: Mapping[str, str], names: Sequence[str]) 
     return int(texts[0])
 
 
-def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
+def resolve_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2GivenReferences:
     """Fill in reference factors that are not given from the metadata of LoRAs."""
     factors = read_factors(loras)
     if not factors and options.paths and options.reference_downscale is None:

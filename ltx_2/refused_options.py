@@ -57,7 +57,7 @@ REFERENCES = (
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
-SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
+AUDIO_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
@@ -79,8 +79,8 @@ FILES_SO = "files are read tensor by tensor, written whole or not at all, and sa
 FLOATS_SO = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
-SOUND_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
-SOUND_SO = (
+AUDIO_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
+AUDIO_SO = (
     "sound keeps its speed, clips without it do not affect the sound of other clips in their batch, and a "
     "video file holds its sound."
 )
@@ -103,8 +103,8 @@ LATENTS: Table = {
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
         audio_only_target_fps=25.0 audio_only_sequence_resolution=64
     """,
-    SOUND_DTYPE: "ltx2_audio_dtype:str",
-    SOUND_NAMES_SO: "ltx2_audio_ext=.wav",
+    AUDIO_DTYPE: "ltx2_audio_dtype:str",
+    AUDIO_NAMES_SO: "ltx2_audio_ext=.wav",
     TILES: """
         vae_chunk_size:int vae_spatial_tile_size:int vae_spatial_tile_overlap=64 vae_temporal_tile_size:int
         vae_temporal_tile_overlap=24
@@ -115,7 +115,7 @@ LATENTS: Table = {
         sample_sampling_preset,sampling_preset=defaults
         height=512 width=768 sample_num_frames=45
     """,
-    SOUND_SO: "preserve_audio_timing:switch",
+    AUDIO_SO: "preserve_audio_timing:switch",
     WORK_SO: "cache_distributed",
 }
 TEXTS: Table = {
@@ -279,7 +279,7 @@ TRAINING: Table = {
         use_precached_sample_latents sample_latents_cache:str use_precached_preservation
         preservation_prompts_cache:str
     """,
-    SOUND_SO: "separate_audio_buckets:switch preserve_audio_timing:switch sample_merge_audio",
+    AUDIO_SO: "separate_audio_buckets:switch preserve_audio_timing:switch sample_merge_audio",
     WORK_SO: """
         dataloader_pin_memory dataloader_prefetch_factor:int ddp_find_unused_parameters
         offload_optimizer_during_validation gemma_fp8_weight_offload? sample_with_offloading
@@ -321,7 +321,7 @@ GENERATION: Table = {
         use_precached_sample_prompts,precache_sample_prompts sample_prompts_cache:str
         use_precached_sample_latents sample_latents_cache:str
     """,
-    SOUND_SO: "sample_merge_audio",
+    AUDIO_SO: "sample_merge_audio",
     WORK_SO: "gemma_fp8_weight_offload? sample_with_offloading sample_audio_subprocess?=True",
 }
 

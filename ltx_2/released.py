@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints.dits import OTHER_NETWORKS
-from checkpoints.encoders import stated_settings
+from checkpoints.encoders import declared_settings
 from checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
@@ -38,4 +38,4 @@ def read_settings(checkpoint: Checkpoint, part: str, class_name: str) -> Mapping
             f"{checkpoint.path}: the settings in its metadata cannot be read ({error}). Copy the file again.",
             checkpoint.path,
         ) from error
-    return settings or stated_settings(checkpoint, {class_name})[1]
+    return settings or declared_settings(checkpoint, {class_name})[1]

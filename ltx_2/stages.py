@@ -23,7 +23,7 @@ from contract.family import NoiseSource
 from contract.requests import Prepared
 from contract.rules import AS_PLAIN
 from contract.steps import Section
-from ltx_2.references import read_factors, split_sound
+from ltx_2.references import read_factors, split_audio
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
@@ -132,7 +132,7 @@ class TwoStages:
         joint = prepared.joint
         if joint is not None:  # the sound is that of the result from the beginning
             _, channels, length, rows, columns = latent.shape(frames, height, width)
-            joint = Joint((channels, length, rows, columns), joint.sound)
+            joint = Joint((channels, length, rows, columns), joint.audio)
         return replace(
             prepared,
             width=width,
@@ -237,19 +237,19 @@ def stage_sections(
     first, second = prepared.stages
     section = begin(first, 0, draw(first))
     latents = yield _of_stage(section, first, 0)
-    image, sound = split_sound(latents, first.joint)
+    image, audio = split_audio(latents, first.joint)
     image = enlarge(image)
     level = second.levels[0]
     start = _blend(image, _draw_image_tokens(noise, image), level)
-    if second.joint is None or sound is None:
+    if second.joint is None or audio is None:
         section = begin(second, 1, start)
         return (yield _of_stage(section, second, 1))
-    sound_start = _blend(sound, _draw_sound_tokens(noise, sound), level)
-    start = second.joint.join(start, sound_start)
+    audio_start = _blend(audio, _draw_audio_tokens(noise, audio), level)
+    start = second.joint.join(start, audio_start)
     section = begin(second, 1, start)
     latents = yield _of_stage(section, second, 1)
     image, _ = second.joint.split(latents)
-    return second.joint.join(image, sound)
+    return second.joint.join(image, audio)
 
 
 def _blend(clean: Tensor, drawn: Tensor, level: float) -> Tensor:
@@ -264,13 +264,13 @@ def _draw_image_tokens(noise: NoiseSource, picture: Tensor) -> Tensor:
     return rearrange(drawn, "b (f h w) c -> b c f h w", f=frames, h=rows)
 
 
-def _draw_sound_tokens(noise: NoiseSource, sound: Tensor) -> Tensor:
+def _draw_audio_tokens(noise: NoiseSource, audio: Tensor) -> Tensor:
     """Draw noise for latents B C T M token by token, as the released pipelines do here."""
-    _, channels, moments, bins = sound.shape
+    _, channels, moments, bins = audio.shape
     drawn = noise.draw((1, moments, channels * bins))
     return rearrange(drawn, "b t (c m) -> b c t m", c=channels)
 
 
 def _of_stage(section: Section, stage: Prepared, number: int) -> Section:
-    tweaks = replace(section.tweaks, joint=stage.joint)
-    return replace(section, tweaks=tweaks, stage=number, label=f"stage {number + 1} of 2")
+    overrides = replace(section.overrides, joint=stage.joint)
+    return replace(section, overrides=overrides, stage=number, label=f"stage {number + 1} of 2")

@@ -52,7 +52,7 @@ class LuminaTokens:
         return replace(self, part=part)
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 

@@ -23,7 +23,7 @@ from contract.rules import (
     GuidanceRules,
     ModelRelease,
 )
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders.pictures import ModelOfImages, image_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
@@ -87,7 +87,12 @@ class Lumina(ModelOfImages):
         return {name: batch.tensor(name) for name in TEXT_INPUTS.values()}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
@@ -98,7 +103,7 @@ class Lumina(ModelOfImages):
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
             **name_texts(cond, TEXT_INPUTS, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return -direction.unsqueeze(2)
 

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
 from modules.attention.attend import Lengths, SecondText, make_lengths
@@ -88,7 +88,12 @@ class LuminaModel(BlockNetwork):
         return self.final_layer
 
     def embed(
-        self, noisy: Tensor, times: Tensor, caption: Tensor, caption_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        caption: Tensor,
+        caption_mask: Tensor,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
         """Return refined image and caption tokens, B L+T C, and the other inputs of the blocks.
 
@@ -97,8 +102,8 @@ class LuminaModel(BlockNetwork):
             times: B, 0 (noise) to 1 (image).
             caption: States of the language model, B T text_dim.
             caption_mask: B T, true or 1 for real tokens, which come first.
-            tweaks: Changes to this call; their second text has arguments named caption and caption_mask, and
-                its tokens follow those of the first text.
+            overrides: Changes to this call; their second text has arguments named caption and caption_mask,
+                and its tokens follow those of the first text.
 
         Raises:
             ValueError: If sizes do not match.
@@ -117,7 +122,7 @@ class LuminaModel(BlockNetwork):
             attention=self.attention,
         )
         captions = []
-        for prompt in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask):
+        for prompt in overrides.texts(len(noisy), caption=caption, caption_mask=caption_mask):
             captions.append(self._read_caption(**prompt, grid=grid, tokens_of=tokens_of))
         text, tokens = captions[0]
 
@@ -128,12 +133,12 @@ class LuminaModel(BlockNetwork):
         if len(captions) == 1:
             return Hidden(torch.cat([image, text], dim=1), tokens)
         second_text, second_tokens = captions[1]
-        assert tweaks.steer is not None  # it comes with a second text
+        assert overrides.steer is not None  # it comes with a second text
         second = SecondText(
             image.shape[1],
             second_text.shape[1],
             second_tokens.lengths,
-            tweaks.steer,
+            overrides.steer,
         )
         tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)

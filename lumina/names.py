@@ -1,6 +1,6 @@
 """Lumina-Image-2.0's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, LoraRules, Sides, WeightPart, renamed_parts
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="lumina",
     cache="lumina_cache",
     record="Lumina",
-    encoders=(("vae", "--ae", PICTURES),),
+    encoders=(("vae", "--ae", IMAGES),),
     texts="--gemma2 GEMMA2_FILE",
     same_latents="flux",
 )
@@ -63,9 +63,13 @@ LUMINA = FamilyNames(
     parts=(
         # several queries share one key and value: k and v are the last rows, q all before them
         *(
-            WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, usual_height)
+            WeightPart(f"{block}attn.to_{x}", f"{block}attention.qkv", index, default_height)
             for block in LUMINA_BLOCKS
-            for x, index, usual_height in (("q", 0, 3), ("k", layouts.BEFORE_REST, 1), ("v", layouts.REST, 1))
+            for x, index, default_height in (
+                ("q", 0, 3),
+                ("k", layouts.BEFORE_REST, 1),
+                ("v", layouts.REST, 1),
+            )
         ),
         *(part for block in LUMINA_BLOCKS for part in renamed_parts(block, block, _LUMINA_BLOCK)),
         *renamed_parts(LUMINA_BLOCKS[0], LUMINA_BLOCKS[0], _LUMINA_MODULATED),

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from contract.rules import ShownMedium
+from minimax_h3.audio import H3AudioVae
 from minimax_h3.conditions import encode_condition, reference_key
 from minimax_h3.options import FPS
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_sound import read_reference_sound
+from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
     MAX_SECONDS,
     ClipSource,
@@ -23,9 +24,8 @@ from minimax_h3.references import (
     check_video_length,
     full_clip,
     reference_clip,
-    reference_picture,
+    reference_image,
 )
-from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.media.pixels import byte_clips
@@ -37,20 +37,20 @@ def reference_of(medium: ShownMedium) -> H3Reference:
 
     Raises MediaError if the file of a clip cannot be read.
     """
-    sound = medium.sound
-    has_own_sound = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
-    if sound is None and has_own_sound and track_info(medium.path) is not None:
-        sound = medium.path
-    return H3Reference(medium.kind, medium.path, sound)
+    audio = medium.audio
+    has_own_audio = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
+    if audio is None and has_own_audio and track_info(medium.path) is not None:
+        audio = medium.path
+    return H3Reference(medium.kind, medium.path, audio)
 
 
-def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any_length: bool) -> None:
+def check_shown(media: tuple[ShownMedium, ...], name: str, is_image: bool, any_length: bool) -> None:
     """Raise DatasetError if the references of a row cannot be used.
 
     Args:
         media: The references.
         name: Name of the table, for messages.
-        is_picture: Whether the item is an image.
+        is_image: Whether the item is an image.
         any_length: Whether reference clips may have lengths for which the model was not trained.
     """
     if not media:
@@ -63,7 +63,7 @@ def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any
         for medium in media:
             if medium.kind == VIDEO:
                 check_video_length(medium.path, any_length)
-    if is_picture and any(medium.kind == AUDIO for medium in media):
+    if is_image and any(medium.kind == AUDIO for medium in media):
         raise DatasetError(
             f"{name}: references of sound alone last as long as the clip that is made, and a picture has no "
             "length. Leave them out"
@@ -96,14 +96,14 @@ class ReferenceSizes:
         if reference.kind == AUDIO:
             return None
         if reference.kind == IMAGE:
-            return reference_picture(reference.path, self.image, self.step)
+            return reference_image(reference.path, self.image, self.step)
         most = frames if frames > 1 else round(MAX_SECONDS * FPS)
         return reference_clip(reference.path, self.video, self.step, most)
 
 
 def encode_references(
     vae: H3VideoVae,
-    sound_vae: H3SoundVae,
+    audio_vae: H3AudioVae,
     shown: tuple[ShownMedium, ...],
     frames: int,
     sizes: ReferenceSizes,
@@ -119,11 +119,11 @@ def encode_references(
             source = sizes.source_of(reference, frames)
         except UserError as error:
             raise MediaError(str(error)) from error
-        sound = reference.path if reference.kind == AUDIO else reference.sound
-        if sound is not None:
+        audio = reference.path if reference.kind == AUDIO else reference.audio
+        if audio is not None:
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
-            samples = read_reference_sound(sound, seconds)
-            tensors[reference_key(number, AUDIO)] = sound_vae.encode(samples)[0]
+            samples = read_reference_audio(audio, seconds)
+            tensors[reference_key(number, AUDIO)] = audio_vae.encode(samples)[0]
         if source is None:
             continue
         pixels = source.read()

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contract.data import INNER_SOUND, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from contract.data import INNER_AUDIO, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from encoders.tiles import posterior_generator, sample_posterior
+from minimax_h3.audio import CHANNELS, H3AudioVae
 from minimax_h3.conditions import (
     CONTROL_INDICES,
     FIRST,
@@ -35,7 +36,6 @@ from minimax_h3.options import (
     H3LatentCachingOptions,
 )
 from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
-from minimax_h3.sound import CHANNELS, H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
@@ -58,14 +58,14 @@ class H3Caching:
     edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: images, clips
 
     @property
-    def stated(self) -> tuple[tuple[str, str], ...]:
+    def declared(self) -> tuple[tuple[str, str], ...]:
         """Metadata that distinguish caches of different runs."""
         return ("task", self.task), ("cache_seed", str(self.seed))
 
     @property
     def identity(self) -> dict[str, str]:
         """Settings that latents depend on, in addition to files and VAEs."""
-        identity = {**dict(self.stated), "one_frame": str(self.one_frame)}
+        identity = {**dict(self.declared), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
         return identity
@@ -120,7 +120,7 @@ class H3Caching:
             check_shown(
                 media,
                 table.name,
-                is_picture=table.kind == "image",
+                is_image=table.kind == "image",
                 any_length=self.any_length,
             )
 
@@ -142,7 +142,7 @@ class H3Caching:
         identity = files.vae_identity()
         (span,) = media.spans
         metadata = {
-            **dict(self.stated),
+            **dict(self.declared),
             "cache_format": FORMAT,
             "crop_start_frame": str(span[0]),
             "video_vae_fingerprint": identity["vae"],
@@ -159,21 +159,21 @@ class H3Caching:
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)
-            tensors = self._make_tensors(encoders.vae, encoders.sound, item, files.latent.pixel_step)
+            tensors = self._make_tensors(encoders.vae, encoders.audio, item, files.latent.pixel_step)
             entries.append([CacheEntry(tensors, metadata=self.metadata(files, item))])
         return entries
 
     def _make_tensors(
-        self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch, step: int
+        self, vae: H3VideoVae, audio_vae: H3AudioVae, media: MediaBatch, step: int
     ) -> dict[str, Tensor]:
         """Return the tensors of the single item in `media`. Sides in pixels are multiples of `step`."""
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
-        sound = torch.zeros(1, CHANNELS, 0) if media.sound is None else media.sound
+        audio = torch.zeros(1, CHANNELS, 0) if media.audio is None else media.audio
         tensors = {
             "latents": latents[0],
-            INNER_SOUND: sound_vae.encode_clip(sound, num_frames, FPS)[0],
+            INNER_AUDIO: audio_vae.encode_clip(audio, num_frames, FPS)[0],
             IS_HEARD: torch.tensor(float(any(media.heard))),
         }
         if media.table.kind == "image":
@@ -188,7 +188,7 @@ class H3Caching:
             image_edge, video_edge = self.edges
             sizes = ReferenceSizes(image_edge, video_edge, step)
             (shown,) = media.shown
-            tensors |= encode_references(vae, sound_vae, shown, frames=num_frames, sizes=sizes)
+            tensors |= encode_references(vae, audio_vae, shown, frames=num_frames, sizes=sizes)
         return tensors
 
     def _select_target_index(self, media: MediaBatch) -> int:

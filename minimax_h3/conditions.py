@@ -28,9 +28,9 @@ from minimax_h3.configs import PATCH
 from minimax_h3.model import IMAGES_LIE, H3Condition
 from minimax_h3.places import (
     UNITS_A_FRAME,
+    AudioPlace,
     ImageGrid,
     ImagePlace,
-    SoundPlace,
     clip_span,
     last_frame_place,
 )
@@ -140,7 +140,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
     """
     clock = float(num_text)
     placed: list[H3Condition] = []
-    sound_latents = 0  # of the clip that follows
+    audio_latents = 0  # of the clip that follows
     control_starts = iter(_list_control_starts(conditions, sample, clock))
     keys = in_order(conditions)
     for key in keys:
@@ -152,20 +152,20 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
         elif key.startswith(CONTROL):
             placed.append(_place_image(latents, next(control_starts)))
         elif key.endswith(AUDIO):
-            sound_latents = latents.shape[3]
+            audio_latents = latents.shape[3]
             clip = key.removesuffix(AUDIO) + VIDEO
             if clip in keys:  # at the edges of the clip, which it starts with
                 grid = grid_of(_of_sample(conditions, clip, sample))
-                placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, grid)))
+                placed.append(H3Condition(latents, AudioPlace(audio_latents, clock, grid)))
                 continue
-            placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, target)))
-            clock += sound_latents
-            sound_latents = 0
+            placed.append(H3Condition(latents, AudioPlace(audio_latents, clock, target)))
+            clock += audio_latents
+            audio_latents = 0
         else:
             placed.append(_place_image(latents, clock))
             is_image = key.endswith(IMAGE)
-            clock += 1.0 if is_image else max(float(sound_latents), clip_span(latents.shape[2]))
-            sound_latents = 0
+            clock += 1.0 if is_image else max(float(audio_latents), clip_span(latents.shape[2]))
+            audio_latents = 0
     index = conditions.get(TARGET_INDEX)
     if index is not None:
         clock += UNITS_A_FRAME * float(index[sample])

@@ -10,7 +10,7 @@ from minimax_h3.options import CLIP, LAST_FRAMES
 
 PATCH = 2  # latent pixels along each side of a token
 # number of the rows that modulate a kind of token
-PICTURE, TEXT, SOUND = range(3)
+IMAGE, TEXT, SOUND = range(3)
 KINDS = 3
 
 
@@ -25,7 +25,7 @@ class H3Config:
     num_layers: int = 50
     refiner_layers: int = 2
     channels: int = 24  # of the latents of images
-    sound_channels: int = 32
+    audio_channels: int = 32
     text_dim: int = 5120
     freq_dim: int = 256
     time_hidden: int = 5376
@@ -60,12 +60,12 @@ FEW_STEPS = FewSteps(
     is_certain=True,
 )
 IMAGE_SHIFT = 12.0  # of the noise levels of images
-SOUND_SHIFT = 3.0
+AUDIO_SHIFT = 3.0
 NOISE = NoiseSpec(
     training_offset=0.0,
     output_sign=-1.0,
     tokens=count_image_tokens,
-    sound_shift=SOUND_SHIFT / IMAGE_SHIFT,
+    audio_shift=AUDIO_SHIFT / IMAGE_SHIFT,
     base_shift=IMAGE_SHIFT,
 )
 LATENT = LatentSpec(
@@ -75,7 +75,7 @@ LATENT = LatentSpec(
     frame_step=4,
     clip=CLIP,
     tail=LAST_FRAMES,
-    holds_sound=True,
+    holds_audio=True,
 )
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
 from checkpoints.dits import DitFormat, DitHeader
-from checkpoints.encoders import stated_settings
+from checkpoints.encoders import declared_settings
 from checkpoints.kinds import kind_by_name
 from checkpoints.opening import Checkpoint, is_sharded, plain_sources
 from contract.loading import TensorSource
@@ -141,7 +141,7 @@ def _read_frequencies(checkpoint: Checkpoint) -> int | None:
             path, error = checkpoint.path, f"{FREQUENCIES_KEY} in its metadata is {noted!r:.60}"
             raise CheckpointError(f"{path}: {error}. Copy the file again.", path)
         return int(noted)
-    path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
+    path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     frequencies = settings.get("rope_freq_dim")
     if frequencies is not None and type(frequencies) is not int:
         raise CheckpointError(f"{path}: 'rope_freq_dim' is {frequencies!r:.60}. Copy the file again.", path)
@@ -187,7 +187,7 @@ def _read_config(shapes: DitShapes) -> H3Config:
         num_layers=shapes.blocks("blocks"),
         refiner_layers=shapes.blocks("token_refiner.blocks"),
         channels=patch // PATCH**2,
-        sound_channels=shapes.of("audio_patch_proj.weight")[1],
+        audio_channels=shapes.of("audio_patch_proj.weight")[1],
         text_dim=shapes.of("condition_proj.weight")[1],
         freq_dim=freq_dim,
         time_hidden=time_hidden,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from contract import rules
 from contract.data import (
+    Audio,
+    AudioSpec,
     Batch,
     CacheEntry,
     Conditions,
@@ -20,10 +22,8 @@ from contract.data import (
     MediaEncoders,
     MediaTable,
     SamplingDefaults,
-    Sound,
-    SoundSpec,
 )
-from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from contract.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
 from contract.inputs import CLIP, FIRST_LAST, SOURCES, SUBJECT
 from contract.requests import (
     NO_MEDIA,
@@ -35,8 +35,9 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
+from minimax_h3.audio import H3AudioVae
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
 from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.caching import H3Caching, encode_target, make_caching
@@ -78,7 +79,7 @@ from minimax_h3.options import (
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE, warn_of_edges
-from minimax_h3.reference_sound import read_reference_sound
+from minimax_h3.reference_sound import read_reference_audio
 from minimax_h3.references import (
     ClipSource,
     H3Media,
@@ -89,9 +90,8 @@ from minimax_h3.references import (
     keyframe_sources,
     read_media,
     reference_clip,
-    reference_picture,
+    reference_image,
 )
-from minimax_h3.sound import H3SoundVae
 from minimax_h3.training_inputs import (
     CLEAN,
     Clean,
@@ -109,7 +109,7 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-SHIFT_OF_SOUND = "h3_shift_audio"  # in Request.extra
+SHIFT_OF_AUDIO = "h3_shift_audio"  # in Request.extra
 SOLVER = "euler"
 
 
@@ -130,7 +130,7 @@ class MiniMaxH3(OneTransformer):
 
     files: H3Files
     noise: NoiseSpec = NOISE
-    sound_learning: rules.SoundLearning = rules.SoundLearning()
+    audio_learning: rules.AudioLearning = rules.AudioLearning()
     caching: H3Caching | None = None  # of latents
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
     image_edge: int = IMAGE_EDGE  # short side of reference images
@@ -177,12 +177,12 @@ class MiniMaxH3(OneTransformer):
         latent = self.files.latent
         if self.caching is None:
             return latent
-        return replace(latent, stated=self.caching.stated, in_sections=self.caching.one_frame)
+        return replace(latent, declared=self.caching.declared, in_sections=self.caching.one_frame)
 
     @property
-    def sound(self) -> SoundSpec:
+    def audio(self) -> AudioSpec:
         """Format of the audio latents."""
-        return self.files.sound
+        return self.files.audio
 
     @property
     def defaults(self) -> SamplingDefaults:
@@ -198,7 +198,7 @@ class MiniMaxH3(OneTransformer):
             width=width,
             height=height,
             frames=FRAMES,
-            extras=(SHIFT_OF_SOUND, *OF_MEDIA),
+            extras=(SHIFT_OF_AUDIO, *OF_MEDIA),
         )
 
     # encoding
@@ -228,7 +228,7 @@ class MiniMaxH3(OneTransformer):
         encoders = super().media_encoders(device, images)
         if self.caching is None:
             return encoders
-        return replace(encoders, sound=self.files.load_sound(device))
+        return replace(encoders, audio=self.files.load_audio(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the entries that caches hold; see caching.py."""
@@ -236,19 +236,19 @@ class MiniMaxH3(OneTransformer):
         return self.caching.encode(self.files, encoders, media)
 
     @property
-    def sound_identity(self) -> Mapping[str, str]:
+    def audio_identity(self) -> Mapping[str, str]:
         """What cached audio depends on besides the samples."""
-        return self.files.sound_identity()
+        return self.files.audio_identity()
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> H3SoundVae:
+    def audio_networks(self, device: torch.device, decodes: bool) -> H3AudioVae:
         """Load the audio VAE, which both encodes and decodes."""
-        return self.files.load_sound(device)
+        return self.files.load_audio(device)
 
-    def encode_sound(self, networks: H3SoundVae, samples: Tensor, frames: int, fps: float) -> Tensor:
+    def encode_audio(self, networks: H3AudioVae, samples: Tensor, frames: int, fps: float) -> Tensor:
         """Encode the audio of clips; `fps` is unused, because clips always have 24 frames per second."""
         return networks.encode_clip(samples, frames, FPS)
 
-    def decode_sound(self, networks: H3SoundVae, latents: Tensor) -> Sound:
+    def decode_audio(self, networks: H3AudioVae, latents: Tensor) -> Audio:
         """Decode audio latents to a track."""
         return networks.decode(latents)
 
@@ -296,35 +296,40 @@ class MiniMaxH3(OneTransformer):
         return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict noise - latents of frames and audio joined, B N float32, sample by sample.
 
         `timesteps` are B 2, of frames and of audio. The conditions are states of texts, n C each, and their
         tags, n each.
         """
-        joint = tweaks.joint
+        joint = overrides.joint
         assert joint is not None, "there is always sound"
-        images, sounds = joint.split(noisy)
+        images, audios = joint.split(noisy)
         if timesteps.ndim == 1:  # equal shifts: one level for both
             timesteps = timesteps.unsqueeze(1).expand(-1, 2)
         times = (1 - timesteps.double() / 1000).tolist()
         velocities = []
-        for sample, (image_time, sound_time) in enumerate(times):
+        for sample, (image_time, audio_time) in enumerate(times):
             one = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
             placement = self._place_conditions(cond, sample, images)
-            image, sound = dit(
+            image, audio = dit(
                 images[one],
-                sounds[one],
-                (image_time, sound_time),
+                audios[one],
+                (image_time, audio_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
                 shown=is_shown if any(is_shown) else (),
                 start=placement.start,
                 conditions=placement.conditions,
-                tweaks=tweaks,
+                overrides=overrides,
             )
-            velocities.append(-joint.join(image, sound))
+            velocities.append(-joint.join(image, audio))
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
@@ -334,7 +339,7 @@ class MiniMaxH3(OneTransformer):
         placed = []
         for condition in placement.conditions:
             latents = send(condition.latents, pictures.device)
-            clean = shares.sound if condition.is_sound else shares.visual
+            clean = shares.audio if condition.is_sound else shares.visual
             placed.append(replace(condition, latents=latents, clean=clean))
         return replace(placement, conditions=tuple(placed))
 
@@ -395,8 +400,8 @@ class MiniMaxH3(OneTransformer):
             prompts={0: _with_presentation(prepared, media, sources)},
             family_record=H3Request(media, sources),
             own_metadata=_describe_media(media),
-            joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
-            sound_shift=_find_sound_shift(request, self.noise) / flow_shift,
+            joint=Joint((channels, length, rows, columns), self.audio.shape(frames, FPS)),
+            audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
 
     def _check_frames(self, frames: int) -> None:
@@ -455,7 +460,7 @@ class MiniMaxH3(OneTransformer):
         references: list[ImageSource | ClipSource | None] = []
         for reference in media.references:
             if reference.kind == IMAGE:
-                references.append(reference_picture(reference.path, self.image_edge, step))
+                references.append(reference_image(reference.path, self.image_edge, step))
             elif reference.kind == VIDEO:
                 references.append(reference_clip(reference.path, self.video_edge, step, frames))
             else:
@@ -496,15 +501,15 @@ class MiniMaxH3(OneTransformer):
             conditions[reference_key(number, reference.kind)] = encode_condition(
                 encoders.vae, _make_clip(frames)
             )
-        sounds = {}
+        audios = {}
         for number, reference in enumerate(references):
-            path = reference.path if reference.kind == AUDIO else reference.sound
+            path = reference.path if reference.kind == AUDIO else reference.audio
             if path is not None:
-                sounds[number] = path
-        if sounds:
-            networks = self.files.load_sound(encoders.vae.device)
-            for number, path in sounds.items():
-                waveform = read_reference_sound(path, prepared.frames / FPS)
+                audios[number] = path
+        if audios:
+            networks = self.files.load_audio(encoders.vae.device)
+            for number, path in audios.items():
+                waveform = read_reference_audio(path, prepared.frames / FPS)
                 conditions[reference_key(number, AUDIO)] = networks.encode(waveform)
         return conditions
 
@@ -534,10 +539,10 @@ class MiniMaxH3(OneTransformer):
         conditions = dict(inputs.get(0, {}))
         conditions |= noise_conditions(conditions, noise)
         image = noise.draw((1, *joint.picture))
-        channels, sides, length = joint.sound
+        channels, sides, length = joint.audio
         tokens = noise.draw((sides * length, channels))
-        sound = tokens.mT.unflatten(1, (sides, length)).unsqueeze(0)
-        return (yield prompts[0].section(joint.join(image, sound), conditions))
+        audio = tokens.mT.unflatten(1, (sides, length)).unsqueeze(0)
+        return (yield prompts[0].section(joint.join(image, audio), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         """Yield pixels in playing order, clip by clip."""
@@ -575,9 +580,9 @@ def _describe_media(media: H3Media) -> dict[str, str]:
     return metadata
 
 
-def _find_sound_shift(request: Request, noise: NoiseSpec) -> float:
+def _find_audio_shift(request: Request, noise: NoiseSpec) -> float:
     """Return the time shift of the audio schedule. Raises OptionError if it is not above 0."""
-    shift = float(request.extra.get(SHIFT_OF_SOUND, noise.base_shift * noise.sound_shift))
+    shift = float(request.extra.get(SHIFT_OF_AUDIO, noise.base_shift * noise.audio_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
     return shift
@@ -601,13 +606,13 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
-        sound_shift=loss.h3_shift_audio / loss.h3_shift_video,
+        audio_shift=loss.h3_shift_audio / loss.h3_shift_video,
         vary_inputs=partial(noise_inputs, clean),
     )
     return MiniMaxH3(
         files_of(options, options.chosen_task),
         noise=noise,
-        sound_learning=rules.SoundLearning(loss.h3_video_loss_weight, loss.sound_weight),
+        audio_learning=rules.AudioLearning(loss.h3_video_loss_weight, loss.audio_weight),
         any_length=options.h3_allow_experimental_sample_duration,
         options=options,
     )
@@ -624,4 +629,4 @@ def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
 
 
 _: type[Family] = MiniMaxH3
-_hears: type[HearsSound] = MiniMaxH3
+_hears: type[HearsAudio] = MiniMaxH3

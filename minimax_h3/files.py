@@ -12,7 +12,7 @@ from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions, LatentSpec, SoundSpec
+from contract.data import AudioSpec, Conditions, LatentSpec
 from contract.requests import Prompt
 from encoders.language_encoder import (
     LanguageModelEncoder,
@@ -22,6 +22,15 @@ from encoders.language_encoder import (
 )
 from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
+from minimax_h3.audio import (
+    CHANNELS,
+    RATE,
+    H3AudioVae,
+    Settings,
+    latent_count,
+    load_audio_vae,
+    read_audio_vae,
+)
 from minimax_h3.cache_marks import KEY, TAGS
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import FORMAT as FORMAT  # files.py has both in every family's folder
@@ -39,16 +48,7 @@ from minimax_h3.presentation import (
     PresentedPiece,
     present,
 )
-from minimax_h3.released import SOUND_MEAN
-from minimax_h3.sound import (
-    CHANNELS,
-    RATE,
-    H3SoundVae,
-    Settings,
-    latent_count,
-    load_sound_vae,
-    read_sound_vae,
-)
+from minimax_h3.released import AUDIO_MEAN
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
@@ -177,7 +177,7 @@ class H3TextEncoder(LanguageModelEncoder):
         return ids, tags
 
 
-def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
+def audio_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
     """Return the shape of the latents of a clip's audio: channels, left and right, moments.
 
     `fps` is unused, because clips of the model always have 24 frames per second.
@@ -235,12 +235,12 @@ class H3Files(LanguageModelFiles):
     def vae_identity(self) -> dict[str, str]:
         """Return what latents depend on besides pixels and audio; all is encoded in float32."""
         tile = self.vae_tile or TILE
-        return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.sound_identity()}
+        return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.audio_identity()}
 
     def check_vae(self) -> None:
         """Raise CheckpointError if a VAE is another model's."""
         read_once(self.vae_path, _read_video_vae)
-        read_once(self.audio_vae_path, _read_sound_vae)
+        read_once(self.audio_vae_path, _read_audio_vae)
 
     @property
     def latent(self) -> LatentSpec:
@@ -267,22 +267,22 @@ class H3Files(LanguageModelFiles):
         return inside(path, "audio_vae")
 
     @property
-    def sound(self) -> SoundSpec:
+    def audio(self) -> AudioSpec:
         """Format of the audio latents; without the VAE's file, the release's."""
         try:
-            settings: Settings = read_once(self.audio_vae_path, _read_sound_vae)
+            settings: Settings = read_once(self.audio_vae_path, _read_audio_vae)
             channels: int = settings["latent_channels"]
         except (OptionError, OSError):  # a training from caches needs no VAE
-            channels = len(SOUND_MEAN)
-        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2, is_inside=True)
+            channels = len(AUDIO_MEAN)
+        return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
 
-    def sound_identity(self) -> dict[str, str]:
+    def audio_identity(self) -> dict[str, str]:
         """Return what cached audio depends on besides the samples; the VAE is float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
-    def load_sound(self, device: torch.device) -> H3SoundVae:
+    def load_audio(self, device: torch.device) -> H3AudioVae:
         """Load the audio VAE."""
-        return load_sound_vae(self.audio_vae_path, device)
+        return load_audio_vae(self.audio_vae_path, device)
 
     # texts
 
@@ -300,8 +300,8 @@ def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:
     return read_video_vae(checkpoint).config
 
 
-def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
-    return read_sound_vae(checkpoint, "--audio_vae").config
+def _read_audio_vae(checkpoint: Checkpoint) -> Settings:
+    return read_audio_vae(checkpoint, "--audio_vae").config
 
 
 def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:

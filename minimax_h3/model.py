@@ -20,9 +20,9 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
-from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config, spec_of
-from minimax_h3.places import ImageGrid, ImagePlace, SoundPlace, all_places
+from contract.steps import NO_OVERRIDES, Overrides
+from minimax_h3.configs import DIT, IMAGE, KINDS, PATCH, SOUND, TEXT, H3Config, spec_of
+from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
 from modules.devices import send_ahead
@@ -44,18 +44,18 @@ class H3Condition:
     """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
 
     latents: Tensor  # B Z F H W of images, B Z 2 A of sound
-    place: ImagePlace | SoundPlace
+    place: ImagePlace | AudioPlace
     clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
     @property
     def is_sound(self) -> bool:
         """Whether the latents are audio."""
-        return isinstance(self.place, SoundPlace)
+        return isinstance(self.place, AudioPlace)
 
     @property
     def kind(self) -> int:
         """Kind of the tokens, which selects their modulation."""
-        return SOUND if self.is_sound else PICTURE
+        return SOUND if self.is_sound else IMAGE
 
     def level(self, image_time: float) -> float:
         """Return its time, at least that of the learned frames, `image_time`."""
@@ -78,7 +78,7 @@ class H3Tokens:
     """Inputs of the blocks in addition to x, B L C; built once per forward pass."""
 
     grid: ImageGrid  # of the learned images, whose tokens come first
-    sound: int  # tokens of the learned sound, M, which follow
+    audio: int  # tokens of the learned sound, M, which follow
     rotary: Tensor  # of all tokens, L 1 D/2 2
     times: Tensor  # K E float32, embedded; every block computes its modulation from them
     slots: tuple[int, ...]  # of each segment: its row among K * KINDS
@@ -235,17 +235,17 @@ class FinalLayer(nn.Module):
         self.norm = RMSNorm(config.dim, config.eps)
         self.adaln_proj = _make_modulation(config, 2)
         self.video_out = nn.Linear(config.dim, config.channels * PATCH**2)
-        self.audio_out = nn.Linear(config.dim, config.sound_channels)
+        self.audio_out = nn.Linear(config.dim, config.audio_channels)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Return the outputs of the learned tokens, B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
-        images, sound = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.sound]
+        images, audio = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.audio]
         normed_images = modulate(self.norm(images), shift[:, :1], scale[:, :1], tokens.dtype)
-        normed_sound = modulate(self.norm(sound), shift[:, 1:], scale[:, 1:], tokens.dtype)
-        return run_float32(self.video_out, normed_images), run_float32(self.audio_out, normed_sound)
+        normed_audio = modulate(self.norm(audio), shift[:, 1:], scale[:, 1:], tokens.dtype)
+        return run_float32(self.video_out, normed_images), run_float32(self.audio_out, normed_audio)
 
 
 class H3Model(nn.Module):
@@ -275,7 +275,7 @@ class H3Model(nn.Module):
         self.attention = attention
         dim = config.dim
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
-        self.audio_patch_proj = nn.Linear(config.sound_channels, dim)
+        self.audio_patch_proj = nn.Linear(config.audio_channels, dim)
         self.condition_proj = nn.Linear(config.text_dim, dim)
         if config.table_rows:
             self.adaln_t_table = nn.Parameter(torch.zeros(config.table_rows, config.time_dim))
@@ -288,7 +288,7 @@ class H3Model(nn.Module):
         self.token_refiner = H3TokenRefiner(config)
         self.blocks = nn.ModuleList(H3Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
-        self._rotary = GridTable[tuple[tuple[ImagePlace | SoundPlace, ...], int]](self._make_table)
+        self._rotary = GridTable[tuple[tuple[ImagePlace | AudioPlace, ...], int]](self._make_table)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -298,31 +298,31 @@ class H3Model(nn.Module):
     def forward(
         self,
         noisy: Tensor,
-        sound: Tensor,
+        audio: Tensor,
         times: tuple[float, float],
         text: Tensor,
         shown: Sequence[bool] = (),
         start: float | None = None,
         conditions: Sequence[H3Condition] = (),
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> tuple[Tensor, Tensor]:
         """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A. Arguments as in `embed`."""
         hidden = self.embed(
             noisy,
-            sound,
+            audio,
             times,
             text,
             shown=shown,
             start=start,
             conditions=conditions,
         )
-        run_blocks(self, hidden, tweaks)
+        run_blocks(self, hidden, overrides)
         return self.unembed(hidden.x, hidden.tokens)
 
     def embed(
         self,
         noisy: Tensor,
-        sound: Tensor,
+        audio: Tensor,
         times: tuple[float, float],
         text: Tensor,
         shown: Sequence[bool] = (),
@@ -333,7 +333,7 @@ class H3Model(nn.Module):
 
         Args:
             noisy: B Z F H W.
-            sound: B Z' 2 A, two channels.
+            audio: B Z' 2 A, two channels.
             times: Times of frames and of audio, 0 for noise, 1 for clean.
             text: States of the language model, B T text_dim, all of which are seen.
             shown: Whether each of these stands for a part of an image; empty if none does.
@@ -343,13 +343,13 @@ class H3Model(nn.Module):
         Raises:
             ValueError: If sizes do not match.
         """
-        self._check_sizes(noisy, sound)
+        self._check_sizes(noisy, audio)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         num_text = text.shape[1]
         begin = float(num_text) if start is None else start
         grid = ImageGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
-        learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
-        media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_sound, *conditions]
+        learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], begin, grid))
+        media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_audio, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
         # by what decides a level, not by its value: compiled blocks are for one pattern of equal levels, and
         # both schedules begin at one level
@@ -365,7 +365,7 @@ class H3Model(nn.Module):
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
             grid,
-            sound=segments[1].tokens,
+            audio=segments[1].tokens,
             rotary=self._rotary.get_table((places, num_text), noisy.device),
             times=self._embed_times(list(levels.values()), noisy.device),
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
@@ -380,17 +380,17 @@ class H3Model(nn.Module):
     def _embed_medium(self, medium: H3Condition) -> Tensor:
         """Return the tokens of frames or of audio, B L C."""
         if medium.is_sound:
-            return self._embed_sound(medium.latents)
+            return self._embed_audio(medium.latents)
         return self._embed_images(medium.latents)
 
-    def _check_sizes(self, noisy: Tensor, sound: Tensor) -> None:
+    def _check_sizes(self, noisy: Tensor, audio: Tensor) -> None:
         config = self.config
         _, channels, _, height, width = noisy.shape
         if channels != config.channels or height % PATCH or width % PATCH:
             raise ValueError(f"latents of {tuple(noisy.shape[1:])}: {config.channels} channels, even sides")
-        if sound.shape[1] != config.sound_channels or sound.shape[2] != 2:
+        if audio.shape[1] != config.audio_channels or audio.shape[2] != 2:
             raise ValueError(
-                f"sound of {tuple(sound.shape[1:])}: {config.sound_channels} numbers, 2 channels"
+                f"sound of {tuple(audio.shape[1:])}: {config.audio_channels} numbers, 2 channels"
             )
 
     def _embed_images(self, latents: Tensor) -> Tensor:
@@ -398,7 +398,7 @@ class H3Model(nn.Module):
         patches = rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)
         return run_float32(self.video_patch_proj, patches)
 
-    def _embed_sound(self, latents: Tensor) -> Tensor:
+    def _embed_audio(self, latents: Tensor) -> Tensor:
         """Return the tokens of audio, the left channel's first, B Z' 2 A to B 2A C."""
         return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
 
@@ -424,7 +424,7 @@ class H3Model(nn.Module):
 
     def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Return the outputs of frames, B Z F H W, and of audio, B Z' 2 A, in float32."""
-        patches, sound = self.final_layer(x, tokens)
+        patches, audio = self.final_layer(x, tokens)
         images = rearrange(
             patches,
             "b (f h w) (z ph pw) -> b z f (h ph) (w pw)",
@@ -433,10 +433,10 @@ class H3Model(nn.Module):
             ph=PATCH,
             pw=PATCH,
         )
-        return images, sound.mT.unflatten(2, (2, -1))
+        return images, audio.mT.unflatten(2, (2, -1))
 
     def _make_table(
-        self, layout: tuple[tuple[ImagePlace | SoundPlace, ...], int], /, *, device: torch.device
+        self, layout: tuple[tuple[ImagePlace | AudioPlace, ...], int], /, *, device: torch.device
     ) -> Tensor:
         """Return (cosine, sine) pairs of all tokens, L 1 3K 2 float32: K frequencies on each axis."""
         media, num_text = layout
@@ -457,7 +457,7 @@ def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
         return [TokenRun(num_text, 0, TEXT)]
     segments: list[TokenRun] = []
     for is_image in shown:
-        kind = PICTURE if is_image else TEXT
+        kind = IMAGE if is_image else TEXT
         if segments and segments[-1].kind == kind:
             segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
         else:

@@ -80,7 +80,7 @@ MINIMAX_H3 = FamilyNames(
     more_starts=("transformer_ref.",),
     # DiffSynth-Studio trains the release's shards unchanged. Source: diffusers' loader of H3's LoRAs
     rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
-    refuses_strangers=True,
+    rejects_strangers=True,
 )
 LORA = (MINIMAX_H3,)
 MARKS: Marks = (

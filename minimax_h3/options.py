@@ -21,7 +21,7 @@ from minimax_h3.reference_options import (
 from minimax_h3.training_options import (
     VIEWS,
     H3LossOptions,
-    H3RefusedOptions,
+    H3RejectedOptions,
     H3TargetOptions,
     granularity_option,
 )
@@ -258,7 +258,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     one_frame: bool = option("all tables are of pictures, each of which is one frame", facts=HABIT)
     loss: H3LossOptions = option(facts=HABIT)
     targets: H3TargetOptions = option(facts=HABIT)
-    refused: H3RefusedOptions = option(facts=FREE)
+    refused: H3RejectedOptions = option(facts=FREE)
     h3_allow_experimental_sample_duration: bool = option(
         f"also make samples of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained",

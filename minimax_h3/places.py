@@ -40,7 +40,7 @@ class ImagePlace:
 
 
 @dataclass(frozen=True)
-class SoundPlace:
+class AudioPlace:
     """Position of audio tokens on the clock: all latents of the left channel, then of the right one."""
 
     latents: int
@@ -75,7 +75,7 @@ def image_places(place: ImagePlace) -> Tensor:
     return torch.stack([axis.flatten() for axis in axes], dim=1)
 
 
-def sound_places(place: SoundPlace) -> Tensor:
+def audio_places(place: AudioPlace) -> Tensor:
     """Return time, height and width of each token, 2 latents x 3 float64. Audio has no height."""
     times = place.start + torch.arange(place.latents, dtype=torch.float64)
     _, widths = _measure_edges(place.grid)
@@ -104,9 +104,9 @@ def _measure_edges(grid: ImageGrid) -> tuple[Tensor, Tensor]:
     return edges[0], edges[1]
 
 
-def all_places(media: Sequence[ImagePlace | SoundPlace], text: int) -> Tensor:
+def all_places(media: Sequence[ImagePlace | AudioPlace], text: int) -> Tensor:
     """Return the positions of all tokens, those of media first, then those of the text, L 3 float64."""
     parts = []
     for place in media:
-        parts.append(image_places(place) if isinstance(place, ImagePlace) else sound_places(place))
+        parts.append(image_places(place) if isinstance(place, ImagePlace) else audio_places(place))
     return torch.cat([*parts, text_places(text)])

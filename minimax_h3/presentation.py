@@ -49,7 +49,7 @@ class Shown:
         return self.read()
 
 
-SHOWN_SOUND = Shown(AUDIO)
+SHOWN_AUDIO = Shown(AUDIO)
 
 
 def show_image(pixels: Tensor) -> Shown:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from minimax_h3.sound import CHANNELS, RATE
+from minimax_h3.audio import CHANNELS, RATE
 from modules.errors import MediaError
 from modules.media.samples import read_beginning
 
@@ -20,7 +20,7 @@ CROSSINGS = 6  # zero crossings of the filter on each side
 ROLLOFF = 0.99  # share of the band that passes
 
 
-def read_reference_sound(path: Path, seconds: float) -> Tensor:
+def read_reference_audio(path: Path, seconds: float) -> Tensor:
     """Return the first seconds of a file's audio, 1 2 S float32 at the rate of the audio VAE.
 
     Raises MediaError if there is none, or it cannot be read.

@@ -19,7 +19,7 @@ from torch import Tensor
 from contract.one_frame import OneFrame, parse_one_frame
 from contract.requests import Request, check_opens
 from minimax_h3.options import CLIP, FPS, LAST_FRAMES, canvas, check_ratio
-from minimax_h3.presentation import AUDIO, IMAGE, SHOWN_SOUND, VIDEO, Shown
+from minimax_h3.presentation import AUDIO, IMAGE, SHOWN_AUDIO, VIDEO, Shown
 from minimax_h3.reference_options import (
     BY_KIND,
     CONDITION_IMAGES,
@@ -33,7 +33,7 @@ from minimax_h3.reference_options import (
 )
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import (
     Frame,
     image_size,
@@ -63,7 +63,7 @@ class H3Reference:
 
     kind: str  # IMAGE, VIDEO or AUDIO
     path: Path
-    sound: Path | None = None  # of a video: its own file, or another one; None: it has none
+    audio: Path | None = None  # of a video: its own file, or another one; None: it has none
 
 
 @dataclass(frozen=True)
@@ -221,18 +221,18 @@ def _read_reference(where: str, file: Path, entry: Any) -> H3Reference:
     """Read one reference of a dataset's line. A null as the audio of a video leaves out the audio."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
-    sound = entry.get("audio_path", "")
+    audio = entry.get("audio_path", "")
     kind = entry.get("type", "")
-    is_sound_path = sound is None or isinstance(sound, str)
-    if not isinstance(kind, str) or not is_sound_path:
+    is_audio_path = audio is None or isinstance(audio, str)
+    if not isinstance(kind, str) or not is_audio_path:
         raise OptionError(f'{where}: "type" or "audio_path" is no text. Give texts, or leave them out')
     fields: dict[str, str] = {}
     if kind:
         fields["type"] = kind
-    if sound:
-        fields["audio"] = sound
+    if audio:
+        fields["audio"] = audio
     reference = _make_reference(where, entry["path"], fields)
-    if sound is None and reference.kind == VIDEO:
+    if audio is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)
     return reference
 
@@ -243,25 +243,25 @@ def _make_reference(where: str, text: str, fields: Mapping[str, str]) -> H3Refer
     kind = fields.get(FIELDS[0]) or _find_kind(path)
     if kind not in KINDS:
         raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
-    sound = fields.get(FIELDS[1])
-    if sound is not None and kind != VIDEO:
+    audio = fields.get(FIELDS[1])
+    if audio is not None and kind != VIDEO:
         raise OptionError(f"{where}: a sound belongs to a video, and {path} is of type {kind}. Leave it out")
     if kind == AUDIO:
-        _require_sound(where, path)
+        _require_audio(where, path)
         return H3Reference(AUDIO, path)
     _require(where, path, is_image=kind == IMAGE)
     if kind == IMAGE:
         return H3Reference(IMAGE, path)
-    if sound is not None:
-        sound_path = to_path(where, sound)
-        _require_sound(where, sound_path)
-        return H3Reference(VIDEO, path, sound_path)
+    if audio is not None:
+        audio_path = to_path(where, audio)
+        _require_audio(where, audio_path)
+        return H3Reference(VIDEO, path, audio_path)
     has_sound = not path.is_dir() and track_info(path) is not None
     return H3Reference(VIDEO, path, path if has_sound else None)
 
 
 def _find_kind(path: Path) -> str:
-    if path.suffix.lower() in SOUND_SUFFIXES:
+    if path.suffix.lower() in AUDIO_SUFFIXES:
         return AUDIO
     return IMAGE if is_still(path) else VIDEO
 
@@ -273,7 +273,7 @@ def _require(where: str, path: Path, is_image: bool) -> None:
     check_opens(where.removeprefix("--"), path, is_image=is_image)
 
 
-def _require_sound(where: str, path: Path) -> None:
+def _require_audio(where: str, path: Path) -> None:
     if not path.is_file():
         raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
     try:
@@ -291,7 +291,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
     counts = {
         IMAGE: sum(reference.kind == IMAGE for reference in references),
         VIDEO: sum(reference.kind == VIDEO for reference in references),
-        AUDIO: sum(reference.kind == AUDIO or reference.sound is not None for reference in references),
+        AUDIO: sum(reference.kind == AUDIO or reference.audio is not None for reference in references),
     }
     names = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "references with sound"}
     for kind, count in counts.items():
@@ -391,7 +391,7 @@ def keyframe_sources(paths: Sequence[Path], size: Size) -> list[ImageSource]:
     return [ImageSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
 
 
-def reference_picture(path: Path, short_edge: int, step: int) -> ImageSource:
+def reference_image(path: Path, short_edge: int, step: int) -> ImageSource:
     """Return a reference image resized to a short side of `short_edge` pixels.
 
     Sides become multiples of `step`. Raises OptionError if it is more than four times as long as wide.
@@ -439,8 +439,8 @@ class H3Sources:
         """Return the media that the text encoder sees: keyframes first, then references."""
         presented = [_show(IMAGE, source) for source in self.keyframes]
         for reference, source in zip(references, self.references, strict=True):
-            has_sound = reference.sound is not None
-            presented.append(SHOWN_SOUND if source is None else _show(reference.kind, source, has_sound))
+            has_sound = reference.audio is not None
+            presented.append(SHOWN_AUDIO if source is None else _show(reference.kind, source, has_sound))
         return tuple(presented)
 
 

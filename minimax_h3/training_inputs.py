@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contract.data import HAS_SOUND, SOUND, Batch, Conditions
+from contract.data import HAS_AUDIO, SOUND, Batch, Conditions
 from contract.inputs import CLIP, FIRST_LAST, SUBJECT
 from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
 from minimax_h3.conditions import (
@@ -30,7 +30,7 @@ from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
 
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
-TAUGHT, TAUGHT_SOUND = "taught_latents", "taught_sound"  # of the clip itself, as its teacher's reference
+TAUGHT, TAUGHT_AUDIO = "taught_latents", "taught_sound"  # of the clip itself, as its teacher's reference
 
 
 CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the host
@@ -40,7 +40,7 @@ class Clean(NamedTuple):
     """Fractions of the latents in conditions; the rest is noise."""
 
     visual: float  # of images and clips
-    sound: float
+    audio: float
 
 
 def clean_shares(cond: Conditions) -> Clean:
@@ -49,8 +49,8 @@ def clean_shares(cond: Conditions) -> Clean:
     if not isinstance(shares, Tensor):
         return Clean(IMAGES_LIE, 1.0)
     # float32 has 0.999 as 0.99900001
-    visual, sound = (round(share, 6) for share in shares.tolist())
-    return Clean(visual, sound)
+    visual, audio = (round(share, 6) for share in shares.tolist())
+    return Clean(visual, audio)
 
 
 def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
@@ -58,11 +58,11 @@ def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.
     noised = dict(tensors)
     for key in in_order(tensors):
         noised[key] = _add_noise(
-            _read_tensor(tensors, key), clean.visual if is_visual(key) else clean.sound, generator
+            _read_tensor(tensors, key), clean.visual if is_visual(key) else clean.audio, generator
         )
     if view == CLIP:
         noised[TAUGHT] = _add_noise(_read_tensor(tensors, "latents"), clean.visual, generator)
-        noised[TAUGHT_SOUND] = _add_noise(_read_tensor(tensors, SOUND), clean.sound, generator)
+        noised[TAUGHT_AUDIO] = _add_noise(_read_tensor(tensors, SOUND), clean.audio, generator)
     return noised
 
 
@@ -168,6 +168,6 @@ def _show_full_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
     if clip.shape[2] == 1:
         return {reference_key(0, IMAGE): clip}
     media = {reference_key(0, VIDEO): clip}
-    if bool(_read_tensor(tensors, HAS_SOUND).all()):
-        media[reference_key(0, AUDIO)] = _read_tensor(tensors, TAUGHT_SOUND if TAUGHT in tensors else SOUND)
+    if bool(_read_tensor(tensors, HAS_AUDIO).all()):
+        media[reference_key(0, AUDIO)] = _read_tensor(tensors, TAUGHT_AUDIO if TAUGHT in tensors else SOUND)
     return media

@@ -100,14 +100,14 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
     )
 
     def __post_init__(self) -> None:
-        if not self.h3_video_loss_weight + self.sound_weight:
+        if not self.h3_video_loss_weight + self.audio_weight:
             raise OptionError(
                 "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of "
                 "them a weight"
             )
 
     @property
-    def sound_weight(self) -> float:
+    def audio_weight(self) -> float:
         """Weight of the loss of audio; 0 with --video_only."""
         return 0.0 if self.video_only else self.audio_loss_weight
 
@@ -209,7 +209,7 @@ TEACHER_OPTIONS = tuple(
 )
 
 
-class H3RefusedOptions(Options, title="not for this model"):
+class H3RejectedOptions(Options, title="not for this model"):
     """Options of the known tuners that this one has no use for, each with the reason."""
 
     h3_convrot_int8_fwd: str = option(

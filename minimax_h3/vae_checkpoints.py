@@ -22,7 +22,7 @@ from checkpoints.dialects import (
     other_kind,
     stack_heads,
 )
-from checkpoints.encoders import check_groups, stated_groups, stated_settings
+from checkpoints.encoders import check_groups, declared_groups, declared_settings
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.released import LATENTS_MEAN, LATENTS_STD
@@ -61,7 +61,7 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
-    facts = _read_stated_info(checkpoint)
+    facts = _read_declared_info(checkpoint)
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
         sources = _separate_heads(stored, facts.head_width)
         shapes = stored_shapes
@@ -88,7 +88,7 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
 
 
 @dataclass(frozen=True)
-class _StatedInfo:
+class _DeclaredInfo:
     """What config.json says and tensors do not show; the release's values by default."""
 
     time_strides: tuple[int, ...] = ()
@@ -114,20 +114,20 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 }
 
 
-def _read_stated_info(checkpoint: Checkpoint) -> _StatedInfo:
+def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
     """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
-    path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
+    path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
         if key not in settings:
             continue
         value = settings[key]
         numbers = value if isinstance(value, list) else [value]
-        is_list = isinstance(getattr(_StatedInfo, name), tuple)
+        is_list = isinstance(getattr(_DeclaredInfo, name), tuple)
         if is_list != isinstance(value, list) or not all(_is_number(number, kind) for number in numbers):
             raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, which is not possible.", path)
         info[name] = tuple(numbers) if is_list else value
-    return _StatedInfo(**info)
+    return _DeclaredInfo(**info)
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -138,14 +138,14 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _read_config(
-    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _StatedInfo
+    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _DeclaredInfo
 ) -> H3VideoVaeConfig:
     """Return the dimensions. Raises CheckpointError if they do not match each other."""
     shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
     latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
     dim, channels = shapes.of("decoder.x_embedder.weight")
     levels = _read_levels(shapes, facts)
-    groups = stated_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
+    groups = declared_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
     check_groups(checkpoint, [level.width for level in levels], groups)
     config = H3VideoVaeConfig(
         levels=levels,
@@ -166,7 +166,7 @@ def _read_config(
     return config
 
 
-def _read_levels(shapes: DitShapes, facts: _StatedInfo) -> tuple[H3VaeLevel, ...]:
+def _read_levels(shapes: DitShapes, facts: _DeclaredInfo) -> tuple[H3VaeLevel, ...]:
     """Return the levels of the encoder.
 
     Without config.json each resampling halves the sides. Those after the first one also halve time, until the

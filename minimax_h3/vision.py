@@ -24,7 +24,7 @@ IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.j
 BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each of the two
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
-MOST_PIXELS = 1 << 40  # in a preprocessor file
+MAX_PIXELS = 1 << 40  # in a preprocessor file
 MAX_ENLARGED = 1 << 24  # likewise, to which smaller images are enlarged
 
 
@@ -90,10 +90,10 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
     are_full = type(fewest) is int and type(most) is int
-    if not are_full or not 0 < fewest <= most <= MOST_PIXELS or fewest > MAX_ENLARGED:
+    if not are_full or not 0 < fewest <= most <= MAX_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {most} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
-    if type(tokens) is not int or not 0 <= tokens <= MOST_PIXELS:
+    if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colors = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
     for name, numbers in colors.items():

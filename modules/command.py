@@ -29,7 +29,7 @@ PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # of a message; a hint below it is one of them
 MAX_OF_LINE = 2000  # characters of a line of a message
-MOST_SAID = 2000  # characters of what another program of ours says
+MAX_SAID = 2000  # characters of what another program of ours says
 LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
 MAX_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
@@ -61,7 +61,7 @@ def start_logging(level: int = logging.INFO) -> None:
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter(wants_colour(sys.stderr), draws_boxes(sys.stderr), unicode))
+    handler.setFormatter(_LineFormatter(wants_color(sys.stderr), draws_boxes(sys.stderr), unicode))
     logging.basicConfig(level=level, handlers=[handler])
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -72,7 +72,7 @@ def draws_boxes(stream: Any) -> bool:
     return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def wants_colour(stream: Any) -> bool:
+def wants_color(stream: Any) -> bool:
     """Return whether to write ANSI colours: to a terminal that knows them, if NO_COLOR is not set."""
     if os.environ.get("NO_COLOR") or not draws_boxes(stream):
         return False
@@ -325,9 +325,9 @@ def message_of(errors: str) -> str:
     last = errors.rpartition("Traceback (most recent call last):")[2]
     match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
     if match is None:
-        return errors.strip()[-MOST_SAID:]
+        return errors.strip()[-MAX_SAID:]
     message = last[match.end() :].partition("\n\n")[0].strip()
-    return re.sub(rf"\n[^\n]*{LISTS_OPTIONS}$", "", message)[:MOST_SAID]
+    return re.sub(rf"\n[^\n]*{LISTS_OPTIONS}$", "", message)[:MAX_SAID]
 
 
 def one_line(word: str) -> str:
@@ -408,15 +408,15 @@ class _LineFormatter(logging.Formatter):
 
     def __init__(self, colour: bool, boxes: bool = False, unicode: bool = True) -> None:
         super().__init__("%(message)s")
-        self._colour, self._boxes, self._unicode = colour, boxes, unicode
+        self._color, self._boxes, self._unicode = colour, boxes, unicode
 
     def format(self, record: logging.LogRecord) -> str:
         draw: Callable[[bool, bool], str] | None = getattr(record, "draw", None)
         if draw is not None and self._boxes:
-            return draw(self._colour, self._unicode)
+            return draw(self._color, self._unicode)
         line = shorten_lines(escape_control_codes(super().format(record)), MAX_OF_LINE)
         if record.levelno != logging.INFO:
             line = f"{record.levelname}: {line}"
         line = fold(line, columns_of(sys.stderr) if self._boxes else None)
-        start = self._colours.get(record.levelno) if self._colour else None
+        start = self._colours.get(record.levelno) if self._color else None
         return f"{start}{line}\033[0m" if start else line

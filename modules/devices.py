@@ -20,7 +20,7 @@ from modules.private_torch import release_host_cache
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
 
-Usual = TypeVar("Usual", torch.dtype, None)
+Default = TypeVar("Default", torch.dtype, None)
 
 DEVICES = ("cuda", "mps", "cpu", "xpu")
 # every spelling that the known command lines accept
@@ -194,7 +194,7 @@ def dtype_named(name: str, option: str) -> torch.dtype:
         raise OptionError(f"{option} {name}: unknown dtype. Use one of {names}.") from None
 
 
-def select_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
+def select_compute_dtype(name: str | None, option: str, usual: Default) -> torch.dtype | Default:
     """Return the dtype that a network computes in; `usual` if the option is not given.
 
     Raises:

@@ -43,7 +43,7 @@ class BrokenTry(Exception):
         self.from_start = from_start  # what has arrived cannot be continued
 
 
-class RefusedBySite(Exception):
+class RejectedBySite(Exception):
     """A site refuses a file, so that trying again is useless. The text is the reason, without the address."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
@@ -71,12 +71,12 @@ def receive(
     tries: int,
     wait: Callable[[float], None],
     first_wait: float,
-    most_bytes: int,
+    max_bytes: int,
     size_bytes: int | None = None,
     check: Callable[[Answer], None] = lambda _: None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
+    """Download to `path`, which may hold the beginning of a file of known size; stop beyond `max_bytes`.
 
     `tries` is how many attempts in a row may bring little. `wait` is called with the seconds before another
     attempt. `first_wait` is in seconds, and doubled with each such attempt. `size_bytes` is that of the file;
@@ -96,9 +96,9 @@ def receive(
             with ask(have, version) as answer:
                 version = answer.version
                 check(answer)
-                received = _write(path, answer, most_bytes, progress)
+                received = _write(path, answer, max_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            if received > most_bytes or expected in (None, received):
+            if received > max_bytes or expected in (None, received):
                 return
             raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
@@ -119,7 +119,7 @@ def receive(
             wait(seconds)
 
 
-def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int], object]) -> int:
+def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int], object]) -> int:
     """Write a site's answer at its place; return where it ends.
 
     Raises:
@@ -135,7 +135,7 @@ def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int]
             for piece in answer.pieces:
                 file.write(piece)
                 progress(file.tell())
-                if file.tell() > most_bytes:
+                if file.tell() > max_bytes:
                     break
                 if time.monotonic() - since > SLOW_SECONDS:
                     if file.tell() - at_start < SLOW_BYTES:
@@ -196,7 +196,7 @@ def ask_http(
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # the library lets some through unchanged: redirects to no address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise RefusedBySite("it is no address that can be asked for") from None
+            raise RejectedBySite("it is no address that can be asked for") from None
         # not its text: it may hold the address
         what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
@@ -220,16 +220,16 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
-        raise RefusedBySite("the site passes it on without encryption")
+        raise RejectedBySite("the site passes it on without encryption")
     if code in AGAIN or code >= 500:
         raise BrokenTry(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)
     if code == 416:  # what is there now is shorter than what is here
         raise BrokenTry("the site cannot continue the file", from_start=True)
     if code not in (200, 206):
         meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}
-        raise RefusedBySite(f"the site answers {code}{meaning.get(code, '')}", code)
+        raise RejectedBySite(f"the site answers {code}{meaning.get(code, '')}", code)
     if answer.headers.get("content-encoding", "").strip().lower() not in ENCODINGS:
-        raise RefusedBySite("the site packs it in a way that was not asked for")
+        raise RejectedBySite("the site packs it in a way that was not asked for")
 
 
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
@@ -246,7 +246,7 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     match = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
     if match and int(match[1]) + 1 == int(match[2]):  # not asked for
         return 0
-    raise RefusedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
+    raise RejectedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 
 
 def _read_number(answer: "requests.Response", name: str) -> int | None:

@@ -247,7 +247,7 @@ class Options:
             value = values[field.name] if field.name in values else default_of(type(self), field)
             object.__setattr__(self, field.name, value)
         checks = _list_checks(type(self))
-        for field in checks.with_facts:
+        for field in checks.with_info:
             _check_info(self, field)
         for field in checks.with_reach:
             _check_reach(self, field)
@@ -285,7 +285,7 @@ def _list_values(record: Options) -> dict[str, Any]:
 class _FieldChecks(NamedTuple):
     """The fields of a record that something limits, by what does."""
 
-    with_facts: tuple["dataclasses.Field[Any]", ...]  # limits of the value, and relations to other options
+    with_info: tuple["dataclasses.Field[Any]", ...]  # limits of the value, and relations to other options
     with_reach: tuple["dataclasses.Field[Any]", ...]
     with_place: tuple["dataclasses.Field[Any]", ...]
 
@@ -294,7 +294,7 @@ def _find_checks(cls: type) -> _FieldChecks:
     fields = dataclasses.fields(cls)
     checked = {*LIMITS, "one_of", "excludes", "needs", "only_with"}
     return _FieldChecks(
-        with_facts=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
+        with_info=tuple(field for field in fields if not checked.isdisjoint(field.metadata)),
         with_reach=tuple(field for field in fields if find_reach(field.metadata)),
         with_place=tuple(field for field in fields if "place" in field.metadata),
     )

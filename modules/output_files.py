@@ -14,7 +14,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-MOST_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
+MAX_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
 WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
@@ -41,8 +41,8 @@ def check_output_name(option: str, name: str, is_new: bool = True) -> None:
         reason = "it holds control codes"
     elif name.lower().endswith(".safetensors"):
         reason = "files get their ending by themselves"
-    elif size > MOST_OF_OUTPUT_NAME:
-        reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
+    elif size > MAX_OF_OUTPUT_NAME:
+        reason = f"it has {size} bytes, and {MAX_OF_OUTPUT_NAME} are the most"
     elif is_new:
         reason = find_error_on_windows(name)
     if reason:

@@ -19,7 +19,7 @@ from modules.command import (
     one_line,
     plain_message,
     wait_for_first_process,
-    wants_colour,
+    wants_color,
 )
 from modules.errors import OptionError
 from modules.installation import find_front_words, find_script
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         """Print all options, by group, or one screen of them; in colour on a terminal."""
         file = file or sys.stdout
         text = self.format_short_help() if is_short else self.format_help()
-        if wants_colour(file):
+        if wants_color(file):
             text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
             text = re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
         self._print_message(text, file)

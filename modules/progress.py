@@ -17,7 +17,7 @@ from modules.installation import PROGRESS
 from modules.text_files import parse_json, read_text
 
 EVERY_SECONDS = 1.0
-MOST_BYTES = 1000
+MAX_BYTES = 1000
 
 
 class NotedProgress(NamedTuple):
@@ -49,6 +49,6 @@ class ProgressFile:
 def read_progress(path: Path) -> NotedProgress | None:
     """Return the progress in a file of `ProgressFile`; None if there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        done, total, unit = parse_json(read_text(path, MOST_BYTES))
+        done, total, unit = parse_json(read_text(path, MAX_BYTES))
         return NotedProgress(float(done), None if total is None else float(total), str(unit))
     return None

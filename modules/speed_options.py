@@ -199,7 +199,7 @@ def flag_of(mode: str, training: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
     # of fp8. cast: only rounded; tensor, rows: first divided by a scale, one per weight or one per row
@@ -282,17 +282,17 @@ class TrainingFp8Options(Options):
     nf4_base: bool = option(_NF4, excludes="fp8_base", hint=_ONE_FORM)
 
     @property
-    def quantisation(self) -> Quantisation | None:
+    def quantization(self) -> Quantization | None:
         """Form in which the frozen model's weights are stored; None for that of the file."""
         if self.convrot_int8:
             narrow = self.convrot_int8_bwd == "int8"
-            return Quantisation("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")
+            return Quantization("rows", form="int8", int8_backward=narrow, asked_by="--convrot_int8")
         if self.nf4_base:
-            return Quantisation("blocks", form="nf4", asked_by="--nf4_base")
+            return Quantization("blocks", form="nf4", asked_by="--nf4_base")
         if not self.fp8_base:
             return None
         kind = "rows" if self.fp8_scaled else "cast"
-        return Quantisation(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
+        return Quantization(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
 
     def say_for_generation(self) -> dict[str, bool]:
         """Return the options of generation for the same form, by flag: a LoRA learned to correct it."""
@@ -324,15 +324,15 @@ class GenerationFp8Options(Options):
     )
 
     @property
-    def quantisation(self) -> Quantisation | None:
+    def quantization(self) -> Quantization | None:
         """Return the quantisation of the weights; None if there is none. --fp8_scaled replaces --fp8."""
         if self.convrot_int8:
-            return Quantisation("rows", form="int8", asked_by="--convrot_int8")
+            return Quantization("rows", form="int8", asked_by="--convrot_int8")
         if self.nf4_base:
-            return Quantisation("blocks", form="nf4", asked_by="--nf4_base")
+            return Quantization("blocks", form="nf4", asked_by="--nf4_base")
         if self.fp8_scaled:
-            return Quantisation("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
-        return Quantisation("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
+            return Quantization("rows", self.upcast_quantization, self.upcast_linear, self.fp8_fast)
+        return Quantization("cast", fp8_matmul=self.fp8_fast) if self.fp8 else None
 
 
 SLOTS = 2  # slots of a list of blocks on the device: for the block that computes and for the next one

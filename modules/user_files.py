@@ -14,7 +14,7 @@ from pathlib import Path
 from modules.text_files import read_text
 
 FOLDER = "reelsmith"
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 
 
 def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
@@ -66,7 +66,7 @@ def read_user_file(name: str) -> str | None:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or not _is_own(status):
             return None
-        return read_text(path, MOST_BYTES)
+        return read_text(path, MAX_BYTES)
     except (OSError, ValueError):
         return None
 

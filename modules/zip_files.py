@@ -3,7 +3,7 @@
 import io
 import zipfile
 
-MOST_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
+MAX_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
 
 
 class BoundedFile(io.FileIO):
@@ -18,7 +18,7 @@ class BoundedFile(io.FileIO):
         Raises:
             BadZipFile: For a piece that is too large.
         """
-        most = MOST_LISTED_BYTES + 1
+        most = MAX_LISTED_BYTES + 1
         piece = super().read(most if size is None or size < 0 else min(size, most)) or b""
         if len(piece) == most:
             raise zipfile.BadZipFile("its list of files is too long")

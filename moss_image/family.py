@@ -22,7 +22,7 @@ from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Prepared, Request
 from contract.rules import GuidanceRules, ModelRelease, NegativeSkips, ReferenceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import pictures
 from flux_2.versions import VERSIONS
 from modules.control_codes import shorten
@@ -130,7 +130,12 @@ class MossImage(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], **references}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -141,7 +146,7 @@ class MossImage(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
         )
@@ -213,7 +218,7 @@ class MossImage(pictures.ModelOfImages):
         """Yield the one section, with a cache for the keys and values of isolated references."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         has_references = self.isolated and bool(prepared.request.control_images)
-        return (yield replace(section, tweaks=Tweaks(section_cache={})) if has_references else section)
+        return (yield replace(section, overrides=Overrides(section_cache={})) if has_references else section)
 
 
 def family_for_latent_caching(options: own.MossImageLatentCachingOptions) -> MossImage:

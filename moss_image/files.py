@@ -149,7 +149,7 @@ class MossImageFiles(LanguageModelFiles):
 
     format: ClassVar = FORMAT
     vae_folder: ClassVar[str] = "vae"
-    vae_usual: ClassVar = torch.float32
+    vae_default: ClassVar = torch.float32
     text_use: ClassVar[LanguageUse] = TEXT_USE
 
     @property
@@ -159,7 +159,7 @@ class MossImageFiles(LanguageModelFiles):
 
     def load_vae(self, device: torch.device) -> Flux2Vae:
         """Load the VAE with the options for its dtype and tiles."""
-        dtype = self.encoder_dtype(self.vae_dtype, self.vae_usual)
+        dtype = self.encoder_dtype(self.vae_dtype, self.vae_default)
         return load_vae(self.vae_path, device, dtype, self.vae_tile)
 
     def check_vae(self) -> None:

@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import real_tokens
@@ -240,39 +240,39 @@ class MossImageModel(BlockNetwork):
     def forward(
         self,
         *inputs: Any,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         isolated: bool = True,
         **named_inputs: Any,
     ) -> Any:
         """Predict as `embed` describes.
 
-        With `tweaks.section_cache`, isolated references are computed once for each pass: their positions
+        With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
         """
-        memory = tweaks.section_cache if isolated and references else None
-        if memory is None or tweaks.turn is None or tweaks.away is not None:
+        memory = overrides.section_cache if isolated and references else None
+        if memory is None or overrides.turn is None or overrides.away is not None:
             return super().forward(
-                *inputs, tweaks=tweaks, references=references, isolated=isolated, **named_inputs
+                *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        which = tweaks.turn.which
+        which = overrides.turn.which
         if which not in memory:
-            skips = Tweaks(skip_blocks=tweaks.skip_blocks)
+            skips = Overrides(skip_blocks=overrides.skip_blocks)
             memory[which] = self.remember(references, named_inputs["text_mask"], skips)
         with remembering(memory[which], self.attentions()):
-            return super().forward(*inputs, tweaks=tweaks, isolated=isolated, **named_inputs)
+            return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
     def remember(
-        self, references: Sequence[Tensor], text_mask: Tensor, tweaks: Tweaks = NO_TWEAKS
+        self, references: Sequence[Tensor], text_mask: Tensor, overrides: Overrides = NO_OVERRIDES
     ) -> dict[MossImageBlock, Sequence[Tensor]]:
         """Return the keys and values of references by block.
 
-        Arguments as in `embed`; `tweaks` has skipped blocks.
+        Arguments as in `embed`; `overrides` has skipped blocks.
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(len(references[0]), device=device)
-        images = [self.embed_picture(latents).to(select_stream(dtype)) for latents in references]
+        images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
         clocks = RefinedText(x, counts).clocks
@@ -286,7 +286,7 @@ class MossImageModel(BlockNetwork):
             attention=self.attention,
             remembers=True,
         )
-        return remember(self, Hidden(x, tokens), self.attentions(), tweaks)
+        return remember(self, Hidden(x, tokens), self.attentions(), overrides)
 
     def attentions(self) -> list[MossImageBlock]:
         """The blocks, which are attention layers themselves."""
@@ -298,7 +298,7 @@ class MossImageModel(BlockNetwork):
         timesteps: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         isolated: bool = True,
     ) -> Hidden:
@@ -309,7 +309,7 @@ class MossImageModel(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            tweaks: Changes to this call; their second text has arguments named text and text_mask, and its
+            overrides: Changes to this call; their second text has arguments named text and text_mask, and its
                 tokens follow those of the first text.
             references: Clean latents of reference images, each B Z 1 h w of its own size.
             isolated: References attend only to each other; all other tokens attend to all.
@@ -323,9 +323,9 @@ class MossImageModel(BlockNetwork):
         stream = select_stream(dtype)
         grids = tuple(map(self.grid_of, references))
         grid = self.grid_of(noisy)
-        images = [self.embed_picture(latents).to(stream) for latents in (*references, noisy)]
+        images = [self.embed_image(latents).to(stream) for latents in (*references, noisy)]
         texts = []
-        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+        for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, stream))
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in grids)
@@ -344,11 +344,11 @@ class MossImageModel(BlockNetwork):
             isolated=num_isolated,
         )
         for second in seconds:  # at most one
-            assert tweaks.steer is not None  # it comes with a second text
+            assert overrides.steer is not None  # it comes with a second text
             lengths = second.lengths(num_images - num_isolated)
             tokens = replace(
                 tokens,
-                second=SecondText(num_images, second.states.shape[1], lengths, tweaks.steer),
+                second=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
                     MossImageLayout(grid, grids, second.states.shape[1], second.clocks), device=x.device
                 ),
@@ -377,7 +377,7 @@ class MossImageModel(BlockNetwork):
             )
         return height, width
 
-    def embed_picture(self, latents: Tensor) -> Tensor:
+    def embed_image(self, latents: Tensor) -> Tensor:
         """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
         return in_own_dtype(self.video_embedder, rearrange(latents, "b z 1 h w -> b (h w) z"))
 

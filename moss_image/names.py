@@ -1,6 +1,6 @@
 """MOSS-Image's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, LoraRules, WeightPart, with_endings
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="moss_image",
     cache="moss_image_cache",
     record="MossImage",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_5_FILE",
     same_latents="flux_2",
 )
@@ -32,7 +32,7 @@ MOSS_IMAGE = FamilyNames(
         "video_head_modulation",
     ),
     is_as_in_diffusers=True,
-    usual_format=layouts.COMFYUI,  # published LoRAs have these names
+    default_format=layouts.COMFYUI,  # published LoRAs have these names
     versions=("moss_image", "moss-image", "moss image", "mossimage"),
     sides=(
         *((f".layers.{{n}}.proj.{letter}", 1, 1) for letter in "qkvo"),

@@ -33,7 +33,7 @@ from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
 from networks.module_names import alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
-from networks.text_loras import is_whole, pieces_of
+from networks.text_loras import is_full, pieces_of
 from networks.writing import in_own_form
 
 logger = getLogger(__name__)
@@ -230,7 +230,7 @@ def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[
 
 def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
     """Yield the tensors of text encoders inside a whole checkpoint, by their names in LoRA files."""
-    if not is_whole(checkpoint.tensors):
+    if not is_full(checkpoint.tensors):
         return
     for name in checkpoint.tensors:
         for piece in pieces_of(name):

@@ -321,9 +321,9 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
         source: The source file.
         names: Names of its tensors.
     """
-    kind = kind_of_files(names, [kind for kind in KINDS if kind.refusal_by_comfyui])
+    kind = kind_of_files(names, [kind for kind in KINDS if kind.rejection_by_comfyui])
     if kind is not None:
-        raise CheckpointError(f"{source} {kind.refusal_by_comfyui}", source)
+        raise CheckpointError(f"{source} {kind.rejection_by_comfyui}", source)
 
 
 def _find_unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:

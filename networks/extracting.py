@@ -30,7 +30,7 @@ from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import alias, family_named, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
-from networks.text_loras import TensorPiece, is_whole, pieces_of
+from networks.text_loras import TensorPiece, is_full, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
@@ -123,7 +123,7 @@ def extract_qwen(options: ExtractOptions) -> None:
 def extract_model(options: ExtractOptions) -> None:
     """Write the LoRA of a transformer of any family, as `_extract_blocks`, or of a whole checkpoint."""
     with open_checkpoint(options.model_org) as original:
-        if is_whole(original.tensors):
+        if is_full(original.tensors):
             return extract_full(options)
         matrices = BlockWeights("", ("",), "").of(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
@@ -475,7 +475,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
 def _find_family_of_both(pair: Pair) -> FamilyNames:
     """Return the common family. Raises CheckpointError if the two are different kinds of checkpoint."""
     for checkpoint in pair:
-        if not is_whole(checkpoint.tensors):
+        if not is_full(checkpoint.tensors):
             raise CheckpointError(
                 f"{checkpoint.path} is no single-file checkpoint of Stable Diffusion: it has no U-Net "
                 "together with text encoders, as model.diffusion_model... and cond_stage_model... or "

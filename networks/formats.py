@@ -208,8 +208,8 @@ def select_format(
     typed_name = options.lora_format
     if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
-    name = typed_name or (KNOWN if family is None else family.usual_format)
-    error = find_fault(
+    name = typed_name or (KNOWN if family is None else family.default_format)
+    error = find_error(
         name,
         family,
         options=options,
@@ -224,7 +224,7 @@ def select_format(
     raise OptionError(f"--lora_format {typed_name}: {error}")
 
 
-def find_fault(
+def find_error(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
     """Return the reason why a format cannot hold a network, or None. Arguments: see `select_format`."""

@@ -330,7 +330,7 @@ def _recognise(
         )
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
-    if native.family is not None and native.family.refuses_strangers:
+    if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
     native = replace(native, tensors=stack_rows(path, native.tensors, native.family, stored))

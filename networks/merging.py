@@ -38,7 +38,7 @@ from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
 from networks.rank_masks import rule_of
 from networks.rounding import LoraRounding
 from networks.tensor_names import NETWORKS
-from networks.text_loras import FullPatch, for_encoders, is_whole, uses_for
+from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
@@ -72,7 +72,7 @@ def merge_dit(options: MergeOptions) -> None:
     )
 
 
-def merge_whole(options: FullMergeOptions) -> None:
+def merge_full(options: FullMergeOptions) -> None:
     """Merge LoRAs of Stable Diffusion into a single-file checkpoint, or into one LoRA if none is given.
 
     Raises:
@@ -321,7 +321,7 @@ def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
     """Return the patch that adds the LoRAs to a file: of one network, or of a whole checkpoint."""
-    if is_whole(checkpoint.tensors):
+    if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
     uses = fit_depths(uses, checkpoint.tensors, model)

@@ -65,8 +65,8 @@ def default_rows(part: WeightPart, full_height: int) -> slice | None:
     if not is_cut(part):
         return slice(0, full_height)
     siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
-    unit, rest = divmod(full_height, sum(sibling.usual_height for sibling in siblings))
-    rows = part_rows(part, unit * part.usual_height, full_height)
+    unit, rest = divmod(full_height, sum(sibling.default_height for sibling in siblings))
+    rows = part_rows(part, unit * part.default_height, full_height)
     return rows if not rest and isinstance(rows, slice) else None
 
 
@@ -301,16 +301,16 @@ def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]
         return 0
     if not is_cut(reference):  # not a part, but the whole weight
         return rows[reference.index]
-    unit = rows[reference.index] // reference.usual_height
+    unit = rows[reference.index] // reference.default_height
     height = 0
     for part in siblings:
         if not is_cut(part):
             continue
         part_height = rows.get(part.index)
-        height += part_height or unit * part.usual_height
-        if not part_height and part.usual_height > reference.usual_height:
+        height += part_height or unit * part.default_height
+        if not part_height and part.default_height > reference.default_height:
             logger.info(
-                f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
+                f"{part.theirs} is not in the file; it is assumed to have {part.default_height} times as "
                 "many rows as the parts next to it"
             )
     return height

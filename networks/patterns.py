@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 MAX_NEAR = 3
 MAX_WORDS = 5  # of a part of a name that is shown
-MOST_LETTERS = 200  # of a pattern that is compared with names
+MAX_CHARACTERS = 200  # of a pattern that is compared with names
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
     text = re.sub(r"\d+", "N", text).strip("_")
     kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
     parts = dict.fromkeys(part for kind in kinds for part in _parts(kind.split("_")))
-    near = difflib.get_close_matches(text[:MOST_LETTERS], list(parts), MAX_NEAR, cutoff=0.5)
+    near = difflib.get_close_matches(text[:MAX_CHARACTERS], list(parts), MAX_NEAR, cutoff=0.5)
     examples = near or list(kinds)[:MAX_NEAR]
     return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(examples)} (N: a number)"
 

@@ -14,7 +14,7 @@ import modules.interpreter  # noqa: F401
 from contract.families import plain_script
 from networks.tool_options import FullMergeOptions
 
-main = plain_script(__doc__, "networks.merging.merge_whole", FullMergeOptions)
+main = plain_script(__doc__, "networks.merging.merge_full", FullMergeOptions)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class TensorPiece:
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
-def is_whole(names: Iterable[str]) -> bool:
+def is_full(names: Iterable[str]) -> bool:
     """Whether tensor names are those of a whole Stable Diffusion checkpoint: a U-Net and text encoders."""
     starts = {name.partition(".")[0] for name in names}
     return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})

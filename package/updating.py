@@ -49,7 +49,7 @@ LOCK = "update.lock"
 GIT_SECONDS = 60.0  # a lock of git that is older is of a process that was killed
 # of the user or of this machine, wherever a zip file has them
 KEPT = frozenset({".git", ".reelsmith", ".venv", ".venv-second", "models", "quickstart"})
-MAX_FILES, MOST_BYTES = 50_000, 2 << 30
+MAX_FILES, MAX_BYTES = 50_000, 2 << 30
 MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadratic time for some texts
 MAX_OF_NAME = 1000  # bytes of a file's path
 MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
@@ -156,11 +156,11 @@ def note_version(root: Path) -> None:
     digests = {}
     for folder, folders, files in os.walk(root):
         place = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not _find_fault((place / name).as_posix())]
+        folders[:] = [name for name in folders if not _find_error((place / name).as_posix())]
         names = [(place / name).as_posix() for name in files]
         for name in names:
             path = root / name
-            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_fault(name):
+            if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_error(name):
                 digests[name] = _digest(path)
         if len(digests) > MAX_FILES:
             break
@@ -506,13 +506,13 @@ def _find_top(path: Path, archive: zipfile.ZipFile, members: Iterable[str]) -> s
 def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequence[str]) -> None:
     """Raise UserError for a zip file that is too large, or that names places which are not of a version."""
     entries = list(entries)
-    if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MOST_BYTES:
+    if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
         raise UserError(f"{file.name} is larger than any version of Reelsmith. Nothing was changed")
     known: set[str] = set()
     folders: set[str] = set()
     for entry, name in zip(entries, names, strict=True):
         folded = fold_name(name)
-        reason = _find_fault(name)
+        reason = _find_error(name)
         if stat.S_ISLNK(entry.external_attr >> 16):
             reason = "a link"
         if not reason and folded in known:
@@ -532,7 +532,7 @@ def _reject_names(file: Path, entries: Iterable[zipfile.ZipInfo], names: Sequenc
         )
 
 
-def _find_fault(name: str) -> str:
+def _find_error(name: str) -> str:
     """Return why a file of a version cannot have this path, relative to the folder; empty if it can."""
     parts = PurePosixPath(name).parts
     if not parts or name != "/".join(parts) or name.startswith("/") or ".." in parts or "\\" in name:
@@ -590,7 +590,7 @@ def _read_files(root: Path) -> list[str]:
             f"{note}, a note of the last update, cannot be read. Delete it, and run the update again: files "
             "that the new version lacks stay"
         ) from None
-    return [name for name in names if not _find_fault(name)]
+    return [name for name in names if not _find_error(name)]
 
 
 def _read_digests(root: Path) -> dict[str, str]:
@@ -680,7 +680,7 @@ def _read_change(path: Path) -> FileChange:
     try:
         change = FileChange(**parse_json(read_text(path, MAX_OF_NOTE)))
         names = [*change.replaced, *change.added, *change.digests, *change.beside, *change.beside.values()]
-        if any(map(_find_fault, names)):
+        if any(map(_find_error, names)):
             raise ValueError("a name of no version")
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(

@@ -55,7 +55,7 @@ class Thing:
     start: tuple[float, float]
     velocity: tuple[float, float]  # pixels per frame
 
-    def centre(self, frame: int) -> tuple[float, float]:
+    def center(self, frame: int) -> tuple[float, float]:
         """Return the position of the center in a frame, x and y in pixels."""
         return self.start[0] + frame * self.velocity[0], self.start[1] + frame * self.velocity[1]
 
@@ -115,21 +115,21 @@ def draw(scene: Scene, first: int = 0, count: int = FRAMES) -> Clip:
         fine = np.empty((SIZE * FINE, SIZE * FINE, 3), np.uint8)
         fine[:] = scene.ground_rgb
         for each in scene.things:
-            paint(fine, each.shape, each.centre(first + index), each.pixels, each.rgb)
+            paint(fine, each.shape, each.center(first + index), each.pixels, each.rgb)
         frames[index] = cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
     return frames
 
 
 def paint(
-    fine: NDArray[np.uint8], form: str, centre: tuple[float, float], pixels: float, rgb: Colour
+    fine: NDArray[np.uint8], form: str, center: tuple[float, float], pixels: float, rgb: Colour
 ) -> None:
     """Fill a form into a picture that is FINE times larger than the clip.
 
-    `centre` and `pixels` are in pixels of the clip.
+    `center` and `pixels` are in pixels of the clip.
     """
     fraction = 16  # cv2 takes whole numbers: sixteenths of a fine pixel
     contours = [
-        np.round((np.array(centre) + pixels * points) * FINE * fraction).astype(np.int32)
+        np.round((np.array(center) + pixels * points) * FINE * fraction).astype(np.int32)
         for points in outline(form)
     ]
     cv2.fillPoly(fine, contours, rgb, lineType=cv2.LINE_8, shift=4)
@@ -202,5 +202,5 @@ def _around(points: int, radius: float | NDArray[np.float64], turn: float = 0.0)
 def _apart(first: Thing, second: Thing) -> bool:
     """Return whether the bounding boxes stay two pixels apart in every frame."""
     least = (first.pixels + second.pixels) / 2 + 2
-    ways = [np.array([each.centre(index) for index in range(FRAMES)]) for each in (first, second)]
+    ways = [np.array([each.center(index) for index in range(FRAMES)]) for each in (first, second)]
     return bool((np.abs(ways[0] - ways[1]).max(axis=1) > least).all())

@@ -153,7 +153,7 @@ def read_clip(clip: drawing.Clip) -> Seen:
     for frame in clip.astype(np.float32):
         sighting = sight(frame, ground, drawing.SHAPES)
         if sighting is not None:
-            x, y = (round(place) for place in sighting.centre)
+            x, y = (round(place) for place in sighting.center)
             patch = frame[max(0, y - PATCH) : y + PATCH + 1, max(0, x - PATCH) : x + PATCH + 1]
             values.append(float((patch[..., 0] - patch[..., 2]).mean() / 255))
     redness = float(np.mean(values)) if values else float("nan")

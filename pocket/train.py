@@ -27,7 +27,7 @@ from modules.parser import add_options
 from pocket import train_text, train_vae
 from pocket.clips import write_clips, write_dataset
 from pocket.footage import real_clips
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run
@@ -122,7 +122,7 @@ def train_dit(settings: Settings, dataset: Path, vae: Path, t5: Path) -> Path:
     output, start = settings.work / "dit", settings.work / "dit" / "random.safetensors"
     if not start.exists():
         write_random_dit(start, settings.seed)
-    parser = training_parser(__doc__, WholeDitOptions)
+    parser = training_parser(__doc__, FullDitOptions)
     add_options(parser, WanTrainingOptions)
     args = read_arguments(parser, dit_options(settings, dataset, start, vae, t5))
     family = family_for_training(read_options(WanTrainingOptions, args))

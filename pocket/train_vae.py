@@ -162,7 +162,7 @@ class ClipSource:
             piece = full[first : first + frames, top : top + side, left : left + side]
             return piece[:, :, ::-1] if random.uniform() < 0.5 else piece
         scene, start = any_scene(random), int(random.integers(drawing.FRAMES - frames + 1))
-        middle = scene.things[0].centre(start + frames // 2)  # so that the piece shows part of the thing
+        middle = scene.things[0].center(start + frames // 2)  # so that the piece shows part of the thing
         left, top = (
             int(np.clip(place - side / 2 + random.uniform(-16, 16), 0, drawing.SIZE - side))
             for place in middle

@@ -28,7 +28,7 @@ class FileJob:
 
     source: Path
     output: Path
-    is_picture: bool
+    is_image: bool
 
 
 def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
@@ -47,8 +47,8 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     if chain.run.output is None:
         for path in sources:
             _check_caption(path, chain)
-    jobs = [FileJob(path, name_output(chain, path), is_picture(path)) for path in sources]
-    if chain.needs_video and any(job.is_picture for job in jobs):
+    jobs = [FileJob(path, name_output(chain, path), is_image(path)) for path in sources]
+    if chain.needs_video and any(job.is_image for job in jobs):
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
         raise OptionError(
             f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
@@ -57,7 +57,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     for job in jobs:
         _check_output(job, jobs)
     _check_collisions(jobs)
-    return jobs if chain.run.yes else settle_existing(jobs, ask)
+    return jobs if chain.run.yes else resolve_existing(jobs, ask)
 
 
 def _check_caption(path: Path, chain: Chain) -> None:
@@ -126,7 +126,7 @@ def list_sources(chain: Chain) -> list[Path]:
     return fresh
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Return whether a file is a single picture, by its ending; animations are videos."""
     try:
         return path.suffix.lower() in image_suffixes() and not is_animation(path)
@@ -138,7 +138,7 @@ def _is_still(path: Path) -> bool:
     try:
         return path.suffix.lower() not in VIDEOS and not is_animation(path)
     except MediaError:
-        return is_picture(path)
+        return is_image(path)
 
 
 def name_output(chain: Chain, source: Path) -> Path:
@@ -148,7 +148,7 @@ def name_output(chain: Chain, source: Path) -> Path:
         OptionError: If it cannot be written to --output.
     """
     run = chain.run
-    suffix = IMAGE_SUFFIX if is_picture(source) else run.format.suffix
+    suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
     default = f"{source.stem}_{chain.added}{suffix}"
     output = run.output_path
     if output is None:
@@ -169,18 +169,18 @@ def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Log if results have another suffix than the user gave."""
     form = chain.run.format
     output = chain.run.output_path
-    if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
+    if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
         logger.warning(
             "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
         )
     if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
         return
     if jobs[0].output.name != output.name:
-        reason = "pictures are PNG files" if jobs[0].is_picture else f"--container is {form.container}"
+        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {form.container}"
         logger.info("The result is written to %s: %s", jobs[0].output, reason)
 
 
-def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
+def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
     """Return the jobs to do, after asking the user about existing results.
 
     Raises:

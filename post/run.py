@@ -14,7 +14,7 @@ from modules.bars import FRAMES, Bar
 from modules.console import as_size, count_of, in_words
 from modules.devices import Failures, freeze_libraries, select_device
 from modules.errors import MediaError, OutputError
-from modules.media.encoding import Picture, in_eight_bits, settle_codec
+from modules.media.encoding import Picture, in_eight_bits, resolve_codec
 from modules.media.options import FormatOptions
 from modules.media.reading import (
     TOOL_TAG,
@@ -30,7 +30,7 @@ from modules.output_files import Answer, ask_at_console
 from modules.paths import explain_missing
 from post.chain_options import Chain, tool_in_words
 from post.contract import Clip
-from post.naming import FileJob, is_picture, log_suffix, plan_jobs
+from post.naming import FileJob, is_image, log_suffix, plan_jobs
 from post.stages import NamedStage, check_tools, lead_through, make_stages, results
 from post.streaming import read_ahead, write_behind
 
@@ -49,9 +49,9 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
     for folder in sorted({job.output.parent for job in jobs}):
         make_folder(folder, "--output")
     if chain.run.format.keep_pngs:
-        for folder in sorted({job.source.parent for job in jobs if not job.is_picture}):
+        for folder in sorted({job.source.parent for job in jobs if not job.is_image}):
             make_folder(folder, "--keep_pngs")
-    if len(jobs) == 1 and not jobs[0].is_picture:
+    if len(jobs) == 1 and not jobs[0].is_image:
         source_info(jobs[0].source)
     run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
 
@@ -66,7 +66,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     failures = Failures(strict=len(jobs) == 1)
     for job in jobs:
         with failures.note_errors(str(job.source)):
-            if job.is_picture:
+            if job.is_image:
                 run_image(stages, job, done, chain.hides)
             else:
                 run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
@@ -96,7 +96,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     frames = folder / FOLDER
     if os.path.lexists(frames):
         raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
-    is_single = is_picture(path)
+    is_single = is_image(path)
     # the beginning of a damaged file may still be useful
     total = most if is_single or most is not None else source_info(path).frames
     make_folder(folder, "--output")
@@ -188,7 +188,7 @@ def run_video(
         job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=form.is_deep
     )
     clips = results(stages, first)
-    codec = settle_codec(form.codec, clips[-1].width, clips[-1].height)
+    codec = resolve_codec(form.codec, clips[-1].width, clips[-1].height)
     tags = number_done(read_tags(job.source), done)
     rate = clips[-1].rate or info.rate
 

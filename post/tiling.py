@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Run = Callable[[Tensor], Tensor]
 
-WHOLE = 0  # size of a tile that means the whole picture
+FULL = 0  # size of a tile that means the whole picture
 LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
 SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
 
@@ -78,7 +78,7 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor:
     scale of the results. Values on which overlapping tiles agree are unchanged, to the bit.
     """
-    if tile == WHOLE:
+    if tile == FULL:
         return run(images)
     height, width = images.shape[-2:]
     rows = cut(height, tile, overlap, step)

@@ -19,7 +19,7 @@ from project.media import WRITTEN
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
 MAX_FILES = 100_000  # with more, the checks are made again
-MOST_BYTES = 1000  # of the remembered file
+MAX_BYTES = 1000  # of the remembered file
 
 
 def remember_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ def was_checked(folder: Path, commands: Sequence[Sequence[str]], model_files: Se
     The arguments are those of `remember_checked`.
     """
     try:
-        content = parse_json(read_text(folder / REMEMBERED, MOST_BYTES))
+        content = parse_json(read_text(folder / REMEMBERED, MAX_BYTES))
         remembered = content["checked"]
     except (OSError, ValueError, LookupError, TypeError):
         return False

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from contract.families import with_scripts
-from contract.family import knows_few_steps, sound_of
+from contract.family import audio_of, knows_few_steps
 from contract.few_steps import FewSteps
 from dataset.options import read_latent_caching
 from downloads.catalogue import ModelSet, family_page, model_sets
@@ -47,16 +47,16 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """Facts about a model from its family's record."""
 
     references: int  # most pictures that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
     hears: bool  # it learns the sound of clips
-    pairs_sounds: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
+    pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
     learns_clips: bool  # False: it learns pictures alone
-    least_seconds: float  # of a clip; nothing is learned of shorter ones
-    learns_sounds: bool  # it also learns sounds without clips
+    min_seconds: float  # of a clip; nothing is learned of shorter ones
+    learns_audios: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
     learns_alpha: bool  # it learns the transparency of pictures
     learns_layers: bool  # it learns pictures with their layers
@@ -76,7 +76,7 @@ class ModelChoice:
     remarks: list[str]  # about what was chosen without being asked for
 
 
-def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelFacts:
+def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
     """Return the facts of a model; imports its family.
 
     `files` are its files by option; they need not exist.
@@ -86,19 +86,19 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     references = 0 if rules is None or rules.clips else rules.most
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
-    hears, pairs_sounds = True, False
+    hears, pairs_audios = True, False
     with contextlib.suppress(UserError):  # a family that cannot tell without a file is one that hears
-        sound = sound_of(family)
-        hears = sound is not None
-        pairs_sounds = sound is not None and sound.is_inside
-    return ModelFacts(
+        audio = audio_of(family)
+        hears = audio is not None
+        pairs_audios = audio is not None and audio.is_inside
+    return ModelInfo(
         references=references,
         needs_reference=needs_image(model) and references > 0,
         hears=hears,
-        pairs_sounds=pairs_sounds,
+        pairs_audios=pairs_audios,
         learns_clips=model.data["frames"] > 1,
-        least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
-        learns_sounds=learns_sound_alone(model),
+        min_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
+        learns_audios=learns_audio_alone(model),
         regularises=bool(model.data.get("regularises")),
         learns_alpha=_has_latents(family, "has_alpha"),
         learns_layers=_has_latents(family, "has_layers"),
@@ -109,7 +109,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     )
 
 
-def learns_sound_alone(model: ModelSet) -> bool:
+def learns_audio_alone(model: ModelSet) -> bool:
     """Return whether the model can be trained on sounds without pictures."""
     return bool(model.data.get("sound_alone"))
 
@@ -290,7 +290,7 @@ def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | 
     return None
 
 
-def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
+def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
     """Return the kinds of results that a model makes: `clips and sound`."""
     if facts.learns_layers:
         kinds = ["layers"]

@@ -26,13 +26,13 @@ from modules.option_values import as_shape
 from modules.output_files import is_windows_device
 from modules.paths import path_from
 from modules.text_files import real_path
-from project.choosing import ModelFacts
+from project.choosing import ModelInfo
 from project.fitting import FP8, is_small, weight_options
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
-from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unread
+from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
 from project.new_options import NewOptions
 from project.options import RUN_FILE
 from project.tags import TagLists, as_words
@@ -58,7 +58,7 @@ SITUATIONS = {
 ENOUGH = 10  # files, of which a tenth is held back for validation
 MAX_READ = 240  # frames; the last of them is the end image of a sample
 MAX_OF_SUBJECT = 80  # characters of a caption in a prompt
-SOUND_FRAMES = 121  # length of a sample of sound alone: five seconds
+AUDIO_FRAMES = 121  # length of a sample of sound alone: five seconds
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Choice:
     options: NewOptions
     model: ModelSet
     kind: RunKind  # what is trained
-    facts: ModelFacts
+    facts: ModelInfo
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
@@ -99,7 +99,7 @@ class Choice:
         return f"{self.model.family} {self.model.task}"
 
     @property
-    def is_of_sound(self) -> bool:
+    def is_of_audio(self) -> bool:
         """Whether the folder holds sounds to learn."""
         return self.media[0].kind == "audio"
 
@@ -292,10 +292,10 @@ def _describe_subsets(choice: Choice) -> list[str]:
 def _make_general_keys(choice: Choice) -> dict[str, Any]:
     """Return the keys of dataset.toml that all its tables share."""
     keys: dict[str, Any] = {}
-    if not choice.is_of_sound:
+    if not choice.is_of_audio:
         keys["resolution"] = choice.size
     keys["caption_extension"] = choice.content.captions
-    if not choice.is_of_sound:
+    if not choice.is_of_audio:
         keys["enable_bucket"] = True
     if choice.trigger:
         keys["trigger_word"] = choice.trigger
@@ -426,8 +426,8 @@ def _sample_size(choice: Choice) -> str:
 
     Sounds have only a length, and models of pictures no frames.
     """
-    if choice.is_of_sound:
-        return f"--f {SOUND_FRAMES}"
+    if choice.is_of_audio:
+        return f"--f {AUDIO_FRAMES}"
     width, height = choice.size
     if choice.frames > 1:
         width, height = _shrink_to_area(choice.size, MAX_SAMPLED)
@@ -492,7 +492,7 @@ def _list_reference_options(choice: Choice) -> list[str]:
         if item.kind != "image" or item.path.parent not in references:
             continue
         sources = reference_of(item, references[item.path.parent])[: choice.facts.references]
-        if sources and not any(map(why_unread, sources)):
+        if sources and not any(map(why_unused, sources)):
             lines.append(" ".join(f"--ci {choice.inside(path)}" for path in sources))
     return lines
 
@@ -549,7 +549,7 @@ def list_commands(choice: Choice) -> list[list[str]]:
 def _words_of(choice: Choice, step: str) -> list[str]:
     """Return the words of a model's command, with the option of sounds alone if there are only sounds."""
     words = shlex.split(choice.model.commands[step])
-    if choice.is_of_sound:
+    if choice.is_of_audio:
         option, value = choice.model.data["sound_alone"].split()
         if option in words:
             words[words.index(option) + 1] = value

@@ -8,8 +8,8 @@ from types import TracebackType
 from modules.text_files import real_path
 from project.options import ON_END
 from training.reports.drawing import wait_for_page
-from training.reports.history import Story, history_path, read_session, read_story
-from training.run_end import RunFacts, start_command
+from training.reports.history import Story, history_path, read_history, read_session
+from training.run_end import RunInfo, start_command
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ class EndCommand:
     def __init__(self, words: Sequence[str]) -> None:
         """words: of the command; none: nothing is started."""
         self._words = words
-        self._facts: Callable[[], RunFacts] | None = None
+        self._info: Callable[[], RunInfo] | None = None
 
-    def describe(self, facts: Callable[[], RunFacts]) -> None:
+    def describe(self, facts: Callable[[], RunInfo]) -> None:
         """Have the command started in the end, as the run begins.
 
         `facts` are those of the run at that time.
         """
-        self._facts = facts
+        self._info = facts
 
     def __enter__(self) -> "EndCommand":
         return self
@@ -38,11 +38,11 @@ class EndCommand:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._words and self._facts is not None:
-            start_command(ON_END, self._words, self._facts(), error, has_begun=True)
+        if self._words and self._info is not None:
+            start_command(ON_END, self._words, self._info(), error, has_begun=True)
 
 
-def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunFacts:
+def describe_run(output: Path, name: str, steps: int | None, began: float) -> RunInfo:
     """Return the known facts of a run, from the files that its training has written.
 
     `output` and `name` are those of the training. `steps` is the total; None if it is not known. `began` is
@@ -58,7 +58,7 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> Ru
         error = text if kind == "bad" else ""
     if steps is None and story.start is not None:
         steps = story.start.total_steps
-    return RunFacts(
+    return RunInfo(
         folder=real_path(output),
         name=name,
         step=max(story.loss, default=0),
@@ -76,7 +76,7 @@ def _read_story(output: Path, name: str, began: float) -> Story:
     if session is None or not _is_new(path, began):
         return Story()
     try:
-        return read_story(path, session)
+        return read_history(path, session)
     except OSError as error:
         logger.debug("%s cannot be read: %s", path, error)
         return Story()

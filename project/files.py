@@ -26,12 +26,12 @@ from modules.text_files import read_text
 from project import describing
 from project.choosing import (
     ModelChoice,
-    ModelFacts,
+    ModelInfo,
     ask_family,
     check_model_files,
     check_word,
     describe_makes,
-    learns_sound_alone,
+    learns_audio_alone,
     select_model,
 )
 from project.fitting import describe_fit, find_memory, needs_image
@@ -45,7 +45,7 @@ from project.foreign.reading import read_foreign
 from project.foreign.settling import Forms, fill_in, settle
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
-from project.kinds.whole_model import WHOLE
+from project.kinds.whole_model import FULL
 from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, has_control_pairs, name_some
 from project.model_files import find_inside, name_files, typed_files, without_files
@@ -111,7 +111,7 @@ def write_project(options: NewOptions) -> None:
         remember_folder(options.folder, options.models)
 
     oddities: list[str] = []
-    errors = find_problems(choice, described[WRITTEN[0]], oddities)
+    errors = find_errors(choice, described[WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
     if foreign is not None:
         lines += foreign.lines(options.folder)
@@ -273,14 +273,14 @@ def _texts_of(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
 
-def _collect_content(options: NewOptions, model: ModelSet, facts: ModelFacts, kind: RunKind) -> FolderContent:
+def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kind: RunKind) -> FolderContent:
     """Return the content of the folder, with hints about models that would suit it better."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
     edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
-    hearing = [f"--task {entry.task}" for entry in of_family if learns_sound_alone(entry)]
+    hearing = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
     if not hearing:
-        families = dict.fromkeys(entry.family for entry in models if learns_sound_alone(entry))
+        families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
         hearing = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
     if facts.hears:
@@ -307,7 +307,7 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_problems(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
+def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
     `dataset` is the text of dataset.toml. `remarks` gets lines about odd things that end no run. Nothing is
@@ -407,7 +407,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
 def _summarize(choice: describing.Choice) -> str:
     """Return the first line: the media by kind, the model, their size and the card."""
     size = ""
-    if not choice.is_of_sound:
+    if not choice.is_of_audio:
         size = f" at {choice.size[0]}x{choice.size[1]}"
     if choice.frames > 1:
         size += f", {choice.frames} frames"
@@ -434,7 +434,7 @@ def _describe_model(choice: describing.Choice) -> str:
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     makes = describe_makes(model, choice.facts)
     does = f"{choice.model_name} makes {makes}; {download}"
-    if choice.kind is WHOLE:  # other lines say whether that fits
+    if choice.kind is FULL:  # other lines say whether that fits
         free = gigabytes(free_bytes(choice.folder))
         slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
         return f"{does}{slow}. {free} are free on the disk of {choice.folder}"

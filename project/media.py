@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
-from dataset.sources.folders import ControlFolder, find_sound_beside
+from dataset.sources.folders import ControlFolder, find_audio_beside
 from dataset.sources.layers import group_layers
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
@@ -20,7 +20,7 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_FOLDERS, MASK_LABEL, MASKS_BEFORE, label_of
-from modules.media.opening import SOUND_SUFFIXES, open_image
+from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_info
@@ -33,7 +33,7 @@ from project.listed_captions import ListedCaptions, read_lists
 from project.options import RUN_FILE
 
 if TYPE_CHECKING:  # with torch, and pages ask for pairs too
-    from project.choosing import ModelFacts
+    from project.choosing import ModelInfo
 
 CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
@@ -56,7 +56,7 @@ FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
 MAX_FOLDERS = 1000  # that are looked into for media that are left out
 MAX_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
-SOUND_HELP = (
+AUDIO_HELP = (
     "audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"
 )
 
@@ -111,7 +111,7 @@ class SortedFolders:
 
 def collect_content(
     folder: Path,
-    facts: "ModelFacts",
+    facts: "ModelInfo",
     name: str,
     *,
     kind: RunKind,
@@ -138,7 +138,7 @@ def collect_content(
     for place, reason in places.regularising.items():
         content.lines += _describe_regularising(place, reason, content, facts, kind)
     content.lines += _describe_names(places.learned, content.names)
-    sounds = _collect_media(folder, places, content, facts)
+    audios = _collect_media(folder, places, content, facts)
     if kind.sees_controls:
         _leave_out_clips(content, kind)
     elif not facts.learns_clips:
@@ -155,9 +155,9 @@ def collect_content(
         content,
         facts,
         name=name,
-        alone=f" {hearing} learns sounds alone." if sounds and hearing else "",
+        alone=f" {hearing} learns sounds alone." if audios and hearing else "",
         instead=f", or take --task {silent}, which learns pictures and movement alone" if silent else "",
-        has_sounds=bool(sounds),
+        has_audios=bool(audios),
         kind=kind,
     )
     if facts.references:
@@ -167,24 +167,24 @@ def collect_content(
 
 
 def _collect_media(
-    folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelFacts"
+    folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelInfo"
 ) -> list[Path]:
     """Add the media of the learned folders, with captions, and lines about other files. Returns the sounds.
 
     The lines about lists of captions come before those about the files.
     """
-    suffixes = _media_suffixes() | SOUND_SUFFIXES
+    suffixes = _media_suffixes() | AUDIO_SUFFIXES
     files = {place: _files_in(place, suffixes) for place in places.learned}
     content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
     start = len(content.lines)
-    sounds: list[Path] = []
+    audios: list[Path] = []
     for place in places.learned:
-        sounds += _list_media(folder, place, content, facts)
+        audios += _list_media(folder, place, content, facts)
         if place != folder:
             content.lines += _describe_deep(_list_unsorted_folders(place, places))
-    _add_sounds(content, sounds, facts)
+    _add_audios(content, audios, facts)
     content.lines[start:start] = _describe_lists(content)
-    return sounds
+    return audios
 
 
 def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
@@ -301,7 +301,7 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 
 
 def _describe_regularising(
-    place: Path, reason: str, content: FolderContent, facts: "ModelFacts", kind: RunKind
+    place: Path, reason: str, content: FolderContent, facts: "ModelInfo", kind: RunKind
 ) -> list[str]:
     """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
 
@@ -457,7 +457,7 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _list_media(folder: Path, place: Path, content: FolderContent, facts: "ModelFacts") -> list[Path]:
+def _list_media(folder: Path, place: Path, content: FolderContent, facts: "ModelInfo") -> list[Path]:
     """Add the clips and pictures in a place of a folder, and lines about other files. Returns its sounds."""
     try:
         paths = sorted(place.iterdir())
@@ -482,11 +482,11 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
         media = _take_layers(media, content)
     _add_media(media, content, facts)
     content.lines += _describe_labels(folder, place, labels, content)
-    sounds = [path for suffix in SOUND_SUFFIXES for path in other_files.get(suffix, [])]
+    audios = [path for suffix in AUDIO_SUFFIXES for path in other_files.get(suffix, [])]
     # folders and hidden files with the suffix of media count here, so that their captions have an owner
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
-    content.lines += _describe_other_files(other_files, [*with_captions, *sounds], content)
-    return sorted(sounds)
+    content.lines += _describe_other_files(other_files, [*with_captions, *audios], content)
+    return sorted(audios)
 
 
 def read_kept_masks(folder: Path) -> dict[Path, Path]:
@@ -551,7 +551,7 @@ def _is_material(path: Path) -> bool:
     return not is_written and not is_of_system and not path.is_dir()
 
 
-def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelFacts") -> None:
+def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo") -> None:
     """Add clips and pictures, and lines about those that cannot be read, and captions that are not UTF-8."""
     remarks: list[str] = []
     for path in paths:
@@ -631,17 +631,17 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
     return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
-def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFacts") -> None:
+def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInfo") -> None:
     """Take sounds if there is nothing else and the model learns sounds alone; else add a line about them."""
-    if facts.pairs_sounds:
-        sounds = [path for path in sounds if not any(_is_named_like(path, clip) for clip in content.media)]
-    if not sounds:
+    if facts.pairs_audios:
+        audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
+    if not audios:
         return
-    if content.media or not facts.learns_sounds:
-        content.lines.append(f"{name_some(sounds)}: left out, this kind is not read; {SOUND_HELP}")
+    if content.media or not facts.learns_audios:
+        content.lines.append(f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}")
         return
     remarks: list[str] = []
-    for path in sounds:
+    for path in audios:
         try:
             if track_info(path) is None:
                 raise MediaError(f"{path} has no sound")
@@ -651,7 +651,7 @@ def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: "ModelFac
             _leave_out(path, error, content)
 
 
-def _measure(path: Path, content: FolderContent, facts: "ModelFacts", remarks: list[str]) -> Media:
+def _measure(path: Path, content: FolderContent, facts: "ModelInfo", remarks: list[str]) -> Media:
     """Return a clip or picture with its caption.
 
     Raises:
@@ -833,7 +833,7 @@ def _find_references_of(place: Path, sources: Sequence[Path], content: FolderCon
         if len(without) == len(images):
             continue
         content.references[place] = source
-        content.lines += _describe_unread(place, source, content.media)
+        content.lines += _describe_unused(place, source, content.media)
         if without:
             text = f"{len(without)} of {len(images)} pictures have no reference in {source}"
             content.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
@@ -877,7 +877,7 @@ def reference_of(media: Media, source: Path) -> tuple[Path, ...]:
         return ()
 
 
-def why_unread(path: Path) -> str:
+def why_unused(path: Path) -> str:
     """Return the reason why a reference cannot be read; "" if it can."""
     try:
         image_size(path)
@@ -886,14 +886,14 @@ def why_unread(path: Path) -> str:
     return ""
 
 
-def _describe_unread(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
+def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[str]:
     """Return lines about references that cannot be read, of the pictures of a folder."""
     lines = []
     for item in media:
         if item.path.parent != place or item.kind != "image":
             continue
         for reference in reference_of(item, source):
-            reason = why_unread(reference)
+            reason = why_unused(reference)
             if reason:
                 lines.append(f"{item.path.name}: not trained on, its reference cannot be read: {reason}")
     return lines
@@ -925,9 +925,9 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
+def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
     """Return lines about media that are trained on, but perhaps not as they should be."""
-    least = facts.least_seconds
+    least = facts.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
@@ -945,8 +945,8 @@ def _describe_odd(content: FolderContent, facts: "ModelFacts") -> list[str]:
         )
     if facts.hears:
         silent = [item.path for item in visible if item.is_clip and _is_silent(item.path)]
-        if facts.pairs_sounds:
-            silent = [path for path in silent if find_sound_beside(path) is None]
+        if facts.pairs_audios:
+            silent = [path for path in silent if find_audio_beside(path) is None]
         if silent:
             lines.append(f"{name_some(silent)}: without sound: only the pictures are learned")
     return lines + _describe_equal(content.media)
@@ -1002,18 +1002,18 @@ def _is_transparent(path: Path) -> bool:
 def _require_media(
     folder: Path,
     content: FolderContent,
-    facts: "ModelFacts",
+    facts: "ModelInfo",
     *,
     name: str,
     alone: str,
     instead: str,
-    has_sounds: bool,
+    has_audios: bool,
     kind: RunKind,
 ) -> None:
     """Raise DatasetError if a folder lacks what a model learns.
 
     `name` is that of the model. `kind` is what is trained. `alone` and `instead` are what else could be done
-    with such a folder. `has_sounds` says that sounds lie next to the clips, which `audio_directory` in
+    with such a folder. `has_audios` says that sounds lie next to the clips, which `audio_directory` in
     dataset.toml joins with them.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)
@@ -1029,18 +1029,18 @@ def _require_media(
             f"has one. Put them into {folder / CONTROL_FOLDER}, under the names of the pictures. This draws "
             f"their edges: {as_typed([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
         )
-    needs_sound = facts.hears and not facts.pairs_sounds
-    if needs_sound and not has_sounds and not any(map(_has_sound, content.media)):
+    needs_audio = facts.hears and not facts.pairs_audios
+    if needs_audio and not has_audios and not any(map(_has_audio, content.media)):
         raise DatasetError(
             f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"
         )
 
 
-def _is_named_like(sound: Path, medium: Media) -> bool:
-    return medium.is_clip and sound.with_suffix("") == medium.path.with_suffix("")
+def _is_named_like(audio: Path, medium: Media) -> bool:
+    return medium.is_clip and audio.with_suffix("") == medium.path.with_suffix("")
 
 
-def _has_sound(medium: Media) -> bool:
+def _has_audio(medium: Media) -> bool:
     return medium.kind == "audio" or (medium.is_clip and not _is_silent(medium.path))
 
 

@@ -25,7 +25,7 @@ from contract.rules import (
     ModelRelease,
     ReferenceRules,
 )
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.pictures import (
     ModelOfImages,
     encode_images,
@@ -145,7 +145,12 @@ class QwenImage(ModelOfImages):
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -156,7 +161,7 @@ class QwenImage(ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
             clean_references=self.version.clean_references,
         )

@@ -35,7 +35,7 @@ from contract.requests import (
     settle,
 )
 from contract.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.pictures import ModelOfImages, image_defaults, references_in
 from modules.errors import CacheError, OptionError
 from modules.media.buckets import Size
@@ -87,7 +87,7 @@ class QwenImageLayered(ModelOfImages):
     @property
     def latent(self) -> LatentSpec:
         """Latent space of layers, with or without the whole image in front of them."""
-        return replace(LATENT_OF_LAYERS, has_whole=not self.layers_alone)
+        return replace(LATENT_OF_LAYERS, has_full=not self.layers_alone)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -135,19 +135,24 @@ class QwenImageLayered(ModelOfImages):
         return {KEY: batch.tensors[KEY], CONTROL: latents[:, :, :1]}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
         The conditions are vl_embed, T D for each sample, and latents_control, B C 1 h w. A given frame
-        (`Tweaks.given_frames`) is the image itself, which is then not generated anew.
+        (`Overrides.given_frames`) is the image itself, which is then not generated anew.
         """
-        given = tweaks.given_frames
+        given = overrides.given_frames
         velocity: Tensor = dit(
             noisy[:, :, given:],
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
         )
         return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity
@@ -169,7 +174,7 @@ class QwenImageLayered(ModelOfImages):
             width, height = official_size(own, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
-        size = width, height, self._count_layers(request) + self.latent.has_whole
+        size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
         taken = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
         source = taken_size(own, taken.area, taken.target)

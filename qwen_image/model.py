@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
@@ -198,7 +198,7 @@ class QwenImageModel(BlockNetwork):
         timesteps: Tensor,
         text: Tensor,
         text_mask: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         clean_references: bool = False,
     ) -> Hidden:
@@ -211,7 +211,7 @@ class QwenImageModel(BlockNetwork):
             timesteps: B, 0..1000.
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
-            tweaks: Changes to this call; their second text has arguments named text and text_mask.
+            overrides: Changes to this call; their second text has arguments named text and text_mask.
             references: Clean latents of images to edit, each B Z 1 h w of its own size.
             clean_references: Modulate the tokens of references with time 0 instead of the image's time.
 
@@ -233,7 +233,7 @@ class QwenImageModel(BlockNetwork):
         if has_clean:
             vector = torch.cat([vector, self.time_text_embed(torch.zeros_like(timesteps))], dim=1)
         texts = []
-        for prompt in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+        for prompt in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             longest, _, lengths = count_real(prompt["text_mask"], num_images, noisy.device)
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
@@ -243,13 +243,13 @@ class QwenImageModel(BlockNetwork):
         return blocks.join_tokens(
             embedded,
             texts,
-            tweaks.steer,
+            overrides.steer,
             QwenTokens,
             grid=(noisy.shape[2], *grids[0][1:]),
             dtype=dtype,
             attention=self.attention,
             rotary=rotary,
-            rotary_of_picture=rotary[:num_images],
+            rotary_of_image=rotary[:num_images],
             rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
         )
 

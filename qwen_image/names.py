@@ -1,6 +1,6 @@
 """Qwen-Image's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, with_endings
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="qwen_image",
     cache="qwen_image_cache",
     record="QwenImage",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN_FILE",
     further_models=("qwen_image_edit", "qwen_image_layered"),
     own_latents=("qwen_image_layered",),

@@ -25,7 +25,7 @@ LATENTS_AGAIN = "qwen_image_21_cache_latents.py"
 BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
 
 
-def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
+def hash_images(pictures: Sequence[Tensor]) -> Tensor:
     """Return the SHA-256 of each image, n 32 uint8, in their order.
 
     `pictures` are H W 4 or H W 3 uint8 each, in the size that is encoded; three channels are opaque. The hash
@@ -45,7 +45,7 @@ def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> li
     """Return the entry of each image of a batch with the hashes of its references."""
     hashed = []
     for index, (entry,) in enumerate(entries):
-        hashes = hash_pictures([frames[index, 0] for frames in media.control])
+        hashes = hash_images([frames[index, 0] for frames in media.control])
         tensors = {**entry.tensors, HASHES: hashes}
         hashed.append([replace(entry, tensors=tensors, variable=frozenset({HASHES}))])
     return hashed

@@ -23,7 +23,7 @@ from contract.data import (
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import pictures
 from modules.errors import OptionError
 from modules.flow.schedule import size_shift, stretch_levels
@@ -133,7 +133,12 @@ class QwenImage21(pictures.ModelOfImages):
         return {KEY: batch.tensors[KEY], SLOTS: batch.tensors[SLOTS], **references}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32.
 
@@ -149,7 +154,7 @@ class QwenImage21(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **named(cond),
-            tweaks=tweaks.rename_away(named),
+            overrides=overrides.rename_away(named),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity
@@ -223,7 +228,7 @@ class QwenImage21(pictures.ModelOfImages):
         if isinstance(first, Tensor):
             section = replace(section, anchor=read_anchor(prepared, first))
         if self.keeps_prefix:
-            section = replace(section, tweaks=Tweaks(section_cache={}))
+            section = replace(section, overrides=Overrides(section_cache={}))
         return (yield section)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
 from checkpoints.dits import DitFormat, DitHeader
-from checkpoints.encoders import stated_settings
+from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -27,7 +27,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
 from qwen_image.files import QWEN_USE, TOKENIZER
-from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_pictures
+from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_images
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
@@ -66,7 +66,7 @@ TEXT_USE = LanguageUse(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=lay_on_white,
-        hash_pictures=hash_pictures,
+        hash_images=hash_images,
         fewest=1,  # their sizes are settled, and those of their latents
         most=1 << 40,
         between=" ",
@@ -108,7 +108,7 @@ def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
     if config_json is None:
-        source, settings = stated_settings(checkpoint, CLASSES)
+        source, settings = declared_settings(checkpoint, CLASSES)
     else:
         source, settings = config_json, _read_config_json(config_json)
     dialect = "comfy" if "transformer_blocks.0.img_mlp.gate_up.weight" in names else "diffusers"
@@ -155,13 +155,13 @@ def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -
                 source,
             )
     num_layers = shapes.blocks("transformer_blocks")
-    stated = {
+    declared = {
         "num_layers": num_layers,
         "attention_head_dim": width,
         "num_attention_heads": dim // width,
         "in_channels": channels,
     }
-    for name, value in stated.items():
+    for name, value in declared.items():
         if settings.get(name, value) != value:
             raise CheckpointError(
                 f"{source}: {name} is {settings[name]}, and {shapes.path} has {value}. The configuration is "

@@ -25,7 +25,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import SecondText, attend, attend_causally
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
@@ -114,7 +114,7 @@ class QwenImage21Tokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the generated image: always 0."""
         return 0
 
@@ -368,16 +368,16 @@ class QwenImage21Model(BlockNetwork):
         self.proj_out = nn.Linear(dim, config.channels, bias=False)
         self._rotary = GridTable[QwenImage21Layout](self._make_table)
 
-    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
-        """Predict as `embed` describes. With `tweaks.section_cache`, each pass's prefix is computed once."""
-        memory = tweaks.section_cache
-        if memory is None or tweaks.turn is None or tweaks.away is not None or tweaks.leaves_out:
-            return super().forward(*inputs, tweaks=tweaks, **named_inputs)
-        which = tweaks.turn.which
+    def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
+        """Predict as `embed` describes; with `overrides.section_cache`, compute each pass's prefix once."""
+        memory = overrides.section_cache
+        if memory is None or overrides.turn is None or overrides.away is not None or overrides.leaves_out:
+            return super().forward(*inputs, overrides=overrides, **named_inputs)
+        which = overrides.turn.which
         if which not in memory:
             memory[which] = self.remember(*inputs, **named_inputs)
         with remembering(memory[which], self.attentions()):
-            return super().forward(*inputs, tweaks=tweaks, is_remembered=True, **named_inputs)
+            return super().forward(*inputs, overrides=overrides, is_remembered=True, **named_inputs)
 
     def remember(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
@@ -412,7 +412,7 @@ class QwenImage21Model(BlockNetwork):
         text: Tensor,
         text_mask: Tensor,
         slots: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         references: Sequence[Tensor] = (),
         is_remembered: bool = False,
     ) -> Hidden:
@@ -424,7 +424,7 @@ class QwenImage21Model(BlockNetwork):
             text: States of the language model, B T text_dim.
             text_mask: B T, true or 1 for real tokens, which come first.
             slots: B n ascending, on the host: the text token before which each reference is inserted.
-            tweaks: Changes to this call; their second text has arguments named text, text_mask and slots.
+            overrides: Changes to this call; their second text has arguments named text, text_mask and slots.
             references: Clean latents of n images to edit, each B Z 1 h w of its own size.
             is_remembered: Leave out the prefix, whose keys and values the blocks have.
 
@@ -433,11 +433,11 @@ class QwenImage21Model(BlockNetwork):
         """
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = self.grid_of(noisy)
-        x = self.embed_picture(noisy).to(dtype)
+        x = self.embed_image(noisy).to(dtype)
         num_image = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
         times = time
-        prompts = tweaks.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
+        prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
         if is_remembered:
             prefixes = order_prefixes(text_mask, slots, references)
         else:
@@ -461,11 +461,11 @@ class QwenImage21Model(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        if tweaks.steer is not None:
+        if overrides.steer is not None:
             _, second = embedded  # it comes with a second text
             tokens = replace(
                 tokens,
-                second=SecondText(num_image, second.x.shape[1], None, tweaks.steer),
+                second=SecondText(num_image, second.x.shape[1], None, overrides.steer),
                 second_segments=list_segments(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
@@ -485,7 +485,7 @@ class QwenImage21Model(BlockNetwork):
             self.grid_of(latents)
         longest = max(prefix.texts for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
-        images = [self.embed_picture(latents).to(dtype) for latents in references]
+        images = [self.embed_image(latents).to(dtype) for latents in references]
         samples = []
         for number, prefix in enumerate(prefixes):
             words = texts[number, : prefix.texts]
@@ -507,7 +507,7 @@ class QwenImage21Model(BlockNetwork):
             )
         return height, width
 
-    def embed_picture(self, latents: Tensor) -> Tensor:
+    def embed_image(self, latents: Tensor) -> Tensor:
         """Return the tokens of an image, one for each latent pixel, B Z 1 H W to B L C."""
         return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
 

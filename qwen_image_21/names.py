@@ -1,6 +1,6 @@
 """Qwen-Image-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, WeightPart, with_endings
 
 ENTRY = FamilyEntry(
@@ -8,7 +8,7 @@ ENTRY = FamilyEntry(
     script="qwen_image_21",
     cache="qwen_image_21_cache",
     record="QwenImage21",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_VL_FILE",
 )
 _BLOCK = "transformer_blocks.{n}."

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from checkpoints.encoders import stated_settings
+from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -404,7 +404,7 @@ def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float
     Raises CheckpointError unless there is a number for each channel. Without config.json, only the released
     number of channels is accepted.
     """
-    path, settings = stated_settings(checkpoint, CLASSES)
+    path, settings = declared_settings(checkpoint, CLASSES)
     means = settings.get("latents_mean", MEAN)
     deviations = settings.get("latents_std", DEVIATION)
     for name, values in (("latents_mean", means), ("latents_std", deviations)):

@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from running.run_blocks import Hidden, run_blocks
 
 
@@ -27,7 +27,7 @@ Attention = TypeVar("Attention", bound=Remembers)
 
 
 def remember(
-    dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention], tweaks: Tweaks = NO_TWEAKS
+    dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention], overrides: Overrides = NO_OVERRIDES
 ) -> dict[Attention, Sequence[Tensor]]:
     """Run the blocks on tokens that are to be remembered; return their keys and values by attention.
 
@@ -35,10 +35,10 @@ def remember(
         dit: The transformer.
         hidden: Tokens to remember.
         attentions: Attentions of the blocks.
-        tweaks: Blocks to skip, whose keys and values are not remembered.
+        overrides: Blocks to skip, whose keys and values are not remembered.
     """
     with remembering({}, attentions):
-        run_blocks(dit, hidden, tweaks)
+        run_blocks(dit, hidden, overrides)
         return {attention: attention.remembered for attention in attentions}
 
 

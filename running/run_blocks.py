@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from contract.family import DitSpec
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 
 _RUNNER = "_runner"  # under which a network carries its own
 
@@ -49,12 +49,12 @@ class Hidden:
     between: Callable[[int, "Hidden"], None] | None = None
 
 
-Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
+Runner = Callable[[nn.Module, Hidden, Overrides], None]  # has the blocks of the network change `hidden.x`
 
 
-def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks of a DiT in the way that its runner says; `hidden` is changed in place."""
-    runner_of(dit)(dit, hidden, tweaks)
+    runner_of(dit)(dit, hidden, overrides)
 
 
 def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
@@ -65,10 +65,10 @@ def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
     return hint
 
 
-def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-    """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
+def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+    """Run all blocks one after the other, except `overrides.skip_blocks`: those pass their input through.
 
-    Blocks of `tweaks.skip_self_attention` get inputs that say so, made by the model's record of tokens.
+    Blocks of `overrides.skip_self_attention` get inputs that say so, made by the model's record of tokens.
     Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
     given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
     """
@@ -86,8 +86,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
             continue
         if hidden.between is not None:
             hidden.between(index, hidden)
-        if index not in tweaks.skip_blocks:
-            skips = index in tweaks.skip_self_attention
+        if index not in overrides.skip_blocks:
+            skips = index in overrides.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
             hidden.x = block(hidden.x, tokens)
         addition = hidden.added[index] if hidden.added else None
@@ -114,16 +114,16 @@ class BlockNetwork(nn.Module):
         """Dtype in which the blocks compute: that of the parameter `dtype_of`."""
         return self.get_parameter(self.dtype_of).dtype
 
-    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
+    def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict from the inputs of `embed`.
 
         Args:
             inputs: Positional inputs of `embed`.
-            tweaks: Changes to this call.
+            overrides: Changes to this call.
             named_inputs: Inputs of `embed` by name.
         """
-        hidden = self.embed(*inputs, tweaks=tweaks, **named_inputs)
-        run_blocks(self, hidden, tweaks)
+        hidden = self.embed(*inputs, overrides=overrides, **named_inputs)
+        run_blocks(self, hidden, overrides)
         return self.unembed(hidden.x, hidden.tokens)
 
 

@@ -37,7 +37,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from contract.steps import DitAt, Turn, Tweaks
+from contract.steps import DitAt, Overrides, Turn
 from running.offload.block_swap import swap_of
 from running.offload.sharding import agree_among, gather_block, is_sharded
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
@@ -79,18 +79,18 @@ class StepCache:
         # by network, as each expert has residuals of its own; weak, so that one may be freed between steps
         self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
 
-    def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         """Run the blocks by `inner`, or add the residual of their last run to `hidden.x`."""
-        turn = tweaks.turn
+        turn = overrides.turn
         if turn is None:
-            inner(dit, hidden, tweaks)
+            inner(dit, hidden, overrides)
             return
         branches = self._branches.setdefault(dit, {})
         if turn.which not in branches:
             branches[turn.which] = Branch(self.make_rule())
         branch = branches[turn.which]
         self.passes += 1
-        skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, tweaks))
+        skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, overrides))
         if agree_among(dit, skips):  # a device may differ in the last digit
             assert branch.residual is not None
             self.skipped += 1
@@ -98,7 +98,7 @@ class StepCache:
             return
         branch.residual = None  # room for the input, which is kept while the blocks run
         before = hidden.x
-        inner(dit, hidden, tweaks)
+        inner(dit, hidden, overrides)
         branch.residual = residual_of(dit, hidden.x, before)
 
     def forget(self) -> None:
@@ -116,7 +116,7 @@ def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
     return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
 
 
-def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
+def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
     """Return the modulated input of the first block's attention, B L C, without running the block.
 
     If the block is swapped its weights are brought to the device: they usually are there already, since the
@@ -126,7 +126,7 @@ def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
     assert spec.modulated_input is not None
     swap = swap_of(dit)
     if swap is not None:
-        swap.bring(0, tweaks.skip_blocks)
+        swap.bring(0, overrides.skip_blocks)
     first = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
     if is_sharded(dit):
         gather_block(first)
@@ -135,7 +135,7 @@ def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
 
 
 @contextmanager
-def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks], None]) -> Iterator[DitAt]:
+def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Overrides], None]) -> Iterator[DitAt]:
     """Yield `dit_at` whose networks have `run` around the runner of their blocks.
 
     At the end, also after an exception, every network has its own runner again.
@@ -175,7 +175,7 @@ class MagCacheRule:
             most_skips: See `contract.rules.MagCache`.
         """
         self._ratios, self._retention = ratios, retention
-        self._threshold, self._most_skips = threshold, most_skips
+        self._threshold, self._max_skips = threshold, most_skips
         self._last: int | None = None  # step of the last call
         self._forget()
 
@@ -196,7 +196,7 @@ class MagCacheRule:
             self._ratio *= self._ratios[step]
             self._error += abs(1 - self._ratio)
             self._skipped += 1
-        if self._error <= self._threshold and self._skipped <= self._most_skips:
+        if self._error <= self._threshold and self._skipped <= self._max_skips:
             return True
         self._forget()
         return False
@@ -266,23 +266,25 @@ def polynomial(coefficients: tuple[float, ...], x: float) -> float:
 
 MAX_POWER = 4  # of a fitted polynomial, as the published ones
 POINTS_EACH = 3  # measured for each coefficient
-FEWEST_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
+MIN_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
 
 # called for each pass with the input of the first block's attention and what the blocks added
 Measure = Callable[[Turn, Signal, Tensor], None]
 
 
-def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def measure_pass(
+    measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
+) -> None:
     """Run all blocks, and pass what entered them and their residual to `measure`.
 
     Passes outside the steps of a video, and passes that leave out blocks, are not measured.
     """
     before = hidden.x
-    inner(dit, hidden, tweaks)
-    if tweaks.turn is not None and not tweaks.leaves_out:
-        signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), tweaks)
+    inner(dit, hidden, overrides)
+    if overrides.turn is not None and not overrides.leaves_out:
+        signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), overrides)
         # each expert is measured against itself; weak, so that one may be freed between steps
-        turn = replace(tweaks.turn, which=(weakref.ref(dit), tweaks.turn.which))
+        turn = replace(overrides.turn, which=(weakref.ref(dit), overrides.turn.which))
         measure(turn, signal, residual_of(dit, hidden.x, before))
 
 

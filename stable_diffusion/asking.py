@@ -95,7 +95,7 @@ class Asking:
     """Turns prompt lines into requested pictures.
 
     Attributes:
-        num_pictures: Number of images so far in this round, which selects the next input image.
+        num_images: Number of images so far in this round, which selects the next input image.
         num_lines: Number of lines read so far.
     """
 
@@ -103,7 +103,7 @@ class Asking:
     kind: ModelKind
     inputs: Inputs
     seeds: Seeds
-    num_pictures: int = 0
+    num_images: int = 0
     num_lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedImage]:
@@ -114,9 +114,9 @@ class Asking:
             with failures.note_errors(line.label):
                 images = [
                     self._make_image(line, text, seed, number)
-                    for number, (seed, text) in enumerate(self._expand_texts(line), self.num_pictures)
+                    for number, (seed, text) in enumerate(self._expand_texts(line), self.num_images)
                 ]
-                self.num_pictures += len(images)
+                self.num_images += len(images)
             yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:

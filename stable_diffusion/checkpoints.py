@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import dialects
-from checkpoints.encoders import check_groups, stated_groups
+from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.filling import on_meta_device
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -268,7 +268,7 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
             checkpoint.path,
         )
     widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(LEVELS))
-    groups = stated_groups(checkpoint, CONFIG_CLASSES) or VAE_GROUPS
+    groups = declared_groups(checkpoint, CONFIG_CLASSES) or VAE_GROUPS
     check_groups(checkpoint, widths, groups)
     config = {
         "in_channels": shape("encoder.conv_in.weight")[1],

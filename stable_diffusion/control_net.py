@@ -196,7 +196,7 @@ class BatchGuides:
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
         self._uses = uses
-        self._pictures = pictures
+        self._images = pictures
         self._size = (width, height)
         self.guides = self._read()
 
@@ -205,7 +205,7 @@ class BatchGuides:
         guides = []
         for number, use in enumerate(self._uses):
             images = []
-            for image in self._pictures:
+            for image in self._images:
                 path = image.guides[number if len(image.guides) > 1 else 0]
                 frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
                 images.append(rearrange(frame.float() / 255, "h w c -> c h w"))

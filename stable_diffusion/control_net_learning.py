@@ -167,7 +167,7 @@ def describe_control_net(
         make=partial(make_control_net, path, own_rate, checkpoints, files.kind),
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
-        usual_rate=DefaultRate(5e-7, "1e-5", 5e-4),
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=partial(_write, files),
         start_option=WEIGHTS.removeprefix("--"),
     )

@@ -12,7 +12,7 @@ from stable_diffusion.training_options import StableDiffusionTrainingOptions
 WEIGHTS = "--controlnet_model_name_or_path"
 _NONE = "a ControlNet is a copy of the U-Net's first half, and has no such setting. Leave it out"
 # settings of `training.image_options.control_trainer`
-REFUSED: Mapping[str, str] = {
+REJECTED: Mapping[str, str] = {
     "network_dim": _NONE,
     "network_dropout": _NONE,
     "network_weights": f"Give the ControlNet to start from to {WEIGHTS}",

@@ -35,7 +35,7 @@ from contract.made_networks import MadeNetwork
 from contract.new_words import WordToLearn
 from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from contract.whole import CheckpointWriter, LearningParts
 from encoders import control_pictures
 from encoders.pictures import ModelOfImages, image_defaults
@@ -455,7 +455,12 @@ class StableDiffusion(ModelOfImages):
         return conditions
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict noise or v, B 4 1 h w, from states of texts B L C, and of SDXL pool2 B C and sizes B 6."""
         device = noisy.device
@@ -616,7 +621,7 @@ def family_for_training(
         says_v2=says_v2,
         says_v=options.v_parameterization,
         dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
-        scripts=FULL_BY if options.is_whole else TRAINED_BY,
+        scripts=FULL_BY if options.is_full else TRAINED_BY,
     )
     predicts_v = files.predicts_v
     check_prediction(options, predicts_v)

@@ -92,13 +92,17 @@ def read_folder_marks(folder: Path) -> Marks:
 def _check_schedule(schedule: Mapping[str, Any], file: Path) -> None:
     """Raise CheckpointError for other noise than that of Stable Diffusion: no other is made here."""
     for name, default in _NOISE.items():
-        stated = schedule.get(name, default)
-        is_same = stated == default
-        if isinstance(default, float) and isinstance(stated, (int, float)) and not isinstance(stated, bool):
-            is_same = abs(stated - default) < SAME_BETA  # never for NaN
+        declared = schedule.get(name, default)
+        is_same = declared == default
+        if (
+            isinstance(default, float)
+            and isinstance(declared, (int, float))
+            and not isinstance(declared, bool)
+        ):
+            is_same = abs(declared - default) < SAME_BETA  # never for NaN
         if not is_same:
             raise CheckpointError(
-                f"{file}: {name} is {shorten(str(stated), MAX_SHOWN)}; Stable Diffusion was trained with "
+                f"{file}: {name} is {shorten(str(declared), MAX_SHOWN)}; Stable Diffusion was trained with "
                 f"{'none' if default is None else default}, and no other noise is made here. Give another "
                 "model, or the settings that it was trained with.",
                 file,
@@ -141,13 +145,13 @@ def read_folder_vae(folder: Path, option: str, latent_scale: float, files: ExitS
             "which those of Stable Diffusion do not.",
             folder,
         )
-    stated = config.get("scaling_factor", latent_scale)
-    if stated != latent_scale:
+    declared = config.get("scaling_factor", latent_scale)
+    if declared != latent_scale:
         logger.warning(
             "%s: its config.json says that latents are scaled by %s; the model was trained with %s, which is "
             "used",
             folder,
-            stated,
+            declared,
             latent_scale,
         )
     return read_vae(checkpoint, option, latent_scale)
@@ -235,9 +239,11 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
         if name in config and not isinstance(config[name], kind):
             raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
     parameters = inspect.signature(network.__init__).parameters
-    stated = {name: value for name, value in config.items() if name in parameters}
-    settings = {name: parameter.default for name, parameter in parameters.items() if name != "self"} | stated
-    ignored = sorted(config.keys() - stated.keys())
+    declared = {name: value for name, value in config.items() if name in parameters}
+    settings = {
+        name: parameter.default for name, parameter in parameters.items() if name != "self"
+    } | declared
+    ignored = sorted(config.keys() - declared.keys())
     ignored = [name for name in ignored if not name.startswith("_")]
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))

@@ -34,7 +34,7 @@ _NO_SKIP = _OWN_LOOP.format("leave out some of them")
 _NO_SECOND = _OWN_LOOP.format("attend to a second text")
 _NO_SHARE = _OWN_LOOP.format("share them between processes")
 # shared options that act on the blocks of a transformer
-REFUSED: Mapping[str, str] = {
+REJECTED: Mapping[str, str] = {
     **dict.fromkeys((*SWAPPING, "block_swap_ring_size"), _NO_SWAP),
     **dict.fromkeys(("slg_mode", "slg_layers", "slg_scale", "slg_start", "slg_end"), _NO_SKIP),
     **dict.fromkeys(("nag_prompt", "nag_scale", "nag_tau", "nag_alpha"), _NO_SECOND),
@@ -92,7 +92,7 @@ def script_defaults(side: int, side_step: int) -> ScriptDefaults:
             "sample_solver": ("--sampler", "--sample_solver"),
         },
         without=("flow_shift",),
-        refused=REFUSED,
+        refused=REJECTED,
     )
 
 

@@ -83,7 +83,7 @@ class LearntRows(nn.Module):
     def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.word = word
-        self.usual_norms: dict[str, float] = {}  # mean norm of the rows of each table
+        self.default_norms: dict[str, float] = {}  # mean norm of the rows of each table
         for name, tensor in rows.items():
             self.register_parameter(name, Parameter(tensor))
 
@@ -98,7 +98,7 @@ class LearntRows(nn.Module):
         """Log the norm of each row next to the mean norm of the table's rows; warn of rows that are loud."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
-            default = self.usual_norms[name]
+            default = self.default_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
             if max(norms) > LOUD * default:
                 logger.warning(
@@ -170,7 +170,7 @@ class Inversion:
             make=self.make,
             check=self.check,
             generate=_leave_command,
-            usual_rate=DEFAULT_RATE,
+            default_rate=DEFAULT_RATE,
             write=write_rows,
             report=report_rows,
             start_option="weights",
@@ -206,7 +206,7 @@ class Inversion:
         for name, table in zip(self.names, tables, strict=True):
             table.rows = partial(getattr, rows, name)
             if with_values:
-                rows.usual_norms[name] = float(table.weight.detach().float().norm(dim=1).mean())
+                rows.default_norms[name] = float(table.weight.detach().float().norm(dim=1).mean())
         return rows
 
     def _make_starts(self, tables: Sequence[Tensor]) -> list[Tensor]:

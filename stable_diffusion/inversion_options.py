@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_fault
+from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from modules.errors import OptionError
 from modules.options import FREE, IDENTITY, Options, option
 
@@ -52,7 +52,7 @@ class InversionOptions(Options, title="textual inversion"):
     )
 
     def __post_init__(self) -> None:
-        why = "" if self.token_string is None else find_fault(self.token_string)
+        why = "" if self.token_string is None else find_error(self.token_string)
         if why:
             raise OptionError(f"--token_string {self.token_string!r} {why}")
 

@@ -271,10 +271,10 @@ def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
             `control_nets`.
         MediaError: If a file is not an image.
     """
-    guides = [_list_pictures(path) for path in options.guide_image_path or ()]
+    guides = [_list_images(path) for path in options.guide_image_path or ()]
     inputs = Inputs(
-        images=_list_pictures(options.image_path),
-        masks=_list_pictures(options.mask_path),
+        images=_list_images(options.image_path),
+        masks=_list_images(options.mask_path),
         guides=tuple(chain.from_iterable(guides)),
         guides_at_once=max(control_nets, 1),
     )
@@ -286,7 +286,7 @@ def find_inputs(options: ImageInputOptions, control_nets: int) -> Inputs:
     return inputs
 
 
-def _list_pictures(path: Path | None) -> tuple[Path, ...]:
+def _list_images(path: Path | None) -> tuple[Path, ...]:
     if path is None:
         return ()
     paths = folder_images(path) if path.is_dir() else [path]

@@ -152,7 +152,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
         generate=partial(say_generation, options, "--control_net_lllite_models"),
-        usual_rate=DefaultRate(2e-5, "2e-4", 5e-3),
+        default_rate=DefaultRate(2e-5, "2e-4", 5e-3),
         values={"ss_network_dim": rank, "ss_cond_emb_dim": width},
     )
 

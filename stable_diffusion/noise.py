@@ -107,7 +107,7 @@ def make_noise_spec(
         shares = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
     return NoiseSpec(
         training_offset=0.0,
-        whole_timesteps=True,
+        integer_timesteps=True,
         table=tuple((1 - shares).sqrt().tolist()),
         keeps_variance=True,
         predicts_v=predicts_v,

@@ -283,7 +283,7 @@ def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Pat
         pipe=run.maker.model,
         networks=run.maker.networks,
         random=asking.seeds.random,
-        count_images=lambda: asking.num_pictures,
+        count_images=lambda: asking.num_images,
     )
 
     def prompted() -> Iterator[Line]:
@@ -308,7 +308,7 @@ def _make_lines(
     run = start(lines)
     paths = run.make_all(_yield_rounds(run, lambda: usable), failures)
     images = run.asking.inputs.images
-    unused = len(images) - run.asking.num_pictures
+    unused = len(images) - run.asking.num_images
     if unused > 0 and not lines[0].is_plain:
         logger.warning(
             "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
@@ -327,7 +327,7 @@ def _yield_rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Ite
     for number in range(1, prompts.n_iter + 1):
         if prompts.n_iter > 1:
             logger.info("Round %d of %d", number, prompts.n_iter)
-        asking.num_pictures = 0
+        asking.num_images = 0
         if prompts.iter_same_seed:
             asking.seeds.begin_round()
         lines = lines_of_round()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.data import Conditions
-from contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
+from contract.steps import NO_OVERRIDES, Guidance, Overrides, Predict, Section, Step
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
@@ -307,10 +307,15 @@ class UnetPasses:
     inpainting: Tensor | None = None
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Return the U-Net's noise or v, R 4 1 h w, float32. `timesteps`: R, all equal."""
-        turn = tweaks.turn
+        turn = overrides.turn
         assert turn is not None  # the loop sets it
         call = UnetCall(
             step=turn.step,

@@ -155,11 +155,11 @@ class Texts:
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))
-        warn_of_unread(parts, self._towers[longest].tokenize, len(by_tower[longest]), self._most)
+        warn_of_unused(parts, self._towers[longest].tokenize, len(by_tower[longest]), self._most)
         return [chunks[: self._most] for chunks in by_tower]
 
 
-def warn_of_unread(
+def warn_of_unused(
     parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
 ) -> None:
     """Warn of a text whose end is not read.

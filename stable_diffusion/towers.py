@@ -38,7 +38,7 @@ from stable_diffusion.text import (
     check_layer,
     default_layer,
     join_chunks,
-    warn_of_unread,
+    warn_of_unused,
     weigh_states,
     weights_of,
 )
@@ -252,7 +252,7 @@ class TowerEncoder:
         tokenize = self._counting_words.tokenize
         chunks = cut_into_chunks(parts, tokenize)
         if self._tells_cut:
-            warn_of_unread(parts, tokenize, len(chunks), self._chunks)
+            warn_of_unused(parts, tokenize, len(chunks), self._chunks)
         return min(len(chunks), self._chunks)
 
     @cached_property

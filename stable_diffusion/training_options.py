@@ -128,7 +128,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     # of a training of all weights
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the script trains a whole checkpoint; `OfFullCheckpoint` overrides this."""
         return False
 

@@ -260,8 +260,8 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
     is_xl = release.kind is SDXL
     index: dict[str, Any] = {"force_zeros_for_empty_prompt": True} if is_xl else {}
     if source.is_dir() and (source / _INDEX).is_file():
-        stated = read_settings(source / _INDEX)
-        index |= {name: value for name, value in stated.items() if not isinstance(value, list | dict)}
+        declared = read_settings(source / _INDEX)
+        index |= {name: value for name, value in declared.items() if not isinstance(value, list | dict)}
     index |= {
         "scheduler": ["diffusers", scheduler],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -27,7 +27,7 @@ class OfFullCheckpoint:
     full_bf16: bool
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the script trains a whole checkpoint: true for every script with these options."""
         return True
 

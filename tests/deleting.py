@@ -138,7 +138,7 @@ def name_what_it_brings(name: str) -> list[str]:
     return [f"--{option_name(declared)}" for declared in fields(parts[name].options)]
 
 
-def find_faults(tree: Path, name: str) -> list[str]:
+def find_errors(tree: Path, name: str) -> list[str]:
     """Import all modules in a tree, ask each script that caches, trains or uses networks for its help; return
     what fails. name: of what was deleted, which none of them may know any more.
     """
@@ -188,7 +188,7 @@ def check_deletion(name: str, folder: Path) -> list[str]:
     tree = folder / "tree"
     copy_tree(tree)
     delete_from(tree, name)
-    errors = find_faults(tree, name)
+    errors = find_errors(tree, name)
     if not errors and train_in(tree, folder / "without") != train_here():
         errors.append("a plain folder gives other caches, or another LoRA")
     return errors

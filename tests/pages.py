@@ -17,7 +17,7 @@ FENCE = re.compile(r"^```(\w*)$")
 SHOWN = re.compile(
     r"# ([\w./-]+\.(?:toml|txt|json|py))$"
 )  # the first line of a block: it is this file's content
-PICTURE = re.compile(r"--f (\w+)")  # in a prompt of gen_img.py
+IMAGE = re.compile(r"--f (\w+)")  # in a prompt of gen_img.py
 LISTED = re.compile(r"(\S+(?: \S+)*?)  +\S")  # a line of a list of the reader's files: path, meaning
 # the pages whose files a page's commands use too
 SOURCES = re.compile(r"use the files of ((?:\[[\w.]+\]\(\w+\.md[\w#-]*\)(?:, | and )?)+)")
@@ -178,7 +178,7 @@ def outputs_of(command: Command, folder: Path) -> list[str]:
         return [] if "--list" in command.words else [*_downloaded(command)]
     if script == "gen_img.py":
         return [
-            f"{command.value('--outdir')}/{name}.png" for name in PICTURE.findall(command.value("--prompt"))
+            f"{command.value('--outdir')}/{name}.png" for name in IMAGE.findall(command.value("--prompt"))
         ]
     if script == "reelsmith.py":
         return [*_of_project(command.arguments, folder)]

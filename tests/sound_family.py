@@ -19,11 +19,11 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from contract.data import Conditions, Joint, Sound, SoundSpec
-from contract.family import Abilities, Family, HearsSound, NoiseSource
+from contract.data import Audio, AudioSpec, Conditions, Joint
+from contract.family import Abilities, Family, HearsAudio, NoiseSource
 from contract.requests import Prepared, Request
 from contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from modules.command import command_line
@@ -41,7 +41,7 @@ STREAMS = GuidanceRules(
 )
 
 
-def sound_shape(frames: int, fps: float) -> tuple[int, int, int]:
+def audio_shape(frames: int, fps: float) -> tuple[int, int, int]:
     """C T M of a clip's sound."""
     return CHANNELS, math.ceil(frames / fps * ROWS), WIDTH
 
@@ -61,34 +61,34 @@ class Speaker(nn.Module):
 
 
 @dataclass(frozen=True)
-class SoundWan(Wan):
-    """Wan with sound, made by `with_sound`."""
+class AudioWan(Wan):
+    """Wan with sound, made by `with_audio`."""
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
-    sound: SoundSpec | None = SoundSpec(RATE, CHANNELS, sound_shape)
+    audio: AudioSpec | None = AudioSpec(RATE, CHANNELS, audio_shape)
     rules: GuidanceRules = AS_PLAIN
     levels: tuple[float, ...] = ()
-    given_sound: Tensor | None = None  # C T M
+    given_audio: Tensor | None = None  # C T M
     diary: list[str] = field(default_factory=list)
 
     @property
-    def sound_identity(self) -> Mapping[str, str]:
+    def audio_identity(self) -> Mapping[str, str]:
         return {"sound": "1"}
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> Speaker:
+    def audio_networks(self, device: torch.device, decodes: bool) -> Speaker:
         self.diary.append("load sound")
         return Speaker(device)
 
-    def encode_sound(self, networks: Speaker, samples: Tensor, frames: int, fps: float) -> Tensor:
-        channels, rows, width = sound_shape(frames, fps)
+    def encode_audio(self, networks: Speaker, samples: Tensor, frames: int, fps: float) -> Tensor:
+        channels, rows, width = audio_shape(frames, fps)
         full = torch.zeros(len(samples), channels, rows * width, device=samples.device)
         count = min(full.shape[2], samples.shape[2])
         full[:, :, :count] = samples[:, :, :count] * networks.scale
         return full.unflatten(2, (rows, width))
 
-    def decode_sound(self, networks: Speaker, latents: Tensor) -> Sound:
+    def decode_audio(self, networks: Speaker, latents: Tensor) -> Audio:
         self.diary.append("decode sound")
-        return Sound((latents[0].flatten(1) * networks.scale).float(), RATE)
+        return Audio((latents[0].flatten(1) * networks.scale).float(), RATE)
 
     def media_encoders(self, device: torch.device, images: bool = True) -> Any:
         self.diary.append("load vae")
@@ -96,10 +96,10 @@ class SoundWan(Wan):
 
     def prepare(self, request: Request) -> Prepared:
         prepared = super().prepare(request)
-        if self.sound is None or prepared.frames == 1:
+        if self.audio is None or prepared.frames == 1:
             return replace(prepared, rules=self.rules)
         _, *image = self.latent.shape(prepared.frames, prepared.height, prepared.width)
-        joint = Joint(tuple(image), self.sound.shape(prepared.frames, prepared.fps))
+        joint = Joint(tuple(image), self.audio.shape(prepared.frames, prepared.fps))
         return replace(prepared, joint=joint, rules=self.rules, levels=self.levels)
 
     def sections(
@@ -113,59 +113,64 @@ class SoundWan(Wan):
         section, joint = next(found), prepared.joint
         if joint is None:
             return (yield section)
-        full = joint.join(section.noise, noise.draw((1, *joint.sound)))
-        given = None if self.given_sound is None else self.given_sound[None]
-        return (yield replace(section, noise=full, given_sound=given))
+        full = joint.join(section.noise, noise.draw((1, *joint.audio)))
+        given = None if self.given_audio is None else self.given_audio[None]
+        return (yield replace(section, noise=full, given_audio=given))
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        joint = tweaks.joint
+        joint = overrides.joint
         # what Wan's own network does not know is made here
-        plain = replace(tweaks, joint=None, skip_self_attention=frozenset(), isolated=False)
+        plain = replace(overrides, joint=None, skip_self_attention=frozenset(), isolated=False)
         if joint is None:
             return super().predict(dit, noisy, timesteps, cond, plain)
-        image, sound = joint.split(noisy)
-        of_image, of_sound = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
+        image, audio = joint.split(noisy)
+        of_image, of_audio = timesteps.unbind(1) if timesteps.ndim == 2 else (timesteps, timesteps)
         velocity = super().predict(dit, image, of_image, cond, plain)
-        velocity = velocity * (1 - 0.2 * len(tweaks.skip_self_attention))
+        velocity = velocity * (1 - 0.2 * len(overrides.skip_self_attention))
         loudness = torch.stack([text.mean() for text in cond["t5"]]).to(noisy).view(-1, 1, 1, 1)
-        if not tweaks.isolated:
+        if not overrides.isolated:
             loudness = loudness + image.mean(dim=(1, 2, 3, 4)).view(-1, 1, 1, 1) / 10
-            velocity = velocity + sound.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1)
-        loudness = 0.5 + loudness / 10 - 0.1 * len(tweaks.skip_self_attention)
-        clean = tone(joint.sound).to(noisy) * loudness
-        sigma = (of_sound / 1000).clamp(min=1e-6).view(-1, 1, 1, 1)
-        return joint.join(velocity, (sound - clean) / sigma)
+            velocity = velocity + audio.mean(dim=(1, 2, 3)).view(-1, 1, 1, 1, 1)
+        loudness = 0.5 + loudness / 10 - 0.1 * len(overrides.skip_self_attention)
+        clean = tone(joint.audio).to(noisy) * loudness
+        sigma = (of_audio / 1000).clamp(min=1e-6).view(-1, 1, 1, 1)
+        return joint.join(velocity, (audio - clean) / sigma)
 
 
-def with_sound(family: Wan, **changes: Any) -> SoundWan:
+def with_audio(family: Wan, **changes: Any) -> AudioWan:
     """Return the family with sound. changes: of the fields of `SoundWan`."""
     given = {one.name: getattr(family, one.name) for one in fields(family) if one.init}
-    return SoundWan(**given, **changes)
+    return AudioWan(**given, **changes)
 
 
-_: type[Family] = SoundWan
-_hears: type[HearsSound] = SoundWan
+_: type[Family] = AudioWan
+_hears: type[HearsAudio] = AudioWan
 
 main = generation_script("wan", ScriptDefaults(fps=16, has_sound=True), __doc__)
 
 
-def generate_with_sound(argv: Sequence[object] | None = None, **changes: Any) -> None:
-    """Run the script; argv: None: with the words of the command line. changes: as of `with_sound`."""
+def generate_with_audio(argv: Sequence[object] | None = None, **changes: Any) -> None:
+    """Run the script; argv: None: with the words of the command line. changes: as of `with_audio`."""
     from generation.run import generate
 
     words = None if argv is None else [str(word) for word in argv]
-    main(words, make=lambda family, options: generate(with_sound(family, **changes), options))
+    main(words, make=lambda family, options: generate(with_audio(family, **changes), options))
 
 
-def tiny_sound_family(words: Sequence[str], **changes: Any) -> SoundWan:
-    """Return the family for generation. words: of the models. changes: as of `with_sound`."""
-    made: list[SoundWan] = []
+def tiny_audio_family(words: Sequence[str], **changes: Any) -> AudioWan:
+    """Return the family for generation. words: of the models. changes: as of `with_audio`."""
+    made: list[AudioWan] = []
     default = ("--save_path", "unused", "--prompt", "x")
-    main([*words, *default], make=lambda family, _: made.append(with_sound(family, **changes)))
+    main([*words, *default], make=lambda family, _: made.append(with_audio(family, **changes)))
     return made[0]
 
 
 if __name__ == "__main__":
-    command_line(partial(generate_with_sound, rules=STREAMS))
+    command_line(partial(generate_with_audio, rules=STREAMS))

@@ -169,7 +169,7 @@ LINES = {
 }
 # kinds of scripts
 LATENTS, TEXTS, TRAINING, GENERATION = "latents", "texts", "training", "generation"
-WHOLE, PICTURES = "whole training", "gen_img"
+FULL, IMAGES = "whole training", "gen_img"
 SLIDER = """[[sliders]]
 positive = "a red square"
 negative = "a blue circle"
@@ -223,8 +223,8 @@ def _read_video(path: Path) -> Iterator[tuple[str, str]]:
         )
         for key, text in _flat(dict(container.metadata)):
             yield f"@{key}", text
-        sounds = [frame.to_ndarray() for frame in container.decode(audio=0)] if "audio" in kinds else []
-    yield "sound", _digest(b"".join(sound.tobytes() for sound in sounds))
+        audios = [frame.to_ndarray() for frame in container.decode(audio=0)] if "audio" in kinds else []
+    yield "sound", _digest(b"".join(audio.tobytes() for audio in audios))
     yield "pixels", _digest(b"".join(frame.tobytes() for frame in video_frames(path)))
 
 

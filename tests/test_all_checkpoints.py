@@ -45,7 +45,7 @@ from contract.loading import Placement
 from flux_2.model import Flux2Model
 from krea2.configs import Krea2StreamConfig
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from running.offload.swap_plan import max_blocks
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
@@ -446,7 +446,7 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
 def test_blocks_without_their_modulation_are_kept_in_8_bits(
     tmp_path: Path, name: str, blocks: tuple[str, ...], kept: set[str]
 ) -> None:
-    kind, place = KINDS[name], Placement(torch.device("cpu"), quantisation=Quantisation("rows"))
+    kind, place = KINDS[name], Placement(torch.device("cpu"), quantization=Quantization("rows"))
 
     loaded = kind.checkpoints.load_dit(kind.write(tmp_path, kind.state(dtype=torch.bfloat16)), place)
 
@@ -475,7 +475,7 @@ MOSS = {
 }
 FIBO = {
     **{"dim": 3584, "ffn_dim": 9536, "num_heads": 28, "num_layers": 44, "noise_refiner_layers": 2},
-    **{"in_dim": 128, "text_dim": 7680, "most_gist": 512, "injections": (6, 14, 22, 30, 38)},
+    **{"in_dim": 128, "text_dim": 7680, "max_gist": 512, "injections": (6, 14, 22, 30, 38)},
     "rotary_widths": (32, 48, 48),
 }
 Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 48)}

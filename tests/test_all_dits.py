@@ -16,7 +16,7 @@ from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.data import Conditions
 from contract.requests import Request
-from contract.steps import Away, Section, Tweaks
+from contract.steps import Away, Overrides, Section
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.flow.solvers import solver_for
@@ -204,8 +204,8 @@ def velocity(
     **given: Any,
 ) -> Tensor:
     """What the transformer makes of the usual inputs with a second text, if one is given."""
-    tweaks = Tweaks(away=None if second is None else Away(second, steer))
-    return tiny.make(2)(**{**tiny.inputs(LONGER, batch), **given}, tweaks=tweaks)
+    overrides = Overrides(away=None if second is None else Away(second, steer))
+    return tiny.make(2)(**{**tiny.inputs(LONGER, batch), **given}, overrides=overrides)
 
 
 def assert_same(steered: Tensor, plain: Tensor) -> None:
@@ -280,7 +280,7 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
 @pytest.mark.parametrize("tiny", ONE_OF_EACH_BLOCK, ids=lambda each: each.name)
 def test_compiled_blocks_see_a_second_text_too(tiny: TinyDit) -> None:
     torch._dynamo.reset()  # the families share a forward, and a process compiles it 8 times
-    inputs = {**tiny.inputs(LONGER, 1), "tweaks": Tweaks(away=Away(other_text(tiny), NAG))}
+    inputs = {**tiny.inputs(LONGER, 1), "overrides": Overrides(away=Away(other_text(tiny), NAG))}
     dit = tiny.make(1)
     with torch.no_grad():
         expected = dit(**inputs)
@@ -300,7 +300,8 @@ def test_the_image_is_seen_as_without_a_second_text() -> None:
     dit = tiny.make(1)
     block = dit.get_submodule("blocks.0.cross_attn")
     embedded = dit.embed(  # type: ignore[operator]
-        *tiny.inputs(LONGER, 1).values(), Tweaks(away=Away(other_text(tiny), lambda first, second: 0 * first))
+        *tiny.inputs(LONGER, 1).values(),
+        Overrides(away=Away(other_text(tiny), lambda first, second: 0 * first)),
     )
 
     with torch.no_grad():
@@ -383,7 +384,7 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit, tweaked: bool) -> None:
     inputs = {name: sent(value) for name, value in tiny.inputs(LONGER, 2).items()}
     if tweaked:
         slow = None if tiny.name == "framepack" else Slow(3, 90.0)
-        inputs["tweaks"] = Tweaks(away=Away(texts_of(inputs), NAG), slow_frames=slow)
+        inputs["overrides"] = Overrides(away=Away(texts_of(inputs), NAG), slow_frames=slow)
 
     assert waits(dit, inputs) == []
 
@@ -393,14 +394,14 @@ def test_given_frames_wait_for_nothing_either() -> None:
     dit = TI2V.make(2).to(META)
     inputs = {name: sent(value) for name, value in TI2V.inputs(LONGER, 2).items()}
 
-    assert waits(dit, {**inputs, "tweaks": Tweaks(given_frames=1)}) == []
+    assert waits(dit, {**inputs, "overrides": Overrides(given_frames=1)}) == []
 
 
 class Halves:
     """A family whose velocity is half of what the passes are given."""
 
     def predict(
-        self, dit: torch.nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks
+        self, dit: torch.nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, overrides: Overrides
     ) -> Tensor:
         return 0.5 * noisy + timesteps.view(-1, 1, 1, 1, 1)
 

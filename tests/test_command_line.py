@@ -247,7 +247,7 @@ def test_help_shows_defaults_and_colours_on_a_terminal_only(
 
     parser.print_help()
     plain = capsys.readouterr().out
-    monkeypatch.setattr(parsing, "wants_colour", lambda _: True)
+    monkeypatch.setattr(parsing, "wants_color", lambda _: True)
     parser.print_help()
     colored = capsys.readouterr().out
 

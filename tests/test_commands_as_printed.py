@@ -35,7 +35,7 @@ INT8 = ["--convrot_int8"]
 FP8 = ["--fp8_base", "--fp8_scaled"]
 # options of a training -> those that its page prints for generation
 FORMS = {"plain": ([], []), "nf4": (NF4, ["--nf4", *NF4[1:]]), "int8": (INT8, INT8), "fp8": (FP8, FP8[1:])}
-PICTURES = {"IMAGE_FILE": "start.png", "END_IMAGE_FILE": "end.png"}
+IMAGES = {"IMAGE_FILE": "start.png", "END_IMAGE_FILE": "end.png"}
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def fill_in(line: str, missing: list[str], known: Command) -> str:
     for word in missing:
         place = words.index(word)
         option = words[place - 1]
-        if word in PICTURES or option in known:
-            words[place] = PICTURES.get(word) or known[known.index(option) + 1]
+        if word in IMAGES or option in known:
+            words[place] = IMAGES.get(word) or known[known.index(option) + 1]
         else:  # Chroma has no CLIP
             del words[place - 1 : place + 1]
     return shlex.join(words)
@@ -242,14 +242,14 @@ def test_all_that_is_printed_runs(case: PrintedCase, tmp_path: Path) -> None:
     typed(longer[1], folder, ["--overwrite"])
 
 
-WHOLE = [
+FULL = [
     pytest.param(family, id=family.name, marks=[pytest.mark.slow] * (family.name != "krea2"))
     for family in FAMILIES
-    if family.train_whole
+    if family.train_full
 ]
 
 
-@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("family", FULL)
 def test_what_is_printed_after_a_whole_training_runs(family: TinyFamily, tmp_path: Path) -> None:
     """Generate with the file, and extract a LoRA of the change, with which generation runs too."""
     folder = tmp_path / "a folder \u00fc"
@@ -258,7 +258,7 @@ def test_what_is_printed_after_a_whole_training_runs(family: TinyFamily, tmp_pat
     succeed_here(*family.cache_latents, folder=folder)
     succeed_here(*family.cache_texts, folder=folder)
     models = family.train[1 : family.train.index("--network_module")]
-    words = [family.train_whole, *models, *OUTPUT, "--learning_rate", "1e-3", "--max_train_steps", "1"]
+    words = [family.train_full, *models, *OUTPUT, "--learning_rate", "1e-3", "--max_train_steps", "1"]
 
     said = succeed_here(*words, folder=folder)
 

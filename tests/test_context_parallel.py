@@ -222,8 +222,8 @@ def test_each_weight_of_a_whole_transformer_learns_as_in_one_process(
     before = load_file(project.folder / "model" / "dit.safetensors")
     count = 3 if name == "z_image" else 2
 
-    alone = project.train("alone", 1, *STEPS, is_whole=True)
-    shared = project.train("shared", count, *STEPS, "--context_parallel", count, is_whole=True)
+    alone = project.train("alone", 1, *STEPS, is_full=True)
+    shared = project.train("shared", count, *STEPS, "--context_parallel", count, is_full=True)
 
     for tensor, weight in alone.items():
         change = (weight - before[tensor]).abs().max() if tensor in before else 0

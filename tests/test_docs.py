@@ -79,7 +79,7 @@ GENERATION = "--video_size 32 32 --video_length 5 --infer_steps 2"
 # --overwrite: other commands of a page read what was laid out under the same name
 TRAINING = "--max_train_epochs 1 --max_data_loader_n_workers 0 --overwrite"
 LORA = f"{TRAINING} --network_dim 2"
-PICTURE = "--image_size 64 64 --infer_steps 2"
+IMAGE = "--image_size 64 64 --infer_steps 2"
 QUICK_VAE = "--vae_dtype float32"  # a CPU takes long in float16
 SMALLER = {
     "tools/compare.py": GENERATION,
@@ -92,11 +92,11 @@ SMALLER = {
     "ltx2_generate_video.py": "--video_size 32 32 --video_length 9 --infer_steps 2",
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": f"{LORA} --no_resize_control",
-    "flux_kontext_generate_image.py": f"{PICTURE} --no_resize_control",
+    "flux_kontext_generate_image.py": f"{IMAGE} --no_resize_control",
     "gen_img.py": "--W 64 --H 64 --steps 2",
-    **dict.fromkeys(("sd_generate_image.py", "sdxl_generate_image.py"), PICTURE),
+    **dict.fromkeys(("sd_generate_image.py", "sdxl_generate_image.py"), IMAGE),
     "flux_minimal_inference.py": "--width 64 --height 64 --steps 2",
-    "hunyuan_image_minimal_inference.py": f"{PICTURE} {QUICK_VAE}",
+    "hunyuan_image_minimal_inference.py": f"{IMAGE} {QUICK_VAE}",
     "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
     "fpack_train.py": f"{TRAINING} --latent_window_size 1",
     "fpack_train_network.py": f"{LORA} --latent_window_size 1 --sample_every_n_epochs 1",
@@ -113,8 +113,8 @@ SMALLER = {
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
     **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "wan", *OF_IMAGES)},
-    **{f"{name}_generate_image.py": PICTURE for name in OF_IMAGES if name != "hunyuan_image"},
-    "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
+    **{f"{name}_generate_image.py": IMAGE for name in OF_IMAGES if name != "hunyuan_image"},
+    "krea2_generate_image.py": f"{IMAGE} --width 64 --height 64",
 }
 # left out: a CPU takes long in float16
 NOT_ON_CPU = {name: {"--fp16"} for name in ("gen_img.py", "sd_generate_image.py", "sdxl_generate_image.py")}

@@ -23,16 +23,16 @@ from tests.option_settings import SETTINGS
 from tests.sweeping import (
     ACTS,
     FAILS,
+    FULL,
     GENERATION,
+    IMAGES,
     LATENTS,
     METADATA,
-    PICTURES,
     REJECTS,
     SAYS,
     SILENT,
     TEXTS,
     TRAINING,
-    WHOLE,
     Setting,
     Swept,
     info_of_option,
@@ -48,7 +48,7 @@ from tests.tiny.runs import RUN
 FIRST = ("wan t2v-1.3B", "flux")
 BY_NAME = {family.name: family for family in (*FAMILIES, *FURTHER)}
 SWEPT = (*FIRST, *(name for name in BY_NAME if name not in FIRST))
-KINDS = (LATENTS, TEXTS, TRAINING, WHOLE, GENERATION, PICTURES)
+KINDS = (LATENTS, TEXTS, TRAINING, FULL, GENERATION, IMAGES)
 TRAIN = (*RUN, "--output_dir", "out")
 GENERATE = (
     *("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3", "--seed", "7"),
@@ -82,11 +82,11 @@ def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
     """The script of a family and the words of a run that is short."""
     if kind == TRAINING:
         return (*family.train, *TRAIN)
-    if kind == WHOLE:
+    if kind == FULL:
         of_lora = "--network_module"  # what follows it is of the LoRA too
         models = family.train[1 : family.train.index(of_lora) if of_lora in family.train else None]
-        return (family.train_whole, *models, "--learning_rate", "1e-3", *TRAIN) if family.train_whole else ()
-    if kind == PICTURES:
+        return (family.train_full, *models, "--learning_rate", "1e-3", *TRAIN) if family.train_full else ()
+    if kind == IMAGES:
         return GEN_IMG if family.name == GEN_IMG_MODEL else ()
     if kind == GENERATION:
         form = "latent_images" if family.generate[0].endswith("image.py") else "both"
@@ -103,7 +103,7 @@ def new_options() -> dict[tuple[str, str], list[str]]:
     for name in SWEPT:
         for kind in KINDS:
             command = command_of(BY_NAME[name], kind)
-            loop = TRAINING if kind == WHOLE else kind
+            loop = TRAINING if kind == FULL else kind
             own = {
                 (loop, one.dest, one.help): one.dest for one in (options_of(command[0]) if command else [])
             }
@@ -152,7 +152,7 @@ def is_known(key: str) -> bool:
 
 def setting_of(script: str, kind: str, dest: str) -> Setting:
     """The value of an option by script, by kind, or by name alone."""
-    keys = (f"{script}.{dest}", f"{kind}.{dest}", *[f"{TRAINING}.{dest}"] * (kind == WHOLE), dest)
+    keys = (f"{script}.{dest}", f"{kind}.{dest}", *[f"{TRAINING}.{dest}"] * (kind == FULL), dest)
     return next((SETTINGS[key] for key in keys if key in SETTINGS), Setting())
 
 

@@ -296,7 +296,7 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
 
     models = family.train[1 : family.train.index("--network_module")]
     steps = [*OUTPUT, "--max_train_steps", "3"]
-    succeed_here(family.train_whole, *models, *steps, *rate, *samples, folder=folder)
+    succeed_here(family.train_full, *models, *steps, *rate, *samples, folder=folder)
 
     before, after = (
         load_file(folder / name) for name in ("model/dit.safetensors", "output/lora.safetensors")
@@ -311,7 +311,7 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
         assert "lora" not in file.metadata()["modelspec.architecture"]
     page = read_run_page(folder / "output", "lora")
     page = typed_there(html.unescape(re.sub("<!--.*?-->", "", page)))
-    assert f"python {family.train_whole}" in page
+    assert f"python {family.train_full}" in page
     assert f"python {family.generate[0]}" in page
     generate = [*family.generate, *SIZE, "--prompt", "a cat", "--seed", "7"]
     succeed_here(*generate, "--dit", "output/lora.safetensors", "--save_path", "videos", folder=folder)
@@ -324,11 +324,11 @@ def test_the_trained_file_is_a_checkpoint_that_generation_loads(project: tuple[T
     assert (ours - untrained).abs().mean() > 12
 
 
-WITHOUT_SOUND = [each for each in FAMILIES if "sound" not in each.name]  # masks are of pictures alone
+WITHOUT_AUDIO = [each for each in FAMILIES if "sound" not in each.name]  # masks are of pictures alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", WITHOUT_SOUND, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", WITHOUT_AUDIO, ids=lambda family: family.name)
 def test_nothing_is_learned_of_black_masks(family: TinyFamily, tmp_path: Path) -> None:
     family.prepare(tmp_path)
     config = tmp_path / "dataset.toml"

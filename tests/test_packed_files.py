@@ -388,7 +388,7 @@ def test_a_whole_transformer_is_not_trained_on_small_weights(
     project.run(*project.family.cache_texts)
     _, *words = project.family.train
     place = words.index("--network_module")  # it, --network_dim and their values
-    words = [project.family.train_whole, *words[:place], *words[place + 4 :], "--output_dir", "whole"]
+    words = [project.family.train_full, *words[:place], *words[place + 4 :], "--output_dir", "whole"]
 
     found = run_here(*words, "--output_name", "x", "--max_train_steps", "1", folder=project.folder)
 

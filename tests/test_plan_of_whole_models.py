@@ -13,7 +13,7 @@ from project.kinds.whole_model import FREE
 from running.planning import dry_run as dry
 from tests.manifests import tensor_list, write_hollow
 from training.experts import placement_of
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning.rehearsal import dress_trainable
 
@@ -90,7 +90,7 @@ def test_the_plan_counts_what_the_page_says(name: str, column: int, tmp_path: Pa
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list(manifest))
     entry = FAMILIES[family_name]
     record = entry.options_record("Training")
-    parser = training_parser("", WholeDitOptions)
+    parser = training_parser("", FullDitOptions)
     add_options(parser, record)
     words = [*NEEDED, *COLUMNS[column], *more, "--dit", str(path)]
     args = read_arguments(parser, words, {})

@@ -57,23 +57,23 @@ class Shared:
             succeed_here(*self.family.cache_texts, folder=folder)
 
     @property
-    def train_whole(self) -> list[str]:
+    def train_full(self) -> list[str]:
         """Return the command that trains the transformer itself."""
         models = self.family.train[1 : self.family.train.index("--network_module")]
-        return [self.family.train_whole, *models]
+        return [self.family.train_full, *models]
 
-    def run(self, processes: int, output: str, *words: object, is_whole: bool = False) -> None:
+    def run(self, processes: int, output: str, *words: object, is_full: bool = False) -> None:
         """Train a LoRA, or the transformer."""
-        default = self.train_whole if is_whole else self.family.train
+        default = self.train_full if is_full else self.family.train
         command = (*default, *RUN, "--output_dir", output, *words)
         if processes == 1:
             succeed_here(*command, folder=self.folder)
         else:
             run_in_processes(processes, *command, folder=self.folder)
 
-    def train(self, output: str, processes: int, *words: object, is_whole: bool = False) -> dict[str, Tensor]:
+    def train(self, output: str, processes: int, *words: object, is_full: bool = False) -> dict[str, Tensor]:
         """Return the tensors of the LoRA, or of the transformer."""
-        self.run(processes, output, *words, is_whole=is_whole)
+        self.run(processes, output, *words, is_full=is_full)
         return load_file(self.folder / output / "x.safetensors")
 
 
@@ -143,11 +143,11 @@ def test_an_odd_number_of_batches_samples_and_validation_are_those_of_whole_mode
     assert scalars(ours / "logs") == scalars(theirs / "logs")
 
 
-WHOLE = [family.name for family in FAMILIES if family.train_whole]
+FULL = [family.name for family in FAMILIES if family.train_full]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", FULL)
 def test_a_whole_transformer_that_is_split_is_that_of_one_process(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -159,13 +159,13 @@ def test_a_whole_transformer_that_is_split_is_that_of_one_process(
     words = ("--optimizer_type", "SGD", "--max_train_steps", 2)
     more = ("--gradient_checkpointing", "--shard_base", "--sample_prompts", "prompts.txt", "--save_state")
     more += ("--sample_every_n_steps", 1, "--save_every_n_steps", 1)
-    expected = project.train("whole", 1, *words, "--gradient_accumulation_steps", 2, is_whole=True)
+    expected = project.train("whole", 1, *words, "--gradient_accumulation_steps", 2, is_full=True)
 
-    found = project.train("split", 2, *words, *more, is_whole=True)
+    found = project.train("split", 2, *words, *more, is_full=True)
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-6)
     resume = ("--resume", "split/x-step00000001-state")
-    assert same(project.train("resumed", 2, *words, *more, *resume, is_whole=True), found)
+    assert same(project.train("resumed", 2, *words, *more, *resume, is_full=True), found)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ runpy.run_path(os.path.join({root!r}, {script!r}), run_name="__main__")
 """
 
 
-REFUSED = {
+REJECTED = {
     "swap": (("--blocks_to_swap", "1"), "--blocks_to_swap 1"),
     "input layers": (("--img_in_txt_in_offloading",), "--img_in_txt_in_offloading"),
     "foreign": (("--network_module", "lycoris.kohya"), "lycoris.kohya"),
@@ -355,9 +355,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", REJECTED)
 def test_what_processes_cannot_share_is_refused_by_name(project: Shared, what: str) -> None:
-    words, named = REFUSED[what]
+    words, named = REJECTED[what]
     command = (*project.family.train, *RUN, "--output_dir", "refused", "--shard_base", *words)
 
     assert_one_message(*run_here(*command, folder=project.folder), "--shard_base", named)

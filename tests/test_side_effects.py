@@ -112,7 +112,7 @@ MODEL = "--task t2v-1.3B --dit models/wan2.1_t2v_1.3B_bf16.safetensors"
 LATENTS = f"wan_cache_latents.py {DATA} {VAE}"
 TEXTS = f"wan_cache_text_encoder_outputs.py {DATA} {T5}"
 TRAIN = f"wan_train_network.py {DATA} {MODEL} --sdpa --output_dir output --output_name x --logging_dir logs"
-PICTURES = (
+IMAGES = (
     "flux_train_network.py --pretrained_model_name_or_path models/flux1-dev.safetensors "
     "--ae models/ae.safetensors --clip_l models/flux_clip_l.safetensors "
     "--t5xxl models/t5xxl_fp16.safetensors --train_data_dir train --resolution 64 --cache_latents "
@@ -125,7 +125,7 @@ LOOKS = (
     f"{TRAIN} --plan 12",
     f"{TRAIN} --show_timesteps console",
     f"wan_generate_video.py {MODEL} {VAE} {T5} --save_path videos --prompt x --plan 12",
-    f"{PICTURES} --check",
+    f"{IMAGES} --check",
     f"tools/caption_dataset.py {DATA} --dry_run",
     "tools/split_video.py --input clips --output scenes --dry_run",
     f"tools/convert_cache.py {DATA} --to shards --dry_run",

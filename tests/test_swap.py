@@ -39,10 +39,10 @@ OF_IMAGES = (
 )
 OF_IMAGES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit", "anima")
 OF_IMAGES += ("moss_image", "moss_image edit", "fibo_2", "fibo_2 edit")
-PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_IMAGES]
+IMAGES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_IMAGES]
 
 
-@pytest.fixture(scope="module", params=["wan t2v-1.3B", *LATER, *PICTURES])
+@pytest.fixture(scope="module", params=["wan t2v-1.3B", *LATER, *IMAGES])
 def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
     """With blocks enough to swap."""
     return make_project(family_called(request.param), tmp_path_factory.mktemp("swap"), write_deep)
@@ -116,13 +116,13 @@ def test_a_whole_transformer_is_trained_to_the_same_bits(
     """Saved in between, resumed, and sampled from; both the file and the state hold what the blocks have
     learned.
     """
-    if not project.family.train_whole:
+    if not project.family.train_full:
         pytest.skip("no script trains the whole transformer")
     models = project.family.train[1 : project.family.train.index("--network_module")]
 
     def train(name: str, *words: object) -> dict[str, Tensor]:
         default = (*RUN, *FUSED, *more, "--output_dir", tmp_path / name)
-        project.run(project.family.train_whole, *models, *default, *words)
+        project.run(project.family.train_full, *models, *default, *words)
         return load_file(tmp_path / name / "x.safetensors")
 
     expected = train("plain")

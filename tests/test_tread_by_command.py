@@ -114,7 +114,7 @@ def test_micro_batches_experts_and_a_whole_model_see_fewer_tokens(tmp_path: Path
     assert all(map(same, full, resumed))
 
     models = project.family.train[1 : project.family.train.index("--network_module")]
-    command = (project.family.train_whole, *models, *RUN)
+    command = (project.family.train_full, *models, *RUN)
     for output, more in {"all": (), "fewer": TREAD}.items():
         project.run(*command, "--output_dir", output, "--learning_rate", "1e-3", *more)
     models_written = [load_file(tmp_path / output / "x.safetensors") for output in ("all", "fewer")]

@@ -36,10 +36,10 @@ from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import LISTED, MediaSource
 from dataset.sources.remarks import (
     NAMED,
-    find_caption_remarks,
-    find_media_remarks,
+    find_caption_warnings,
+    find_media_warnings,
+    log_warnings,
     warn_cut_captions,
-    warn_of_remarks,
     whole_texts,
 )
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
@@ -305,11 +305,11 @@ def _warn_of_live(
     if lists:
         warn_unused(DatasetConfig(config.path, tuple(lists)), images)
     latent, fps = family.latent, family.defaults.fps
-    warn_of_remarks(find_media_remarks(images, latent, fps, family.can.rate), LISTED)
+    log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
     sources = [source for live in tables.values() for source in live.sources.values()]
-    warn_of_remarks(find_caption_remarks(sources), NAMED)
+    log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
     ]
@@ -370,7 +370,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
         )
-    if options.whole_dit is not None:
+    if options.full_dit is not None:
         full_texts = _select_full_texts(family, caches_texts)
         if full_texts is not None:
             return full_texts

@@ -93,7 +93,7 @@ def check_before_loading(
 
 def reject_quantized_bases(family: Family, options: TrainingOptions) -> None:
     """Raise CheckpointError if all weights are to be trained of a transformer whose file has 8 or 4 bits."""
-    for path in () if options.whole_dit is None else family.dit_files:
+    for path in () if options.full_dit is None else family.dit_files:
         with open_checkpoint(path) as checkpoint:
             infos = checkpoint.tensors.values()
         narrow = [info.dtype for info in infos if info.dtype.itemsize == 1]
@@ -328,7 +328,7 @@ def _smallest_full_bytes(family: Family, options: TrainingOptions, file: Path) -
         tensors = bare_names(checkpoint).tensors
     starts = tuple(f"{name}." for name in family.dit.block_lists)
     elements = sum(math.prod(info.shape) for name, info in tensors.items() if name.startswith(starts))
-    in_bf16 = options.whole_dit is not None and options.whole_dit.full_bf16
+    in_bf16 = options.full_dit is not None and options.full_dit.full_bf16
     kept_bytes = 2 if in_bf16 else 4
     saved = options.saving.save_precision
     file_bytes = kept_bytes if saved is None else DTYPES[saved].itemsize

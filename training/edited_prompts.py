@@ -18,7 +18,7 @@ from generation.session import wanted_texts
 from modules.console import count_of
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
-from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unread
+from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unused
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
             f"({session.blocks.asked_by}). End the training and continue it to take them"
         )
     if source.process == 0:
-        warn_of_unread(entries, session.family, source.path)
+        warn_of_unused(entries, session.family, source.path)
     if new_texts:
         note("encoding edited prompts")
     encoded = encode_samples(session, entries, requests, writes=sampler.writes)

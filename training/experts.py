@@ -18,7 +18,7 @@ from modules.compile_options import Compilation
 from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.options import option_values
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.adapter import OWN_NETWORKS
 from networks.kinds.contract import named
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
@@ -109,7 +109,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
     if len(experts) == 1:
         if by_expert.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
-    elif options.whole_dit is not None:
+    elif options.full_dit is not None:
         raise OptionError(
             "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
             "with their gradients fit no device. Give one of them, or train a LoRA"
@@ -181,7 +181,7 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
         fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
         if rule.is_certain:
             fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
-        if options.whole_dit is not None:  # which has no frozen model to learn towards
+        if options.full_dit is not None:  # which has no frozen model to learn towards
             logger.warning("%s %s: %s. %s.", fact, rule.lost, rule.cost, rule.instead_of_full)
             return
         logger.warning(
@@ -279,13 +279,13 @@ AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precisi
 
 
 def placement_of(
-    options: TrainingOptions, device: torch.device, quantisation: Quantisation | None
+    options: TrainingOptions, device: torch.device, quantization: Quantization | None
 ) -> Placement:
     """Return the device and the dtype of the DiT.
 
     A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """
-    full_dit = options.whole_dit
+    full_dit = options.full_dit
     storage_dtype: torch.dtype | None = None
     if full_dit is not None:
         storage_dtype = torch.bfloat16 if full_dit.full_bf16 else torch.float32
@@ -294,7 +294,7 @@ def placement_of(
         storage_dtype=storage_dtype,
         fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
         attention=options.speed.attention.choice,
-        quantisation=quantisation,
+        quantization=quantization,
     )
 
 
@@ -328,7 +328,7 @@ def dress(
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 
 
-def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantisation | None:
+def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
     """Return the quantisation, with the products to use on the device.
 
     Loads nothing.
@@ -336,7 +336,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     Raises:
         OptionError: If the quantisation, the attention or the precision is not available.
     """
-    stored = options.speed.fp8.quantisation
+    stored = options.speed.fp8.quantization
     quantization = None if stored is None else prepare(stored, device)
     autocast = AUTOCAST.get(options.accelerator.mixed_precision)
     placement = placement_of(options, device, quantization)

@@ -19,7 +19,7 @@ from training.learning_options import PartsOptions
 from training.noise_options import PredictionOptions
 from training.plan import TrainingPlan
 
-MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
+MAX_TAGS = 5000  # of a folder; some 100 kB of a file's header
 
 Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> how many captions have it
 
@@ -123,7 +123,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
             for caption in filter(None, captions):
                 tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
     return {
-        folder: dict(tags.most_common(MOST_TAGS) if len(tags) > MOST_TAGS else tags)
+        folder: dict(tags.most_common(MAX_TAGS) if len(tags) > MAX_TAGS else tags)
         for folder, tags in counts.items()
     }
 
@@ -280,11 +280,11 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _ImageCounts, tag
     }
 
 
-def _describe_subset(table: DatasetTable, num_pictures: int) -> dict[str, Any]:
+def _describe_subset(table: DatasetTable, num_images: int) -> dict[str, Any]:
     settings, changes = _settings_of(table), table.changes
     keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
     entry: dict[str, Any] = {
-        "img_count": num_pictures,
+        "img_count": num_images,
         "num_repeats": table.num_repeats,
         **{key: settings[key] for key in keys},
         "keep_tokens_separator": changes.keep_tokens_separator or None,

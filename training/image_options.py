@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from contract.new_words import find_fault
+from contract.new_words import find_error
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
@@ -420,7 +420,7 @@ _OF_BLOCKS = (
     "it acts between the blocks of a transformer, and the parts of a U-Net hand on features of several "
     "sizes. --gradient_checkpointing and --fp8_base save memory"
 )
-_refused_by_noise = {
+_rejected_by_noise = {
     **dict.fromkeys(
         (
             *("discrete_flow_shift", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std"),
@@ -511,7 +511,7 @@ NOISE_TRAINER = ImageTrainerDefaults(
     discrete_flow_shift=1.0,
     model_prediction_type=RAW,
     samplers=(UNIFORM, "sigmoid"),
-    refused=_refused_by_noise,
+    refused=_rejected_by_noise,
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
     translate=read_as_known,
 )
@@ -531,7 +531,7 @@ CHECKPOINT_TRAINER = replace(
 )
 
 _OF_LORAS = "it is of LoRAs, and this script trains {}. "
-_REFUSED_BESIDE = {
+_REJECTED_BESIDE = {
     "network_module": "Leave it out",
     "network_alpha": "It has no alpha; leave it out",
     "network_args": "Leave it out",
@@ -551,7 +551,7 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
         called: Name of the network, as error messages call it.
         settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
     """
-    refused = {**_refused_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
+    refused = {**_rejected_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
 
 
@@ -561,7 +561,7 @@ def _reject_loras(called: str) -> dict[str, str]:
     Args:
         called: Name of the network that is trained.
     """
-    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_BESIDE.items()}
+    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REJECTED_BESIDE.items()}
     reasons["masked_loss"] = (
         "conditioning_data_dir holds the control pictures here, not masks. Give mask_directory in a subset "
         "for masks of the loss"
@@ -617,8 +617,8 @@ def _read_beside(args: argparse.Namespace) -> None:
     args.network_train_unet_only = True
 
 
-_REFUSED_FOR_WORDS = {
-    **_REFUSED_BESIDE,
+_REJECTED_FOR_WORDS = {
+    **_REJECTED_BESIDE,
     "network_dim": "Give the number of vectors to --num_vectors_per_token",
     "network_weights": "Give the file to --weights",
     "network_dropout": "Leave it out",
@@ -635,8 +635,8 @@ def word_trainer(**settings: Any) -> ImageTrainerDefaults:
         settings: Fields of `ImageTrainerDefaults` to replace.
     """
     called = "textual inversion; the scripts whose names end in train_network.py train LoRAs"
-    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REFUSED_FOR_WORDS.items()}
-    refused = {**_refused_by_noise, **reasons}
+    reasons = {name: _OF_LORAS.format(called) + remedy for name, remedy in _REJECTED_FOR_WORDS.items()}
+    refused = {**_rejected_by_noise, **reasons}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_word, **settings)
 
 
@@ -644,7 +644,7 @@ def _read_word(args: argparse.Namespace) -> None:
     """Read the options of textual inversion: text encoders learn, and files are called after the word."""
     word = args.token_string
     if args.output_name is None and args.output_dir is not None and word is not None:
-        why = find_fault(word)
+        why = find_error(word)
         if why:
             raise OptionError(f"--token_string {word!r} {why}")
         # the file gets the name of the word, which is the option that was typed

@@ -41,5 +41,5 @@ def explain_key(key: str, values: Mapping[str, Any]) -> str | None:
         The advice; None if the value has no effect, or if network_args set the same thing.
     """
     value, arguments = values[key], values.get("network_args")
-    is_stated = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)
-    return None if not value or is_stated else _ADVICE[key].format(key=key, value=value)
+    is_declared = isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)
+    return None if not value or is_declared else _ADVICE[key].format(key=key, value=value)

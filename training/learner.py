@@ -101,7 +101,7 @@ def _describe_made(made: MadeNetwork) -> Learner:
     return Learner(
         called=made.called,
         has_rate_of=made.called,
-        default_rate=made.usual_rate,
+        default_rate=made.default_rate,
         make=partial(_make_own, made),
         words=made.words,
         ending=made.ending,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
 from contract.data import CAPTION
-from contract.family import Family, hears_sound, part_rates_of
+from contract.family import Family, hears_audio, part_rates_of
 from contract.loading import BlockPlace
 from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
@@ -52,7 +52,7 @@ from training.trainable import (
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
 from training.validation import Validation
-from training.whole_checkpoint import train_whole
+from training.whole_checkpoint import train_full
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
     from networks.added import AddedLoras
@@ -267,7 +267,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         experts=tuple(family.experts),
         on_noise=tuple(joined.on.noise),
         weighted_by=options.weighted_by,
-        sound=family.sound_learning if hears_sound(family) else None,
+        audio=family.audio_learning if hears_audio(family) else None,
         on_batch=tuple(joined.on.batch),
         sentences=plan.learner.sentences,
         view=joined.view,
@@ -283,7 +283,7 @@ def _make_feed(model: TrainedModel) -> Feed:
         reads_dropped=DROPPED_CAPTIONS in joined.needs and CAPTION in family.fuller,
         reads_empty=EMPTY_PROMPT in joined.needs,
         table_times=times_by_group(options.timesteps, plan.config.datasets),
-        reads_worse=REJECTED_ONES in joined.needs,
+        reads_rejected=REJECTED_ONES in joined.needs,
     )
 
 
@@ -344,7 +344,7 @@ class Loading:
         masked: Sequence[LoraUse] = ()
         if family is plan.family or family is plan.sampled:
             patch, masked = self._read_merged(network_options, family, index)
-        placement = experts.placement_of(options, device, plan.quantisation)
+        placement = experts.placement_of(options, device, plan.quantization)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
         leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
@@ -401,7 +401,7 @@ class Loading:
         dit, family = network.dit, network.family
         self._add_frozen_loras(network)
         self.dress_blocks(network)
-        if self.plan.quantisation is not None and device.type == "cpu":
+        if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
             self.copies[dit] = HostCopy(dit, device, network.host)
@@ -522,16 +522,16 @@ class Learners:
 
     def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
-        assert options.whole_dit is not None  # one of the two is given
+        assert options.full_dit is not None  # one of the two is given
         if self.plan.splits_model:
             from training.saving.split_model import train_split_dit  # only if it is split
 
             rates = part_rates_of(self.plan.family)
-            parts = options.whole_dit.name_parts
-            form = SavedForm(options.whole_dit.shard_bytes)
+            parts = options.full_dit.name_parts
+            form = SavedForm(options.full_dit.shard_bytes)
             full = train_split_dit(dit, options.optimizer.learning_rate, parts, rates, form)
         else:
-            full = train_whole(self.plan.family, options, dit, self.plan.texts)
+            full = train_full(self.plan.family, options, dit, self.plan.texts)
         return arrange_weights(full, options.optimizer, self.plan.family.dit)
 
     def _saved_tensors(self, expert: Expert) -> dict[str, Tensor]:
@@ -562,7 +562,7 @@ def _make_stepping(
 ) -> stepping.StepAfterBackward | stepping.FusedBackward:
     """Return the way in which weights are stepped: all at once, one by one, or inside the backward pass."""
     options, max_norm = plan.options, plan.options.optimizer.max_grad_norm
-    full_dit, split = options.whole_dit, trainable.split
+    full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     gathers = bool(split) and not stepping.steps_numbers(kind)

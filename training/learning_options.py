@@ -42,7 +42,7 @@ _NO_FOLDER = "the trained transformer is one safetensors file, without text enco
 _NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
-class WholeDitOptions(Options, title="full fine-tuning"):
+class FullDitOptions(Options, title="full fine-tuning"):
     """Which weights of the DiT are trained, in which dtype they are kept, and when they are stepped."""
 
     trainable_modules: tuple[str, ...] = option(

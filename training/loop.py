@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from contract.rules import SOUND_STREAM
+from contract.rules import AUDIO_STREAM
 from modules.devices import numbers_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
@@ -164,8 +164,8 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     if trainable.by_expert:
         experts = sorted({run.feed.expert_of(key) for key in keys})
         reached = [parameter for expert in experts for parameter in trainable.by_expert[expert]]
-    if run.of_sound and not any(map(run.feed.has_sound, keys)):
-        reached = [parameter for parameter in reached if parameter not in run.of_sound]
+    if run.of_audio and not any(map(run.feed.has_sound, keys)):
+        reached = [parameter for parameter in reached if parameter not in run.of_audio]
     if trainable.until:
         reached = [parameter for parameter in reached if parameter.requires_grad]
     return reached
@@ -212,8 +212,8 @@ def _find_kind(run: TrainingRun, group: range) -> str:
     words = []
     if len(experts) > 1:
         words += sorted({experts[run.feed.expert_of(key)].name for key in keys})
-    if run.of_sound and any(map(run.feed.has_sound, keys)):
-        words.append(SOUND_STREAM)
+    if run.of_audio and any(map(run.feed.has_sound, keys)):
+        words.append(AUDIO_STREAM)
     return " ".join(words)
 
 

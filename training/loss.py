@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from contract.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
 from contract.family import NoiseSpec, Trains
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
@@ -26,7 +26,7 @@ MASK = "alpha_mask"
 
 
 @dataclass(frozen=True)
-class NoisySound:
+class NoisyAudio:
     """Hold the random numbers of a batch's sound. Where a sample has none, its weight is 0."""
 
     noise: Tensor  # B C T M float32
@@ -35,7 +35,7 @@ class NoisySound:
     weights: Tensor  # B, factors on the samples' losses of the sound
     levels: tuple[float, ...] = ()  # the sigmas on the host, as in `NoisyBatch`
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisySound":
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyAudio":
         """Return a copy with `move` applied to every tensor."""
         return replace(
             self,
@@ -58,7 +58,7 @@ class NoisyBatch:
     given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
     expert: int = 0  # index of the expert that all samples go to
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
-    sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
+    audio: NoisyAudio | None = None  # None: no sample has sound, and the network is not given any
     number: int = 0  # of the micro-batch in the whole run, over all processes
     levels: tuple[float, ...] = ()  # the sigmas on the host, where targets depend on them
     notes: Mapping[str, float] = field(default_factory=dict)  # of features, for their passes
@@ -66,10 +66,10 @@ class NoisyBatch:
     @property
     def joint(self) -> Joint:
         """Return the shapes of picture and sound, whose latents the network gets as one tensor."""
-        assert self.sound is not None
+        assert self.audio is not None
         _, *image = self.noise.shape
-        _, *sound = self.sound.noise.shape
-        return Joint(tuple(image), tuple(sound))  # type: ignore[arg-type]  # four and three numbers
+        _, *audio = self.audio.noise.shape
+        return Joint(tuple(image), tuple(audio))  # type: ignore[arg-type]  # four and three numbers
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
@@ -95,7 +95,7 @@ class NoisyBatch:
             timesteps=move(self.timesteps),
             weights=move(self.weights),
             perturbation=None if self.perturbation is None else move(self.perturbation),
-            sound=None if self.sound is None else self.sound.moved(move),
+            audio=None if self.audio is None else self.audio.moved(move),
         )
 
     def to(self, device: torch.device) -> "NoisyBatch":
@@ -144,7 +144,7 @@ def sample_errors_outside(
     Errors are multiplied by 1 - mask before the mean over all elements. differences, given frames: as of
     `sample_errors`; the batch has masks.
     """
-    if noisy_batch.sound is not None:
+    if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)
     errors = element_errors(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
@@ -180,9 +180,9 @@ def sample_errors(
         noisy_batch: Batch with noise and timesteps.
         rule: How losses are reduced.
     """
-    sound, options = noisy_batch.sound, rule.options
-    if sound is not None:
-        differences, sound_differences = noisy_batch.joint.split(differences)
+    audio, options = noisy_batch.audio, rule.options
+    if audio is not None:
+        differences, audio_differences = noisy_batch.joint.split(differences)
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
@@ -190,12 +190,12 @@ def sample_errors(
     if weights is not None:
         errors = errors * weights
     image_errors = _mean_of_learned(errors, noisy_batch)
-    if sound is None:
+    if audio is None:
         return (image_errors,)
-    sound_errors = element_errors(
-        options, spec, sound_differences, sigmas=sound.sigmas, timesteps=sound.timesteps
+    audio_errors = element_errors(
+        options, spec, audio_differences, sigmas=audio.sigmas, timesteps=audio.timesteps
     )
-    return image_errors, sound_errors.flatten(1).mean(1)
+    return image_errors, audio_errors.flatten(1).mean(1)
 
 
 def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
@@ -234,26 +234,26 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    given_frames, noise, sound = noisy_batch.given_frames, noisy_batch.noise, noisy_batch.sound
+    given_frames, noise, audio = noisy_batch.given_frames, noisy_batch.noise, noisy_batch.audio
     conditions = family.batch_conditions(latents, noisy_batch.batch)
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
     timesteps = noisy_batch.timesteps
-    tweaks = NO_TWEAKS
+    overrides = NO_OVERRIDES
     if given_frames:
         noisy = torch.cat([latents[:, :, :given_frames], noisy[:, :, given_frames:]], dim=2)
-        tweaks = Tweaks(given_frames=given_frames)
-    if sound is not None:
-        shares = family.noise.data_shares(sound.sigmas)
-        sound_latents = noisy_batch.batch.tensor(SOUND).float()
-        noisy_sound = add_noise(sound_latents, sound.noise, sound.sigmas, shares)
-        noisy = noisy_batch.joint.join(noisy, noisy_sound)
-        timesteps = torch.stack([timesteps, sound.timesteps], dim=1)
-        tweaks = replace(tweaks, joint=noisy_batch.joint)
+        overrides = Overrides(given_frames=given_frames)
+    if audio is not None:
+        shares = family.noise.data_shares(audio.sigmas)
+        audio_latents = noisy_batch.batch.tensor(SOUND).float()
+        noisy_audio = add_noise(audio_latents, audio.noise, audio.sigmas, shares)
+        noisy = noisy_batch.joint.join(noisy, noisy_audio)
+        timesteps = torch.stack([timesteps, audio.timesteps], dim=1)
+        overrides = replace(overrides, joint=noisy_batch.joint)
     set_levels(dit, noisy_batch.sigmas)
     with autocast():
-        velocity = family.predict(dit, noisy, timesteps, conditions, tweaks=tweaks)
+        velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)
     if rule.prediction == RAW:
         return velocity.float()
     return compared(

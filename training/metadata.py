@@ -212,7 +212,7 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
     options, progress, steps = plan.options, plan.progress, plan.steps
     loop, times, network = options.loop, options.timesteps, options.network
     dropout = {} if network is None else {"ss_network_dropout": network.network_dropout}
-    stored = options.speed.fp8.quantisation
+    stored = options.speed.fp8.quantization
     # sic: files of other tuners of video models have this misspelling too
     twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
     return dropout | {
@@ -237,7 +237,7 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
         "ss_fp8_base": options.speed.fp8.fp8_base,
         **({} if stored is None else {"ss_base_form": stored.form}),
         "ss_full_fp16": False,
-        "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
+        "ss_full_bf16": options.full_dit is not None and options.full_dit.full_bf16,
         "ss_timestep_sampling": times.timestep_sampling,
         **({} if plan.family.noise.keeps_variance else _list_flow_values(options)),
         "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),

@@ -39,7 +39,7 @@ from training.config_options import (
     check_imports,
     read_config_file,
 )
-from training.features.composing import join_run, options_at, refused_for_full
+from training.features.composing import join_run, options_at, rejected_for_full
 from training.features.contract import (
     AT_ENDING,
     AT_LOGS,
@@ -100,7 +100,7 @@ class TrainingOptions(Options):
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: TrainedNetworkOptions | None  # what learns: a network beside the DiT,
-    whole_dit: learning_options.WholeDitOptions | None  # or the DiT itself; one of the two is given
+    full_dit: learning_options.FullDitOptions | None  # or the DiT itself; one of the two is given
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
@@ -124,8 +124,8 @@ class TrainingOptions(Options):
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
-        if self.whole_dit is not None:
-            self._check_full_dit(self.whole_dit)
+        if self.full_dit is not None:
+            self._check_full_dit(self.full_dit)
         rank = None if self.network is None else self.network.network_dim
         module = None if self.network is None else self.network.network_module
         if (module is None or module.startswith(RANKED_NETWORKS)) and rank is not None and rank > MAX_RANK:
@@ -193,12 +193,12 @@ class TrainingOptions(Options):
     @property
     def can_swap(self) -> bool:
         """Whether blocks can be swapped: the DiT is frozen, and its weights are not split over processes."""
-        return self.whole_dit is None and not self.speed.joined.splits_weights
+        return self.full_dit is None and not self.speed.joined.splits_weights
 
     @property
     def is_fused(self) -> bool:
         """Whether weights are stepped inside the backward pass (--fused_backward_pass)."""
-        records = (self.whole_dit, self.parts)
+        records = (self.full_dit, self.parts)
         return any(options is not None and options.fused_backward_pass for options in records)
 
     @property
@@ -211,7 +211,7 @@ class TrainingOptions(Options):
         """Rule that weights the loss by its noise level."""
         return noise_options.TIMESTEP if self.prediction is None else self.prediction.weighted_by
 
-    def _check_full_dit(self, options: learning_options.WholeDitOptions) -> None:
+    def _check_full_dit(self, options: learning_options.FullDitOptions) -> None:
         precision = self.accelerator.mixed_precision
         if options.full_bf16 and precision != "bf16":
             raise OptionError(
@@ -220,7 +220,7 @@ class TrainingOptions(Options):
             )
         for reject_full in self.speed.joined.on.whole:
             reject_full(precision)
-        stored = self.speed.fp8.quantisation
+        stored = self.speed.fp8.quantization
         if stored is not None:
             flags = "--fp8_base" if self.speed.fp8.fp8_base else stored.asked_by
             raise OptionError(
@@ -395,8 +395,8 @@ def training_parser(
     parser = Parser(description=doc)
     parser.changes_values = True  # by --config_file, a launcher, and other names of options
     add_options(parser, ConfigOptions, learner, **settings)
-    if learner is learning_options.WholeDitOptions:
-        add_options(parser, OptionsAtNetwork, refused=refused_for_full())
+    if learner is learning_options.FullDitOptions:
+        add_options(parser, OptionsAtNetwork, refused=rejected_for_full())
     add_options(parser, TrainingOptions, **settings)
     return parser
 

@@ -13,7 +13,7 @@ from modules.console import quiet
 from modules.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
-UNREAD = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
+UNUSED = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
 
 
 def _make_none(dit: Path) -> Family:
@@ -44,9 +44,9 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
         consequence: Reason why shapes must be equal, for the message.
     """
     with quiet():
-        shapes = shapes_of(trained.load_dit(UNREAD))
+        shapes = shapes_of(trained.load_dit(UNUSED))
         for index in range(len(other.experts)):
-            for name, shape in shapes_of(other.load_dit(UNREAD, index)).items():
+            for name, shape in shapes_of(other.load_dit(UNUSED, index)).items():
                 if shapes.get(name, shape) != shape:
                     raise CheckpointError(
                         f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from contract.family import Family, brings_empty_text, sound_of
+from contract.family import Family, audio_of, brings_empty_text
 from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
@@ -22,7 +22,7 @@ from dataset.subsets import folders_config
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.lost_processes import OtherProcesses
 from modules.option_values import require
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.formats import LoraFormat
 from running.offload.joining import have_joined
 from running.ways.composing import count_groups, warn_if_alone
@@ -73,7 +73,7 @@ class TrainingPlan:
     names: Names  # of its files
     others: OtherFamilies
     accelerator: Accelerator
-    quantisation: Quantisation | None  # with what multiplies on the device
+    quantization: Quantization | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
     saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
@@ -102,14 +102,14 @@ class TrainingPlan:
 def _name_files(family: Family, options: TrainingOptions, joined: JoinedRun) -> Names:
     """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    full_dit = options.whole_dit
+    full_dit = options.full_dit
     ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
     return Names(*options.saving.place, parts, ending, tuple(joined.files_beside))
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
     """Return whether the model itself learns, and each process has a part of it."""
-    return options.whole_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
+    return options.full_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
 
 
 def make_plan(
@@ -194,7 +194,7 @@ def make_plan(
         names=_name_files(family, options, joined),
         others=others,
         accelerator=accelerator,
-        quantisation=quantization,
+        quantization=quantization,
         saved=saved,
         progress=progress,
         saving=saving,
@@ -294,7 +294,7 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.whole_dit is not None and options.whole_dit.offloads_states:
+    if options.full_dit is not None and options.full_dit.offloads_states:
         check_offload(options.optimizer.optimizer_type)
     if splits_full_model(options):
         check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
@@ -384,7 +384,7 @@ def _find_items(
         text_keys=family.text_keys,
         stores=sources.stores,
         live=sources.tables,
-        sound=sound_of(family),
+        audio=audio_of(family),
         trusts_index=True,
     )
     items = require_items(listed, commands)
@@ -402,8 +402,8 @@ def _find_items(
         own_encoders={} if trusts_caches else _own_encoders(family),
     )
     if accelerator.process_index == 0:
-        sound = sound_of(family)
-        hears = sound is not None and not sound.is_inside
+        audio = audio_of(family)
+        hears = audio is not None and not audio.is_inside
         compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
     return items
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.family import Family, sound_of
+from contract.family import Family, audio_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -113,7 +113,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
             files=[f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
             text_keys=family.text_keys,
             counters=counters,
-            sound=sound_of(family),
+            audio=audio_of(family),
             validation=validation,
         )
     else:  # some are yet to be encoded by the training itself
@@ -266,7 +266,7 @@ def _read_for_plan(
         text_keys=family.text_keys,
         stores=stores,
         live=tables,
-        sound=sound_of(family),
+        audio=audio_of(family),
     )
     items = require_items(listed, commands)
     check_channels(items, family.latent, commands, stores)

@@ -14,7 +14,7 @@ from networks.multipliers import files_with_multipliers
 
 logger = logging.getLogger(__name__)
 
-LEAST_STEPS = 50  # between validations, if no option says how often
+MIN_STEPS = 50  # between validations, if no option says how often
 MAX_STEPS = 100_000_000  # a year at three steps a second
 TOO_LARGE_A_SEED = 2**64
 
@@ -167,7 +167,7 @@ class ValidationOptions(Options, title="validation"):
         """
         if self.validate_every_n_epochs is not None:
             return epoch % self.validate_every_n_epochs == 0
-        has_passed = step // LEAST_STEPS > (step - steps) // LEAST_STEPS
+        has_passed = step // MIN_STEPS > (step - steps) // MIN_STEPS
         return self.validate_every_n_steps is None and (is_saved or has_passed)
 
 

@@ -20,7 +20,7 @@ from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
 from contract.data import Conditions, LatentSpec
 from contract.families import HIGH_NOISE
-from contract.family import Family, hears_sound
+from contract.family import Family, hears_audio
 from contract.loading import BlockPlace
 from contract.requests import Prepared, Prompts, Request, check_values
 from contract.rules import expert_at
@@ -209,9 +209,9 @@ class Sampler:
         family = self.session.family
         track: Track | None = None
         if prepared.joint is not None:
-            latents, sound = prepared.joint.split(latents)
-            assert hears_sound(family)
-            (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
+            latents, audio = prepared.joint.split(latents)
+            assert hears_audio(family)
+            (track,) = decode_tracks(family, {stem: audio}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
             pixels = family.decode(encoders, latents)
             if prepared.shown is not None:
@@ -231,9 +231,9 @@ class Sampler:
                 write_wav(path, track, metadata)
             elif family.latent.has_layers:
                 tags = as_png_texts(metadata)
-                path = write_layers(self.folder, stem, frames, family.latent.has_whole, tags)[-1]
+                path = write_layers(self.folder, stem, frames, family.latent.has_full, tags)[-1]
             elif prepared.frames == 1:
-                number = "" if family.latent.is_of_pictures else "_000"
+                number = "" if family.latent.is_of_images else "_000"
                 path = self.folder / f"{stem}{number}.png"
                 write_png(path, next(frames), as_png_texts(metadata))
             else:
@@ -322,7 +322,7 @@ def prepare_samples(
     source = replace(source, text=read_sample_file(prompt_file))
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
     if process == 0:
-        warn_of_unread(entries, family, prompt_file)
+        warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
     numbers = source.numbers_of(len(entries))
@@ -405,7 +405,7 @@ def _encode_media(
     return inputs
 
 
-def warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
+def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
     """Warn of settings in the prompt file that the model does not use."""
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if has_shift and family.defaults.flow_shift is None:
@@ -560,7 +560,7 @@ def _with_full_size(
     side = latent.pixel_step
     full_width = None if width is None else fit_side(width, side)
     full_height = None if height is None else fit_side(height, side)
-    full_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
+    full_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
     if latent.has_layers:
         full_frames = frames  # the number of layers
     changes = []
@@ -568,7 +568,7 @@ def _with_full_size(
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {full_width} x {full_height}"
         changes.append(f"{pixels}: sides are multiples of {side}")
     if full_frames != frames:
-        why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {latent.lengths} frames"
+        why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
         changes.append(f"{count_of(frames, 'frame')} (--f) changed to {full_frames}: {why}")
     if changes:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
-from running.offload.block_swap import settle_all
+from running.offload.block_swap import resolve_all
 from running.offload.sharding import as_split
 from training.data.table_times import list_times
 from training.experts import expert_metadata
@@ -77,7 +77,7 @@ def make_saver(
     writes = trainable.writes
 
     def write_file(part: str, path: Path) -> None:
-        settle_all(model.dits.networks)
+        resolve_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
             writes[part].write(path, dtype, _metadata_now(plan, metadata[part], writes[part].ending))
 
@@ -163,7 +163,7 @@ def take_state(model: TrainedModel) -> states.SavedState:
 
     Call between steps, while the training weights are loaded.
     """
-    settle_all(model.dits.networks)
+    resolve_all(model.dits.networks)
     plan = model.plan
     parts: dict[str, Mapping[str, Tensor]] = {
         name: module.state_dict() for name, module in model.trainable.modules.items()
@@ -248,7 +248,7 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
     trainable, device = model.trainable, model.plan.accelerator.device
-    full_dit = model.plan.options.whole_dit
+    full_dit = model.plan.options.full_dit
     offloads = full_dit is not None and full_dit.offloads_states
     if saved.files or model.plan.splits_model:
         from training.saving.split_model import fill_state  # only with split tensors

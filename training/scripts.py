@@ -15,7 +15,7 @@ from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import reject_for_full
 from training.features.composing import options_by_expert
-from training.learning_options import ExpertTrainingOptions, WholeDitOptions
+from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.noise_options import SAMPLERS
 from training.options import (
     NO_CHANGES,
@@ -36,7 +36,7 @@ def training_script(
     family: str,
     about: str | None,
     *,
-    whole_dit: bool = False,
+    full_dit: bool = False,
     script: str = "",
     kind: str = "Training",
     images: "ImageTrainerDefaults | None" = None,
@@ -45,13 +45,13 @@ def training_script(
     samplers: Sequence[str] = SAMPLERS,
     changes: TrainerChanges = NO_CHANGES,
 ) -> Script:
-    """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
+    """Return the script that trains a LoRA for a family, or with `full_dit` its transformer.
 
     Args:
         family: Name of the family.
         about: The script's docstring.
-        whole_dit: Whether the whole transformer is trained.
-        script: File of the script, if it is not `..._train.py` with `whole_dit`.
+        full_dit: Whether the whole transformer is trained.
+        script: File of the script, if it is not `..._train.py` with `full_dit`.
         kind: Kind of the family's options, see `FamilyEntry.options_record`.
         images: Differences between image families; None for video.
         extra_options: Records of options besides the family's.
@@ -62,7 +62,7 @@ def training_script(
     entry = FAMILIES[family]
     if ExpertTrainingOptions in extra_options:
         extra_options = [*extra_options, *options_by_expert()]
-    learner = WholeDitOptions if whole_dit else TrainedNetworkOptions
+    learner = FullDitOptions if full_dit else TrainedNetworkOptions
     sampling = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
     changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
@@ -79,7 +79,7 @@ def training_script(
                 about, record, images, argv, learner=learner
             )
         with name_as_typed(options.typed_names):
-            if whole_dit:
+            if full_dit:
                 reject_for_full(option_values(family_options).get("dit_dtype"))
             check(family_options)
             if os.environ.get(TELLS_UNUSED):
@@ -95,7 +95,7 @@ def training_script(
 
             model = entry.make_family("training", family_options)
             command = TrainingCommand(
-                script or (f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py"),
+                script or (f"{entry.script}_train.py" if full_dit else f"{entry.training_script}.py"),
                 script_options,
                 entry=entry,
                 family_options=family_options,

@@ -31,7 +31,7 @@ from training.reports.pauses import SAMPLES, SAVING, VALIDATION, StepClock
 from training.reports.reporter import RunReporter, find_best_file, find_usable_file
 from training.reports.sections import SAMPLES as SAMPLE_FOLDER
 from training.reports.sections import page_path
-from training.run_options import LEAST_STEPS, SampleOptions
+from training.run_options import MIN_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.trainable import Trainable
@@ -215,7 +215,7 @@ def _describe_model(plan: TrainingPlan) -> str:
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
     """Name the trained network with its rank (of a file: its `sizes`), or the trained parts of the model."""
-    network, full_dit = plan.learner.lora, plan.options.whole_dit
+    network, full_dit = plan.learner.lora, plan.options.full_dit
     if plan.learner.words:
         return plan.learner.words
     if network is None:
@@ -408,7 +408,7 @@ def count_pauses(
     validation_pauses = 0
     if validates:
         by_step, by_epoch = validation.validate_every_n_steps, validation.validate_every_n_epochs
-        default = None if by_step or by_epoch else max(LEAST_STEPS, plan.steps_per_epoch)
+        default = None if by_step or by_epoch else max(MIN_STEPS, plan.steps_per_epoch)
         validation_pauses = of_steps(by_step or default) + of_epochs(by_epoch, epochs)
     save_pauses = of_steps(saving.save_every_n_steps) + of_epochs(saving.save_every_n_epochs, epochs - 1)
     # one more pause to save: the finished model

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from contract.family import Family, sound_of
-from contract.rules import IMAGE_STREAM, SOUND_STREAM
+from contract.family import Family, audio_of
+from contract.rules import AUDIO_STREAM, IMAGE_STREAM
 from modules.devices import dtype_of
 from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
@@ -228,13 +228,13 @@ class TrainingRun:
         return self.model.trainable.parameters
 
     @functools.cached_property
-    def of_sound(self) -> frozenset[Tensor]:
+    def of_audio(self) -> frozenset[Tensor]:
         """Return the parameters that only clips with sound reach."""
-        sound = sound_of(self.family)
-        if sound is None or sound.is_inside:
+        audio = audio_of(self.family)
+        if audio is None or audio.is_inside:
             return frozenset()
         names = self.model.trainable.names
-        return frozenset(parameter for parameter, name in names.items() if sound.modules in name)
+        return frozenset(parameter for parameter, name in names.items() if audio.modules in name)
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
@@ -242,8 +242,8 @@ class TrainingRun:
         experts = self.family.experts
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
-        is_split = sound_of(self.family) is not None and not self.joined.joins_streams
-        return (IMAGE_STREAM, SOUND_STREAM) if is_split else ()
+        is_split = audio_of(self.family) is not None and not self.joined.joins_streams
+        return (IMAGE_STREAM, AUDIO_STREAM) if is_split else ()
 
     @functools.cached_property
     def row_numbers(self) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from dataset.batches.order import RunPlace, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
 from training.data.feed import draw_given_frames, seed_generator
-from training.data.timesteps import times_at, times_of_sound
-from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound
+from training.data.timesteps import times_at, times_of_audio
+from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import NUM_TIMESTEPS
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
@@ -160,13 +160,13 @@ class Validation:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator("validation", *seed))
         times = times_at(options.timesteps, torch.tensor([sigma]), self.plan.family.noise)
-        sound: NoisySound | None = None
-        sound_latents = batch.tensors.get(SOUND)
-        if isinstance(sound_latents, Tensor):
+        audio: NoisyAudio | None = None
+        audio_latents = batch.tensors.get(SOUND)
+        if isinstance(audio_latents, Tensor):
             generator = seed_generator("validation sound", *seed)
-            sound_noise = torch.randn(sound_latents.shape, generator=generator)
-            sound_times = times_of_sound(times, self.plan.family.noise)
-            sound = NoisySound(sound_noise, sound_times.sigmas, sound_times.timesteps, torch.ones(1))
+            audio_noise = torch.randn(audio_latents.shape, generator=generator)
+            audio_times = times_of_audio(times, self.plan.family.noise)
+            audio = NoisyAudio(audio_noise, audio_times.sigmas, audio_times.timesteps, torch.ones(1))
         vary = self.plan.family.noise.vary_inputs
         if vary is not None:
             generator = seed_generator("validation inputs", *seed)
@@ -178,5 +178,5 @@ class Validation:
             timesteps=times.timesteps,
             weights=torch.ones(1),
             given_frames=given_frames,
-            sound=sound,
+            audio=audio,
         )

@@ -16,7 +16,7 @@ from training.options import TrainingOptions
 from training.trainable import Trainable, WrittenFile, learns_by_name, reject_no_match, train_dit
 
 
-def train_whole(
+def train_full(
     family: Described,
     options: TrainingOptions,
     dit: nn.Module,
@@ -35,12 +35,12 @@ def train_whole(
     Raises:
         OptionError: If nothing learns.
     """
-    assert options.whole_dit is not None
-    rate, name_parts = options.optimizer.learning_rate, options.whole_dit.name_parts
-    shard_bytes = options.whole_dit.shard_bytes
+    assert options.full_dit is not None
+    rate, name_parts = options.optimizer.learning_rate, options.full_dit.name_parts
+    shard_bytes = options.full_dit.shard_bytes
     if not trains_checkpoint(family):
         return train_dit(dit, rate, name_parts, part_rates_of(family), SavedForm(shard_bytes))
-    as_folder = options.whole_dit.saves_folders if writes else None
+    as_folder = options.full_dit.saves_folders if writes else None
     return _train_checkpoint(
         family,
         dit,

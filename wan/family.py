@@ -32,7 +32,7 @@ from contract.inputs import IMAGE, LATENTS, VIDEO
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from contract.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
@@ -281,7 +281,12 @@ class Wan(OneTransformer):
         return conditions
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C F H W float32.
 
@@ -300,8 +305,8 @@ class Wan(OneTransformer):
             arguments["places"] = tuple(places[0].tolist())
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
-        tweaks = tweaks.rename_away(lambda texts: {"text": texts["t5"]})
-        return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **arguments)
+        overrides = overrides.rename_away(lambda texts: {"text": texts["t5"]})
+        return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
 
     # generation
 
@@ -402,7 +407,7 @@ class Wan(OneTransformer):
             del condition  # this frame lives as long as the denoising
         section = prompts[0].section(start, conditions)
         if isinstance(first, Tensor):
-            section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
+            section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
         latents = yield section
         if is_image:
             return latents[:, :, prepared.family_record.slot].unsqueeze(2)

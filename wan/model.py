@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
@@ -258,7 +258,7 @@ class WanModel(BlockNetwork):
         timesteps: Tensor,
         text: Sequence[Tensor] | Tensor,
         image_embeds: Tensor | None = None,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         places: tuple[int, ...] = (),
     ) -> Hidden:
         """Return the video tokens, B L C float32, and the other inputs of the blocks.
@@ -270,8 +270,8 @@ class WanModel(BlockNetwork):
             image_embeds: Features of the image encoder, B I image_dim, for models with image attention. None
                 uses the first 257 rows of the text instead, as older tools ran Fun-Control models; zeros
                 stand for no image.
-            tweaks: Changes to this call; their second text is named "text". Their given frames have the time
-                0, and their velocity is 0.
+            overrides: Changes to this call; their second text is named "text". Their given frames have
+                the time 0, and their velocity is 0.
             places: Positions in time of frames that are not consecutive.
 
         Raises:
@@ -282,10 +282,10 @@ class WanModel(BlockNetwork):
         patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
         _, _, frames, rows, columns = patches.shape
         grid = (frames, rows, columns)
-        time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
+        time, modulation = self._embed_times(timesteps, overrides.given_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
         merges = None if text_is_image else self.attention  # every row is needed if some are the image
-        texts = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
+        texts = [text] if overrides.away is None else [text, overrides.away.text["text"]]
         embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:
@@ -294,10 +294,10 @@ class WanModel(BlockNetwork):
             first, _ = embedded[0]
             image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
             embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
-        given_patches = tweaks.given_frames // self.config.patch_size[0]
+        given_patches = overrides.given_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
-            rotary=self._rotary.get_table(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
+            rotary=self._rotary.get_table(Grid(grid, overrides.slow_frames, places=places), noisy.device),
             texts=tuple(embedded),
             image=image_tokens,
             time=time,
@@ -305,7 +305,7 @@ class WanModel(BlockNetwork):
             num_given=given_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
-            combine=tweaks.steer,
+            combine=overrides.steer,
         )
         return Hidden(rearrange(patches, "b c f h w -> b (f h w) c").contiguous(), tokens)
 

@@ -123,7 +123,7 @@ class WanTokens:
         )
 
     @property
-    def first_picture(self) -> int:
+    def first_image(self) -> int:
         """Index of the first token of the latents to learn, which is the first token of `grid`."""
         return 0
 

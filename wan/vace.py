@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PLAIN = ("1", "1.0")  # --vace_scale, if it is left out
 SAME_SHAPE = 0.05  # by how much the aspect of a mask may differ, as sides are rounded
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 def _check_images(mask: Path | None, references: Sequence[Path]) -> None:
     """Raise OptionError if the mask or a reference cannot be opened, or a reference is too small."""
     if mask is not None:
-        check_opens(MASK, mask, is_image=mask.suffix.lower() in PICTURES)
+        check_opens(MASK, mask, is_image=mask.suffix.lower() in IMAGES)
     for path in references:
         check_opens("src_ref_images", path, is_image=True)
         if min(image_size(path)) < LATENT.stride[1]:
@@ -184,7 +184,7 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
 
     Raises OptionError if no pixel is white.
     """
-    if path.suffix.lower() in PICTURES and path.is_file():
+    if path.suffix.lower() in IMAGES and path.is_file():
         pixels = image_pixels(path, width, height).expand((-1, -1, frames, -1, -1))
     else:
         pixels = video_pixels(path, "--src_mask", width=width, height=height, frames=frames)

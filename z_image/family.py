@@ -23,7 +23,7 @@ from contract.few_steps import GUIDED, FewSteps, make_transfer_target
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
@@ -171,7 +171,12 @@ class ZImage(ModelOfImages):
         return {KEY: batch.tensors[KEY]}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         """Predict the velocity, B C 1 H W float32: the negative of the network's own output.
 
@@ -182,7 +187,9 @@ class ZImage(ModelOfImages):
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
             **name_text_and_mask(cond, "caption", KEY, noisy.device),
-            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "caption", KEY, noisy.device)),
+            overrides=overrides.rename_away(
+                lambda text: name_text_and_mask(text, "caption", KEY, noisy.device)
+            ),
         )
         return -direction.unsqueeze(2)
 

@@ -1,6 +1,6 @@
 """Z-Image's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from lumina.names import LUMINA_BLOCKS, LUMINA_SIDES
 from networks.names.layouts import FamilyNames, stacked_parts, with_endings
 
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="zimage",
     cache="zimage_cache",
     record="ZImage",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder QWEN3_FILE",
     same_latents="flux",
 )

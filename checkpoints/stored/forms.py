@@ -6,7 +6,7 @@ as scales, are buffers. `forward` is set on the layer itself, so that wrappers a
 compilation) find it.
 
 A form is a frozen dataclass of a file of this room, as `StoredForm` describes. A form that options ask for
-has the name of its file in `Quantisation.form`; the file has `form_of`, `prepare` and `rehearsed`.
+has the name of its file in `Quantization.form`; the file has `form_of`, `prepare` and `rehearsed`.
 """
 
 import types
@@ -19,10 +19,10 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from modules.installation import import_own
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 
 Shape = tuple[int, int]  # out x in, of the value
-MOST_TENSORS = 5  # of a form: the weight and its companions
+MAX_TENSORS = 5  # of a form: the weight and its companions
 Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
 
 
@@ -101,27 +101,27 @@ class Stored:
         return self.form.value(self.tensors, self.shape, dtype)
 
 
-def form_of(quantisation: Quantisation) -> StoredForm:
+def form_of(quantization: Quantization) -> StoredForm:
     """Return the form that options ask for, by `form_of` in the form's file."""
-    form: StoredForm = import_own(f"checkpoints.stored.{quantisation.form}").form_of(quantisation)
+    form: StoredForm = import_own(f"checkpoints.stored.{quantization.form}").form_of(quantization)
     return form
 
 
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+def prepare(quantization: Quantization, device: torch.device) -> Quantization:
     """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
 
     Raises:
         OptionError: If the device or the libraries lack it.
     """
-    result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
+    result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").prepare(quantization, device)
     return result
 
 
-def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
+def rehearsed(quantization: Quantization | None) -> Quantization | None:
     """Return the quantisation to use in a dry run, by the form's own `rehearsed`; None for None."""
-    if quantisation is None:
+    if quantization is None:
         return None
-    result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").rehearsed(quantisation)
+    result: Quantization = import_own(f"checkpoints.stored.{quantization.form}").rehearsed(quantization)
     return result
 
 
@@ -173,7 +173,7 @@ def multiply_value(
 
     The backward pass dequantizes W again instead of keeping its value.
     """
-    filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
+    filled = (*tensors, *[None] * (MAX_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
     return out
 
@@ -216,4 +216,4 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return of_x, of_bias, None, None, *[None] * MOST_TENSORS
+        return of_x, of_bias, None, None, *[None] * MAX_TENSORS

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 from modules.errors import OptionError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
@@ -25,7 +25,7 @@ def is_fp8(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 1 and dtype.is_floating_point
 
 
-def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
+def quantise(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor | None]:
     """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
 
     `weight` is out x in. The kind "cast" clamps it to +-448 and rounds it, without a scale. "tensor" and
@@ -33,11 +33,11 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
     is 1. Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or
     the weight is float16, whose range is too narrow for them.
     """
-    is_wide = quantisation.float32_scales or weight.dtype == torch.float16
+    is_wide = quantization.float32_scales or weight.dtype == torch.float16
     dtype = torch.float32 if is_wide else weight.dtype
     scale: Tensor | None = None
-    if quantisation.kind != "cast":
-        scale = _find_scale(weight, dtype, by_row=quantisation.kind == "rows")
+    if quantization.kind != "cast":
+        scale = _find_scale(weight, dtype, by_row=quantization.kind == "rows")
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
     step = 1  # rows that are rounded at once
     if len(weight):
@@ -95,7 +95,7 @@ class Fp8:
     `suits_fp8` allows it.
     """
 
-    quantisation: Quantisation = Quantisation("cast")
+    quantization: Quantization = Quantization("cast")
     name = "fp8"
     companions = ("scale_weight",)
     stays = False  # without an option the model computes as the 16-bit file does
@@ -103,12 +103,12 @@ class Fp8:
     @property
     def how(self) -> str:
         """Words for the log."""
-        return "cast to fp8" if self.quantisation.kind == "cast" else "in fp8 with a scale per row"
+        return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantise(self, weight: Tensor) -> Stored:
         """Store a weight as the quantization says: cast, or divided by scales."""
         rows, columns = weight.shape
-        return Stored(self, (rows, columns), quantise(weight, self.quantisation))
+        return Stored(self, (rows, columns), quantise(weight, self.quantization))
 
     def empty(self, shape: Shape) -> Stored:
         """Return a weight on the meta device, to plan memory. Scales are too small to count."""
@@ -122,7 +122,7 @@ class Fp8:
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
         """Multiply in 8 bits if these inputs allow it, else by the dequantized weight."""
-        how, (weight, scale) = self.quantisation, tensors
+        how, (weight, scale) = self.quantization, tensors
         if how.product is not None:
             from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
 
@@ -189,18 +189,18 @@ def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
     return Stored(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
 
 
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+def prepare(quantization: Quantization, device: torch.device) -> Quantization:
     """Add the device's `product` for --fp8_fast. Raises as `select_product`."""
-    if not quantisation.fp8_matmul:
-        return quantisation
+    if not quantization.fp8_matmul:
+        return quantization
     from checkpoints.stored.fp8_products import select_product  # of no use without the units
 
-    return replace(quantisation, product=select_product(device))
+    return replace(quantization, product=select_product(device))
 
 
-def rehearsed(quantisation: Quantisation) -> Quantisation:
+def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run: unchanged.
 
     Products in 8 bits take the same memory as those in 16 bits.
     """
-    return quantisation
+    return quantization

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
 from modules.private_torch import int8_product
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 
 GROUPS = (256, 64, 16)  # columns that are rotated together: the first that divides a layer's width
 LARGEST = 127
@@ -103,22 +103,22 @@ class Int8:
         """Accept any device: all can hold int8."""
 
 
-def form_of(quantisation: Quantisation) -> Int8:
+def form_of(quantization: Quantization) -> Int8:
     """Return the form that the quantization's options describe."""
-    return Int8(rounds_gradients=quantisation.int8_backward)
+    return Int8(rounds_gradients=quantization.int8_backward)
 
 
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+def prepare(quantization: Quantization, device: torch.device) -> Quantization:
     """Return the quantization unchanged: int8 needs nothing of the device."""
-    return quantisation
+    return quantization
 
 
-def rehearsed(quantisation: Quantisation) -> Quantisation:
+def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantization to use in a dry run: unchanged.
 
     Products in 8 bits take the same memory as those in 16 bits.
     """
-    return quantisation
+    return quantization
 
 
 class _Int8Product(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 
 BLOCK, NESTED_BLOCK = 64, 256
 LEVELS = (
@@ -114,28 +114,28 @@ class Nf4:
         """Accept any device: all can hold bytes."""
 
 
-def form_of(quantisation: Quantisation) -> Nf4:
+def form_of(quantization: Quantization) -> Nf4:
     """Return the form that the quantization's options describe."""
-    return Nf4(quantisation.product)
+    return Nf4(quantization.product)
 
 
-def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+def prepare(quantization: Quantization, device: torch.device) -> Quantization:
     """Add bitsandbytes' operation for a CUDA device, if the package is installed."""
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-        return quantisation
+        return quantization
     importlib.import_module("bitsandbytes")  # it registers its operations
-    return replace(quantisation, product=torch.ops.bitsandbytes.dequantize_4bit)
+    return replace(quantization, product=torch.ops.bitsandbytes.dequantize_4bit)
 
 
-def rehearsed(quantisation: Quantisation) -> Quantisation:
+def rehearsed(quantization: Quantization) -> Quantization:
     """Return the quantisation to use in a dry run.
 
     If bitsandbytes is installed, its kernel allocates the value alone, and so does the dry run. Torch's
     formulas, used without it, need several float32 copies of a weight.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        return quantisation
-    return replace(quantisation, product=_allocate_value)
+        return quantization
+    return replace(quantization, product=_allocate_value)
 
 
 def _allocate_value(

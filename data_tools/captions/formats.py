@@ -74,7 +74,7 @@ class ObjectAsker:
             caption = read_object(answer[start : end + 1])
         except ValueError as error:
             raise NoCaptionError(f"{error}: {shorten(answer[start:], SHOWN)!r}") from None
-        errors = self.format.find_faults(caption)
+        errors = self.format.find_errors(caption)
         if errors:
             raise NoCaptionError("; ".join(errors))
         self.unsaid.update(self.format.list_unsaid(caption))

@@ -39,7 +39,7 @@ WORKERS, TIMEOUT = 4, 120.0
 CONNECT_SECONDS = 20.0
 TRIES = 6  # of a request
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
-REFUSED = {
+REJECTED = {
     401: "the key is missing or wrong",
     403: "the key has no right to this",
     404: "it knows no such model or path",
@@ -198,12 +198,12 @@ class ApiServer:
         message = self._hide(_read_error_text(text))
         if status in RETRIED:
             raise _TryAgain(f"the server answers {status}: {message}", wait)
-        if status in REFUSED:
+        if status in REJECTED:
             remedy = f"check {KEY}" if self._key else f"set {KEY}"
             if status == 404:
                 remedy = "check --api_base and --api_model"
             raise UserError(
-                f"{self._address} answers {status}, {REFUSED[status]}: {message}. "
+                f"{self._address} answers {status}, {REJECTED[status]}: {message}. "
                 f"Give what it wants: {remedy}."
             )
         if status == 400 and self._adapt(text, parameters):
@@ -220,8 +220,8 @@ class ApiServer:
         while cause.__context__ is not None:  # the innermost error is the system's
             cause = cause.__context__
         why = self._hide(getattr(cause, "strerror", None) or str(cause))
-        is_refused = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
-        if is_refused and not self._has_answered:
+        is_rejected = isinstance(error, requests.ConnectTimeout) or isinstance(cause, _NO_SERVER)
+        if is_rejected and not self._has_answered:
             return UserError(
                 f"--api_base: nothing answers at {self._address}: {why}. Start the server, or correct "
                 "the address."

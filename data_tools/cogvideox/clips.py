@@ -286,7 +286,7 @@ def prepare_clips(
             group_of=lambda pair: pair[1].shape,
             max_of=lambda _: settings.batch_size,
             bytes_of=lambda pair: pair[1].nbytes,
-            most_bytes=MAX_WAITING,
+            max_bytes=MAX_WAITING,
         )
         for batch in batches:
             encoded = _encode_batch([clip for _, clip in batch], encode, device, settings)

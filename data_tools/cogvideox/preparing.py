@@ -62,7 +62,7 @@ def prepare(options: PrepareOptions) -> None:
     with join_processes(encoding.device) as share:
         is_main = share.rank == 0
         if is_main:
-            _settle(options, maker)
+            _resolve(options, maker)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
@@ -147,7 +147,7 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     return dataclasses.replace(shape, frame_buckets=rounded)
 
 
-def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
+def _resolve(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     """Record the settings of the folder.
 
     Raises:

@@ -24,7 +24,7 @@ from modules.bars import FRAMES, Bar
 from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError, OptionError, OutputError, UserError
-from modules.media.encoding import Picture, settle_codec
+from modules.media.encoding import Picture, resolve_codec
 from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.streams import shown_frames, source_info
@@ -320,7 +320,7 @@ class Workshop:
             return 0
         form = self.options.form
         info = source_info(source)
-        codec = settle_codec(form.codec, info.width, info.height)
+        codec = resolve_codec(form.codec, info.width, info.height)
         with contextlib.closing(self._frames(source, "clips of", form.is_deep)) as frames:
             numbered = enumerate(frames)
             for written in missing:

@@ -198,7 +198,7 @@ class _Dissolves:
         steps = (max(2, round(rate * seconds / 2) * 2) for seconds in DISSOLVE_SECONDS)
         self._reaches = tuple(dict.fromkeys(steps))  # frames from the middle to the ends, even
         most = 2 * max(self._reaches) + 1
-        self._pictures: deque[Thumbnail] = deque(maxlen=most)
+        self._images: deque[Thumbnail] = deque(maxlen=most)
         self._variances: deque[float] = deque(maxlen=most)
         self._last_break = -1
         self.changes: list[SceneChange] = []  # those of one dissolve overlap
@@ -208,7 +208,7 @@ class _Dissolves:
 
         `is_break` says that it follows a cut, or has one colour.
         """
-        self._pictures.append(now)
+        self._images.append(now)
         self._variances.append(float(now.grey.var()))
         if is_break:
             self._last_break = number
@@ -219,14 +219,14 @@ class _Dissolves:
 
     def _look(self, first: int, reach: int) -> None:
         """Check whether the last 2 * reach + 1 pictures, from number `first` on, are a dissolve."""
-        offset = len(self._pictures) - 2 * reach - 1
+        offset = len(self._images) - 2 * reach - 1
         if not self._loses_contrast(offset, reach):
             return
         shares = self._count_second_shares(offset, reach)
         for part, _ in DIPS:
             if not abs(shares[round(2 * reach * part)] - part) <= SHARE_OFF:
                 return
-        distance = scene_distance(self._pictures[offset], self._pictures[-1], self._threshold)
+        distance = scene_distance(self._images[offset], self._images[-1], self._threshold)
         if distance < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
@@ -244,12 +244,12 @@ class _Dissolves:
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
         """Return the share of the second scene in each picture from `offset` on."""
-        begin = self._pictures[offset].grey
-        way = self._pictures[-1].grey - begin
+        begin = self._images[offset].grey
+        way = self._images[-1].grey - begin
         length = max(float(np.square(way).sum()), 1e-12)
         shares = []
         for place in range(2 * reach + 1):
-            progress = ((self._pictures[offset + place].grey - begin) * way).sum()
+            progress = ((self._images[offset + place].grey - begin) * way).sum()
             shares.append(float(progress) / length)
         return shares
 

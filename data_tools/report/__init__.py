@@ -9,6 +9,6 @@ numbers: all numbers of a dataset as one JSON object
 options: options of tools/dataset_report.py: dataset, page, hashes
 page: the page of a check and of the report
 run: measure a dataset, then write page and JSON
-sound: the sound of clips: facts, remarks, a drawing
+audio: the sound of clips: facts, remarks, a drawing
 views: show the frames that a model will see
 """

@@ -10,8 +10,9 @@ from typing import NamedTuple, cast
 
 import torch
 
-from contract.data import LatentSpec, MediaTable, SoundSpec
-from contract.family import Caches, Described, TextEncoder, fits_captions, hears_sound, sound_of
+from contract.data import AudioSpec, LatentSpec, MediaTable
+from contract.family import Caches, Described, TextEncoder, audio_of, fits_captions, hears_audio
+from data_tools.report.audio import check_audio, is_heard
 from data_tools.report.findings import (
     NO_COUNTERS,
     CheckResult,
@@ -28,7 +29,6 @@ from data_tools.report.findings import (
 )
 from data_tools.report.masks import check_masks, find_lone_masks
 from data_tools.report.page import write_check_page
-from data_tools.report.sound import check_sound, is_heard
 from dataset.batches.checks import SameEncoders, describe_identity
 from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
@@ -37,15 +37,16 @@ from dataset.batches.reading import read_batch, stores_for
 from dataset.cache.form import list_shard_errors, other_form
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
+from dataset.caching.audio import AudioWork, HearingFamily
 from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
-from dataset.caching.sound import HearingFamily, SoundWork
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig
 from dataset.forms.composing import form_of
 from dataset.options import CachingOptions, CheckPageOptions
-from dataset.sources.colours import find_reordered
+from dataset.sources.audio import list_silent
+from dataset.sources.colors import find_reordered
 from dataset.sources.companions import reject_companions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.folders import log_lone_controls
@@ -53,8 +54,7 @@ from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
-from dataset.sources.remarks import find_media_remarks
-from dataset.sources.sound import list_silent
+from dataset.sources.remarks import find_media_warnings
 from modules.bars import Bar
 from modules.console import count_of, count_words
 from modules.control_codes import columns_of, escape_control_codes, fold
@@ -110,7 +110,7 @@ def print_check(
             fps=family.defaults.fps,
             most=page.html_items,
             workers=workers,
-            hears=hears_sound(family),
+            hears=hears_audio(family),
         )
     return result.exit_code
 
@@ -223,7 +223,7 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
         sections=sections,
         stores=stores,
         has_rates=family.can.rate,
-        sound=sound_of(family),
+        audio=audio_of(family),
     )
 
 
@@ -297,13 +297,13 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        is_apart = hears_sound(family) and not recipe.keeps_sound
+        is_apart = hears_audio(family) and not recipe.keeps_audio
         if recipe.encoder and is_apart and is_heard(findings.table):
-            _check_table_sound(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
+            _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)
     findings.faults += find_wrong_rates(findings.sources)
-    findings.remarks += find_media_remarks(findings.sources, recipe.latent, recipe.fps, recipe.has_rates)
+    findings.remarks += find_media_warnings(findings.sources, recipe.latent, recipe.fps, recipe.has_rates)
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
@@ -321,7 +321,7 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     findings.sources = use_moments(family, sources)
 
 
-def _check_table_sound(
+def _check_table_audio(
     findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
     """Add the findings about the sound of a table's clips.
@@ -329,11 +329,11 @@ def _check_table_sound(
     `plans` are those of their latents.
     """
     table = findings.table
-    work = SoundWork(family, [table], recipe.stores, torch.device("cpu"))
-    sound = check_sound(table, plans, work, workers)
-    findings.caches += sound.lines
-    findings.faults += sound.faults
-    findings.remarks += sound.remarks
+    work = AudioWork(family, [table], recipe.stores, torch.device("cpu"))
+    audio = check_audio(table, plans, work, workers)
+    findings.caches += audio.lines
+    findings.faults += audio.faults
+    findings.remarks += audio.remarks
 
 
 def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
@@ -342,7 +342,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
     plans, unreadable = _plan_sources(findings, recipe, workers)
     _count_items(findings, plans, workers)
     findings.faults += [Fault(UNREADABLE, str(failure), failure.stem) for failure in unreadable]
-    _add_plan_remarks(findings, plans)
+    _add_plan_warnings(findings, plans)
     if plans and not findings.buckets:
         text = f"{table.name}: not one of its {count_of(len(plans), table.kind)} gives an item"
         findings.faults.append(Fault(NO_ITEM, text))
@@ -425,7 +425,7 @@ def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
         return Failure.of(plan.source, error)
 
 
-def _add_plan_remarks(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
+def _add_plan_warnings(findings: TableFindings, plans: Sequence[SourcePlan]) -> None:
     """Add a remark for each source that gives no item, or fewer, or whose frames change their size."""
     remarks: list[tuple[str, Callable[[SourcePlan], str | None]]] = [
         ("give no item", lambda plan: plan.reason),
@@ -454,16 +454,16 @@ def check_training(
     files: Iterable[str] = (),
     text_keys: frozenset[str] = frozenset(),
     counters: Counters = NO_COUNTERS,
-    sound: SoundSpec | None = None,
+    audio: AudioSpec | None = None,
     validation: tuple[float, int] = (0.0, 0),
 ) -> CheckResult:
     """Report the caches that a training run would see; every cache file is read and verified.
 
     `accumulation` and `processes` are their product is the number of batches per optimizer step. `files` are
     the lines about the checkpoints that the caller recognised. `text_keys` are the keys of a complete text
-    cache. `sound` is the spec of a family that learns sound.
+    cache. `audio` is the spec of a family that learns sound.
     """
-    cached = find_items(config, cache_tag, latent, text_keys, sound=sound)
+    cached = find_items(config, cache_tag, latent, text_keys, audio=audio)
     encoders = SameEncoders(commands)
     head = (RECOGNIZED, *indent([*files, *counters.missing]))
     tables = []
@@ -473,7 +473,7 @@ def check_training(
         items = [item for item in cached.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
         _check_caches(findings, items, cached, latent=latent, encoders=encoders)
-        _compare_sources(config, findings, items, folders=folders, counters=counters, hears=sound is not None)
+        _compare_sources(config, findings, items, folders=folders, counters=counters, hears=audio is not None)
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
@@ -543,7 +543,7 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
     missing = {
         "text caches are missing": (*cached.missing_text, *cached.missing_empty),
         "text caches are unfinished": cached.unfinished_text,
-        'caches of sound are missing, and audio = "required"': cached.missing_sound,
+        'caches of sound are missing, and audio = "required"': cached.missing_audio,
     }
     for kind, paths in missing.items():
         findings.faults += [Fault(kind, str(path)) for path in paths if path.parent == folder]

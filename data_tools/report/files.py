@@ -199,7 +199,7 @@ def _first_record(store: CacheStore, names: Sequence[str]) -> LatentRecord | Non
     """Return the first record in these files of latents; None if no file has one that can be read."""
     for name in names:
         with contextlib.suppress(CacheError):
-            record = latent_record(store.read(name, is_whole=False))
+            record = latent_record(store.read(name, is_full=False))
             if record is not None:
                 return record
     return None
@@ -277,7 +277,7 @@ def _first_text_records(store: CacheStore, names: Sequence[str]) -> Mapping[str,
     """Return the first records, by encoder, in these files of texts; {} if no file has one."""
     for name in names:
         with contextlib.suppress(CacheError):
-            records = text_records(store.read(name, is_whole=False))
+            records = text_records(store.read(name, is_full=False))
             if records:
                 return records
     return {}
@@ -296,7 +296,7 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
         return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
     encoder = plan.missing[0]
     try:
-        record = text_records(store.read(plan.file_name, is_whole=False)).get(encoder)
+        record = text_records(store.read(plan.file_name, is_full=False)).get(encoder)
     except CacheError as error:
         return STALE, str(error)
     if record is None:

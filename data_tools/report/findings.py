@@ -14,13 +14,13 @@ from contract.rules import CountTokens, TokenCount
 from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.forms.unread import find_unread
+from dataset.forms.unread import find_unused
 from dataset.listing import find_encodings, find_sources, missing_captions
 from dataset.options import GUESS
 from dataset.sources.captions import SHOWN, guess_captions, read_caption_file
 from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import Fault, MediaSource, list_errors
-from dataset.sources.remarks import find_caption_remarks, find_cut_captions
+from dataset.sources.remarks import find_caption_warnings, find_cut_captions
 from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
 from modules.errors import CheckpointError, DatasetError, OptionError
@@ -117,7 +117,7 @@ class TableFindings:
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
         frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
-        if self.table.is_of_sound:
+        if self.table.is_of_audio:
             return frames.removeprefix(", ")
         return f"{bucket[0]}x{bucket[1]}{frames}"
 
@@ -267,7 +267,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         return findings
     findings.remarks += find_encodings(findings.sources)
     with contextlib.suppress(DatasetError):  # the listing has reported it
-        findings.remarks += find_unread(table)
+        findings.remarks += find_unused(table)
     if table.references is not None:
         _add_references(findings)
     if any(source.references or source.control_mask for source in findings.sources):
@@ -332,14 +332,14 @@ def check_captions(
 
     `are_cached` says that the outputs of text encoders are kept, so that their size is reported.
     """
-    missing = [source for source in findings.sources if source.caption is None and not is_unread(source)]
+    missing = [source for source in findings.sources if source.caption is None and not is_unused(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
         findings.faults.append(Fault(NO_CAPTION, line, source.stem))
     for source in findings.sources:
         if source.caption == "":
             place = source.caption_path or source.path
             findings.remarks.append(Fault("have an empty caption", str(place), source.stem))
-    findings.remarks += find_caption_remarks(findings.sources)
+    findings.remarks += find_caption_warnings(findings.sources)
     if not counters.by_name:
         return
     remarks, sizes_bytes = find_cut_captions(findings.sources, dict(counters.by_name))
@@ -353,7 +353,7 @@ def check_captions(
             findings.caches.append(f"text caches of {name}: about {words}")
 
 
-def is_unread(source: MediaSource) -> bool:
+def is_unused(source: MediaSource) -> bool:
     """Return whether a caption file exists but could not be read; the listing has reported it."""
     return source.caption_path is not None and path_exists(source.caption_path)
 

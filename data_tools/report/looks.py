@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from contract.data import LatentSpec
-from data_tools.report.sound import Heard, draw_sound, is_heard, listen
+from data_tools.report.audio import Heard, draw_audio, is_heard, listen
 from dataset.config import DatasetTable
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
 from dataset.sources.fetching import fetch
@@ -38,7 +38,7 @@ from modules.media.measures import (
     sharpness,
 )
 from modules.media.reading import Frame, FrameSizes, read_image, video_info
-from modules.pages.page import embed_picture
+from modules.pages.page import embed_image
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class StripSize:
     """Sizes of drawings on a page, in pixels."""
 
     clip_height: int
-    picture_height: int
+    image_height: int
     width: int  # total width of a clip's frames, side by side
     quality: int  # JPEG quality
 
@@ -93,7 +93,7 @@ class Look:
     size_change: str | None = None  # where its frames change their size
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
-    sound: Heard | None = None  # the sound of a clip; None: not looked for
+    audio: Heard | None = None  # the sound of a clip; None: not looked for
     # only for sources that a page shows
     spans: tuple[Span, ...] = ()
     strip: Markup | None = None
@@ -154,7 +154,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames = select_evenly(sample.frames, MOST_FRAMES)
         info["measures"] = measure_frames(frames, source.table.kind == "video")
     del info["spans"]
-    return Look(**info, sound=_listen(source))
+    return Look(**info, audio=_listen(source))
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
@@ -171,7 +171,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     shown.
     """
     is_clip = source.table.kind == "video"
-    height = sizes.clip_height if is_clip else sizes.picture_height
+    height = sizes.clip_height if is_clip else sizes.image_height
 
     def reduce(frame: Frame) -> Frame:
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
@@ -183,10 +183,10 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
         name = escape_control_codes(source.path.name)
         strip = _join_frames(sample.frames, info.get("fit"), sizes.width)
         middle = sample.frames[len(sample.frames) // 2]
-        info["strip"] = embed_picture(strip, name, sizes.width, quality=sizes.quality)
-        info["small"] = embed_picture(middle, name, SMALL, quality=70)
+        info["strip"] = embed_image(strip, name, sizes.width, quality=sizes.quality)
+        info["small"] = embed_image(middle, name, SMALL, quality=70)
     if hears and info["used"]:
-        _add_sound(source, fps, info)
+        _add_audio(source, fps, info)
     return Look(**info)
 
 
@@ -197,13 +197,13 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
 
-def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
+def _add_audio(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
     """Add the sound of the used frames of a clip, with a drawing of it."""
-    sound = _listen(source)
-    facts["sound"] = sound
-    if sound is not None and sound.track is not None:
+    audio = _listen(source)
+    facts["sound"] = audio
+    if audio is not None and audio.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
-            facts["wave"] = draw_sound(source, fps, facts["used"])
+            facts["wave"] = draw_audio(source, fps, facts["used"])
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
@@ -234,7 +234,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
         none=plan.reason,
-        sound=_listen(source),
+        audio=_listen(source),
     )
 
 
@@ -448,10 +448,10 @@ def _show_reference(
         return ShownReference(name, text=str(error), is_bad=True)
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
-    small = _scale(frame, sizes.picture_height, sizes.width, cv2.INTER_AREA)
+    small = _scale(frame, sizes.image_height, sizes.width, cv2.INTER_AREA)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:
         small = draw_crop(small, fit)
         text += f" → {fit.bucket[0]} x {fit.bucket[1]}"
-    picture = embed_picture(small, name, sizes.width, quality=sizes.quality)
+    picture = embed_image(small, name, sizes.width, quality=sizes.quality)
     return ShownReference(name, picture, text)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, count_references, is_unread
+from data_tools.report.audio import count_tracks
+from data_tools.report.findings import NO_CAPTION, TableFindings, count_batches, count_references, is_unused
 from data_tools.report.looks import Look, cut_percent
-from data_tools.report.sound import count_tracks
 from dataset.config import DatasetConfig
 from dataset.sources.media_source import Fault, MediaSource
 from modules.control_codes import shorten
@@ -230,7 +230,7 @@ def _make_distributions(looks: Sequence[Look]) -> Numbers:
         "brightness": _make_distribution("values", [measured.brightness for measured in measures]),
         "sharpness": _make_distribution("values", [measured.sharpness for measured in measures]),
         "motion": _make_distribution("values", motions),
-        "sound": _count_sound(looks),
+        "sound": _count_audio(looks),
     }
 
 
@@ -241,14 +241,14 @@ def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
     return [{"width": width, "height": height, "count": count} for (width, height), count in by_frequency]
 
 
-def _count_sound(looks: Sequence[Look]) -> Numbers:
+def _count_audio(looks: Sequence[Look]) -> Numbers:
     """Return the number of clips with and without sound, and the forms of their tracks."""
-    sounds = [look.sound for look in looks if look.sound is not None]
-    tracks = [sound.track for sound in sounds if sound.track is not None]
+    audios = [look.audio for look in looks if look.audio is not None]
+    tracks = [audio.track for audio in audios if audio.track is not None]
     return {
         "clips": len(tracks),
-        "without": len(sounds) - len(tracks),
-        "remarks": sum(sound.remark is not None for sound in sounds),  # where it does not fit the clip
+        "without": len(audios) - len(tracks),
+        "remarks": sum(audio.remark is not None for audio in audios),  # where it does not fit the clip
         "tracks": [
             {"rate": rate, "channels": channels, "count": count}
             for rate, channels, count in count_tracks(tracks)
@@ -366,7 +366,7 @@ class _CaptionCounts:
         """Count the captions of a source."""
         path = str(source.path)
         if source.caption is None:
-            self.without["unreadable" if is_unread(source) else "missing"].append(path)
+            self.without["unreadable" if is_unused(source) else "missing"].append(path)
             return
         for caption in (source.caption, *source.more_captions):
             self._count_trigger(source.table.trigger_word, caption)

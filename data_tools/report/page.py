@@ -25,9 +25,9 @@ from modules.pages.page import write_page
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
-CHECK_STRIP = StripSize(clip_height=104, picture_height=240, width=1180, quality=80)
-REPORT_STRIP = StripSize(clip_height=120, picture_height=260, width=660, quality=78)
-MOST_CHARACTERS = 20_000  # of a caption
+CHECK_STRIP = StripSize(clip_height=104, image_height=240, width=1180, quality=80)
+REPORT_STRIP = StripSize(clip_height=120, image_height=260, width=660, quality=78)
+MAX_CHARACTERS = 20_000  # of a caption
 MAX_LOST = 1000  # of what no encoder reads
 MAX_SPANS = 120  # of one length in the drawing of a clip
 MAX_BUCKETS = 60  # sizes of a table
@@ -272,11 +272,11 @@ def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
     plain: list[tuple[int, int]] = []
     for table_index, findings in enumerate(tables):
         stems_with_errors = {error.stem for error in findings.faults}
-        stems_with_remarks = {remark.stem for remark in findings.remarks}
+        stems_with_warnings = {remark.stem for remark in findings.remarks}
         for index, source in enumerate(findings.sources):
             if source.stem in stems_with_errors:
                 faulty.append((table_index, index))
-            elif source.stem in stems_with_remarks:
+            elif source.stem in stems_with_warnings:
                 remarked.append((table_index, index))
             else:
                 plain.append((table_index, index))
@@ -293,7 +293,7 @@ def select_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
 def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> list[list[CaptionPart]]:
     """Split a caption where encoders stop reading; encoders that read the same text share an entry."""
     if not counts:
-        return [[(_shorten(caption, MOST_CHARACTERS), (), False)]]
+        return [[(_shorten(caption, MAX_CHARACTERS), (), False)]]
     by_text: dict[str, list[tuple[str, TokenCount]]] = {}
     for name, count in counts:
         by_text.setdefault(count.text, []).append((name, count))
@@ -307,7 +307,7 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
     for start, end in zip(places, places[1:], strict=False):
         unread = tuple(name for name, count in readers if count.num_read <= start)
         is_lost = len(unread) == len(readers)
-        shown = _shorten(text[start:end], MAX_LOST if is_lost else MOST_CHARACTERS)
+        shown = _shorten(text[start:end], MAX_LOST if is_lost else MAX_CHARACTERS)
         segments.append((shown, unread, is_lost))
     return segments
 

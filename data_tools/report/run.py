@@ -24,7 +24,7 @@ from dataset.caching.prefetch import SIZE_CHANGES, Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable, with_lengths, with_references
 from dataset.forms.composing import form_of
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colors, find_reordered
+from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.decoding import check_resolution
 from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_errors
@@ -127,7 +127,7 @@ def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
         logger.info("wrote %s", path)
 
 
-def _find_remarks(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
+def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """Return remarks that headers and listings tell.
 
     `fps` is that of the model.
@@ -152,7 +152,7 @@ def _measure_table(
     if not findings.sources:
         return findings
     check_captions(findings)
-    findings.remarks += _find_remarks(findings.sources, options.fps)
+    findings.remarks += _find_warnings(findings.sources, options.fps)
     try:
         check_resolution(table, latent.pixel_step)
     except DatasetError as error:
@@ -196,12 +196,12 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
     for length, count in look.lengths:
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, remark in _remarks_of(look).items():
+    for kind, remark in _warnings_of(look).items():
         if remark is not None:
             findings.remarks.append(Fault(kind, remark, source.stem))
 
 
-def _remarks_of(look: Look) -> dict[str, str | None]:
+def _warnings_of(look: Look) -> dict[str, str | None]:
     """Return the remarks on a source by their kind; None for kinds that do not apply."""
     remarks = {
         "give no item": look.none,
@@ -367,7 +367,7 @@ class _Centered(NamedTuple):
     power: NDArray[np.float32]  # N
 
 
-def _centre(pictures: NDArray[np.float32]) -> _Centered:
+def _center(pictures: NDArray[np.float32]) -> _Centered:
     mean = pictures.mean(axis=(1, 2))
     centered = pictures - mean[:, None, None]
     return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))
@@ -375,8 +375,8 @@ def _centre(pictures: NDArray[np.float32]) -> _Centered:
 
 def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return N bool: which `copies` (N K C) are `pictures` (1 K C) at other brightness and contrast."""
-    first = _centre(pictures)
-    second = _centre(copies)
+    first = _center(pictures)
+    second = _center(copies)
     # least squares: the one of less contrast is `gain` times the other, and a rest
     power = np.maximum(first.power, second.power)
     covariance = (first.pictures * second.pictures).mean(axis=(1, 2))

@@ -45,7 +45,7 @@ class Tagger:
     fixed_batch: int | None  # number of pictures that it takes, if it takes no other
     batch_size: int
     joins_by_mean: bool
-    most_frames: int
+    max_frames: int
     memory_bytes: int | None  # that a run of the network may take
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
@@ -56,7 +56,7 @@ class Tagger:
                 places,
                 lambda place: tuple(map(self.fit, look(place))),
                 batch_size=self.batch_size,
-                item_bytes=3 * self.side**2 * self.most_frames,
+                item_bytes=3 * self.side**2 * self.max_frames,
                 answer_batch=lambda batch: self._answer_batch(batch, choice, separator),
             )
 
@@ -148,7 +148,7 @@ class Tagger:
         return str(self.session.get_inputs()[0].name)
 
 
-def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames: int) -> Tagger:
+def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int) -> Tagger:
     """Load the tagger of a folder.
 
     Raises:
@@ -208,6 +208,6 @@ def load_tagger(folder: Path, batch_size: int, joins_by_mean: bool, most_frames:
         fixed_batch=fixed_batch,
         batch_size=batch_size,
         joins_by_mean=joins_by_mean,
-        most_frames=most_frames,
+        max_frames=max_frames,
         memory_bytes=memory_bytes,
     )

@@ -25,7 +25,7 @@ from modules.errors import DatasetError, OptionError
 from modules.run_limits import temporary_folder
 from modules.text_files import read_if_object, real_path
 
-MOST_PIXELS = 4096**2  # of a frame that is looked at
+MAX_PIXELS = 4096**2  # of a frame that is looked at
 
 
 def tag_folder(options: TaggingOptions) -> None:
@@ -46,7 +46,7 @@ def tag_folder(options: TaggingOptions) -> None:
             tagger.model_dir,
             batch_size=tagger.batch_size,
             joins_by_mean=tagger.join_frames == "mean",
-            most_frames=tagger.num_frames,
+            max_frames=tagger.num_frames,
         )
         return _counted(loaded.answerer(choice, separator), separator, found)
 
@@ -73,7 +73,7 @@ def tag_folder(options: TaggingOptions) -> None:
             empty=options.fill_empty,
         ),
         load=load,
-        look=lambda place: look_at(place, options.tagger.num_frames, MOST_PIXELS),
+        look=lambda place: look_at(place, options.tagger.num_frames, MAX_PIXELS),
         finish=finish,
     )
     try:

@@ -57,7 +57,7 @@ def check_channels(
         item = group[-1]
         if item.kind.sizes is not None:
             continue
-        header = stores.of(item.table).read(item.latent_path.name, is_whole=False)
+        header = stores.of(item.table).read(item.latent_path.name, is_full=False)
         shapes = [header.shapes[name] for name in header.shapes if tensor_key(name) == "latents"]
         channels = next((shape[0] for shape in shapes if shape), latent.channels)
         if channels != latent.channels:
@@ -86,7 +86,7 @@ def other_space(channels: int, latent: data.LatentSpec) -> str:
     )
 
 
-def text_faults(
+def text_errors(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
     """Yield the changes of the table or the caption file since a caption was encoded.
@@ -152,7 +152,7 @@ def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRe
         yield f"its caption was encoded with {num_seen} of its {images}"
 
 
-def latent_faults(
+def latent_errors(
     item: TrainingItem,
     tensors: Mapping[str, Tensor],
     record: LatentRecord | None,
@@ -291,7 +291,7 @@ def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
     return {key: option for key, option in options.items() if key in keys}
 
 
-def sound_faults(
+def audio_errors(
     item: TrainingItem,
     tensors: Mapping[str, Tensor],
     record: LatentRecord | None,
@@ -302,8 +302,8 @@ def sound_faults(
     """Yield the reasons why cached latents of sound are not what the table and the model ask for."""
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
-    if item.sound and shape != item.sound:
-        yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.sound}"
+    if item.audio and shape != item.audio:
+        yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
     if record is None:
         return
     is_from_file = len(record.files) > 1
@@ -337,7 +337,7 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
-        yield from _clip_reference_faults(item, tensors)
+        yield from _clip_reference_errors(item, tensors)
     if rules is None:
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
@@ -352,7 +352,7 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
         yield f"{made_with}, now its image has {min(num_now, rules.most)}"
 
 
-def _clip_reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
+def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield a line if the clip of a folder has another number of references than its latents."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
@@ -432,7 +432,7 @@ class SameEncoders:
             if origin.part in self._warned or not keys:
                 continue
             self._warned.add(origin.part)
-            if first.part in (data.LATENTS_MADE, data.SOUND_MADE):
+            if first.part in (data.LATENTS_MADE, data.AUDIO_MADE):
                 has_latents = True
             else:
                 has_texts = True

@@ -13,7 +13,7 @@ from dataset.sources.frames import one_frame_words
 from modules.console import quiet
 from modules.errors import UserError
 
-MOST_LISTED = 50_000  # files of a folder, captions among them
+MAX_LISTED = 50_000  # files of a folder, captions among them
 MAX_OF_PROMPT = 1000  # characters
 
 
@@ -65,14 +65,14 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     """Return the image in a table's folder that an item's latents were made from, by their record."""
     if item.kind.sizes is not None or item.table.directory is None:
         return None
-    record = latent_record(stores.of(item.table).read(item.file_name, is_whole=False))
+    record = latent_record(stores.of(item.table).read(item.file_name, is_full=False))
     return None if record is None or not record.files else item.table.directory / record.files[0].name
 
 
 def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:
     with contextlib.suppress(UserError, OSError):
         if item.kind.sizes is None:  # else its picture is encoded while training
-            return stores.of(item.table).read(item.file_name, is_whole=False).keys
+            return stores.of(item.table).read(item.file_name, is_full=False).keys
     return frozenset()
 
 
@@ -80,14 +80,14 @@ def _is_large(folder: Path | None) -> bool:
     if folder is None:
         return False
     with os.scandir(folder) as entries:
-        return next(itertools.islice(entries, MOST_LISTED, None), None) is not None
+        return next(itertools.islice(entries, MAX_LISTED, None), None) is not None
 
 
 def _read_caption(item: TrainingItem, stores: Stores) -> str:
     caption = ""
     with contextlib.suppress(UserError, OSError, LookupError):
         if item.kind.has_text:
-            entry = stores.of_texts(item.table).read(item.caption_path(0).name, is_whole=False)
+            entry = stores.of_texts(item.table).read(item.caption_path(0).name, is_full=False)
             records = text_records(entry)
             captions = [record.caption for record in records.values()]
             caption = captions[0] if captions else entry.metadata.get("caption1", "")

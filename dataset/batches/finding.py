@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from contract.data import FPS, LatentSpec, SoundSpec
+from contract.data import FPS, AudioSpec, LatentSpec
 from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
@@ -55,9 +55,9 @@ class FoundItems:
     # of tables with caption_dropout_rate: files of the empty prompt
     missing_empty: list[Path] = field(default_factory=list)
     unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
-    missing_sound: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
-    needs_sound: str = 'audio = "required"'  # why that is a fault
-    silent: SoundSpec | None = None  # of a run with sound, if no item has any
+    missing_audio: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
+    needs_audio: str = 'audio = "required"'  # why that is a fault
+    silent: AudioSpec | None = None  # of a run with sound, if no item has any
     # by folder, if no text of this model is cached: the name of one of another model
     texts_of_others: dict[Path, str] = field(default_factory=dict)
     # by folder, which several tables may share: names of sources; and others that have caches there
@@ -74,7 +74,7 @@ def find_items(
     text_keys: frozenset[str] = frozenset(),
     stores: Stores | None = None,
     live: LiveTables | None = None,
-    sound: SoundSpec | None = None,
+    audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
     """Find all items by the names of their files, reading headers at most.
@@ -89,7 +89,7 @@ def find_items(
         text_keys: Names of the tensors of a complete text cache.
         stores: Stores of the run, if caches are elsewhere than the tables say.
         live: Tables that are encoded while training, by index.
-        sound: Spec of a family that is trained with sound.
+        audio: Spec of a family that is trained with sound.
         trusts_index: Take the items of a table from the index of its caches, if nothing has changed since.
     """
     stores = stores or Stores((cache_tag, latent, text_keys))
@@ -103,14 +103,14 @@ def find_items(
             kind=replace(kind, text_keys=text_keys),
             latent=latent,
             stores=stores,
-            sound=sound,
+            audio=audio,
             trusts_index=trusts_index,
         )
-    if sound is not None and sound.is_alone:
-        listing.needs_sound = "sound alone is learned"
-    is_apart = sound is not None and not sound.is_inside
+    if audio is not None and audio.is_alone:
+        listing.needs_audio = "sound alone is learned"
+    is_apart = audio is not None and not audio.is_inside
     if is_apart and listing.items and not live and not any(item.has_sound for item in listing.items):
-        listing.silent = sound
+        listing.silent = audio
     return listing
 
 
@@ -120,7 +120,7 @@ def _add_table(
     kind: ItemKind,
     latent: LatentSpec,
     stores: Stores,
-    sound: SoundSpec | None,
+    audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
     """Add the items of a table to `listing`, and their missing files."""
@@ -128,7 +128,7 @@ def _add_table(
     names = store.names()
     is_own = table.index not in stores.elsewhere
     is_cached = kind.has_text and not kind.sources
-    if trusts_index and is_own and is_cached and is_indexed(table, sound) and not latent.has_layers:
+    if trusts_index and is_own and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
         if index is not None:
             kind = replace(kind, compared=index.compared)
@@ -147,11 +147,11 @@ def _add_table(
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
-    sounds = None
-    if is_heard_apart(table, sound):
-        assert sound is not None
-        sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
-    del names, text_names  # may be a million; what is needed of them is in `texts` and `sounds`
+    audios = None
+    if is_heard_apart(table, audio):
+        assert audio is not None
+        audios = _AudioNames(table, names=names, tag=kind.tag, spec=audio, listing=listing)
+    del names, text_names  # may be a million; what is needed of them is in `texts` and `audios`
     is_empty = True
     with pause_collection():
         for file in list_latent_files(
@@ -173,7 +173,7 @@ def _add_table(
                 num_images = _count_images(kind, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, kind, file, num_captions)
-            listing.items.append(item if sounds is None else sounds.add_to(item, store))
+            listing.items.append(item if audios is None else audios.add_to(item, store))
     if is_empty:
         listing.empty_tables.append(table)
 
@@ -194,9 +194,9 @@ def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: i
 def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
     """Return how many pictures a cache of layers has; 1 if it is damaged, which reading it reports."""
     if kind.sizes is not None:
-        return kind.sources[file.stem].num_pictures
+        return kind.sources[file.stem].num_images
     with contextlib.suppress(CacheError):
-        for tensor, shape in store.read(file.file, is_whole=False).shapes.items():
+        for tensor, shape in store.read(file.file, is_full=False).shapes.items():
             if cache_files.tensor_key(tensor) == "latents":
                 return shape[-3]
     return 1
@@ -229,17 +229,17 @@ def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
-class _SoundNames:
+class _AudioNames:
     """The sound caches of a table among the names of its entries."""
 
     def __init__(
-        self, table: DatasetTable, names: Collection[str], tag: str, spec: SoundSpec, listing: FoundItems
+        self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
         """listing: missing sound caches are added to it, if the table needs them."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.is_alone
-        ending = f"_{cache_files.sound_tag(tag)}{cache_files.SUFFIX}"
+        ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct shape once
 
@@ -247,24 +247,24 @@ class _SoundNames:
         """Return an item with the shape of its sound, if batches depend on it, and whether it is cached."""
         shape: tuple[int, ...] = ()
         if item.table.batch_size > 1:
-            shape = _sound_shape(store, item.file_name, self.spec, item.bucket[2])
+            shape = _audio_shape(store, item.file_name, self.spec, item.bucket[2])
             shape = self._shapes.setdefault(shape, shape)
-        name = cache_files.sound_file_name(item.file_name, self._tag)
+        name = cache_files.audio_file_name(item.file_name, self._tag)
         is_cached = name in self._names
         if self._is_needed and not is_cached:
-            self._listing.missing_sound.append(self._folder / name)
-        return replace(item, sound=shape, has_sound=is_cached)
+            self._listing.missing_audio.append(self._folder / name)
+        return replace(item, audio=shape, has_sound=is_cached)
 
 
-def _sound_shape(store: CacheStore, latents: str, sound: SoundSpec, frames: int) -> tuple[int, ...]:
+def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
     """Return the shape of an item's latents of sound.
 
     It is () if the latents do not say their frame rate, which is an error when they are read for a batch.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
-        rate = float(store.read(latents, is_whole=False).metadata[FPS])
-    return () if rate is None else sound.shape(frames, rate)
+        rate = float(store.read(latents, is_full=False).metadata[FPS])
+    return () if rate is None else audio.shape(frames, rate)
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
@@ -406,8 +406,8 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     if listing.unsound or listing.unfinished_text:
         _reject_unfinished(listing, commands)
     errors = [_explain_empty(table) for table in listing.empty_tables]
-    if listing.missing_sound:
-        errors += _sound_errors(listing)
+    if listing.missing_audio:
+        errors += _audio_errors(listing)
     if listing.empty_tables or not listing.items:
         errors += [_explain_others(folder, name) for folder, name in listing.texts_of_others.items()]
     if not errors and not listing.items:
@@ -422,7 +422,7 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
         if listing.missing_empty:
             text_command += " --empty_prompt"
         needed = []
-        if listing.empty_tables or listing.silent is not None or listing.missing_sound:
+        if listing.empty_tables or listing.silent is not None or listing.missing_audio:
             needed.append(commands.latents)
         if listing.empty_tables or listing.missing_text or listing.missing_empty:
             needed.append(text_command)
@@ -478,15 +478,15 @@ def _explain_others(folder: Path, name: str) -> str:
     )
 
 
-def _sound_errors(listing: FoundItems) -> list[str]:
+def _audio_errors(listing: FoundItems) -> list[str]:
     """Return a line for each folder with clips whose sound is missing."""
     errors = []
-    counts = Counter(path.parent for path in listing.missing_sound)
+    counts = Counter(path.parent for path in listing.missing_audio)
     for folder, count in counts.items():
-        example = next(path.name for path in listing.missing_sound if path.parent == folder)
+        example = next(path.name for path in listing.missing_audio if path.parent == folder)
         lacking = count_words(count, "clips have no sound")
         errors.append(
-            f"{listing.needs_sound}, but {lacking} in {folder}, such as {example}. Take silent ones out"
+            f"{listing.needs_audio}, but {lacking} in {folder}, such as {example}. Take silent ones out"
         )
     return errors
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dataset.cache_files import EMPTY, SUFFIX, LatentName, empty_text_name, sound_file_name, text_file_name
+from dataset.cache_files import EMPTY, SUFFIX, LatentName, audio_file_name, empty_text_name, text_file_name
 from dataset.config import DatasetTable
 from dataset.sources.media_source import MediaSource
 from modules.media.buckets import Size
@@ -59,7 +59,7 @@ class TrainingItem:
     # width and height of the latents of each reference picture, if they must be equal in a batch
     references: tuple[int, ...] = ()
     # C T M of its sound, silent or not, if it must be equal in a batch
-    sound: tuple[int, ...] = ()
+    audio: tuple[int, ...] = ()
     has_sound: bool = False  # in a cache of its own
 
     @property
@@ -75,7 +75,7 @@ class TrainingItem:
     @property
     def group(self) -> tuple[int, ...]:
         """Values that the items of one batch have in common: table or group of tables, and all sizes."""
-        return (self.table.batch_group, *self.bucket, *self.references, *self.sound)
+        return (self.table.batch_group, *self.bucket, *self.references, *self.audio)
 
     @property
     def latent_path(self) -> Path:
@@ -83,9 +83,9 @@ class TrainingItem:
         return self.table.cache_directory / self.file_name
 
     @property
-    def sound_path(self) -> Path:
+    def audio_path(self) -> Path:
         """Path of the cache of the clip's sound."""
-        return self.table.cache_directory / sound_file_name(self.file_name, self.kind.tag)
+        return self.table.cache_directory / audio_file_name(self.file_name, self.kind.tag)
 
     def caption_path(self, number: int) -> Path:
         """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""

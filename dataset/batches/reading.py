@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract import data
-from dataset.batches.checks import latent_faults, sound_faults, text_faults
+from dataset.batches.checks import audio_errors, latent_errors, text_errors
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
     CHECK_KEY,
@@ -28,7 +28,7 @@ from dataset.cache_files import EMPTY, FLIPPED, CacheStore, Entry, parse_latent_
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
-from modules.media.colours import AS_SHOWN
+from modules.media.colors import AS_SHOWN
 from modules.media.lengths import ClipLengths
 from modules.option_values import as_shape
 
@@ -44,7 +44,7 @@ def read_batch(
     undropped: Sequence[int] = (),
     encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
     reads_empty: bool = False,
-    reads_worse: bool = False,
+    reads_rejected: bool = False,
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` are B C F H W.
 
@@ -64,7 +64,7 @@ def read_batch(
         encoded: What was encoded for items while training, by their position in the batch: tensors without
             batch dimension.
         reads_empty: Read the empty prompt too, which the caches of a table with `uses_empty_prompt` have.
-        reads_worse: Read the latents of the rejected clips too, which all items need then.
+        reads_rejected: Read the latents of the rejected clips too, which all items need then.
 
     Raises:
         CacheError: If a file is damaged, was made for other options or from a source or a caption that has
@@ -85,7 +85,7 @@ def read_batch(
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
         media.append(reader.read_media(item, place, side))
     texts = reader.read_texts(items, numbers)
-    _check_rejected(media, commands, reads_worse)
+    _check_rejected(media, commands, reads_rejected)
     tensors = _join_media_and_texts(media, texts, latent, commands)
     rejected = tensors.pop(data.REJECTED_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
@@ -125,7 +125,7 @@ def _list_makers(
     return tuple(makers)
 
 
-def _take_inner_sound(
+def _take_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
     """Name the sound of caches of latents as that of caches of its own.
@@ -135,25 +135,25 @@ def _take_inner_sound(
     Raises:
         CacheError: If there is none.
     """
-    sound, is_heard = tensors.pop(data.INNER_SOUND, None), tensors.pop(data.IS_HEARD, None)
-    if not isinstance(sound, Tensor) or not isinstance(is_heard, Tensor):
-        lacking = data.INNER_SOUND if sound is None else data.IS_HEARD
+    audio, is_heard = tensors.pop(data.INNER_AUDIO, None), tensors.pop(data.IS_HEARD, None)
+    if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
+        lacking = data.INNER_AUDIO if audio is None else data.IS_HEARD
         raise CacheError(
             f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
             f"Cache again with: {commands.latents}"
         )
-    tensors[data.SOUND] = sound.squeeze(2) if sound.ndim > 4 else sound
-    tensors[data.HAS_SOUND] = is_heard.flatten() != 0
+    tensors[data.SOUND] = audio.squeeze(2) if audio.ndim > 4 else audio
+    tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
-def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
+def _check_rejected(media: Sequence["_Part"], commands: CachingCommands, reads_rejected: bool) -> None:
     """Leave out the latents of worse ones if they are not read.
 
     Raises:
         CacheError: If an item has none.
     """
     for part in media:
-        if not reads_worse:
+        if not reads_rejected:
             part.tensors.pop(data.REJECTED_LATENTS, None)
         elif data.REJECTED_LATENTS not in part.tensors:
             raise CacheError(explain_no_rejected(part.path, commands))
@@ -178,9 +178,9 @@ def _join_media_and_texts(
     if latent.references_first:
         _put_in_front(tensors)
     if any(has_sound):
-        tensors[data.HAS_SOUND] = torch.tensor(has_sound)
-    if latent.holds_sound and media:
-        _take_inner_sound(tensors, media[0].path, commands)
+        tensors[data.HAS_AUDIO] = torch.tensor(has_sound)
+    if latent.holds_audio and media:
+        _take_inner_audio(tensors, media[0].path, commands)
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
         tensors[data.FPS] = (1000 * rates.double()).round().long()
@@ -254,18 +254,18 @@ class _Reader:
             path=item.latent_path,
             part=data.LATENTS_MADE,
             key="latents",
-            find_faults=latent_faults,
+            find_errors=latent_errors,
         )
         if item.has_sound:
-            sound = self._read_entry(
+            audio = self._read_entry(
                 item,
-                path=item.sound_path,
-                part=data.SOUND_MADE,
+                path=item.audio_path,
+                part=data.AUDIO_MADE,
                 key=data.SOUND,
-                find_faults=sound_faults,
+                find_errors=audio_errors,
             )
-            part.tensors[data.SOUND] = sound.tensors[data.SOUND]
-            part.made_by += sound.made_by
+            part.tensors[data.SOUND] = audio.tensors[data.SOUND]
+            part.made_by += audio.made_by
         if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
             part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)
         return part
@@ -294,7 +294,7 @@ class _Reader:
                 verify_tensors(entry, record.crc32)
             is_checked = number == EMPTY or (item.table.index, path.name) in self.checks.checked
             if not is_checked and not _is_compared(item, entry, path.name):
-                errors = text_faults(
+                errors = text_errors(
                     item,
                     number=number,
                     records=records,
@@ -321,7 +321,7 @@ class _Reader:
         )
 
     def _read_entry(
-        self, item: TrainingItem, path: Path, part: str, key: str, find_faults: Callable[..., Iterator[str]]
+        self, item: TrainingItem, path: Path, part: str, key: str, find_errors: Callable[..., Iterator[str]]
     ) -> _Part:
         """Read a cache of media.
 
@@ -330,7 +330,7 @@ class _Reader:
             path: Path for messages.
             part: Word of `MadeBy` for this part.
             key: Name of a tensor that the cache must have.
-            find_faults: Yields why the tensors are not what the table asks for.
+            find_errors: Yields why the tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):
@@ -342,7 +342,7 @@ class _Reader:
                     f"{path}: it has no {key}, so it is not a cache; move it out of the cache folder"
                 )
             if not _is_compared(item, entry, path.name):
-                errors = find_faults(
+                errors = find_errors(
                     item,
                     tensors=tensors,
                     record=record,

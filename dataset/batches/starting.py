@@ -23,10 +23,10 @@ from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE
 from dataset.forms.composing import SHARED_CACHES
 from dataset.listing import find_sources
+from dataset.sources.audio import list_silent
 from dataset.sources.clock import kept_one_clock
-from dataset.sources.colours import shown_otherwise
+from dataset.sources.colors import shown_otherwise
 from dataset.sources.media_source import MediaSource
-from dataset.sources.sound import list_silent
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
 
@@ -38,8 +38,8 @@ OLDER = (
 )
 READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
 MAX_LOOKED_AT = 100  # clips of which a frame is decoded
-MAX_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
-MOST_LISTED = 50_000  # files of a folder, captions among them
+MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
+MAX_LISTED = 50_000  # files of a folder, captions among them
 NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # encoders of a model whose training does not know them
 
 
@@ -95,7 +95,7 @@ def check_caches(
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
         size_bytes += _count_batch_bytes(batch)
-        if size_bytes > MOST_READ_BYTES:
+        if size_bytes > MAX_READ_BYTES:
             break
     if earlier:
         _warn_of_earlier(earlier, family, commands)
@@ -284,7 +284,7 @@ def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSourc
     """
     try:
         with os.scandir(folder) as entries:
-            if next(itertools.islice(entries, MOST_LISTED, None), None) is not None:
+            if next(itertools.islice(entries, MAX_LISTED, None), None) is not None:
                 return None
         return {source.stem: source for source in find_sources(table, captions=False, faults=[])}
     except (DatasetError, OSError):

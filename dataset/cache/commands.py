@@ -30,8 +30,8 @@ from modules.text_files import parse_json, read_text, real_path
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
 VERSION = 1
-MOST_BYTES = 1 << 20  # of a few families with a few dozen options each
-MOST_CHARACTERS = 10_000  # of one value
+MAX_BYTES = 1 << 20  # of a few families with a few dozen options each
+MAX_CHARACTERS = 10_000  # of one value
 KINDS = ("LatentCaching", "TextCaching")
 
 
@@ -161,7 +161,7 @@ def _is_plain(value: Any) -> bool:
     if not all(isinstance(item, (str, int, float)) for item in values):
         return False
     return all(
-        len(word) <= MOST_CHARACTERS and escape_control_codes(word) == word and "\n" not in word
+        len(word) <= MAX_CHARACTERS and escape_control_codes(word) == word and "\n" not in word
         for word in words
     )
 
@@ -175,7 +175,7 @@ def _as_json(value: Any) -> Any:
 def _read_families(folder: Path) -> dict[str, Any]:
     """Return the commands that a cache folder remembers by family; empty if its file is unreadable."""
     try:
-        content = parse_json(read_text(folder / NAME, MOST_BYTES))
+        content = parse_json(read_text(folder / NAME, MAX_BYTES))
     except (OSError, ValueError):
         return {}
     families = content.get("families") if isinstance(content, dict) else None

@@ -68,7 +68,7 @@ def _is_of(name: str, tag: str, kind: str) -> bool:
 
     `tag` is the family's cache_tag.
     """
-    for latent_tag in (tag, cache_files.sound_tag(tag)):
+    for latent_tag in (tag, cache_files.audio_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
             return True
     return cache_files.is_text_name(name.removesuffix(cache_files.PART), tag)
@@ -80,7 +80,7 @@ def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
         if not of(name):
             continue
         try:
-            header = cache_files.read_entry(folder / name, is_whole=False)
+            header = cache_files.read_entry(folder / name, is_full=False)
         except CacheError:
             continue
         maker = header.metadata.get("architecture", "")

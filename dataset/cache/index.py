@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.data import LatentSpec, SoundSpec
+from contract.data import AudioSpec, LatentSpec
 from dataset import cache_files
 from dataset.cache.latent_files import LatentFile
 from dataset.cache.records import (
@@ -51,17 +51,17 @@ _OF_FAMILY = (
 _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
-def is_heard_apart(table: DatasetTable, sound: SoundSpec | None) -> bool:
+def is_heard_apart(table: DatasetTable, audio: AudioSpec | None) -> bool:
     """Return whether the clips of a table have their sound in cache files of its own."""
-    return sound is not None and not sound.is_inside and table.kind == "video" and table.audio != IGNORE
+    return audio is not None and not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
 
-def is_indexed(table: DatasetTable, sound: SoundSpec | None) -> bool:
+def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
     """Return whether a table can have an index.
 
     It is a folder or a JSONL list, cached in single files, whose texts are of captions alone.
     """
-    has_other_parts = is_heard_apart(table, sound) or table.texts_see_references
+    has_other_parts = is_heard_apart(table, audio) or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 

@@ -94,7 +94,7 @@ def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
         () if the entry is damaged, which is an error when it is read for a batch.
     """
     try:
-        shapes = store.read(name, is_whole=False).shapes
+        shapes = store.read(name, is_full=False).shapes
     except CacheError:
         return ()
     sizes: list[int] = []

@@ -28,11 +28,11 @@ from contract.data import LatentSpec
 from dataset.cache_files import Entry, checksum
 from dataset.config_keys import IGNORE, SECTIONS
 from dataset.sources.media_source import (
+    AUDIO_FILE,
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
     REJECTED,
-    SOUND_FILE,
     ClipInfo,
     FileIdentity,
     Origin,
@@ -41,7 +41,7 @@ from dataset.sources.media_source import (
 from dataset.table import FROM_FILE, DatasetTable, defaults_of
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
-from modules.media.colours import AS_SHOWN
+from modules.media.colors import AS_SHOWN
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
 
@@ -186,7 +186,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     companions += [table.reference_directory] * num_references
     if REJECTED in record.options:
         companions.append(table.worse_directory)
-    if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
+    if record.options.get(AUDIO_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
     layers = [table.directory] * record.options.get(LAYERS, 0)
     num_controls = len(record.files) - 1 - len(companions) - len(layers)
@@ -347,7 +347,7 @@ class CacheChecks:
     """
 
     started_ns: int = field(default_factory=time.time_ns)
-    most_checked: int = MAX_CHECKED
+    max_checked: int = MAX_CHECKED
     # table and key of items whose sources are as they were
     checked: set[tuple[int, str]] = field(default_factory=set)
 
@@ -356,7 +356,7 @@ class CacheChecks:
 
         If there are too many, the older ones are forgotten and checked again.
         """
-        if len(self.checked) >= self.most_checked:
+        if len(self.checked) >= self.max_checked:
             self.checked.clear()
         self.checked.add((table, key))
 

@@ -77,14 +77,14 @@ class ShardStore:
             row = self._read_catalog().rows.get(name)
             return row is not None and row.size is not None
 
-    def read(self, name: str, is_whole: bool = True) -> Entry:
+    def read(self, name: str, is_full: bool = True) -> Entry:
         """Read an entry to the CPU.
 
         Raises:
             CacheError: If it is missing or damaged.
         """
         path = self.folder / name
-        if is_whole:
+        if is_full:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: CatalogRow) -> Entry:

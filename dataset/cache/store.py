@@ -50,10 +50,10 @@ class SingleFiles:
     def __contains__(self, name: str) -> bool:
         return (self.folder / name).exists()
 
-    def read(self, name: str, is_whole: bool = True) -> Entry:
-        """Read a file, or with `is_whole` False its header alone."""
+    def read(self, name: str, is_full: bool = True) -> Entry:
+        """Read a file, or with `is_full` False its header alone."""
         path = f"{self.folder}{os.sep}{name}"  # a Path would take longer
-        return read_entry(path, is_whole)
+        return read_entry(path, is_full)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write a file; after a kill it is complete or not there."""
@@ -103,7 +103,7 @@ class MemoryStore:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def read(self, name: str, is_whole: bool = True) -> Entry:
+    def read(self, name: str, is_full: bool = True) -> Entry:
         """Return an entry in memory; it is always complete."""
         if name not in self.entries:
             raise CacheError(f"{self.folder / name}: it is not in memory")
@@ -276,7 +276,7 @@ def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[E
     count = 0
     for name in () if store.is_shared else names:
         try:
-            is_ours = is_cache(store.read(name, is_whole=False))
+            is_ours = is_cache(store.read(name, is_full=False))
         except CacheError as error:
             if name not in store:  # another process has just removed it
                 continue

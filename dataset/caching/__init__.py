@@ -7,7 +7,7 @@ loop: encode media and captions; run the commands
 on_ray: cache on a Ray cluster, by shards of the work
 planning: cache files of a source, and which are valid
 prefetch: work ahead in threads; report what was done
-sound: encode the sound of clips whose latents are cached
+audio: encode the sound of clips whose latents are cached
 taking_over: latents that another model has cached equally
 text_plans: text caches: valid, unfinished and missing outputs
 texts: encode the captions without a valid text cache

@@ -204,7 +204,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     if file.embeds is None:
         return None
     note = embeds_note(file.embeds)
-    stated = _read_stated_shapes(note, file, encoder, identity)
+    declared = _read_declared_shapes(note, file, encoder, identity)
     try:
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
@@ -216,14 +216,14 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)
-        if not isinstance(tensor, Tensor) or _shape_of(tensor) != stated[key]:
+        if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
             raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
         # a copy: a file that is mapped can change
         conditions[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
     return conditions
 
 
-def _read_stated_shapes(
+def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the shapes of the encoder's tensors, by key, as stated in the note on the embeddings.

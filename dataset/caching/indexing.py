@@ -131,7 +131,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
     nothing: dict[str, Any] = {"record": None, "sources": {}}
     made_from: list[tuple[Path | None, FileIdentity]] = []
     try:
-        entry = store.read(file, is_whole=False)
+        entry = store.read(file, is_full=False)
         if part == LATENTS:
             record = latent_record(entry)
             if record is not None:

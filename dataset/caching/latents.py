@@ -26,7 +26,7 @@ from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 
 if TYPE_CHECKING:  # it is loaded only for families that hear
-    from dataset.sources.sound import SpanSounds
+    from dataset.sources.audio import SpanAudios
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
@@ -74,27 +74,27 @@ def decode(
     if media.clip is not None:
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
     missing = plan.missing or ()
-    sounds: SpanSounds | None = None
-    if recipe.keeps_sound and recipe.sound is not None and missing and source.table.kind == "video":
-        from dataset.sources.sound import sounds_of  # only of families that hear
+    audios: SpanAudios | None = None
+    if recipe.keeps_audio and recipe.audio is not None and missing and source.table.kind == "video":
+        from dataset.sources.audio import audios_of  # only of families that hear
 
         with fetch(source) as here:
-            sounds = sounds_of(here, missing, recipe.fps, recipe.sound)
-        plan = dataclasses.replace(plan, silent=sounds.silent)
+            audios = audios_of(here, missing, recipe.fps, recipe.audio)
+        plan = dataclasses.replace(plan, silent=audios.silent)
     files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
     items: Iterable[DecodedMedia] = map(media.cut, missing)
-    if sounds is not None:
-        items = _add_sounds(items, sounds)
+    if audios is not None:
+        items = _add_audios(items, audios)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
     overlaps = sum(length for _, length in missing) > len(media.frames)
     return plan, items if is_large or overlaps else list(items)
 
 
-def _add_sounds(items: Iterable[DecodedMedia], sounds: "SpanSounds") -> Iterator[DecodedMedia]:
+def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
     """Yield the items of a clip with their sound."""
-    for item, samples in zip(items, sounds.samples, strict=True):
-        yield dataclasses.replace(item, sound=samples, is_heard=sounds.silent is None)
+    for item, samples in zip(items, audios.samples, strict=True):
+        yield dataclasses.replace(item, audio=samples, is_heard=audios.silent is None)
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
@@ -107,7 +107,7 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
         group_of=lambda item: item.group,
         max_of=lambda item: size or item.source.table.batch_size,
         bytes_of=lambda item: item.size_bytes,
-        most_bytes=PARTIAL_BYTES,
+        max_bytes=PARTIAL_BYTES,
     )
 
 
@@ -132,7 +132,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
     first = items[0]
     alphas = [item.alpha for item in items if item.alpha is not None]
     control_masks = [item.control_mask for item in items if item.control_mask is not None]
-    sounds = [item.sound for item in items if item.sound is not None]
+    audios = [item.audio for item in items if item.audio is not None]
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
     return data.MediaBatch(
@@ -144,7 +144,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         references=tuple(_stack_batch(arrays) for arrays in references),
         control_mask=_stack_batch(control_masks) if control_masks else None,
         table=media_table(first.source.table, has_control=bool(first.control)),
-        sound=torch.stack(sounds) if sounds else None,
+        audio=torch.stack(audios) if audios else None,
         heard=tuple(item.is_heard for item in items),
         shown=tuple(item.source.shown for item in items),
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from contract.family import Caches, sound_of
+from contract.family import Caches, audio_of
 from dataset.cache import index
 from dataset.cache.index import is_indexed, mark_table
 from dataset.cache.store import Stores
@@ -158,7 +158,7 @@ def cache(
         report = join_reports([*share.gather(part), work.not_listed])
         removed = 0
         if is_main and shard.num_shards is None:
-            for table in work.whole_tables:
+            for table in work.full_tables:
                 failed = {failure.stem for failure in report.failures if failure.table == table.index}
                 removed += work.remove_stale(table, report.right, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
@@ -180,7 +180,7 @@ def _write_indexes(
     `marks` are those of the tables, by index.
     """
     for table in config.datasets:
-        if not is_indexed(table, sound_of(family)):
+        if not is_indexed(table, audio_of(family)):
             continue
         left_out = {}
         for failure in (*report.failures, *report.dropped):

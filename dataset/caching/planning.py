@@ -14,13 +14,13 @@ from contract.data import (
     CONTROL,
     CONTROL_PIXELS,
     FPS,
-    INNER_SOUND,
+    INNER_AUDIO,
     IS_HEARD,
     LOSS_MASK,
     REJECTED_LATENTS,
+    AudioSpec,
     LatentSpec,
     MediaTable,
-    SoundSpec,
 )
 from contract.rules import ShownMedium
 from dataset.cache import records
@@ -29,16 +29,16 @@ from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, kept_one_clock
-from dataset.sources.colours import has_codes, shown_otherwise
+from dataset.sources.colors import has_codes, shown_otherwise
 from dataset.sources.decoding import plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
 from dataset.sources.media_source import (
+    AUDIO_FILE,
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
     REJECTED,
     SHOWN,
-    SOUND_FILE,
     ClipInfo,
     FileIdentity,
     MediaSource,
@@ -49,7 +49,7 @@ from modules.bars import Bar
 from modules.console import count_of
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
-from modules.media.colours import AS_SHOWN
+from modules.media.colors import AS_SHOWN
 from modules.media.reading import image_size
 from modules.option_values import as_shape
 
@@ -75,7 +75,7 @@ class Recipe:
     # the items of sources whose caches were found valid, by all that this depends on but the source files
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
-    sound: SoundSpec | None = None  # of a family that hears
+    audio: AudioSpec | None = None  # of a family that hears
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the options in the record of an item of a source.
@@ -106,8 +106,8 @@ class Recipe:
             options[CONTROL_MASK] = True
         if source.worse is not None:
             options[REJECTED] = True
-        if self.keeps_sound and table.kind == "video":
-            options[SOUND_FILE] = source.sound is not None
+        if self.keeps_audio and table.kind == "video":
+            options[AUDIO_FILE] = source.audio is not None
             if table.audio == IGNORE:
                 options["audio"] = IGNORE
         if source.layers:
@@ -117,17 +117,17 @@ class Recipe:
         return options | table.changed(SECTIONS)
 
     @property
-    def keeps_sound(self) -> bool:
+    def keeps_audio(self) -> bool:
         """Return whether caches of latents have the sound of their clip."""
-        return self.sound is not None and self.sound.is_inside
+        return self.audio is not None and self.audio.is_inside
 
     def parts_of(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
         """Return all files that the caches of a source are made from."""
         parts = list(source.parts)
-        if source.sound is not None and self.keeps_sound and source.table.audio != IGNORE:
-            parts.append(source.sound)
+        if source.audio is not None and self.keeps_audio and source.table.audio != IGNORE:
+            parts.append(source.audio)
         for medium in source.shown:
-            parts += [(path, None) for path in (medium.path, medium.sound) if path is not None]
+            parts += [(path, None) for path in (medium.path, medium.audio) if path is not None]
         return tuple(parts)
 
     def difference(
@@ -141,13 +141,13 @@ class Recipe:
         if records.CLOCK in options and records.CLOCK not in recorded and kept_one_clock(source, self.fps):
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
-        if self.sound is not None and self.sound.is_alone:
+        if self.audio is not None and self.audio.is_alone:
             changed = None  # latents of pictures only hold a place, whatever made them
         return changed or records.options_difference(recorded, options, self.latent)
 
 
 def _describe_shown(medium: ShownMedium) -> str:
-    if medium.kind != "video" or medium.sound is None:
+    if medium.kind != "video" or medium.audio is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
     return f"{medium.kind}, sound of a file"
 
@@ -261,7 +261,7 @@ class Planning:
             self.table.index,
             source.mask_from,
             len(source.control),
-            source.sound is None,
+            source.audio is None,
             source.shown,
             len(source.layers),
             source.tensors is None,
@@ -300,7 +300,7 @@ class Planning:
         unknown = SourcePlan(self.source, frozenset(), 0, None)
         if table.kind == "image":
             size = self._read_image_size()
-            return unknown if size is None else self.compare(size, [(0, self.source.num_pictures)])
+            return unknown if size is None else self.compare(size, [(0, self.source.num_images)])
         clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
             from dataset.sources.moments import full_span, measure_source  # few tables have any
@@ -460,7 +460,7 @@ class Planning:
     def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
         """Raise OtherKind if a file without a record does not fit, as far as its header says."""
         self._check_foreign_tensors(path, header)
-        for fact, value in self.recipe.latent.stated:
+        for fact, value in self.recipe.latent.declared:
             if header.metadata.get(fact, value) != value:
                 made_for = f"it was made for {fact} {header.metadata[fact]}"
                 raise OtherKind(f"{path}: {made_for}, this run has {value}")
@@ -487,7 +487,7 @@ class Planning:
         has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
         if is_shared and sees_control and not has_control:
             raise OtherKind(f"{path}: it has no control picture")
-        for key in (INNER_SOUND, IS_HEARD) if recipe.latent.holds_sound else ():
+        for key in (INNER_AUDIO, IS_HEARD) if recipe.latent.holds_audio else ():
             if key not in header.keys:
                 raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")
 
@@ -503,7 +503,7 @@ class Planning:
 
     def _read_header(self, file: str) -> Entry:
         if file not in self._headers:
-            self._headers[file] = self.store.read(file, is_whole=False)
+            self._headers[file] = self.store.read(file, is_full=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:

@@ -277,11 +277,11 @@ def fill_batches(
     group_of: Callable[[T], object],
     max_of: Callable[[T], int],
     bytes_of: Callable[[T], int],
-    most_bytes: int,
+    max_bytes: int,
 ) -> Iterator[list[T]]:
     """Yield items of one group together, as soon as there are `max_of` them.
 
-    If all waiting items take more than `most_bytes`, the largest group is yielded. At the end the remaining
+    If all waiting items take more than `max_bytes`, the largest group is yielded. At the end the remaining
     groups are yielded.
     """
     waiting: dict[object, list[T]] = {}
@@ -292,7 +292,7 @@ def fill_batches(
         if len(waiting[group]) >= most:
             yield waiting.pop(group)
         sizes = {group: sum(map(bytes_of, members)) for group, members in waiting.items()}
-        if sum(sizes.values()) > most_bytes:
+        if sum(sizes.values()) > max_bytes:
             yield waiting.pop(max(sizes, key=sizes.__getitem__))
     while waiting:
         yield waiting.pop(next(iter(waiting)))
@@ -357,8 +357,8 @@ def _estimate_frames(source: MediaSource) -> float:
     table = source.table
     if source.origins:  # it would have to be fetched: `check_memory` looks when it is here
         return UNKNOWN_FRAMES
-    if table.is_of_sound:  # its samples take about as much as frames would
-        from dataset.sources.sound import count_frames  # only with sounds
+    if table.is_of_audio:  # its samples take about as much as frames would
+        from dataset.sources.audio import count_frames  # only with sounds
 
         with contextlib.suppress(UserError):
             return count_frames(source.path, FASTEST_FPS)
@@ -369,7 +369,7 @@ def _estimate_frames(source: MediaSource) -> float:
         is_timed = table.source_fps == AUTO or is_animation(source.path)
         if is_timed and info.fps:  # they may be repeated too
             return num_frames * FASTEST_FPS / info.fps
-        return num_frames * min(1.0, FASTEST_FPS / (table.stated_fps or FASTEST_FPS))
+        return num_frames * min(1.0, FASTEST_FPS / (table.declared_fps or FASTEST_FPS))
     except UserError:
         return 0  # decoding reports the reason
 

@@ -29,7 +29,7 @@ class OtherCaches:
         self._family, self._recipe = family, recipe
         self._by_table: dict[int, dict[str, LatentNames]] = {}  # by the models' tags
         self._taken: Counter[str] = Counter()  # by the name of the model that cached them
-        self._refused: dict[str, str] = {}  # file -> why it cannot be taken over
+        self._rejected: dict[str, str] = {}  # file -> why it cannot be taken over
         self._makers: set[str] = set()  # of those that are refused
         self._is_made_otherwise = False  # one of these by another autoencoder, or with other options
 
@@ -61,7 +61,7 @@ class OtherCaches:
                 why = compared.outdated
                 is_made_otherwise = is_made_otherwise or compared.is_other
             refused[file] = why or f"{file}: it has no record of what it was made from"
-        self._refused |= refused
+        self._rejected |= refused
         self._is_made_otherwise = self._is_made_otherwise or is_made_otherwise
         self._makers |= {self._read_maker(store, file) for file in refused}
         return plan
@@ -81,14 +81,14 @@ class OtherCaches:
                 count_of(count, "picture"),
                 maker,
             )
-        if self._refused:
+        if self._rejected:
             remedy = ". To take them over, give the file and the options of the autoencoder that made them"
             logger.info(
                 "%s: the latents that %s has cached are not those that this command makes, and are not used. "
                 "The first: %s%s",
-                count_of(len(self._refused), "picture"),
+                count_of(len(self._rejected), "picture"),
                 " and ".join(sorted(self._makers)),
-                next(iter(self._refused.values())),
+                next(iter(self._rejected.values())),
                 remedy if self._is_made_otherwise else "",
             )
 
@@ -105,14 +105,14 @@ class OtherCaches:
     def _has_our_shape(self, store: CacheStore, file: str) -> bool:
         """Return whether an entry has latents of the shape that this model has for its size."""
         try:
-            header = store.read(file, is_whole=False)
+            header = store.read(file, is_full=False)
         except CacheError:
             return False
         channels = {shape[0] for name, shape in header.shapes.items() if name.startswith("latents_")}
         return channels == {self._recipe.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
-        return store.read(file, is_whole=False).metadata.get("architecture", "another program")
+        return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:
         """Write an entry of another model under this model's name, which is returned."""

@@ -17,7 +17,7 @@ from dataset.cache_files import EMPTY, PART, Entry, empty_text_name, text_file_n
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
-from dataset.sources.colours import references_otherwise
+from dataset.sources.colors import references_otherwise
 from dataset.sources.decoding import fit_of
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
@@ -189,7 +189,7 @@ def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Ori
     files = source.parts[: 1 + len(source.control)] if sight.clip else ()
     if not sight.media:
         return files
-    paths = (path for medium in source.shown for path in (medium.path, medium.sound) if path is not None)
+    paths = (path for medium in source.shown for path in (medium.path, medium.audio) if path is not None)
     return (*files, *((path, None) for path in paths))
 
 

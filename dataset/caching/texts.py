@@ -56,12 +56,12 @@ from dataset.options import CachingOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
-from dataset.sources.remarks import NAMED, find_caption_remarks, warn_cut_captions, warn_of_remarks
+from dataset.sources.remarks import NAMED, find_caption_warnings, log_warnings, warn_cut_captions
 from dataset.subsets import reject_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
 from modules.errors import CacheError, CaptionError, MediaError
-from modules.media.colours import AS_SHOWN
+from modules.media.colors import AS_SHOWN
 from modules.paths import path_exists
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,10 @@ class TextWork:
                 reject_changing(table, table.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
-        self.not_listed, self.whole_tables = listing.report, listing.complete_tables
+        self.not_listed, self.full_tables = listing.report, listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
-        warn_of_remarks(find_caption_remarks(self._sources), NAMED)
+        log_warnings(find_caption_warnings(self._sources), NAMED)
         family.check_given_files()
         own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]

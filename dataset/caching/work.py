@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from contract.data import FPS, CacheEntry, MediaEncoders
-from contract.family import Caches, hears_sound, sound_of
+from contract.family import Caches, audio_of, hears_audio
 from contract.rules import ShownMedium
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
@@ -30,7 +30,7 @@ from dataset.options import CachingOptions
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_wrong_rates, media_table
 from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource
-from dataset.sources.remarks import find_media_remarks, warn_of_remarks
+from dataset.sources.remarks import find_media_warnings, log_warnings
 from dataset.subsets import reject_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
@@ -39,7 +39,7 @@ from modules.devices import free_memory
 from modules.errors import DatasetError
 
 if TYPE_CHECKING:  # it is loaded only for families that hear
-    from dataset.caching.sound import HearingFamily, SoundWork
+    from dataset.caching.audio import AudioWork, HearingFamily
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError with all faults that make tables unusable for a family."""
     errors = []
-    spec = sound_of(family)
-    learns_sound_alone = spec is not None and spec.is_alone
+    spec = audio_of(family)
+    learns_audio_alone = spec is not None and spec.is_alone
     with_control = {source.table.index for source in sources if source.control}
     with_companions: dict[int, list[MediaSource]] = {}
     shown: dict[int, list[tuple[ShownMedium, ...]]] = {}
@@ -69,8 +69,8 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
                 companions=with_companions.get(table.index, ()),
                 shown=tuple(shown.get(table.index, ())),
             )
-            if learns_sound_alone or table.is_of_sound:
-                _check_sound(table, learns_sound_alone)
+            if learns_audio_alone or table.is_of_audio:
+                _check_audio(table, learns_audio_alone)
         except DatasetError as error:
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
@@ -105,12 +105,12 @@ def _check_table(
         reject_companions(table, companions)
 
 
-def _check_sound(table: DatasetTable, learns_sound_alone: bool) -> None:
+def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
     """Raise DatasetError if a table of pictures is for a run of sound alone, or the other way round."""
-    if learns_sound_alone and (table.kind == "image" or table.audio == IGNORE):
+    if learns_audio_alone and (table.kind == "image" or table.audio == IGNORE):
         why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
         raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
-    if table.is_of_sound and not learns_sound_alone:
+    if table.is_of_audio and not learns_audio_alone:
         raise DatasetError(
             f"{table.name}: it has sounds, and this run learns pictures. Give the mode that learns "
             "sound alone, audio"
@@ -147,12 +147,12 @@ class MediaWork:
             table.index: LatentNames(self.stores.of(table), family.cache_tag, table.kind)
             for table in config.datasets
         }
-        self._sound: SoundWork | None = None
-        if not family.latent.holds_sound and hears_sound(family):
-            from dataset.caching import sound  # only of families that hear
+        self._audio: AudioWork | None = None
+        if not family.latent.holds_audio and hears_audio(family):
+            from dataset.caching import audio  # only of families that hear
 
             hearing = cast("HearingFamily", family)
-            self._sound = sound.SoundWork(
+            self._audio = audio.AudioWork(
                 hearing,
                 tables=config.datasets,
                 stores=stores,
@@ -160,7 +160,7 @@ class MediaWork:
                 before_loading=self.free,
             )
         listing = prefetch.list_sources(config, captions=False)
-        sources, self.not_listed, self.whole_tables = listing.sources, listing.report, listing.complete_tables
+        sources, self.not_listed, self.full_tables = listing.sources, listing.report, listing.complete_tables
         _check_tables(family, config, sources)
         warn_captions(sources)
         if any(table.directory is None or table.references is not None for table in config.datasets):
@@ -185,7 +185,7 @@ class MediaWork:
             sections=family.sections_of,
             stores=stores,
             has_rates=family.can.rate,
-            sound=sound_of(family),
+            audio=audio_of(family),
         )
         self._family, self._config = family, config
         self._options, self._device = options, device
@@ -221,10 +221,10 @@ class MediaWork:
         recipe = self._recipe
         errors: list[Fault] = []  # of sources whose rate, order or colours may be wrong
         # source_fps decides, as a file's header may be wrong
-        if any(table.stated_fps is not None for table in self._config.datasets):
+        if any(table.declared_fps is not None for table in self._config.datasets):
             errors += find_wrong_rates(sources)
-        errors += find_media_remarks(sources, recipe.latent, recipe.fps, recipe.has_rates)
-        warn_of_remarks(errors, LISTED)
+        errors += find_media_warnings(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        log_warnings(errors, LISTED)
         if who is not None:
             self._show(to_do, len(pieces), who)
         of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
@@ -246,10 +246,10 @@ class MediaWork:
                 reasons[0],
             )
         report = _report_of(finished, failures, written, share=len(pieces), total=len(self.pieces))
-        if self._sound is None:
+        if self._audio is None:
             return report
-        of_sound = self._sound.encode(pieces, report.right, workers, shows)
-        return prefetch.join_reports([report, of_sound])
+        of_audio = self._audio.encode(pieces, report.right, workers, shows)
+        return prefetch.join_reports([report, of_audio])
 
     def remove_stale(
         self,
@@ -269,17 +269,17 @@ class MediaWork:
         store = self.stores.of(table)
         family = self._family
         stale = self._existing[table.index].not_in(belongs, except_of=failed)
-        of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
+        of_audio = 0 if self._audio is None else self._audio.remove_stale(table, belongs, failed)
         is_ours = partial(is_latent_cache, architecture=family.name)
-        return of_sound + (remove_caches(store, stale, is_ours) if stale else 0)
+        return of_audio + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
         """Release the encoders of media and of sound, if they are loaded."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
-        if self._sound is not None:
-            self._sound.free()
+        if self._audio is not None:
+            self._audio.free()
 
     def _items(
         self,
@@ -353,7 +353,7 @@ class MediaWork:
         if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
             info[FPS] = repr(item.rate)
         stamps = {}
-        if self._family.latent.stated:
+        if self._family.latent.declared:
             stamps["media_fingerprints"] = _join_fingerprints(item.files, self._recipe.parts_of(item.source))
         store = self.stores.of(item.source.table)
         files = []

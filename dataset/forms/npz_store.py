@@ -93,7 +93,7 @@ class NpzStore:
     def __contains__(self, name: str) -> bool:
         return self._file_of(name).is_file()
 
-    def read(self, name: str, is_whole: bool = True) -> cache_files.Entry:
+    def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
         """Read an entry, always whole: most of the time goes into opening the file."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 

@@ -90,7 +90,7 @@ class Unpacking:
     """Counter of the bytes unpacked from a file."""
 
     path: Path
-    most_bytes: int
+    max_bytes: int
     found_bytes: int = 0
 
     @staticmethod
@@ -109,10 +109,10 @@ class Unpacking:
             DatasetError: If they are far too many for the file.
         """
         self.found_bytes += size_bytes
-        if self.found_bytes > self.most_bytes:
+        if self.found_bytes > self.max_bytes:
             raise DatasetError(
                 f"{self.path}: a file of {self.path.stat().st_size:,} bytes that unpacks to more than "
-                f"{self.most_bytes >> 20:,} MiB is damaged, or made to fill the memory. Write it again from "
+                f"{self.max_bytes >> 20:,} MiB is damaged, or made to fill the memory. Write it again from "
                 "its source."
             )
 
@@ -382,7 +382,7 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     """
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
-        pages.most_bytes = min(pages.most_bytes, MAX_GROUP_BYTES)
+        pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)
         largest_value(file, pages, group, [column])
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
     if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:

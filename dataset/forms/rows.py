@@ -24,7 +24,7 @@ from modules.text_files import bad_character
 
 logger = logging.getLogger(__name__)
 
-MOST_SHOWN = 80  # characters of a path in a message
+MAX_SHOWN = 80  # characters of a path in a message
 CAPTION_COLUMNS = ("caption", "text", "prompt")  # in order; the first that a table has is used
 FIRST_ROWS = 100  # of which one shows where relative paths start
 # names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
@@ -44,7 +44,7 @@ class _Media(NamedTuple):
     identity: str  # differs if sources do
 
 
-class RefusedAddress(DatasetError):
+class RejectedAddress(DatasetError):
     """Raised for an address that the table does not allow, or that cannot be read here."""
 
     def __init__(self, reason: str, shown: str) -> None:
@@ -103,14 +103,14 @@ class RowReader:
             worse=rejected,
             layers=layers,
         )
-        sound_path = values.get("audio_path") if self.table.kind == "video" else None
-        sound = self._part("audio_path", sound_path, where)
-        if sound is None and self.table.finds_sound and not source.origins:
-            from dataset.sources.folders import find_sound_beside  # few lists need it
+        audio_path = values.get("audio_path") if self.table.kind == "video" else None
+        audio = self._part("audio_path", audio_path, where)
+        if audio is None and self.table.finds_sound and not source.origins:
+            from dataset.sources.folders import find_audio_beside  # few lists need it
 
-            sound = find_sound_beside(source.path)
-        if sound is not None:
-            source = replace(source, sound=cast(tuple[Path, media_source.Remote | None], sound))
+            audio = find_audio_beside(source.path)
+        if audio is not None:
+            source = replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
         if self.table.shows_media and values.get("references") is not None:
             from dataset.sources.shown import read_shown  # few lists have any
 
@@ -144,7 +144,7 @@ class RowReader:
             layers = f"{name}_0, {name}_1, ... are a picture and its layers"
             return f", and {layers}: give the table multiple_target = true"
         others = [name for name in (*PATH_COLUMNS, self.table.kind) if isinstance(values.get(name), str)]
-        if others and not self.table.is_of_sound:
+        if others and not self.table.is_of_audio:
             kind = self.table.kind
             return (
                 f". {others[0]} is read from tables: give the file to {kind}_table_file in place of "
@@ -229,7 +229,7 @@ class RowReader:
         protocol = protocol_of(text)
         error = self._find_address_error(text, protocol)
         if error is not None:
-            raise RefusedAddress(error, f"{where}: {hide_secrets(text)}")
+            raise RejectedAddress(error, f"{where}: {hide_secrets(text)}")
         if protocol == "file":
             # a path in other words, and as one only opened as an image or a clip
             return Path(url2pathname(split_address(text).path)), None
@@ -323,7 +323,7 @@ def list_rows(
     for row in rows:
         try:
             sources.append(_read_row(reader, row, cells))
-        except RefusedAddress as refused:
+        except RejectedAddress as refused:
             faults.append(media_source.Fault(f"{kind}: {refused.reason}", refused.shown))
         except DatasetError as error:
             faults.append(media_source.Fault(kind, f"{str(error).rstrip('.')}."))
@@ -409,7 +409,7 @@ def locate(text: str, base: Path | None, where: str) -> Path:
     try:
         return expand_path(text, base)
     except ValueError as error:
-        raise DatasetError(f"{where}: {shorten(text, MOST_SHOWN)!r}: {error}.") from None
+        raise DatasetError(f"{where}: {shorten(text, MAX_SHOWN)!r}: {error}.") from None
 
 
 def check_text(text: str, where: str) -> None:

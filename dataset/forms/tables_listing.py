@@ -21,7 +21,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
 from modules.errors import DatasetError
 
-MOST_SHOWN = 20  # columns in a message
+MAX_SHOWN = 20  # columns in a message
 
 
 def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]) -> list[MediaSource]:
@@ -85,8 +85,8 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
 def _shown(columns: Sequence[str]) -> str:
     if not columns:
         return "no columns"
-    shown = ", ".join(map(repr, columns[:MOST_SHOWN]))
-    return f"{shown} and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else shown
+    shown = ", ".join(map(repr, columns[:MAX_SHOWN]))
+    return f"{shown} and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else shown
 
 
 def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
@@ -101,5 +101,5 @@ def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
     control = [name for name in columns if is_control(table, name)]
     unread = [name for name in columns if name not in read and not is_companion(name)]
     plain, cells = plain_columns(path, [*unread, *control])
-    unread_cells = [name for name in cells if name != media]
-    return LookedAt(media, names_read(table, media, ""), unread_cells, read_columns(path, plain))
+    unused_cells = [name for name in cells if name != media]
+    return LookedAt(media, names_read(table, media, ""), unused_cells, read_columns(path, plain))

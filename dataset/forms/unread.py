@@ -14,12 +14,12 @@ from dataset.table import FURTHER_TEXT, DatasetTable
 from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, path_exists
 
 LOOKED_AT = 1000  # rows of a file
-MOST_SHOWN = 80  # characters of a value
+MAX_SHOWN = 80  # characters of a value
 NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
 # of rows of models whose tables have `shows_media`
 OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
@@ -39,7 +39,7 @@ OF_TABLE = ": it is a key of the [[datasets]] table, for all its items"
 _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
-def find_unread(table: DatasetTable) -> list[Fault]:
+def find_unused(table: DatasetTable) -> list[Fault]:
     """Return a remark for each unread column that holds files, or is named almost like one that is read.
 
     Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
@@ -121,9 +121,9 @@ def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any)
         if not isinstance(text, str) or not text.strip() or text == media or "\n" in text:
             continue
         suffix = Path(text.split("?")[0]).suffix.lower()
-        is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | SOUND_SUFFIXES
+        is_media = suffix in image_suffixes() | VIDEO_SUFFIXES | ANIMATION_SUFFIXES | AUDIO_SUFFIXES
         if is_media and (hint is not None or _exists(text, path)):
-            return f", such as {hide_secrets(shorten(text, MOST_SHOWN))!r}{hint or ''}"
+            return f", such as {hide_secrets(shorten(text, MAX_SHOWN))!r}{hint or ''}"
     similar = _find_similar(name, table)
     return None if similar is None or not texts else f": did you mean {similar!r}?"
 

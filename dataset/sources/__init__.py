@@ -3,7 +3,7 @@
 captions: caption files, and a table's additions to their text
 clock: which frames of controls and masks go with a clip
 companions: references of clips, masks of what is new
-colours: pictures that are transparent or have a profile
+colors: images that are transparent or have a profile
 decoding: turn a source into items to encode
 downloads: download files at addresses, each of them once
 fetching: make the bytes of a source a file
@@ -18,6 +18,6 @@ pairs: the worse one of each pair, by its name
 references: reference pictures: which, how large, what is wrong
 remarks: about media and captions, in caching, training and --check
 shown: references that a row shows with its clip
-sound: the sound of clips: its file, seconds, faults
+audio: the sound of clips: its file, seconds, faults
 wildcards: choices in captions, drawn from the inside out
 """

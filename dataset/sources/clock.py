@@ -46,11 +46,11 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
     them are frames. With `alpha`, they keep their transparency.
     """
     fps = table.target_fps or fps
-    if table.is_of_sound:
-        from dataset.sources.sound import black_frames  # only with sounds
+    if table.is_of_audio:
+        from dataset.sources.audio import black_frames  # only with sounds
 
         return itertools.islice(black_frames(path, fps), frames_wanted(table))
-    rate = table.stated_fps or fps
+    rate = table.declared_fps or fps
     frames: Iterable[KeptFrame]
     if _is_timed(path, table):
         frames = reading.frames_at(path, reading.slots(rate), alpha)
@@ -58,8 +58,8 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
         frames = zip(reading.video_frames(path, alpha), itertools.count(), reading.slots(rate), strict=False)
     else:
         frames = _all_frames(path, alpha)
-    if table.stated_fps is not None:
-        frames = itertools.compress(frames, keep_pattern(table.stated_fps, fps))
+    if table.declared_fps is not None:
+        frames = itertools.compress(frames, keep_pattern(table.declared_fps, fps))
     return itertools.islice(frames, frames_wanted(table))
 
 
@@ -98,7 +98,7 @@ def companion_frames(
         seconds = [second for _, second in clock]
         if not path.is_dir():
             return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
-        rate = table.stated_fps or table.target_fps or fps
+        rate = table.declared_fps or table.target_fps or fps
         numbers = [int(second * rate) for second in seconds]
     return _numbered(reading.video_frames(path, alpha), numbers)
 
@@ -160,17 +160,17 @@ class _Pair:
 
     def __init__(self, path: Path, clip: Path, table: DatasetTable, fps: float) -> None:
         self._path, self._clip_path = path, clip
-        self._usual_rate = table.stated_fps or table.target_fps or fps
+        self._default_rate = table.declared_fps or table.target_fps or fps
         self._is_timed = _is_timed(path, table)
         self._clip_is_timed = _is_timed(clip, table)
         # frames of a folder have the numbers of its clip's frames, whatever rate the clip's header states
-        self._in_step = path.is_dir() and table.stated_fps is not None and not self._clip_is_timed
+        self._in_step = path.is_dir() and table.declared_fps is not None and not self._clip_is_timed
         self.clip = self._measure(clip)
         self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
         info = reading.video_info(path)
-        rate = info.fps or self._usual_rate
+        rate = info.fps or self._default_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
         if is_animation(path):
             times = animation_durations(path)
@@ -189,8 +189,8 @@ class _Pair:
     @property
     def was_so_before(self) -> bool:
         """Return whether the former rule, by which each clip was timed by itself, chose the same frames."""
-        companion_rate = self.companion.rate if self._is_timed else self._usual_rate
-        clip_rate = self.clip.rate if self._clip_is_timed else self._usual_rate
+        companion_rate = self.companion.rate if self._is_timed else self._default_rate
+        clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
         ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
         drift = abs(companion_rate / clip_rate / ratio_now - 1)
         frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip

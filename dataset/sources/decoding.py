@@ -81,7 +81,7 @@ class ByteBudget:
                 self._changed.notify_all()
 
 
-PICTURES = ByteBudget(1 << 30)  # of all threads of this process
+IMAGES = ByteBudget(1 << 30)  # of all threads of this process
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class DecodedMedia:
     clip: ClipInfo | None = None
     files: tuple[FileIdentity, ...] = ()
     rate: float | None = None  # frames per second, for models that take the rate
-    sound: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
+    audio: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
     is_heard: bool = False  # it has sound
 
     @property
@@ -121,8 +121,8 @@ class DecodedMedia:
     def group(self) -> tuple[object, ...]:
         """Return the key that items of a batch share: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references), self.worse is not None
-        sound = () if self.sound is None else (self.sound.shape,)
-        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *sound)
+        audio = () if self.audio is None else (self.audio.shape,)
+        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio)
 
     @property
     def size_bytes(self) -> int:
@@ -186,7 +186,7 @@ def decode_source(
             why = "its latents are given (load_tensors), so that no frames are read"
             raise MediaError(f"{source.path}: {why}")
         if source.table.kind == "image":
-            with PICTURES.hold(planned_bytes(here)):
+            with IMAGES.hold(planned_bytes(here)):
                 media = _decode_image(
                     here, step, numbers, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
@@ -218,7 +218,7 @@ def _decode_clip(
     enough = frames_wanted(table)
     frames_in = itertools.chain([first], frames_in)
     mask: Mask | None = None
-    if table.is_of_sound:
+    if table.is_of_audio:
         frames = _repeat_first(frames_in)
     else:
         frames, mask = _gather(frames_in, bucket, enough)
@@ -363,7 +363,7 @@ def _decode_image(
         size=size,
         bucket=fit.bucket,
         frames=frames,
-        spans=((0, source.num_pictures),),
+        spans=((0, source.num_images),),
         control=tuple(control),
         alpha=placed_alpha,
         mask=mask,
@@ -455,12 +455,12 @@ def plan_source(
     `decode_source` that headers show.
     """
     table = source.table
-    found_spans: tuple[Span, ...] = ((0, source.num_pictures),)
+    found_spans: tuple[Span, ...] = ((0, source.num_images),)
     reason: str | None = None
     with fetch(source) as here:
         if table.kind == "image":
             size = image_size(here.path)
-        elif table.is_of_sound:
+        elif table.is_of_audio:
             size = table.resolution
             num_kept = _count_kept(here, fps)
             found_spans, reason = spans_or_reason(table, num_kept, lengths)
@@ -470,7 +470,7 @@ def plan_source(
             if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
                 num_kept = _count_kept(here, fps)
             else:
-                num_kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
+                num_kept = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
             found_spans, reason = spans_or_reason(table, num_kept, lengths)
         bucket = bucket_of(table, size, step, here.path)
     return DecodedMedia(
@@ -565,8 +565,8 @@ def spans_or_reason(
     found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None
-    stated = table.stated_fps
-    rate = f" after dropping from source_fps = {stated:g}" if stated else ""
+    declared = table.declared_fps
+    rate = f" after dropping from source_fps = {declared:g}" if declared else ""
     if table.source_fps == AUTO:
         rate = ' at the rate of the model (source_fps = "auto")'
     return (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.atomic_write import atomic_path, check_space
-from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_http, receive
+from modules.downloading import PIECE, Answer, BrokenTry, RejectedBySite, ask_http, receive
 from modules.errors import MediaError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_DOWNLOAD_BYTES
@@ -90,7 +90,7 @@ def download(
                     check_space(temporary, answer.size_bytes - answer.start)
                 except OutputError:  # only reported: another file may have room
                     size = f"{answer.size_bytes / 1e9:,.1f} GB"
-                    raise RefusedBySite(
+                    raise RejectedBySite(
                         f"it says that it has {size}, for which the disk has no room"
                     ) from None
 
@@ -101,10 +101,10 @@ def download(
                     tries=TRIES,
                     wait=wait,
                     first_wait=FIRST_WAIT,
-                    most_bytes=MAX_DOWNLOAD_BYTES,
+                    max_bytes=MAX_DOWNLOAD_BYTES,
                     check=check_size,
                 )
-            except RefusedBySite as refused:
+            except RejectedBySite as refused:
                 raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
             except BrokenTry as error:
                 raise MediaError(f"{shown} cannot be downloaded: {error} ({TRIES} tries)") from None
@@ -139,7 +139,7 @@ def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[An
         system, path = fsspec.core.url_to_fs(address)
         info = system.info(path)
         if info.get("type") == "directory":
-            raise RefusedBySite("it is a folder, not a file")
+            raise RejectedBySite("it is a folder, not a file")
         size = info.get("size")
         now = str([size, *(info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated"))])
         start = have if now == version else 0
@@ -164,12 +164,12 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 def _explain_filesystem() -> Iterator[None]:
     try:
         yield
-    except RefusedBySite:
+    except RejectedBySite:
         raise
     except FileNotFoundError:
-        raise RefusedBySite("nothing is there") from None
+        raise RejectedBySite("nothing is there") from None
     except PermissionError:
-        raise RefusedBySite("not allowed; a login may be missing") from None
+        raise RejectedBySite("not allowed; a login may be missing") from None
     except Exception as error:  # each storage has its own; their texts may hold secrets
         raise BrokenTry(f"it could not be read ({type(error).__name__})") from None
 

@@ -17,7 +17,7 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, label_of
-from modules.media.opening import SOUND_SUFFIXES, open_image
+from modules.media.opening import AUDIO_SUFFIXES, open_image
 from modules.media.reading import TIFF_SUFFIXES, TOOL_TAG, VIDEO_SUFFIXES, image_suffixes, read_tags
 from modules.paths import similar_path
 from modules.text_files import bad_character, require_regular_file
@@ -48,9 +48,9 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     masks: dict[Path, Path] = {}
     if table.mask_directory is not None:
         masks = _find_companions(table, "mask", table.mask_directory, media=paths, faults=faults)
-    sounds: dict[Path, Path] = {}
+    audios: dict[Path, Path] = {}
     if table.audio_directory is not None and table.audio != IGNORE:
-        sounds = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
+        audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
     assert table.directory is not None
     extension = table.caption_extension
     reader = _CaptionReader(table)
@@ -70,7 +70,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            sound=_sound_of(table, path, sounds, faults) if sounds or table.finds_sound else None,
+            audio=_audio_of(table, path, audios, faults) if audios or table.finds_sound else None,
             caption_encoding=content.encoding,
             layers=layers.get(path, ()),
         )
@@ -79,31 +79,31 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     return sources
 
 
-def _sound_of(
-    table: DatasetTable, clip: Path, sounds: Mapping[Path, Path], faults: list[Fault]
+def _audio_of(
+    table: DatasetTable, clip: Path, audios: Mapping[Path, Path], faults: list[Fault]
 ) -> tuple[Path, None] | None:
     """Return the file with the sound of a clip; None: it has none besides its track.
 
-    `sounds` are the files of audio_directory by clip. Adds a fault if there are several.
+    `audios` are the files of audio_directory by clip. Adds a fault if there are several.
     """
-    if clip in sounds:
-        return sounds[clip], None
+    if clip in audios:
+        return audios[clip], None
     if not table.finds_sound or table.audio_directory is not None or table.audio == IGNORE:
         return None
     try:
-        return find_sound_beside(clip)
+        return find_audio_beside(clip)
     except DatasetError as error:
         faults.append(Fault(f"problems with the sound of {table.name}", str(error)))
         return None
 
 
-def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
+def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
     """Return the one file of sound that is named like a clip, next to it, if there is any.
 
     Raises:
         DatasetError: If there are several.
     """
-    paths = [clip.with_suffix(suffix) for suffix in sorted(SOUND_SUFFIXES)]
+    paths = [clip.with_suffix(suffix) for suffix in sorted(AUDIO_SUFFIXES)]
     files = [path for path in paths if path.exists()]
     if len(files) > 1:
         names = " and ".join(path.name for path in files)
@@ -137,7 +137,7 @@ class _CaptionReader:
 
     def __init__(self, table: DatasetTable) -> None:
         self._table = table
-        self._problems: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
+        self._errors: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
 
     def read(self, stem: str, path: Path) -> _Captions:
         """Return the captions in a file. No caption if it is not there, or if it cannot be used."""
@@ -150,17 +150,17 @@ class _CaptionReader:
             captions = None if text is None else captions_in(text, self._table)
             first, further = first_and_more(captions, path)
         except DatasetError as error:
-            self._problems[path] = stem, str(error)
+            self._errors[path] = stem, str(error)
             return _Captions(encoding=encoding)
         return _Captions(first, further, encoding)
 
     def faults(self) -> list[Fault]:
         """Return a fault for each file that could not be used."""
-        if not self._problems:
+        if not self._errors:
             return []
-        texts = [text for _, text in self._problems.values()]
-        messages = explain_captions(list(self._problems), texts)
-        stems = [stem for stem, _ in self._problems.values()]
+        texts = [text for _, text in self._errors.values()]
+        messages = explain_captions(list(self._errors), texts)
+        stems = [stem for stem, _ in self._errors.values()]
         kind = "have a caption that cannot be used"
         return [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
 
@@ -198,9 +198,9 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
         is_beside = table.directory is not None and folder_id(folder) == folder_id(table.directory)
         return masks_by_stem(map(Path, entries), table.kind, is_beside)
     entries = list_entries(folder, "audio_directory")
-    suffixes = SOUND_SUFFIXES | VIDEO_SUFFIXES
+    suffixes = AUDIO_SUFFIXES | VIDEO_SUFFIXES
     if folder == table.directory:  # a clip is not a file next to itself
-        suffixes = SOUND_SUFFIXES
+        suffixes = AUDIO_SUFFIXES
     return files_by_stem(map(Path, entries), suffixes, False)
 
 
@@ -463,7 +463,7 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     Files of the second kind are left out if one of the first kind has the same name.
     """
     if kind == "sound":
-        return SOUND_SUFFIXES, frozenset()
+        return AUDIO_SUFFIXES, frozenset()
     if kind == "video":
         return VIDEO_SUFFIXES, ANIMATION_SUFFIXES
     spare = ANIMATION_SUFFIXES - {".webp"} | TIFF_SUFFIXES

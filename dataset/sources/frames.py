@@ -185,21 +185,21 @@ def kept_rate(source: MediaSource, fps: float) -> float:
     Raises:
         MediaError: If a clip cannot be read.
     """
-    table, stated = source.table, source.table.stated_fps
+    table, declared = source.table, source.table.declared_fps
     fps = table.target_fps or fps
     if table.kind == "image" or table.source_fps == AUTO or source.tensors is not None:
         return fps
-    if stated is not None:
-        return min(stated, fps)
+    if declared is not None:
+        return min(declared, fps)
     return file_rate(source.path) or fps
 
 
-def compare_rates(rate: float | None, stated: object, fps: float) -> str | None:
+def compare_rates(rate: float | None, declared: object, fps: float) -> str | None:
     """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
-    if isinstance(stated, (int, float)):
-        expected = float(stated)
-        cause = f"source_fps says {stated:g}"
-    elif stated is None:
+    if isinstance(declared, (int, float)):
+        expected = float(declared)
+        cause = f"source_fps says {declared:g}"
+    elif declared is None:
         expected, cause = fps, "without source_fps all frames are used"
     else:  # "auto"
         return None
@@ -242,7 +242,7 @@ def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     clips = []
     for source in sources:
         table = source.table
-        has_rate = table.kind == "video" and not table.is_of_sound and source.tensors is None
+        has_rate = table.kind == "video" and not table.is_of_audio and source.tensors is None
         if has_rate and table.source_fps is None and not source.origins:
             clips.append(source)
     errors = []

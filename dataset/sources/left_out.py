@@ -14,7 +14,7 @@ from dataset.table import DatasetConfig, DatasetTable, folder_id
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.remedies import remedy_of
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
@@ -62,8 +62,8 @@ class TableFolders:
         with_masks = any(
             other.mask_directory is not None and folder_id(other.mask_directory) == place for other in sharing
         )
-        rules = _UnreadRules.of(sharing, has_companions=place in self._others, with_masks=with_masks)
-        counts = _count_unread(table, table.directory, rules)
+        rules = _UnusedRules.of(sharing, has_companions=place in self._others, with_masks=with_masks)
+        counts = _count_unused(table, table.directory, rules)
         if not counts:
             return None
         number = sum(of_endings.total() for of_endings in counts.values())
@@ -96,7 +96,7 @@ class TableFolders:
 
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
-    """Return the counts of `_count_unread` as a text, the largest first."""
+    """Return the counts of `_count_unused` as a text, the largest first."""
     parts = []
     for why, of_endings in sorted(counts.items(), key=lambda pair: -pair[1].total()):
         files = ", ".join(f"{ending} ({count})" for ending, count in sorted(of_endings.items()))
@@ -104,7 +104,7 @@ def _describe(counts: Mapping[str, Counter[str]]) -> str:
     return "; ".join(parts)
 
 
-def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> dict[str, Counter[str]]:
+def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> dict[str, Counter[str]]:
     """Count the files of a folder that nothing reads, by what to do and by suffix."""
     # without a Path for each: there may be a million
     entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
@@ -123,8 +123,8 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
             continue
         ending = suffix.lower()
         if ending in rules.read:
-            is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
-            if not is_unread:
+            is_unused = rules.may_be_still(ending) and _is_still(folder / entry.name)
+            if not is_unused:
                 continue
         if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
             continue
@@ -165,7 +165,7 @@ def _as_read(name: str) -> str:
 
 
 def _find_captions(
-    table: DatasetTable, entries: Sequence[_Named], rules: "_UnreadRules"
+    table: DatasetTable, entries: Sequence[_Named], rules: "_UnusedRules"
 ) -> dict[str, list[str]]:
     """Return the names of caption files that nothing reads, by what to do with them.
 
@@ -211,7 +211,7 @@ def _find_captions(
 
 
 @dataclass(frozen=True)
-class _UnreadRules:
+class _UnusedRules:
     """Rules for the files of a folder that are read, or usually are next to media."""
 
     kinds: set[str]  # what the tables with the folder hold
@@ -222,7 +222,7 @@ class _UnreadRules:
     read_labels: frozenset[str]  # of files next to media
 
     @staticmethod
-    def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnreadRules":
+    def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnusedRules":
         """Return the rules of the tables that share a folder.
 
         Args:
@@ -234,8 +234,8 @@ class _UnreadRules:
         captions = {table.caption_extension for table in tables if table.caption_extension}
         read = _all_suffixes(kinds)
         if has_companions:
-            read |= SOUND_SUFFIXES | _all_suffixes(_KINDS)
-        return _UnreadRules(
+            read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
+        return _UnusedRules(
             kinds,
             read,
             caption_suffixes=captions,

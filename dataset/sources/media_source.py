@@ -24,7 +24,7 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
 # likewise: that sound is from a file of its own; what is shown, in order
-SOUND_FILE, SHOWN = "sound_file", "shown"
+AUDIO_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference pictures and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
@@ -111,7 +111,7 @@ class MediaSource:
     tensors: GivenTensors | None = None  # instead of `path`, which may be missing
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
     # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
-    sound: tuple[Path, Remote | None] | None = None
+    audio: tuple[Path, Remote | None] | None = None
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
     caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
@@ -144,7 +144,7 @@ class MediaSource:
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """Return how many pictures an image is: itself and its layers."""
         return 1 + len(self.layers)
 
@@ -197,7 +197,7 @@ def pause_collection() -> Iterator[None]:
 # what Windows allows in no name, separators of folders, and control characters
 _UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
 LONGEST_SUFFIX = 12  # of an address
-MOST_BYTES = 120  # of a stem; behind it stand span, size and the family's name, at most 255 bytes in all
+MAX_BYTES = 120  # of a stem; behind it stand span, size and the family's name, at most 255 bytes in all
 
 
 def readable_stem(name: str) -> str:
@@ -205,7 +205,7 @@ def readable_stem(name: str) -> str:
     stem = _UNFIT.sub("_", name).strip(" ") or "_"
     if stem.startswith("."):
         stem = f"_{stem[1:]}"
-    return stem.encode("utf-8")[:MOST_BYTES].decode("utf-8", "ignore").rstrip(" .") or "_"
+    return stem.encode("utf-8")[:MAX_BYTES].decode("utf-8", "ignore").rstrip(" .") or "_"
 
 
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
@@ -240,7 +240,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.more_captions,
             source.control,
             source.mask,
-            source.sound,
+            source.audio,
             source.references,
             source.control_mask,
             source.worse,

@@ -11,7 +11,7 @@ from contract.family import TextEncoder
 from contract.rules import CountTokens
 from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, lines_of
 from dataset.sources.clock import find_other_lengths
-from dataset.sources.colours import find_colors, find_reordered
+from dataset.sources.colors import find_colors, find_reordered
 from dataset.sources.frames import find_far_rates
 from dataset.sources.media_source import Fault, MediaSource, list_errors
 from dataset.sources.references import find_equal_references
@@ -38,7 +38,7 @@ _BACKSLASH = re.compile(r"\\[()\[\]]")
 # ------------------------------------------------------------------------------------------------------------
 
 
-def find_media_remarks(
+def find_media_warnings(
     sources: Sequence[MediaSource], latent: LatentSpec, fps: float, has_rates: bool
 ) -> list[Fault]:
     """Return remarks about the rates, lengths, order, references and colours of sources.
@@ -85,7 +85,7 @@ def whole_texts(source: MediaSource) -> Iterator[str]:
         yield join_parts(text, table.changes)
 
 
-def find_caption_remarks(sources: Iterable[MediaSource]) -> list[Fault]:
+def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return remarks about marks in captions that are learned as text, and are hardly meant to be."""
     remarks: list[Fault] = []
     for source in sources:
@@ -160,7 +160,7 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
         )
 
 
-def warn_of_remarks(remarks: Sequence[Fault], most: int) -> None:
+def log_warnings(remarks: Sequence[Fault], most: int) -> None:
     """Log remarks as one warning.
 
     `most` is how many of each kind are named.

@@ -1,7 +1,7 @@
 """References that a row of a list shows with its clip: pictures, clips and sounds, in their order.
 
 `"references": [{"type": "image", "path": "style.png"}, {"type": "video", "path": "motion.mp4", "audio_path":
-"motion.wav"}, {"type": "audio", "path": "voice.wav"}]`. The sound of a clip is that of `audio_path`, else its
+"motion.wav"}, {"type": "audio", "path": "voice.wav"}]`. The audio of a clip is that of `audio_path`, else its
 own track; with `"audio_path": null` it is left out.
 """
 
@@ -16,7 +16,7 @@ from modules.paths import expand_path, is_address
 
 KINDS = ("image", "video", "audio")
 KEYS = {"type", "path", "audio_path"}
-MOST_SHOWN = 80  # characters of a value in a message
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
@@ -49,7 +49,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMediu
     path = _locate(entry.get("path"), file, f"{where}: path")
     if entry.get("audio_path") is None:
         return ShownMedium(kind, path, is_silent="audio_path" in entry)
-    return ShownMedium(kind, path, sound=_locate(entry["audio_path"], file, f"{where}: audio_path"))
+    return ShownMedium(kind, path, audio=_locate(entry["audio_path"], file, f"{where}: audio_path"))
 
 
 def _locate(text: Any, file: Path, where: str) -> Path:
@@ -68,4 +68,4 @@ def _locate(text: Any, file: Path, where: str) -> Path:
 
 
 def _show(value: Any) -> str:
-    return json.dumps(value, default=repr)[:MOST_SHOWN]
+    return json.dumps(value, default=repr)[:MAX_SHOWN]

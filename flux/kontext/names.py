@@ -1,6 +1,6 @@
 """FLUX.1 Kontext's names; its LoRAs and files are FLUX.1's."""
 
-from contract.families import PICTURES, FamilyEntry, Marks
+from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
 
 ENTRY = FamilyEntry(
@@ -9,7 +9,7 @@ ENTRY = FamilyEntry(
     script="flux_kontext",
     cache="flux_kontext_cache",
     record="Kontext",
-    encoders=(("vae", "--vae", PICTURES),),
+    encoders=(("vae", "--vae", IMAGES),),
     texts="--text_encoder1 T5_FILE --text_encoder2 CLIP_FILE",
     same_latents="flux",
 )

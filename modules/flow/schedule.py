@@ -30,7 +30,7 @@ class Schedule:
     sigmas: Tensor  # N + 1, float32, falling; the last is 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
     alphas: Tensor  # N + 1, float64: the share of data at each sigma
-    sound_sigmas: Tensor | None = None  # N + 1: of a clip's sound; None: as `sigmas`
+    audio_sigmas: Tensor | None = None  # N + 1: of a clip's sound; None: as `sigmas`
 
     @property
     def num_steps(self) -> int:
@@ -175,7 +175,7 @@ def _make_trained_grid(steps: int, flow_shift: float) -> Schedule:
     return flow_schedule(torch.cat([sigmas, sigmas.new_zeros(1)]).float(), (sigmas * TRAIN_TIMESTEPS).float())
 
 
-def _make_full_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
+def _make_integer_timesteps(noisiest: float, steps: int, flow_shift: float) -> Schedule:
     # float64: in float32 0.75 * 1000 may come out as 749.99 and be cut to 749
     grid = torch.from_numpy(np.linspace(noisiest, 0.0, steps + 1)[:-1])
     sigmas = shift_sigmas(grid, flow_shift)
@@ -190,10 +190,10 @@ _GRIDS: dict[str, Callable[[int, float], Schedule]] = {
     "euler-terminal": partial(_make_terminal_grid, 0.02),
     "euler-tenth": partial(_make_terminal_grid, 0.1),
     "euler-thousandth": partial(_make_even_grid, 1 / TRAIN_TIMESTEPS, False),
-    "unipc": partial(_make_full_timesteps, _NOISIEST_TRAINED_SIGMA),
+    "unipc": partial(_make_integer_timesteps, _NOISIEST_TRAINED_SIGMA),
     "unipc-bh1": partial(_make_even_grid, 0.0, False),
-    "dpm++": partial(_make_full_timesteps, 1.0),
-    "dpm++sde": partial(_make_full_timesteps, 1.0),
+    "dpm++": partial(_make_integer_timesteps, 1.0),
+    "dpm++sde": partial(_make_integer_timesteps, 1.0),
     # down to the lowest timestep that models are trained on, from which the last jump goes to 0
     "lcm": partial(_make_even_grid, 1 / TRAIN_TIMESTEPS, True),
 }

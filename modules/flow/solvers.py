@@ -42,7 +42,7 @@ def solver_for(
     table: Sequence[float] = (),
     draw: Draw | None = None,
     levels: Sequence[float] = (),
-    sound_shift: float = 1.0,
+    audio_shift: float = 1.0,
 ) -> Solver:
     """Make a new solver with its schedule.
 
@@ -54,16 +54,16 @@ def solver_for(
         table: Sigmas of a discrete schedule; see `make_schedule`.
         draw: Source of noise, called only by a step that adds some.
         levels: Noise levels in place of the solver's own; see `make_schedule`.
-        sound_shift: Shift of `NoiseSpec` for sound; only Euler follows two schedules.
+        audio_shift: Shift of `NoiseSpec` for sound; only Euler follows two schedules.
 
     Raises:
         ValueError: For another name, or if a solver that adds noise has no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
-    if sound_shift != 1:
+    if audio_shift != 1:
         if _SOLVERS.get(name) is not Euler:
             raise ValueError(f"the solver {name!r} follows one schedule: sound with its own needs Euler")
-        schedule = replace(schedule, sound_sigmas=shift_sigmas(schedule.sigmas, sound_shift))
+        schedule = replace(schedule, audio_sigmas=shift_sigmas(schedule.sigmas, audio_shift))
     if name not in _NOISY_SOLVERS:
         return _SOLVERS[name](schedule)
     if draw is None:

@@ -3,7 +3,7 @@
 augmenting: pictures that differ each time in training
 buckets: sizes of an area, and bucket of a picture
 canvas: a reference picture on a white canvas
-colours: pictures and frames as a viewer shows them
+colors: images and frames as a viewer shows them
 companions: sound, subtitles and tags into another video
 decoding: decode videos and animations picture by picture
 edges: edges of a picture as white lines
@@ -18,7 +18,7 @@ pixels: media as pixels for a VAE, and back
 reading: read images and videos as uint8 frames, and their texts
 remedies: what to do with files nothing here reads
 samples: the sound of a part of a file as samples
-sound: encode sound and repack subtitles if a file needs it
+audio: encode sound and repack subtitles if a file needs it
 streams: a video as pictures with exact times
 tracks: made sound into a new video, or a WAV file
 writing: write and join videos, take sound of a part

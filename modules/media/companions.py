@@ -14,11 +14,11 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from modules.media.audio import add_aac, add_text, is_text, open_delayed
 from modules.media.decoding import time_origin
 from modules.media.encoding import MUXERS, keep_proportions, needs_own_tags
 from modules.media.opening import av, is_cover, open_container
 from modules.media.reading import without_images
-from modules.media.sound import add_aac, add_text, is_text, open_delayed
 
 logger = getLogger(__name__)
 

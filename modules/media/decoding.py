@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from modules.console import count_of
 from modules.errors import MediaError
 from modules.limits import MAX_PIXELS
-from modules.media.colours import blend_on_white, shown_pixels
+from modules.media.colors import blend_on_white, shown_pixels
 from modules.media.opening import av, open_image, open_video, reading, reject_cut, select_thread_type
 
 # decoders that read transparency, which FFmpeg's own do not, by the codec
@@ -95,7 +95,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         decoder = _open_alpha_decoder(path, stream.codec_context.name)
         # frames of this decoder lack the rotation that the container states: take it from the stream's own
         with open_video(path) as (again, same_stream):
-            first, _, _ = first_picture(path, again, same_stream)
+            first, _, _ = first_image(path, again, same_stream)
             orientation = read_orientation(first)
     default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
@@ -122,7 +122,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         raise _no_frames(path)
     # most demuxers report a truncated file themselves; Matroska's ends silently, but each stream has its
     # length as a tag
-    seconds = stated_end(container, stream)
+    seconds = declared_end(container, stream)
     frame_seconds = default_seconds or 0.1
     if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
         return
@@ -153,11 +153,11 @@ def _open_alpha_decoder(path: Path, codec: str) -> Any:
 
 def _has_all_bytes(path: Path) -> bool:
     """Return whether a Matroska file has the size that it states, with no zeros for an end not fetched."""
-    stated = _read_matroska_size(path)
-    if not 0 < stated <= path.stat().st_size:
+    declared = _read_matroska_size(path)
+    if not 0 < declared <= path.stat().st_size:
         return False
     with path.open("rb") as file:
-        file.seek(max(stated - TAIL, 0))
+        file.seek(max(declared - TAIL, 0))
         return any(file.read(TAIL))
 
 
@@ -202,15 +202,15 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     `decode_frames` finds other missing parts at the end.
     """
     size = path.stat().st_size
-    stated = 0
+    declared = 0
     if "matroska" in container.format.name:
-        stated = _read_matroska_size(path)
+        declared = _read_matroska_size(path)
     elif "mov" in container.format.name:
         places = stream.index_entries
-        stated = places[-1].pos + places[-1].size if len(places) else 0
-    if stated > size:
+        declared = places[-1].pos + places[-1].size if len(places) else 0
+    if declared > size:
         raise MediaError(
-            f"{path} is cut short: it has {size:,} bytes of at least {stated:,}. Fetch it again."
+            f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Fetch it again."
         )
 
 
@@ -232,7 +232,7 @@ def _read_matroska_size(path: Path) -> int:
     return 0
 
 
-def stated_end(container: Any, stream: Any) -> Fraction | None:
+def declared_end(container: Any, stream: Any) -> Fraction | None:
     """Return the second at which a stream of a Matroska file ends, as its tags state; None if they do not."""
     match = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if "matroska" not in container.format.name or match is None:
@@ -240,7 +240,7 @@ def stated_end(container: Any, stream: Any) -> Fraction | None:
     return int(match[1]) * 3600 + int(match[2]) * 60 + Fraction(match[3])
 
 
-def first_picture(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
+def first_image(path: Path, container: Any, stream: Any) -> tuple[Any, int, int]:
     """Return FFmpeg's first frame, and width and height of its upright picture. Raises MediaError."""
     first = next(container.decode(stream), None)
     if first is None:

@@ -114,7 +114,7 @@ def select_encoder(codec: str, width: int, height: int) -> str:
     return "h264" if codec == "h265" and is_tiny else codec
 
 
-def settle_codec(codec: str, width: int, height: int) -> str:
+def resolve_codec(codec: str, width: int, height: int) -> str:
     """Return the result of `select_encoder`; warns if it differs from --codec."""
     settled = select_encoder(codec, width, height)
     if settled != codec:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.media.colours import Frame
+from modules.media.colors import Frame
 from modules.media.writing import write_png
 
 LAYER, COMPOSITE = "_layer{}", "_composite"  # behind the name of a result; layer 0 is the whole picture
@@ -27,7 +27,7 @@ def compose_layers(layers: Sequence[Frame]) -> Frame:
 
 
 def write_layers(
-    folder: Path, stem: str, frames: Iterable[Frame], has_whole: bool, tags: Mapping[str, str]
+    folder: Path, stem: str, frames: Iterable[Frame], has_full: bool, tags: Mapping[str, str]
 ) -> list[Path]:
     """Write each picture as PNG with alpha, then what the layers show together; return the paths.
 
@@ -35,12 +35,12 @@ def write_layers(
         folder: It exists.
         stem: What the names begin with.
         frames: Pictures H W 4; the layers from back to front.
-        has_whole: Whether the first of them is the whole picture, not a layer.
+        has_full: Whether the first of them is the whole picture, not a layer.
         tags: Texts of the files.
     """
     layers: list[Frame] = []
     paths: list[Path] = []
-    for index, frame in zip(count(0 if has_whole else 1), frames, strict=False):
+    for index, frame in zip(count(0 if has_full else 1), frames, strict=False):
         paths.append(folder / f"{stem}{LAYER.format(index)}.png")
         write_png(paths[-1], frame, tags)
         if index:

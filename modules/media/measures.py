@@ -240,8 +240,8 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
     is_seen = ~(first.is_white[first_area] | second.is_white[second_area])
     if 4 * is_seen.sum() < is_seen.size:
         return None
-    first_values = _centre(first.grey[first_area][is_seen])
-    second_values = _centre(second.grey[second_area][is_seen])
+    first_values = _center(first.grey[first_area][is_seen])
+    second_values = _center(second.grey[second_area][is_seen])
     first_spread = float(np.sqrt(np.square(first_values).mean()))
     second_spread = float(np.sqrt(np.square(second_values).mean()))
     if min(first_spread, second_spread) < FLAT_SCENE:
@@ -249,7 +249,7 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
     return float((first_values * second_values).mean()) / (first_spread * second_spread)
 
 
-def _centre(values: Gray) -> Gray:
+def _center(values: Gray) -> Gray:
     """Return values without their mean."""
     return values - values.mean()
 

@@ -33,10 +33,10 @@ VIDEO_FORMATS = (
     "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe",
 )  # fmt: skip
 # suffixes of sound files, lower case
-SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
-SOUND_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
+AUDIO_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
 # FFmpeg's names of the formats above, and of those that hold only sound
-SOUND_FORMATS = (
+AUDIO_FORMATS = (
     *VIDEO_FORMATS,
     "wav", "w64", "flac", "mp3", "aac", "ac3", "eac3", "aiff", "caf", "au", "amr", "dts", "tta", "wv", "ape",
 )  # fmt: skip
@@ -231,7 +231,7 @@ def require_media(path: Path) -> None:
         except UnidentifiedImageError:
             pass
         try:
-            with open_container(path, SOUND_FORMATS) as container:
+            with open_container(path, AUDIO_FORMATS) as container:
                 if container.streams.video or container.streams.audio:
                     return
         except (MediaError, av.FFmpegError):

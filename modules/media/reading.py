@@ -26,7 +26,7 @@ from modules.errors import MediaError
 from modules.limits import MAX_SHOWN_SECONDS, MAX_TAG_CHARACTERS
 from modules.media import decoding
 from modules.media.buckets import Fit, Size, fit_cover
-from modules.media.colours import (
+from modules.media.colors import (
     HDR,
     Colors,
     blend_on_white,
@@ -37,8 +37,8 @@ from modules.media.colours import (
     shown_pixels,
     upright,
 )
-from modules.media.colours import Frame as Frame
-from modules.media.opening import SOUND_FORMATS, open_container, open_image, open_video, reading
+from modules.media.colors import Frame as Frame
+from modules.media.opening import AUDIO_FORMATS, open_container, open_image, open_video, reading
 from modules.paths import sort_by_numbers
 
 # lower case
@@ -425,7 +425,7 @@ def video_info(path: Path) -> VideoInfo:
         count = len(durations)
         return VideoInfo(width, height, count, fps=count / shown, seconds=shown)
     with open_video(path) as (container, stream):
-        first, _, _ = decoding.first_picture(path, container, stream)
+        first, _, _ = decoding.first_image(path, container, stream)
         width = decoding.square_width(first, stream)
         height = first.height
         if decoding.is_sideways(first):
@@ -452,7 +452,7 @@ def is_laid_otherwise(path: Path) -> bool:
     if path.suffix.lower() not in VIDEO_SUFFIXES or path.is_dir():
         return False
     with open_video(path) as (container, stream):
-        first, _, _ = decoding.first_picture(path, container, stream)
+        first, _, _ = decoding.first_image(path, container, stream)
         orientation = decoding.read_orientation(first)
         return orientation.is_mirrored or (decoding.hides_alpha(stream) and orientation != decoding.AS_STORED)
 
@@ -523,7 +523,7 @@ def read_tags(path: Path) -> dict[str, str]:
         with open_image(path) as image:
             return {str(name): str(value) for name, value in getattr(image, "text", {}).items()}
     if path.suffix.lower() == ".wav":
-        with reading(path), open_container(path, SOUND_FORMATS) as container:
+        with reading(path), open_container(path, AUDIO_FORMATS) as container:
             tags = dict(container.metadata)
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             tags |= {str(key): str(text) for key, text in dict(json.loads(tags.get("comment", ""))).items()}

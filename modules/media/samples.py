@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modules.errors import MediaError
-from modules.media.decoding import stated_end, time_origin
-from modules.media.opening import SOUND_FORMATS, av, is_cover, open_container, reading
+from modules.media.decoding import declared_end, time_origin
+from modules.media.opening import AUDIO_FORMATS, av, is_cover, open_container, reading
 
 logger = getLogger(__name__)
 
@@ -44,13 +44,15 @@ def track_info(path: Path) -> TrackInfo | None:
     Raises:
         MediaError: If the file cannot be opened.
     """
-    with reading(path), open_container(path, SOUND_FORMATS) as container:
+    with reading(path), open_container(path, AUDIO_FORMATS) as container:
         stream = _track(container)
         if stream is None:
             return None
         origin = _find_origin(container)
         start = Fraction(0) if stream.start_time is None else stream.start_time * stream.time_base - origin
-        end = start + stream.duration * stream.time_base if stream.duration else stated_end(container, stream)
+        end = (
+            start + stream.duration * stream.time_base if stream.duration else declared_end(container, stream)
+        )
         if end is None and container.duration:
             end = start + Fraction(container.duration, 1_000_000)
         return TrackInfo(
@@ -74,7 +76,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
         MediaError: If the file cannot be read, or its sound is damaged.
     """
     with reading(path):
-        with open_container(path, SOUND_FORMATS) as container:
+        with open_container(path, AUDIO_FORMATS) as container:
             stream = _track(container)
             if stream is None:
                 return None
@@ -113,7 +115,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
     Returns None if there is no track. Raises MediaError as `read_track`.
     """
     with reading(path):
-        with open_container(path, SOUND_FORMATS) as container:
+        with open_container(path, AUDIO_FORMATS) as container:
             stream = _track(container)
             if stream is None:
                 return None
@@ -194,7 +196,7 @@ def _decode(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield blocks of decoded samples, each with the number of its first sample, counted from `begin`."""
     for early in (True, False):
-        with open_container(path, SOUND_FORMATS) as container:
+        with open_container(path, AUDIO_FORMATS) as container:
             stream = container.streams[index]
             has_times = container.format.name not in _WITHOUT_TIMES
             seeks = early and has_times and begin - time_origin(container) > EARLIER

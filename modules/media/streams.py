@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from modules.errors import MediaError
 from modules.media import decoding
-from modules.media.colours import HDR, blend_on_white
+from modules.media.colors import HDR, blend_on_white
 from modules.media.encoding import Picture, in_eight_bits
 from modules.media.opening import open_video
 from modules.media.reading import image_size
@@ -52,7 +52,7 @@ def source_info(path: Path) -> SourceInfo:
         return SourceInfo(*image_size(path), rate, len(durations), is_deep=False)
     with open_video(path) as (container, stream):
         decoding.check_size(path, container, stream)
-        first, width, height = decoding.first_picture(path, container, stream)
+        first, width, height = decoding.first_image(path, container, stream)
         rate = _find_rate(stream)
         frames = _count_frames(path, container, stream, rate)
         return SourceInfo(width, height, rate, frames, is_deep=_is_deep(first))
@@ -142,10 +142,10 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
                 time = frame.pts * base - origin
             start = clock.place(time)
             pixels = _turn_pixels(timed, stream, deep)
-            stated = None
+            declared = None
             if frame.duration:
-                stated = Fraction(frame.duration * base)
-            seconds = clock.duration(stated)
+                declared = Fraction(frame.duration * base)
+            seconds = clock.duration(declared)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
             yield Picture(pixels, start, seconds)
@@ -156,7 +156,7 @@ def _find_end(container: Any, stream: Any) -> Fraction | None:
 
     Files keep no duration of the last picture, or that of the one stored last.
     """
-    end = decoding.stated_end(container, stream)
+    end = decoding.declared_end(container, stream)
     if "mov" in container.format.name and stream.duration:
         end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
     if end is None or not container.duration:

@@ -19,7 +19,7 @@ Track = tuple[NDArray[np.float32], int]  # samples C S in -1..1, and how many ar
 LOUDEST = 32767  # of 16 bits
 
 
-class TrackSound:
+class TrackAudio:
     """A generated track of sound, encoded (AAC) up to the time that the new video has reached."""
 
     def __init__(self, track: Track, lasts: Callable[[], Fraction]) -> None:
@@ -32,7 +32,7 @@ class TrackSound:
 
     def add_streams(self, target: Any, _: Any) -> None:
         """Add a stream of AAC to the new file."""
-        from modules.media.sound import add_aac_stream  # few models make sound
+        from modules.media.audio import add_aac_stream  # few models make sound
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 

@@ -19,10 +19,10 @@ from PIL import Image, PngImagePlugin
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
 from modules.media import encoding
-from modules.media.colours import Frame
+from modules.media.colors import Frame
 from modules.media.decoding import is_animation, time_origin
 from modules.media.opening import av, open_container, reading
-from modules.media.tracks import Track, TrackSound
+from modules.media.tracks import Track, TrackAudio
 
 if TYPE_CHECKING:  # it is loaded only if streams of another video go along
     from modules.media.companions import Companions
@@ -35,10 +35,10 @@ class VideoSection:
     path: Path
     start: Fraction
     seconds: Fraction
-    with_sound: bool = True
+    with_audio: bool = True
 
 
-class SectionSound:
+class SectionAudio:
     """The sound of a section of a video, encoded up to the time that the new video has reached."""
 
     def __init__(self, section: VideoSection, source: Any) -> None:
@@ -55,14 +55,14 @@ class SectionSound:
         main = self._source.streams.best("video")
         if main is not None:
             encoding.keep_proportions(self._section.path, main, video)
-        sound = self._source.streams.best("audio")
-        if sound is None or sound.codec_context is None or not self._section.with_sound:
+        audio = self._source.streams.best("audio")
+        if audio is None or audio.codec_context is None or not self._section.with_audio:
             return
-        context = sound.codec_context
-        from modules.media.sound import add_aac_stream
+        context = audio.codec_context
+        from modules.media.audio import add_aac_stream
 
         stream = add_aac_stream(target, context.channels, context.sample_rate)
-        self._packets = self._encode_track(sound.index, stream)
+        self._packets = self._encode_track(audio.index, stream)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
         """Write the sound before the given second of the new file; None: all of the rest."""
@@ -298,7 +298,7 @@ def write_shown(
     rate = rate.limit_denominator(MAX_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
-    generated = None if track is None else TrackSound(track, lambda: timing.seconds)
+    generated = None if track is None else TrackAudio(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
         encoding.name_write_errors(),
@@ -363,14 +363,14 @@ def _select_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict
 
 @contextlib.contextmanager
 def _open_writers(
-    generated: TrackSound | None,
+    generated: TrackAudio | None,
     video: Path | None,
     section: VideoSection | None,
     *,
     suffix: str,
     rate: Fraction,
     covers: bool,
-) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
+) -> Iterator[tuple["TrackAudio | Companions | SectionAudio | None", "Companions | None"]]:
     """Yield the writer of all streams other than pictures, and that of a whole copied video.
 
     The writer adds a generated track, or streams of a video that is opened here. The second one is the same
@@ -393,7 +393,7 @@ def _open_writers(
             companions = Companions(path, source, suffix, rate=rate, covers=covers)
             yield companions, companions
         else:
-            yield SectionSound(section, source), None
+            yield SectionAudio(section, source), None
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:

@@ -31,7 +31,7 @@ from PIL import Image
 from modules.atomic_write import write_text
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
-from modules.media.colours import Frame
+from modules.media.colors import Frame
 from modules.pages.language import Words, fill_counted, fill_template, language
 from modules.run_limits import temporary_folder
 
@@ -161,7 +161,7 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips
 
 
-def embed_picture(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:
+def embed_image(frame: Frame, text: str, largest_side: int = 512, quality: int = 85) -> Markup:
     """Return an image tag with the frame (H W 3) as JPEG; `text` says what it shows.
 
     A frame with a longer side than `largest_side` pixels is reduced.
@@ -183,7 +183,7 @@ def embed_clip(frames: Sequence[Frame], fps: float, text: str, largest_side: int
         MediaError: If there is no frame.
     """
     if len(frames) == 1:
-        return embed_picture(frames[0], text, largest_side)
+        return embed_image(frames[0], text, largest_side)
     from modules.media.writing import write_video
 
     with temporary_folder() as folder:

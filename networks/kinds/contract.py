@@ -142,7 +142,7 @@ class NetworkKind:
 
     # --- other programs
     not_in_comfyui = ""  # why a module has no form there
-    refusal_by_comfyui = ""  # of a file: the message behind its path
+    rejection_by_comfyui = ""  # of a file: the message behind its path
     no_two_experts = ""  # why a file in diffusers' dialect cannot hold those of two experts
     is_for_comfyui_alone = False  # which reads its files as they are
     elsewhere = ""  # what other programs do with its files

@@ -117,8 +117,8 @@ def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 def _norm(factors: Mapping[str, Tensor]) -> Tensor:
-    first_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w1"))
-    second_norm = torch.linalg.vector_norm(_whole(factors, "lokr_w2"))
+    first_norm = torch.linalg.vector_norm(_full(factors, "lokr_w1"))
+    second_norm = torch.linalg.vector_norm(_full(factors, "lokr_w2"))
     return first_norm * second_norm
 
 
@@ -137,7 +137,7 @@ def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 
-def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
+def _full(factors: Mapping[str, Tensor], name: str) -> Tensor:
     return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
 
 

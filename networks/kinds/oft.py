@@ -73,7 +73,7 @@ class OftKind(NetworkKind):
         "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {MODULE}",
     }
     not_in_comfyui = "ComfyUI reads no OFT of this form: its own rotates the outputs of a layer"
-    refusal_by_comfyui = (
+    rejection_by_comfyui = (
         f"is an OFT, and ComfyUI reads none of this form.\n  Make a plain LoRA of it: {BAKE}."
     )
     no_two_experts = (

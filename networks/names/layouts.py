@@ -48,7 +48,7 @@ class WeightPart:
     # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; BEFORE_REST: the
     # last but as many rows as the part has; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    usual_height: int = 1  # height as a multiple of the lowest part's, in every published model
+    default_height: int = 1  # height as a multiple of the lowest part's, in every published model
 
 
 # The order in which known trainers number the modules of a LoRA, as states of their optimizers do: (start,
@@ -156,7 +156,7 @@ class FamilyNames:
     start: str = IN_COMFYUI  # of the LoRA files that other tools read
     # tools that read LoRAs under our names only after conversion; "": all tools read them so
     converted_for: str = ""
-    usual_format: str = KNOWN  # of the files that a training saves, without --lora_format
+    default_format: str = KNOWN  # of the files that a training saves, without --lora_format
     not_in_comfyui: str = ""  # why ComfyUI reads no LoRA for it; "": it does
     not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of networks, why diffusers does not read it)
     # starts of the names of the text encoders that diffusers' pipelines take LoRAs for
@@ -205,7 +205,7 @@ class FamilyNames:
     more_starts: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
     # whether a file with an underscored name of no module is refused, rather than used in part
-    refuses_strangers: bool = False
+    rejects_strangers: bool = False
     # beginnings of paths, of any layout, that files write without the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
     grown: GrownBlocks | None = None  # whose LoRAs fit deeper variants too (`networks.depths`)

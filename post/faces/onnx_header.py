@@ -63,7 +63,7 @@ class OnnxHeader:
     notes: Mapping[str, str]
 
 
-class _RefusedError(Exception):
+class _RejectedError(Exception):
     """An intact file that must not be run; the text says why."""
 
 
@@ -92,7 +92,7 @@ def read_onnx(path: Path) -> tuple[OnnxHeader, bytes]:
     content = _read_bytes(path)
     try:
         return _parse(content), content
-    except _RefusedError as error:
+    except _RejectedError as error:
         raise CheckpointError(f"{path} cannot be used: {error}.", path) from None
     except (ValueError, IndexError, struct.error):
         raise CheckpointError(
@@ -111,7 +111,7 @@ def check_operators(path: Path, refused: Container[str]) -> None:
         require_regular_file(path)
         with path.open("rb") as file:
             _look_through(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), refused)
-    except _RefusedError as error:
+    except _RejectedError as error:
         raise CheckpointError(f"{path} cannot be used: {error}.", path) from None
     except (ValueError, IndexError, struct.error):
         raise CheckpointError(
@@ -131,14 +131,14 @@ def _look_through(content: memoryview, refused: Container[str]) -> None:
     while waiting:
         message, depth, nodes = waiting.pop()
         if depth > limits.MAX_ONNX_DEPTH:
-            raise _RefusedError("it has graphs in graphs in graphs")
+            raise _RejectedError("it has graphs in graphs in graphs")
         graph = checks.parts(message)
         for tensor in graph[_INITIALIZERS] if nodes == _NODES else ():
             _require_inside(checks.parts(tensor))
         for node in map(checks.parts, graph[nodes]):
             kind = _read_first_text(node[_KIND])
             if kind in refused:
-                raise _RefusedError(f"it has an operator {kind}, which may have no end")
+                raise _RejectedError(f"it has an operator {kind}, which may have no end")
             for attribute in map(checks.parts, node[_ATTRIBUTES]):
                 for tensor in attribute[_TENSOR] + attribute[_TENSORS]:
                     _require_inside(checks.parts(tensor))
@@ -149,7 +149,7 @@ def _look_through(content: memoryview, refused: Container[str]) -> None:
 def _require_inside(tensor: _Parts) -> None:
     """Raise _RefusedError if a tensor's values are in another file."""
     if tensor[_EXTERNAL] or any(tensor[_PLACE]):
-        raise _RefusedError("its numbers are in another file. Export it again as one file")
+        raise _RejectedError("its numbers are in another file. Export it again as one file")
 
 
 def _parse(content: bytes) -> OnnxHeader:
@@ -187,7 +187,7 @@ def _check_inputs(inputs: Mapping[str, Shape]) -> None:
     """Raise _RefusedError if an input is larger than a picture."""
     for name, shape in inputs.items():
         if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
-            raise _RefusedError(f"its input {name} has the shape {list(shape)}")
+            raise _RejectedError(f"its input {name} has the shape {list(shape)}")
 
 
 def _read_bytes(path: Path, most: int | None = None) -> bytes:
@@ -216,7 +216,7 @@ class _Checks:
     def graph(self, graph: _Parts, depth: int = 0) -> None:
         """Raise _RefusedError if a graph has tensors in other files, or needs more memory than a detector."""
         if depth > limits.MAX_ONNX_DEPTH:
-            raise _RefusedError("it has graphs in graphs in graphs")
+            raise _RejectedError("it has graphs in graphs in graphs")
         for tensor in graph[_INITIALIZERS]:
             self._check_tensor(self.parts(tensor))
         for node in map(self.parts, graph[_NODES]):
@@ -233,7 +233,7 @@ class _Checks:
         inputs = list(map(_read_text, node[_NODE_INPUTS]))
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
-            raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
+            raise _RejectedError(f"{_shown(outputs)} makes more numbers than any detector")
         self._count(Node(kind, inputs, settings), outputs)
         if products and kind in _SAME and inputs[0] in self.constants:
             self._fold(outputs, products[0])
@@ -254,7 +254,7 @@ class _Checks:
             # 2**31 - 1: the end, of old files
             sizes = (number for number in numbers if number != 2**31 - 1)
             if _multiply_sizes(sizes) > limits.MAX_ONNX_VALUES:
-                raise _RefusedError(f"{_shown(outputs)} asks for sizes that no detector has")
+                raise _RejectedError(f"{_shown(outputs)} asks for sizes that no detector has")
         return name, numbers
 
     def _fold(self, names: Sequence[str], product: float) -> None:
@@ -270,7 +270,7 @@ class _Checks:
         count = output_count(node, self.counts, self.tensors)
         most = limits.MAX_ONNX_VALUES if node.kind in _GROWING else limits.MAX_ONNX_COUNT
         if not count <= most:  # NaN too
-            raise _RefusedError(f"{_shown(outputs)} makes more numbers than any detector")
+            raise _RejectedError(f"{_shown(outputs)} makes more numbers than any detector")
         self.counts |= dict.fromkeys(outputs, count)
 
     def _check_tensor(self, tensor: _Parts, names: Sequence[str] = ()) -> None:
@@ -280,7 +280,7 @@ class _Checks:
         dims = _read_numbers(tensor[_DIMS])
         count = math.prod(dims)
         if count > 2 * _measure_stored(tensor):  # the smallest numbers have four bits
-            raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
+            raise _RejectedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.counts |= dict.fromkeys(names, float(count))
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         layout = _read_layout(tensor)
@@ -302,7 +302,7 @@ class _Checks:
         for number, value in _read_fields(message):
             self.fields += 1
             if self.fields > limits.MAX_ONNX_FIELDS:
-                raise _RefusedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
+                raise _RejectedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
             parts[number].append(value)
         return parts
 

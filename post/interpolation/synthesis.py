@@ -138,7 +138,7 @@ def _leaky(x: Tensor) -> Tensor:
 # Letters: C channels, H W height and width of the pictures, K blends
 
 PER_BLEND = 8  # channels of the last layer for each of K blends: two flows, a mask, three colours
-FLOWS, PICTURES = 4, 12  # channels: flows to both pictures; both pictures unchanged, and warped
+FLOWS, IMAGES = 4, 12  # channels: flows to both pictures; both pictures unchanged, and warped
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ class Synthesis(nn.Module):
             self.amt_second_last_cproj = conv(*quarter, 1)
             self.amt_last_cproj = conv(*eighth, 1)
             self.amt_fproj = conv(*matching, 1)
-        self.amt_init_decoder = Decoder(config.eighth, FLOWS + PICTURES, config.first)
-        self.amt_final_decoder = Decoder(config.quarter, feature + FLOWS + 1 + PICTURES, config.last)
+        self.amt_init_decoder = Decoder(config.eighth, FLOWS + IMAGES, config.first)
+        self.amt_final_decoder = Decoder(config.quarter, feature + FLOWS + 1 + IMAGES, config.last)
         self.amt_update4_low = Update(feature, config.low)
         self.amt_update4_high = Update(feature, config.high)
         self.amt_comb_block = nn.Sequential(

@@ -163,15 +163,15 @@ class UpscalerStage:
         room = self.room(self.device)
         config = self.upscaler.config
         if room is None:
-            return tiling.WHOLE
+            return tiling.FULL
         width = tiling.round_up(clip.width, config.step)
         height = tiling.round_up(clip.height, config.step)
         if batch * width * height * PLENTY <= room:
-            return tiling.WHOLE
+            return tiling.FULL
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
         free = room - batch * result_bytes(config, width, height)
         if height * width * per_pixel <= free:
-            return tiling.WHOLE
+            return tiling.FULL
         side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
         tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
         logger.info(

@@ -35,7 +35,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
             elif key in script.known:
                 _take_option(project, script.known[key], key, value, key in chosen)
             elif key in script.refused:
-                _leave_refused(project, key, value, script.refused[key])
+                _leave_rejected(project, key, value, script.refused[key])
             else:
                 _note_unknown(project, key, value, places)
         except Unfit as error:
@@ -89,7 +89,7 @@ def _take_option(project: ForeignProject, option: AskedOption, key: str, value: 
         project.said[key] = show(key)
 
 
-def _leave_refused(project: ForeignProject, key: str, value: Any, reason: str) -> None:
+def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
     if is_off(value) or str(value) in {"0", "0.0"}:
         project.idle.append(show(key))
     else:

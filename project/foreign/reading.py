@@ -23,9 +23,9 @@ PROGRAMS: tuple[Program, ...] = (
     onetrainer.PROGRAM,
     kohya_gui.PROGRAM,
 )
-MOST_BYTES = 1 << 20  # of a file; those that people have are below a hundredth
+MAX_BYTES = 1 << 20  # of a file; those that people have are below a hundredth
 MAX_KEYS = 5000
-MOST_DEPTH = 12
+MAX_DEPTH = 12
 # keys of files of options of sd-scripts and musubi-tuner, which the training scripts read themselves
 _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$")
 
@@ -156,7 +156,7 @@ def _read_values(path: Path, option: str, prefix: str) -> dict[str, Any]:
     if suffix not in {".yaml", ".yml", ".toml", ".json"}:
         raise OptionError(f"{option} {path}: give a .yaml, .toml or .json file of another trainer")
     try:
-        return dict(_flatten(_parse(suffix, read_text(path, MOST_BYTES)), prefix, 0, itertools.count(1)))
+        return dict(_flatten(_parse(suffix, read_text(path, MAX_BYTES)), prefix, 0, itertools.count(1)))
     except (OSError, ValueError, RecursionError) as error:
         why = shorten(" ".join(str(error).split()), 300).rstrip(".")
         raise OptionError(
@@ -187,8 +187,8 @@ def _flatten(content: Any, key: str, depth: int, counter: Iterator[int]) -> Iter
     Raises:
         ValueError: If there are too many.
     """
-    if depth > MOST_DEPTH:
-        raise ValueError(f"{show(key)} is nested more than {MOST_DEPTH} deep, which no project is")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{show(key)} is nested more than {MAX_DEPTH} deep, which no project is")
     if next(counter) > MAX_KEYS:
         raise ValueError(f"it has more than {MAX_KEYS} keys, which no project has")
     is_list = isinstance(content, list)

@@ -9,7 +9,7 @@ from downloads.catalogue import ModelSet
 from project.kinds.contract import RunKind
 from project.kinds.control_networks import CONTROL_NET, LLLITE
 from project.kinds.embedding import EMBEDDING
-from project.kinds.whole_model import WHOLE
+from project.kinds.whole_model import FULL
 from project.options import find_models
 
 
@@ -30,7 +30,7 @@ LORA = RunKind(
     ending="lora",
     has_targets=True,
 )
-KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, WHOLE)  # of control networks, the first is the usual one
+KINDS = (LORA, LLLITE, CONTROL_NET, EMBEDDING, FULL)  # of control networks, the first is the usual one
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 

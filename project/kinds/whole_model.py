@@ -39,7 +39,7 @@ def full_words(model: ModelSet) -> list[str]:
     return shlex.split(model.data.get("whole", default))
 
 
-def why_not_whole(model: ModelSet, memory: float) -> str | None:
+def why_not_full(model: ModelSet, memory: float) -> str | None:
     """Return the reason why a model cannot be trained whole on a card of `memory` GiB; None if it can.
 
     `memory` is 0 stands for the CPU.
@@ -60,7 +60,7 @@ def why_not_whole(model: ModelSet, memory: float) -> str | None:
     return None
 
 
-def change_to_whole(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
+def change_to_full(values: Mapping[str, Any], memory: float) -> dict[str, Any]:
     """Return the options of a run that trains the whole model, from those of a LoRA's run.
 
     `memory` is the GiB of the card; 0 means a CPU, on which the weights stay in float32.
@@ -94,7 +94,7 @@ def derive_times(steps: int, saves_models: bool) -> dict[str, int]:
 def describe_full(model: ModelSet, memory: float) -> list[str]:
     """Return lines about the memory and the disk that a run takes.
 
-    `memory` is as in `change_to_whole`.
+    `memory` is as in `change_to_full`.
     """
     weights = transformer_bytes(model)
     written = sum(part.size_bytes or 0 for part in transformers_of(model))
@@ -112,12 +112,12 @@ def describe_full(model: ModelSet, memory: float) -> list[str]:
     ]
 
 
-WHOLE = RunKind(
+FULL = RunKind(
     name="whole",
     title="the whole model",
     find_words=full_words,
-    why_not=why_not_whole,
-    change=change_to_whole,
+    why_not=why_not_full,
+    change=change_to_full,
     describe=describe_full,
     saves_models=True,
 )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from running.offload.host_memory import (
     Transfer,
     offload_layer,
@@ -157,17 +157,17 @@ class BlockSwap:
         if ring.slot_of(unit) is None:
             self._skipped = frozenset(skipped) - {position}
             self._prepare(position, backward=False)
-        self._settle_in(ring, unit, backward=False)
+        self._resolve_in(ring, unit, backward=False)
 
-    def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         """Run the blocks by the runner that was set before; `running.run_blocks` calls this."""
         # with gradients a backward pass follows
         self._turns = torch.is_grad_enabled()
-        self._skipped = frozenset(tweaks.skip_blocks)
+        self._skipped = frozenset(overrides.skip_blocks)
         self._at = None
         first = self._order[0]
         self._prepare(next(self._route(first, False), first), False)
-        inner(dit, hidden, tweaks)
+        inner(dit, hidden, overrides)
 
     def enter(self, position: int, backward: bool) -> None:
         """Enter the block at `position`: wait for its weights, and start copying those of the next blocks."""
@@ -176,7 +176,7 @@ class BlockSwap:
         self._prepare(position, backward)
         ring = self._ring_of.get(position)
         if ring is not None:
-            self._settle_in(ring, ring.units[position], backward)
+            self._resolve_in(ring, ring.units[position], backward)
         self._at = (position, backward)
 
     def run(self, position: int, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
@@ -272,7 +272,7 @@ class BlockSwap:
             weight.data = host
         slot.unit = None
 
-    def _settle_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
+    def _resolve_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
         slot = ring.slot_of(unit)
         assert slot is not None
         if not slot.is_entered:
@@ -395,7 +395,7 @@ def swap_of(network: nn.Module) -> BlockSwap | None:
     return swap if isinstance(swap, BlockSwap) else None
 
 
-def settle_all(networks: Iterable[nn.Module]) -> None:
+def resolve_all(networks: Iterable[nn.Module]) -> None:
     """Make all parameters hold their newest values, readable and writable: before saving and restoring."""
     for network in networks:
         swap = swap_of(network)

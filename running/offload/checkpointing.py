@@ -253,7 +253,7 @@ def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named:
 # enough to keep a GPU busy, and to make up for reading (and dequantising) the weights for every piece
 TOKENS = 4096
 # attribute of a layer: if it is true, the layer's block is not computed in pieces
-WHOLE = "sees_whole_input"
+FULL = "sees_whole_input"
 
 Method = Callable[..., Tensor]
 
@@ -268,7 +268,7 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
     # one function for all blocks of a class: compiled code knows functions by identity
     changed: dict[Method, Method] = {}
     for block in chain.from_iterable(spec.blocks(dit).values()):
-        if any(getattr(layer, WHOLE, False) for layer in block.modules()):
+        if any(getattr(layer, FULL, False) for layer in block.modules()):
             continue
         for name in spec.token_wise:
             method = getattr(type(block), name, None)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from modules.devices import keep_heap_small
 from running.offload.joining import agree
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
@@ -149,7 +149,7 @@ def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
 
 
-def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks by the runner that was set before; with gradients, they go back through every block.
 
     Otherwise, if dropout left a block without gradients in one process only, the other processes would gather
@@ -157,15 +157,15 @@ def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> N
     """
     if torch.is_grad_enabled() and not hidden.x.requires_grad:
         hidden.x = hidden.x.detach().requires_grad_()
-    inner(dit, hidden, tweaks)
+    inner(dit, hidden, overrides)
 
 
-def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """Run the blocks without autocast's cache: it would hold copies of all trained weights in the end."""
     is_cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        inner(dit, hidden, tweaks)
+        inner(dit, hidden, overrides)
     finally:
         torch.set_autocast_cache_enabled(is_cached)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from modules.private_torch import TorchDispatchMode
 from running.planning.dry_run import (
     ATTENTION,
@@ -36,8 +36,8 @@ class TokenCounter(TorchDispatchMode):
         """Watch a network from now on; return the function that extrapolates its rehearsal."""
         inner = runner_of(dit)
 
-        def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-            inner(dit, hidden, tweaks)
+        def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+            inner(dit, hidden, overrides)
             self.tokens = max(self.tokens, hidden.x.nbytes)
 
         def watched(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:

@@ -6,7 +6,7 @@ The velocity of a pass comes from the process that runs it, so that all have the
 import torch
 from torch import Tensor
 
-from contract.steps import Calls, Made, Predict, Section, Tweaks
+from contract.steps import Calls, Made, Overrides, Predict, Section
 from running.offload.context import ProcessGrid, device_mesh
 from running.offload.sharding import gather_parts
 
@@ -33,24 +33,24 @@ class SharedPasses:
 
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
         """Run this process' share of a step's passes, and return the velocities of all, float32."""
-        velocities: dict[tuple[Tweaks, int], Tensor] = {}
+        velocities: dict[tuple[Overrides, int], Tensor] = {}
         for group in self._group_passes(calls):
             for start in range(0, len(group), self.processes):
                 at_once = group[start : start + self.processes]
                 velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
                 if self._in_lockstep or self._rank < len(at_once):
-                    tweaks, key = at_once[self._rank % len(at_once)]
-                    (predicted,) = predict(calls[tweaks][key], tweaks=tweaks)
+                    overrides, key = at_once[self._rank % len(at_once)]
+                    (predicted,) = predict(calls[overrides][key], overrides=overrides)
                     velocity.copy_(predicted)
                 gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
                 gather_parts(gathered, velocity, self._group)
                 velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
         return velocities
 
-    def _group_passes(self, calls: Calls) -> list[list[tuple[Tweaks, int]]]:
+    def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:
         """Return groups of passes that can run at the same time: in lockstep those that skip equal blocks."""
-        groups: dict[object, list[tuple[Tweaks, int]]] = {}
-        for tweaks, conditions in calls.items():
-            passes = [(tweaks, key) for key in conditions]
-            groups.setdefault(tweaks.skip_blocks if self._in_lockstep else None, []).extend(passes)
+        groups: dict[object, list[tuple[Overrides, int]]] = {}
+        for overrides, conditions in calls.items():
+            passes = [(overrides, key) for key in conditions]
+            groups.setdefault(overrides.skip_blocks if self._in_lockstep else None, []).extend(passes)
         return list(groups.values())

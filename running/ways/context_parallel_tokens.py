@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from modules.errors import OptionError
 from running.offload.context import ProcessGrid, TokenPart, device_mesh
 from running.offload.sharding import TOKEN_GROUP, TOKEN_PART
@@ -42,7 +42,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
 
 
 def _run_part(
-    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
+    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, overrides: Overrides
 ) -> None:
     """Run the blocks on this process' part of the tokens by the runner that was set before."""
     tokens, added = hidden.tokens, hidden.added
@@ -60,7 +60,7 @@ def _run_part(
     hidden.added = added_here
     if hidden.side is not None:
         hidden.side = parts[0].take(hidden.side)
-    inner(dit, hidden, tweaks)
+    inner(dit, hidden, overrides)
     hidden.added = added
     lengths_here = [part.of_first(part.length) for part in parts]
     joined = []

@@ -188,11 +188,11 @@ def test_a_pass_of_minimax_h3_takes_as_many_operations_as_torch_counts() -> None
     sizes = {"freq_dim": 32, "time_hidden": 32, "time_dim": 16, "frequencies": 4}
     config = H3Config(dim=64, num_heads=2, head_width=32, ffn_dim=128, num_layers=2, text_dim=32, **sizes)
     model = H3Model(config)
-    noisy, sound = torch.zeros(1, 24, 2, 4, 4), torch.zeros(1, 32, 2, 3)
+    noisy, audio = torch.zeros(1, 24, 2, 4, 4), torch.zeros(1, 32, 2, 3)
 
     counted = _operations_of_blocks(
         model,
-        lambda: model(noisy, sound, (0.5, 0.5), torch.zeros(1, 20, 32)),
+        lambda: model(noisy, audio, (0.5, 0.5), torch.zeros(1, 20, 32)),
         r"\w+\.blocks\.\d+\.(attn|mlp)",
     )
 

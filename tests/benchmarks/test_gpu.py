@@ -25,7 +25,7 @@ from tests.tiny import flux, flux_3, moss_image, qwen_image_21, wan_dit
 from tests.tiny.stable_diffusion import write_sd1, write_sdxl
 
 CPU = torch.device("cpu")
-CLIP, SECTION, PICTURE, SOUNDING = Size(32, 32, 5), Size(32, 32, 37), Size(64, 64), Size(64, 64, 22)
+CLIP, SECTION, IMAGE, SOUNDING = Size(32, 32, 5), Size(32, 32, 37), Size(64, 64), Size(64, 64, 22)
 SWAPPED = (
     *("--gradient_checkpointing", "--gradient_checkpointing_cpu_offload", "--fp8_base", "--fp8_scaled"),
     *("--blocks_to_swap", "1"),
@@ -69,21 +69,21 @@ def _tiny(name: str, size: Size, *options: str) -> Row:
 
 TRAINED = {
     "wan14b-fp8-swap38-offload": (_wan("t2v"), CLIP, SWAPPED),
-    "flux-bf16": (_flux("dev"), PICTURE, ()),
+    "flux-bf16": (_flux("dev"), IMAGE, ()),
     "h3-bf16-swap48-16gib": (_h3, SOUNDING, (*SWAPPED[:2], *SWAPPED[4:])),
-    "sdxl-fp8-weights": (write_sdxl, PICTURE, ()),
-    "sd1.5-bf16": (write_sd1, PICTURE, ()),
-    "flux3-bf16": (_flux_3, PICTURE, ()),
-    "qwen-image-2.1-bf16": (_qwen_image_21, PICTURE, ()),
-    "moss-image-bf16": (_moss_image, PICTURE, ()),
+    "sdxl-fp8-weights": (write_sdxl, IMAGE, ()),
+    "sd1.5-bf16": (write_sd1, IMAGE, ()),
+    "flux3-bf16": (_flux_3, IMAGE, ()),
+    "qwen-image-2.1-bf16": (_qwen_image_21, IMAGE, ()),
+    "moss-image-bf16": (_moss_image, IMAGE, ()),
 }
 GENERATED = {
     "gen-wan14b-i2v": (_wan("i2v"), CLIP, ("--fp8_scaled",)),
-    "gen-flux": (TRAINED["flux-bf16"][0], PICTURE, ()),
+    "gen-flux": (TRAINED["flux-bf16"][0], IMAGE, ()),
     "gen-h3": (_h3, SOUNDING, ()),
-    "gen-flux3": (_flux_3, PICTURE, ()),
-    "gen-qwen-image-2.1": (_qwen_image_21, PICTURE, ()),
-    "gen-moss-image": (_moss_image, PICTURE, ()),
+    "gen-flux3": (_flux_3, IMAGE, ()),
+    "gen-qwen-image-2.1": (_qwen_image_21, IMAGE, ()),
+    "gen-moss-image": (_moss_image, IMAGE, ()),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_training_step_is_measured_and_planned(tmp_path: Path, name: str) -> N
 def test_the_plan_of_a_row_that_is_known_ahead_is_kept(tmp_path: Path) -> None:
     path = _flux("dev")(tmp_path)
 
-    found = measure_row(replace(_tiny("flux-bf16", PICTURE), planned=7.0), path, None, CPU, enough=0)
+    found = measure_row(replace(_tiny("flux-bf16", IMAGE), planned=7.0), path, None, CPU, enough=0)
 
     assert found["planned"] == 7.0
 

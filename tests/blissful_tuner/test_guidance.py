@@ -82,7 +82,7 @@ def test_skip_layer_uncond_weakens_the_negative_pass_while_active() -> None:
     guidance, network = make_guidance(replace(REQUEST, steps=4), skipping("uncond", "1,3")), passes()
     velocity = guidance(step(0), network, network.section)
     assert network.calls == [("+",), ("-!",)]
-    assert network.tweaks[-1].skip_blocks == {1, 3}
+    assert network.overrides[-1].skip_blocks == {1, 3}
     torch.testing.assert_close(velocity, torch.full_like(velocity, 0.8 + 5 * (2 - 0.8)))
     assert float(guidance(step(2), network, network.section).mean()) == 6.0
 

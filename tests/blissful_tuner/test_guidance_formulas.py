@@ -22,7 +22,7 @@ from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, NagOptions
 from contract.data import Conditions, Joint
 from contract.requests import Request
 from contract.rules import GuidanceRules, Projection, StreamGuidance
-from contract.steps import NO_TWEAKS, Section, Step, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides, Section, Step
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 
@@ -66,14 +66,14 @@ class Network:
         self.section = Section(positive, {"v": positive}, {"v": negative})
         self.section = replace(self.section, blank=others[0], away=others[1])
         self.calls: list[tuple[str, ...]] = []
-        self.tweaks: list[Tweaks] = []
+        self.overrides: list[Overrides] = []
 
-    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
+    def __call__(self, *conditions: Conditions, overrides: Overrides = NO_OVERRIDES) -> tuple[Tensor, ...]:
         names = {id(self.section.positive): "+", id(self.section.negative): "-", id(self.section.blank): "0"}
-        mark = "!" if tweaks.skip_blocks else ""
+        mark = "!" if overrides.skip_blocks else ""
         self.calls.append(tuple(names[id(one)] + mark for one in conditions))
-        self.tweaks.append(tweaks)
-        return tuple((1 - 0.1 * len(tweaks.skip_blocks)) * torch.as_tensor(one["v"]) for one in conditions)
+        self.overrides.append(overrides)
+        return tuple((1 - 0.1 * len(overrides.skip_blocks)) * torch.as_tensor(one["v"]) for one in conditions)
 
 
 def four() -> Network:
@@ -155,10 +155,10 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
         guide(step(index), network, network.section)
 
     assert network.calls == [("+",)] * 3
-    (tweaks,) = set(network.tweaks)
-    assert tweaks.away is not None
-    assert tweaks.away.text is network.section.away
-    assert tweaks.away.steer == NormalizedGuidance(5.0, 3.5, 0.5)
+    (overrides,) = set(network.overrides)
+    assert overrides.away is not None
+    assert overrides.away.text is network.section.away
+    assert overrides.away.steer == NormalizedGuidance(5.0, 3.5, 0.5)
 
 
 RULE = Projection(after_step=-1, scale=10.0, momentum=-0.5, norm_limit=10.0)
@@ -242,21 +242,21 @@ class Hears:
         shape = (1, *JOINT.picture) if joint is None else (1, 24 + 24)
         names = ("noisy", *TEXTS, "perturbed", "isolated")
         self.numbers = {name: torch.randn(*shape, generator=generator) for name in names}
-        tweaks = NO_TWEAKS if joint is None else Tweaks(joint=joint)
+        overrides = NO_OVERRIDES if joint is None else Overrides(joint=joint)
         noise = torch.zeros(shape)
-        self.section = Section(noise, {}, {}, {}, away={}, tweaks=tweaks)
+        self.section = Section(noise, {}, {}, {}, away={}, overrides=overrides)
         self.passes: list[str] = []
         self.steered: list[str] = []
 
-    def __call__(self, *conditions: Conditions, tweaks: Tweaks = NO_TWEAKS) -> tuple[Tensor, ...]:
-        assert tweaks.skip_self_attention in (frozenset(), RULES.perturbed_blocks)
-        special = "perturbed" if tweaks.skip_self_attention else "isolated" if tweaks.isolated else ""
+    def __call__(self, *conditions: Conditions, overrides: Overrides = NO_OVERRIDES) -> tuple[Tensor, ...]:
+        assert overrides.skip_self_attention in (frozenset(), RULES.perturbed_blocks)
+        special = "perturbed" if overrides.skip_self_attention else "isolated" if overrides.isolated else ""
         names = [
             special or next(name for name in TEXTS if one is getattr(self.section, name))
             for one in conditions
         ]
         self.passes += names
-        self.steered += names if tweaks.away is not None else []
+        self.steered += names if overrides.away is not None else []
         return tuple(self.numbers[name] for name in names)
 
     def streams(self, joint: Joint | None) -> list[dict[str, Tensor]]:
@@ -365,8 +365,8 @@ def test_norms_and_scales_are_those_of_each_stream(name: str) -> None:
 
 
 def test_tweaks_of_a_pass_and_of_its_section_are_joined() -> None:
-    one = Tweaks(skip_self_attention=frozenset({1}))
-    of_all = Tweaks(skip_self_attention=frozenset({2}), isolated=True, joint=JOINT)
+    one = Overrides(skip_self_attention=frozenset({1}))
+    of_all = Overrides(skip_self_attention=frozenset({2}), isolated=True, joint=JOINT)
 
     both = one.within(of_all)
 

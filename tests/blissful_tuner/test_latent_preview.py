@@ -153,7 +153,7 @@ def test_a_newer_item_replaces_one_that_waits() -> None:
     assert written == [1, 4]
 
 
-PICTURES = LatentSpec(channels=16, stride=(1, 8, 8), pixel_step=16, frame_step=1)
+IMAGES = LatentSpec(channels=16, stride=(1, 8, 8), pixel_step=16, frame_step=1)
 
 
 def decode(vae: TinyVae, latents: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def test_decoding_equals_the_recorded_one(tmp_path: Path) -> None:
     path = tmp_path / "taehv.safetensors"
     save_file(make_weights(case["weights_model_key"], case["weights"]), path)
 
-    vae, still = load_taehv(path, LATENT, CPU), load_taehv(path, PICTURES, CPU)
+    vae, still = load_taehv(path, LATENT, CPU), load_taehv(path, IMAGES, CPU)
 
     latents = tensors["latent"][0]
     tolerance = {"rtol": 0, "atol": 1e-4}  # float32; differences are below 1e-6

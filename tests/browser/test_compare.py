@@ -27,7 +27,7 @@ COMMAND = "python wan_generate_video.py --task t2v-1.3B --dit 'my models/dit.saf
 COMMAND += "--t5 t5.pth --lora_weight out/x/best.safetensors --prompt 'a cat' --video_size 32 32 "
 COMMAND += "--infer_steps 2 --seed 5 --save_path out/x/generated"
 PROMPTS = ("a dog", "two <b>dogs")
-PICTURE = np.zeros((32, 32, 3), np.uint8)
+IMAGE = np.zeros((32, 32, 3), np.uint8)
 
 
 def write_comparable(folder: Path, name: str = "x", command: str = COMMAND) -> None:
@@ -45,7 +45,7 @@ def write_comparable(folder: Path, name: str = "x", command: str = COMMAND) -> N
             )
             for file in files.values():
                 tags = {"bt_seeds": "9", "bt_infer_steps": "3", "bt_height": "32", "bt_width": "64"}
-                write_png(folder / "sample" / file, PICTURE, tags)
+                write_png(folder / "sample" / file, IMAGE, tags)
     history.add(6, commands=[["Generate with it", command, command, ""]])
     history.flush()
 
@@ -57,7 +57,7 @@ def write_clip(path: Path, lora: Path | None, prompt: str = "a dog", **tags: str
     if lora is not None:
         digest = hashlib.sha256(lora.read_bytes()).hexdigest()
         told |= {"bt_lora_0": f"{lora.name}: 1.0", "bt_lora_sha256_0": digest, **tags}
-    write_png(path, PICTURE, told)
+    write_png(path, IMAGE, told)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from tests.commands import QUIET, ROOT
 from tests.waiting import PATIENCE, wait_for
 from training.reports.history import History, history_path
 
-PICTURE = np.full((32, 48, 3), 90, np.uint8)
+IMAGE = np.full((32, 48, 3), 90, np.uint8)
 PROMPT = 'a <b>cat</b> & "dog" ü --w 9'
 
 
@@ -75,7 +75,7 @@ def write_generating(
 def root(tmp_path: Path) -> Path:
     """The folder of a run, beside which lies a picture that no page may read."""
     write_generating(tmp_path / "roots" / "out")
-    write_png(tmp_path / "secret.png", PICTURE)
+    write_png(tmp_path / "secret.png", IMAGE)
     return tmp_path / "roots"
 
 
@@ -407,7 +407,7 @@ def place_of(page: Any, selector: str) -> tuple[float, float, float, float]:
 
 def test_form_button_and_what_is_made_are_in_view_together(served: Served, root: Path) -> None:
     for number in range(9):
-        write_png(root / "generated" / f"20261126-10101{number}_{number}.png", PICTURE)
+        write_png(root / "generated" / f"20261126-10101{number}_{number}.png", IMAGE)
     with open_page(f"{served.url}/generate?run={run_id(served)}", width=1440, height=900) as page:
         page.get_by_label("Prompt").fill("slow")
         page.locator("#shelf .plate").first.wait_for()
@@ -614,7 +614,7 @@ def test_make_takes_the_lora_of_each_family(family: str, tmp_path: Path) -> None
     version = WRITTEN_VERSIONS.get(family, (family,))[0]
     source = write_own_run(tmp_path / "roots", family, version, models)
     image = tmp_path / "roots" / "start.png"
-    write_png(image, PICTURE)
+    write_png(image, IMAGE)
     with serve(tmp_path / "roots", models=models) as served:
         page = served.ask(f"/generate?source={quote(source)}").text
         (path,) = re.findall(r'name="lora" value="([^"]*own-step2\.safetensors)"', page)
@@ -689,7 +689,7 @@ def test_numbers_of_render_jobs_that_are_not_there_are_refused(served: Served) -
 
 
 def test_a_chosen_picture_is_copied_below_the_root(served: Served, root: Path, tmp_path: Path) -> None:
-    write_png(tmp_path / "my cat; rm -rf.png", PICTURE)
+    write_png(tmp_path / "my cat; rm -rf.png", IMAGE)
     with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
         page.get_by_label("file of the first picture").set_input_files(tmp_path / "my cat; rm -rf.png")
         wait_until(page, "document.querySelector('#start').value !== ''")
@@ -721,7 +721,7 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
     }
     tags |= {"bt_model_type": "wan", "bt_task": "t2v-1.3B", "bt_guidance_scale": "4.5"}
     tags |= {"bt_lora_0": "x-step2.safetensors: 0.6", "bt_negative_prompt": "N/A"}
-    write_png(tmp_path / "made.png", PICTURE, tags)
+    write_png(tmp_path / "made.png", IMAGE, tags)
     with open_page(f"{served.url}/generate?source=model+flux+dev") as page:
         drop(page, "h1", tmp_path / "made.png")
         page.wait_for_url("**/generate?draft=*")
@@ -738,7 +738,7 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
         wait_until(page, "document.querySelector('#command').textContent.includes('--infer_steps 8')")
         page.reload()
         assert note not in page.locator("body").inner_text()
-        write_png(tmp_path / "plain.png", PICTURE)
+        write_png(tmp_path / "plain.png", IMAGE)
         drop(page, "h1", tmp_path / "plain.png")
         wait_until(page, "document.querySelector('#said').textContent.includes('It holds no settings')")
         assert page.get_by_label("Prompt").input_value() == PROMPT
@@ -747,21 +747,21 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
 def test_what_a_dropped_file_needs_and_is_not_here_is_said(served: Served, tmp_path: Path) -> None:
     tags = {"bt_prompt": "a", "bt_seeds": "1", "bt_model_type": "wan", "bt_task": "t2v-1.3B"}
     write_png(
-        tmp_path / "a.png", PICTURE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
+        tmp_path / "a.png", IMAGE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
     )
     page = served.ask(send(served, "settings", tmp_path / "a.png").json()["address"]).text
     assert "gone.safetensors, a LoRA of it, is not here. It began from b.png: drop that on the form." in page
-    write_png(tmp_path / "b.png", PICTURE, {**tags, "bt_model_type": "no such"})
+    write_png(tmp_path / "b.png", IMAGE, {**tags, "bt_model_type": "no such"})
     page = served.ask(send(served, "settings", tmp_path / "b.png").json()["address"]).text
     assert "Its model is not known here: choose one." in page
-    write_png(tmp_path / "c.png", PICTURE, {**tags, "bt_task": "t2v-99B"})
+    write_png(tmp_path / "c.png", IMAGE, {**tags, "bt_task": "t2v-99B"})
     page = served.ask(send(served, "settings", tmp_path / "c.png").json()["address"]).text
     assert "Its model, wan t2v-99B, is not among the models here: choose one." in page
 
 
 def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
     (root / "generated").mkdir()
-    write_png(root / "generated" / "made.png", PICTURE)
+    write_png(root / "generated" / "made.png", IMAGE)
     with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
         page.locator("#results").scroll_into_view_if_needed()
         address = page.locator(".plate a").get_attribute("href")
@@ -798,7 +798,7 @@ def test_files_are_judged_by_their_content(
 def test_a_picture_has_the_suffix_of_its_content_and_no_path_of_its_name(
     served: Served, root: Path, tmp_path: Path
 ) -> None:
-    Image.fromarray(PICTURE).save(tmp_path / "x", "JPEG")
+    Image.fromarray(IMAGE).save(tmp_path / "x", "JPEG")
     first = send(served, "file", tmp_path / "x", "../../.ssh/authorized_keys.png").json()["path"]
     second = send(served, "file", tmp_path / "x", "..\\..\\.ssh\\authorized_keys.png").json()["path"]
     assert first == second
@@ -814,7 +814,7 @@ def test_a_picture_has_the_suffix_of_its_content_and_no_path_of_its_name(
 def test_a_file_that_is_too_large_is_refused(
     served: Served, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.inputs.MOST_BYTES", 1000)
+    monkeypatch.setattr("browser.inputs.MAX_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(b"0" * 2000)
     answer = send(served, "file", tmp_path / "a.png")
     assert answer.status == 422
@@ -876,7 +876,7 @@ def test_files_without_plain_settings_say_so(tags: dict[str, str]) -> None:
 def test_a_picture_of_comfyui_fills_the_form(served: Served, tmp_path: Path) -> None:
     info = PngInfo()
     info.add_text("prompt", json.dumps(GRAPH))
-    Image.fromarray(PICTURE).save(tmp_path / "comfy.png", pnginfo=info)
+    Image.fromarray(IMAGE).save(tmp_path / "comfy.png", pnginfo=info)
     address = send(served, "settings", tmp_path / "comfy.png").json()["address"]
     page = served.ask(address).text
     for text in ('value="640"', 'value="512"', ">a cat</textarea>", ">blurry</textarea>", 'value="5"'):
@@ -887,7 +887,7 @@ def test_a_picture_of_comfyui_fills_the_form(served: Served, tmp_path: Path) -> 
 
 
 def test_nothing_is_written_with_read_only(root: Path, tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", PICTURE)
+    write_png(tmp_path / "a.png", IMAGE)
     with serve(root, read_only=True) as served:
         page = served.ask(f"/generate?run={run_id(served)}").text
         for text in ("hx-post", ">Make<", "Free the card", 'type="file"'):

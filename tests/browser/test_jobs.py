@@ -89,7 +89,7 @@ def test_a_line_of_ours_becomes_a_program(line: str, program: list[str]) -> None
     assert found[: 1 + len(program)] == [sys.executable, *program]
 
 
-REFUSED = (
+REJECTED = (
     ("bash run.sh", "'bash'"),
     ("python -m http.server", "'-m http.server'"),
     ("python -c 'import os'", "'-c'"),
@@ -144,7 +144,7 @@ REFUSED = (
 )
 
 
-@pytest.mark.parametrize(("line", "word"), REFUSED)
+@pytest.mark.parametrize(("line", "word"), REJECTED)
 def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as rejection:
         find_program(split_words(line), tmp_path)

@@ -46,7 +46,7 @@ class SteppedTraining:
         words = ["--sample_prompts", write_prompts(self.folder, PROMPTS), "--sample_at_first", "--sample_now"]
         words += ["--sample_every_n_steps", 30, "--max_train_steps", STEPS]
         options = toy_options(self.folder, *words, has_page=True)
-        script_options = list_script_options(toy_parser(whole_dit=False), options)
+        script_options = list_script_options(toy_parser(full_dit=False), options)
         self.thread = threading.Thread(
             target=train_network,
             args=(ToyFamily(watch=self._wait), options),

@@ -24,7 +24,7 @@ def folder(pictures: int = 0, clips: int = 0) -> MediaFolder:
         path=Path("x"),
         pictures=pictures,
         clips=clips,
-        sounds=0,
+        audios=0,
         uncaptioned=0,
         first=None,
         is_described=False,

@@ -65,7 +65,7 @@ def standing(**facts: Any) -> FolderStanding:
         ),
         ({**DESCRIBED, "loads_at_start": True}, True, "Start"),
         ({**DESCRIBED, "uncaptioned": 2, "to_load": "40 GB"}, True, "Write captions"),
-        ({**DESCRIBED, "has_listed_faults": True, "to_load": "40 GB"}, True, "Look at the files"),
+        ({**DESCRIBED, "has_listed_errors": True, "to_load": "40 GB"}, True, "Look at the files"),
         (DESCRIBED, True, "Check"),
         ({**DESCRIBED, "checking": (RUNNING,)}, True, "Checking …"),
         ({**DESCRIBED, "checking": (DIED, 1)}, True, "Check"),

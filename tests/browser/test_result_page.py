@@ -25,8 +25,8 @@ from tests.tiny.post_upscaling import write_rrdb
 DAY = 86_400
 NAMES = "[...document.querySelectorAll('#shelf .plate')].map((one) => one.dataset.name)"
 # what the fields of the form hold that take a picture
-PICTURES = "['start', 'references', 'redraw']"
-PICTURES += ".map((name) => document.querySelector(`#make [name=${name}]`)?.value)"
+IMAGES = "['start', 'references', 'redraw']"
+IMAGES += ".map((name) => document.querySelector(`#make [name=${name}]`)?.value)"
 
 
 @pytest.fixture
@@ -209,10 +209,10 @@ def test_what_is_chosen_and_goes_is_not_chosen_any_more(page: Any, root: Path) -
 def test_start_from_this_fills_the_form(page: Any, root: Path) -> None:
     press(page, "b.png", "start from this")
     path = str(root / "generated" / "b.png")
-    wait_until(page, f"{PICTURES}.includes({path!r})")
+    wait_until(page, f"{IMAGES}.includes({path!r})")
     press(page, "clip.mp4", "start from this")
     path = str(root / "generated" / "clip_last.png")
-    wait_until(page, f"{PICTURES}.includes({path!r})")
+    wait_until(page, f"{IMAGES}.includes({path!r})")
     assert int(read_image(Path(path)).mean()) > 210
     assert "stands in the form" in tile(page, "clip.mp4").locator(".answer").inner_text()
 
@@ -221,7 +221,7 @@ def test_an_address_fills_the_form_too(page: Any, served: Served, root: Path) ->
     id = tile(page, "c.png").get_attribute("data-id")
     page.goto(f"{served.url}/generate?from={id}")
     path = str(root / "generated" / "c.png")
-    wait_until(page, f"{PICTURES}.includes({path!r})")
+    wait_until(page, f"{IMAGES}.includes({path!r})")
 
 
 def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:

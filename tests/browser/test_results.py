@@ -66,7 +66,7 @@ TAGS = {
     "bt_vae": "vae.safetensors",
     "bt_t5": "t5.safetensors",
 }
-PICTURE = np.zeros((64, 96, 3), np.uint8)
+IMAGE = np.zeros((64, 96, 3), np.uint8)
 MODEL = ["--task", "t2v-1.3B"]
 for _name in ("dit", "vae", "t5"):
     MODEL += [f"--{_name}", str(POCKET / f"{_name}.safetensors")]
@@ -100,7 +100,7 @@ def write_lora(path: Path) -> Path:
 
 def write_result(path: Path, tags: Mapping[str, str] | None = None, age: float = 10.0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(path, PICTURE, TAGS if tags is None else tags)
+    write_png(path, IMAGE, TAGS if tags is None else tags)
     os.utime(path, (time.time() - age,) * 2)
     return path
 
@@ -148,9 +148,9 @@ def test_settings_are_read_from_the_texts_of_a_file() -> None:
 
 def test_a_file_of_another_program_has_no_settings(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    write_png(path, PICTURE, {"prompt": "{}", "parameters": "a cat\nSteps: 20"})
+    write_png(path, IMAGE, {"prompt": "{}", "parameters": "a cat\nSteps: 20"})
     assert read_settings(path) is None
-    write_png(path, PICTURE, {name: text for name, text in TAGS.items() if name != "bt_seeds"})
+    write_png(path, IMAGE, {name: text for name, text in TAGS.items() if name != "bt_seeds"})
     assert read_settings(path) is None
 
 
@@ -470,7 +470,7 @@ def test_a_file_without_settings_is_made_again_by_nothing(served: Served, root: 
 def describe(folder: Path) -> None:
     """The files that the page reads of a described folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_png(folder / "p.png", PICTURE)
+    write_png(folder / "p.png", IMAGE)
     commands = json.dumps([["download", "--family", "wan", "--task", "t2v-1.3B"]])
     text = '[training]\noutput_name = "own"\nmax_train_steps = 9\n'
     text += f"[reelsmith]\nfiles = []\ncommands = {commands}\n"

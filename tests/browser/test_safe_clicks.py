@@ -35,7 +35,7 @@ from browser.result_pages import ResultPages
 from browser.run_buttons import RunButtons
 from browser.run_views import HERE
 from browser.runs import Runs
-from browser.server import MOST_BYTES, Gate, make_app
+from browser.server import MAX_BYTES, Gate, make_app
 from browser.site import Site
 from project.new_options import NewOptions
 from tests import warm_processes
@@ -280,7 +280,7 @@ def test_bodies_are_limited_and_damaged_ones_are_refused(root: Path, headers: di
         for address in list_addresses(served, "POST"):
             if address in TAKES_FILES:
                 continue
-            large = "folder=" + "x" * MOST_BYTES
+            large = "folder=" + "x" * MAX_BYTES
             answer = served.ask(address, "POST", large, Origin=served.url, **headers)
             assert answer.status == 413, address
             for body in ("\0\1\2", "{" * 1000, "[" * 100_000, "%ff%00=%zz", "&" * 10_000, "folder"):

@@ -10,7 +10,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
 from browser.draft_changes import check_text
-from browser.samples import FIELDS, edit_prompts, edit_times, list_pictures, read_rows
+from browser.samples import FIELDS, edit_prompts, edit_times, list_images, read_rows
 from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
@@ -201,7 +201,7 @@ def test_pictures_are_chosen_from_the_folder(tmp_path: Path) -> None:
     (folder / "p0.png").rename(folder / "control" / "p0.png")
     (folder / "cache").mkdir()
     (folder / "p1.png").rename(folder / "cache" / "p1.png")
-    assert list_pictures(folder) == ["p2.png", "control/p0.png"]
+    assert list_images(folder) == ["p2.png", "control/p0.png"]
     (tmp_path / "secret.png").write_bytes(b"x")
     base = PROMPTS
     with serve_runs(tmp_path / "root") as served:

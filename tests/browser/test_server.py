@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from browser.page_access import COOKIE
-from browser.server import LARGEST_BODIES, MOST_BYTES, Gate, make_app
+from browser.server import LARGEST_BODIES, MAX_BYTES, Gate, make_app
 from tests.browser.entering import enter
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.chromium import open_page
@@ -91,7 +91,7 @@ def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path:
 def test_no_route_reads_a_large_request(served: Served, headers: dict[str, str]) -> None:
     # those with limits of their own take files
     for address in {*writing_routes(served)} - LARGEST_BODIES.keys():
-        large, most = ("x" * size for size in (MOST_BYTES + 1, MOST_BYTES))
+        large, most = ("x" * size for size in (MAX_BYTES + 1, MAX_BYTES))
         assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
         assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address
 

@@ -19,7 +19,7 @@ from PIL import Image
 from browser.drafts import MAX_DRAFTS, Drafts
 from browser.names import short_digest
 from browser.runs import Runs
-from browser.server import MOST_BYTES
+from browser.server import MAX_BYTES
 from browser.uploads import (
     ADDRESS,
     FileUploads,
@@ -73,7 +73,7 @@ def picture(folder: Path) -> bytes:
 def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served, tmp_path: Path) -> None:
     content = picture(tmp_path)
     clip = save_clip(tmp_path / "source.mp4", 3, 9).read_bytes()
-    assert len(content) > MOST_BYTES  # more than other requests may have
+    assert len(content) > MAX_BYTES  # more than other requests may have
 
     assert send(served, "a.png", content).status == 200
     assert send(served, "b.mp4", clip).status == 200
@@ -195,7 +195,7 @@ def test_only_pages_of_this_server_send_files_and_none_if_it_only_reads(tmp_path
 
 
 def test_other_requests_stay_small(served: Served) -> None:
-    body = "x" * (MOST_BYTES + 1)
+    body = "x" * (MAX_BYTES + 1)
     assert served.ask("/new/describe", "POST", body, Origin=served.url).status == 413
 
 
@@ -373,10 +373,10 @@ def test_the_claim_of_a_killed_server_does_not_hold_for_ever(served: Served, tmp
 def test_a_disk_without_second_names_replaces_nothing_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def reject(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", reject)
     first, second, place = tmp_path / "1", tmp_path / "2", tmp_path / "place"
     first.write_text("one", encoding="utf-8")
     second.write_text("two", encoding="utf-8")

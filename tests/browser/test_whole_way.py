@@ -20,7 +20,7 @@ from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
 
 SECONDS = 1000  # milliseconds
-REFUSED = "ERR_CONNECTION_REFUSED"
+REJECTED = "ERR_CONNECTION_REFUSED"
 
 
 class RestartedServer:

@@ -50,7 +50,7 @@ FREE_OPTIONS = (
     "--images_per_prompt",
 )  # drawn when pressed, or a count
 PRINTS = "--print_run"  # of a command that only prints
-REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
+REJECTED = (409, 422)  # statuses of a request that was refused, which the page then says
 NOT_FOUND = re.compile("not there any more|renamed, moved or removed")
 
 
@@ -410,7 +410,7 @@ class Walk:
         for each in self.tabs:
             said = each.ask("says") if each.bad else {}
             for status, method, address in each.bad:
-                is_told = status in REFUSED and each is tab and said["messages"]
+                is_told = status in REJECTED and each is tab and said["messages"]
                 is_gone = status == 404 and NOT_FOUND.search(said["text"])
                 if not is_told and not is_gone:
                     self.fault(f"{status} to {method} {address} in tab {each.number}")

@@ -179,21 +179,21 @@ def write_header(path: Path, header: str, length: int | None = None) -> Path:
     return path
 
 
-WHOLE = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+FULL = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (f'{{"a":{WHOLE},"a":{WHOLE}}}', "key .a. occurs twice"),
-        (f'{{"a":{WHOLE},"b":{WHOLE}}}', "begin at byte 0, not 8"),
-        (f'{{"__metadata__":["x"],"a":{WHOLE}}}', "header cannot be read"),
-        (f'{{"\\ud800":{WHOLE}}}', "surrogates"),
-        (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{WHOLE}}}', "surrogates"),
+        (f'{{"a":{FULL},"a":{FULL}}}', "key .a. occurs twice"),
+        (f'{{"a":{FULL},"b":{FULL}}}', "begin at byte 0, not 8"),
+        (f'{{"__metadata__":["x"],"a":{FULL}}}', "header cannot be read"),
+        (f'{{"\\ud800":{FULL}}}', "surrogates"),
+        (f'{{"__metadata__":{{"x":"\\ud800"}},"a":{FULL}}}', "surrogates"),
         ('{"a":' * 100_000, "header cannot be read"),
         ("[" * 100_000, "neither a safetensors nor a torch file|header cannot be read"),
         ("{" + " " * 64, "header cannot be read"),
-        (f'{{"blocks.{"9" * 5000}.weight":{WHOLE}}}', "a name of 5014 characters"),
+        (f'{{"blocks.{"9" * 5000}.weight":{FULL}}}', "a name of 5014 characters"),
     ],
 )
 def test_a_header_made_to_do_harm_is_refused(tmp_path: Path, header: str, message: str) -> None:
@@ -206,7 +206,7 @@ def test_a_header_length_beyond_the_file_is_refused_before_memory_is_taken(
     tmp_path: Path, length: int
 ) -> None:
     with pytest.raises(CheckpointError, match="it claims"):
-        open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{WHOLE}}}', length))
+        open_checkpoint(write_header(tmp_path / "a.safetensors", f'{{"a":{FULL}}}', length))
 
 
 def test_a_pickled_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from checkpoints.opening import open_checkpoint, plain_sources
 from checkpoints.stored.fp8 import E4M3
 from contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from pocket.measure import POCKET
 from tests.fp8_reference import emulated_product, quantized_layers
 from tests.modules.making import write
@@ -199,14 +199,14 @@ def test_a_bad_weight_is_named_with_its_file(tmp_path: Path, kept: torch.dtype) 
 
 
 PLAIN = Placement(torch.device("cpu"))
-FAST = Quantisation("rows", fp8_matmul=True, product=emulated_product)
-ROWS = Quantisation("rows")
+FAST = Quantization("rows", fp8_matmul=True, product=emulated_product)
+ROWS = Quantization("rows")
 BLOCKS = 8  # of the pocket model
 LAST = f"blocks.{BLOCKS - 1}.ffn.0.weight"
 
 
-def quantized_blocks(path: Path, quantisation: Quantisation) -> set[int]:
-    dit = load_dit(path, replace(PLAIN, quantisation=quantisation))
+def quantized_blocks(path: Path, quantization: Quantization) -> set[int]:
+    dit = load_dit(path, replace(PLAIN, quantization=quantization))
     return {int(name.split(".")[1]) for name in quantized_layers(dit)}
 
 
@@ -216,7 +216,7 @@ def test_the_last_two_blocks_stay_in_16_bits_where_the_others_multiply_in_8() ->
 
     assert quantized_blocks(path, ROWS) == set(range(BLOCKS))
     assert quantized_blocks(path, FAST) == set(range(BLOCKS - 2))
-    last = load_dit(path, replace(PLAIN, quantisation=FAST)).get_parameter(LAST)
+    last = load_dit(path, replace(PLAIN, quantization=FAST)).get_parameter(LAST)
     assert torch.equal(last, load_file(path)[LAST])
 
 
@@ -226,11 +226,11 @@ def test_a_network_of_few_blocks_multiplies_in_8_bits_in_all(tmp_path: Path) -> 
 
 def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> None:
     state, fast = load_file(POCKET / "dit.safetensors"), replace(FAST, kind="cast")
-    for name in quantized_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, quantisation=ROWS))):
+    for name in quantized_layers(load_dit(POCKET / "dit.safetensors", replace(PLAIN, quantization=ROWS))):
         state[f"{name}.weight"] = state[f"{name}.weight"].to(E4M3)
     save_file(state, tmp_path / "dit.safetensors")
 
-    last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, quantisation=fast)).get_parameter(LAST)
+    last = load_dit(tmp_path / "dit.safetensors", replace(PLAIN, quantization=fast)).get_parameter(LAST)
 
     assert quantized_blocks(tmp_path / "dit.safetensors", fast) == set(range(BLOCKS - 2))
     assert torch.equal(last, state[LAST].bfloat16())
@@ -238,13 +238,13 @@ def test_the_last_blocks_of_an_fp8_file_are_multiplied_out(tmp_path: Path) -> No
 
 @pytest.mark.slow_cases("how0")
 @pytest.mark.parametrize("how", [FAST, replace(FAST, kind="cast")])
-def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quantisation) -> None:
+def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quantization) -> None:
     path = POCKET / "dit.safetensors"
     noisy = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(1))
     inputs = noisy, torch.tensor([500.0]), [torch.zeros(3, 64)]
 
     with torch.no_grad():
-        expected, found = (load_dit(path, one)(*inputs) for one in (PLAIN, replace(PLAIN, quantisation=how)))
+        expected, found = (load_dit(path, one)(*inputs) for one in (PLAIN, replace(PLAIN, quantization=how)))
 
     # 2.7 % in ten layers of each of six blocks, beside a stream that passes them unrounded
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.1

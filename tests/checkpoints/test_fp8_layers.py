@@ -21,14 +21,14 @@ from contract.loading import Placement
 from frame_pack.configs import DIT as FRAMEPACK_DIT
 from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.errors import CheckpointError, OptionError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantized_layers
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from wan.spec import DIT as WAN_DIT
 
 CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
-ROWS, CAST = Quantisation("rows"), Quantisation("cast")
+ROWS, CAST = Quantization("rows"), Quantization("cast")
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ def in_bf16(kind: Kind) -> dict[str, Tensor]:
 
 @pytest.mark.slow_cases("framepack-cast", "framepack-float32", "framepack-rows")
 @pytest.mark.parametrize(
-    "quantisation", [CAST, ROWS, Quantisation("rows", float32_scales=True)], ids=["cast", "rows", "float32"]
+    "quantization", [CAST, ROWS, Quantization("rows", float32_scales=True)], ids=["cast", "rows", "float32"]
 )
 def test_loading_gives_what_rounding_the_loaded_model_would(
-    tmp_path: Path, kind: Kind, quantisation: Quantisation
+    tmp_path: Path, kind: Kind, quantization: Quantization
 ) -> None:
     path = kind.write(tmp_path, in_bf16(kind))
     plain = kind.load(path, CPU)
 
-    dit = kind.load(path, replace(CPU, quantisation=quantisation))
+    dit = kind.load(path, replace(CPU, quantization=quantization))
 
     layers = quantized_layers(dit)
     assert len(layers) == kind.rounded
     for name, layer in layers.items():
-        weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantisation)
+        weight, scale = quantise(plain.get_parameter(f"{name}.weight"), quantization)
         assert same_bytes(layer.weight, weight), name
         assert scale is None if layer.scale_weight is None else torch.equal(layer.scale_weight, scale), name
     weights = {f"{name}.weight" for name in layers}
@@ -102,7 +102,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
         assert weight.dtype == torch.bfloat16
         return weight + 0.01 if weight.ndim == 2 else weight
 
-    dit = kind.load(kind.write(tmp_path, state), replace(CPU, quantisation=ROWS, patch=patch))
+    dit = kind.load(kind.write(tmp_path, state), replace(CPU, quantization=ROWS, patch=patch))
 
     for name, layer in quantized_layers(dit).items():
         assert same_bytes(layer.weight, quantise(state[f"{name}.weight"] + 0.01, ROWS)[0]), name
@@ -113,10 +113,10 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
     [
         (
             "safetensors",
-            replace(CPU, quantisation=ROWS, patch=lambda _, one, __: one * torch.inf),
+            replace(CPU, quantization=ROWS, patch=lambda _, one, __: one * torch.inf),
             "NaN or infinite",
         ),
-        ("safetensors", Placement(torch.device("mps"), quantisation=ROWS), "Apple's GPUs do not support fp8"),
+        ("safetensors", Placement(torch.device("mps"), quantization=ROWS), "Apple's GPUs do not support fp8"),
     ],
     ids=["infinite", "Apple"],
 )
@@ -149,7 +149,7 @@ def test_released_fp8_files_stay_as_they_are_beside_layers_in_the_computing_dtyp
     path = kind.write(tmp_path, kind.state(), dialect)
     multiplied_out = kind.load(path, replace(CPU, compute_dtype=torch.float32))
 
-    dit = kind.load(path, replace(CPU, quantisation=CAST, fp8_compute_dtype=kept))
+    dit = kind.load(path, replace(CPU, quantization=CAST, fp8_compute_dtype=kept))
 
     layers, narrow = quantized_layers(dit), kept or torch.bfloat16
     assert len(layers) == kind.in_blocks
@@ -170,7 +170,7 @@ def test_e5m2_files_stay_as_they_are(tmp_path: Path) -> None:
     state = in_bf16(KINDS["wan"])
     stored = {name: t.to(torch.float8_e5m2) if t.ndim == 2 else t for name, t in state.items()}
     save_file(stored, tmp_path / "dit.safetensors")
-    layers = quantized_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST)))
+    layers = quantized_layers(wan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantization=CAST)))
     assert len(layers) == KINDS["wan"].in_blocks
     assert all(same_bytes(layer.weight, stored[f"{name}.weight"]) for name, layer in layers.items())
 
@@ -182,7 +182,7 @@ def test_rows_put_together_from_two_formats_are_widened(tmp_path: Path) -> None:
     odd = "transformer_blocks.0.attn.to_k.weight"
     stored[odd] = state[odd].to(torch.float8_e5m2)
     save_file(stored, tmp_path / "dit.safetensors")
-    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantisation=CAST))
+    dit = hunyuan.load_dit(tmp_path / "dit.safetensors", replace(CPU, quantization=CAST))
     layers = quantized_layers(dit)
     assert "double_blocks.1.img_attn_qkv" in layers
     assert "double_blocks.0.img_attn_qkv" not in layers

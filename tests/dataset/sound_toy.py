@@ -1,6 +1,6 @@
 """A stand-in for a family that hears: its latents of sound are the samples themselves, folded.
 
-Mix `ToySound` into any family: `class SoundWan(ToySound, Wan)`.
+Mix `ToySound` into any family: `class AudioWan(ToyAudio, Wan)`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import Sound, SoundSpec
+from contract.data import Audio, AudioSpec
 from contract.family import Abilities
 from tests.dataset.toy_family import ToyFamily
 
@@ -18,44 +18,44 @@ RATE = 1600  # samples in a second
 PER_LATENT = 64  # samples: 25 latents in a second
 
 
-def sound_shape(frames: int, fps: float) -> tuple[int, int, int]:
+def audio_shape(frames: int, fps: float) -> tuple[int, int, int]:
     """Return C T M of a clip's sound."""
     return 2, round(frames / fps * RATE / PER_LATENT), PER_LATENT
 
 
-class ToySound:
+class ToyAudio:
     """The sound half of a family, whose networks do nothing."""
 
-    sound: SoundSpec | None = SoundSpec(RATE, 2, sound_shape)
-    sound_identity: Mapping[str, str] = {"audio_vae": "first"}
+    audio: AudioSpec | None = AudioSpec(RATE, 2, audio_shape)
+    audio_identity: Mapping[str, str] = {"audio_vae": "first"}
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> Any:
+    def audio_networks(self, device: torch.device, decodes: bool) -> Any:
         return "decoder" if decodes else "encoder"
 
-    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
+    def encode_audio(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
         """Return the samples B 2 S as B C T M; behind their end are zeros."""
         assert networks == "encoder"
         assert samples.shape[1:] == (2, round(frames / fps * RATE))
-        _, length, width = sound_shape(frames, fps)
+        _, length, width = audio_shape(frames, fps)
         missing = max(0, length * width - samples.shape[2])
         padded = torch.nn.functional.pad(samples, (0, missing))[..., : length * width]
         return padded.unflatten(2, (length, width))
 
-    def decode_sound(self, networks: Any, latents: Tensor) -> Sound:
-        """Return what `encode_sound` was given."""
+    def decode_audio(self, networks: Any, latents: Tensor) -> Audio:
+        """Return what `encode_audio` was given."""
         assert networks == "decoder"
-        return Sound(latents[0].flatten(1).float(), RATE)
+        return Audio(latents[0].flatten(1).float(), RATE)
 
 
 @dataclass
-class HearingToy(ToySound, ToyFamily):
+class HearingToy(ToyAudio, ToyFamily):
     """The toy family with sound; `heard` has the samples of each item."""
 
     can: Abilities = Abilities(hear=True, rate=True)
-    sound: SoundSpec | None = ToySound.sound
-    sound_identity: Mapping[str, str] = field(default_factory=lambda: {"audio_vae": "first"})
+    audio: AudioSpec | None = ToyAudio.audio
+    audio_identity: Mapping[str, str] = field(default_factory=lambda: {"audio_vae": "first"})
     heard: list[Tensor] = field(default_factory=list)
 
-    def encode_sound(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
+    def encode_audio(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
         self.heard.append(samples)
-        return super().encode_sound(networks, samples, frames, fps)
+        return super().encode_audio(networks, samples, frames, fps)

@@ -169,11 +169,11 @@ def read_page(name: str) -> str:
 
 
 MANUAL = "".join(map(read_page, ("dataset", "dataset_keys", "dataset_large")))
-PICTURES, TOOLS = read_page("image_datasets"), read_page("dataset_tools")
+IMAGES, TOOLS = read_page("image_datasets"), read_page("dataset_tools")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS + PICTURES, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", MANUAL + TOOLS + IMAGES, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
@@ -204,7 +204,7 @@ def test_it_names_every_key_and_mode_with_where_it_may_stand() -> None:
 
 
 def test_the_manual_of_pictures_names_every_key_with_where_it_may_stand() -> None:
-    table = PICTURES[PICTURES.index("## Every key") : PICTURES.index("## Without a file")]
+    table = IMAGES[IMAGES.index("## Every key") : IMAGES.index("## Without a file")]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
     places = {name: row[-1].strip("| ") for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
@@ -284,7 +284,7 @@ def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
     """The facts of a family that change a configuration."""
     return SimpleNamespace(
         latent=SimpleNamespace(
-            lengths=ClipLengths(step, first), in_sections=in_sections, holds_sound=False, has_layers=False
+            lengths=ClipLengths(step, first), in_sections=in_sections, holds_audio=False, has_layers=False
         ),
         references=None,
         can=SimpleNamespace(references="", keep_time=False, show_media=False),

@@ -106,11 +106,11 @@ def serve() -> Iterator[FakeHub]:
                     return
             # before the headers, after which the client may ask again, in another thread
             end = start + hub.cuts.pop(0) if with_data and hub.cuts else len(data)
-            stated = hub.states_range if with_data else None
-            self.send_response(206 if start or stated is not None else 200)
-            if start or stated is not None:
-                stated = f"bytes {start}-{len(data) - 1}/{len(data)}" if stated is None else stated
-                self.send_header("Content-Range", stated)
+            declared = hub.states_range if with_data else None
+            self.send_response(206 if start or declared is not None else 200)
+            if start or declared is not None:
+                declared = f"bytes {start}-{len(data) - 1}/{len(data)}" if declared is None else declared
+                self.send_header("Content-Range", declared)
             self.send_header("Content-Length", str(len(data) - start))
             self._describe(name)
             self.end_headers()

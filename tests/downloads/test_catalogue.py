@@ -351,9 +351,9 @@ def test_families_name_the_releases_and_licences_of_the_list() -> None:
     releases += [*RELEASES.values(), *(version.release for version in VERSIONS.values())]
     releases += [KONTEXT_DEV, HUNYUAN_IMAGE, LUMINA_2, HUNYUAN_VIDEO, SKYREELS_I2V, FRAMEPACK, FRAMEPACK_F1]
     for release in releases:
-        stated = release.licence, release.licence_key, release.licence_url
+        declared = release.licence, release.license_key, release.license_url
         for licence in (known[repository] for repository in release.repositories):
-            assert stated == (licence.name, licence.key, licence.url)
+            assert declared == (licence.name, licence.key, licence.url)
 
 
 def test_trainings_ask_for_the_names_of_comfyui_where_it_reads_no_others() -> None:

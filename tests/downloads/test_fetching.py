@@ -116,13 +116,13 @@ def test_a_connection_that_stays_broken_keeps_what_arrived_for_the_next_run(
     assert path.read_bytes() == DATA
 
 
-@pytest.mark.parametrize("stated", ["bytes 131073-255999/256000", "\x1b[31m"])
+@pytest.mark.parametrize("declared", ["bytes 131073-255999/256000", "\x1b[31m"])
 def test_a_site_that_misstates_the_part_that_it_sends_is_refused_at_once(
-    hub: FakeHub, tmp_path: Path, stated: str
+    hub: FakeHub, tmp_path: Path, declared: str
 ) -> None:
     remote = find_on_hub(FILE, hub.address)
     partial_path(remote, tmp_path / "weights.bin").write_bytes(DATA[:131_072])
-    hub.states_range = stated
+    hub.states_range = declared
 
     with pytest.raises(
         DownloadError, match=r"from byte 131072 on, the site sends '.*another mirror"

@@ -77,7 +77,7 @@ FLUX2 = LanguageUse(
     pad="<pad>",
     pads_left=True,
 )
-WHOLE = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "qwen3_vl": qwen3_vl, "mistral3": mistral3}
+FULL = {"qwen3": qwen3, "qwen25_vl": qwen25_vl, "qwen3_vl": qwen3_vl, "mistral3": mistral3}
 USES = {
     "qwen3_vl": STACKED,
     "qwen3": Z_IMAGE,
@@ -129,7 +129,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize("layout", ["transformers 4", "transformers 5", "old multimodal", "bare", "comfy"])
 @pytest.mark.parametrize("name", USES)
 def test_states_are_those_of_the_whole_network(name: str, layout: str, tmp_path: Path) -> None:
-    use, model = USES[name], WHOLE[name.split()[0]]()
+    use, model = USES[name], FULL[name.split()[0]]()
     path = write_model(tmp_path / "model.safetensors", model, layout)
     write = write_mistral_tokenizer if name == "mistral3" else write_qwen_tokenizer
     encoder = LanguageModelEncoder(use, path, torch.float32, write(tmp_path / "tokenizer"))
@@ -259,7 +259,7 @@ def test_without_its_configuration_qwen3_vl_is_the_released_one(tmp_path: Path) 
 def test_a_scaled_fp8_file_is_multiplied_out_or_stays(
     ending: str, name: str, layout: str, tmp_path: Path
 ) -> None:
-    model, use = WHOLE[name](), USES[name]
+    model, use = FULL[name](), USES[name]
     stored, meant = scaled_fp8(layouts(model)[layout])
     stored = {name.replace(".scale_weight", ending): tensor for name, tensor in stored.items()}
     model.load_state_dict(meant)
@@ -345,7 +345,7 @@ def test_a_quantised_file_is_called_so(
     ],
 )
 def test_another_language_model_is_refused_by_name(given: str, wanted: LanguageModel, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model.safetensors", WHOLE[given]())
+    path = write_model(tmp_path / "model.safetensors", FULL[given]())
     with pytest.raises(
         CheckpointError, match=rf"is not {wanted.what}; it looks like .*\n.*to {wanted.option}"
     ):

@@ -39,9 +39,9 @@ from tests.tiny.language_models import (
 )
 
 CPU = torch.device("cpu")
-PICTURES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
-USE = replace(QWEN_IMAGE, pictures=PICTURES)
-DEEP = replace(STACKED, states_key="vl_embed", pictures=PICTURES)
+IMAGES = ImageUse("Picture {number}: <|vision_start|>{tokens}<|vision_end|>", most=200 * 200)
+USE = replace(QWEN_IMAGE, pictures=IMAGES)
+DEEP = replace(STACKED, states_key="vl_embed", pictures=IMAGES)
 SIZES = ((90, 140), (57, 60), (400, 300), (28, 28))
 
 
@@ -59,7 +59,7 @@ def processor(use: LanguageUse) -> Any:
 
     gray = {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     own = gray if use.model is QWEN3_VL else {}
-    return Qwen2VLImageProcessorPil(min_pixels=PICTURES.fewest, max_pixels=PICTURES.most, **own)
+    return Qwen2VLImageProcessorPil(min_pixels=IMAGES.fewest, max_pixels=IMAGES.most, **own)
 
 
 def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list[Tensor]) -> Tensor:
@@ -70,7 +70,7 @@ def expected(model: Any, encoder: LanguageModelEncoder, prompt: str, shown: list
     if shown:
         inputs = dict(processor(use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt"))
         counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
-        text = "".join(PICTURES.write(index, count) for index, count in enumerate(counts, 1))
+        text = "".join(IMAGES.write(index, count) for index, count in enumerate(counts, 1))
     ids = torch.tensor([tokenizer.read(f"{use.before}{text}{prompt}{use.after}").ids])
     kinds = (ids == tokenizer.number("<|image_pad|>")).int()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_pictures_do_not_count_towards_the_most(encoder: LanguageModelEncoder) -
 
 def test_patches_are_those_of_the_released_processor(encoder: LanguageModelEncoder) -> None:
     shown = pictures(*SIZES)
-    ours = read_images(encoder.network.get_submodule("visual"), shown, PICTURES)
+    ours = read_images(encoder.network.get_submodule("visual"), shown, IMAGES)
     theirs = processor(encoder.use)([Image.fromarray(one.numpy()) for one in shown], return_tensors="pt")
     assert torch.equal(ours.patches, theirs["pixel_values"])
     assert (2 * torch.tensor(ours.sides)).tolist() == theirs["image_grid_thw"][:, 1:].tolist()
@@ -212,7 +212,7 @@ def test_a_prompt_without_pictures_may_name_their_token_beside_one_with_pictures
 
 
 def test_the_family_says_how_and_how_many_pictures_are_shown(model: Any, tmp_path: Path) -> None:
-    half = replace(PICTURES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), shown=1)
+    half = replace(IMAGES, read=lambda path, size: read_rgb(path, size)[::2, ::2].contiguous(), shown=1)
     encoder = load(tmp_path, model, replace(use_of(model), pictures=half))
     shown = pictures((180, 120), (90, 60))
     (ours,) = encode(encoder, ("a rabbit", shown))

@@ -12,7 +12,7 @@ from browser.datasets import TABLES
 from browser.dropped_settings import read_dropped_settings
 from browser.launch import command_part
 from modules.errors import UserError
-from modules.media.sound import _read_plain_text
+from modules.media.audio import _read_plain_text
 from modules.paths import hide_secrets
 
 MAX_SECONDS = 5.0  # of the processor; each takes a hundredth of it

@@ -32,9 +32,9 @@ def in_diffusers(state: Mapping[str, Tensor]) -> Any:
         cap_feat_dim=CONFIG.text_dim,
         injection_layer_ids=CONFIG.injections,
         perceiver_num_layers=CONFIG.perceiver_layers,
-        min_num_gist_tokens=CONFIG.most_gist // 2,
-        max_num_gist_tokens=CONFIG.most_gist,
-        gist_step=CONFIG.most_gist // 8,
+        min_num_gist_tokens=CONFIG.max_gist // 2,
+        max_num_gist_tokens=CONFIG.max_gist,
+        gist_step=CONFIG.max_gist // 8,
         axes_dims=CONFIG.rotary_widths,
     )
     return frozen(network, state)

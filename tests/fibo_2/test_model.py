@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 from torch import Tensor
 
-from contract.steps import Away, Tweaks
+from contract.steps import Away, Overrides
 from fibo_2 import model as network
 from fibo_2.configs import PLACES, STATES, Fibo2Config
 from fibo_2.model import Fibo2Model
@@ -45,7 +45,7 @@ def test_the_network_equals_that_of_diffusers(references: bool, batch: int) -> N
 
 
 def test_gist_tokens_are_as_many_as_released() -> None:
-    config = replace(CONFIG, most_gist=512)
+    config = replace(CONFIG, max_gist=512)
     lengths = [1, 255, 256, 257, 704, 705, 1152, 1153, 1600, 1601, 2048, 4096]
     expected = compute_gist_count(lengths, 256, 512, 64, 256, 2048)
     assert [config.count_gist(length) for length in lengths] == expected
@@ -82,7 +82,7 @@ def test_each_rule_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         changed(name, model)
     for name, config in {
         "one plane off": replace(CONFIG, rope_theta=250.0),
-        "all gist tokens": replace(CONFIG, most_gist=24),
+        "all gist tokens": replace(CONFIG, max_gist=24),
     }.items():
         model = tiny_model()
         model.config = config
@@ -103,12 +103,12 @@ def test_a_second_text_that_equals_the_first_changes_nothing() -> None:
     """The picture reads both, gist tokens the text that they were made of."""
     inputs = tiny_inputs(1)
     second = {"text": inputs["text"], "text_mask": inputs["text_mask"]}
-    tweaks = Tweaks(away=Away(second, lambda first, other: 2 * first - other))
+    overrides = Overrides(away=Away(second, lambda first, other: 2 * first - other))
     torch.testing.assert_close(
-        tiny_model()(**inputs, tweaks=tweaks), tiny_model()(**inputs), rtol=1e-4, atol=1e-5
+        tiny_model()(**inputs, overrides=overrides), tiny_model()(**inputs), rtol=1e-4, atol=1e-5
     )
     other = {**second, "text": -second["text"]}
-    steered = tiny_model()(**inputs, tweaks=replace(tweaks, away=Away(other, tweaks.away.steer)))
+    steered = tiny_model()(**inputs, overrides=replace(overrides, away=Away(other, overrides.away.steer)))
     assert error_of(steered, tiny_model()(**inputs)) > 1e-3
 
 

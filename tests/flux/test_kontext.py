@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from contract.data import Batch
 from contract.requests import Request
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from flux.family import Flux
 from flux.files import FluxFiles
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
@@ -45,7 +45,7 @@ def test_references_of_any_size_are_seen_as_in_diffusers(sizes: list[tuple[int, 
 
 
 def test_a_skipped_block_passes_references_through() -> None:
-    inputs = tiny_inputs("dev") | {"tweaks": Tweaks(skip_blocks=frozenset(range(5)))}
+    inputs = tiny_inputs("dev") | {"overrides": Overrides(skip_blocks=frozenset(range(5)))}
     model = tiny_model("dev")
 
     velocity = model(**inputs, references=[torch.ones(2, 16, 1, 4, 4)])

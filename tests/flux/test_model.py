@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contract.loading import Placement
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from flux.configs import ApproximatorConfig
 from flux.files import identify, load_dit
 from flux.model import Approximator, pack
@@ -66,7 +66,7 @@ def test_leaving_the_guidance_out_is_not_a_guidance_of_zero() -> None:
     model, inputs = tiny_model("dev"), tiny_inputs("dev")
     zero = model(**inputs | {"guidance": torch.zeros(2)})
 
-    assert not torch.equal(model(**inputs, tweaks=Tweaks(embedded_guidance=False)), zero)
+    assert not torch.equal(model(**inputs, overrides=Overrides(embedded_guidance=False)), zero)
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from tests.flux_2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
 from tests.tiny.flux_2 import CONFIG, tiny_state
@@ -31,7 +31,7 @@ def test_guidance_that_is_left_out_is_as_in_diffusers() -> None:
     expected = predict_with(in_diffusers(tiny_state("dev")), given)
 
     assert_equal(model(**given), expected, "without", 1e-5)
-    assert torch.equal(model(**told, tweaks=Tweaks(embedded_guidance=False)), model(**given))
+    assert torch.equal(model(**told, overrides=Overrides(embedded_guidance=False)), model(**given))
     assert not torch.allclose(model(**told), model(**given), rtol=1e-2)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import flux_3_train_network
 from contract.data import Batch
 from contract.requests import Request
-from contract.steps import Turn, Tweaks
+from contract.steps import Overrides, Turn
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from flux_3.family import Flux3
@@ -238,7 +238,7 @@ def test_the_distilled_model_is_told_when_its_step_ends(folder: Path, is_distill
     turn = Turn(step=1, num_steps=4, timestep=750.0, next_timestep=500.0, which="positive")
     texts = {"ctx_vec": [torch.zeros(80, CONFIG.text_dim)] * 2}
     noisy = torch.zeros(2, 128, 1, 3, 3)
-    family_of(folder).predict(Noting(), noisy, torch.tensor([750.0, 750.0]), texts, Tweaks(turn=turn))
+    family_of(folder).predict(Noting(), noisy, torch.tensor([750.0, 750.0]), texts, Overrides(turn=turn))
 
     assert seen["timesteps"].tolist() == [750.0, 750.0]
     ends = seen["next_timesteps"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from contract.data import Conditions
 from contract.requests import Prepared, Request
-from contract.steps import NO_TWEAKS, EncodedPrompts, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.requests import FramePackRequest
@@ -57,7 +57,7 @@ class RecordingDit(nn.Module):
         guidance: Tensor,
         image_embeddings: Tensor,
         latent_indices: Tensor,
-        tweaks: Tweaks = NO_TWEAKS,
+        overrides: Overrides = NO_OVERRIDES,
         **history: Tensor,
     ) -> Tensor:
         call = Call(noisy, timesteps, llama, guidance, image_embeddings, latent_indices, history)

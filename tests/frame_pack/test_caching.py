@@ -114,7 +114,7 @@ cache_directory = "FOLDER/cache"
 resolution = [32, 32]
 caption_extension = ".txt"
 """
-PICTURES = CLIPS.replace("video_directory", "image_directory").replace("clips", "pictures")
+IMAGES = CLIPS.replace("video_directory", "image_directory").replace("clips", "pictures")
 # sections of two latent frames, one or two of them
 SHORT = "target_frames = [9, 17]\nfp_latent_window_size = 2"
 CONTROL = 'control_directory = "FOLDER/control"'
@@ -127,13 +127,13 @@ CONTROL = 'control_directory = "FOLDER/control"'
         (CLIPS + "target_frames = [33, 73]", ("--f1",), "of 33 frames are too short: a section takes 37"),
         (CLIPS + SHORT, ("--one_frame",), "these are videos"),
         (CLIPS + SHORT + '\ncontrol_directory = "FOLDER/clips"', (), "FramePack takes no control video"),
-        (PICTURES, (), "these are images"),
+        (IMAGES, (), "these are images"),
         (
-            PICTURES,
+            IMAGES,
             ("--one_frame",),
             "needs control images, from which each image is made. Set control_directory",
         ),
-        (PICTURES + CONTROL + "\nfp_1f_clean_indices = [0, 10]", ("--one_frame",), "pic_0.png, pic_1.png"),
+        (IMAGES + CONTROL + "\nfp_1f_clean_indices = [0, 10]", ("--one_frame",), "pic_0.png, pic_1.png"),
     ],
 )
 def test_what_cannot_be_cached_is_named_before_anything_is_loaded(

@@ -13,7 +13,7 @@ import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
 from contract.data import Conditions
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image
@@ -48,11 +48,18 @@ class Watched:
         return getattr(self.family, name)
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        assert tweaks.turn is not None
-        self.calls.append(Call(tweaks.turn.step, len(noisy), tweaks.skip_blocks, tweaks.embedded_guidance))
-        return self.family.predict(dit, noisy, timesteps, cond, tweaks)
+        assert overrides.turn is not None
+        self.calls.append(
+            Call(overrides.turn.step, len(noisy), overrides.skip_blocks, overrides.embedded_guidance)
+        )
+        return self.family.predict(dit, noisy, timesteps, cond, overrides)
 
 
 def latents_in(folder: Path) -> dict[int, Tensor]:

@@ -95,7 +95,7 @@ class Stage:
         self.diary: list[str] = []
         self.places: dict[int, str] = {}
         self.toys: weakref.WeakSet[Toy] = weakref.WeakSet()
-        self.most_on_host = 0
+        self.max_on_host = 0
         self.device, self.may_read = device, threading.Event()
         self.may_read.set()
         self.broken: dict[int, Exception] = {}
@@ -130,7 +130,7 @@ class Stage:
     def note_host(self) -> None:
         """The host holds all of a network that has a copy there, else what it has swapped."""
         held = sum(SIZE if toy.has_copy else SWAPPED for toy in self.toys)
-        self.most_on_host = max(self.most_on_host, held)
+        self.max_on_host = max(self.max_on_host, held)
 
     def denoise(self, plan: Sequence[int], videos: Sequence[Sequence[float]] = (VIDEO, VIDEO)) -> list[str]:
         """Denoise videos in one phase, and return what was noted meanwhile."""
@@ -310,7 +310,7 @@ def test_the_host_holds_what_was_counted(rule: dict[str, Any]) -> None:
                 dit_at(TIMESTEPS[expert])
                 if stage.turns._ahead is not None:
                     stage.turns._ahead.join()
-        assert ExpertTurns(order, **rule).host_peak(SIZE, SWAPPED) == stage.most_on_host, order
+        assert ExpertTurns(order, **rule).host_peak(SIZE, SWAPPED) == stage.max_on_host, order
 
 
 def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:

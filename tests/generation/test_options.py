@@ -24,7 +24,7 @@ from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, RequestOptions
 from modules.errors import OptionError
 from modules.options import NoOptions, read_options
 from modules.run_limits import limit_run
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from tests.generation.toy_family import ToyFamily
 from tests.golden_cases import read_case
 from tests.preparing import prepare
@@ -72,7 +72,7 @@ def test_optimized_turns_on_what_it_stands_for(tmp_path: Path) -> None:
     speed = read(tmp_path, "--prompt", "p", "--optimized").speed
     assert speed.attention.choice.mode == "sage"
     assert speed.compilation.choice is not None
-    assert speed.fp8.quantisation == Quantisation("rows", fp8_matmul=True)
+    assert speed.fp8.quantization == Quantization("rows", fp8_matmul=True)
     assert set(speed.by_preset) == {"attn_mode", "compile", "fp8_scaled", "fp8_fast"}
     assert read(tmp_path, "--prompt", "p").speed.by_preset == ()
 

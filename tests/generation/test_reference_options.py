@@ -53,11 +53,11 @@ def test_options_for_references_are_not_remarked_on_if_there_is_one(
     options, _ = read_generation("", script.DEFAULTS, record, [*COMMAND, "--kv_cache"])
     prepare = ToyFamily.prepare
 
-    def with_picture(self: ToyFamily, request: Request) -> Any:
+    def with_image(self: ToyFamily, request: Request) -> Any:
         prepared = prepare(self, request)
         return replace(prepared, request=replace(request, control_images=(Path("a.png"),)))
 
-    monkeypatch.setattr(ToyFamily, "prepare", with_picture)
+    monkeypatch.setattr(ToyFamily, "prepare", with_image)
     toy: Any = ToyFamily()
     prepare_line(toy, options, {})
     assert not caplog.messages

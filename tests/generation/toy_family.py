@@ -29,7 +29,7 @@ from contract.family import (
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt, Request, settle, size_of
 from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
-from contract.steps import NO_TWEAKS, EncodedPrompts, Piece, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Piece, Section
 from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.errors import CheckpointError, MediaError, OptionError
 
@@ -116,9 +116,9 @@ class ToyDit(nn.Module):
         self.places["dit"] = str(device)
         return self
 
-    def forward(self, noisy: Tensor, letters: list[Tensor], tweaks: Tweaks) -> Tensor:
+    def forward(self, noisy: Tensor, letters: list[Tensor], overrides: Overrides) -> Tensor:
         text = torch.stack([one.mean() for one in letters]).view(-1, 1, 1, 1, 1)
-        return self.scale * (noisy + text / 100) * 0.5 ** len(tweaks.skip_blocks)
+        return self.scale * (noisy + text / 100) * 0.5 ** len(overrides.skip_blocks)
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,22 @@ class ToyFamily:
         raise NotImplementedError
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         self.diary.append(
             f"pass {int(cond['letters'][0])}"
-            + (f" without {sorted(tweaks.skip_blocks)}" if tweaks.skip_blocks else "")
+            + (f" without {sorted(overrides.skip_blocks)}" if overrides.skip_blocks else "")
         )
         if self.interrupt_pass == sum(line.startswith("pass") for line in self.diary):
             raise KeyboardInterrupt
         if self.interrupt_at is not None and int(cond["letters"][0]) == len(self.interrupt_at):
             raise KeyboardInterrupt
-        return dit(noisy, cond["letters"], tweaks)
+        return dit(noisy, cond["letters"], overrides)
 
     def check_files(self, media: bool) -> None:
         if self.lost is not None:

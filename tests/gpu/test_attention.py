@@ -29,7 +29,7 @@ from checkpoints.stored.fp8_products import (
 from modules.attention.attend import BACKENDS, attend, check_backend, make_lengths
 from modules.attention.sdpa import attend_with_bias, kernels
 from modules.errors import OptionError
-from modules.speed_options import SDPA, AttentionChoice, Quantisation
+from modules.speed_options import SDPA, AttentionChoice, Quantization
 from tests.gpu.measuring import equal_bits, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -310,7 +310,7 @@ def test_output_and_gradient_are_as_near_as_rounding_allows(
     bias, gradient = drawn(fp8, outputs, seed=2, dtype=dtype), drawn(fp8, rows, outputs, seed=3, dtype=dtype)
     sizes = torch.logspace(-1.5, 0, outputs)[:, None].to(fp8)  # rows that differ by up to 30
     weight, scale = quantise(
-        drawn(fp8, outputs, inputs, seed=1, dtype=torch.float32) * sizes * inputs**-0.5, Quantisation("rows")
+        drawn(fp8, outputs, inputs, seed=1, dtype=torch.float32) * sizes * inputs**-0.5, Quantization("rows")
     )
     assert scale is not None
     plain = weight.double() * scale.double()
@@ -362,8 +362,8 @@ def test_a_device_rounds_weights_as_the_cpu_does(cuda: torch.device, dtype: torc
     a weight between two fp8 numbers may fall to the other side. Multiplied out, both have the same bits.
     """
     plain = drawn(torch.device("cpu"), 512, 640, dtype=torch.float32).to(dtype)
-    weight, scale = quantise(plain, Quantisation("rows"))
-    found, found_scale = quantise(plain.to(cuda), Quantisation("rows"))
+    weight, scale = quantise(plain, Quantization("rows"))
+    found, found_scale = quantise(plain.to(cuda), Quantization("rows"))
 
     assert scale is not None
     assert found_scale is not None

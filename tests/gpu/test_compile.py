@@ -17,7 +17,7 @@ from checkpoints.stored.fp8_products import select_product, supports_fp8
 from generation.denoise import SeededNoise
 from modules.compile_options import Compilation
 from modules.layers.modulation import add_gated, modulate
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.lora_layer import keep_mask
 from running.compile import check_compilation, compile_blocks
 from running.offload.block_swap import move_network
@@ -78,7 +78,7 @@ def test_compiled_blocks_with_fp8_products(cuda: torch.device) -> None:
     tiny = WAN
     if not supports_fp8(cuda):
         pytest.skip("this GPU has no fp8 units")
-    quantization, found = Quantisation("rows", product=select_product(cuda)), []
+    quantization, found = Quantization("rows", product=select_product(cuda)), []
     inputs = sent(tiny.inputs((2, 8, 8, 32), 1), cuda)
     for compiled in (False, True):
         dit = tiny.make(2).to(cuda, torch.bfloat16)

@@ -207,7 +207,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     batch = NoisyBatch(Batch(tensors, ("",), ("",)), torch.randn(shape), one / 2, one * 500, one)
     planned = predict(family, options, batch, device).device(options.speed.swap.number)
     host = host_weights(SwapPlan(family.dit, options.speed.swap.number), device)
-    form = options.speed.fp8.quantisation
+    form = options.speed.fp8.quantization
     placement = placement_of(options, device, form and prepare(form, device))
     dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=0)

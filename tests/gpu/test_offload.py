@@ -19,11 +19,11 @@ from checkpoints.filling import load_module
 from checkpoints.opening import open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import Placement, TensorInfo
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from modules.devices import send_ahead
 from modules.layers.convolution import lay_out, layouts, repeat_pixels
 from running.offload import host_memory
-from running.offload.block_swap import move_network, settle_all, swap_blocks
+from running.offload.block_swap import move_network, resolve_all, swap_blocks
 from running.offload.checkpointing import checkpoint_blocks, offload_to_host
 from running.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
 from running.offload.swap_plan import SwapPlan, host_weights
@@ -78,9 +78,9 @@ class Stack(nn.Module):
         for weight in self.parameters():
             weight.data = torch.randn(weight.shape, generator=generator) * width**-0.5
 
-    def forward(self, x: Tensor, tweaks: Tweaks = Tweaks()) -> Tensor:  # noqa: B008
+    def forward(self, x: Tensor, overrides: Overrides = Overrides()) -> Tensor:  # noqa: B008
         hidden = Hidden(x, None)
-        run_blocks(self, hidden, tweaks)
+        run_blocks(self, hidden, overrides)
         return hidden.x
 
 
@@ -118,7 +118,7 @@ def passes(stack: Stack, device: torch.device, repeats: int, spoil: bool, count:
         torch.stack([output.square().sum() for output in outputs]).sum().backward()
         assert x.grad is not None
         with torch.no_grad():
-            sample = stack(x.detach(), tweaks=Tweaks(skip_blocks=frozenset({1, 2})))
+            sample = stack(x.detach(), overrides=Overrides(skip_blocks=frozenset({1, 2})))
         found += [outputs[0].detach(), x.grad, sample]
     return found
 
@@ -149,7 +149,7 @@ def test_weights_that_learn_are_copied_back(cuda: torch.device, deterministic: N
         stack = stack_on(cuda, blocks, late=late, learns=True)
         step_in_backward(stack)
         passes(stack, cuda, 3, spoil=False, count=1)
-        settle_all([stack])
+        resolve_all([stack])
         results.append([weight.detach().cpu().clone() for weight in stack.parameters()])
     assert same(*results)
     untrained = next(stack_on(cuda, learns=True).parameters())

@@ -121,7 +121,7 @@ def test_any_size_is_cut_to_whole_latents() -> None:
 
 
 def test_training_feeds_whole_timesteps_up_to_1000() -> None:
-    assert NOISE.whole_timesteps
+    assert NOISE.integer_timesteps
     assert NOISE.training_offset == 0
     assert NOISE.table_is_shifted
     assert NOISE.tokens is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.traffic_count import Counting
 from contract.data import MediaBatch
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from hunyuan_model.model import HunyuanVideoModel
@@ -77,7 +77,7 @@ def test_without_embedded_guidance_a_distilled_model_is_one_that_has_none() -> N
         {name: value for name, value in distilled.state_dict().items() if not name.startswith("guidance_in.")}
     )
 
-    without = distilled(**inputs, tweaks=Tweaks(embedded_guidance=False))
+    without = distilled(**inputs, overrides=Overrides(embedded_guidance=False))
 
     # the weights lie elsewhere in memory, and by their alignment some kernels sum in another order
     torch.testing.assert_close(without, plain(**inputs))

@@ -27,7 +27,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refuse(folder: Path, script: str, *words: object, told: Sequence[object]) -> None:
+def reject(folder: Path, script: str, *words: object, told: Sequence[object]) -> None:
     assert_one_message(*run_here(script, *words, folder=folder), *told)
 
 
@@ -39,18 +39,18 @@ def test_captions_without_pictures_and_tables_with_them_are_refused(project: Pat
     succeed_here(*FAMILY.cache_texts, "--edit", folder=project)
     succeed_here(*FAMILY.cache_texts, folder=project)
     dataset.write_text(with_references, encoding="utf-8")
-    refuse(project, *FAMILY.cache_latents, told=["has control images", "give --edit to caching"])
+    reject(project, *FAMILY.cache_latents, told=["has control images", "give --edit to caching"])
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
-    refuse(project, *TRAIN, told=["no latent cache"])
+    reject(project, *TRAIN, told=["no latent cache"])
     told = [f"python {AGAIN} --edit", "its caption was encoded with 0 of its 1 reference picture"]
-    refuse(project, *TRAIN, "--edit", told=told)
+    reject(project, *TRAIN, "--edit", told=told)
     code, said = run_here(*TRAIN, "--edit", "--check", folder=project)
     assert code == 1
     for path in cache.glob("*_kr2_te.safetensors"):
         path.replace(path.with_name(path.name.replace("_kr2_te", "_kr2e_te")))
     dataset.write_text(with_references.partition("control_directory")[0], encoding="utf-8")
     succeed_here(*FAMILY.cache_latents, "--edit", folder=project)
-    refuse(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
+    reject(project, *TRAIN, "--edit", told=["was encoded without pictures", "outputs.py with --edit"])
 
 
 @pytest.mark.slow
@@ -97,13 +97,13 @@ def test_references_that_cannot_be_used_are_refused(project: Path) -> None:
     write_image(project / "point.png", 1, 1)
     Image.new("1", (20000, 10000)).save(project / "huge.png")
     for name, told in (("point.png", "1 x 1 pixels are too few"), ("huge.png", "million")):
-        refuse(
+        reject(
             project, *FAMILY.generate, "--prompt", "x", "--save_path", "o", START[0], name, told=[name, told]
         )
     for name, told in (("point.png", "1x1 pixels"), ("huge.png", "million")):
         (project / name).replace(project / "control" / "picture 0.png")
-        refuse(project, *FAMILY.cache_latents, "--edit", told=["picture 0.png", told])
-        refuse(project, *FAMILY.cache_texts, "--edit", told=["picture 0.png", told])
+        reject(project, *FAMILY.cache_latents, "--edit", told=["picture 0.png", told])
+        reject(project, *FAMILY.cache_texts, "--edit", told=["picture 0.png", told])
 
 
 def test_messages_name_options_as_they_are_typed(project: Path) -> None:
@@ -121,7 +121,7 @@ def test_an_encoder_without_its_tower_makes_pictures_but_no_edits(project: Path)
     said = succeed_here(*make, "--kv_cache", "--match_target_res", "--edit", folder=project)
     assert "--edit is not needed: --control_image_path alone makes it an edit" in said
     assert "edits pictures" not in said
-    refuse(project, *make, *START, told=["has no vision tower", "--text_encoder"])
+    reject(project, *make, *START, told=["has no vision tower", "--text_encoder"])
 
 
 def test_loras_of_the_other_form_are_refused(project: Path) -> None:
@@ -132,7 +132,7 @@ def test_loras_of_the_other_form_are_refused(project: Path) -> None:
     trainer = {"ss_base_model_version": "krea2_edit", "software": '{"name": "ai-toolkit"}'}
     for metadata in ({"name": "krea2_identity_edit_v1_2"}, trainer):
         save_file(lora, project / "lora.safetensors", metadata)
-        refuse(project, *make, told=["lora.safetensors", "identity edit", "not supported"])
+        reject(project, *make, told=["lora.safetensors", "identity edit", "not supported"])
     save_file(lora, project / "lora.safetensors", {**trainer, "ss_network_module": "networks.lora_krea2"})
     succeed_here(*make, folder=project)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract.steps import Away, Tweaks
+from contract.steps import Away, Overrides
 from krea2.configs import STATES
 from modules.attention.attend import Steer
 from modules.compile_options import Compilation
@@ -86,17 +86,17 @@ def test_references_that_see_each_other_alone_are_computed_once(
         {},
         {"timesteps": given["timesteps"] / 3, "text": -given["text"]},
         {"noisy": -given["noisy"][:1], **first},
-        {"tweaks": {"away": Away(second, STEER)}},
-        {"tweaks": {"skip_blocks": frozenset({1})}},
+        {"overrides": {"away": Away(second, STEER)}},
+        {"overrides": {"skip_blocks": frozenset({1})}},
     ]
     kept: dict[Any, Any] = {}
     for change in changes[: 2 if dress else None]:  # each variant is compiled anew
-        told = change.pop("tweaks", {})
+        told = change.pop("overrides", {})
         asked = {**given, **change}
         counts.clear()
-        plain = model(**asked, tweaks=Tweaks(**told))
+        plain = model(**asked, overrides=Overrides(**told))
         assert counts == [counts[0]]
-        found = model(**asked, tweaks=Tweaks(section_cache=kept, **told))
+        found = model(**asked, overrides=Overrides(section_cache=kept, **told))
         assert_equal(found, plain, "velocity", 1e-5)
         once = [10] if not change and not told else []  # tokens of both references
         assert counts[1:] == [*once, counts[0] - (0 if "skip_blocks" in told else 10)]

@@ -47,10 +47,10 @@ def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None
             for number in range(2):
                 step = Step(number, 4, 1.0, 1000.0 - number, section.noise)
                 predict = predictor(
-                    family, lambda _, dit=dit: dit, step, options.splits_guidance, section.tweaks
+                    family, lambda _, dit=dit: dit, step, options.splits_guidance, section.overrides
                 )
                 make_guidance(request, options.guidance, family.experts)(step, predict, section)
             real = max(sum(moment.values()) for moment in ledger.peaks.values())
         assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-        kept = (section.tweaks.section_cache or {}).values()
+        kept = (section.overrides.section_cache or {}).values()
         assert sum(one.nbytes for pair in kept for one in pair) == (KEPT if more else 0)

@@ -36,8 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def dit_config(version: str, **changes: Any) -> LtxConfig:
     """Dimensions of the transformer of the tiny release."""
-    video, sound = SIZES[version]
-    sizes = {"video": video, "sound": sound, "num_heads": 2, "cross_dim": sound.dim}
+    video, audio = SIZES[version]
+    sizes = {"video": video, "sound": audio, "num_heads": 2, "cross_dim": audio.dim}
     return replace(tiny_dit.DIT_CONFIGS[version], **sizes, **changes)
 
 
@@ -75,7 +75,7 @@ def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRel
     config, is_apart = dit_config(version, **changes), version == "2.5"
     parts: dict[str, Any] = {
         "vae": tiny_media.video_vae("2.3" if is_apart else version),
-        "audio_vae": tiny_media.sound_vae(),
+        "audio_vae": tiny_media.audio_vae(),
         "vocoder": tiny_media.vocoder(version),
         "connectors": tiny_text.text_connectors(version),
     }
@@ -88,7 +88,7 @@ def write_release(folder: Path, version: str = "2.3", **changes: Any) -> TinyRel
         gemma = tiny_text.text_write_gemma(folder / "gemma", gemma_network := tiny_text.text_gemma())
     tensors: dict[str, Tensor] = {f"model.diffusion_model.{name}": one for name, one in state.items()}
     tensors |= tiny_media.video_vae_official(parts["vae"].state_dict())
-    tensors |= tiny_media.sound_vae_official(parts["audio_vae"].state_dict())
+    tensors |= tiny_media.audio_vae_official(parts["audio_vae"].state_dict())
     tensors |= tiny_media.vocoder_official(parts["vocoder"].state_dict())
     tensors |= tiny_text.text_official_names(parts["connectors"].state_dict())
     heads = {"num_attention_heads": config.num_heads, "av_ca_timestep_scale_multiplier": 1000}
@@ -133,10 +133,10 @@ def write_upscaler(path: Path, kind: str) -> LTX2LatentUpsamplerModel:
 def write_lora(path: Path, **metadata: str) -> dict[str, Tensor]:
     """Write a LoRA as it is released, for attention of both streams; return what it adds to weights."""
     config, generator = dit_config("2.3"), torch.Generator().manual_seed(9)
-    assert config.sound is not None
+    assert config.audio is not None
     tensors, added = {}, {}
     for block in range(config.num_layers):
-        for name, width in (("attn1", config.video.dim), ("audio_attn1", config.sound.dim)):
+        for name, width in (("attn1", config.video.dim), ("audio_attn1", config.audio.dim)):
             layer = f"transformer_blocks.{block}.{name}.to_out.0"
             shapes = (RANK, width), (width, RANK)
             down, up = (0.3 * torch.randn(shape, generator=generator) for shape in shapes)

@@ -16,7 +16,7 @@ from ltx_2.checkpoints import FORMAT, SILENT
 from ltx_2.files import Ltx2Files
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError, OptionError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from qwen_image.files import load_dit as load_qwen
 from tests.ltx_2.release import write_release
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_state, write_dit
@@ -28,7 +28,7 @@ CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 
 @pytest.mark.slow_cases("2.0-diffusers-False", "2.0-official-True")
 @pytest.mark.parametrize(
-    ("version", "layout", "with_sound"),
+    ("version", "layout", "with_audio"),
     [
         ("2.3", "safetensors", True),
         ("2.3", "sharded", False),
@@ -44,16 +44,16 @@ CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
     ],
 )
 def test_every_layout_gives_the_same_weights_and_dimensions(
-    tmp_path: Path, version: str, layout: str, with_sound: bool
+    tmp_path: Path, version: str, layout: str, with_audio: bool
 ) -> None:
     config = DIT_CONFIGS[version]
-    expected = dit_state(version, sound=config.sound if with_sound else None)
+    expected = dit_state(version, audio=config.audio if with_audio else None)
     path = write_dit(tmp_path / "größer als", version, layout)
 
-    dit = (FORMAT if with_sound else SILENT).load(path, CPU)
+    dit = (FORMAT if with_audio else SILENT).load(path, CPU)
 
     assert read_once(path, FORMAT.read_header).config == config
-    assert dit.config == (config if with_sound else replace(config, sound=None))
+    assert dit.config == (config if with_audio else replace(config, audio=None))
     loaded = dit.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
@@ -108,7 +108,7 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     path = tmp_path / "dit.safetensors"
     save_file(dit_state(dtype=torch.bfloat16), path)
 
-    dit = FORMAT.load(path, Placement(torch.device("cpu"), quantisation=Quantisation("rows")))
+    dit = FORMAT.load(path, Placement(torch.device("cpu"), quantization=Quantization("rows")))
 
     in_8_bits = {name for name, weight in dit.state_dict().items() if weight.dtype.itemsize == 1}
     assert {
@@ -125,7 +125,7 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     "2.5-dit-diffusers-True-18923347200",
 )
 @pytest.mark.parametrize(
-    ("layout", "with_sound", "weights"),
+    ("layout", "with_audio", "weights"),
     [
         ("2.3-dit", True, 18988838144),
         ("2.3-dit", False, 13124316288),
@@ -135,11 +135,11 @@ def test_linear_layers_of_blocks_alone_are_kept_in_8_bits(tmp_path: Path) -> Non
     ],
 )
 def test_released_files_load_without_leftovers(
-    tmp_path: Path, layout: str, with_sound: bool, weights: int
+    tmp_path: Path, layout: str, with_audio: bool, weights: int
 ) -> None:
     path = write_hollow(tmp_path / "dit.safetensors", tensor_list(f"ltx{layout}"))
 
-    dit = (FORMAT if with_sound else SILENT).load(path, META)
+    dit = (FORMAT if with_audio else SILENT).load(path, META)
 
     assert sum(weight.numel() for weight in dit.parameters()) == weights
     assert (dit.config.num_layers, dit.config.num_heads, dit.config.dim) == (48, 32, 4096)
@@ -224,7 +224,7 @@ def test_sound_of_caches_has_the_shape_of_the_releases_if_their_vae_is_not_there
     other = write_release(tmp_path / "tiny", "2.5").checkpoint
     files = Ltx2Files(dit=full, checkpoint=full, streams=STREAMS)
 
-    assert files.sound is not None
-    assert files.sound.shape(121, 24.0) == (8, 126, 16)
+    assert files.audio is not None
+    assert files.audio.shape(121, 24.0) == (8, 126, 16)
     with pytest.raises(OptionError, match=r"--audio_vae: .* takes sound of 16 channels, .* have 128"):
-        _ = replace(files, dit=other, checkpoint=other).sound
+        _ = replace(files, dit=other, checkpoint=other).audio

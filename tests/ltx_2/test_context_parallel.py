@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from contract.steps import Away, Tweaks
+from contract.steps import Away, Overrides
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
 from running.offload.context import ProcessGrid
@@ -29,12 +29,12 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
     given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
     away = Away({"text": given["text"].flip(-1), "sound_text": given["sound_text"].flip(-1)}, toward_middle)
-    cases: dict[str, Tweaks] = {
-        "both": Tweaks(given_frames=1),
-        "away": Tweaks(away=away),
-        "values": Tweaks(skip_self_attention=frozenset({0}), isolated=True),
+    cases: dict[str, Overrides] = {
+        "both": Overrides(given_frames=1),
+        "away": Overrides(away=away),
+        "values": Overrides(skip_self_attention=frozenset({0}), isolated=True),
     }
-    cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Tweaks())
+    cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Overrides())
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
         "references": LtxReferences([drawn, drawn[:, :, :1]]),
@@ -42,14 +42,14 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         "dimmed references": LtxReferences([drawn, drawn[:, :, :1]], strengths=torch.linspace(0, 1, 45)),
     }
     found = {}
-    for name, tweaks in cases.items():
+    for name, overrides in cases.items():
         dit = tiny_dit("2.3").requires_grad_(True)
         if distributed.is_initialized():
             share_tokens(dit, ProcessGrid(distributed.get_rank(), 1, context=PROCESSES), torch.device("cpu"))
         made = torch.cat(
             [
                 one.flatten()
-                for one in dit(**given, references=more.get(name, NO_REFERENCES), tweaks=tweaks)
+                for one in dit(**given, references=more.get(name, NO_REFERENCES), overrides=overrides)
                 if one is not None
             ]
         )

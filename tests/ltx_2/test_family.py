@@ -87,13 +87,13 @@ THEIRS = {"cfg": "guidance_scale", "modality": "modality_scale", "rescale": "gui
 PLAIN = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
 RELEASED = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
 GUIDED = {"guidance_scale": 3.0, "stg_scale": 1.5, "modality_scale": 2.0, "guidance_rescale": 0.7}
-OF_SOUND = {"guidance_scale": 7.0, "stg_scale": 1.5, "modality_scale": 3.0, "guidance_rescale": 0.4}
+OF_AUDIO = {"guidance_scale": 7.0, "stg_scale": 1.5, "modality_scale": 3.0, "guidance_rescale": 0.4}
 
 
-def scale_words(picture: Scales, sound: Scales) -> list[object]:
+def scale_words(picture: Scales, audio: Scales) -> list[object]:
     """Options of these scales; that of skipped self-attention is the same for both streams."""
     words: list[object] = ["--stg_scale", picture["stg_scale"]]
-    for stream, scales in (("video", picture), ("audio", sound)):
+    for stream, scales in (("video", picture), ("audio", audio)):
         for name in ("cfg", "modality", "rescale"):
             words += [f"--{stream}_{name}_scale", scales[THEIRS[name]]]
     return words
@@ -101,11 +101,11 @@ def scale_words(picture: Scales, sound: Scales) -> list[object]:
 
 @pytest.mark.slow_cases("2.5 alone", "as released", "guided", "video alone")
 @pytest.mark.parametrize(
-    ("release", "mode", "fps", "picture", "sound"),
+    ("release", "mode", "fps", "picture", "audio"),
     [
         ("2.3", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
         ("2.3", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
-        ("2.0", "av", 12, GUIDED, OF_SOUND),
+        ("2.0", "av", 12, GUIDED, OF_AUDIO),
         ("2.0", "av", 24, PLAIN, PLAIN),
         ("2.5", "av", 24, RELEASED, RELEASED | {"guidance_scale": 7.0}),
         ("2.5", "v", 12, GUIDED | {"modality_scale": 1.0}, PLAIN),
@@ -114,18 +114,18 @@ def scale_words(picture: Scales, sound: Scales) -> list[object]:
     ids=["as released", "video alone", "guided", "plain", "2.5", "2.5 alone"],
 )
 def test_videos_and_their_sound_equal_those_of_diffusers(
-    release: TinyRelease, tmp_path: Path, mode: str, fps: int, picture: Scales, sound: Scales
+    release: TinyRelease, tmp_path: Path, mode: str, fps: int, picture: Scales, audio: Scales
 ) -> None:
     words = ["--ltx2_mode", mode, "--fps", fps]
     if picture is not RELEASED:
-        words += ["--stg_blocks", 1, *scale_words(picture, sound)]
+        words += ["--stg_blocks", 1, *scale_words(picture, audio)]
 
     made = generate(release, tmp_path, *words)
 
     pipe = theirs(release)
     if mode == "v":
         pipe.transformer.register_forward_pre_hook(alone, with_kwargs=True)
-    assert_as_there(pipe, made, tmp_path / "shown", fps, picture, sound)
+    assert_as_there(pipe, made, tmp_path / "shown", fps, picture, audio)
 
 
 def assert_shown(vae: Any, latents: Tensor, shown: Path) -> None:
@@ -136,17 +136,17 @@ def assert_shown(vae: Any, latents: Tensor, shown: Path) -> None:
 
 
 def assert_as_there(
-    pipe: Any, made: dict[str, Tensor], shown: Path, fps: int, picture: Scales, sound: Scales, **more: Any
+    pipe: Any, made: dict[str, Tensor], shown: Path, fps: int, picture: Scales, audio: Scales, **more: Any
 ) -> None:
     """Latents, pictures and the waveform are those of diffusers' pipeline. more: arguments of its call."""
-    scales = {**picture, **{f"audio_{name}": scale for name, scale in sound.items()}}
+    scales = {**picture, **{f"audio_{name}": scale for name, scale in audio.items()}}
     latents, heard = pipe(
         **{"prompt": PROMPT, "negative_prompt": NEGATIVE, "height": HEIGHT, "width": WIDTH},
         **{"num_frames": FRAMES, "frame_rate": float(fps), "num_inference_steps": STEPS},
         **{"spatio_temporal_guidance_blocks": [1], "return_dict": False, "output_type": "latent"},
         **{"generator": torch.Generator().manual_seed(SEED), **scales, **more},
     )
-    vae, sounds = pipe.vae, pipe.audio_vae
+    vae, audios = pipe.vae, pipe.audio_vae
     if made["latent"].numel():
         expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
         assert_equal(made["latent"], expected, "latents")
@@ -155,10 +155,10 @@ def assert_as_there(
         assert not [*shown.rglob("*.wav")]
         return
     packed = pipe._pack_audio_latents(heard)
-    packed = pipe._normalize_audio_latents(packed, sounds.latents_mean, sounds.latents_std)
+    packed = pipe._normalize_audio_latents(packed, audios.latents_mean, audios.latents_std)
     unpacked = pipe._unpack_audio_latents(packed, heard.shape[2], heard.shape[3])
     assert_equal(made[SOUND], unpacked[0], "sound")
-    wave = pipe.vocoder(sounds.decode(heard).sample)[0].clamp(-1, 1)
+    wave = pipe.vocoder(audios.decode(heard).sample)[0].clamp(-1, 1)
     (path,) = shown.rglob("*.wav")
     rate = getattr(pipe.vocoder.config, "output_sampling_rate", 24000)
     seconds = Fraction(FRAMES, fps)  # of the clip; the rest of the last latent is cut off
@@ -190,8 +190,8 @@ def test_sound_alone_equals_that_of_diffusers_without_pictures(
         return images
 
     pipe.prepare_latents = begin_again
-    of_sound = RELEASED | {"guidance_scale": 7.0, "modality_scale": 1.0}
-    assert_as_there(pipe, made, tmp_path / "shown", 24, PLAIN, of_sound)
+    of_audio = RELEASED | {"guidance_scale": 7.0, "modality_scale": 1.0}
+    assert_as_there(pipe, made, tmp_path / "shown", 24, PLAIN, of_audio)
 
 
 @pytest.mark.parametrize("release", ["2.3"], indirect=True)
@@ -223,7 +223,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
     words = ["--ltx2_mode", mode, "--image_path", tmp_path / "start.png", "--stg_blocks", 1]
     words += [] if crf is None else ["--image_crf", crf]
 
-    made = generate(release, tmp_path, *words, *scale_words(image, OF_SOUND))
+    made = generate(release, tmp_path, *words, *scale_words(image, OF_AUDIO))
 
     pipe = LTX2ImageToVideoPipeline(**theirs(release).components)
     pipe.set_progress_bar_config(disable=True)
@@ -246,7 +246,7 @@ def test_a_video_from_an_image_equals_that_of_diffusers(
         "image_crf": default if crf is None else crf,
         "use_cross_timestep": False,
     }
-    assert_as_there(pipe, made, tmp_path / "shown", 24, image, OF_SOUND, **asked)
+    assert_as_there(pipe, made, tmp_path / "shown", 24, image, OF_AUDIO, **asked)
 
 
 @pytest.mark.slow_cases("2.0", "2.3")
@@ -296,8 +296,8 @@ def test_sound_for_a_given_video_equals_that_of_diffusers(release: TinyRelease, 
     def start(_: Any, __: Any, given: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         times[:] = [given["timestep"]]
         still = torch.zeros_like(times[0])
-        of_sound = {"audio_timestep": times[0], "audio_sigma": times[0]}
-        return (), {**given, **of_sound, "timestep": still, "sigma": still, "use_cross_timestep": False}
+        of_audio = {"audio_timestep": times[0], "audio_sigma": times[0]}
+        return (), {**given, **of_audio, "timestep": still, "sigma": still, "use_cross_timestep": False}
 
     def stay(_: Any, __: Any, made: tuple[Tensor, Tensor]) -> None:
         made[0].zero_()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.dits import DitFormat
 from contract.loading import Placement
-from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
+from ltx_2.checkpoints import AUDIO_ALONE, FORMAT, SILENT
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
 from modules.errors import CheckpointError
@@ -309,7 +309,7 @@ def test_what_changes_connectors_or_a_stream_is_named_where_there_is_none(
 
     assert "they change the text connectors" in caplog.text
     assert "a stream that this run is without" not in caplog.text
-    for streams, left in ((SOUND_ALONE, "_0_attn1_to_q"), (SILENT, "_0_audio_attn2_to_k")):
+    for streams, left in ((AUDIO_ALONE, "_0_attn1_to_q"), (SILENT, "_0_audio_attn2_to_k")):
         caplog.clear()
         put(path, streams)
         (told,) = [line for line in caplog.text.splitlines() if f"unet_transformer_blocks{left}" in line]

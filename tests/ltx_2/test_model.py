@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_in_diffusers, dit_inputs, dit_state, tiny_dit
 from tests.parity.running import assert_as_exact, assert_equal
 
@@ -18,24 +18,24 @@ each_version = pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
 
 def in_diffusers(dit: Any, given: dict[str, Any], sample: int = 0, **changed: Any) -> tuple[Tensor, Tensor]:
     """The velocities that diffusers' network makes of the inputs of ours, as ours are shaped."""
-    noisy, sound = given["noisy"], given["sound"]
+    noisy, audio = given["noisy"], given["sound"]
     times = {"timestep": given["timesteps"], "sigma": given["timesteps"]}
-    times |= {"audio_timestep": given["sound_timesteps"], "audio_sigma": given["sound_timesteps"]}
+    times |= {"audio_timestep": given["audio_timesteps"], "audio_sigma": given["audio_timesteps"]}
     made = dit(
         **{
             "hidden_states": noisy.flatten(2).transpose(1, 2),
-            "audio_hidden_states": sound.transpose(1, 2).flatten(2),
+            "audio_hidden_states": audio.transpose(1, 2).flatten(2),
             "encoder_hidden_states": given["text"],
             "audio_encoder_hidden_states": given["sound_text"],
             **times,
             **dict(zip(("num_frames", "height", "width"), noisy.shape[2:], strict=True)),
-            "audio_num_frames": sound.shape[2],
+            "audio_num_frames": audio.shape[2],
             "fps": given["fps"],
             **changed,
         }
     )
     video = made.sample.transpose(1, 2).unflatten(2, noisy.shape[2:])
-    return video, made.audio_sample.unflatten(2, sound.shape[1::2]).transpose(1, 2)
+    return video, made.audio_sample.unflatten(2, audio.shape[1::2]).transpose(1, 2)
 
 
 def assert_both(ours: tuple[Tensor | None, ...], theirs: tuple[Tensor, ...], near: float = 1e-5) -> None:
@@ -81,12 +81,12 @@ def test_other_sizes_and_dtypes_give_the_velocities_of_diffusers(
 ) -> None:
     """3 heads, whose channels the axes do not divide evenly, 3 blocks, 3 samples; sound of any length."""
     default = DIT_CONFIGS[version]
-    assert default.sound is not None
-    video, sound = (
+    assert default.audio is not None
+    video, audio = (
         replace(one, dim=dim, ffn_dim=4 * dim, text_dim=one.text_dim if default.projects_text else dim)
-        for one, dim in ((default.video, 42), (default.sound, 30))
+        for one, dim in ((default.video, 42), (default.audio, 30))
     )
-    sizes: dict[str, Any] = {"video": video, "sound": sound, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
+    sizes: dict[str, Any] = {"video": video, "sound": audio, "num_heads": 3, "num_layers": 3, "cross_dim": 30}
     config = replace(default, **sizes)
     given = dit_inputs(version, size, 3, fps, moments, config)
     theirs = dit_in_diffusers(version, dit_state(version, **sizes), config=config)
@@ -109,18 +109,18 @@ def test_streams_apart_and_self_attention_by_its_values_equal_those_of_diffusers
     given, model = dit_inputs(version), tiny_dit(version)
     theirs = dit_in_diffusers(version, dit_state(version))
 
-    isolated = model(**given, tweaks=Tweaks(isolated=True))
-    skipped = model(**given, tweaks=Tweaks(skip_self_attention=frozenset({1})))
+    isolated = model(**given, overrides=Overrides(isolated=True))
+    skipped = model(**given, overrides=Overrides(skip_self_attention=frozenset({1})))
 
     assert_both(isolated, in_diffusers(theirs, given, isolate_modalities=True))
     assert_both(skipped, in_diffusers(theirs, given, spatio_temporal_guidance_blocks=[1]))
-    alone = tiny_dit(version, sound=None)(
+    alone = tiny_dit(version, audio=None)(
         **{name: given[name] for name in ("noisy", "timesteps", "text", "fps")}
     )
     assert torch.equal(alone[0], isolated[0])
     assert alone[1] is None
-    of_sound = model(None, given["timesteps"], None, **{k: given[k] for k in given if k.startswith("sound")})
-    assert torch.equal(of_sound[1], isolated[1])
+    of_audio = model(None, given["timesteps"], None, **{k: given[k] for k in given if k.startswith("sound")})
+    assert torch.equal(of_audio[1], isolated[1])
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def test_given_frames_have_the_time_0_and_stay() -> None:
     per_token[:, 0] = 0
     tokens = per_token.repeat_interleave(ROWS * COLUMNS, dim=1)
 
-    ours = tiny_dit("2.3")(**given, tweaks=Tweaks(given_frames=1, isolated=True))
+    ours = tiny_dit("2.3")(**given, overrides=Overrides(given_frames=1, isolated=True))
 
     theirs = in_diffusers(
         dit_in_diffusers("2.3", dit_state()), given, timestep=tokens, isolate_modalities=True
@@ -143,13 +143,13 @@ def test_given_frames_have_the_time_0_and_stay() -> None:
 @torch.no_grad()
 def test_each_stream_is_modulated_by_its_own_time_and_gated_by_the_others() -> None:
     """diffusers has all of one time; its layers of the gates are given the released ones."""
-    given = dit_inputs("2.3") | {"sound_timesteps": torch.tensor([120.0, 860.0])}
+    given = dit_inputs("2.3") | {"audio_timesteps": torch.tensor([120.0, 860.0])}
     theirs = dit_in_diffusers("2.3", dit_state())
 
     ours = tiny_dit("2.3")(**given)
     assert not torch.allclose(ours[0], in_diffusers(theirs, given)[0], rtol=1e-2)
 
-    theirs.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: (given["sound_timesteps"],))
+    theirs.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_: (given["audio_timesteps"],))
     theirs.av_cross_attn_audio_v2a_gate.register_forward_pre_hook(lambda *_: (given["timesteps"],))
     assert_both(ours, in_diffusers(theirs, given))
 
@@ -158,7 +158,7 @@ def test_each_stream_is_modulated_by_its_own_time_and_gated_by_the_others() -> N
 def test_a_sample_without_sound_is_as_in_a_network_without_it(version: str) -> None:
     given = dit_inputs(version)
     given["sound"].requires_grad_()
-    model, alone = tiny_dit(version), tiny_dit(version, sound=None)
+    model, alone = tiny_dit(version), tiny_dit(version, audio=None)
 
     video, _ = model(**given, has_sound=torch.tensor([True, False]))
 
@@ -203,4 +203,4 @@ def test_inputs_that_do_not_fit_are_refused(changed: dict[str, Any], words: str)
 
 def test_sound_needs_its_stream() -> None:
     with pytest.raises(ValueError, match="loaded without the stream for it"):
-        tiny_dit(sound=None)(**dit_inputs())
+        tiny_dit(audio=None)(**dit_inputs())

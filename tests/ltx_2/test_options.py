@@ -218,7 +218,7 @@ def test_kernels_and_fp8_by_their_known_names_are_ours_and_recorded(words: str, 
 
 
 def test_fp8_by_its_known_name_is_multiplied_in_fp8(caplog: pytest.LogCaptureFixture) -> None:
-    assert generated("--fp8_base", "--fp8_fast").speed.fp8.quantisation.fp8_matmul
+    assert generated("--fp8_base", "--fp8_fast").speed.fp8.quantization.fp8_matmul
     assert "ignored" not in caplog.text
 
 

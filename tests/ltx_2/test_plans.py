@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
-from contract.data import FPS, HAS_SOUND, SOUND
+from contract.data import FPS, HAS_AUDIO, SOUND
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from contract.rules import MagCache
@@ -29,7 +29,7 @@ from running.planning.kernels import PlannedKernels
 from running.planning.memory_plan import MemoryPart
 from tests.ltx_2.release import SIZES, TinyRelease, write_release
 from tests.training.planning.test_rehearsal import GIVEN, assert_alike, counted, noisy, predicted
-from training.loss import NoisyBatch, NoisySound
+from training.loss import NoisyAudio, NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 
 VIDEO, HEARD = SIZES["2.3"]
@@ -61,9 +61,9 @@ def batch_of(count: int, has_sound: bool) -> NoisyBatch:
         return found
     shape = (count, 2, MOMENTS, HEARD.channels // 2)
     times = found.sigmas
-    sound = NoisySound(torch.zeros(shape), times, 1000 * times, torch.ones(count))
-    tensors |= {SOUND: torch.zeros(shape), HAS_SOUND: torch.ones(count, dtype=torch.bool)}
-    return replace(found, batch=replace(found.batch, tensors=tensors), sound=sound)
+    audio = NoisyAudio(torch.zeros(shape), times, 1000 * times, torch.ones(count))
+    tensors |= {SOUND: torch.zeros(shape), HAS_AUDIO: torch.ones(count, dtype=torch.bool)}
+    return replace(found, batch=replace(found.batch, tensors=tensors), audio=audio)
 
 
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["all kept", "checkpointing"])
@@ -119,7 +119,7 @@ def measured(
             caches = StepCaches(prepared, family.dit).section(lambda _: dit)
         with caches as dit_at:
             for index in range(2):
-                at, told = replace(step, index=index), (section.tweaks, section.clean_streams)
+                at, told = replace(step, index=index), (section.overrides, section.clean_streams)
                 guidance(at, predictor(family, dit_at, at, options.splits_guidance, *told), section)
     return max(sum(moment.values()) for moment in ledger.peaks.values())
 

@@ -36,7 +36,7 @@ from tests.ltx_2.release import (
     write_release,
     write_upscaler,
 )
-from tests.ltx_2.test_family import GUIDED, NEGATIVE, OF_SOUND, PROMPT, SEED, alone, scale_words, theirs
+from tests.ltx_2.test_family import GUIDED, NEGATIVE, OF_AUDIO, PROMPT, SEED, alone, scale_words, theirs
 from tests.ltx_2.test_training import run, samples, write_project
 from tests.ltx_2.tiny_dit import dit_in_diffusers
 from tests.parity.running import assert_equal
@@ -137,14 +137,14 @@ def test_two_stages_equal_those_of_diffusers(
         write_image(tmp_path / "start.png", WIDTH, HEIGHT)
         words += ["--image_path", tmp_path / "start.png", "--image_crf", 0]
 
-    made = generate(release, tmp_path, *words, *scale_words(scales, OF_SOUND))
+    made = generate(release, tmp_path, *words, *scale_words(scales, OF_AUDIO))
 
-    latents, sound, pipe = as_there(release, networks, mode, scales, strengths, added, tmp_path, image)
+    latents, audio, pipe = as_there(release, networks, mode, scales, strengths, added, tmp_path, image)
     vae = pipe.vae
     expected = pipe._normalize_latents(latents, vae.latents_mean, vae.latents_std)[0]
     assert_equal(made["latent"], expected, "latents")
     if mode == "av":
-        assert_equal(made[SOUND], sound[0], "sound of the first stage")
+        assert_equal(made[SOUND], audio[0], "sound of the first stage")
     pixels = (vae.decode(latents, None).sample[0].clamp(-1, 1) + 1) * 127.5
     frames = [torch.from_numpy(read_image(path)) for path in sorted((tmp_path / "shown").rglob("*.png"))]
     assert (torch.stack(frames).permute(3, 0, 1, 2) - pixels).abs().max() < 0.6  # as near as bytes can be
@@ -179,17 +179,17 @@ def as_there(
         **{"return_dict": False, "output_type": "latent", "generator": generator},
     }
     first = pipeline(strengths[0])
-    of_sound = {f"audio_{name}": scale for name, scale in OF_SOUND.items()}
+    of_audio = {f"audio_{name}": scale for name, scale in OF_AUDIO.items()}
     small = {"height": HEIGHT // 2, "width": WIDTH // 2, "num_inference_steps": STEPS}
     growth = len(networks)  # of the frames
     small |= {"num_frames": (FRAMES - 1) // growth + 1, "frame_rate": 24 / growth}
     if image:
         small |= start_from(first, folder / "start.png", small)
-    guided = {"spatio_temporal_guidance_blocks": [1], **scales, **of_sound}
+    guided = {"spatio_temporal_guidance_blocks": [1], **scales, **of_audio}
     latents, heard = first(**shared, **small, **guided)
     packed = first._pack_audio_latents(heard)
     norms = first.audio_vae.latents_mean, first.audio_vae.latents_std
-    sound = first._unpack_audio_latents(
+    audio = first._unpack_audio_latents(
         first._normalize_audio_latents(packed, *norms), heard.shape[2], heard.shape[3]
     )
     drawn_before = torch.empty(latents.shape)
@@ -218,7 +218,7 @@ def as_there(
         )
     large |= {"num_inference_steps": 3, **plain}
     made, _ = second(**shared, **large, latents=latents, audio_latents=heard)
-    return made, sound, second
+    return made, audio, second
 
 
 def start_from(pipe: Any, path: Path, size: dict[str, Any]) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def write_clip(folder: Path) -> None:
 @pytest.mark.slow
 def test_samples_of_a_training_are_made_in_two_stages(tmp_path: Path) -> None:
     """As the generation script makes them of what was trained; the training is the same without them."""
-    project = write_project(tmp_path / "größe", batch_size=1, sounds="a")
+    project = write_project(tmp_path / "größe", batch_size=1, audios="a")
     write_upscaler(project.folder / "up.safetensors", "rational")
     write_lora(lora := project.folder / "distilled.safetensors")
     (project.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --f 9 --s 2 --d 1\n", encoding="utf-8")

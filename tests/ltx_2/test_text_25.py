@@ -234,6 +234,6 @@ def test_parts_that_are_not_there_are_named_and_the_diffusion_decoder_is_refused
     with pytest.raises(OptionError, match="Give ltx-2.5-video-vae-conv-bf16.safetensors to --vae"):
         _ = Ltx2Files(checkpoint=dit).vae_path
     with pytest.raises(OptionError, match="Give ltx-2.5-audio-vae-bf16.safetensors to --audio_vae"):
-        Ltx2Files(checkpoint=dit).sound_path("vocoder")
+        Ltx2Files(checkpoint=dit).audio_path("vocoder")
     with pytest.raises(CheckpointError, match="diffusion decoder of LTX-2.5.*video-vae-conv"):
         Ltx2Files(checkpoint=dit, vae=vae).check_vae()

@@ -68,12 +68,12 @@ class Project:
         return said
 
 
-def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, sounds: str = "ab") -> Project:
-    """Write a release, clips a, b and c, and their caches. sounds: clips that have some."""
+def write_project(folder: Path, version: str = "2.3", batch_size: int = 3, audios: str = "ab") -> Project:
+    """Write a release, clips a, b and c, and their caches. audios: clips that have some."""
     project = Project(folder, write_release(folder / "model", version))
     (folder / "clips").mkdir()
     for number, name in enumerate("abc"):
-        tracks = [Track((0.04 + 0.1 * number,), loud=0.9)] if name in sounds else []
+        tracks = [Track((0.04 + 0.1 * number,), loud=0.9)] if name in audios else []
         write_media(folder / "clips" / f"{name}.mp4", *tracks, frames=10 + number)
         (folder / "clips" / f"{name}.txt").write_text(f"a grey wall {name}", encoding="utf-8")
     write_dataset(folder, size=64, frames="9", batch_size=batch_size)
@@ -94,7 +94,7 @@ class Heard(Item):
 
     sound_text: Tensor = torch.zeros(0)
     fps: float = 0
-    sound: Tensor | None = None
+    audio: Tensor | None = None
 
 
 def read_items(folder: Path) -> list[Heard]:
@@ -116,7 +116,7 @@ def read_items(folder: Path) -> list[Heard]:
                 tensor(text, "video_prompt_embeds"),
                 sound_text=tensor(text, "audio_prompt_embeds"),
                 fps=fps,
-                sound=tensor(heard, "audio_latents") if heard.exists() else None,
+                audio=tensor(heard, "audio_latents") if heard.exists() else None,
             )
         )
     return items
@@ -129,12 +129,12 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
     sound's way to their tokens by that time too; the release does so by the noise level of the sound.
     """
     sigmas, noise = uniform_of(batch, step).float(), noise_of(batch, step)
-    (shape,) = {one.sound.shape for one in batch if one.sound is not None}
-    of_sound = torch.randn(len(batch), *shape, generator=stream(SEED, "sound", step))
+    (shape,) = {one.audio.shape for one in batch if one.audio is not None}
+    of_audio = torch.randn(len(batch), *shape, generator=stream(SEED, "sound", step))
     found = []
     for place, item in enumerate(batch):
-        sound = torch.zeros(shape) if item.sound is None else item.sound
-        clean, drawn = (item.latents, sound), (noise[place], of_sound[place])
+        audio = torch.zeros(shape) if item.audio is None else item.audio
+        clean, drawn = (item.latents, audio), (noise[place], of_audio[place])
         sigma = sigmas[place]
         mixed = [(1 - sigma) * one + sigma * other for one, other in zip(clean, drawn, strict=True)]
         mixed[0][:, :given] = item.latents[:, :given]
@@ -142,17 +142,17 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: int = 0) -> tuple
         times = time.repeat(item.latents[0].numel()).view(1, len(item.latents[0]), -1)  # of each token
         times[:, :given] = 0
         inputs = {
-            **{"noisy": mixed[0][None], "sound": mixed[1][None], "timesteps": time, "sound_timesteps": time},
+            **{"noisy": mixed[0][None], "sound": mixed[1][None], "timesteps": time, "audio_timesteps": time},
             **{"text": item.text[None], "sound_text": item.sound_text[None], "fps": item.fps},
         }
         gate = dit.av_cross_attn_video_a2v_gate.register_forward_pre_hook(lambda *_, time=time: (time,))
-        made = in_diffusers(dit, inputs, timestep=times.flatten(1), isolate_modalities=item.sound is None)
+        made = in_diffusers(dit, inputs, timestep=times.flatten(1), isolate_modalities=item.audio is None)
         gate.remove()
         errors = [
             (one[0] - (other - full)).square() for one, other, full in zip(made, drawn, clean, strict=True)
         ]
-        of_sound_here = errors[1].mean() * (item.sound is not None)
-        found.append(torch.stack([errors[0][:, given:].mean(), of_sound_here]))
+        of_audio_here = errors[1].mean() * (item.audio is not None)
+        found.append(torch.stack([errors[0][:, given:].mean(), of_audio_here]))
     image, heard = torch.stack(found).mean(0)
     return image, heard
 
@@ -170,7 +170,7 @@ def test_two_steps_with_sound_equal_those_computed_with_diffusers(project: Proje
 
     there = project.release.networks
     items, state = read_items(project.folder / "cache"), there["state"]
-    assert [one.sound is not None for one in items] == [True, True, False]
+    assert [one.audio is not None for one in items] == [True, True, False]
     paths = [name.removesuffix(".weight") for name in state if ATTENTION.search(name)]
     parts = {  # its name there
         path.replace(".", "_"): [name.removesuffix(".weight")]
@@ -216,7 +216,7 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(project: Project) -> Non
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Each clip is a batch, only a has sound. A LoRA was trained for four steps."""
-    project = write_project(tmp_path_factory.mktemp("größe 1"), batch_size=1, sounds="a")
+    project = write_project(tmp_path_factory.mktemp("größe 1"), batch_size=1, audios="a")
     (project.folder / "prompts.txt").write_text("a cat --w 64 --h 64 --f 9 --s 2 --d 1\n", encoding="utf-8")
     project.train(*run("lora", 4), "--save_every_n_steps", 1, "--save_state", *samples(project))
     return project

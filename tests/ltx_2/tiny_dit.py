@@ -16,12 +16,12 @@ from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from tests.tiny.dit_files import draw, write_dialect
 
-_VIDEO, _SOUND = StreamConfig(56, 224, 8, 20), StreamConfig(32, 128, 32, 20)
+_VIDEO, _AUDIO = StreamConfig(56, 224, 8, 20), StreamConfig(32, 128, 32, 20)
 DIT_CONFIGS = {
-    "2.0": LtxConfig(_VIDEO, _SOUND, 4, 2, 32, projects_text=True, is_gated=False, modulates_text=False),
+    "2.0": LtxConfig(_VIDEO, _AUDIO, 4, 2, 32, projects_text=True, is_gated=False, modulates_text=False),
     "2.3": LtxConfig(
         replace(_VIDEO, text_dim=56),
-        replace(_SOUND, text_dim=32),
+        replace(_AUDIO, text_dim=32),
         *(4, 2, 32),
         projects_text=False,
         is_gated=True,
@@ -45,7 +45,7 @@ def dit_state(
     """
     wanted = replace(DIT_CONFIGS[version], **sizes)
     with torch.device("meta"):
-        shapes = LtxModel(replace(wanted, sound=wanted.sound or DIT_CONFIGS[version].sound)).state_dict()
+        shapes = LtxModel(replace(wanted, audio=wanted.audio or DIT_CONFIGS[version].audio)).state_dict()
         names = LtxModel(wanted).state_dict().keys()
     generator = torch.Generator().manual_seed(seed)
     drawn = {name: draw(name, tuple(one.shape), generator).to(dtype) for name, one in shapes.items()}
@@ -79,7 +79,7 @@ def dit_in_diffusers(
     from diffusers import LTX2VideoTransformer3DModel  # slow: most tests that use this file need only ours
 
     config = config or DIT_CONFIGS[version]
-    assert config.sound is not None
+    assert config.audio is not None
     is_new = config.is_gated
     model = LTX2VideoTransformer3DModel(
         in_channels=config.video.channels,
@@ -89,11 +89,11 @@ def dit_in_diffusers(
         cross_attention_dim=config.dim,
         gated_attn=is_new,
         cross_attn_mod=is_new,
-        audio_in_channels=config.sound.channels,
-        audio_out_channels=config.sound.channels,
+        audio_in_channels=config.audio.channels,
+        audio_out_channels=config.audio.channels,
         audio_num_attention_heads=config.num_heads,
-        audio_attention_head_dim=config.sound.dim // config.num_heads,
-        audio_cross_attention_dim=config.sound.dim,
+        audio_attention_head_dim=config.audio.dim // config.num_heads,
+        audio_cross_attention_dim=config.audio.dim,
         audio_gated_attn=is_new,
         audio_cross_attn_mod=is_new,
         num_layers=config.num_layers,
@@ -102,7 +102,7 @@ def dit_in_diffusers(
         use_prompt_embeddings=not is_new,
         perturbed_attn=True,
         ff_bias=config.video.ff_bias,
-        audio_ff_bias=config.sound.ff_bias,
+        audio_ff_bias=config.audio.ff_bias,
         use_prompt_adaln_single=config.times_text,
         use_keyframes_abs_pos_embedding=config.marks_first,
     )
@@ -129,16 +129,16 @@ def dit_inputs(
 ) -> dict[str, Any]:
     """Inputs of our network. size: latent frames, rows, columns, tokens of the texts. moments: of sound."""
     config, generator = config or DIT_CONFIGS[version], torch.Generator().manual_seed(7)
-    assert config.sound is not None
+    assert config.audio is not None
     times, (*grid, text) = torch.linspace(700.0, 310.0, batch), size
     return {
         "noisy": torch.randn(batch, config.video.channels, *grid, generator=generator),
         "timesteps": times,
         "text": torch.randn(batch, text, config.video.text_dim, generator=generator),
         "fps": fps,
-        "sound": torch.randn(batch, config.sound.channels // 16, moments, 16, generator=generator),
-        "sound_timesteps": times,
-        "sound_text": torch.randn(batch, text, config.sound.text_dim, generator=generator),
+        "sound": torch.randn(batch, config.audio.channels // 16, moments, 16, generator=generator),
+        "audio_timesteps": times,
+        "sound_text": torch.randn(batch, text, config.audio.text_dim, generator=generator),
     }
 
 

@@ -69,7 +69,7 @@ def video_vae_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def sound_vae() -> AutoencoderKLLTX2Audio:
+def audio_vae() -> AutoencoderKLLTX2Audio:
     """diffusers' audio VAE: 2 latent channels of 8 bins, mel spectrograms of 32 bins."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
@@ -80,7 +80,7 @@ def sound_vae() -> AutoencoderKLLTX2Audio:
 
 
 def vocoder(version: str) -> LTX2Vocoder | LTX2VocoderWithBWE:
-    """diffusers' vocoder for `sound_vae`, loud enough that some samples are cut off. Strides are released."""
+    """diffusers' vocoder for `audio_vae`, loud enough that some samples are cut off. Strides are released."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         made: LTX2Vocoder | LTX2VocoderWithBWE
@@ -103,7 +103,7 @@ def vocoder(version: str) -> LTX2Vocoder | LTX2VocoderWithBWE:
     return made.eval().requires_grad_(False)
 
 
-def sound_vae_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def audio_vae_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of diffusers' audio VAE under the names of the official single file."""
     statistics = {"latents_mean": "mean-of-means", "latents_std": "std-of-means"}
     return {

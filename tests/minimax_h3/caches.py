@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.tiny.language_models import DIM
 
 FRAMES = 22  # 17n + 5
-CHANNELS, SOUND_CHANNELS = 24, 32
+CHANNELS, AUDIO_CHANNELS = 24, 32
 SOUND = 37  # latents of so many frames
 HEADER = """[general]
 resolution = [64, 32]
@@ -22,7 +22,7 @@ cache_directory = "cache"
 target_frames = [{frames}]
 {more}
 """
-PICTURES = """[general]
+IMAGES = """[general]
 resolution = [64, 32]
 
 [[datasets]]
@@ -36,7 +36,7 @@ class Clip:
     """What the caches hold of a clip, without batch dimension."""
 
     latents: Tensor  # 24 F h w
-    sound: Tensor  # 32 2 A
+    audio: Tensor  # 32 2 A
     text: Tensor  # n D
     tags: Tensor  # n
     is_heard: bool = True
@@ -49,22 +49,22 @@ def random_clip(
     is_heard: bool = True,
     frames: int = FRAMES,
     rows: int = 5,
-    has_pictures: bool = False,
+    has_images: bool = False,
     sides: tuple[int, int] = (2, 4),
 ) -> Clip:
-    """rows: of the text. has_pictures: whether its first ones stand for pictures. sides: of the latents."""
+    """rows: of the text. has_images: whether its first ones stand for pictures. sides: of the latents."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    latent_frames, sounds = (1, 2) if frames == 1 else (frames // 17 * 5 + 2, SOUND)
+    latent_frames, audios = (1, 2) if frames == 1 else (frames // 17 * 5 + 2, SOUND)
     tags = torch.ones(rows, dtype=torch.long)
-    if has_pictures:
+    if has_images:
         tags[1:3] = 0
     return Clip(
         draw(CHANNELS, latent_frames, *sides),
-        sound=draw(SOUND_CHANNELS, 2, sounds),
+        audio=draw(AUDIO_CHANNELS, 2, audios),
         text=draw(rows, DIM),
         tags=tags,
         is_heard=is_heard,
@@ -81,7 +81,7 @@ def write_caches(
         count, height, width = clip.latents.shape[1:]
         tensors = {
             f"latents_{count}x{height}x{width}_float32": clip.latents,
-            "latents_audio_float32": clip.sound,
+            "latents_audio_float32": clip.audio,
             "audio_present_float32": torch.tensor(float(clip.is_heard)),
         }
         for key, tensor in clip.media.items():
@@ -90,7 +90,7 @@ def write_caches(
         span = "" if frames == 1 else f"_00000-{frames:03d}"
         save_file(tensors, cache / f"{name}{span}_0064x0032_mmh3.safetensors")
         write_text(cache / f"{name}_mmh3_te.safetensors", clip.text, clip.tags, rows=clip.rows)
-    table = PICTURES if frames == 1 else HEADER.format(batch_size=batch_size, frames=frames, more=more)
+    table = IMAGES if frames == 1 else HEADER.format(batch_size=batch_size, frames=frames, more=more)
     (folder / "dataset.toml").write_text(table, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from encoders.tiles import posterior_generator
-from minimax_h3.released import LATENTS_MEAN, LATENTS_STD, SOUND_MEAN, SOUND_STD
+from minimax_h3.released import AUDIO_MEAN, AUDIO_STD, LATENTS_MEAN, LATENTS_STD
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
 from modules.media.reading import read_image, video_frames
 from modules.media.tracks import Track, write_wav
@@ -67,7 +67,7 @@ def run(folder: Path, files: TinyH3, *words: str) -> str:
     return succeed_here(SCRIPT, *words_of(files), "--allow_experimental_duration", *words, folder=folder)
 
 
-def refuse(folder: Path, files: TinyH3, *words: str) -> str:
+def reject(folder: Path, files: TinyH3, *words: str) -> str:
     return assert_one_message(*run_here(SCRIPT, *words_of(files), *words, folder=folder))
 
 
@@ -111,13 +111,13 @@ def their_target(pixels: Tensor, key: str, seed: int = 42) -> Tensor:
     return (posterior.mean[0] + posterior.std[0] * noise - mean) / std
 
 
-def their_sound(samples: Tensor) -> Tensor:
+def their_audio(samples: Tensor) -> Tensor:
     """Of 2 S, filled up with silence: 32 2 A."""
     missing = -samples.shape[1] % 800
     waveform = torch.nn.functional.pad(samples, (0, missing))
     with torch.no_grad():
         means = their_audio_vae().encode(waveform.unsqueeze(1)).latent_dist.mode()
-    mean, std = (torch.tensor(numbers).view(1, -1, 1) for numbers in (SOUND_MEAN, SOUND_STD))
+    mean, std = (torch.tensor(numbers).view(1, -1, 1) for numbers in (AUDIO_MEAN, AUDIO_STD))
     return ((means - mean) / std).transpose(0, 1)
 
 
@@ -153,7 +153,7 @@ def test_clips_are_cached_with_silence_and_keyframes_equal_to_diffusers(project:
     close(tensors["latents_7x4x4_float32"], their_target(pixels, key))
     close(tensors["latents_first_1x4x4_float32"], their_condition(pixels[:, :, :1]))
     close(tensors["latents_last_1x4x4_float32"], their_condition(pixels[:, :, -1:]))
-    close(tensors["latents_audio_32x2x37_float32"], their_sound(torch.zeros(2, 37 * 800)))
+    close(tensors["latents_audio_32x2x37_float32"], their_audio(torch.zeros(2, 37 * 800)))
     assert tensors["audio_present_float32"] == 0
     assert "MiniMax H3 Community License" in output
     assert "1 clip has no sound: only" in output
@@ -196,13 +196,13 @@ def test_sound_comes_from_a_list_then_from_a_file_of_the_same_name_then_from_the
     run(project, files)
 
     tensors = cached(project)
-    sound = tensors["latents_audio_32x2x37_float32"]
+    audio = tensors["latents_audio_32x2x37_float32"]
     assert tensors["audio_present_float32"] == 1
-    silence = their_sound(torch.zeros(2, 37 * 800))
+    silence = their_audio(torch.zeros(2, 37 * 800))
     if source == "track":  # AAC, which is not exact
-        assert (sound - silence).abs().max() > 0.01
+        assert (audio - silence).abs().max() > 0.01
     else:
-        close(sound, their_sound(heard()))
+        close(audio, their_audio(heard()))
 
 
 def test_a_changed_sound_or_task_or_seed_makes_caches_again(project: Path, files: TinyH3) -> None:
@@ -276,7 +276,7 @@ def test_pictures_have_silence_and_a_place(tmp_path: Path, files: TinyH3) -> Non
     }
     assert tensors["one_frame_target_index_int64"] == 7
     assert tensors["audio_present_float32"] == 0
-    close(tensors["latents_audio_32x2x2_float32"], their_sound(torch.zeros(2, 1600)))
+    close(tensors["latents_audio_32x2x2_float32"], their_audio(torch.zeros(2, 1600)))
     assert "fp_1f_target_index: ignored" in run(tmp_path, files)
     assert cached(tmp_path)["one_frame_target_index_int64"] == 0
 
@@ -297,8 +297,8 @@ def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files:
     assert tensors["one_frame_target_index_int64"] == 12
     controls = [name for name in tensors if name.startswith("latents_control_")]
     assert controls == ["latents_control_000_1x4x4_float32", "latents_control_001_1x4x4_float32"]
-    assert "--one_frame" in refuse(tmp_path, files, "--task", "fl2va")
-    assert "made from control images" in refuse(tmp_path, files, "--task", "t2va", "--one_frame")
+    assert "--one_frame" in reject(tmp_path, files, "--task", "fl2va")
+    assert "made from control images" in reject(tmp_path, files, "--task", "t2va", "--one_frame")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_what_the_model_does_not_take_is_refused(
     project: Path, files: TinyH3, keys: dict[str, Any], words: tuple[str, ...], reason: str
 ) -> None:
     write_config(project, **keys)
-    assert reason in refuse(project, files, *words)
+    assert reason in reject(project, files, *words)
 
 
 def test_a_check_finds_clips_and_their_caches(project: Path, files: TinyH3) -> None:
@@ -330,7 +330,7 @@ def test_a_check_finds_clips_and_their_caches(project: Path, files: TinyH3) -> N
 def test_two_sounds_of_one_clip_are_refused(project: Path, files: TinyH3) -> None:
     for suffix in (".wav", ".flac"):
         (project / "clips" / "a").with_suffix(suffix).write_bytes(b"x")
-    assert "a.flac and a.wav are sound of the same clip" in refuse(project, files)
+    assert "a.flac and a.wav are sound of the same clip" in reject(project, files)
 
 
 def test_lengths_are_rounded_to_17n_plus_5(project: Path, files: TinyH3) -> None:
@@ -375,8 +375,8 @@ def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None
     close(tensors["latents_ref_000_image_1x4x4_float32"], their_condition(image))
     motion = their_condition(frames_of(project / "motion.mkv"))
     close(tensors["latents_ref_001_video_7x4x4_float32"], motion)
-    close(tensors["latents_ref_001_audio_32x2x37_float32"], their_sound(heard(int(FRAMES / 24 * RATE))))
-    close(tensors["latents_ref_003_audio_32x2x20_float32"], their_sound(heard(RATE // 2)))
+    close(tensors["latents_ref_001_audio_32x2x37_float32"], their_audio(heard(int(FRAMES / 24 * RATE))))
+    close(tensors["latents_ref_003_audio_32x2x20_float32"], their_audio(heard(RATE // 2)))
     metadata = metadata_of(cached_file(project))
     assert len(json.loads(metadata["media_fingerprints"])) == 5
 
@@ -411,10 +411,10 @@ def test_references_that_the_model_does_not_take_are_refused(
         }
         with (project / "list.jsonl").open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(other))
-    assert reason in refuse(project, files, "--task", "ref2va", "--allow_experimental_duration")
+    assert reason in reject(project, files, "--task", "ref2va", "--allow_experimental_duration")
 
 
 def test_clips_with_references_are_not_cached_for_another_task(project: Path, files: TinyH3) -> None:
     write_image(project / "a.png", SIZE, SIZE)
     write_references(project, {"type": "image", "path": "a.png"})
-    assert "Use --task ref2va" in refuse(project, files, "--allow_experimental_duration")
+    assert "Use --task ref2va" in reject(project, files, "--allow_experimental_duration")

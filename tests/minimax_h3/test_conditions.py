@@ -23,9 +23,9 @@ from minimax_h3.conditions import (
     place_conditions,
     reference_key,
 )
-from minimax_h3.places import UNITS_A_FRAME, ImageGrid, ImagePlace, SoundPlace
+from minimax_h3.places import UNITS_A_FRAME, AudioPlace, ImageGrid, ImagePlace
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_sound import read_reference_sound, resample
+from minimax_h3.reference_sound import read_reference_audio, resample
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
 from tests.minimax_h3.test_video_vae import single_file, their_vae
 
@@ -74,10 +74,10 @@ class Drawn:
 
 
 def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
-    sound, clip, image = random(1, 32, 2, 5), random(1, 24, 2, 4, 4), random(1, 24, 1, 4, 6)
+    audio, clip, image = random(1, 32, 2, 5), random(1, 24, 2, 4, 4), random(1, 24, 1, 4, 6)
     conditions = {
         reference_key(1, VIDEO): clip,
-        reference_key(1, AUDIO): sound,
+        reference_key(1, AUDIO): audio,
         reference_key(0, IMAGE): image,
     }
     noise = Drawn()
@@ -91,7 +91,7 @@ def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
     ):
         drawn = torch.full_like(latents, number + 1.0)
         assert torch.equal(noised[key], MiniMaxH3Scheduler(12.0).scale_noise(latents, 0.999, drawn))
-    assert torch.equal(noised[reference_key(1, AUDIO)], sound)
+    assert torch.equal(noised[reference_key(1, AUDIO)], audio)
 
 
 def test_order_is_by_number() -> None:
@@ -127,8 +127,8 @@ def test_references_follow_one_another() -> None:
     own = ImageGrid(2, 3, 3)
     assert [condition.place for condition in placement.conditions] == [
         ImagePlace(ImageGrid(1, 2, 3), 11.0),
-        SoundPlace(5, 12.0, GRID),
-        SoundPlace(12, 17.0, own),
+        AudioPlace(5, 12.0, GRID),
+        AudioPlace(12, 17.0, own),
         ImagePlace(own, 17.0),
         ImagePlace(own, 29.0),
     ]
@@ -173,9 +173,9 @@ def test_sound_of_a_reference_is_cut_at_its_own_rate_and_doubled(tmp_path: Path)
         opened.writeframes(samples.tobytes())
     full = torch.from_numpy(samples.astype("float32") / 2**15)
 
-    made = read_reference_sound(path, 0.5)
+    made = read_reference_audio(path, 0.5)
 
     assert made.shape == (1, 2, 16000)
     assert torch.equal(made[0, 0], made[0, 1])
     torch.testing.assert_close(made[0, :1], resample(full[None, :24000], 48000, 32000), atol=1e-6, rtol=0)
-    assert read_reference_sound(path, 9).shape == (1, 2, 32001)
+    assert read_reference_audio(path, 9).shape == (1, 2, 32001)

@@ -49,7 +49,7 @@ def generate(folder: Path, files: TinyH3, *words: str) -> str:
     return succeed_here(SCRIPT, *files.words, *fixed, *size, "--save_path", "made", *words, folder=folder)
 
 
-def refuse(folder: Path, files: TinyH3, *words: str, remedy: bool = True) -> str:
+def reject(folder: Path, files: TinyH3, *words: str, remedy: bool = True) -> str:
     fixed = ["--prompt", "a cat", "--video_size", "32", "64", "--save_path", "made"]
     code, said = run_here(SCRIPT, *files.words, *fixed, *words, folder=folder)
     return assert_one_message(code, said, remedy=remedy)
@@ -150,26 +150,26 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
 def test_what_cannot_be_made_is_refused(
     tmp_path: Path, files: TinyH3, words: list[str], parts: list[str]
 ) -> None:
-    message = refuse(tmp_path, files, *words)
+    message = reject(tmp_path, files, *words)
     assert all(part in message for part in parts), message
     assert not (tmp_path / "made").exists()
 
 
 def test_sides_are_whole_tokens(tmp_path: Path, files: TinyH3) -> None:
     """Of two latent pixels, which this VAE makes of eight pixels each."""
-    message = refuse(tmp_path, files, "--video_size", "40", "64", remedy=False)
+    message = reject(tmp_path, files, "--video_size", "40", "64", remedy=False)
     assert "multiples of 16. Nearest: 32 64" in message
 
 
 def test_a_transformer_of_another_task_is_refused_by_its_name(tmp_path: Path, files: TinyH3) -> None:
     other = tmp_path / "minimax_h3_ref2va_bf16.safetensors"
     other.symlink_to(files.dit)
-    assert "ref2va" in refuse(tmp_path, files, "--dit", str(other))
+    assert "ref2va" in reject(tmp_path, files, "--dit", str(other))
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, files: TinyH3) -> None:
     folder = write_qwen_tokenizer(tmp_path / "qwen")
-    assert "<|lyrics_start|>" in refuse(tmp_path, files, "--tokenizer", str(folder))
+    assert "<|lyrics_start|>" in reject(tmp_path, files, "--tokenizer", str(folder))
 
 
 @pytest.mark.parametrize("ratio", [16 / 9, 9 / 16, 1, 21 / 9, 4 / 3, 4])

@@ -150,7 +150,7 @@ def test_all_settings_of_media_are_of_samples(project: Project, files: TinyH3) -
     for key, characters in names.items():
         assert key in OF_MEDIA
         prompts.write_text(f"a cat --{characters} none.png --w 64 --h 32 --f 1\n", encoding="utf-8")
-        project.refuse(*words, names=["none.png"])
+        project.reject(*words, names=["none.png"])
 
 
 @pytest.mark.parametrize(

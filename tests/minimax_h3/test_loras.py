@@ -21,7 +21,7 @@ from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_generation import PROMPT, STEPS, generate, latents_in
-from tests.minimax_h3.test_model import rows_of_sound
+from tests.minimax_h3.test_model import rows_of_audio
 from tests.minimax_h3.tiny_dit import SIZES, released, their_dit
 from tests.parity.running import assert_equal, relative_error
 from tests.tiny.language_models import DIM as TEXT_DIM
@@ -118,8 +118,8 @@ DIALECTS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
 def predict(dit: Path) -> Tensor:
     """What our network of a file predicts, pictures and sound joined."""
     with torch.no_grad():
-        images, sound = load_dit(dit, Placement(CPU))(VIDEO, HEARD, (0.3, 0.6), TEXT)
-    return torch.cat([patchify(images).flatten(), rows_of_sound(sound).flatten()])
+        images, audio = load_dit(dit, Placement(CPU))(VIDEO, HEARD, (0.3, 0.6), TEXT)
+    return torch.cat([patchify(images).flatten(), rows_of_audio(audio).flatten()])
 
 
 def patchify(pictures: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def predict_there(load: Callable[[Any], None] = lambda dit: None) -> Tensor:
     with torch.no_grad():
         output = theirs(
             hidden_states=patchify(VIDEO)[None],
-            audio_hidden_states=rows_of_sound(HEARD)[None],
+            audio_hidden_states=rows_of_audio(HEARD)[None],
             encoder_hidden_states=TEXT,
             timestep=torch.tensor([0.3, 0.6]),
             timestep_indices=(tags == SOUND).long(),
@@ -322,12 +322,12 @@ def test_another_flattened_name_is_refused(tmp_path: Path, name: str, parts: lis
     extra = {f"{name}.lora_down.weight": torch.ones(1, DIM), f"{name}.lora_up.weight": torch.ones(256, 1)}
     lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()) | extra)
 
-    message = refuse(tmp_path, lora)
+    message = reject(tmp_path, lora)
 
     assert all(part in message for part in parts), message
 
 
-def refuse(folder: Path, lora: Path) -> str:
+def reject(folder: Path, lora: Path) -> str:
     words = ("--dit", write_dit(folder), "--lora_weight", lora, "--save_merged_model", "x.safetensors")
     return assert_one_message(*run_here("merge_lora.py", *words, folder=folder), remedy=True)
 
@@ -336,13 +336,13 @@ def test_rows_of_no_whole_heads_are_refused(tmp_path: Path) -> None:
     tensors = as_diffsynth(factors())
     name = "blocks.0.attn.qkv_proj.lora_B.default.weight"
     tensors[name] = tensors[name][:-3]
-    assert "765 rows" in refuse(tmp_path, write_lora(tmp_path / "lora.safetensors", tensors))
+    assert "765 rows" in reject(tmp_path, write_lora(tmp_path / "lora.safetensors", tensors))
 
 
 def test_a_file_for_both_networks_is_refused(tmp_path: Path) -> None:
     first = as_diffusers(factors())
     other = {name.replace("transformer.", "transformer_ref.", 1): -tensor for name, tensor in first.items()}
-    message = refuse(tmp_path, write_lora(tmp_path / "lora.safetensors", first | other))
+    message = reject(tmp_path, write_lora(tmp_path / "lora.safetensors", first | other))
     assert "for two networks" in message
 
 

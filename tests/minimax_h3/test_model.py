@@ -18,7 +18,7 @@ from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
-from minimax_h3.places import ImageGrid, ImagePlace, SoundPlace, last_frame_place
+from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, last_frame_place
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit
 
@@ -43,7 +43,7 @@ HEARD = random(1, 32, 2, 9, seed=2)
 TEXT = random(1, 11, 24, seed=3)
 
 
-def rows_of_sound(latents: Tensor) -> Tensor:
+def rows_of_audio(latents: Tensor) -> Tensor:
     """B 32 2 A as the rows that diffusers packs: the left channel first."""
     return latents[0].flatten(1).T
 
@@ -51,7 +51,7 @@ def rows_of_sound(latents: Tensor) -> Tensor:
 def theirs(
     layout: tuple[Any, ...],
     pictures: list[Tensor],
-    sounds: list[Tensor],
+    audios: list[Tensor],
     times: list[float],
     time_of: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def theirs(
     with torch.no_grad():
         output = their_dit()(
             hidden_states=torch.cat([patchify_video_latents(part, (1, 2, 2)) for part in pictures])[None],
-            audio_hidden_states=torch.cat([rows_of_sound(part) for part in sounds])[None],
+            audio_hidden_states=torch.cat([rows_of_audio(part) for part in audios])[None],
             encoder_hidden_states=TEXT,
             timestep=torch.tensor(times),
             timestep_indices=time_of,
@@ -81,10 +81,10 @@ def layout_of(shown: list[int], anchors: tuple[str, ...] = ()) -> tuple[Any, ...
 
 def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     """Compare with the last rows of their outputs, which are those of what is learned."""
-    images, sound = found
+    images, audio = found
     rows = patchify_video_latents(images, (1, 2, 2))
     torch.testing.assert_close(rows, expected[0][0, -len(rows) :], atol=EXACT, rtol=EXACT)
-    heard = rows_of_sound(sound)
+    heard = rows_of_audio(audio)
     torch.testing.assert_close(heard, expected[1][0, -len(heard) :], atol=EXACT, rtol=EXACT)
 
 
@@ -171,7 +171,7 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
         torch.ones(11, dtype=torch.long),
         [Reference("image"), Reference("audio"), Reference("video", has_audio=True)],
         [image, clip],
-        [rows_of_sound(alone), rows_of_sound(of_clip)],
+        [rows_of_audio(alone), rows_of_audio(of_clip)],
         num_latent_frames=7,
         latent_height=6,
         latent_width=8,
@@ -188,8 +188,8 @@ def test_references_stand_on_the_clock_of_diffusers(tmp_path: Path) -> None:
     target, own = ImageGrid(7, 3, 4), ImageGrid(2, 3, 3)
     conditions = [
         H3Condition(image, ImagePlace(ImageGrid(1, 2, 3), 11.0)),
-        H3Condition(alone, SoundPlace(5, 12.0, target)),
-        H3Condition(of_clip, SoundPlace(12, 17.0, own)),
+        H3Condition(alone, AudioPlace(5, 12.0, target)),
+        H3Condition(of_clip, AudioPlace(12, 17.0, own)),
         H3Condition(clip, ImagePlace(own, 17.0)),
     ]
 
@@ -232,7 +232,7 @@ def test_the_released_files_fit(tmp_path: Path, manifest: str) -> None:
     assert numpy.prod(dit.blocks[0].adaln_proj["linear"].weight.shape) == 96768 * config.time_dim
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["pictures", "sound"])
+@pytest.mark.parametrize("place", [0, 1], ids=["pictures", "audio"])
 def test_times_are_embedded_in_float32_where_the_model_computes_in_bf16(tmp_path: Path, place: int) -> None:
     """Of 0.9009 bf16 makes 0.8984: the embedding is rounded, not the time."""
     model = load(tmp_path).bfloat16()

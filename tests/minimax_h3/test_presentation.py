@@ -24,7 +24,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from contract.requests import Prompt
 from minimax_h3.files import H3_USE, KEY, TAGS, H3TextEncoder
-from minimax_h3.presentation import SHOWN_SOUND, present_keyframes, sample_clip, show_clip, show_image
+from minimax_h3.presentation import SHOWN_AUDIO, present_keyframes, sample_clip, show_clip, show_image
 from minimax_h3.vision import RELEASED, Limits, read_preprocessing, resized_sides
 from modules.errors import CheckpointError, MediaError
 from tests.tiny.minimax_h3 import TheirProcessor, TinyH3, text_encoder, their_tokenizer, write_tiny_h3
@@ -90,15 +90,15 @@ def test_keyframes_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextE
 def test_references_are_presented_as_by_diffusers(files: TinyH3, encoder: H3TextEncoder) -> None:
     """A picture, a sound, a clip with sound whose last pair is one frame twice, and a silent clip."""
     picture, clip, silent = pixels(256, 320), pixels(29, 64, 96, seed=1), pixels(60, 64, 64, seed=2)
-    sound = torch.zeros(2, 100)
+    audio = torch.zeros(2, 100)
     references = [
         MiniMaxH3ImageReference(image(picture)),
-        MiniMaxH3AudioReference(sound),
-        MiniMaxH3VideoReference(clip.numpy(), audio=sound),
+        MiniMaxH3AudioReference(audio),
+        MiniMaxH3VideoReference(clip.numpy(), audio=audio),
         MiniMaxH3VideoReference(silent.numpy()),
     ]
     expected = theirs(MiniMaxH3Ref2VATextEncoderStep(), files, normalized_references=references)
-    presented = (show_image(picture), SHOWN_SOUND, show_clip(clip, has_sound=True), show_clip(silent))
+    presented = (show_image(picture), SHOWN_AUDIO, show_clip(clip, has_sound=True), show_clip(silent))
 
     conditions, plain = encoder.encode([Prompt(PROMPT, presented=presented), Prompt(PROMPT)])
 

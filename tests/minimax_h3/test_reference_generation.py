@@ -47,8 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, size in {"first": (90, 70), "last": (200, 60), "subject": (80, 100)}.items():
         Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), numpy.uint8)).save(folder / f"{name}.png")
     write_clip(folder / "clip.mkv", 55)
-    write_sound(folder / "voice.wav", 32000, 40000)
-    write_sound(folder / "long.wav", 32000, 200000, channels=1)
+    write_audio(folder / "voice.wav", 32000, 40000)
+    write_audio(folder / "long.wav", 32000, 200000, channels=1)
     return folder
 
 
@@ -71,7 +71,7 @@ def for_references(files: TinyH3, folder: Path) -> TinyH3:
     return replace(files, dit=other)
 
 
-def write_sound(path: Path, rate: int, count: int, channels: int = 2) -> None:
+def write_audio(path: Path, rate: int, count: int, channels: int = 2) -> None:
     samples = numpy.random.default_rng(count).integers(-9000, 9000, (count, channels)).astype("<i2")
     with wave.open(str(path), "wb") as opened:
         opened.setnchannels(channels)
@@ -131,10 +131,10 @@ def test_references_are_those_of_diffusers(tmp_path: Path, files: TinyH3, folder
         MiniMaxH3AudioReference.from_file(str(folder / name)) for name in ("voice.wav", "long.wav")
     )
     clip = MiniMaxH3VideoReference.from_file(str(folder / "clip.mkv"))
-    with_sound = MiniMaxH3VideoReference(clip.frames, clip.fps, long.audio, long.sample_rate)
+    with_audio = MiniMaxH3VideoReference(clip.frames, clip.fps, long.audio, long.sample_rate)
     image = MiniMaxH3ImageReference.from_file(str(folder / "subject.png"))
     configs = {"canvas_short_edge": EDGE, "reference_image_short_edge": EDGE}
-    expected = theirs(files, configs, references=[voice, with_sound, image, clip])
+    expected = theirs(files, configs, references=[voice, with_audio, image, clip])
 
     made = generate(
         tmp_path,

@@ -6,14 +6,14 @@ from diffusers import MiniMaxH3Scheduler
 from torch import Tensor, nn
 
 from contract.data import Conditions, Joint
-from contract.steps import NO_TWEAKS, Section, StepDone, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides, Section, StepDone
 from generation.denoise import denoise
-from minimax_h3.configs import IMAGE_SHIFT, NOISE, SOUND_SHIFT
+from minimax_h3.configs import AUDIO_SHIFT, IMAGE_SHIFT, NOISE
 from modules.flow.solvers import solver_for
-from training.data.timesteps import Timesteps, times_of_sound
+from training.data.timesteps import Timesteps, times_of_audio
 
 JOINT = Joint((2, 1, 2, 2), (3, 2, 4))
-PICTURE, SOUND = torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2), torch.linspace(-1, 3, 24).view(1, 3, 2, 4)
+IMAGE, SOUND = torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2), torch.linspace(-1, 3, 24).view(1, 3, 2, 4)
 EXACT = 1e-5  # float32, values up to 10; levels are shifted once or twice
 
 
@@ -21,10 +21,15 @@ class Curved:
     """A network that predicts data minus noise, not on a straight path: of each stream by itself."""
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        image, sound = JOINT.split(noisy)
-        return JOINT.join(image.sin() - 1, sound.cos() + 0.5)
+        image, audio = JOINT.split(noisy)
+        return JOINT.join(image.sin() - 1, audio.cos() + 0.5)
 
 
 def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
@@ -40,8 +45,8 @@ def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
 
 def test_euler_moves_each_stream_by_its_own_levels() -> None:
     """diffusers steps along data minus noise, the loop along noise minus data."""
-    solver = solver_for("euler", 7, IMAGE_SHIFT, sound_shift=NOISE.sound_shift)
-    section = Section(JOINT.join(PICTURE, SOUND), {}, tweaks=Tweaks(joint=JOINT))
+    solver = solver_for("euler", 7, IMAGE_SHIFT, audio_shift=NOISE.audio_shift)
+    section = Section(JOINT.join(IMAGE, SOUND), {}, overrides=Overrides(joint=JOINT))
     seen: list[StepDone] = []
 
     found = denoise(
@@ -54,26 +59,26 @@ def test_euler_moves_each_stream_by_its_own_levels() -> None:
         watchers=[lambda done: bool(seen.append(done))],
     )
 
-    image, sound = JOINT.split(found)
-    expected = theirs(IMAGE_SHIFT, PICTURE, lambda sample: -(sample.sin() - 1))
+    image, audio = JOINT.split(found)
+    expected = theirs(IMAGE_SHIFT, IMAGE, lambda sample: -(sample.sin() - 1))
     torch.testing.assert_close(image, expected[-1], atol=EXACT, rtol=EXACT)
-    expected = theirs(SOUND_SHIFT, SOUND, lambda sample: -(sample.cos() + 0.5))
-    torch.testing.assert_close(sound, expected[-1], atol=EXACT, rtol=EXACT)
-    assert seen[0].step.sound_sigma == 1
+    expected = theirs(AUDIO_SHIFT, SOUND, lambda sample: -(sample.cos() + 0.5))
+    torch.testing.assert_close(audio, expected[-1], atol=EXACT, rtol=EXACT)
+    assert seen[0].step.audio_sigma == 1
     last = JOINT.split(seen[-1].clean)[1]  # the last step leads to it
-    torch.testing.assert_close(last, sound, atol=EXACT, rtol=EXACT)
+    torch.testing.assert_close(last, audio, atol=EXACT, rtol=EXACT)
 
 
 def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
     base = torch.tensor([0.1, 0.5, 0.9])
-    images, sounds = (shift * base / (1 + (shift - 1) * base) for shift in (IMAGE_SHIFT, SOUND_SHIFT))
+    images, audios = (shift * base / (1 + (shift - 1) * base) for shift in (IMAGE_SHIFT, AUDIO_SHIFT))
 
-    times = times_of_sound(Timesteps(images, 1000 * images, levels=base), NOISE)
+    times = times_of_audio(Timesteps(images, 1000 * images, levels=base), NOISE)
 
-    torch.testing.assert_close(times.sigmas, sounds, atol=1e-6, rtol=0)
-    torch.testing.assert_close(times.timesteps, 1000 * sounds, atol=1e-3, rtol=0)
+    torch.testing.assert_close(times.sigmas, audios, atol=1e-6, rtol=0)
+    torch.testing.assert_close(times.timesteps, 1000 * audios, atol=1e-3, rtol=0)
 
 
 def test_other_solvers_follow_one_schedule() -> None:
     with pytest.raises(ValueError, match="sound with its own needs Euler"):
-        solver_for("unipc", 7, IMAGE_SHIFT, sound_shift=NOISE.sound_shift)
+        solver_for("unipc", 7, IMAGE_SHIFT, audio_shift=NOISE.audio_shift)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.commands import run_in_processes
 from tests.minimax_h3.caches import random_clip, write_empty_text
-from tests.minimax_h3.test_generation import SCRIPT, generate, latents_in, refuse
+from tests.minimax_h3.test_generation import SCRIPT, generate, latents_in, reject
 from tests.minimax_h3.test_training import CLIPS, FRAMES_AT, Project, teacher_text, with_frames
 from tests.minimax_h3.test_training import SCRIPT as TRAINING
 from tests.minimax_h3.test_training import project as project
@@ -78,7 +78,7 @@ def test_step_caches_skip_passes(tmp_path: Path, files: TinyH3, name: str) -> No
 def test_what_the_model_has_not_is_refused(
     tmp_path: Path, files: TinyH3, words: list[str], part: str
 ) -> None:
-    assert part in refuse(tmp_path, files, *words, remedy=False)
+    assert part in reject(tmp_path, files, *words, remedy=False)
 
 
 RUN: list[object] = ["--output_dir", "out", "--seed", 5, "--max_data_loader_n_workers", 0]
@@ -98,13 +98,13 @@ def cache_for(project: Project, name: str) -> None:
     """Write caches of two clips for a training; the second one is silent where its task lets it be."""
     clips = list(CLIPS)
     if name == "both frames":
-        pictured = [random_clip(seed, has_pictures=True) for seed in (1, 2)]
+        pictured = [random_clip(seed, has_images=True) for seed in (1, 2)]
         clips = [replace(clip, rows={}) for clip in with_frames(pictured)[0]]
     elif name == "references":
         clips = []
         for seed in (1, 2):
-            clip = random_clip(seed, has_pictures=True)
-            media = {"latents_ref_000_video": clip.latents + 1, "latents_ref_000_audio": clip.sound - 1}
+            clip = random_clip(seed, has_images=True)
+            media = {"latents_ref_000_video": clip.latents + 1, "latents_ref_000_audio": clip.audio - 1}
             clips.append(replace(clip, media=media))
     elif name == "teacher of frames":
         clips, _, _ = with_frames(CLIPS)

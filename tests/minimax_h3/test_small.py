@@ -21,7 +21,7 @@ from checkpoints.stored.forms import stored_in
 from contract.loading import Placement
 from minimax_h3.dit_checkpoints import load_dit
 from minimax_h3.model import H3Model
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.manifests import WIDTHS, tensor_list, write_hollow
@@ -284,7 +284,7 @@ def test_layers_that_are_rounded_while_loading_are_those_of_the_file_in_circulat
     state = their_dit(**WIDTHS_OF_GROUPS).state_dict()
     save_file(released(state, is_interleaved="-of-" in name), tmp_path / name)
 
-    rounded = load_dit(tmp_path / name, Placement(CPU, quantisation=Quantisation("rows", form="int8")))
+    rounded = load_dit(tmp_path / name, Placement(CPU, quantization=Quantization("rows", form="int8")))
 
     stored = {name for name, layer in rounded.named_modules() if stored_in(layer) is not None}
     assert stored == {name for name, _ in rounded.named_modules() if re.fullmatch(ROUNDED, name)}

@@ -57,7 +57,7 @@ def cache(folder: Path, files: TinyH3, *words: str) -> str:
     return succeed_here(SCRIPT, *words_of(files), "--text_encoder_dtype", "float32", *words, folder=folder)
 
 
-def refuse(folder: Path, files: TinyH3, *words: str) -> str:
+def reject(folder: Path, files: TinyH3, *words: str) -> str:
     code, said = run_here(SCRIPT, *words_of(files), *words, folder=folder)
     return assert_one_message(code, said)
 
@@ -180,14 +180,14 @@ def test_states_are_kept_in_the_dtype_of_the_caches(project: Path, files: TinyH3
 def test_what_cannot_be_cached_is_refused(
     project: Path, files: TinyH3, words: list[str], parts: list[str]
 ) -> None:
-    message = refuse(project, files, *words)
+    message = reject(project, files, *words)
     assert all(part in message for part in parts), message
     assert not (project / "cache").exists()
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, project: Path, files: TinyH3) -> None:
     folder = write_qwen_tokenizer(tmp_path / "qwen")
-    assert "it has no <d>" in refuse(project, files, "--tokenizer", str(folder))
+    assert "it has no <d>" in reject(project, files, "--tokenizer", str(folder))
 
 
 def test_a_cache_of_the_known_tuner_is_kept_unless_it_is_for_another_task(
@@ -204,11 +204,11 @@ def test_a_cache_of_the_known_tuner_is_kept_unless_it_is_for_another_task(
     assert load_file(path).keys() == tensors.keys()
 
     save_file(tensors, path, {**metadata, "task": "fl2va"})
-    message = refuse(project, files, "--skip_existing")
+    message = reject(project, files, "--skip_existing")
     assert "cached for --task fl2va" in message
     assert path.name in message
     save_file(tensors, path, {**metadata, "cache_format": "minimax-h3-text-v1"})
-    assert "minimax-h3-text-v1" in refuse(project, files, "--skip_existing")
+    assert "minimax-h3-text-v1" in reject(project, files, "--skip_existing")
 
 
 def with_input_scales(packed: Path, plain: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_row_says_what_the_teacher_of_subjects_reads(large_project: Path, file
     write("another text")
     assert "1 captions, 1 of them" in cache(large_project, files, *words)
     write(" ")
-    assert "teacher_caption" in refuse(large_project, files, *words)
+    assert "teacher_caption" in reject(large_project, files, *words)
 
 
 def test_references_of_a_row_are_presented_in_their_order(large_project: Path, files: TinyH3) -> None:
@@ -468,7 +468,7 @@ def test_a_clip_with_several_items_has_no_text_of_one(large_project: Path, files
     path.write_text(content, "utf-8")
     write_video(large_project / "clips" / "clip 1.mp4", moving_square(10, 64, 64, 1), fps=24)
 
-    message = refuse(large_project, files, "--task", "fl2va")
+    message = reject(large_project, files, "--task", "fl2va")
 
     assert "2 items are cut out of it" in message
     assert "reference picture" not in message

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minimax_h3.configs import SOUND
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty_text
-from tests.minimax_h3.test_model import Reference, rows_of_sound
+from tests.minimax_h3.test_model import Reference, rows_of_audio
 from tests.minimax_h3.tiny_dit import SIZES, released
 from tests.parity.training import (
     ALPHA,
@@ -69,9 +69,9 @@ class Noised:
     base: float
     levels: tuple[float, float]  # of pictures, of sound
     latents: Tensor
-    sound: Tensor
+    audio: Tensor
     velocity: Tensor
-    sound_velocity: Tensor
+    audio_velocity: Tensor
 
 
 def noised(clip: Clip, number: int, level: Callable[[float], float] = float) -> Noised:
@@ -79,14 +79,14 @@ def noised(clip: Clip, number: int, level: Callable[[float], float] = float) -> 
     base = level(float(uniform_of([clip], number)))  # type: ignore[list-item]
     video, heard = (shift * base / (1 + (shift - 1) * base) for shift in (12, 3))
     noise = torch.randn(1, *clip.latents.shape, generator=stream(SEED, "noise", number))
-    sound_noise = torch.randn(1, *clip.sound.shape, generator=stream(SEED, "sound", number))
+    audio_noise = torch.randn(1, *clip.audio.shape, generator=stream(SEED, "sound", number))
     return Noised(
         base,
         levels=(video, heard),
         latents=(1 - video) * clip.latents + video * noise,
-        sound=(1 - heard) * clip.sound + heard * sound_noise,
+        audio=(1 - heard) * clip.audio + heard * audio_noise,
         velocity=noise - clip.latents,
-        sound_velocity=sound_noise - clip.sound,
+        audio_velocity=audio_noise - clip.audio,
     )
 
 
@@ -117,9 +117,9 @@ def rows_in(parts: Sequence[Tensor], patch: int) -> int:
     return sum(part[0, 0].numel() // patch for part in parts)
 
 
-def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], sounds: list[Tensor]) -> tuple[Any, ...]:
+def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], audios: list[Tensor]) -> tuple[Any, ...]:
     count, height, width = sample.latents.shape[2:]
-    latents = sample.sound.shape[3]
+    latents = sample.audio.shape[3]
     if sight.whole is None:
         return MiniMaxH3PrepareLayoutStep.build_packed_sequence(
             sight.tags,
@@ -137,7 +137,7 @@ def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], sounds: list
         sight.tags,
         [Reference("video", has_audio=sight.whole[2])],
         pictures[:-1],
-        [rows_of_sound(part) for part in sounds[:-1]],
+        [rows_of_audio(part) for part in audios[:-1]],
         num_latent_frames=count,
         latent_height=height,
         latent_width=width,
@@ -154,26 +154,26 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """The velocities of pictures and of sound. dit: diffusers' network; None: with its first weights."""
     count, height, width = sample.latents.shape[2:]
-    images, sounds = [*sight.frames, sample.latents], [sample.sound]
+    images, audios = [*sight.frames, sample.latents], [sample.audio]
     if sight.whole is not None:
         clip, heard, is_heard = sight.whole
         images.insert(0, clip)
-        sounds = [heard, *sounds] if is_heard else sounds
-    layout = layout_of(sight, sample, images, sounds)
+        audios = [heard, *audios] if is_heard else audios
+    layout = layout_of(sight, sample, images, audios)
     places, tags, video, audio, text, *_ = layout
     times = [1 - level for level in sample.levels]
     times += [max(0.999, times[0]), 1.0]
     of_time = torch.zeros(len(tags), dtype=torch.long)
     of_time[tags == SOUND] = 1
-    conditions, given_sounds = rows_in(images[:-1], 4), rows_in(sounds[:-1], 1)
+    conditions, given_audios = rows_in(images[:-1], 4), rows_in(audios[:-1], 1)
     of_time[video[:conditions]] = 2
-    of_time[audio[:given_sounds]] = 3
+    of_time[audio[:given_audios]] = 3
     output = torch.func.functional_call(
         dit or their_h3_dit(),
         weights_with(factors),
         kwargs={
             "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in images])[None],
-            "audio_hidden_states": torch.cat([rows_of_sound(part) for part in sounds])[None],
+            "audio_hidden_states": torch.cat([rows_of_audio(part) for part in audios])[None],
             "encoder_hidden_states": sight.text[None],
             "timestep": torch.tensor(times),
             "timestep_indices": of_time,
@@ -188,7 +188,7 @@ def predict(
     made = rearrange(
         rows, "b (f h w) (c p q) -> b c f (h p) (w q)", f=count, h=height // 2, w=width // 2, p=2, q=2
     )
-    heard_rows = output.audio_sample[:, given_sounds:]
+    heard_rows = output.audio_sample[:, given_audios:]
     return -made, -heard_rows.mT.unflatten(2, (2, -1))
 
 
@@ -214,7 +214,7 @@ def mean_losses(
 
 def plainly(factors: Factors, clip: Clip, sample: Noised, number: int, weight: float = 1.0) -> Tensor:
     made = predict(factors, Sight(clip.text, clip.tags), sample)
-    return mean_losses(made, (sample.velocity, sample.sound_velocity), clip, weight)
+    return mean_losses(made, (sample.velocity, sample.audio_velocity), clip, weight)
 
 
 @dataclass
@@ -238,7 +238,7 @@ class Project:
         assert found == code, said[-4000:]
         return said
 
-    def refuse(self, *words: object, names: Sequence[object] = ()) -> str:
+    def reject(self, *words: object, names: Sequence[object] = ()) -> str:
         """Options that are refused before anything is loaded."""
         fixed = ["--output_dir", "out", "--output_name", "lora"]
         code, said = run_here(SCRIPT, *self.words, *fixed, *words, folder=self.folder)
@@ -343,7 +343,7 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(project: Project) -> Non
     for number, clip in enumerate(order_of([*project.clips.values()], 0)):
         sample = noised(clip, number)
         made = predict({}, Sight(clip.text, clip.tags), sample, dit)
-        loss = loss + mean_losses(made, (sample.velocity, sample.sound_velocity), clip) / len(CLIPS)
+        loss = loss + mean_losses(made, (sample.velocity, sample.audio_velocity), clip) / len(CLIPS)
     changes = released(changes_of_descent(dit, loss, RATE))
     after = project.saved("lora")
     for computed in (before, changes, after):
@@ -378,7 +378,7 @@ def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool
 
     def guided(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
         levels.append(sample.base)
-        targets = [sample.velocity, sample.sound_velocity]
+        targets = [sample.velocity, sample.audio_velocity]
         if sample.base >= 0.5:
             with torch.no_grad():
                 away = predict(factors, Sight(empty, torch.ones(1, dtype=torch.long)), sample)
@@ -393,7 +393,7 @@ def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool
 
 def teacher_text(name: str, rows: int = 8) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Rows of a teacher by their names in caches, then states and tags."""
-    clip = random_clip(7, rows=rows, has_pictures=True)
+    clip = random_clip(7, rows=rows, has_images=True)
     return {f"{name}_hidden_states": clip.text, f"{name}_token_tags": clip.tags}, clip.text, clip.tags
 
 
@@ -481,7 +481,7 @@ def test_a_teacher_sees_the_clip_itself(project: Project) -> None:
     project.cache([replace(clip, rows=rows) for clip in CLIPS])
 
     def sight(clip: Clip, number: int) -> Sight:
-        return Sight(text, tags, whole=(step_noise(number, clip.latents)[0], clip.sound[None], clip.is_heard))
+        return Sight(text, tags, whole=(step_noise(number, clip.latents)[0], clip.audio[None], clip.is_heard))
 
     words = [*MATCHING, "--h3_teacher_conditions", "ref", "--h3_teacher_condition_sigma_max", 1]
     words = [word for word in words if word not in ("--h3_teacher_preservation_weight", 2)]
@@ -491,13 +491,13 @@ def test_a_teacher_sees_the_clip_itself(project: Project) -> None:
 
 def test_first_and_last_frame_are_told_with_new_noise_in_each_step(project: Project) -> None:
     """--task fl2va, the plain loss."""
-    clips, _, _ = with_frames([random_clip(1, has_pictures=True), random_clip(2, rows=7, has_pictures=True)])
+    clips, _, _ = with_frames([random_clip(1, has_images=True), random_clip(2, rows=7, has_images=True)])
     project.cache([replace(clip, rows={}) for clip in clips])
 
     def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
         frames = step_noise(number, *(clip.media[name] for name in FRAMES_AT))
         made = predict(factors, Sight(clip.text, clip.tags, tuple(frames)), sample)
-        return mean_losses(made, (sample.velocity, sample.sound_velocity), clip)
+        return mean_losses(made, (sample.velocity, sample.audio_velocity), clip)
 
     project.compare(compare, "--task", "fl2va", label="H3, both frames")
 
@@ -506,8 +506,8 @@ def test_references_are_told_with_new_noise_in_each_step(project: Project) -> No
     """--task ref2va: a clip with its sound."""
     clips = []
     for seed in (1, 2):
-        clip = random_clip(seed, has_pictures=True)
-        media = {"latents_ref_000_video": clip.latents + 1, "latents_ref_000_audio": clip.sound - 1}
+        clip = random_clip(seed, has_images=True)
+        media = {"latents_ref_000_video": clip.latents + 1, "latents_ref_000_audio": clip.audio - 1}
         clips.append(replace(clip, media=media))
     project.cache(clips)
 
@@ -515,6 +515,6 @@ def test_references_are_told_with_new_noise_in_each_step(project: Project) -> No
         (shown,) = step_noise(number, clip.media["latents_ref_000_video"])
         full = shown, clip.media["latents_ref_000_audio"][None], True
         made = predict(factors, Sight(clip.text, clip.tags, whole=full), sample)
-        return mean_losses(made, (sample.velocity, sample.sound_velocity), clip)
+        return mean_losses(made, (sample.velocity, sample.audio_velocity), clip)
 
     project.compare(compare, "--task", "ref2va", label="H3, references")

@@ -58,7 +58,7 @@ def run(name: str, steps: int) -> list[object]:
 )
 def test_what_cannot_be_is_refused(project: Project, words: list[object], parts: list[str]) -> None:
     project.cache(CLIPS)
-    project.refuse(*words, names=parts)
+    project.reject(*words, names=parts)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_missing_rows_of_a_teacher_are_said_in_one_line(
     project: Project, conditions: str, words: list[str]
 ) -> None:
     project.cache(CLIPS)
-    message = project.refuse(
+    message = project.reject(
         "--h3_teacher_matching", "--h3_teacher_conditions", conditions, names=["no teacher rows", *words]
     )
     assert message.count("\n") == 0
@@ -82,30 +82,30 @@ def test_missing_rows_of_a_teacher_are_said_in_one_line(
 def test_missing_keyframes_of_a_teacher_are_said(project: Project) -> None:
     clips, _, _ = with_frames(CLIPS)
     project.cache([replace(clip, media={FRAMES_AT[0]: clip.media[FRAMES_AT[0]]}) for clip in clips])
-    project.refuse("--h3_teacher_matching", names=["no latents_last", "--task fl2va"])
+    project.reject("--h3_teacher_matching", names=["no latents_last", "--task fl2va"])
 
 
 @pytest.mark.parametrize(("task", "name"), [("fl2va", "latents_first"), ("ref2va", "latents_ref_000")])
 def test_caches_without_conditions_are_refused(project: Project, task: str, name: str) -> None:
-    project.cache([random_clip(1, has_pictures=True)])
-    project.refuse("--task", task, names=[name, f"--task {task}", "Cache again"])
+    project.cache([random_clip(1, has_images=True)])
+    project.reject("--task", task, names=[name, f"--task {task}", "Cache again"])
 
 
 def test_a_batch_has_one_clip(project: Project) -> None:
     project.cache(CLIPS, batch_size=2)
-    project.refuse(names=["batch_size 2", "--gradient_accumulation_steps 2"])
+    project.reject(names=["batch_size 2", "--gradient_accumulation_steps 2"])
 
 
 def test_caches_without_sound_are_refused(project: Project) -> None:
     project.cache(CLIPS)
     (path,) = (project.folder / "cache").glob("a_*_mmh3.safetensors")
     save_file({key: tensor for key, tensor in load_file(path).items() if "present" not in key}, path)
-    project.refuse(names=["no audio_present", "Cache again"])
+    project.reject(names=["no audio_present", "Cache again"])
 
 
 def test_a_missing_empty_prompt_is_said(project: Project) -> None:
     project.cache(CLIPS)
-    project.refuse("--h3_guidance_loss_scale", 3, names=["mmh3_te.empty", "--empty_prompt"])
+    project.reject("--h3_guidance_loss_scale", 3, names=["mmh3_te.empty", "--empty_prompt"])
 
 
 def test_a_single_frame_has_two_latents_of_sound(project: Project) -> None:
@@ -124,7 +124,7 @@ def test_pictures_alone_are_learned_if_asked(project: Project) -> None:
 
 def test_a_run_that_continues_ends_with_equal_bytes(project: Project) -> None:
     """With keyframes, whose noise is new in each step, and a guided target."""
-    clips, _, _ = with_frames([random_clip(1, has_pictures=True), random_clip(2, has_pictures=True)])
+    clips, _, _ = with_frames([random_clip(1, has_images=True), random_clip(2, has_images=True)])
     project.cache([replace(clip, rows={}) for clip in clips])
     write_empty_text(project.folder)
     words = ["--task", "fl2va", "--h3_guidance_loss_scale", 3, "--save_every_n_steps", 2, "--save_state"]
@@ -186,7 +186,7 @@ def test_samples_have_sound(project: Project, files: TinyH3) -> None:
     (project.folder / "prompts.txt").write_text(line, encoding="utf-8")
     words = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", 1]
 
-    project.refuse(*files.words, *words, names=["22"])
+    project.reject(*files.words, *words, names=["22"])
     project.train(*files.words, *run("lora", 1), *words, "--h3_allow_experimental_sample_duration")
 
     (path,) = Path(project.folder / "out" / "sample").glob("lora*.mp4")

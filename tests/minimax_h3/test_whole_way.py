@@ -32,7 +32,7 @@ class Way:
     training: Sequence[str] = ()
     generation: Sequence[str] = ()
     has_references: bool = False
-    has_pictures: bool = False  # instead of clips, with control pictures
+    has_images: bool = False  # instead of clips, with control pictures
 
 
 REFERENCES = ("--task", "ref2va", *EDGES)
@@ -68,7 +68,7 @@ WAYS = {
             *("--one_frame_inference", "target_index=1,control_index=0"),
             *("--condition_image", "style.png", "--video_length", "1"),
         ],
-        has_pictures=True,
+        has_images=True,
     ),
 }
 DAILY = "keyframes"
@@ -101,14 +101,14 @@ def write_project(folder: Path, way: Way) -> None:
         shown = [{"type": "image", "path": "style.png"}, {"type": "video", "path": "motion.mkv"}]
         write_rows(folder, shown)
         source = 'video_jsonl_file = "rows.jsonl"'
-    if way.has_pictures:
+    if way.has_images:
         for name in ("pictures", "controls"):
             (folder / name).mkdir()
             write_image(folder / name / "a.png", 64 if name == "pictures" else 96, 64)
         (folder / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
         source = 'image_directory = "pictures"\ncontrol_directory = "controls"'
     lines = ["[[datasets]]", source, 'cache_directory = "cache"', 'caption_extension = ".txt"']
-    lines += ["resolution = [64, 64]", *(["target_frames = [24]"] if not way.has_pictures else [])]
+    lines += ["resolution = [64, 64]", *(["target_frames = [24]"] if not way.has_images else [])]
     (folder / "dataset.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -124,7 +124,7 @@ def cache(folder: Path, files: TinyH3, way: Way) -> None:
     config = ["--dataset_config", "dataset.toml", "--device", "cpu"]
     vaes = ["--video_vae", str(files.video_vae), "--audio_vae", str(files.audio_vae)]
     words = [*vaes, "--vae_dtype", "float32", *way.latents]
-    if not way.has_pictures:
+    if not way.has_images:
         words.append("--allow_experimental_duration")
     succeed_here("minimax_h3_cache_latents.py", *config, *words, folder=folder)
     text = ["--text_encoder", str(files.text_encoder), "--tokenizer", str(files.tokenizer)]
@@ -146,7 +146,7 @@ def generate(folder: Path, files: TinyH3, way: Way, *words: str) -> Tensor:
     """What is made, pictures and sound joined."""
     fixed = ["--prompt", "a square", "--seed", "7", "--infer_steps", "2", "--device", "cpu"]
     fixed += ["--video_size", "32", "64"]
-    if not way.has_pictures:
+    if not way.has_images:
         fixed += ["--video_length", str(FRAMES), "--allow_experimental_duration"]
     fixed += ["--save_path", "made", "--output_type", "latent"]
     succeed_here("minimax_h3_generate_video.py", *files.words, *fixed, *way.generation, *words, folder=folder)

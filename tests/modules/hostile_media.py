@@ -101,7 +101,7 @@ REFERENCES = (
 
 
 SIZE = (48, 64)  # height, width
-SOUND_RATE = 48_000
+AUDIO_RATE = 48_000
 SUBTITLES = ("Erste Zeile, é漢", "Second line")
 FONT = b"\0\1\0\0" + bytes(range(100))
 ASS_HEADER = b"""[Script Info]
@@ -126,7 +126,7 @@ class Source:
     times: Sequence[Fraction] | None = None  # seconds; at the rate without
     first: Fraction = Fraction(0)  # second of the first picture
     offset: str = "0"  # seconds by which the file's times are off
-    sound: str | None = None  # encoder
+    audio: str | None = None  # encoder
     subtitles: str | None = None
     chapters: bool = False
     font: bool = False
@@ -143,7 +143,7 @@ def write_source(path: Path, source: Source) -> Path:
         unit = 1 / source.rate if source.times is None else Fraction(1, 90_000)
         video.codec_context.time_base = unit
         video.metadata["title"] = "Bild"
-        sound = _add_sound(target, source.sound) if source.sound else None
+        audio = _add_audio(target, source.audio) if source.audio else None
         text = _add_subtitles(target, source.subtitles) if source.subtitles else None
         target.metadata.update(dict(source.tags))
         if source.font:
@@ -157,8 +157,8 @@ def write_source(path: Path, source: Source) -> Path:
             frame.pts, frame.time_base = round(time / unit), unit
             target.mux(video.encode(frame))
         target.mux(video.encode())
-        if sound is not None:
-            _write_sound(target, sound, len(times) / source.rate)
+        if audio is not None:
+            _write_audio(target, audio, len(times) / source.rate)
         if text is not None:
             _write_subtitles(target, text, source.subtitles)
     return path
@@ -169,20 +169,20 @@ def _chapter(number: int, start: int, end: int, title: str) -> dict[str, Any]:
     return {**place, "metadata": {"title": title}}
 
 
-def _add_sound(target: Any, encoder: str) -> Any:
-    stream = target.add_stream(encoder, rate=SOUND_RATE, options={"strict": "experimental"})
+def _add_audio(target: Any, encoder: str) -> Any:
+    stream = target.add_stream(encoder, rate=AUDIO_RATE, options={"strict": "experimental"})
     stream.layout = "stereo"
     stream.metadata.update({"language": "deu", "title": "Ton"})
     return stream
 
 
-def _write_sound(target: Any, stream: Any, seconds: Fraction) -> None:
-    places = np.arange(round(seconds * SOUND_RATE))
-    tone = (np.sin(places * 440 * 2 * np.pi / SOUND_RATE) * 8000).astype(np.int16)
+def _write_audio(target: Any, stream: Any, seconds: Fraction) -> None:
+    places = np.arange(round(seconds * AUDIO_RATE))
+    tone = (np.sin(places * 440 * 2 * np.pi / AUDIO_RATE) * 8000).astype(np.int16)
     for start in range(0, len(tone), 4800):
         both = np.repeat(tone[start : start + 4800], 2)[None]
         frame = av.AudioFrame.from_ndarray(both, format="s16", layout="stereo")
-        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, start, Fraction(1, SOUND_RATE)
+        frame.sample_rate, frame.pts, frame.time_base = AUDIO_RATE, start, Fraction(1, AUDIO_RATE)
         target.mux(stream.encode(frame))
     target.mux(stream.encode(None))
 

@@ -493,14 +493,14 @@ def test_a_terminal_gets_borders_of_its_width_and_commands_in_one_piece() -> Non
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_colors_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert command.wants_colour(screen)
+    assert command.wants_color(screen)
     monkeypatch.setenv(variable, value)
-    assert not command.wants_colour(screen)
+    assert not command.wants_color(screen)
     assert command.draws_boxes(screen) is (variable == "NO_COLOR")
 
 

@@ -54,6 +54,6 @@ def test_a_site_that_sends_too_slowly_is_given_up(tmp_path: Path, monkeypatch: p
                 tries=1,
                 wait=lambda seconds: None,
                 first_wait=0.0,
-                most_bytes=2000,
+                max_bytes=2000,
             )
         Trickle.ended.set()

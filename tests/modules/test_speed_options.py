@@ -185,5 +185,5 @@ def test_generation_keeps_the_model_as_a_training_did(training: str, generation:
 
     assert words == generation.split()
     (again,) = parse_options(None, words, GenerationSpeedOptions)
-    stored, kept = options.fp8.quantisation, again.fp8.quantisation
+    stored, kept = options.fp8.quantization, again.fp8.quantization
     assert (stored and (stored.kind, stored.form)) == (kept and (kept.kind, kept.form))

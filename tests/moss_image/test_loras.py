@@ -114,7 +114,7 @@ def test_every_dialect_changes_the_same_weights(known: Path, tmp_path: Path) -> 
 
 def test_saved_names_are_those_of_comfyui(known: Path) -> None:
     """Of six layers of each block: `ffn_up_gate` is never split."""
-    assert MOSS_IMAGE.usual_format == COMFYUI
+    assert MOSS_IMAGE.default_format == COMFYUI
     assert "networks.lora_moss_image" in OWN_MODULES
     assert set(convert(known, "other")) == {
         f"diffusion_model.layers.{block}.proj.{layer}.lora_{character}.weight"

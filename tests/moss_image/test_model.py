@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.steps import Turn, Tweaks
+from contract.steps import Overrides, Turn
 from moss_image import model as network
 from moss_image.configs import AXES, DIT
 from moss_image.model import MossImageModel
@@ -46,16 +46,16 @@ def predict(model: nn.Module, has_references: bool = False, **changes: Any) -> T
     return velocity
 
 
-SKIPS = Tweaks(skip_blocks=frozenset({1}))
+SKIPS = Overrides(skip_blocks=frozenset({1}))
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("plain", {}),
-        ("skip 1", {"tweaks": SKIPS}),
+        ("skip 1", {"overrides": SKIPS}),
         ("references", {"has_references": True}),
-        ("references, skip 1", {"has_references": True, "tweaks": SKIPS}),
+        ("references, skip 1", {"has_references": True, "overrides": SKIPS}),
         ("references, joint", {"has_references": True, "isolated": False}),
     ],
 )
@@ -82,14 +82,16 @@ def test_references_that_are_remembered_give_the_same_in_each_pass() -> None:
     memory: dict[Any, Any] = {}
     for which, name in (("positive", "references"), ("negative", "references, skip 1")) * 2:
         skips = SKIPS.skip_blocks if which == "negative" else frozenset()
-        tweaks = Tweaks(skip_blocks=skips, section_cache=memory, turn=Turn(0, 2, 640.0, 0.0, which))
-        assert error_of(predict(model, has_references=True, tweaks=tweaks), name) < NEAR
+        overrides = Overrides(skip_blocks=skips, section_cache=memory, turn=Turn(0, 2, 640.0, 0.0, which))
+        assert error_of(predict(model, has_references=True, overrides=overrides), name) < NEAR
 
     assert set(memory) == {"positive", "negative"}
     kept = memory["positive"]
     changed = [2 * latents for latents in draw_references()]
-    tweaks = Tweaks(section_cache=memory, turn=Turn(1, 2, 640.0, 0.0, "positive"))
-    assert error_of(predict(model, references=changed, tweaks=tweaks), "references") < NEAR  # not read again
+    overrides = Overrides(section_cache=memory, turn=Turn(1, 2, 640.0, 0.0, "positive"))
+    assert (
+        error_of(predict(model, references=changed, overrides=overrides), "references") < NEAR
+    )  # not read again
     assert memory["positive"] is kept
 
 
@@ -168,7 +170,7 @@ def test_each_rule_matters() -> None:
         "padding is seen": error_of(predict(tiny_model(), **padded), "plain"),
         "rows from the corner": with_rule("_make_turns", with_turns(from_corners)),
         "no clock": with_rule("_make_turns", with_turns(no_clock)),
-        "a block skipped": error_of(predict(tiny_model(), tweaks=SKIPS), "plain"),
+        "a block skipped": error_of(predict(tiny_model(), overrides=SKIPS), "plain"),
         "references see all": error_of(
             predict(tiny_model(), has_references=True, isolated=False), "references"
         ),

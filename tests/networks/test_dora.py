@@ -14,7 +14,7 @@ from checkpoints.stored.fp8 import Fp8
 from checkpoints.stored.int8 import Int8
 from checkpoints.stored.nf4 import Nf4
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
@@ -191,7 +191,7 @@ def random_layer(bias: bool = True, form: StoredForm | None = None) -> tuple[nn.
 # of few tokens, which int8 layers multiply by the value of their weight
 @pytest.mark.parametrize(
     ("bias", "form"),
-    [(True, None), (False, None), (True, Fp8(Quantisation("rows"))), (True, Int8()), (True, Nf4())],
+    [(True, None), (False, None), (True, Fp8(Quantization("rows"))), (True, Int8()), (True, Nf4())],
     ids=["bias", "plain", "fp8", "int8", "nf4"],
 )
 def test_the_output_is_that_of_the_weight_that_generation_makes(bias: bool, form: StoredForm | None) -> None:

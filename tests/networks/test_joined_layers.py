@@ -102,7 +102,7 @@ LAYERS = (
     Joined("lumina", "layers.{n}.attn.to_qkv", ("layers.{n}.attention.qkv",), is_split=False),
 )
 SPLIT = [one for one in LAYERS if one.is_split]
-WHOLE = [one for one in LAYERS if not one.is_split]
+FULL = [one for one in LAYERS if not one.is_split]
 
 
 def write(
@@ -152,7 +152,7 @@ CASES = [
     *((one, kind, 1, dots) for one in LAYERS for kind in ("LoKr", "LoHa") for dots in (False, True)),
     *((one, "low-rank LoKr", None, False) for one in LAYERS),
     *((one, "LoRA", 1, True) for one in LAYERS),
-    *((one, kind, 0, False) for one in WHOLE for kind in KINDS),
+    *((one, kind, 0, False) for one in FULL for kind in KINDS),
 ]
 
 
@@ -183,7 +183,7 @@ def test_norms_of_the_whole_layer_are_refused_where_the_model_has_its_parts(
 
 
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("joined", [SPLIT[0], SPLIT[2], SPLIT[8], *WHOLE])
+@pytest.mark.parametrize("joined", [SPLIT[0], SPLIT[2], SPLIT[8], *FULL])
 @torch.no_grad()
 def test_added_round_the_layers_it_acts_as_merged(tmp_path: Path, joined: Joined, kind: str) -> None:
     tiny = dit_called(joined.family)
@@ -208,7 +208,7 @@ def first(out: Tensor | Sequence[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("target", ["default", "other", "diffusers"])
 @pytest.mark.parametrize("kind", ["LoKr", "LoHa"])
-@pytest.mark.parametrize("joined", [SPLIT[0], SPLIT[2], WHOLE[0]])
+@pytest.mark.parametrize("joined", [SPLIT[0], SPLIT[2], FULL[0]])
 @torch.no_grad()
 def test_converted_it_is_the_same_change_in_form_that_tools_know(
     tmp_path: Path, joined: Joined, kind: str, target: str

@@ -235,14 +235,14 @@ def test_a_lokr_for_a_part_and_one_for_the_whole_change_the_right_rows(
 
 
 Q, V = "transformer_blocks_0_attn_to_q", "transformer_blocks_0_attn_to_v"
-WHOLE = "double_blocks_0_img_attn_qkv"
+FULL = "double_blocks_0_img_attn_qkv"
 TALL = r"{weight}.*{module} has 24 rows, .* 24, al"
 
 
 @pytest.mark.parametrize(
     ("module", "weight", "rows", "message"),
     [
-        (WHOLE, "transformer_blocks.0.attn.to_k", 24, TALL),
+        (FULL, "transformer_blocks.0.attn.to_k", 24, TALL),
         (Q, "double_blocks.0.img_attn_qkv", 24, TALL),
         (V, "double_blocks.0.img_attn_qkv", 16, r"{weight}.weight it has \[16, 8\], the model \[24, 8\]"),
     ],

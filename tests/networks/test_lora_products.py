@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints.stored.forms import attach
 from checkpoints.stored.fp8 import Fp8
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.kinds.dora_layer import extend
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_up, branch, hold
@@ -83,7 +83,7 @@ def test_a_layer_is_its_frozen_weight_plus_the_product_of_its_factors(kind: str,
     original.requires_grad_(False)
     if kind.startswith("fp8"):
         product = emulated_product if kind == "fp8 products" else None
-        quantization = Quantisation("rows", fp8_matmul=product is not None, product=product)
+        quantization = Quantization("rows", fp8_matmul=product is not None, product=product)
         attach(original, Fp8(quantization).quantise(original.weight))
     layer = LoraLayer(original, 4, 2.0)
     layer.joins_from = 0

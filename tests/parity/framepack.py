@@ -108,7 +108,7 @@ def places_of(window: int, padding: int | None) -> dict[str, list[int]]:
     }
 
 
-def usual_paddings(sections: int) -> list[int]:
+def default_paddings(sections: int) -> list[int]:
     """In the order of making, which begins at the end of the video."""
     return [3, *[2] * (sections - 3), 1, 0] if sections > 4 else list(range(sections - 1, -1, -1))
 
@@ -126,7 +126,7 @@ def anti_drifting_sections(latents: Tensor, window: int) -> dict[int, Section]:
     sections = (len(video) - 1) // window
     history = [torch.zeros_like(video[0])] * 19  # earliest in the video first
     made = {}
-    for padding, section in zip(usual_paddings(sections), range(sections - 1, -1, -1), strict=True):
+    for padding, section in zip(default_paddings(sections), range(sections - 1, -1, -1), strict=True):
         target = video[1 + section * window :][:window]
         seen = [video[0], history[0]], history[1:3], history[3:19]
         made[section] = section_of(target, seen, places_of(window, padding))

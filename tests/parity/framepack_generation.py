@@ -131,7 +131,7 @@ def video(theirs: Theirs, asked: Asked) -> Tensor:
     else:
         if asked.end is not None:
             history[0] = theirs.latent(asked.end, asked)
-        paddings = [*asked.paddings, *framepack.usual_paddings(asked.sections)[len(asked.paddings) :]]
+        paddings = [*asked.paddings, *framepack.default_paddings(asked.sections)[len(asked.paddings) :]]
         order = list(zip(range(asked.sections - 1, -1, -1), paddings[: asked.sections], strict=True))
     for section, padding in order:
         if asked.is_f1:

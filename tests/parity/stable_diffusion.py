@@ -146,7 +146,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def write_picture(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
+def write_image(path: Path, size: tuple[int, int], seed: int = 0) -> Path:
     """Write a picture of soft colours."""
     values = np.random.default_rng(seed).integers(0, 256, (5, 6, 3)).astype(np.uint8)
     Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)

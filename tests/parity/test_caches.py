@@ -217,7 +217,7 @@ def test_texts_of_a_bfloat16_encoder_have_the_known_name(
     models.mkdir()
     save_file(t5_tensors(dtype=torch.bfloat16), models / "t5.safetensors")
     write_tokenizer(models / "google" / "umt5-xxl")
-    pictures_only(project, tmp_path, "te")
+    images_only(project, tmp_path, "te")
 
     words = ("--dataset_config", "dataset.toml", "--t5", models / "t5.safetensors")
     succeed_here("wan_cache_text_encoder_outputs.py", *words, folder=tmp_path)
@@ -254,7 +254,7 @@ def test_first_and_last_frame_conditions_equal_those_of_diffusers(
 
 
 def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp_path: Path) -> None:
-    pictures_only(project, tmp_path, "bf16")
+    images_only(project, tmp_path, "bf16")
     image = in_bucket([open_image(project / "pictures" / "pic.png")], bucket_for(30, 90, (48, 48)))
 
     words = ("--dataset_config", "dataset.toml", "--vae", project / "models/vae.safetensors")
@@ -269,7 +269,7 @@ def test_without_a_dtype_latents_are_bfloat16(project: Path, cached: Cached, tmp
     assert_as_exact(latents, theirs.encode(image.bfloat16())[0], cached.theirs.encode(image)[0], "bfloat16")
 
 
-def pictures_only(project: Path, folder: Path, mark: str) -> None:
+def images_only(project: Path, folder: Path, mark: str) -> None:
     """dataset.toml in `folder` with the table of pictures alone, cached below `cache <mark>`."""
     text = (project / "dataset.toml").read_text(encoding="utf-8").split("[[datasets]]")
     text = "[[datasets]]".join([text[0], text[2]]).replace("/cache/", f"/cache {mark}/")

@@ -34,7 +34,7 @@ cache_directory = "{folder}/cache {name}"
 resolution = [32, 32]
 {more}
 """
-PICTURES = """
+IMAGES = """
 [[datasets]]
 image_directory = "{folder}/pictures"
 control_directory = "{folder}/controls"
@@ -173,7 +173,7 @@ def test_pictures_are_those_of_the_documented_rules(project: Project, name: str)
     """
     switches, keys, *places = IMAGES_AS[name]
 
-    cache = project.cache(f"pictures {name}", PICTURES, "--one_frame", *switches, more=keys)
+    cache = project.cache(f"pictures {name}", IMAGES, "--one_frame", *switches, more=keys)
 
     files = {f"{image}_0096x0064_fp" for image in ("cut", "plain")}
     assert {path.stem for path in cache.glob("*.safetensors")} == files

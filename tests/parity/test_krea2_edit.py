@@ -45,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def picture_latents(files: TinyModel, pictures: Sequence[Path]) -> list[Tensor]:
+def image_latents(files: TinyModel, pictures: Sequence[Path]) -> list[Tensor]:
     """Normalised means, each 1 16 1 h w."""
     vae = qwen_image_vae(files.vae)
     means, stds = (
@@ -84,7 +84,7 @@ def states_of(pipe: Krea2Pipeline, prompt: str, pictures: Sequence[Path]) -> Ten
 def expected(files: TinyModel, pictures: Sequence[Path], isolated: bool, scale: float) -> Tensor:
     """The tokens of the latents that an edit makes, 1 L 4Z."""
     pipe, dit = krea2(files), in_diffusers(load_file(files.dit))
-    references = picture_latents(files, pictures)
+    references = image_latents(files, pictures)
     texts = [states_of(pipe, text, pictures) for text in (PROMPT, NEGATIVE)[: 1 + (scale != 1)]]
     shape = (1, 16, 1, HEIGHT // 8, WIDTH // 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))

@@ -170,7 +170,7 @@ def test_lines_have_places_and_images_too(tmp_path: Path, start: Scene) -> None:
     assert_equal(latents_in(tmp_path / "made"), start.made((2, 7), ("a", None), ["a"]), "line")
 
 
-REFUSED = {
+REJECTED = {
     "no image": (["--one_frame_inference", "default"], "--control_image_path"),
     "fewer places": (["--one_frame_inference", "control_index=0", "TWO"], "2 control images"),
     "one place": (["--one_frame_inference", "target_index=0", "ONE"], "both at 0"),
@@ -183,9 +183,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", REJECTED)
 def test_what_cannot_be_is_refused(start: Scene, case: str) -> None:
-    words, message = REFUSED[case]
+    words, message = REJECTED[case]
     given = {"ONE": ["--control_image_path", "a.png"], "TWO": ["--control_image_path", "a.png", "b.png"]}
     options = [one for word in words for one in given.get(word, [word])]
     models = models_in(start.models)

@@ -20,8 +20,8 @@ from tests.parity.stable_diffusion import (
     pipeline,
     run_script,
     their_pixels,
+    write_image,
     write_mask,
-    write_picture,
 )
 
 PROMPT, NEGATIVE = "a red cat sits on a table", "blurred, ugly"
@@ -75,7 +75,7 @@ def test_pictures_equal_those_of_the_pipeline(
     files, given, there = files_of(model), [], {"width": SIZE, "height": SIZE}
     strength = 1.0 if (model, sampler) == ("sd1 painter", "ddim") else 0.6
     if task:
-        source = write_picture(tmp_path / "source.png", (90, 70))
+        source = write_image(tmp_path / "source.png", (90, 70))
         given += ["--image_path", source, "--strength", strength]
         there |= {"image": Image.open(source), "strength": strength}
     if task == "Img2Img":

@@ -21,8 +21,8 @@ from tests.parity.stable_diffusion import (
     pipeline,
     run_script,
     their_pixels,
+    write_image,
     write_mask,
-    write_picture,
 )
 from tests.stable_diffusion.test_highres import walk
 from tests.tiny.control_nets import control_net, write_control_net, write_lllite
@@ -168,7 +168,7 @@ def ours(
 
 
 def guide_in(folder: Path, size: tuple[int, int] = (96, 80)) -> Image.Image:
-    return Image.open(write_picture(folder / "guide.png", size, seed=5))
+    return Image.open(write_image(folder / "guide.png", size, seed=5))
 
 
 @pytest.mark.long
@@ -194,7 +194,7 @@ def test_it_ends_after_its_share_of_the_steps(files_of: FilesOf, tmp_path: Path)
 @pytest.mark.long
 def test_pictures_from_pictures(files_of: FilesOf, tmp_path: Path) -> None:
     files, guide = files_of("sd1"), guide_in(tmp_path, (SIZE, SIZE))
-    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    source = write_image(tmp_path / "source.png", (SIZE, SIZE))
     asked = {"image": Image.open(source), "strength": 0.6, "num_inference_steps": 5}
 
     wanted = theirs(files, "Img2Img", "ddim", control_image=guide, **asked)
@@ -206,7 +206,7 @@ def test_pictures_from_pictures(files_of: FilesOf, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_inpainting_with_a_checkpoint_for_it(files_of: FilesOf, tmp_path: Path) -> None:
     files, guide = files_of("sd1 painter"), guide_in(tmp_path, (SIZE, SIZE))
-    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    source = write_image(tmp_path / "source.png", (SIZE, SIZE))
     mask = write_mask(tmp_path / "mask.png", (SIZE, SIZE), (11, 5, 43, 50))
     asked = {"image": Image.open(source), "mask_image": Image.open(mask), "strength": 1.0}
 
@@ -220,7 +220,7 @@ def test_inpainting_with_a_checkpoint_for_it(files_of: FilesOf, tmp_path: Path) 
 def test_a_batch_with_two_guides_each_equals_single_pictures(files_of: FilesOf, tmp_path: Path) -> None:
     (tmp_path / "guides").mkdir()
     for number in range(4):
-        write_picture(tmp_path / "guides" / f"{number}.png", (SIZE, 72), seed=number)
+        write_image(tmp_path / "guides" / f"{number}.png", (SIZE, 72), seed=number)
     (tmp_path / "lines.txt").write_text("a cat --d 3\nthe sea --n ugly --d 4\n", encoding="utf-8")
     words = [
         *("--from_file", tmp_path / "lines.txt", "--sampler", "euler_a", "--steps", 3, "--W", 72, "--H", 56),

@@ -17,7 +17,7 @@ from tests.parity.training import (
 from tests.tiny.families import family_called
 
 RATE = 0.1
-WHOLE = (
+FULL = (
     *("krea2", "anima", "flux", "chroma", "lumina", "hunyuan_image"),
     *("flux_2", "flux_3", "qwen_image_21", "moss_image", "kontext"),
 )
@@ -25,7 +25,7 @@ DAILY = {"krea2"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in WHOLE]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in FULL]
 )
 def test_a_step_of_all_weights_equals_that_of_diffusers(tmp_path: Path, name: str) -> None:
     """Compared in diffusers' names, whose readers take the file; a resumed run ends with equal bytes."""
@@ -36,7 +36,7 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(tmp_path: Path, name: st
     if "--network_args" in words:
         words.remove("--network_args")
 
-    succeed_here(family.train_whole, *words, folder=tmp_path)
+    succeed_here(family.train_full, *words, folder=tmp_path)
 
     first, last = tmp_path / "out" / "lora-step00000001.safetensors", tmp_path / "out" / "lora.safetensors"
     network = case.network(load_file(tmp_path / "model" / "dit.safetensors")).requires_grad_(True)
@@ -46,6 +46,6 @@ def test_a_step_of_all_weights_equals_that_of_diffusers(tmp_path: Path, name: st
     assert_step_of_all_weights(before, after, changes_of_descent(network, loss, RATE), name)
 
     state = tmp_path / "out" / "lora-step00000001-state"
-    succeed_here(family.train_whole, *words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
+    succeed_here(family.train_full, *words, "--resume", state, "--output_dir", "resumed", folder=tmp_path)
     full, resumed = load_file(last), load_file(tmp_path / "resumed" / "lora.safetensors")
     assert all(torch.equal(resumed[key], weight) for key, weight in full.items())

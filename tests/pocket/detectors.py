@@ -34,7 +34,7 @@ STEADY = 0.6  # share of the frames in which the thing has to be found
 class Sighting:
     """The thing in one frame."""
 
-    centre: tuple[float, float]  # x, y in pixels
+    center: tuple[float, float]  # x, y in pixels
     shape: str | None  # None: like no form, or partly outside
     colour: str
 
@@ -160,7 +160,7 @@ def color_of(frame: Image, mask: Mask) -> str:
 def direction_of(sightings: Sequence[tuple[int, Sighting]]) -> str | None:
     """Where a straight line through the centres leads; None where it stands still or goes slantwise."""
     times = np.array([index for index, _ in sightings], dtype=float)
-    slopes = [float(np.polyfit(times, [seen.centre[axis] for _, seen in sightings], 1)[0]) for axis in (0, 1)]
+    slopes = [float(np.polyfit(times, [seen.center[axis] for _, seen in sightings], 1)[0]) for axis in (0, 1)]
     travel = np.array(slopes) * np.ptp(times)
     axis = int(np.argmax(np.abs(travel)))
     if abs(travel[axis]) < TRAVEL or abs(travel[axis]) < 2 * abs(travel[1 - axis]):

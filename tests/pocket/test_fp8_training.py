@@ -51,9 +51,9 @@ class Emulating:
         return getattr(self.family, name)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        assert placement.quantisation is not None
-        fp8 = dataclasses.replace(placement.quantisation, fp8_matmul=True, product=self.product)
-        return self.family.load_dit(dataclasses.replace(placement, quantisation=fp8), expert)
+        assert placement.quantization is not None
+        fp8 = dataclasses.replace(placement.quantization, fp8_matmul=True, product=self.product)
+        return self.family.load_dit(dataclasses.replace(placement, quantization=fp8), expert)
 
 
 def cached(folder: Path, clips: int, validation: int, batch_size: int) -> Path:

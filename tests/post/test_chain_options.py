@@ -117,7 +117,7 @@ def test_metadata_tell_a_tool_and_its_settings_but_no_folder() -> None:
 TOOL = [Same("swin")]
 
 
-def write_picture(path: Path) -> Path:
+def write_image(path: Path) -> Path:
     write_png(path, moving_square(1, 16, 16, 1)[0])
     return path
 
@@ -155,7 +155,7 @@ def test_results_do_not_lie_among_captioned_clips(tmp_path: Path) -> None:
 
 def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), tmp_path / "b.jpg")
+    chain = chain_of(TOOL, write_image(tmp_path / "a.png"), tmp_path / "b.jpg")
 
     jobs = plan_jobs(chain, Asked())
     log_suffix(chain, jobs)
@@ -175,7 +175,7 @@ def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_of_a_folder_all_videos_and_pictures_but_no_results(tmp_path: Path) -> None:
     for name in ("b.mp4", "a.mkv", "c_SWIN.mkv", "c_SWIN_.mkv", "d_SWIN_VFI.mp4"):
         write_clip(tmp_path / name, frames=1)
-    write_picture(tmp_path / "e.png")
+    write_image(tmp_path / "e.png")
     (tmp_path / "notes.txt").write_text("no video", encoding="utf-8")
     (tmp_path / "frames").mkdir()
     (tmp_path / ".f.mkv.00000000.tmp").write_bytes(b"")
@@ -198,7 +198,7 @@ def test_a_tool_between_pictures_takes_the_videos_and_animations_of_a_folder(tmp
     jobs = plan_jobs(chain_of(TOOL, tmp_path, needs_video=True), Asked())
 
     assert [job.source.name for job in jobs] == ["a.mp4", "b.3GP", "c.mts", "d.gif", "e.webp"]
-    assert not any(job.is_picture for job in jobs)
+    assert not any(job.is_image for job in jobs)
 
 
 @pytest.mark.parametrize("given", ["link.mkv", "hard.mkv"])
@@ -269,7 +269,7 @@ def test_yes_asks_nothing_and_nothing_to_do_ends_well(tmp_path: Path) -> None:
 
 
 def test_a_tool_between_pictures_refuses_a_single_one_before_it_looks_for_models(tmp_path: Path) -> None:
-    chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), needs_video=True)
+    chain = chain_of(TOOL, write_image(tmp_path / "a.png"), needs_video=True)
 
     with pytest.raises(OptionError, match="swin works between the pictures of a video"):
         run_chain(chain, Asked())

@@ -21,7 +21,7 @@ from modules.errors import CheckpointError, MemoryPlanError
 from post.contract import to_pixels, to_tensor
 from post.options import ToolNetworkOptions
 from post.streaming import read_ahead, write_behind
-from post.tiling import WHOLE, Fitting, Guarded, cut, network_dtype, pad_to_multiple, run_in_tiles
+from post.tiling import FULL, Fitting, Guarded, cut, network_dtype, pad_to_multiple, run_in_tiles
 from tests.waiting import PATIENCE
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
     caplog.set_level(logging.INFO)
     images = torch.rand(4, 3, 128, 160)
     network = Memory(80 * 80, error)
-    fitting = Fitting(CPU, 4, WHOLE, is_auto=True, overlap=16, factor=2)
+    fitting = Fitting(CPU, 4, FULL, is_auto=True, overlap=16, factor=2)
 
     made = fitting(network, images)
     tried = len(network.shapes)
@@ -114,13 +114,13 @@ def test_batches_then_tiles_are_halved_until_they_fit_which_is_remembered(
 
 @pytest.mark.parametrize("is_auto", [True, False])
 def test_what_never_fits_is_said(is_auto: bool) -> None:
-    fitting = Fitting(CPU, 1, WHOLE if is_auto else 96, is_auto, overlap=16)
+    fitting = Fitting(CPU, 1, FULL if is_auto else 96, is_auto, overlap=16)
     with pytest.raises(MemoryPlanError, match=r"too little memory even for \d+ x \d+ pixels .*\n.*--tile"):
         fitting(Memory(10, ERRORS[0]), torch.rand(1, 3, 128, 160))
 
 
 def test_what_follows_the_network_may_run_out_of_memory_too() -> None:
-    fitting = Fitting(CPU, 4, WHOLE, is_auto=True, overlap=16)
+    fitting = Fitting(CPU, 4, FULL, is_auto=True, overlap=16)
     seen = []
 
     def finish(made: Tensor) -> Tensor:

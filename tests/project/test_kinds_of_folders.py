@@ -82,7 +82,7 @@ def write_ansi(folder: Path) -> None:
         path.with_suffix(".txt").write_bytes(GERMAN.encode("cp1252"))
 
 
-def write_sounds(folder: Path) -> None:
+def write_audios(folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(3):
         write_media(folder / f"bell {number}.wav", Track(at=(0.5,), codec="pcm_s16le"), frames=0)
@@ -115,7 +115,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "ansi": write_ansi,
     "nested": write_nested,
     "no captions": lambda folder: write_photos(folder, captions=False),
-    "sounds": write_sounds,
+    "sounds": write_audios,
     "heard": write_heard,
 }
 NEEDS_PAIRS = {
@@ -713,7 +713,7 @@ def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
 )
 def test_what_new_cannot_describe_has_a_remedy(words: str, told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "set")
-    write_sounds(tmp_path / "bells")
+    write_audios(tmp_path / "bells")
     assert_one_message(*run_here("new_project.py", *words.split(), folder=tmp_path), told)
 
 

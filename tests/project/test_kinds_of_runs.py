@@ -155,7 +155,7 @@ def test_edges_that_are_drawn_leave_other_folders_alone(tmp_path: Path) -> None:
 # ten mistakes, each with the sentence that it gets
 
 
-def assert_refused(folder: Path, *words: str, told: str) -> None:
+def assert_rejected(folder: Path, *words: str, told: str) -> None:
     answer = run_here("new_project.py", folder.name, *words, "--memory", "24", folder=folder.parent)
     assert_one_message(*answer, told)
     assert not (folder / RUN_FILE).exists()
@@ -186,7 +186,7 @@ SD_XL = ("--family", "sd", "--task", "xl")
 )
 def test_a_mistake_gets_a_sentence(words: list[str], told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
-    assert_refused(tmp_path / "p", *words, told=told)
+    assert_rejected(tmp_path / "p", *words, told=told)
 
 
 @pytest.mark.parametrize("word", ["MrsFluff", "two words"])
@@ -213,7 +213,7 @@ print("loaded", sorted(sys.modules.keys() & {{"stable_diffusion.family", "diffus
 
 def test_an_empty_folder_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
-    assert_refused(tmp_path / "p", *SD_XL, "--train", "lllite", told="has no clip and no picture")
+    assert_rejected(tmp_path / "p", *SD_XL, "--train", "lllite", told="has no clip and no picture")
 
 
 def test_faults_of_pairs_come_before_the_command_that_trains(tmp_path: Path) -> None:

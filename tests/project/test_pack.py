@@ -270,7 +270,7 @@ def test_half_a_copy_is_refused_wherever_it_ends(folder: Path, tmp_path: Path) -
 def test_a_long_list_of_members_is_not_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zip_files, "MOST_LISTED_BYTES", 200)
+    monkeypatch.setattr(zip_files, "MAX_LISTED_BYTES", 200)
     with pytest.raises(OptionError, match="list of files is too long"):
         unpack_folder(UnpackOptions(file=pack(folder), folder=tmp_path / "new"))
 

@@ -166,10 +166,10 @@ def test_a_run_goes_on_without_unreadable_files_alone(
 
 
 def test_a_command_on_another_drive_is_typed_by_its_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> str:
+    def reject(*_: object) -> str:
         raise ValueError("path is on mount 'D:', start on mount 'C:'")
 
-    monkeypatch.setattr(os.path, "relpath", refuse)
+    monkeypatch.setattr(os.path, "relpath", reject)
     words = ["python", "wan_train_network.py"]
     assert running.typed_in(words, Path("clips")) == as_typed(["python", str(ROOT / "wan_train_network.py")])
 

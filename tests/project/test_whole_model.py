@@ -10,7 +10,7 @@ import pytest
 
 from downloads.catalogue import ModelSet
 from modules.text_files import parse_toml
-from project.kinds.whole_model import FORMS, WHOLE
+from project.kinds.whole_model import FORMS, FULL
 from project.options import RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.faults.messages import assert_one_message, run_here
@@ -20,7 +20,7 @@ from training.config_options import OTHERS_TABLE
 # one model of each script, that learns pictures
 MODELS: dict[Path, ModelSet] = {}
 for _model in find_models():
-    _script = WHOLE.find_script(_model)
+    _script = FULL.find_script(_model)
     takes_photos = not _model.data.get("from_image") and _model.task != "av"  # which needs sound
     if _script is not None and _model.data["fp8"] and takes_photos:
         MODELS.setdefault(_script, _model)

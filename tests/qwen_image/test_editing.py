@@ -104,8 +104,8 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
     texts = prepared.prompts[0]
     found = [texts.positive, texts.negative, texts.blank, texts.away]
     assert [one.pictures for one in found if one is not None] == [paths] * 4
-    assert fitted.prompts[0].positive.picture_size == (96, 64)
-    assert texts.positive.picture_size is None
+    assert fitted.prompts[0].positive.image_size == (96, 64)
+    assert texts.positive.image_size is None
     # a size that is not said: a megapixel in the shape of the last picture
     assert (prepared.width, prepared.height) == official_size((48, 96), MEGAPIXEL)
 
@@ -309,7 +309,7 @@ def test_latents_of_the_version_that_read_other_pixels_are_refused_and_made_anew
     paths = sorted((tmp_path / "cache").glob("*_qie.safetensors"))
     right = [path.read_bytes() for path in paths]
     for path in paths:
-        header = read_entry(path, is_whole=False)
+        header = read_entry(path, is_full=False)
         record = latent_record(header)
         assert record is not None
         record = replace(record, encoder={"vae": record.encoder["vae"]})

@@ -16,7 +16,7 @@ from tests.tiny.wan_encoders import vae_tensors
 SCRIPT = "qwen_extract_lora.py"
 FILES = ("--model_org", "model.safetensors", "--model_tuned", "tuned.safetensors")
 OUTPUT = ("--save_to", "lora.safetensors")
-WHOLE = ("--clamp_quantile", "1")
+FULL = ("--clamp_quantile", "1")
 
 
 def matrices(state: dict[str, Tensor]) -> list[str]:
@@ -60,7 +60,7 @@ def module(name: str) -> str:
 def test_a_difference_of_low_rank_comes_back_and_makes_the_tuned_model(tmp_path: Path) -> None:
     state, tuned = write(tmp_path, rank=2)
 
-    succeed_here(SCRIPT, *FILES, *OUTPUT, *WHOLE, "--dim", 3, folder=tmp_path)
+    succeed_here(SCRIPT, *FILES, *OUTPUT, *FULL, "--dim", 3, folder=tmp_path)
 
     found = products(tmp_path / "lora.safetensors")
     assert found.keys() == {module(name) for name in matrices(state)}

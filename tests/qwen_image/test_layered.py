@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contract.data import CONTROL, Batch, MediaBatch
 from contract.requests import Prepared, Request
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from generation.progress import show_start
 from generation.run import check_latents
 from modules.errors import CacheError, CheckpointError, OptionError
@@ -180,7 +180,7 @@ def test_the_picture_of_a_training_is_its_first_frame_and_may_be_left_out_of_wha
 
     full = family.predict(dit, noisy, times, cond)
     given = torch.cat([latents[:, :, :1], noisy[:, :, 1:]], dim=2)
-    rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Tweaks(given_frames=1))
+    rest = replace(family, layers_alone=True).predict(dit, given, times, cond, Overrides(given_frames=1))
 
     torch.testing.assert_close(cond[CONTROL], latents[:, :, :1])
     expected = family.predict(dit, noisy[:, :, 1:], times, cond)

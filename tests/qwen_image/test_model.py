@@ -7,7 +7,7 @@ import torch
 
 from checkpoints.stored.forms import stored_in
 from contract.loading import Placement
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from qwen_image.family import QwenImage
 from qwen_image.files import QwenImageFiles
 from tests.parity.running import assert_equal
@@ -54,7 +54,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_modulation_is_stored_in_4_bits_but_not_in_8(form: str, expected: list[str], tmp_path: Path) -> None:
     files = QwenImageFiles(write_dit(tmp_path, tiny_state(num_layers=2)))
     dit = QwenImage(files).load_dit(
-        Placement(torch.device("cpu"), quantisation=Quantisation("rows", form=form))
+        Placement(torch.device("cpu"), quantization=Quantization("rows", form=form))
     )
 
     stored = [name for name, part in dit.named_modules() if stored_in(part) is not None]

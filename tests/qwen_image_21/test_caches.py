@@ -25,7 +25,7 @@ from qwen_image_21.caches import (
     add_hashes,
     check_references,
     check_states,
-    hash_pictures,
+    hash_images,
 )
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.foreign_caches import train_with_and_without_records
@@ -69,11 +69,11 @@ def test_hashes_are_those_of_the_known_tuner_also_without_alpha(tmp_path: Path) 
     clear = random_image(tmp_path / "a.png", 5, 3)
     plain = random_image(tmp_path / "b.png", 4, 6, "RGB")
 
-    hashes = hash_pictures([torch.from_numpy(np.array(image)) for image in (clear, plain)])
+    hashes = hash_images([torch.from_numpy(np.array(image)) for image in (clear, plain)])
 
     assert hashes.dtype == torch.uint8
     assert hashes.tolist() == [hash_of(clear), hash_of(plain)]
-    assert hash_pictures([]).shape == (0, 32)
+    assert hash_images([]).shape == (0, 32)
 
 
 def test_each_picture_of_a_batch_gets_the_hashes_of_its_own_references() -> None:
@@ -84,7 +84,7 @@ def test_each_picture_of_a_batch_gets_the_hashes_of_its_own_references() -> None
     entries = add_hashes([[CacheEntry({"latents": torch.zeros(1)})] for _ in range(2)], media)
 
     for index, (entry,) in enumerate(entries):
-        assert torch.equal(entry.tensors[HASHES], hash_pictures([control[index, 0]]))
+        assert torch.equal(entry.tensors[HASHES], hash_images([control[index, 0]]))
         assert entry.variable == {HASHES}
 
 

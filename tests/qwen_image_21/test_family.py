@@ -248,7 +248,7 @@ def test_other_spellings_of_the_dtype_exclude_each_other() -> None:
         options_of("--prompt", "x", "--dtype", "float32", "--dit_dtype", "bfloat16")
 
 
-def refuse(folder: Path, script: str, *words: object, told: Sequence[object]) -> None:
+def reject(folder: Path, script: str, *words: object, told: Sequence[object]) -> None:
     assert_one_message(*run_here(script, *words, folder=folder), *told)
 
 
@@ -299,7 +299,7 @@ def test_what_cannot_be_used_is_one_message(
 ) -> None:
     if spoil is not None:
         spoil(project)
-    refuse(project, *MAKE, *words, told=told)
+    reject(project, *MAKE, *words, told=told)
 
 
 def test_a_file_of_it_is_refused_by_the_scripts_of_qwen_image(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_file_of_it_is_refused_by_the_scripts_of_qwen_image(tmp_path: Path) ->
     other.prepare(tmp_path)
     save_file(tiny_state(), tmp_path / "model" / "dit.safetensors")
     words = ("--prompt", "x", "--save_path", "o")
-    refuse(
+    reject(
         tmp_path, *other.generate, *words, told=["looks like a Qwen-Image-2.1 transformer", "qwen_image_21_"]
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.steps import Turn, Tweaks
+from contract.steps import Overrides, Turn
 from modules.compile_options import Compilation
 from qwen_image_21.configs import default_axes
 from qwen_image_21.model import Prefix, QwenImage21Model, order_prefixes
@@ -97,15 +97,17 @@ def test_what_precedes_the_picture_is_computed_once_for_all_steps() -> None:
         asked = {**given, **changes}
         plain = model(**asked, references=references)
         counts.clear()
-        tweaks = Tweaks(section_cache=memory, turn=Turn(step, 2, 1.0, next_timestep=0.0, which="a pass"))
-        assert_equal(model(**asked, references=references, tweaks=tweaks), plain, "velocity", 1e-5)
+        overrides = Overrides(
+            section_cache=memory, turn=Turn(step, 2, 1.0, next_timestep=0.0, which="a pass")
+        )
+        assert_equal(model(**asked, references=references, overrides=overrides), plain, "velocity", 1e-5)
         prefix = 9 + 8 + 12
         assert counts == [prefix, 24][step:]
-    skipping = Tweaks(
+    skipping = Overrides(
         section_cache=memory, turn=Turn(2, 3, 1.0, next_timestep=0.0, which="b"), skip_blocks=frozenset({1})
     )
     counts.clear()
-    model(**given, references=references, tweaks=skipping)
+    model(**given, references=references, overrides=skipping)
     assert counts == [prefix + 24]
     assert not any(attention.remembered for attention in model.attentions())
 

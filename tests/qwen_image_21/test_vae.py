@@ -119,15 +119,15 @@ def test_pixels_without_alpha_are_opaque_and_bytes_are_numbers(tmp_path: Path) -
 
 def test_statistics_stay_in_float32_and_come_from_the_config_of_the_folder(tmp_path: Path) -> None:
     config = replace(vae_config(), mean=(0.5,) * 64, deviation=(2.0,) * 64)
-    stated = load_vae(write_vae_folder(tmp_path / "folder", config), CPU, torch.bfloat16)
+    declared = load_vae(write_vae_folder(tmp_path / "folder", config), CPU, torch.bfloat16)
     released = load_vae(write_vae(tmp_path / "vae.safetensors"), CPU, torch.bfloat16)
     pixels = tiny_pixels(32, 32)
 
     mean, deviation = statistics(vae_config())
     means = released.encode(pixels) * deviation + mean
 
-    assert (stated.dtype, stated.encode(pixels).dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(stated.encode(pixels), (means - 0.5) / 2, rtol=1e-5, atol=1e-5)
+    assert (declared.dtype, declared.encode(pixels).dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(declared.encode(pixels), (means - 0.5) / 2, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])

@@ -13,7 +13,7 @@ from checkpoints.stored.int8 import Int8
 from checkpoints.stored.nf4 import Nf4
 from modules.compile_options import Compilation
 from modules.errors import OptionError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from running.compile import check_compilation, compile_blocks
 from running.offload.checkpointing import checkpoint_blocks, offload_to_host
 from tests.tiny.dits import DITS, ONE_OF_EACH, TinyDit, gradients
@@ -98,7 +98,7 @@ def test_learning_blocks_share_theirs_when_sizes_and_dropout_change(tiny: TinyDi
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
-    [Fp8(Quantisation("rows")), Fp8(Quantisation("rows", float32_linear=True)), Int8(), Nf4()],
+    [Fp8(Quantization("rows")), Fp8(Quantization("rows", float32_linear=True)), Int8(), Nf4()],
     ids=["fp8", "float32", "int8", "nf4"],
 )
 @pytest.mark.parametrize("tiny", ONE_OF_EACH, ids=lambda dit: dit.name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from running.offload.checkpointing import checkpoint_blocks
 from running.run_blocks import Hidden, runner_of, set_runner, spec_of
 from tests.modules.swap_cases import CASES, Case, swapped
@@ -36,13 +36,13 @@ def leave_out(dit: nn.Module, positions: frozenset[int]) -> None:
     """Have every pass leave out these blocks too."""
     inner = runner_of(dit)
 
-    def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        inner(dit, hidden, Tweaks(skip_blocks=tweaks.skip_blocks | positions))
+    def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+        inner(dit, hidden, Overrides(skip_blocks=overrides.skip_blocks | positions))
 
     set_runner(dit, run)
 
 
-def run_beside_the_seam(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def run_beside_the_seam(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     """What a model would do whose forward had a loop of its own."""
     for block in all_blocks(dit):
         hidden.x = block(hidden.x, hidden.tokens)
@@ -53,16 +53,16 @@ def run_beside_the_seam(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
 def test_blocks_are_skipped_by_a_runner_or_by_the_call_alike(case: Case) -> None:
     both, one = frozenset({0, 3}), frozenset({3})
     by_call, by_runner = case.make().eval(), case.make().eval()
-    expected = by_call(**case.inputs(1), tweaks=Tweaks(skip_blocks=both))
+    expected = by_call(**case.inputs(1), overrides=Overrides(skip_blocks=both))
     leave_out(by_runner, frozenset({0}))
     ran = count_blocks(by_runner)
 
-    assert torch.equal(by_runner(**case.inputs(1), tweaks=Tweaks(skip_blocks=one)), expected)
+    assert torch.equal(by_runner(**case.inputs(1), overrides=Overrides(skip_blocks=one)), expected)
     assert ran == [position for position in range(sum(case.blocks)) if position not in both]
     for dit in (by_call, by_runner):
         assert not torch.equal(dit(**case.inputs(1)), expected)
     set_runner(by_runner, run_beside_the_seam)
-    assert not torch.equal(by_runner(**case.inputs(1), tweaks=Tweaks(skip_blocks=one)), expected)
+    assert not torch.equal(by_runner(**case.inputs(1), overrides=Overrides(skip_blocks=one)), expected)
 
 
 DRESSES: dict[str, Callable[[nn.Module, Case], object]] = {

@@ -138,7 +138,7 @@ class PlainMaker:
         return [image for batch in self.batches for image in batch]
 
 
-def write_picture(path: Path, size: tuple[int, int] = (20, 30), **texts: str) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (20, 30), **texts: str) -> Path:
     """Write a PNG with texts; names have - in place of _."""
     chunks = PngInfo()
     for name, text in texts.items():

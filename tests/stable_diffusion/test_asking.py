@@ -13,7 +13,7 @@ from stable_diffusion.contract import SD1, SDXL, AskedImage, ImageSettings, Mode
 from stable_diffusion.lines import Inputs, Line, find_inputs
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.sampling_options import DeepShrinkOptions, GradualLatentOptions, SizeOptions
-from tests.stable_diffusion.loaded import options, write_picture
+from tests.stable_diffusion.loaded import options, write_image
 
 A = Line("the prompt", "a cat")
 NONE = Inputs()
@@ -157,8 +157,8 @@ def test_what_does_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_pictures_of_a_folder_are_used_in_turn(tmp_path: Path) -> None:
     for name in "cab":
-        write_picture(tmp_path / "in" / f"{name}.png", size=(45, 30))
-    mask = write_picture(tmp_path / "mask.png")
+        write_image(tmp_path / "in" / f"{name}.png", size=(45, 30))
+    mask = write_image(tmp_path / "mask.png")
     asked = options(
         *("--image_path", tmp_path / "in", "--mask_path", mask, "--images_per_prompt", 2, "--prompt", "x")
     )
@@ -170,7 +170,7 @@ def test_pictures_of_a_folder_are_used_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_size_that_is_asked_for_goes_before_that_of_the_picture(tmp_path: Path) -> None:
-    image = write_picture(tmp_path / "a.png", size=(45, 30))
+    image = write_image(tmp_path / "a.png", size=(45, 30))
     asked = options("--image_path", image, "--prompt", "x", "--W", 64)
     (found,) = ask(asked, A, inputs=find_inputs(asked.prompts, 0))
     assert (found.settings.width, found.settings.height) == (64, 24)
@@ -178,8 +178,8 @@ def test_a_size_that_is_asked_for_goes_before_that_of_the_picture(tmp_path: Path
 
 def test_each_picture_takes_as_many_guides_as_there_are_control_nets(tmp_path: Path) -> None:
     for name in "abcde":
-        write_picture(tmp_path / "in" / f"{name}.png")
-    single = write_picture(tmp_path / "z.png")
+        write_image(tmp_path / "in" / f"{name}.png")
+    single = write_image(tmp_path / "z.png")
     prompts = options(
         *("--guide_image_path", tmp_path / "in", single, "--control_net_models", "a", "b")
     ).prompts

@@ -66,7 +66,7 @@ class Project:
 
 
 def project(kind: str, folder: Path) -> Project:
-    stable_diffusion.write_picture(folder / "guide.png", (SIZE, SIZE), 3)
+    stable_diffusion.write_image(folder / "guide.png", (SIZE, SIZE), 3)
     write_vgg16(folder / "vgg16.pth")
     return Project(folder, stable_diffusion.write_files(kind, folder), write_clip(folder / "clip"))
 

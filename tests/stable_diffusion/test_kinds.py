@@ -170,7 +170,7 @@ VIT_H = ClipTextConfig(49408, 77, 1024, 4096, 16, 24, "gelu")
 BIG_G = ClipTextConfig(49408, 77, 1280, 5120, 20, 32, "gelu")
 TENSORS = {"sd1": 686, "sd2": 686, "sdxl": 1680}  # of the U-Net
 # heads of the U-Net's levels, layers of each text encoder, parameters of the U-Net
-FACTS = {
+INFO = {
     "sd1": ({8}, [12], 859_520_964),
     "sd2": ({5, 10, 20}, [23], 865_910_724),
     "sdxl": ({10, 20}, [12, 32], 2_567_463_684),
@@ -220,7 +220,7 @@ def test_a_released_file_is_recognised_and_fits_as_a_whole(kind: str, tmp_path: 
     }
     found = {name: model.unet.config[name] for name in theirs}
     assert found == theirs
-    heads, layers, parameters = FACTS[kind]
+    heads, layers, parameters = INFO[kind]
     firsts = [name for name, _ in model.unet.named_modules() if name.endswith("transformer_blocks.0.attn1")]
     assert {model.unet.get_submodule(name).heads for name in firsts} == heads
     assert [tower.network.num_layers for tower in model.texts] == layers

@@ -27,7 +27,7 @@ from stable_diffusion.run import ImageFiles
 from stable_diffusion.sampling_options import SizeOptions
 from stable_diffusion.starting import encode_pixels, to_image, to_pixels
 from stable_diffusion.text import Texts
-from tests.parity.stable_diffusion import generators, their_scheduler, write_picture
+from tests.parity.stable_diffusion import generators, their_scheduler, write_image
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1
 
 SIZE, STEPS = 32, 3
@@ -126,7 +126,7 @@ def load_like(maker: Maker, recorder: Recorder, multiples: str) -> Maker:
 
 
 def test_no_strength_keeps_the_picture(maker: Maker, tmp_path: Path) -> None:
-    source = write_picture(tmp_path / "source.png", (SIZE, SIZE))
+    source = write_image(tmp_path / "source.png", (SIZE, SIZE))
     recorder = Recorder()
     made = replace(maker, ideas=[recorder]).make([picture(3, replace(SETTINGS, strength=0.0), image=source)])
 

@@ -221,11 +221,11 @@ def test_check_and_plan_know_the_word(folder: Path) -> None:
     code, told = run_here("train_network.py", *words, "--check", folder=folder, printed=printed)
     succeed_here("train_network.py", *words, "--plan", "--embedding_vectors", "75", folder=folder)
     further = ["--check", "--train_embedding", "blob"]
-    refused_code, _ = run_here("train_network.py", *words, *further, folder=folder, printed=printed)
+    rejected_code, _ = run_here("train_network.py", *words, *further, folder=folder, printed=printed)
 
     assert code == 0, told
     assert f"1 of 3 captions lack the word {WORD}" in printed.getvalue()
-    assert refused_code != 0
+    assert rejected_code != 0
     assert "no caption has this word" in printed.getvalue()
     for further, reason in (
         (["--train_embedding", "a"], "--train_embedding a: the text encoder knows this word already"),

@@ -14,7 +14,7 @@ from stable_diffusion.training_files import number_blocks
 from tests.tiny.stable_diffusion import TEXT_DIM, WRITERS
 from tests.training.planning.test_rehearsal import CHECKPOINTED, GIVEN, assert_takes_what_was_predicted, noisy
 from training.image_options import CHECKPOINT_TRAINER, read_image_training
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
 from training.planning.memory import predict
@@ -41,7 +41,7 @@ def test_a_step_of_a_unet_takes_what_was_predicted(
 
 def read_training(kind: str, model: Path, *words: str) -> tuple[sd.StableDiffusion, TrainingOptions]:
     typed = ["--pretrained_model_name_or_path", str(model), *GIVEN, *words]
-    options, own, _ = read_image_training("", RECORDS[kind], CHECKPOINT_TRAINER, typed, WholeDitOptions)
+    options, own, _ = read_image_training("", RECORDS[kind], CHECKPOINT_TRAINER, typed, FullDitOptions)
     return sd.family_for_training(KINDS[kind], own), options
 
 

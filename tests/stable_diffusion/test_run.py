@@ -11,7 +11,7 @@ import torch
 from modules.errors import MemoryPlanError, OptionError, UserError
 from modules.media.reading import read_tags
 from stable_diffusion.run import generate, viewer_command
-from tests.stable_diffusion.loaded import PlainMaker, options, write_picture
+from tests.stable_diffusion.loaded import PlainMaker, options, write_image
 
 SIZE = ("--W", 16, "--H", 16)
 
@@ -114,9 +114,9 @@ def test_too_little_memory_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_the_metadata_of_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_picture(tmp_path / "in" / "a.png", prompt="first {x|y}", negative_prompt="bad")
-    write_picture(tmp_path / "in" / "b.png")
-    write_picture(tmp_path / "in" / "c.png", prompt="third")
+    write_image(tmp_path / "in" / "a.png", prompt="first {x|y}", negative_prompt="bad")
+    write_image(tmp_path / "in" / "b.png")
+    write_image(tmp_path / "in" / "c.png", prompt="third")
     maker = run(tmp_path, "--image_path", tmp_path / "in", "--use_original_file_name")
     assert [(one.prompt, one.negative_prompt) for one in maker.pictures] == [
         ("first {x|y}", "bad"),
@@ -127,14 +127,14 @@ def test_prompts_come_from_the_metadata_of_pictures(tmp_path: Path, caplog: pyte
 
 
 def test_pictures_without_prompts_are_an_error(tmp_path: Path) -> None:
-    image = write_picture(tmp_path / "a.png")
+    image = write_image(tmp_path / "a.png")
     with pytest.raises(OptionError, match="There is no prompt"):
         run(tmp_path, "--image_path", image)
 
 
 def test_pictures_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in "abc":
-        write_picture(tmp_path / "in" / f"{name}.png")
+        write_image(tmp_path / "in" / f"{name}.png")
     with caplog.at_level(logging.WARNING):
         run(tmp_path, "--image_path", tmp_path / "in", "--prompt", "x")
     assert "2 pictures of --image_path were not used" in caplog.text

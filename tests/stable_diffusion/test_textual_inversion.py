@@ -178,7 +178,7 @@ LAYERS = {
     "OUT05": "up_blocks.1.attentions.2",
 }
 PROMPT, AVOIDED = "a (blob:1.3) cat", "ugly blob1"
-PICTURE = AskedImage("line 1", PROMPT, AVOIDED, 5, ImageSettings(SIZE, SIZE, STEPS, SCALE), "")
+IMAGE = AskedImage("line 1", PROMPT, AVOIDED, 5, ImageSettings(SIZE, SIZE, STEPS, SCALE), "")
 
 
 def load_with(folder: Path, option: str, rows: Mapping[str, Tensor]) -> Maker:
@@ -191,7 +191,7 @@ def all_of(rows: Tensor) -> dict[str, Tensor]:
 
 
 def make(maker: Maker, *pictures: AskedImage) -> Tensor:
-    return maker.make(pictures or [PICTURE], wants_images=False).latents
+    return maker.make(pictures or [IMAGE], wants_images=False).latents
 
 
 def test_released_models_have_sixteen_of_them() -> None:
@@ -250,9 +250,9 @@ def test_equal_vectors_are_ordinary_textual_inversion(tmp_path: Path) -> None:
     rows = vectors(seed=1)
     extended = load_with(tmp_path / "a", "--XTI_embeddings", all_of(rows))
     default = load_with(tmp_path / "b", "--textual_inversion_embeddings", {"emb_params": rows})
-    parts = replace(PICTURE, prompt="a blob AND a dog", settings=replace(PICTURE.settings, parts=2))
-    plain = replace(PICTURE, prompt="a dog", negative_prompt="")
-    for image in (PICTURE, parts, plain, PICTURE):
+    parts = replace(IMAGE, prompt="a blob AND a dog", settings=replace(IMAGE.settings, parts=2))
+    plain = replace(IMAGE, prompt="a dog", negative_prompt="")
+    for image in (IMAGE, parts, plain, IMAGE):
         assert torch.allclose(make(extended, image), make(default, image), rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(module) for module in extended.model.unet.modules())
 
@@ -262,10 +262,10 @@ BOTH = (False, True)
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> str:
+    def reject(*_: Any, **__: Any) -> str:
         raise OSError("no network")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", reject)
 
 
 def test_an_exclamation_mark_is_a_word_and_no_padding(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class TinyFamily:
     another_run: Command
     changed_habit: Command  # options that a resumed run may change, with a warning
     # the script that trains the transformer itself, with the models of `train`; "": there is none
-    train_whole: str
+    train_full: str
     sample_line: str = "a cat --w 32 --h 32 --f 5 --d 7 --s 2 --fs 5 --l 3"
 
 
@@ -104,7 +104,7 @@ def _wan(
         generate=["wan_generate_video.py", *models, *media, *LENGTH],
         another_run=["--task", "t2v-14B"] if task == "t2v-1.3B" else [],
         changed_habit=["--rope_func", "comfy"],
-        train_whole="wan_train.py",
+        train_full="wan_train.py",
         sample_line=f"{TinyFamily.sample_line} {line}".strip(),
     )
 
@@ -126,20 +126,20 @@ def _hunyuan(name: str, kind: str, *, caching: Command, media: Command, line: st
         generate=["hv_generate_video.py", *models, *media, "--negative_prompt", "dull", *LENGTH],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="hv_train.py",
+        train_full="hv_train.py",
         sample_line=f"{TinyFamily.sample_line} --n dull {line}".strip(),
     )
 
 
 def _framepack(
-    name: str, *, switches: Command, media: Command, line: str = "", is_picture: bool = False
+    name: str, *, switches: Command, media: Command, line: str = "", is_image: bool = False
 ) -> TinyFamily:
     """Sections are one latent frame long: clips of 5 and 9 frames have one and two."""
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
         write_tiny_framepack(folder / "model")
         write_image(folder / "start.png", 32, 32)
-        if is_picture:
+        if is_image:
             write_images(folder / "clips", folder / "control")
             write_image_dataset(folder, batch_size=2)
         else:
@@ -149,7 +149,7 @@ def _framepack(
     image_encoder = ["--image_encoder", "model/siglip.safetensors"]
     models = ["--dit", "model/dit.safetensors", *VAE, *TWO_TEXTS, *image_encoder]
     models += ["--latent_window_size", "1"]
-    shared = [] if is_picture else switches  # a picture is asked for by its own options
+    shared = [] if is_image else switches  # a picture is asked for by its own options
     habits = {"": ["--f1"], "--f1": ["--one_frame"]}
     return TinyFamily(
         name=name,
@@ -160,7 +160,7 @@ def _framepack(
         generate=["fpack_generate_video.py", *models, *shared, *media, *START, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=habits.get(" ".join(switches), ["--guidance_scale", "5"]),
-        train_whole="fpack_train.py",
+        train_full="fpack_train.py",
         sample_line=f"a cat --w 32 --h 32 --f 9 --d 7 --s 2 --l 3 --n dull --i start.png {line}".strip(),
     )
 
@@ -201,13 +201,13 @@ def _ltx_2(name: str, mode: str, version: str) -> TinyFamily:
         + ["--negative_prompt", "dull", "--video_length", "9", "--flow_shift", "5"],
         another_run=["--lora_target_preset", "full"],
         changed_habit=["--audio_loss_weight", "2"],
-        train_whole="ltx2_train.py" if mode == "av" else "",
+        train_full="ltx2_train.py" if mode == "av" else "",
         sample_line="a cat --w 32 --h 32 --f 9 --d 7 --s 2 --fs 5 --l 3 --n dull --i start.png"
         + (" --v references/clip 0.mp4" if has_references else ""),
     )
 
 
-def _pictures(
+def _images(
     name: str,
     scripts: str,
     lora: str,
@@ -242,7 +242,7 @@ def _pictures(
         generate=[f"{scripts}_generate_image.py", dit, *models, *making, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=["--dit_dtype", "bfloat16"],
-        train_whole="",
+        train_full="",
         sample_line=f"a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull {line}".strip(),
     )
     return replace(default, **others)
@@ -251,12 +251,12 @@ def _pictures(
 def _flux(name: str, kind: str) -> TinyFamily:
     clip = [] if kind == "chroma" else ["--clip_l", "model/clip_l.safetensors"]
     mask = ["--model_type", "chroma", "--apply_t5_attn_mask"] if kind == "chroma" else []
-    made = _pictures(
+    made = _images(
         *(name, "flux", "lora_flux", lambda folder: write_tiny_flux(folder / "model", kind)),
         vae=["--ae", "model/ae.safetensors"],
         texts=[*clip, "--t5xxl", "model/t5xxl_fp16.safetensors", *mask],
         training=["--sdpa", "--model_prediction_type", "raw", "--network_train_unet_only"],
-        train_whole="flux_train.py",
+        train_full="flux_train.py",
     )
     first, _, *train = made.train
     return replace(made, train=[first, "--pretrained_model_name_or_path", *train])
@@ -294,14 +294,14 @@ def _kontext() -> TinyFamily:
         write_references(folder)
 
     texts = ["--text_encoder1", "model/t5xxl_fp16.safetensors", "--text_encoder2", "model/clip_l.safetensors"]
-    return _pictures(
+    return _images(
         *("kontext", "flux_kontext", "lora_flux", write),
         vae=["--vae", "model/ae.safetensors"],
         texts=texts,
         training=["--sdpa", "--no_resize_control"],
         making=["--control_image_path", "start.png", "--no_resize_control"],
         line="--ci start.png",
-        train_whole="flux_kontext_train.py",
+        train_full="flux_kontext_train.py",
     )
 
 
@@ -313,7 +313,7 @@ def _flux_2() -> TinyFamily:
         write_references(folder, ("_0", "_1"))
         write_image(folder / "end.png", 32, 48)
 
-    return _pictures(
+    return _images(
         *("flux_2", "flux_2", "lora_flux_2", write),
         vae=VAE,
         texts=TEXTS,
@@ -321,7 +321,7 @@ def _flux_2() -> TinyFamily:
         making=["--control_image_path", "start.png", "end.png"],
         line="--ci start.png --ci end.png",
         another_run=["--model_version", "klein-4b"],
-        train_whole="flux_2_train.py",
+        train_full="flux_2_train.py",
     )
 
 
@@ -333,18 +333,18 @@ def _flux_3() -> TinyFamily:
         write_references(folder, ("_0", "_1"))
         write_image(folder / "end.png", 32, 48)
 
-    return _pictures(
+    return _images(
         *("flux_3", "flux_3", "lora_flux_3", write),
         vae=VAE,
         texts=TEXTS,
         making=["--control_image_path", "start.png", "end.png"],
         line="--ci start.png --ci end.png",
-        train_whole="flux_3_train.py",
+        train_full="flux_3_train.py",
     )
 
 
 def _lumina() -> TinyFamily:
-    return _pictures(
+    return _images(
         *("lumina", "lumina", "lora_lumina", lambda folder: write_tiny_lumina(folder / "model")),
         dit="--pretrained_model_name_or_path",
         vae=["--ae", "model/ae.safetensors"],
@@ -352,20 +352,20 @@ def _lumina() -> TinyFamily:
         training=["--network_train_unet_only"],
         making=["--flow_shift", "5"],
         line="--fs 5",
-        train_whole="lumina_train.py",
+        train_full="lumina_train.py",
     )
 
 
 def _anima() -> TinyFamily:
     """Anima, whose scripts call the text encoder's file otherwise in training and generation."""
     texts = ["--qwen3", "model/text_encoder", "--t5_tokenizer_path", "model/t5_tokenizer"]
-    return _pictures(
+    return _images(
         *("anima", "anima", "lora_anima", lambda folder: write_tiny_anima(folder / "model")),
         dit="--pretrained_model_name_or_path",
         vae=VAE,
         texts=texts,
         training=["--network_train_unet_only"],
-        train_whole="anima_train.py",
+        train_full="anima_train.py",
     )
 
 
@@ -377,14 +377,14 @@ def _qwen_image(version: str = "") -> TinyFamily:
         if version:
             write_references(folder)
 
-    return _pictures(
+    return _images(
         *(f"qwen_image {version}".rstrip(), "qwen_image", "lora_qwen_image", write),
         vae=VAE,
         texts=TEXTS,
         release=["--model_version", version] if version else [],
         making=["--control_image_path", "start.png", "--resize_control_to_official_size"] if version else [],
         line="--ci start.png" * bool(version),
-        train_whole="qwen_image_train.py",
+        train_full="qwen_image_train.py",
     )
 
 
@@ -395,25 +395,25 @@ def _qwen_image_layered() -> TinyFamily:
         write_tiny_qwen_image(folder / "model", layered=True)
         write_layers(folder)
 
-    return _pictures(
+    return _images(
         *("qwen_image layered", "qwen_image", "lora_qwen_image", write),
         vae=VAE,
         texts=TEXTS,
         release=["--model_version", "layered"],
         making=["--control_image_path", "start.png", "--output_layers", "2"],
         line="--ci start.png --f 2",
-        train_whole="qwen_image_train.py",
+        train_full="qwen_image_train.py",
     )
 
 
 def _z_image() -> TinyFamily:
-    return _pictures(
+    return _images(
         *("z_image", "zimage", "lora_zimage", lambda folder: write_tiny_z_image(folder / "model")),
         vae=VAE,
         texts=TEXTS,
         making=["--flow_shift", "5"],
         line="--fs 5",
-        train_whole="zimage_train.py",
+        train_full="zimage_train.py",
     )
 
 
@@ -425,14 +425,14 @@ def _krea2(edits: bool = False) -> TinyFamily:
         if edits:
             write_references(folder)
 
-    made = _pictures(
+    made = _images(
         *("krea2 edit" if edits else "krea2", "krea2", "lora_krea2", write),
         vae=VAE,
         texts=TEXTS,
         training=["--sdpa", *["--edit", "--kv_cache"] * edits],
         making=["--control_image_path", "start.png", "--kv_cache"] * edits,
         line="--ci start.png" * edits,
-        train_whole="krea2_train.py",
+        train_full="krea2_train.py",
     )
     edit = ["--edit"] * edits
     return replace(made, cache_latents=[*made.cache_latents, *edit], cache_texts=[*made.cache_texts, *edit])
@@ -446,13 +446,13 @@ def _qwen_image_21(edits: bool = False) -> TinyFamily:
         if edits:
             write_references(folder, ("_0", "_1"))
 
-    return _pictures(
+    return _images(
         *("qwen_image_21 edit" if edits else "qwen_image_21", "qwen_image_21", "lora_qwen_image_21", write),
         vae=VAE,
         texts=TEXTS,
         making=["--control_image_path", "start.png"] * edits,
         line="--ci start.png" * edits,
-        train_whole="qwen_image_21_train.py",
+        train_full="qwen_image_21_train.py",
     )
 
 
@@ -464,13 +464,13 @@ def _moss_image(edits: bool = False) -> TinyFamily:
         if edits:
             write_references(folder, ("_0", "_1"))
 
-    return _pictures(
+    return _images(
         *("moss_image edit" if edits else "moss_image", "moss_image", "lora_moss_image", write),
         vae=VAE,
         texts=TEXTS,
         making=["--control_image_path", "start.png"] * edits,
         line="--ci start.png" * edits,
-        train_whole="moss_image_train.py",
+        train_full="moss_image_train.py",
     )
 
 
@@ -482,18 +482,18 @@ def _fibo_2(edits: bool = False) -> TinyFamily:
         if edits:
             write_references(folder, ("_0", "_1"))
 
-    return _pictures(
+    return _images(
         *("fibo_2 edit" if edits else "fibo_2", "fibo_2", "lora_fibo_2", write),
         vae=VAE,
         texts=TEXTS,
         making=["--control_image_path", "start.png"] * edits,
         line="--ci start.png" * edits,
-        train_whole="fibo_2_train.py",
+        train_full="fibo_2_train.py",
     )
 
 
 def _hunyuan_image() -> TinyFamily:
-    return _pictures(
+    return _images(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
         lambda folder: write_tiny_hunyuan_image(folder / "model"),
         dit="--pretrained_model_name_or_path",
@@ -501,7 +501,7 @@ def _hunyuan_image() -> TinyFamily:
         texts=[*TEXTS, "--byt5", "model/byt5.safetensors"],
         training=["--sdpa", "--network_train_unet_only"],
         line="--fs 5",
-        train_whole="hunyuan_image_train.py",
+        train_full="hunyuan_image_train.py",
     )
 
 
@@ -548,7 +548,7 @@ FAMILIES = (
         switches=["--one_frame"],
         media=ONE_FRAME,
         line=f"--of {ONE_FRAME[1]} --ci {CONTROLS[0]} --ci {CONTROLS[1]}",
-        is_picture=True,
+        is_image=True,
     ),
     _flux("flux", "dev"),
     _flux("chroma", "chroma"),

@@ -27,7 +27,7 @@ CONFIG = Fibo2Config(
     text_dim=3 * DIM,
     time_dim=64,
     freq_dim=256,
-    most_gist=16,
+    max_gist=16,
     perceiver_layers=1,
     injections=(0, 2),
 )

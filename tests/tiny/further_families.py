@@ -34,7 +34,7 @@ def _stable_diffusion(kind: str, scripts: str, training: str) -> TinyFamily:
         generate=[f"{scripts}_generate_image.py", *models, "--negative_prompt", "dull"],
         another_run=[],
         changed_habit=[],
-        train_whole="",
+        train_full="",
         sample_line="a cat --w 32 --h 32 --d 7 --s 2 --l 3 --n dull",
     )
 
@@ -75,7 +75,7 @@ def _minimax_h3() -> TinyFamily:
         + ["--video_length", str(H3_FRAMES)],
         another_run=[],
         changed_habit=[],
-        train_whole="minimax_h3_train.py",
+        train_full="minimax_h3_train.py",
         sample_line=f"a cat --w 32 --h 32 --f {H3_FRAMES} --d 7 --s 2",
     )
 

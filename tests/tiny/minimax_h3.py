@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from minimax_h3.files import LAYERS, OWN_TOKENS
-from minimax_h3.released import SOUND_MEAN, SOUND_STD
-from tests.minimax_h3 import test_sound, test_video_vae
+from minimax_h3.released import AUDIO_MEAN, AUDIO_STD
+from tests.minimax_h3 import test_audio, test_video_vae
 from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.tiny.language_models import DIM, QWEN_TOKENS, _tokenizer, qwen3_vl, write_model
 
@@ -46,12 +46,12 @@ def their_h3_dit() -> Any:
 
 def their_audio_vae() -> Any:
     """As many samples for a latent as the release has, 800, in two stages."""
-    return test_sound.their_vae(
+    return test_audio.their_vae(
         encoder_rates=(20, 40),
         decoder_rates=(40, 20),
         decoder_kernel_sizes=(80, 40),
-        latents_mean=SOUND_MEAN,
-        latents_std=SOUND_STD,
+        latents_mean=AUDIO_MEAN,
+        latents_std=AUDIO_STD,
     )
 
 

@@ -25,7 +25,7 @@ from tests.tiny.z_image import write_tiny_z_image
 
 Writer = Callable[[Path], object]
 WAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", "t5": "t5.safetensors"}
-PICTURES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder"}
+IMAGES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder"}
 ANIMA = {"dit": "dit.safetensors", "vae": "vae.safetensors", "qwen3": "text_encoder"}
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
@@ -55,19 +55,19 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "hunyuan_video t2v": (write_tiny_hunyuan, HUNYUAN),
     "skyreels i2v": (partial(write_tiny_hunyuan, kind="i2v"), HUNYUAN),
     "framepack i2v": (write_tiny_framepack, HUNYUAN | {"image_encoder": "siglip.safetensors"}),
-    "hunyuan_image 2.1": (write_tiny_hunyuan_image, PICTURES | {"byt5": "byt5.safetensors"}),
-    "qwen_image original": (write_tiny_qwen_image, PICTURES),
-    "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), PICTURES),
-    "qwen_image_21 base": (write_tiny_qwen_image_21, PICTURES),
-    "qwen_image_21 edit": (write_tiny_qwen_image_21, PICTURES),
-    "moss_image base": (write_tiny_moss_image, PICTURES),
-    "moss_image edit": (write_tiny_moss_image, PICTURES),
-    "fibo_2 dev": (write_tiny_fibo_2, PICTURES),
-    "fibo_2 edit": (write_tiny_fibo_2, PICTURES),
-    "z_image turbo": (write_tiny_z_image, PICTURES),
-    "krea2 raw": (write_tiny_krea2, PICTURES),
+    "hunyuan_image 2.1": (write_tiny_hunyuan_image, IMAGES | {"byt5": "byt5.safetensors"}),
+    "qwen_image original": (write_tiny_qwen_image, IMAGES),
+    "qwen_image edit-2511": (partial(write_tiny_qwen_image, edits=True), IMAGES),
+    "qwen_image_21 base": (write_tiny_qwen_image_21, IMAGES),
+    "qwen_image_21 edit": (write_tiny_qwen_image_21, IMAGES),
+    "moss_image base": (write_tiny_moss_image, IMAGES),
+    "moss_image edit": (write_tiny_moss_image, IMAGES),
+    "fibo_2 dev": (write_tiny_fibo_2, IMAGES),
+    "fibo_2 edit": (write_tiny_fibo_2, IMAGES),
+    "z_image turbo": (write_tiny_z_image, IMAGES),
+    "krea2 raw": (write_tiny_krea2, IMAGES),
     "anima base": (write_tiny_anima, ANIMA),
-    "krea2 edit": (write_tiny_krea2, PICTURES),
+    "krea2 edit": (write_tiny_krea2, IMAGES),
     "ltx_2 av": (write_release, {"ltx2_checkpoint": "ltx 2.3.safetensors", "gemma_root": "gemma"}),
     "ltx_25 v": (partial(write_release, version="2.5"), LTX_25),
     "minimax_h3 t2va": (write_tiny_h3, H3),
@@ -82,8 +82,8 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
             "text_encoder2": "clip_l.safetensors",
         },
     ),
-    "flux_2 klein-base-4b": (write_tiny_flux_2, PICTURES),
-    "flux_3 klein-base": (write_tiny_flux_3, PICTURES),
+    "flux_2 klein-base-4b": (write_tiny_flux_2, IMAGES),
+    "flux_3 klein-base": (write_tiny_flux_3, IMAGES),
     "chroma hd": (partial(write_tiny_flux, kind="chroma"), FLUX),
     "stable_diffusion 1.5": (partial(write_tiny_stable_diffusion, kind="sd1"), SD),
     "stable_diffusion 2.1": (partial(write_tiny_stable_diffusion, kind="sd2"), {"ckpt": SD["ckpt"]}),

@@ -21,7 +21,7 @@ CAPTIONS = (
     "a green dot falls",
     "two dogs play on the beach",
 )
-PICTURES = """[general]
+IMAGES = """[general]
 resolution = [32, 32]
 caption_extension = ".txt"
 batch_size = {batch_size}
@@ -100,7 +100,7 @@ def write_image_dataset(
     `folder`/control.
     """
     path = path or folder / "dataset.toml"
-    text = PICTURES.format(folder=folder.as_posix(), batch_size=batch_size, pictures=pictures, cache=cache)
+    text = IMAGES.format(folder=folder.as_posix(), batch_size=batch_size, pictures=pictures, cache=cache)
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -160,7 +160,7 @@ def test_a_lora_from_shards_is_that_from_files(family: TinyFamily, tmp_path: Pat
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-NOISE_PREDICTION = NoiseSpec(training_offset=0.0, whole_timesteps=True, table=LEVELS)
+NOISE_PREDICTION = NoiseSpec(training_offset=0.0, integer_timesteps=True, table=LEVELS)
 STEPS = 6
 
 

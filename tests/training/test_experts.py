@@ -248,7 +248,7 @@ def test_what_two_transformers_cannot_do_is_refused_before_they_load(
 def test_whole_transformers_are_trained_one_at_a_time(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     with pytest.raises(OptionError, match="one at a time"):
-        toy.train_toy(tmp_path, family=BOTH, whole_dit=True)
+        toy.train_toy(tmp_path, family=BOTH, full_dit=True)
 
 
 def test_options_for_two_transformers_are_refused_for_one(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ UNCLIPPED = ("--max_grad_norm", 0)
 
 
 def train_dit(folder: Path, *arguments: object, family: Any = None) -> dict[str, Tensor]:
-    return toy.train_toy(folder, *arguments, family=family, whole_dit=True)
+    return toy.train_toy(folder, *arguments, family=family, full_dit=True)
 
 
 def initial_weights() -> dict[str, Tensor]:
@@ -246,7 +246,7 @@ def test_training_keeps_the_weights_in_bf16(tmp_path: Path) -> None:
 
 def test_fp16_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--full_fp16 is refused: .*--full_bf16"):
-        toy.toy_options(tmp_path, "--full_fp16", whole_dit=True)
+        toy.toy_options(tmp_path, "--full_fp16", full_dit=True)
 
 
 # --- what learns, what is saved
@@ -335,7 +335,7 @@ def test_a_killed_run_ends_with_equal_bytes(tmp_path: Path, how: tuple[str, ...]
     words = [*how, "--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
     expected = train_dit(tmp_path, *words)
 
-    assert toy.same(expected, toy.train_with_kills(tmp_path, *words, moments=(0, 3, 2), whole_dit=True))
+    assert toy.same(expected, toy.train_with_kills(tmp_path, *words, moments=(0, 3, 2), full_dit=True))
     ours, theirs = (toy.state_tensors(tmp_path / folder / "x-state") for folder in ("output", "killed"))
     assert all(toy.same(ours[part], theirs[part]) for part in ("dit", "optimizer"))
 

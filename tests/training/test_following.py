@@ -21,7 +21,7 @@ from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, writ
 from training import following
 from training.following import NextSteps, TrainingCommand
 from training.learner import find_learner
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.options import (
     ScriptOption,
     TrainingOptions,
@@ -30,7 +30,7 @@ from training.options import (
     read_training,
     training_parser,
 )
-from training.reports.history import PageCommand, read_session, read_story
+from training.reports.history import PageCommand, read_history, read_session
 from training.run import train_network
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
@@ -247,7 +247,7 @@ def test_a_file_in_the_format_of_the_tool_is_not_converted(
 
 
 def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path) -> None:
-    parser = training_parser("", WholeDitOptions)
+    parser = training_parser("", FullDitOptions)
     add_options(parser, HunyuanTrainingOptions)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
@@ -305,7 +305,7 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
 
     *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
     path = tmp_path / "output" / "x-history.jsonl"
-    story = read_story(path, read_session(path) or 0)
+    story = read_history(path, read_session(path) or 0)
     (generate,) = [command for command in story.commands if command.title == "Generate with it"]
     words = words_of(generate)
     assert words[words.index("--lora_weight") + 1] == str(newest)

@@ -194,7 +194,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
     (tmp_path / "images" / "p0.txt").write_text("Red , a house,, red")
     train_image_toy(tmp_path, ONLY)
     made = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
-    monkeypatch.setattr(image_metadata, "MOST_TAGS", 2)
+    monkeypatch.setattr(image_metadata, "MAX_TAGS", 2)
     train_image_toy(tmp_path, ONLY, "--overwrite")
     most = json.loads(metadata_of(tmp_path / "output" / "x.safetensors")["ss_tag_frequency"])
     assert most == {"images": {"red": 5, "big": 3}}

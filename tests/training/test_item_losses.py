@@ -25,7 +25,7 @@ from training.features.item_losses_recording import (
 from training.reports.history import Story
 from training.reports.item_losses import (
     ItemDraw,
-    ItemPicture,
+    ItemImage,
     compare_items,
     make_section,
     read_draws,
@@ -136,7 +136,7 @@ def test_the_page_has_small_pictures_of_the_files(tmp_path: Path) -> None:
 
 
 def test_files_of_strangers_put_nothing_into_the_page(tmp_path: Path) -> None:
-    write_images(tmp_path, "x", {"a": ItemPicture("a.png", 'AAAA" onerror="alert(1)')})
+    write_images(tmp_path, "x", {"a": ItemImage("a.png", 'AAAA" onerror="alert(1)')})
     assert read_images(tmp_path, "x") == {}
     lines = [
         '{"session": 1}',

@@ -271,12 +271,12 @@ def test_timestep_buckets_count_samples_across_batches_and_epochs(tmp_path: Path
 def test_a_batch_is_sent_from_any_memory_where_the_driver_locks_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_: torch.Tensor) -> torch.Tensor:
+    def reject(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
     toy.write_caches(tmp_path, count=1)
     batch = feed(tmp_path).read((0, 0))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", reject)
 
     found = Packed.of(batch).pin_memory().unpacked()
 

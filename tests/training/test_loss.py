@@ -15,7 +15,7 @@ from torch import Tensor
 
 from contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
 from contract.family import FLOW, NoiseSpec
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from dataset.batches.finding import find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
@@ -78,8 +78,10 @@ def test_latents_are_scaled_then_mixed_with_noise() -> None:
 class Told(ToyFamily):
     """Notes how many frames its network was told to be given."""
 
-    def predict(self, dit: Any, noisy: Any, timesteps: Any, cond: Any, tweaks: Tweaks = NO_TWEAKS) -> Any:
-        self.__dict__["given"] = tweaks.given_frames
+    def predict(
+        self, dit: Any, noisy: Any, timesteps: Any, cond: Any, overrides: Overrides = NO_OVERRIDES
+    ) -> Any:
+        self.__dict__["given"] = overrides.given_frames
         return super().predict(dit, noisy, timesteps, cond)
 
 
@@ -238,8 +240,12 @@ def test_a_teacher_is_told_dropped_captions_and_the_first_frame() -> None:
     seen: list[tuple[float, float, int]] = []
 
     class Watching(ToyFamily):
-        def predict(self, dit: Any, noisy: Any, timesteps: Any, cond: Any, tweaks: Tweaks = NO_TWEAKS) -> Any:
-            seen.append((float(cond["letters"][0].mean()), float(noisy[0, 0, 0, 0, 0]), tweaks.given_frames))
+        def predict(
+            self, dit: Any, noisy: Any, timesteps: Any, cond: Any, overrides: Overrides = NO_OVERRIDES
+        ) -> Any:
+            seen.append(
+                (float(cond["letters"][0].mean()), float(noisy[0, 0, 0, 0, 0]), overrides.given_frames)
+            )
             velocity = dit(noisy, timesteps, cond["letters"]).clone()
             velocity[:, :, 0] += 100  # of the first frame, which must not count for what is given
             return velocity

@@ -20,7 +20,7 @@ from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy
 from training.features.ema_weights import make_average
 from training.learner import find_learner
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.metadata import file_metadata, run_metadata
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.saving.states import SavedState, read_state, write_state
@@ -77,7 +77,7 @@ KEPT_KEYS = "ss_base_model_version ss_network_module ss_network_dim ss_network_a
 
 def metadata(
     *argv: str,
-    whole_dit: bool = False,
+    full_dit: bool = False,
     licence: str | None = None,
     folder: str = "cats",
     name: str = "wan",
@@ -85,7 +85,7 @@ def metadata(
 ) -> dict[str, str]:
     """What a file says. licence: the model's. folder: of the pictures. family: what the model says."""
     needed = ["--dataset_config", "d.toml", "--output_dir", "out", "--output_name", "x"]
-    parser = training_parser(None, WholeDitOptions) if whole_dit else training_parser(None)
+    parser = training_parser(None, FullDitOptions) if full_dit else training_parser(None)
     options = read_options(TrainingOptions, read_arguments(parser, [*needed, *argv], {}))
     run = run_metadata(make_plan(options, folder, name, **family), OPTIMIZER, "constant")
     return file_metadata(run, options, {**FAMILY, **family}, step=5, epoch=2, now=NOW, licence=licence)
@@ -169,7 +169,7 @@ def test_a_resolution_that_is_none_is_refused(given: str) -> None:
 
 
 def test_a_whole_model_does_not_look_like_a_lora() -> None:
-    made = metadata("--full_bf16", "--mixed_precision", "bf16", whole_dit=True)
+    made = metadata("--full_bf16", "--mixed_precision", "bf16", full_dit=True)
 
     assert made["modelspec.architecture"] == "wan2.1"
     assert keys_of(made) == {*TRAINING_KEYS.split(), "ss_base_model_version"} - {"ss_network_dropout"}
@@ -195,8 +195,8 @@ def test_the_licence_is_the_models_where_none_is_given(
 
 STATES = ["--save_state", "--save_every_n_steps", 1]
 EMA = ["--ema_decay", "0.5"]
-WHOLE = "--optimizer_type Adafactor --optimizer_args relative_step=False --mixed_precision bf16 --full_bf16 "
-WHOLE += "--fused_backward_pass --max_grad_norm 0 --blocks_to_swap 1 --gradient_checkpointing"
+FULL = "--optimizer_type Adafactor --optimizer_args relative_step=False --mixed_precision bf16 --full_bf16 "
+FULL += "--fused_backward_pass --max_grad_norm 0 --blocks_to_swap 1 --gradient_checkpointing"
 
 
 def test_the_average_of_a_lora_leaves_swapped_blocks_where_they_are() -> None:
@@ -255,13 +255,13 @@ def test_a_killed_run_ends_with_the_same_average(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow_cases("bf16, fused, swapped")
-@pytest.mark.parametrize("how", ["", WHOLE], ids=["float32", "bf16, fused, swapped"])
+@pytest.mark.parametrize("how", ["", FULL], ids=["float32", "bf16, fused, swapped"])
 def test_a_whole_model_has_one_too_in_the_dtype_of_its_weights(tmp_path: Path, how: str) -> None:
     toy.write_caches(tmp_path)
     words = [*how.split(), *EMA, "--save_every_n_steps", 3, "--save_state", "--resume", "latest"]
-    plain = toy.train_toy(tmp_path, *how.split(), whole_dit=True)
-    expected = toy.train_toy(tmp_path, *words, whole_dit=True)
-    toy.train_with_kills(tmp_path, *words, moments=(5,), whole_dit=True)
+    plain = toy.train_toy(tmp_path, *how.split(), full_dit=True)
+    expected = toy.train_toy(tmp_path, *words, full_dit=True)
+    toy.train_with_kills(tmp_path, *words, moments=(5,), full_dit=True)
 
     average = load_file(tmp_path / "output" / "x-ema.safetensors")
     assert toy.same(plain, expected)
@@ -302,7 +302,7 @@ def test_samples_show_the_average_if_asked(tmp_path: Path) -> None:
 
 def test_samples_of_a_whole_model_with_its_average_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--sample_ema"):
-        toy.toy_options(tmp_path, *EMA, "--sample_ema", whole_dit=True)
+        toy.toy_options(tmp_path, *EMA, "--sample_ema", full_dit=True)
 
 
 @pytest.mark.parametrize(

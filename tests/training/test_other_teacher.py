@@ -30,10 +30,10 @@ class OtherToy(toy.ToyFamily):
     """The toy with other weights."""
 
     width: int = toy.WIDTH
-    is_unread: bool = False  # nothing but its header may be read
+    is_unused: bool = False  # nothing but its header may be read
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        assert placement.device.type == "meta" or not self.is_unread, "its weights were read"
+        assert placement.device.type == "meta" or not self.is_unused, "its weights were read"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(99)
             dit = toy.ToyDit()
@@ -144,9 +144,9 @@ def test_a_teacher_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> 
     with (
         pytest.raises(CheckpointError, match=message),
         prepare_run(
-            OtherToy(is_unread=True),
+            OtherToy(is_unused=True),
             options,
-            others=OtherFamilies(with_dit=lambda dit: OtherToy(width=6, is_unread=True)),
+            others=OtherFamilies(with_dit=lambda dit: OtherToy(width=6, is_unused=True)),
         ),
     ):
         pass
@@ -154,12 +154,12 @@ def test_a_teacher_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> 
 
 def test_a_model_for_samples_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> None:
     write_project(tmp_path)
-    others = OtherFamilies(sampling=OtherToy(width=6, is_unread=True))
+    others = OtherFamilies(sampling=OtherToy(width=6, is_unused=True))
 
     message = r"--other_dit: its head\.weight has the shape \[2, 6\], in the trained transformer \[2, 8\]"
     with (
         pytest.raises(CheckpointError, match=message),
-        prepare_run(SampledToy(is_unread=True), toy.toy_options(tmp_path), others=others),
+        prepare_run(SampledToy(is_unused=True), toy.toy_options(tmp_path), others=others),
     ):
         pass
 

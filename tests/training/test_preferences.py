@@ -115,7 +115,9 @@ def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, "--preference", 2000)) as run:
         items = run.feed.order.epoch(0)[0]
         plain, flipped = (
-            run.feed.sources.read(items, checks=CacheChecks(), stream=("x",), flips=(flip,), reads_worse=True)
+            run.feed.sources.read(
+                items, checks=CacheChecks(), stream=("x",), flips=(flip,), reads_rejected=True
+            )
             for flip in (False, True)
         )
 
@@ -212,4 +214,4 @@ def test_a_weight_needs_pairs_and_beta_is_above_zero(tmp_path: Path) -> None:
 
 def test_full_fine_tuning_is_refused(tmp_path: Path) -> None:
     with pytest.raises((SystemExit, OptionError)):
-        toy.toy_options(tmp_path, "--preference", 2000, whole_dit=True)
+        toy.toy_options(tmp_path, "--preference", 2000, full_dit=True)

@@ -206,7 +206,7 @@ def main():
 command_line(main)
 """
 
-REFUSED = """
+REJECTED = """
 from modules.command import command_line
 from modules.errors import OptionError
 
@@ -240,7 +240,7 @@ def test_a_killed_process_is_told_in_one_message_with_the_command_that_goes_on(
 @pytest.mark.skipif(os.name == "nt", reason="torchrun ends processes by a signal")
 def test_an_error_that_all_processes_have_is_told_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(REFUSED, encoding="utf-8")
+    script.write_text(REJECTED, encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
 
     done = run_python(*launch, script, environment={"PYTHONPATH": str(ROOT)}, check=False)

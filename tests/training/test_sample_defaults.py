@@ -22,7 +22,7 @@ from tests.tiny.project import write_clips, write_image
 from training.following import say_sample
 from training.image_options import read_image_training
 from training.options import TrainedNetworkOptions, read_training
-from training.samples import read_requests, sample_values, warn_of_unread
+from training.samples import read_requests, sample_values, warn_of_unused
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
 BASE, TURBO = ("model/Z_Image_BF16.safetensors", "model/my_z_image_turbo.safetensors")
@@ -217,7 +217,7 @@ def test_a_line_sets_the_noise_levels_of_krea_2(
                 lambda family, options: made.append(prepare_line(family, options, {})),
             )
             assert sample.flow_shift == made[-1].flow_shift == pytest.approx(math.exp(mu))
-        warn_of_unread([said], family, Path("prompts.txt"))
+        warn_of_unused([said], family, Path("prompts.txt"))
 
     assert "cfg_trunc_ratio (--ctr) is ignored because this model has no such setting" in caplog.text
     assert "--mu" not in caplog.text

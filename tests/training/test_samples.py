@@ -19,7 +19,7 @@ from generation.request import make_request
 from generation.script_options import RequestOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
-from tests.sound_family import generate_with_sound, tiny_sound_family
+from tests.sound_family import generate_with_audio, tiny_audio_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan
 from tests.training.toy import LATENT, ToyFamily, same, toy_options, train_toy, write_caches, write_prompts
@@ -130,13 +130,13 @@ def test_a_video_has_the_size_and_frames_asked_for_and_a_single_frame_is_a_pictu
 
 def test_a_sample_has_the_track_that_a_generation_makes(tmp_path: Path) -> None:
     models = [*write_tiny_wan(tmp_path / "model").models, "--task", "t2v-1.3B"]
-    family, cpu = tiny_sound_family(models), torch.device("cpu")
+    family, cpu = tiny_audio_family(models), torch.device("cpu")
     prompts = write_prompts(tmp_path, "a cat --w 32 --h 32 --f 9 --d 1 --s 2 --l 3 --fs 5\n")
     sampler = prepare_samples(family, prompts, tmp_path, "x", cpu, 0, 1)
 
     (path,) = sampler.make(lambda _: family.load_dit(Placement(cpu)), nullcontext, "e000001", lambda: None)
 
-    generate_with_sound(
+    generate_with_audio(
         [*models, "--save_path", tmp_path / "made", "--device", "cpu", "--prompt", "a cat", "--seed", 1]
         + ["--video_size", 32, 32, "--video_length", 9, "--infer_steps", 2, "--guidance_scale", 3]
         + ["--flow_shift", 5]

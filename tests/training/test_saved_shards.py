@@ -20,7 +20,7 @@ from tests.tiny.runs import make_project
 
 # a single file of it has no other network, so that further options name those
 ALL_IN_ONE = {"ltx_2 with sound"}
-WHOLE = [family for family in (*FAMILIES, *FURTHER) if family.train_whole]
+FULL = [family for family in (*FAMILIES, *FURTHER) if family.train_full]
 DAILY = "krea2"
 ENDS = ("--network_module", "--network_dim")
 SIZE = ("--video_size", "32", "32", "--infer_steps", "2")
@@ -29,7 +29,7 @@ RATE = ("--learning_rate", "1e-3")
 
 def full_words(family: TinyFamily) -> list[str]:
     end = next(place for place, word in enumerate(family.train) if word in ENDS)
-    return [family.train_whole, *family.train[1:end], *OUTPUT, *RATE]
+    return [family.train_full, *family.train[1:end], *OUTPUT, *RATE]
 
 
 def replace_dit(words: list[str], trained: str) -> list[str]:
@@ -65,7 +65,7 @@ def find_images(folder: Path) -> list[bytes]:
     "family",
     [
         pytest.param(family, id=family.name, marks=[pytest.mark.slow] * (family.name != DAILY))
-        for family in WHOLE
+        for family in FULL
     ],
 )
 def test_a_folder_of_shards_is_used_as_the_single_file_of_the_same_run(

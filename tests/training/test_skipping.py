@@ -287,14 +287,14 @@ def test_weights_that_are_stepped_in_the_backward_pass_cannot_be_left_out(
     tmp_path: Path, option: tuple[object, ...]
 ) -> None:
     with pytest.raises(OptionError, match=rf"{option[0]} with --fused_backward_pass: weights are stepped"):
-        toy.toy_options(tmp_path, *option, "--fused_backward_pass", whole_dit=True)
+        toy.toy_options(tmp_path, *option, "--fused_backward_pass", full_dit=True)
 
 
 def test_a_whole_model_skips_too(tmp_path: Path) -> None:
     toy.write_caches(tmp_path, bad=2)
     words = "--skip_bad_steps", 1, "--mixed_precision", "bf16", "--full_bf16"
 
-    trained = toy.train_toy(tmp_path, *words, whole_dit=True)
+    trained = toy.train_toy(tmp_path, *words, full_dit=True)
 
     assert all(tensor.isfinite().all() for tensor in trained.values())
     assert toy.metadata_of(tmp_path / "output" / "x.safetensors")["ss_skipped_steps"] == "2"

@@ -121,7 +121,7 @@ def test_a_whole_model_has_no_strength(tmp_path: Path) -> None:
     write_project(tmp_path, more="network_multiplier = 2\n")
 
     with pytest.raises(OptionError, match="network_multiplier is the strength of a LoRA"):
-        toy.train_toy(tmp_path, whole_dit=True)
+        toy.train_toy(tmp_path, full_dit=True)
 
 
 @pytest.mark.parametrize("value", ["0", "11", '"strong"', "true"])

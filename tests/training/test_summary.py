@@ -111,7 +111,7 @@ def test_a_rate_and_an_alpha_that_were_forgotten_are_judged(
     ],
 )
 def test_a_loras_rate_is_high_for_a_whole_model(tmp_path: Path, words: str, expected: str) -> None:
-    assert judge_rate(toy_options(tmp_path, *words.split(), whole_dit=True), FULL_MODEL) == expected
+    assert judge_rate(toy_options(tmp_path, *words.split(), full_dit=True), FULL_MODEL) == expected
 
 
 @pytest.mark.parametrize(

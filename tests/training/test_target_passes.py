@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from contract.data import FIRST_FRAME, HAS_SOUND, Batch
+from contract.data import FIRST_FRAME, HAS_AUDIO, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
 from training.features.contract import KEPT
@@ -104,7 +104,7 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
-    guided = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.5)
+    guided = GuidedTarget(scale=3.0, audio_scale=2.0, lowest_level=0.5)
     step = Step(targets=[partial(guide_clip, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
@@ -175,7 +175,7 @@ def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns()
 
 def test_a_clip_without_sound_has_none_in_its_preference() -> None:
     pairs = make_batch(0.5, 0.5)
-    heard = {**pairs.batch.tensors, HAS_SOUND: torch.tensor([True, False])}
+    heard = {**pairs.batch.tensors, HAS_AUDIO: torch.tensor([True, False])}
     pairs = replace(pairs, batch=replace(pairs.batch, tensors=heard))
 
     errors = add_streams((torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])), pairs)

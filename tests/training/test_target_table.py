@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import HAS_SOUND, SOUND, Batch, Conditions
+from contract.data import HAS_AUDIO, SOUND, Batch, Conditions
 from contract.family import Abilities
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.errors import OptionError
 from modules.options import Options
 from running.run_blocks import runner_of
@@ -37,7 +37,7 @@ from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Band, TeacherTarget, Teaching, teach_as_base
 from training.features.tread import TreadOptions, check_tread
 from training.features.tread_runner import Route, routed
-from training.loss import MASK, LossRule, NoisyBatch, NoisySound
+from training.loss import MASK, LossRule, NoisyAudio, NoisyBatch
 from training.noise_options import L2, LossOptions
 from training.options import TrainedNetworkOptions, TrainingOptions
 from training.targets.passes import loss_passes
@@ -75,7 +75,7 @@ WORDS = {
 }
 ONLY = "--network_train_unet_only"
 PRESERVED = "custom_attributes.diff_output_preservation = true"
-REFUSED = {
+REJECTED = {
     ("guided", "teacher"): "are two answers to one question",
     **{(name, "preference"): "has no place for another target" for name in TARGETS[:4]},
     **{(name, "slider"): "a slider learns from its captions alone" for name in TARGETS[:5]},
@@ -86,10 +86,10 @@ REFUSED = {
 }
 SHAPE = (4, toy.LATENT.channels, 2, 2, 2)
 LEVELS = (0.8, 0.3, 0.6, 0.45)
-SOUND_LEVELS = (0.35, 0.7, 0.2, 0.9)
+AUDIO_LEVELS = (0.35, 0.7, 0.2, 0.9)
 TEXTS = (0.3, -0.4, 0.9, 0.2)
 EMPTY = -0.7
-GUIDED = GuidedTarget(scale=3.0, sound_scale=2.0, lowest_level=0.4)
+GUIDED = GuidedTarget(scale=3.0, audio_scale=2.0, lowest_level=0.4)
 TEACHER = TeacherTarget(0.25, band=Band(0.0, 0.5), anchor_weight=0.5)
 MASK_PRIOR, BLANK_PRIOR, MULTIPLIER, ROUTED = 0.6, 0.8, -0.5, 1.5
 PREFERENCE = Preference(beta=2.0, data_weight=0.3)
@@ -126,7 +126,12 @@ PLAIN_RUNNER = runner_of(Linear())
 @dataclass(frozen=True)
 class LinearFamily(toy.ToyFamily):
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         return dit(noisy, torch.stack([text.mean() for text in cond["letters"]]))
 
@@ -155,13 +160,13 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
             if masked or "masks" not in names:
                 mask[index] = torch.tensor([[0.25, 1.0], [0.0, 0.5]])
         tensors[MASK] = mask
-    sound = None
+    audio = None
     if "sound" in names:
         tensors[SOUND] = draw(4, 3, 5, 1)
-        tensors[HAS_SOUND] = torch.tensor(having(names, "sound"))
-        sigmas = torch.tensor(SOUND_LEVELS)
-        weights = tensors[HAS_SOUND].float() * 0.9
-        sound = NoisySound(draw(4, 3, 5, 1), sigmas, 1000 * sigmas, weights, SOUND_LEVELS)
+        tensors[HAS_AUDIO] = torch.tensor(having(names, "sound"))
+        sigmas = torch.tensor(AUDIO_LEVELS)
+        weights = tensors[HAS_AUDIO].float() * 0.9
+        audio = NoisyAudio(draw(4, 3, 5, 1), sigmas, 1000 * sigmas, weights, AUDIO_LEVELS)
     batch = Batch(
         tensors,
         captions=("a",) * 4,
@@ -183,7 +188,7 @@ def make_batch(names: tuple[str, ...]) -> NoisyBatch:
         levels=LEVELS,
         given_frames=1 if "given_frames" in names else 0,
         perturbation=0.2 * draw(*SHAPE) if "perturbation" in names else None,
-        sound=sound,
+        audio=audio,
     )
 
 
@@ -260,18 +265,18 @@ class ByHand:
         mask = self.batch.tensors.get(MASK, torch.ones(4, 2, 2))
         places = mask.view(4, 1, 1, 2, 2).expand(SHAPE)[:, :, given:].flatten(1)  # type: ignore[union-attr]
         rows = [(noisy, velocity, places, noisy_batch.weights, self.column(LEVELS), GUIDED.scale)]
-        sound = noisy_batch.sound
-        if sound is not None:
+        audio = noisy_batch.audio
+        if audio is not None:
             heard = self.batch.tensor(SOUND).flatten(1)
-            level = self.column(SOUND_LEVELS)
+            level = self.column(AUDIO_LEVELS)
             rows.append(
                 (
-                    (1 - level) * heard + level * sound.noise.flatten(1),
-                    sound.noise.flatten(1) - heard,
+                    (1 - level) * heard + level * audio.noise.flatten(1),
+                    audio.noise.flatten(1) - heard,
                     torch.ones_like(heard),
-                    sound.weights,
+                    audio.weights,
                     level,
-                    GUIDED.sound_scale,
+                    GUIDED.audio_scale,
                 )
             )
         return rows
@@ -317,7 +322,7 @@ class ByHand:
         for place, noisy_batch in enumerate((self.noisy_batch, rejected)):
             own = ByHand(self.names, noisy_batch)
             for index, (noisy, velocity, places, *_) in enumerate(own.streams()):
-                counts = torch.ones(4) if index == 0 else self.batch.tensor(HAS_SOUND).float()
+                counts = torch.ones(4) if index == 0 else self.batch.tensor(HAS_AUDIO).float()
                 learned = self.error(self.learned(noisy, self.texts, self.strength) - velocity)
                 frozen = self.error(predicted(noisy, self.texts, 0.0) - velocity)
                 sums["learned"][place] += counts * (places * learned).mean(1)
@@ -347,7 +352,7 @@ class ByHand:
 
 CAPTIONS_IN_ORDER = ("red", "blue", "a thing", "a dog")
 PAIRS = [(name,) for name in ALL] + [*itertools.combinations(ALL, 2)]
-COMPUTED = [names for names in PAIRS if names not in REFUSED]
+COMPUTED = [names for names in PAIRS if names not in REJECTED]
 
 
 @pytest.mark.parametrize("names", COMPUTED, ids="-".join)
@@ -363,7 +368,7 @@ def test_three_things_together_have_the_loss_of_all_formulas(name: str) -> None:
     further = [names for names in COMPUTED if len(names) == 2 and name not in names]
     for pair in further:
         names = (name, *pair)
-        if any(two in REFUSED for two in itertools.permutations(names, 2)):
+        if any(two in REJECTED for two in itertools.permutations(names, 2)):
             continue
         noisy_batch = make_batch(names)
         loss, expected = losses_of(names, noisy_batch), ByHand(names, noisy_batch).loss()
@@ -382,7 +387,7 @@ def test_preserved_samples_stay_with_the_base_model_whatever_else_is_asked(name:
     assert (loss > 0) == (name == "tread")  # whose output is not the base model's
 
 
-@pytest.mark.parametrize(("names", "message"), REFUSED.items(), ids=str)
+@pytest.mark.parametrize(("names", "message"), REJECTED.items(), ids=str)
 def test_two_things_that_answer_one_question_are_refused_by_name(
     tmp_path: Path, names: tuple[str, ...], message: str
 ) -> None:

@@ -146,8 +146,8 @@ def test_a_dropped_caption_keeps_the_usual_target(tmp_path: Path) -> None:
 def test_the_whole_model_may_have_a_guided_target(tmp_path: Path) -> None:
     write_project(tmp_path)
 
-    plain = toy.train_toy(tmp_path, whole_dit=True)
-    moved = toy.train_toy(tmp_path, "--guided_target", 3, whole_dit=True)
+    plain = toy.train_toy(tmp_path, full_dit=True)
+    moved = toy.train_toy(tmp_path, "--guided_target", 3, full_dit=True)
     assert not toy.same(plain, moved)
 
 

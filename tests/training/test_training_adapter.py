@@ -210,7 +210,7 @@ def test_mistakes_are_told(tmp_path: Path, words: str, reason: str) -> None:
 def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> None:
     option, value = words.split()
     with pytest.raises(OptionError, match=f"{option} is refused: the model itself is trained"):
-        toy.toy_options(tmp_path, option, value, whole_dit=True)
+        toy.toy_options(tmp_path, option, value, full_dit=True)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_distilled_model_that_is_trained_whole_is_told_what_a_whole_model_can_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     toy.write_caches(tmp_path)
-    toy.train_toy(tmp_path, "--max_train_steps", 1, family=Turbo(), whole_dit=True)
+    toy.train_toy(tmp_path, "--max_train_steps", 1, family=Turbo(), full_dit=True)
     [warning] = [text for text in caplog.messages if "may be distilled" in text]
     assert "plain training unlearns them: it needs more steps, and guidance, for equal quality" in warning
     assert warning.endswith(". Train on another.")

@@ -21,7 +21,7 @@ from tests.tiny.runs import make_project
 from training.trainable import train_dit
 
 OF_DIT = ("--dit", "--pretrained_model_name_or_path", "--ltx2_checkpoint")
-ALL = {family.train_whole: family for family in reversed((*FAMILIES, *FURTHER)) if family.train_whole}
+ALL = {family.train_full: family for family in reversed((*FAMILIES, *FURTHER)) if family.train_full}
 DAILY = ("lumina_train.py", "minimax_h3_train.py", "ltx2_train.py")
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in ALL]
 MODULES = ("files", "checkpoints", "dit_checkpoints")
@@ -94,7 +94,7 @@ def test_a_training_by_command_keeps_what_lumina_does_not_use(tmp_path: Path) ->
     add_unused(path, ("norm_final.weight",))
     models = family.train[1 : family.train.index("--network_module")]
 
-    succeed_here(family.train_whole, *models, *OUTPUT, "--max_train_steps", "1", folder=tmp_path)
+    succeed_here(family.train_full, *models, *OUTPUT, "--max_train_steps", "1", folder=tmp_path)
 
     saved = load_file(tmp_path / "output" / "lora.safetensors")
     assert saved.keys() == load_file(path).keys()

@@ -24,7 +24,7 @@ from tests.tiny.runs import make_project
 from training.checks import check_before_loading
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.learner import FULL_MODEL
-from training.learning_options import WholeDitOptions
+from training.learning_options import FullDitOptions
 from training.options import TrainingOptions, read_training
 
 FUSED = ("--full_bf16", "--fused_backward_pass", "--max_grad_norm", "0", "--optimizer_type", "adafactor")
@@ -44,7 +44,7 @@ PREFIX = "model.diffusion_model."  # in files with all networks
 def full_words(family: TinyFamily) -> list[str]:
     ends = ("--network_module", "--network_dim")
     end = next(place for place, word in enumerate(family.train) if word in ends)
-    return [family.train_whole, *family.train[1:end], *OUTPUT]
+    return [family.train_full, *family.train[1:end], *OUTPUT]
 
 
 def place_of_dit(words: list[str]) -> int:
@@ -176,7 +176,7 @@ def test_a_trained_file_says_how_its_rows_are_ordered_and_its_positions(tmp_path
 
 def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) -> None:
     """Options of LoRAs, of text encoders and of frozen models, in scripts of three kinds."""
-    image, video, sound = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
+    image, video, audio = "flux_train.py", "minimax_h3_train.py", "ltx2_train.py"
     ltx = ("--ltx2_checkpoint", "ltx.safetensors", "--dataset_config", "d.toml")
     ltx += ("--output_dir", "o", "--output_name", "x")
     for script, words, reasons in (
@@ -185,8 +185,8 @@ def test_what_a_whole_model_has_no_use_for_is_refused_by_name(tmp_path: Path) ->
         (image, ("--save_model_as", "ckpt"), ("can hold code",)),
         (image, ("--double_blocks_to_swap", "2", "--blocks_to_swap", "3"), ("say the same in two ways",)),
         (video, ("--h3_teacher_matching",), ("--h3_teacher_matching is refused", "no frozen one")),
-        (sound, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
-        (sound, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
+        (audio, ("--lora_target_preset", "full"), ("is refused", "--trainable_modules")),
+        (audio, (*ltx, "--ltx2_mode", "v"), ("would be missing", "--ltx2_mode av")),
     ):
         code, said = run_here(script, *words, folder=tmp_path)
         assert_one_message(code, said, *reasons)
@@ -198,7 +198,7 @@ def test_older_options_of_image_trainers_are_read_as_ours(caplog: pytest.LogCapt
     words += ["--double_blocks_to_swap", "3", "--single_blocks_to_swap", "5", "--blockwise_fused_optimizers"]
     defaults = ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped})
 
-    options, _, _ = read_image_training("", FluxFullTrainingOptions, defaults, words, WholeDitOptions)
+    options, _, _ = read_image_training("", FluxFullTrainingOptions, defaults, words, FullDitOptions)
 
     assert options.speed.swap.blocks_to_swap == 3 + 5 // 2
     assert options.is_fused
@@ -231,9 +231,7 @@ def krea2_options(folder: Path, *more: str) -> tuple[Any, TrainingOptions]:
     record = FAMILIES_BY_NAME["krea2"].options_record("FullTraining")
     dit = str(folder / "model" / "dit.safetensors")
     words = ["--dit", dit, "--dataset_config", "d.toml", "--output_dir", str(folder / "new")]
-    options, own, _ = read_training(
-        "", record, [*words, "--output_name", "x", *more], learner=WholeDitOptions
-    )
+    options, own, _ = read_training("", record, [*words, "--output_name", "x", *more], learner=FullDitOptions)
     return own, options
 
 

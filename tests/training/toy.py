@@ -29,7 +29,7 @@ from contract.family import (
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt, Request, settle, size_of
 from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
-from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from dataset.cache.records import TextRecord, record_metadata
 from dataset.cache_files import checksum, read_entry, write_tensors
 from modules.errors import OptionError
@@ -37,7 +37,7 @@ from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from training.features.composing import options_by_expert
 from training.following import TrainingCommand
-from training.learning_options import ExpertTrainingOptions, WholeDitOptions
+from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.options import (
     TrainedNetworkOptions,
     TrainingOptions,
@@ -188,7 +188,12 @@ class ToyFamily:
         return {"letters": batch.tensors["letters"]}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         if torch.is_grad_enabled():
             self.watch(sum(self.passes))
@@ -269,11 +274,11 @@ def record_encoders(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def toy_options(
-    folder: Path, *arguments: object, whole_dit: bool = False, has_page: bool = False
+    folder: Path, *arguments: object, full_dit: bool = False, has_page: bool = False
 ) -> TrainingOptions:
     """Options as from a command line; output goes to `folder`/output under the name x.
 
-    whole_dit: full fine-tuning. has_page: write the page too, which takes longer than the toy's training.
+    full_dit: full fine-tuning. has_page: write the page too, which takes longer than the toy's training.
     """
     values = {
         "--dataset_config": folder / "dataset.toml",
@@ -288,21 +293,21 @@ def toy_options(
     default = [word for name, value in values.items() if name not in arguments for word in (name, value)]
     default += [] if has_page else ["--no_page"]
     argv = [str(one) for one in (*default, *arguments)]
-    return read_options(TrainingOptions, read_arguments(toy_parser(whole_dit), argv, {}))
+    return read_options(TrainingOptions, read_arguments(toy_parser(full_dit), argv, {}))
 
 
-def toy_parser(whole_dit: bool) -> argparse.ArgumentParser:
-    parser = training_parser("", WholeDitOptions if whole_dit else TrainedNetworkOptions)
+def toy_parser(full_dit: bool) -> argparse.ArgumentParser:
+    parser = training_parser("", FullDitOptions if full_dit else TrainedNetworkOptions)
     add_options(parser, ExpertTrainingOptions, *options_by_expert())
     return parser
 
 
 def train_toy(
-    folder: Path, *arguments: object, family: Any = None, whole_dit: bool = False, has_page: bool = False
+    folder: Path, *arguments: object, family: Any = None, full_dit: bool = False, has_page: bool = False
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
-    options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
-    script_options = list_script_options(toy_parser(whole_dit), options) if has_page else ()
+    options = toy_options(folder, *arguments, full_dit=full_dit, has_page=has_page)
+    script_options = list_script_options(toy_parser(full_dit), options) if has_page else ()
     command = TrainingCommand(script_options=script_options)
     assert train_network(family or ToyFamily(), options, command) == 0
     folder, name = options.saving.place
@@ -325,14 +330,14 @@ def killed_at(count: int) -> ToyFamily:
 
 
 def train_with_kills(
-    folder: Path, *arguments: object, moments: Sequence[int], whole_dit: bool = False
+    folder: Path, *arguments: object, moments: Sequence[int], full_dit: bool = False
 ) -> dict[str, Tensor]:
     """Train into `folder`/killed, die at each of these micro-batches and go on; returns the final file."""
     words = (*arguments, "--output_dir", folder / "killed")
     for moment in moments:
         with pytest.raises(Killed):
-            train_toy(folder, *words, family=killed_at(moment), whole_dit=whole_dit)
-    return train_toy(folder, *words, whole_dit=whole_dit)
+            train_toy(folder, *words, family=killed_at(moment), full_dit=full_dit)
+    return train_toy(folder, *words, full_dit=full_dit)
 
 
 def metadata_of(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEn
 from contract.loading import Placement
 from contract.requests import Prompt
 from contract.rules import CountTokens, TokenCount
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_OVERRIDES, Overrides
 from modules.options import NoOptions
 from tests.training.toy import WIDTH, ToyBlock, ToyDit, ToyFamily
 from training.image_options import ImageTrainerDefaults, read_image_training
@@ -107,7 +107,12 @@ class ImageFamily(ToyFamily):
         return self.network
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         times, factor = timesteps / 1000, -1.0  # the network points to the data, velocities to the noise
         if self.noise.table:
@@ -218,11 +223,16 @@ class TextFamily(ToyFamily):
         return {name: batch.tensor(name) for name in ("first", "second")}
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
         texts = zip(cond["first"], cond["second"], strict=True)
         characters = [first + 2 * second for first, second in texts]
-        return super().predict(dit, noisy, timesteps, {"letters": characters}, tweaks)
+        return super().predict(dit, noisy, timesteps, {"letters": characters}, overrides)
 
 
 def write_images(folder: Path, count: int = 4, texts: bool = False, more: str = "") -> Path:

@@ -43,7 +43,7 @@ if __name__ == "__main__":
         kill_in_state(int(os.environ["TOY_KILL_AT"]))
     has_page = "TOY_PAGE" in os.environ
     options = toy_options(
-        Path(sys.argv[1]), *sys.argv[2:], whole_dit="TOY_WHOLE_DIT" in os.environ, has_page=has_page
+        Path(sys.argv[1]), *sys.argv[2:], full_dit="TOY_WHOLE_DIT" in os.environ, has_page=has_page
     )
     experts = TWO_EXPERTS if "TOY_EXPERTS" in os.environ else ONE_EXPERT
     raise SystemExit(train_network(ToyFamily(watch=ask_to_end, experts=experts), options))

@@ -14,7 +14,7 @@ from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.data import Conditions
 from contract.requests import Request
-from contract.steps import Away, Section, StepDone, Tweaks
+from contract.steps import Away, Overrides, Section, StepDone
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.flow.solvers import solver_for
@@ -47,7 +47,7 @@ def test_forward_equals_the_recorded_output(case: str, rope: str) -> None:
 def test_a_skipped_block_passes_its_input_through() -> None:
     model, inputs, expected = golden_model("wan_dit_t2v")
 
-    velocity = model(**inputs, tweaks=Tweaks(skip_blocks=frozenset({1})))
+    velocity = model(**inputs, overrides=Overrides(skip_blocks=frozenset({1})))
 
     torch.testing.assert_close(
         velocity, expected["out_skip_block_1"], **expected["tolerance"]["out_skip_block_1"]
@@ -78,7 +78,7 @@ def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> N
     times = inputs["timesteps"].view(2, 1, 1, 1).repeat(1, 4, 2, 3)
     times[:, :given] = 0
 
-    velocity = tiny_model("ti2v")(**inputs, tweaks=Tweaks(given_frames=given))
+    velocity = tiny_model("ti2v")(**inputs, overrides=Overrides(given_frames=given))
 
     with torch.no_grad():
         expected = theirs(inputs["noisy"], times.flatten(1), text, return_dict=False)[0]
@@ -89,7 +89,7 @@ def test_given_frames_equal_diffusers_fed_a_time_for_each_token(given: int) -> N
 
 def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too() -> None:
     model, inputs = tiny_model("ti2v"), tiny_inputs("ti2v")
-    hidden = model.embed(**inputs, tweaks=Tweaks(given_frames=1))
+    hidden = model.embed(**inputs, overrides=Overrides(given_frames=1))
     x, tokens = hidden.x, hidden.tokens
     block, seen = model.blocks[0], []
     block.self_attn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -102,11 +102,11 @@ def test_what_a_step_cache_compares_is_what_attention_gets_with_given_frames_too
 def test_half_precision_of_the_modulation_reaches_given_frames() -> None:
     model = WanModel(CONFIGS["ti2v"], precision=torch.float16)
     model.load_state_dict(tiny_state("ti2v"))
-    inputs, tweaks = tiny_inputs("ti2v"), Tweaks(given_frames=1)
-    exact = tiny_model("ti2v")(**inputs, tweaks=tweaks)
+    inputs, overrides = tiny_inputs("ti2v"), Overrides(given_frames=1)
+    exact = tiny_model("ti2v")(**inputs, overrides=overrides)
 
     with torch.no_grad():
-        velocity = model(**inputs, tweaks=tweaks)
+        velocity = model(**inputs, overrides=overrides)
 
     difference = (velocity - exact).abs().max()
     assert 0 < difference < 0.02 * exact.abs().max()
@@ -178,11 +178,11 @@ def test_image_attention_without_features_reads_the_first_text_rows() -> None:
     assert tokens.texts[0][0].shape[1] == 512 - 257
 
 
-def with_tweaks(tiny: TinyDit, tweaks: Tweaks) -> TinyDit:
-    return replace(tiny, inputs=lambda size, batch: {**tiny.inputs(size, batch), "tweaks": tweaks})
+def with_overrides(tiny: TinyDit, overrides: Overrides) -> TinyDit:
+    return replace(tiny, inputs=lambda size, batch: {**tiny.inputs(size, batch), "overrides": overrides})
 
 
-GIVEN = with_tweaks(TI2V, Tweaks(given_frames=1))
+GIVEN = with_overrides(TI2V, Overrides(given_frames=1))
 
 
 @pytest.mark.long
@@ -219,13 +219,13 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_split_attention_and_a_second_text_keep_given_frames() -> None:
-    model, inputs, tweaks = tiny_model("ti2v"), tiny_inputs("ti2v"), Tweaks(given_frames=1)
-    plain = model(**inputs, tweaks=tweaks)
+    model, inputs, overrides = tiny_model("ti2v"), tiny_inputs("ti2v"), Overrides(given_frames=1)
+    plain = model(**inputs, overrides=overrides)
     model.attention = AttentionChoice("sdpa", True)
-    torch.testing.assert_close(model(**inputs, tweaks=tweaks), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**inputs, overrides=overrides), plain, atol=1e-5, rtol=1e-5)
 
     away = Away({"text": inputs["text"][::-1]}, NormalizedGuidance(5.0, 3.5, 0.5))
-    steered = model(**inputs, tweaks=replace(tweaks, away=away))
+    steered = model(**inputs, overrides=replace(overrides, away=away))
 
     assert not steered[:, :, :1].any()
     assert not torch.allclose(steered, plain)
@@ -240,9 +240,9 @@ class Told:
     """A family whose network answers by the text it is given, and 0 for given frames."""
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, overrides: Overrides
     ) -> Tensor:
-        count = tweaks.given_frames
+        count = overrides.given_frames
         assert torch.equal(
             noisy[:, :, :count], GIVEN_LATENTS[:, :, :count].expand(len(noisy), -1, -1, -1, -1)
         )
@@ -272,7 +272,7 @@ def section_of(frames: int, given: bool) -> Section:
     section = Section(noise, *answers)
     if not given:
         return section
-    return replace(section, given=GIVEN_LATENTS, tweaks=Tweaks(given_frames=1))
+    return replace(section, given=GIVEN_LATENTS, overrides=Overrides(given_frames=1))
 
 
 GUIDED: dict[str, dict[str, Any]] = {

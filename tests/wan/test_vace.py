@@ -146,14 +146,14 @@ def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         read_once(path, read_dit_header)
 
 
-@pytest.mark.parametrize(("number", "is_refused"), [(4, True), (30, False)])
-def test_places_that_a_configuration_has_are_compared(tmp_path: Path, number: int, is_refused: bool) -> None:
+@pytest.mark.parametrize(("number", "is_rejected"), [(4, True), (30, False)])
+def test_places_that_a_configuration_has_are_compared(tmp_path: Path, number: int, is_rejected: bool) -> None:
     """That of another model, in a folder of several, says nothing."""
     path = write_dit(tmp_path, tiny_state("vace"), "diffusers")
     said = {"num_layers": number, "vace_layers": [1, 3]}
     (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
 
-    if is_refused:
+    if is_rejected:
         with pytest.raises(CheckpointError, match=r"vace_layers are \[1, 3\]; .* next to \[0, 2\]"):
             read_once(path, read_dit_header)
     else:

@@ -18,7 +18,7 @@ from tests.tiny.wan_dit import tiny_state, write_dit
 
 ASK = ["--prompt", "a cat", "--seed", 1, "--infer_steps", 1, "--video_size", 32, 48, "--video_length", 5]
 MODELS = ["--vae", "models/vae.safetensors", "--t5", "models/t5.safetensors"]
-WHOLE, BASE = ["--dit", "models/dit.safetensors"], ["--dit", "t2v.safetensors"]
+FULL, BASE = ["--dit", "models/dit.safetensors"], ["--dit", "t2v.safetensors"]
 CLIP = ["--src_video", "clips/a.mp4"]
 TABLE = """
 [[datasets]]
@@ -64,39 +64,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 GENERATION = {
-    "a mask of another shape": ([*WHOLE, *CLIP, "--src_mask", "tall.png"], "32 x 48 pixels"),
-    "a mask without a clip": ([*WHOLE, "--src_mask", "white.png"], "Give --src_video"),
-    "a mask that is black": ([*WHOLE, *CLIP, "--src_mask", "black.png"], "black.png: it is black"),
-    "a mask of no bytes": ([*WHOLE, *CLIP, "--src_mask", "empty.png"], "empty.png is empty"),
-    "a reference of one pixel": ([*WHOLE, "--src_ref_images", "dot.png"], "dot.png"),
+    "a mask of another shape": ([*FULL, *CLIP, "--src_mask", "tall.png"], "32 x 48 pixels"),
+    "a mask without a clip": ([*FULL, "--src_mask", "white.png"], "Give --src_video"),
+    "a mask that is black": ([*FULL, *CLIP, "--src_mask", "black.png"], "black.png: it is black"),
+    "a mask of no bytes": ([*FULL, *CLIP, "--src_mask", "empty.png"], "empty.png is empty"),
+    "a reference of one pixel": ([*FULL, "--src_ref_images", "dot.png"], "dot.png"),
     "text to video as VACE": ([*BASE, *CLIP], "given to --vace"),
-    "VACE as text to video": ([*WHOLE, "--task", "t2v-1.3B"], "Use --task vace-1.3B"),
+    "VACE as text to video": ([*FULL, "--task", "t2v-1.3B"], "Use --task vace-1.3B"),
     "blocks of another width": ([*BASE, "--vace", "wide.safetensors"], "2 blocks of width 256"),
-    "blocks beside a model that has them": ([*WHOLE, "--vace", "module.safetensors"], "leave --vace"),
+    "blocks beside a model that has them": ([*FULL, "--vace", "module.safetensors"], "leave --vace"),
     "another file as blocks": ([*BASE, "--vace", "models/t5.safetensors"], "looks like an umT5 encoder"),
     "blocks that stand elsewhere": (
         [*BASE, "--vace", "said/module.safetensors"],
         "vace_layers are [1, 3]",
     ),
     "blocks as a model": (["--dit", "module.safetensors"], "the blocks of VACE alone"),
-    "too many strengths": ([*WHOLE, *CLIP, "--vace_scale", 1, 0.5, 1], "VACE has 2 layers"),
+    "too many strengths": ([*FULL, *CLIP, "--vace_scale", 1, 0.5, 1], "VACE has 2 layers"),
     "a first image": (
-        [*WHOLE, "--image_path", "white.png"],
+        [*FULL, "--image_path", "white.png"],
         "--image_path white.png: VACE has no such input",
     ),
-    "a last image": ([*WHOLE, "--end_image_path", "white.png"], "--src_video a clip that has it, grey"),
+    "a last image": ([*FULL, "--end_image_path", "white.png"], "--src_video a clip that has it, grey"),
     "a clip that is too short": (
-        [*WHOLE, "--src_video", "short.mp4"],
+        [*FULL, "--src_video", "short.mp4"],
         "--src_video short.mp4: it has 1 frame",
     ),
-    "a clip by its other name": ([*WHOLE, "--vace_video", "short.mp4"], "--vace_video short.mp4: it has"),
+    "a clip by its other name": ([*FULL, "--vace_video", "short.mp4"], "--vace_video short.mp4: it has"),
     "a mask that is too short": (
-        [*WHOLE, *CLIP, "--src_mask", "short.mp4"],
+        [*FULL, *CLIP, "--src_mask", "short.mp4"],
         "--src_mask short.mp4: it has 1 frame",
     ),
-    "a clip that is not there": ([*WHOLE, "--src_video", "none.mp4"], "--src_video none.mp4: no such file"),
+    "a clip that is not there": ([*FULL, "--src_video", "none.mp4"], "--src_video none.mp4: no such file"),
     "a clip that is none": (
-        [*WHOLE, "--src_video", "models/vae.safetensors"],
+        [*FULL, "--src_video", "models/vae.safetensors"],
         "vae.safetensors cannot be read",
     ),
 }
@@ -185,7 +185,7 @@ def test_caches_that_were_made_for_something_else(cached: Path, case: str) -> No
     for path in (cached / case).glob(files):
         change(path)
     (cached / "of_case.toml").write_text((TABLE + CONTROL).replace('"cache"', f'"{case}"'), encoding="utf-8")
-    told = ["--task", "vace-1.3B", *WHOLE, "--dataset_config", "of_case.toml", "--sdpa"]
+    told = ["--task", "vace-1.3B", *FULL, "--dataset_config", "of_case.toml", "--sdpa"]
     told += ["--network_module", "networks.lora_wan", "--max_train_steps", 1, "--learning_rate", "1e-3"]
 
     code, said = run_here(

@@ -9,7 +9,7 @@ from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
 from contract.loading import Placement
 from modules.errors import CheckpointError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from tests.manifests import write_hollow
 from tests.tiny.z_image import CONFIG, comfy_state, tiny_state, write_dit
 from z_image.files import load_dit
@@ -21,7 +21,7 @@ CPU, META = Placement(torch.device("cpu")), Placement(torch.device("meta"))
 def test_a_joined_weight_in_8_bits_is_cut_in_8_bits(tmp_path: Path, form: str) -> None:
     """Each part with its rows of the scale: it computes what the weight in 16 bits does."""
     path = write_dit(tmp_path, comfy_state(tiny_state()), form)
-    kept = load_dit(path, Placement(torch.device("cpu"), quantisation=Quantisation("cast")))
+    kept = load_dit(path, Placement(torch.device("cpu"), quantization=Quantization("cast")))
     wide = load_dit(path, CPU)
     x = torch.randn(3, CONFIG.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from contract.data import HAS_SOUND, SOUND, Batch, Conditions, LatentSpec
+from contract.data import HAS_AUDIO, SOUND, Batch, Conditions, LatentSpec
 from contract.family import FLOW, NoiseSpec
-from contract.rules import IMAGE_STREAM, ONE_EXPERT, SOUND_STREAM, Expert, SoundLearning
+from contract.rules import AUDIO_STREAM, IMAGE_STREAM, ONE_EXPERT, AudioLearning, Expert
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
@@ -41,8 +41,8 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.timesteps import Timesteps, draw, loss_weights, times_of_sound
-from training.loss import NoisyBatch, NoisySound
+from training.data.timesteps import Timesteps, draw, loss_weights, times_of_audio
+from training.loss import NoisyAudio, NoisyBatch
 from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
@@ -80,7 +80,7 @@ class BatchSources:
         flips: Sequence[bool] = (),
         undropped: Sequence[int] = (),
         reads_empty: bool = False,
-        reads_worse: bool = False,
+        reads_rejected: bool = False,
     ) -> Batch:
         """Read a batch; encode those of its images that are not cached.
 
@@ -92,7 +92,7 @@ class BatchSources:
             flips: See `read_batch`.
             undropped: See `read_batch`.
             reads_empty: See `read_batch`.
-            reads_worse: See `read_batch`.
+            reads_rejected: See `read_batch`.
 
         Raises:
             CacheError: If a cache cannot be used.
@@ -113,7 +113,7 @@ class BatchSources:
             undropped=undropped,
             encoded=encoded,
             reads_empty=reads_empty and not self.empty_text,
-            reads_worse=reads_worse,
+            reads_rejected=reads_rejected,
         )
         if reads_empty and self.empty_text:
             empty: Conditions = {name: [text] * len(batch) for name, text in self.empty_text.items()}
@@ -173,7 +173,7 @@ class Randomness:
     # given shape, seed and number of a micro-batch: further noise of the input
     on_noise: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
-    sound: SoundLearning | None = None  # None: the family has no sound
+    audio: AudioLearning | None = None  # None: the family has no sound
     # given this and a drawn micro-batch: the one in its place
     on_batch: Sequence[Callable[["Randomness", NoisyBatch], NoisyBatch]] = ()
     view: str = ""  # further conditions of a feature, as `Batch.view`
@@ -192,11 +192,11 @@ class Randomness:
         noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        sound = self._add_sound(batch, times, number, first_sample)
+        audio = self._add_audio(batch, times, number, first_sample)
         weights = self._weigh(batch, times)
-        if self.sound is not None:
-            weights = self.sound.picture_weight * weights
-        if self.sound is not None and self.sound.given == IMAGE_STREAM:
+        if self.audio is not None:
+            weights = self.audio.image_weight * weights
+        if self.audio is not None and self.audio.given == IMAGE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         drawn = NoisyBatch(
@@ -208,7 +208,7 @@ class Randomness:
             given_frames=given_frames,
             expert=times.expert,
             perturbation=self._perturb(shape, number),
-            sound=sound,
+            audio=audio,
             number=number,
             levels=tuple(times.levels.tolist()),
         )
@@ -238,7 +238,7 @@ class Randomness:
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
-    def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
+    def _add_audio(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisyAudio | None:
         """Draw the noise of a batch's audio, and its timesteps if they differ; None if no sample has audio.
 
         Args:
@@ -247,20 +247,20 @@ class Randomness:
             number: Index of the micro-batch in the run.
             first_sample: Number of samples that the run has seen before.
         """
-        learning = self.sound
-        latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
+        learning = self.audio
+        latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_AUDIO)
         if learning is None or not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        if learning.given == SOUND_STREAM:
+        if learning.given == AUDIO_STREAM:
             zeros = torch.zeros(len(batch))
-            return NoisySound(noise, zeros, zeros, zeros)
+            return NoisyAudio(noise, zeros, zeros, zeros)
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         else:
-            times = times_of_sound(times, self.noise)
-        weights = learning.sound_weight * self._weigh(batch, times) * has_sound
-        return NoisySound(
+            times = times_of_audio(times, self.noise)
+        weights = learning.audio_weight * self._weigh(batch, times) * has_sound
+        return NoisyAudio(
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
@@ -345,7 +345,7 @@ class Feed:
     reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
     # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
     table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
-    reads_worse: bool = False  # latents of the worse ones of pairs, for a target that asks for it
+    reads_rejected: bool = False  # latents of the worse ones of pairs, for a target that asks for it
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -425,7 +425,7 @@ class Feed:
             flips=flips,
             undropped=undropped,
             reads_empty=self.reads_empty,
-            reads_worse=self.reads_worse,
+            reads_rejected=self.reads_rejected,
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()

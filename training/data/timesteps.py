@@ -289,16 +289,16 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
     if noise.base_shift != 1:
         shifted = shift_sigmas(shifted, noise.base_shift)
     timesteps = NUM_TIMESTEPS * shifted + offset
-    timesteps = (timesteps + NEARLY).floor() if noise.whole_timesteps else timesteps
+    timesteps = (timesteps + NEARLY).floor() if noise.integer_timesteps else timesteps
     return Timesteps(shifted.float(), timesteps.float(), levels=shares.float())
 
 
-def times_of_sound(times: Timesteps, noise: NoiseSpec) -> Timesteps:
+def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
     """Return the noise levels of the sound of clips whose pictures have `times`."""
-    if noise.sound_shift == 1:
+    if noise.audio_shift == 1:
         return times
     # from the levels: near 1 the sigmas of pictures have lost digits
-    sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.sound_shift)
+    sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.audio_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
 

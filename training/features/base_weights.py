@@ -46,7 +46,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
         )
 
 
-class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_whole=MERGED_BEFORE):
+class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_full=MERGED_BEFORE):
     """Which LoRAs are merged before a training, and how."""
 
     base_weights: tuple[Path, ...] | None = option(

@@ -52,10 +52,10 @@ def options_by_expert() -> list[type[Options]]:
     return [record for record in map(record_of, hints) if record is not None]
 
 
-def refused_for_full() -> dict[str, str]:
+def rejected_for_full() -> dict[str, str]:
     """Return the reasons why whole models refuse the options of a network's features, by option."""
     records = [feature.options for feature in FEATURES if feature.options.place == AT_NETWORK]
-    return {name: record.why_not_whole for record in records for name in info_of(record)}
+    return {name: record.why_not_full for record in records for name in info_of(record)}
 
 
 def options_of_run() -> type[Options]:
@@ -90,7 +90,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
             feature.join(run, own_options)
     _reject_targets(run.targets)
     if attributes:
-        _note_unread(tables)
+        _note_unused(tables)
     return run
 
 
@@ -119,7 +119,7 @@ def _reject_targets(targets: Sequence[StepTarget]) -> None:
             raise OptionError(f"{target.option} with {others[0]}: {target.alone}. Leave out one of the two")
 
 
-def _note_unread(tables: "Sequence[DatasetTable]") -> None:
+def _note_unused(tables: "Sequence[DatasetTable]") -> None:
     """Warn of attributes of tables that no feature reads."""
     known = {feature.options.attribute for feature in FEATURES}
     for table in tables:

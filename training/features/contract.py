@@ -67,14 +67,14 @@ class FeatureOptions(Options):
     Attributes:
         at: Position in --help.
         facts: How resuming and metadata treat all options of the record, such as HABIT or FREE.
-        why_not_whole: Reason why full fine-tuning rejects options at AT_NETWORK.
+        why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
         of_run: Record of those options that `run` has too and passes to its training.
     """
 
     place: ClassVar[str]
     facts: ClassVar[Mapping[str, Any]]
-    why_not_whole: ClassVar[str]
+    why_not_full: ClassVar[str]
     attribute: ClassVar[str]
     of_run: ClassVar[type[Options] | None]
 
@@ -83,13 +83,13 @@ class FeatureOptions(Options):
         at: str,
         title: str = "",
         facts: Mapping[str, Any] | None = None,
-        why_not_whole: str = NO_FROZEN_MODEL,
+        why_not_full: str = NO_FROZEN_MODEL,
         attribute: str = "",
         of_run: type[Options] | None = None,
     ) -> None:
         super().__init_subclass__(title=title)
         cls.place, cls.facts = at, facts or {}
-        cls.why_not_whole, cls.attribute = why_not_whole, attribute
+        cls.why_not_full, cls.attribute = why_not_full, attribute
         cls.of_run = of_run
 
 

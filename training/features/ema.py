@@ -55,7 +55,7 @@ def _keep_average(run: "JoinedRun", options: EmaOptions, model: "HookedModel") -
 
 
 def _join(run: "JoinedRun", options: EmaOptions) -> None:
-    if run.options.whole_dit is not None and options.sample_ema:
+    if run.options.full_dit is not None and options.sample_ema:
         raise OptionError(
             "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
             "with the ...-ema.safetensors file"

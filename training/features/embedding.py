@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
-from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_fault
+from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
@@ -46,7 +46,7 @@ class EmbeddingOptions(
     FeatureOptions,
     title="a new word next to the network",
     at=AT_NETWORK,
-    why_not_whole="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
+    why_not_full="its vectors are saved in a LoRA's file. Train a LoRA, or the word by itself",
 ):
     """The word whose vectors a LoRA training learns too, how they begin, and how long they learn."""
 
@@ -171,7 +171,7 @@ def _describe(options: EmbeddingOptions) -> str:
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
     text = options.train_embedding
     assert text is not None  # the feature is on
-    error = find_fault(text)
+    error = find_error(text)
     if error:
         raise OptionError(f"--train_embedding {text!r} {error}")
     caching = run.options.caching

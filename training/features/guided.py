@@ -59,7 +59,7 @@ class GuidedTarget:
     """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
 
     scale: float
-    sound_scale: float
+    audio_scale: float
     lowest_level: float  # share of noise, 0..1, from which on it is used
 
 
@@ -69,7 +69,7 @@ def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
     assert scale is not None  # the feature is on
     return GuidedTarget(
         scale=scale,
-        sound_scale=options.guided_target_sound or scale,
+        audio_scale=options.guided_target_sound or scale,
         lowest_level=options.guided_target_min_timestep / THOUSAND,
     )
 
@@ -89,20 +89,20 @@ def guide(
     is_empty = batch.has_empty_text or (False,) * len(batch)
     keeps = [empty or kept for empty, kept in zip(is_empty, kept_samples(passes, noisy_batch), strict=True)]
     uses_image = _above(levels_of(noisy_batch), guided.lowest_level, keeps)
-    uses_sound: list[bool] = []
-    if noisy_batch.sound is not None:
-        uses_sound = _above(levels_of(noisy_batch.sound), guided.lowest_level, keeps)
-    if not (any(uses_image) or any(uses_sound) or passes.rule.in_lockstep):
+    uses_audio: list[bool] = []
+    if noisy_batch.audio is not None:
+        uses_audio = _above(levels_of(noisy_batch.audio), guided.lowest_level, keeps)
+    if not (any(uses_image) or any(uses_audio) or passes.rule.in_lockstep):
         return velocity
     unprompted = passes.frozen(replace(noisy_batch, batch=batch.with_empty_text()))
     passes.restart(noisy_batch)
-    if noisy_batch.sound is None:
+    if noisy_batch.audio is None:
         return choose(uses_image, unprompted + guided.scale * (velocity - unprompted), velocity)
-    image, sound = noisy_batch.joint.split(velocity)
-    away, sound_away = noisy_batch.joint.split(unprompted)
+    image, audio = noisy_batch.joint.split(velocity)
+    away, audio_away = noisy_batch.joint.split(unprompted)
     image = choose(uses_image, away + guided.scale * (image - away), image)
-    sound = choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
-    return noisy_batch.joint.join(image, sound)
+    audio = choose(uses_audio, audio_away + guided.audio_scale * (audio - audio_away), audio)
+    return noisy_batch.joint.join(image, audio)
 
 
 def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
@@ -110,9 +110,9 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_sound  # torch, as --help does without
+    from contract.family import hears_audio  # torch, as --help does without
 
-    if options.guided_target_sound is not None and not hears_sound(family):
+    if options.guided_target_sound is not None and not hears_audio(family):
         raise OptionError(
             f"--guided_target_sound {options.guided_target_sound:g}: the model {family.name} has no sound. "
             "Leave it out"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from running.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
-    from training.learning_options import WholeDitOptions
+    from training.learning_options import FullDitOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_families import OtherFamilies
@@ -86,7 +86,7 @@ class OptionsOfRun(Protocol):
         """Options of caches made by the training command; None in scripts that cannot make them."""
 
     @property
-    def whole_dit(self) -> "WholeDitOptions | None":
+    def full_dit(self) -> "FullDitOptions | None":
         """Options of full fine-tuning; None if the DiT stays frozen."""
 
     @property

@@ -29,7 +29,7 @@ from modules.media.reading import Frame, read_image, video_frames
 from training.reports.item_losses import (
     VERSION,
     ItemDraw,
-    ItemPicture,
+    ItemImage,
     compare_items,
     read_draws,
     read_draws_of_file,
@@ -76,7 +76,7 @@ def _as_line(draw: ItemDraw) -> str:
     return make_storable(json.dumps(values, ensure_ascii=False)) + "\n"
 
 
-def write_images(folder: Path, name: str, pictures: Mapping[str, ItemPicture]) -> None:
+def write_images(folder: Path, name: str, pictures: Mapping[str, ItemImage]) -> None:
     """Write small pictures of items, by their keys. Raises OutputError."""
     values = {key: {"name": image.name, "data": image.data} for key, image in pictures.items()}
     write_text(images_path(folder, name), make_storable(json.dumps(values, ensure_ascii=False)) + "\n")
@@ -108,7 +108,7 @@ class ItemLossRecorder:
     _waiting: list[ArrivingLosses] = field(default_factory=list)
     _draws: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
     _written: float = 0.0
-    _has_pictures: bool = False
+    _has_images: bool = False
     _count: int = 0  # micro-batches that were seen
     _is_lost: bool = False  # the file takes no more lines
 
@@ -216,11 +216,11 @@ class ItemLossRecorder:
 
     def _write_images(self) -> None:
         """Write small pictures of the items that the page shows: the first process does, once."""
-        if self._process != 0 or self._has_pictures:
+        if self._process != 0 or self._has_images:
             return
-        self._has_pictures = True
+        self._has_images = True
         keys = [item.key for item in select_shown(compare_items(read_draws(self.folder, self.name)))]
-        images: dict[str, ItemPicture] = {}
+        images: dict[str, ItemImage] = {}
         for table in self._tables:
             images |= _draw_items(table, self._tag, keys)
         write_images(self.folder, self.name, images)
@@ -238,24 +238,24 @@ class ItemLossRecorder:
             logger.warning("--item_losses records no more, the training continues: %s", error)
 
 
-def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemPicture]:
+def _draw_items(table: DatasetTable, tag: str, keys: Sequence[str]) -> dict[str, ItemImage]:
     """Return small pictures of the items of a table, by their keys; of those that can be read."""
     by_stem: dict[str, list[str]] = {}
     for key in keys:
         name = parse_latent_name(f"{key}{SUFFIX}", tag, table.kind)
         if name is not None:
             by_stem.setdefault(name.stem, []).append(key)
-    if not by_stem or table.is_of_sound:
+    if not by_stem or table.is_of_audio:
         return {}
     errors: list[Fault] = []
     sources: list[MediaSource] = []
     with contextlib.suppress(UserError):  # a training from caches does without the pictures
         sources = find_sources(table, captions=False, faults=errors)
-    images: dict[str, ItemPicture] = {}
+    images: dict[str, ItemImage] = {}
     for source in sources:
         if source.stem in by_stem:
             with contextlib.suppress(UserError, OSError, StopIteration):
-                image = ItemPicture.of(source.path.name, _read_first_frame(source))
+                image = ItemImage.of(source.path.name, _read_first_frame(source))
                 images |= dict.fromkeys(by_stem[source.stem], image)
     return images
 

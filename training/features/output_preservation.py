@@ -45,7 +45,7 @@ def preserve(
 
 
 def _join(run: "JoinedRun", options: OutputPreservationOptions) -> None:
-    if run.options.whole_dit is not None:
+    if run.options.full_dit is not None:
         name = next(table.name for table in run.tables if KEPT in table.attributes)
         raise OptionError(
             f"{name}: {KEPT} compares a LoRA with the model without it, and here the model "

@@ -53,10 +53,10 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import hears_sound, sound_of  # torch, as --help does without
+    from contract.family import audio_of, hears_audio  # torch, as --help does without
 
-    sound = sound_of(family)
-    if sound is not None and (sound.is_alone or (hears_sound(family) and family.sound_learning.given)):
+    audio = audio_of(family)
+    if audio is not None and (audio.is_alone or (hears_audio(family) and family.audio_learning.given)):
         raise OptionError(
             f"--preference {options.beta:g}: pairs are of pictures, and here one stream alone is learned. "
             "Leave it out"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from contract.data import HAS_SOUND, REJECTED_LATENTS
+from contract.data import HAS_AUDIO, REJECTED_LATENTS
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import explain_no_rejected
 from dataset.cache.store import Stores
 from modules.errors import CacheError, DatasetError
 from training.features.hooks import Tally
-from training.loss import NoisyBatch, NoisySound
+from training.loss import NoisyAudio, NoisyBatch
 from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
 
 # items whose headers are read before anything is loaded; of the others when they are learned
@@ -51,7 +51,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
                 f"{item.table.name}: --preference needs the latents of the worse pictures, which are not "
                 f"encoded while training. Cache them first:\n  {commands.latents}"
             )
-        header = stores.of(item.table).read(item.file_name, is_whole=False)
+        header = stores.of(item.table).read(item.file_name, is_full=False)
         if REJECTED_LATENTS not in header.keys:
             raise CacheError(explain_no_rejected(item.latent_path, commands))
 
@@ -96,7 +96,7 @@ def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
         timesteps=_stack_twice(noisy_batch.timesteps),
         weights=_stack_twice(noisy_batch.weights),
         perturbation=None if perturbation is None else _stack_twice(perturbation),
-        sound=None if noisy_batch.sound is None else _repeat_sound(noisy_batch.sound),
+        audio=None if noisy_batch.audio is None else _repeat_audio(noisy_batch.audio),
         levels=noisy_batch.levels * 2,
     )
 
@@ -109,23 +109,23 @@ def _repeat(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return [*value, *value] if isinstance(value, list) else _stack_twice(value)
 
 
-def _repeat_sound(sound: NoisySound) -> NoisySound:
-    return NoisySound(
-        noise=_stack_twice(sound.noise),
-        sigmas=_stack_twice(sound.sigmas),
-        timesteps=_stack_twice(sound.timesteps),
-        weights=_stack_twice(sound.weights),
-        levels=sound.levels * 2,
+def _repeat_audio(audio: NoisyAudio) -> NoisyAudio:
+    return NoisyAudio(
+        noise=_stack_twice(audio.noise),
+        sigmas=_stack_twice(audio.sigmas),
+        timesteps=_stack_twice(audio.timesteps),
+        weights=_stack_twice(audio.weights),
+        levels=audio.levels * 2,
     )
 
 
 def add_streams(streams: Sequence[Tensor], pairs: NoisyBatch) -> Tensor:
     """Return the error of each sample, B: of its picture, and of its sound if it has any."""
-    image, *sounds = streams
-    if not sounds:
+    image, *audios = streams
+    if not audios:
         return image
-    has_sound = pairs.batch.tensor(HAS_SOUND).to(image)
-    return image + sounds[0] * has_sound
+    has_sound = pairs.batch.tensor(HAS_AUDIO).to(image)
+    return image + audios[0] * has_sound
 
 
 def compare_pairs(errors: Tensor, base_errors: Tensor, preference: Preference) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ class Split:
     """Weights of the parts of a comparison: see `split_errors`."""
 
     size_weight: float
-    colour_weight: float
+    color_weight: float
 
 
 EVEN_SPLIT = Split(1.0, 1.0)
@@ -36,10 +36,10 @@ def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: boo
         has_channels: Whether the second dimension holds the channels of images; the color weight applies to
             these alone.
     """
-    if has_channels and split.colour_weight != 1:
+    if has_channels and split.color_weight != 1:
         differences = output - target
         means = differences.mean(dim=tuple(range(2, differences.ndim)), keepdim=True)
-        output = output - (1 - split.colour_weight**0.5) * means
+        output = output - (1 - split.color_weight**0.5) * means
     flat = output.flatten(1)
     flat_target = target.flatten(1)
     size = torch.linalg.vector_norm(flat, dim=1)

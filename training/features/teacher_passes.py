@@ -166,8 +166,8 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
     outputs = _split_streams(output, noisy_batch)
     targets = _split_streams(target, noisy_batch)
     errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
-    for sound_output, sound_target in zip(outputs[1:], targets[1:], strict=True):
-        errors.append(split_errors(sound_output, sound_target, split, has_channels=False))
+    for audio_output, audio_target in zip(outputs[1:], targets[1:], strict=True):
+        errors.append(split_errors(audio_output, audio_target, split, has_channels=False))
     return tuple(errors)
 
 
@@ -177,14 +177,14 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
     Given frames are left out, and the picture is multiplied by the root of its masks: so the squared norm of
     a difference counts places as `sample_errors` does.
     """
-    sounds = []
-    if noisy_batch.sound is not None:
-        prediction, sound = noisy_batch.joint.split(prediction)
-        sounds.append(sound)
+    audios = []
+    if noisy_batch.audio is not None:
+        prediction, audio = noisy_batch.joint.split(prediction)
+        audios.append(audio)
     weights = place_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()
-    return (prediction[:, :, noisy_batch.given_frames :], *sounds)
+    return (prediction[:, :, noisy_batch.given_frames :], *audios)
 
 
 def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:

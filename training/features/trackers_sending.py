@@ -160,6 +160,6 @@ def make_trackers(plan: "PlannedRun", records: Sequence[Any]) -> Trackers:
     return Trackers(
         plan.accelerator,
         options,
-        project=PROJECT if plan.options.whole_dit is None else f"{plan.family.name}_ft",
+        project=PROJECT if plan.options.full_dit is None else f"{plan.family.name}_ft",
         config=public_config(*records) if options.log_config else {},
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 # from the sizes of a grid of picture tokens to the places in it that take part, B K rising
@@ -59,10 +59,10 @@ def routed(dit: nn.Module, route: Route) -> Iterator[None]:
         set_runner(dit, before)
 
 
-def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
     hidden.between = _Parting(route, route.blocks_of(count)).at
-    inner(dit, hidden, tweaks)
+    inner(dit, hidden, overrides)
     hidden.between = None
 
 
@@ -88,7 +88,7 @@ class _Parting:
         x, tokens = hidden.x, hidden.tokens
         grid: tuple[int, ...] = tokens.grid
         chosen = self._route.choose(grid)
-        start = tokens.first_picture
+        start = tokens.first_image
         size = torch.Size(grid).numel()
         num_left_out = size - chosen.shape[1]
         if not num_left_out:

@@ -101,7 +101,7 @@ def write_card(
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
-    lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.licence_url}"]
+    lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.license_url}"]
     front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
     text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
@@ -161,7 +161,7 @@ def _front_matter(
     tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
     key = licence.strip().lower()
-    other_key = release.licence_key if licence == release.licence else "other"
+    other_key = release.license_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
@@ -171,7 +171,7 @@ def _front_matter(
     if values["license"] == "other":
         values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
         if licence == release.licence:
-            values["license_link"] = release.licence_url
+            values["license_link"] = release.license_url
     if words:
         values["instance_prompt"] = ", ".join(words)
     if prompts:
@@ -244,7 +244,7 @@ class Uploads:
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
-    _refusals: list[str] = field(default_factory=list)  # why no card is sent any more
+    _rejections: list[str] = field(default_factory=list)  # why no card is sent any more
 
     def about(self, run: PublishedRun) -> "Uploads":
         """Return the same uploads with the model card of a run."""
@@ -289,7 +289,7 @@ class Uploads:
     def _upload_card(self, card: str) -> None:
         """Upload the model card, unless the repository has a card that must be kept (`may_replace`)."""
         repo = self.options.huggingface_repo_id
-        if card in self._sent_cards or self._refusals:
+        if card in self._sent_cards or self._rejections:
             return
         self._sent_cards.add(card)
         where = {"repo_id": repo, "repo_type": "model"}
@@ -298,12 +298,12 @@ class Uploads:
                 existing = Path(self.api.hf_hub_download(filename=CARD, **where)).read_text(encoding="utf-8")
                 if not may_replace(existing, card):
                     logger.info("%s keeps its own %s", repo, CARD)
-                    self._refusals.append(CARD)
+                    self._rejections.append(CARD)
                     return
             self.api.upload_file(path_or_fileobj=card.encode("utf-8"), path_in_repo=CARD, **where)
         except Exception as error:  # the files are there, so the run continues
             logger.warning("the model card was not uploaded to %s: %s", repo, error)
-            self._refusals.append(str(error))
+            self._rejections.append(str(error))
             return
         logger.info("Uploaded the model card to %s", repo)
 

@@ -14,7 +14,7 @@ from torch import nn
 from checkpoints.stored.forms import rehearsed
 from contract.data import LatentSpec
 from contract.family import Described, Family, Trains
-from contract.rules import SoundLearning
+from contract.rules import AudioLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import repeat_items
@@ -173,7 +173,7 @@ def predict(
         tables: Tables of the dataset.
     """
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
-    quantization = rehearsed(options.speed.fp8.quantisation)
+    quantization = rehearsed(options.speed.fp8.quantization)
     placement = replace(placement_of(options, META, quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
@@ -199,9 +199,9 @@ def predict(
         if texts is not None:
             texts.free()
     offloaded = average = 0
-    if options.whole_dit is not None and options.joined.average is not None:
+    if options.full_dit is not None and options.joined.average is not None:
         average = 4 * sum(learning)  # float32; what has rate 0 is not averaged
-    if options.whole_dit is not None and options.whole_dit.offloads_states:
+    if options.full_dit is not None and options.full_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
     return StepPrediction(
         options=options,
@@ -272,7 +272,7 @@ def read_largest(
         checks=CacheChecks(),
         stream=("largest",),
         reads_empty=EMPTY_PROMPT in options.joined.needs,
-        reads_worse=REJECTED_ONES in options.joined.needs,
+        reads_rejected=REJECTED_ONES in options.joined.needs,
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
@@ -281,7 +281,7 @@ def read_largest(
         0,
         noise,
         on_noise=options.joined.on.noise,
-        sound=SoundLearning(),
+        audio=AudioLearning(),
         view=options.joined.view,
     )
     return drawn.add(batch, 0, 0)
@@ -322,7 +322,7 @@ def plan_one_card(
         host = host_room()
         remarks = (*remarks, *compiled)
         if prediction.takes_turns and host is not None and phase.host > host:
-            remarks = (*remarks, _host_remark(options, phase.host, host))
+            remarks = (*remarks, _host_warning(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
     def advise(known_room: Room) -> list[str]:
@@ -331,7 +331,7 @@ def plan_one_card(
     memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
 
 
-def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
+def _host_warning(options: TrainingOptions, needed: int, free: int) -> str:
     """Return advice to need less host memory, for transformers that take turns.
 
     Args:
@@ -340,7 +340,7 @@ def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
         free: Bytes of host memory that are free.
     """
     remedy = "train one transformer at a time, and make no samples by both"
-    if options.speed.fp8.quantisation is None:
+    if options.speed.fp8.quantization is None:
         remedy = f"--fp8_base --fp8_scaled halves that. Or {remedy}"
     return f"The host has {gib(free)} GiB free, and {gib(needed)} are needed: {remedy}."
 
@@ -421,7 +421,7 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
         further: Number of transformers that are trained in addition to the first one.
     """
     loop = options.loop
-    is_plain = options.whole_dit is None and options.speed.fp8.quantisation is None
+    is_plain = options.full_dit is None and options.speed.fp8.quantization is None
     unused = {
         "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,

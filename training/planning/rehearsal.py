@@ -33,7 +33,7 @@ from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.targets.passes import training_loss
-from training.whole_checkpoint import train_whole
+from training.whole_checkpoint import train_full
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Rehearsal:
         Returns the moment of the step at which most memory is in use, by phase; empty if the optimizer cannot
         be rehearsed, or if weights step during the backward pass.
         """
-        full_dit = self.options.whole_dit
+        full_dit = self.options.full_dit
         max_norm = self.options.optimizer.max_grad_norm
         moments: dict[str, dry.Moment] = {}
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
@@ -272,7 +272,7 @@ def dress_trainable(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
     average: list[Tensor] = []
-    if options.joined.average is not None and options.whole_dit is None:
+    if options.joined.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(
@@ -293,7 +293,7 @@ def _single_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
     """Return the steps of single weights; None if all are stepped at once."""
-    full_dit = options.whole_dit
+    full_dit = options.full_dit
     is_stepped_alone = full_dit is not None and (
         full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
     )
@@ -314,7 +314,7 @@ def _make_learning_groups(
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
     make_network = find_learner(family, options.network).make
     if options.network is None or make_network is None:
-        trainable = train_whole(family, options, dit, texts, writes=False)
+        trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from modules.errors import OutputError
 from modules.installation import PREFIX, ROOT, program_environment
-from training.reports.history import Start, Story, history_name, read_session, read_story
+from training.reports.history import Start, Story, history_name, read_history, read_session
 from training.reports.sections import SAMPLES, page_path
 
 REQUEST, END = b"\n", b"."  # what is written to the process: draw the page; draw it for the last time
@@ -124,7 +124,7 @@ def draw_page(history: Path, draw: Callable[[Story], None], *, is_over: bool) ->
     if session is None:
         return
     read_at = history.stat().st_mtime_ns
-    story = read_story(history, session)
+    story = read_history(history, session)
     if is_over and story.ending is None:
         step = max(story.loss, default=0)
         story.ending = f"died after step {step:,}, without a word", "bad"

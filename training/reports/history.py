@@ -391,7 +391,7 @@ def read_session(path: Path) -> int | None:
     return None if row is None else row.get("session")
 
 
-def read_story(path: Path, session: int) -> Story:
+def read_history(path: Path, session: int) -> Story:
     """Return the content of all lines of a run on disk.
 
     Raises:

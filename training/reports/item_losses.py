@@ -26,7 +26,7 @@ from PIL import Image
 
 from modules.atomic_write import make_storable
 from modules.limits import MAX_LINE_CHARACTERS
-from modules.media.colours import Frame
+from modules.media.colors import Frame
 from modules.pages.language import counted, say
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, read_text, require_regular_file
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 LEVELS = 10  # ranges of noise levels that are compared
-MOST_BYTES = 256 << 20  # of a file; of a larger one only the end is read
+MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small picture
 MAX_IMAGE = 64 << 10  # characters of one
@@ -66,14 +66,14 @@ class ItemLoss:
 
 
 @dataclass(frozen=True)
-class ItemPicture:
+class ItemImage:
     """A small picture of an item."""
 
     name: str  # of its file
     data: str  # JPEG in base64
 
     @classmethod
-    def of(cls, name: str, frame: Frame) -> "ItemPicture":
+    def of(cls, name: str, frame: Frame) -> "ItemImage":
         """Make the small JPEG of a frame, at most SIDE pixels on each side."""
         file = io.BytesIO()
         Image.fromarray(reduce_frame(frame, SIDE)).save(file, format="JPEG", quality=80)
@@ -115,8 +115,8 @@ def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
     if session is None or _read_session(path) != session:
         return
     with path.open("rb") as file:
-        if size > MOST_BYTES:
-            file.seek(size - MOST_BYTES)
+        if size > MAX_BYTES:
+            file.seek(size - MAX_BYTES)
             file.readline(MAX_LINE_CHARACTERS)  # the rest of one
         for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
             values = _parse(line)
@@ -182,12 +182,12 @@ def select_shown(items: Sequence[ItemLoss]) -> list[ItemLoss]:
     return [*hard, *items[max(len(hard), len(items) - MAX_EASY) :]]
 
 
-def read_images(folder: Path, name: str) -> dict[str, ItemPicture]:
+def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
     """Return the small pictures of items by their keys; of those that are well-formed."""
     try:
         values = parse_json(read_text(images_path(folder, name)))
         images = {
-            str(key): ItemPicture(str(image["name"]), str(image["data"])) for key, image in values.items()
+            str(key): ItemImage(str(image["name"]), str(image["data"])) for key, image in values.items()
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.rules import IMAGE_STREAM, SOUND_STREAM
+from contract.rules import AUDIO_STREAM, IMAGE_STREAM
 from modules.console import as_size, count_of
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, say, say_duration
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Tile = tuple[str, str, str]  # label, value and a note
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
-MOST_COLUMNS = 10  # of the grid of samples
+MAX_COLUMNS = 10  # of the grid of samples
 MAX_PROMPTS = 20
 SMOOTHING = 0.9
 MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
@@ -69,7 +69,7 @@ def page_values(
     story: Story,
     standing: Standing,
     load: "LoadClip | None" = None,
-    most: tuple[int, int] = (MOST_COLUMNS, MAX_PROMPTS),
+    most: tuple[int, int] = (MAX_COLUMNS, MAX_PROMPTS),
     name: str = "",
     has_sections: bool = True,
 ) -> dict[str, Any]:
@@ -126,16 +126,17 @@ def list_charts(story: Story, most: int = MAX_BINS) -> list[Chart]:
         most: Approximate number of points of a curve.
     """
     experts = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
-    of_streams = experts.keys() <= {IMAGE_STREAM, SOUND_STREAM}
+    of_streams = experts.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
     expert_title = say("Loss of picture and sound") if of_streams else say("Loss of each transformer")
     rates = {
         name.removeprefix("lr/").replace("unet", "transformer"): points
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
-    stated = () if story.start is None else story.start.charts
+    declared = () if story.start is None else story.start.charts
     further = [
-        _draw_numbers(story, chart, most) for chart in (*stated, *find_uncharted([*story.numbers], stated))
+        _draw_numbers(story, chart, most)
+        for chart in (*declared, *find_uncharted([*story.numbers], declared))
     ]
     losses = make_curves({say("loss"): story.loss}, most, SMOOTHING)
     if story.validations:

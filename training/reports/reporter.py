@@ -23,7 +23,7 @@ PAUSE = 120.0  # seconds between two pages without new samples at least
 SHARE = 0.003  # of the time, that writing the history to disk may take
 FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
 DOING_SECONDS = 10.0  # between two lines on what a pause does
-MAX_MESSAGES, MOST_CHARACTERS = 1000, 2000
+MAX_MESSAGES, MAX_CHARACTERS = 1000, 2000
 
 
 @dataclass
@@ -317,4 +317,4 @@ class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self._count < MAX_MESSAGES and threading.current_thread() is threading.main_thread():
             self._count += 1
-            self._note(record.levelname.lower(), shorten_lines(record.getMessage(), MOST_CHARACTERS))
+            self._note(record.levelname.lower(), shorten_lines(record.getMessage(), MAX_CHARACTERS))

@@ -23,7 +23,7 @@ from training.reports.history import SampleRow, Story
 
 SIDE = 256  # pixels of the longer side
 MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
-SOUND_RATE = 8000  # at which a sound is read to be drawn
+AUDIO_RATE = 8000  # at which a sound is read to be drawn
 LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
 GAP = 8  # pixels of a sheet
@@ -68,7 +68,7 @@ def read_reduced(path: Path) -> ReducedClip:
     if path.suffix == ".png":
         return ReducedClip([reduce_frame(read_image(path), SIDE)], 1.0)
     if path.suffix == ".wav":
-        return ReducedClip([_draw_sound(path)], 1.0)
+        return ReducedClip([_draw_audio(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
     for index, frame in enumerate(video_frames(path)):
@@ -81,17 +81,17 @@ def read_reduced(path: Path) -> ReducedClip:
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)
 
 
-def _draw_sound(path: Path) -> Frame:
+def _draw_audio(path: Path) -> Frame:
     """Return a picture of a WAV file's amplitude over time."""
     from modules.media.samples import read_track, track_info  # of runs with sound alone
 
     info = track_info(path)
     seconds = Fraction(1) if info is None or info.end is None else info.end
-    num_samples = max(SIDE, int(seconds * SOUND_RATE))
-    sound = read_track(path, Fraction(0), num_samples, rate=SOUND_RATE, channels=2)
+    num_samples = max(SIDE, int(seconds * AUDIO_RATE))
+    audio = read_track(path, Fraction(0), num_samples, rate=AUDIO_RATE, channels=2)
     swing = np.zeros(SIDE)
-    if sound is not None:
-        swing = np.array([abs(part).max() for part in np.array_split(sound, SIDE, axis=1)])
+    if audio is not None:
+        swing = np.array([abs(part).max() for part in np.array_split(audio, SIDE, axis=1)])
     heights = abs(np.linspace(-1, 1, SIDE // 4))[:, None]
     is_sound = heights <= np.maximum(swing, 0.02)
     return np.where(is_sound[..., None], LIGHT, DARK).astype(np.uint8)
@@ -226,11 +226,11 @@ def select_few(num_columns: int, best: int | None, most: int = 4) -> set[int]:
     return chosen
 
 
-def make_grid(story: Story, load: LoadClip, most_columns: int, max_prompts: int) -> dict[str, Any]:
+def make_grid(story: Story, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
     rows = [story.samples[key] for key in sorted(story.samples)]
     best_step = None if story.lowest is None else story.lowest[0]
-    columns = select_columns(rows, best_step, most_columns)
+    columns = select_columns(rows, best_step, max_columns)
     best_column: SampleRow | None = None
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)

@@ -18,9 +18,9 @@ from training.reports.history import MeasuredFile, Story, select_best
 from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 MAX_ROWS = 10_000
-MOST_SHOWN = 100  # rows of the page
+MAX_SHOWN = 100  # rows of the page
 # means of two steps that differ by less are equal: repeated seeds of one LoRA differ by about as much
 SAME = 0.005
 NO_TASTE = say(
@@ -175,7 +175,7 @@ def clip_score(cosine: float | None) -> float | None:
 def read_scores(path: Path) -> RunScores | None:
     """Read the scores of a run; None if there is no such file, or another program's."""
     try:
-        values = parse_json(read_text(path, MOST_BYTES))
+        values = parse_json(read_text(path, MAX_BYTES))
         if values["version"] != VERSION:
             return None
         rows = tuple(_read_row(row) for row in values["rows"][:MAX_ROWS])
@@ -345,7 +345,7 @@ def make_table(scores: RunScores) -> ScoreTable:
         loss = _shown(row.loss)
         if row.loss_step is not None and row.loss_step != row.step:
             loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{row.loss_step:,}")
-        remarks = _list_remarks(row)
+        remarks = _list_warnings(row)
         if best is not None and row is best.row:
             remarks.insert(0, say("best"))
         points = clip_score(row.clip)
@@ -368,7 +368,7 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _list_remarks(row: StepScores) -> list[str]:
+def _list_warnings(row: StepScores) -> list[str]:
     """Return the remarks on the samples of a step."""
     remarks: list[str] = [
         say("sample %(n)s copies %(picture)s", n=copy.prompt, picture=copy.nearest) for copy in row.copies
@@ -411,7 +411,7 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
         notes=notes,
         charts=[draw_chart(chart) for chart in list_score_charts(scores)],
         headings=table.headings,
-        rows=table.rows[-MOST_SHOWN:],
+        rows=table.rows[-MAX_SHOWN:],
     )
 
 

@@ -48,7 +48,7 @@ class ImageTextModel:
     processor: Any  # of pictures
     tokenizer: Any
     padding: str
-    most_tokens: int
+    max_tokens: int
     identity: str  # equal for folders with the same model
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class ImageTextModel:
             list(texts),
             padding=self.padding,
             truncation=True,
-            max_length=self.most_tokens,
+            max_length=self.max_tokens,
             return_tensors="pt",
         )
         # SigLIP was trained without a mask: its texts see what they are filled up with
@@ -82,7 +82,7 @@ class ImageTextModel:
 
     def is_cut(self, text: str) -> bool:
         """Return whether a text has more tokens than the model reads."""
-        return len(self.tokenizer(text)["input_ids"]) > self.most_tokens
+        return len(self.tokenizer(text)["input_ids"]) > self.max_tokens
 
 
 def _with_length_one(vectors: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def load_image_text_model(folder: Path, device: str | None) -> ImageTextModel:
         processor=processor,
         tokenizer=tokenizer,
         padding=kind.padding,
-        most_tokens=max_tokens,
+        max_tokens=max_tokens,
         identity=_identify(folder),
     )
 

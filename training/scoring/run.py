@@ -16,7 +16,7 @@ from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.options import Options, option
 from modules.text_files import real_path
-from training.reports.history import END, SampleRow, Start, Story, history_name, read_session, read_story
+from training.reports.history import END, SampleRow, Start, Story, history_name, read_history, read_session
 from training.reports.page import Standing, write_training_page
 from training.reports.sample_files import ClipStore
 from training.reports.scores import (
@@ -191,7 +191,7 @@ def open_run(place: Path) -> ScoredRun:
         session = read_session(place)
         if session is None:
             raise OptionError(f"{place}: this is no history of a training")
-        story = read_story(place, session)
+        story = read_history(place, session)
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
     return ScoredRun(place, story)
@@ -227,7 +227,7 @@ def _embed_prompts(
         return {}
     cut = [text for text in texts if model.is_cut(text)]
     if cut:
-        counts = {"n": str(len(cut)), "all": str(len(texts)), "most": str(model.most_tokens)}
+        counts = {"n": str(len(cut)), "all": str(len(texts)), "most": str(model.max_tokens)}
         notes.append(ScoreNote("cut", counts))
     return dict(zip(texts, model.embed_texts(texts), strict=True))
 

@@ -95,7 +95,7 @@ def list_training_media(config: DatasetConfig) -> list[Medium]:
     """
     media = []
     for table in config.datasets:
-        if table.validation or table.is_reg or table.is_of_sound:
+        if table.validation or table.is_reg or table.is_of_audio:
             continue
         errors: list[Fault] = []
         for source in find_sources(table, captions=False, faults=errors):

@@ -22,8 +22,8 @@ from training.loss import (
     PLAIN_LOSS,
     Autocast,
     LossRule,
+    NoisyAudio,
     NoisyBatch,
-    NoisySound,
     per_sample,
     predict,
     sample_errors,
@@ -116,8 +116,8 @@ def loss_passes(
 
 def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     weights = [noisy_batch.weights]
-    if noisy_batch.sound is not None:
-        weights.append(noisy_batch.sound.weights)
+    if noisy_batch.audio is not None:
+        weights.append(noisy_batch.audio.weights)
     # passes may have one error of both streams, which is weighted as the picture
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=False))
 
@@ -126,12 +126,12 @@ def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the velocity from the clip to its noise, with sound both joined."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
-    sound = noisy_batch.sound
-    if sound is None:
+    audio = noisy_batch.audio
+    if audio is None:
         return target
-    sound_latents = noisy_batch.batch.tensor(SOUND).float()
-    sound_target = family.noise.velocity(sound_latents, sound.noise, sound.sigmas)
-    return noisy_batch.joint.join(target, sound_target)
+    audio_latents = noisy_batch.batch.tensor(SOUND).float()
+    audio_target = family.noise.velocity(audio_latents, audio.noise, audio.sigmas)
+    return noisy_batch.joint.join(target, audio_target)
 
 
 def without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
@@ -201,7 +201,7 @@ def choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tens
     return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
-def levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
+def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
     """Return the share of noise of each sample, on the host."""
     return noised.levels or noised.sigmas.tolist()
 

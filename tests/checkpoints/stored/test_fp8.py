@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from checkpoints.stored.forms import attach, stored_in
 from checkpoints.stored.fp8 import E4M3, Fp8, dequantise, quantise, store_scale
 from modules.script_options import parse_options
-from modules.speed_options import GenerationFp8Options, Quantisation, TrainingFp8Options
+from modules.speed_options import GenerationFp8Options, Quantization, TrainingFp8Options
 from tests.golden_cases import read_case
 
-CAST, TENSOR, ROWS = (Quantisation(kind) for kind in ("cast", "tensor", "rows"))
+CAST, TENSOR, ROWS = (Quantization(kind) for kind in ("cast", "tensor", "rows"))
 GOLDEN = [f"{size}.{dtype}" for size in ("normal", "small", "wide") for dtype in ("float32", "bfloat16")]
 
 
@@ -22,10 +22,10 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def quantised(layer: nn.Linear, quantisation: Quantisation) -> nn.Linear:
+def quantised(layer: nn.Linear, quantization: Quantization) -> nn.Linear:
     """A copy of the layer with its weight in 8 bits."""
     layer = copy.deepcopy(layer).requires_grad_(False)
-    attach(layer, Fp8(quantisation).quantise(layer.weight))
+    attach(layer, Fp8(quantization).quantise(layer.weight))
     return layer
 
 
@@ -71,7 +71,7 @@ def test_a_scale_per_row_is_that_of_the_row_alone() -> None:
 def test_float32_scales_are_finer_than_those_of_bfloat16() -> None:
     weight = drawn(16, 40, dtype=torch.bfloat16)
     _, coarse = quantise(weight, ROWS)
-    _, fine = quantise(weight, Quantisation("rows", float32_scales=True))
+    _, fine = quantise(weight, Quantization("rows", float32_scales=True))
     assert coarse is not None
     assert fine is not None
     assert torch.equal(fine, weight.float().abs().amax(1, keepdim=True) / 448)
@@ -79,9 +79,9 @@ def test_float32_scales_are_finer_than_those_of_bfloat16() -> None:
     assert not torch.equal(coarse, fine)
 
 
-@pytest.mark.parametrize("quantisation", [TENSOR, ROWS], ids=["tensor", "rows"])
-def test_zeros_stay_zeros(quantisation: Quantisation) -> None:
-    rounded, scale = quantise(torch.zeros(4, 8), quantisation)
+@pytest.mark.parametrize("quantization", [TENSOR, ROWS], ids=["tensor", "rows"])
+def test_zeros_stay_zeros(quantization: Quantization) -> None:
+    rounded, scale = quantise(torch.zeros(4, 8), quantization)
     assert scale is not None
     assert (scale == 1).all()
     assert (dequantise(rounded, scale) == 0).all()
@@ -119,12 +119,12 @@ def test_scales_of_every_shape_are_applied(stored: tuple[int, ...], kept: tuple[
     assert torch.equal(dequantise(weight, found, torch.bfloat16), expected.bfloat16())
 
 
-@pytest.mark.parametrize("quantisation", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])
+@pytest.mark.parametrize("quantization", [CAST, TENSOR, ROWS], ids=["cast", "tensor", "rows"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_a_layer_and_its_gradient_are_those_of_the_weight_multiplied_out(
-    quantisation: Quantisation, dtype: torch.dtype, close: float
+    quantization: Quantization, dtype: torch.dtype, close: float
 ) -> None:
-    layer = quantised(nn.Linear(24, 16).to(dtype), quantisation)
+    layer = quantised(nn.Linear(24, 16).to(dtype), quantization)
     plain = multiplied_out(layer, dtype)
     x, other = (drawn(2, 5, 24, dtype=dtype).requires_grad_() for _ in range(2))
 
@@ -156,7 +156,7 @@ def test_the_backward_pass_keeps_no_copy_of_the_weight_in_16_bits() -> None:
 def test_layers_compute_in_autocasts_dtype_and_float32_layers_outside_it(
     autocast: bool, is_wide: bool
 ) -> None:
-    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantisation("rows", float32_linear=is_wide))
+    layer = quantised(nn.Linear(24, 16).bfloat16(), Quantization("rows", float32_linear=is_wide))
     dtype, x = torch.float32 if is_wide else torch.bfloat16, drawn(3, 24, dtype=torch.bfloat16)
     given = x.float() if autocast and not is_wide else x
 
@@ -168,27 +168,27 @@ def test_layers_compute_in_autocasts_dtype_and_float32_layers_outside_it(
 
 
 @pytest.mark.parametrize(
-    ("options", "words", "quantisation"),
+    ("options", "words", "quantization"),
     [
         (TrainingFp8Options, "", None),
-        (TrainingFp8Options, "--fp8_base", Quantisation("cast")),
-        (TrainingFp8Options, "--fp8_base --fp8_fast", Quantisation("cast", fp8_matmul=True)),
-        (TrainingFp8Options, "--fp8_base --fp8_scaled --fp8_fast", Quantisation("rows", fp8_matmul=True)),
+        (TrainingFp8Options, "--fp8_base", Quantization("cast")),
+        (TrainingFp8Options, "--fp8_base --fp8_fast", Quantization("cast", fp8_matmul=True)),
+        (TrainingFp8Options, "--fp8_base --fp8_scaled --fp8_fast", Quantization("rows", fp8_matmul=True)),
         (
             TrainingFp8Options,
             "--fp8_base --fp8_scaled --upcast_quantization",
-            Quantisation("rows", float32_scales=True),
+            Quantization("rows", float32_scales=True),
         ),
         (GenerationFp8Options, "", None),
-        (GenerationFp8Options, "--fp8", Quantisation("cast")),
-        (GenerationFp8Options, "--fp8 --fp8_scaled --fp8_fast", Quantisation("rows", fp8_matmul=True)),
-        (GenerationFp8Options, "--fp8_scaled --upcast_linear", Quantisation("rows", float32_linear=True)),
+        (GenerationFp8Options, "--fp8", Quantization("cast")),
+        (GenerationFp8Options, "--fp8 --fp8_scaled --fp8_fast", Quantization("rows", fp8_matmul=True)),
+        (GenerationFp8Options, "--fp8_scaled --upcast_linear", Quantization("rows", float32_linear=True)),
     ],
 )
-def test_what_options_mean(options: Any, words: str, quantisation: Quantisation | None) -> None:
-    assert parse_options(None, words.split(), options)[0].quantisation == quantisation
+def test_what_options_mean(options: Any, words: str, quantization: Quantization | None) -> None:
+    assert parse_options(None, words.split(), options)[0].quantization == quantization
 
 
 def test_fast_generation_without_fp8_weights_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    assert parse_options(None, ["--fp8_fast"], GenerationFp8Options)[0].quantisation is None
+    assert parse_options(None, ["--fp8_fast"], GenerationFp8Options)[0].quantization is None
     assert "--fp8_fast is ignored" in caplog.text

@@ -36,7 +36,7 @@ from checkpoints.stored.fp8_products import (
     tensor_scaled_product,
 )
 from modules.errors import OptionError
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from tests.fp8_reference import emulated_product
 
 CPU = torch.device("cpu")
@@ -250,10 +250,10 @@ def test_the_first_product_that_works_is_taken(caplog: pytest.LogCaptureFixture)
         select_product(CPU, lambda _: True, (refusing, wrong))
 
 
-def in_fp8(quantisation: Quantisation, rows: int = N) -> nn.Linear:
+def in_fp8(quantization: Quantization, rows: int = N) -> nn.Linear:
     layer = nn.Linear(K, rows, device="meta", dtype=torch.bfloat16).requires_grad_(False)
     layer.bias = nn.Parameter(random(rows, seed=3), requires_grad=False)
-    attach(layer, Fp8(quantisation).quantise(random(rows, K, seed=2)))
+    attach(layer, Fp8(quantization).quantise(random(rows, K, seed=2)))
     return layer
 
 
@@ -265,7 +265,7 @@ def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: s
         calls.append(tuple(a.shape))
         return emulated_product(a, *more)
 
-    plain, fast = Quantisation(kind), Quantisation(kind, product=counted)
+    plain, fast = Quantization(kind), Quantization(kind, product=counted)
     for tokens, rows, in_8_bits in ((M, N, True), (M, N + 1, False), (MIN_ROWS - 1, N, False)):
         calls.clear()
         x = random(1, tokens, K).requires_grad_()
@@ -279,8 +279,8 @@ def test_a_layer_multiplies_in_fp8_what_suits_it_and_all_else_in_16_bits(kind: s
 
 def test_rounding_in_float32_layers_is_for_what_is_multiplied_in_16_bits() -> None:
     x = random(M, K)
-    fast = Quantisation("rows", product=emulated_product)
-    wide = Quantisation("rows", float32_linear=True, product=emulated_product)
+    fast = Quantization("rows", product=emulated_product)
+    wide = Quantization("rows", float32_linear=True, product=emulated_product)
 
     assert torch.equal(in_fp8(fast)(x), in_fp8(wide)(x))
     assert not torch.equal(in_fp8(fast)(x[:3]), in_fp8(wide)(x[:3]))

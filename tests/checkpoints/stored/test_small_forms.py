@@ -11,7 +11,7 @@ from checkpoints.stored.forms import StoredForm, attach, stored_in, value_of
 from checkpoints.stored.int8 import Int8, rotate
 from checkpoints.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
 from checkpoints.stored.packed import four_bits
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from running.planning.dry_run import ACCELERATOR, WORKING, dry_run
 
 # the numbers come from comfy-kitchen 0.2.40 and bitsandbytes 0.50.2 on a CPU
@@ -44,7 +44,7 @@ def many(tokens: Tensor) -> Tensor:
 def test_a_plan_counts_the_value_of_nf4_alone_as_its_kernel_makes_no_copies() -> None:
     pytest.importorskip("bitsandbytes")
     shape = (512, 512)
-    form = form_of(rehearsed(Quantisation("nf4", form="nf4")))
+    form = form_of(rehearsed(Quantization("nf4", form="nf4")))
     with dry_run() as ledger:
         tensors = tuple(
             torch.empty(each.shape, dtype=each.dtype, device=ACCELERATOR)

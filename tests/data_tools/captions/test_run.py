@@ -218,11 +218,11 @@ def test_many_failures_without_a_caption_end_the_run(tmp_path: Path, monkeypatch
 
 
 def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
-    def refuse(*_: object) -> Any:
+    def reject(*_: object) -> Any:
         raise AssertionError("nothing is looked at or written")
 
     rewritten = WhichCaptions(ours=False, all=False, empty=False)
-    maker = CaptionMaker("m", "", rewritten, load=refuse, look=refuse, finish=refuse)
+    maker = CaptionMaker("m", "", rewritten, load=reject, look=reject, finish=reject)
 
     with pytest.raises(SystemExit):
         _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, maker)

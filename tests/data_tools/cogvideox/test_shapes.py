@@ -89,12 +89,12 @@ def test_a_clip_is_read_as_its_chosen_frames_at_its_chosen_size(tmp_path: Path) 
         read_clip(folder, shape(frame_buckets=(6, 8)), "name", threads=0)
 
 
-@pytest.mark.parametrize(("stated", "step"), [(24, 3), (40, 2)])
+@pytest.mark.parametrize(("declared", "step"), [(24, 3), (40, 2)])
 def test_a_wrong_header_counts_as_long_as_its_frames_are_there(
-    stated: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    declared: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_clip(tmp_path / "clip.mp4", 23, (40, 72))
-    info = replace(video_info(path), frames=stated)
+    info = replace(video_info(path), frames=declared)
     monkeypatch.setattr(reading, "video_info", lambda _: info)
 
     clip = read_clip(path, shape(), "name", threads=1)
@@ -106,10 +106,10 @@ def test_batches_are_of_one_shape_full_ones_first_and_the_rest_at_the_end() -> N
     # shape (its bytes) and number
     items = [(4, 1), (8, 2), (4, 3), (4, 4), (8, 5), (4, 6), (8, 7)]
 
-    def numbers(most: int, most_bytes: int = 100) -> list[list[int]]:
+    def numbers(most: int, max_bytes: int = 100) -> list[list[int]]:
         shape = itemgetter(0)
         return [
-            [one for _, one in some] for some in fill_batches(items, shape, lambda _: most, shape, most_bytes)
+            [one for _, one in some] for some in fill_batches(items, shape, lambda _: most, shape, max_bytes)
         ]
 
     assert numbers(3) == [[1, 3, 4], [2, 5, 7], [6]]
@@ -147,7 +147,7 @@ def test_another_run_keeps_what_is_right_and_makes_anew_what_has_changed(vae: Pa
     assert changed.name == f"{NAMES[1]}_00000-009_0032x0032_wan.safetensors"
 
     cache(vae, write_config(tmp_path, root, "target_frames = [5]"))  # the same name, but from the clip
-    record = latent_record(read_entry(kept, is_whole=False))
+    record = latent_record(read_entry(kept, is_full=False))
     assert record is not None
     assert [file.name for file in record.files] == [f"{NAMES[0]}.mp4"]
 

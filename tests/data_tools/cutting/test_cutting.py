@@ -20,7 +20,7 @@ from tests.data_tools.cutting.films import find_frame, plain, scene, write_film
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import ToyFamily, options
-from tests.modules.media.test_streams import RATE, sound_of
+from tests.modules.media.test_streams import RATE, audio_of
 from tests.sound_media import Track, clicks_in, write_media
 from tools.split_video import main
 
@@ -102,7 +102,7 @@ def test_clips_have_the_sound_of_the_source_unless_it_is_not_wanted(tmp_path: Pa
     first, second = run(source, tmp_path / "out", *words)
 
     for clip, clicks in ((first, [0.7]), (second, [0.2, 1.1])):
-        found = [place / RATE for place in clicks_in(sound_of(clip))]
+        found = [place / RATE for place in clicks_in(audio_of(clip))]
         assert found == pytest.approx(clicks, abs=0.002)
     for clip in run(source, tmp_path / "silent", *words, "--no_audio"):
         with av.open(str(clip)) as container:

@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(tagger: Path, batch_size: int = 1, joins_by_mean: bool = False) -> Tagger:
-    return load_tagger(tagger, batch_size, joins_by_mean, most_frames=8)
+    return load_tagger(tagger, batch_size, joins_by_mean, max_frames=8)
 
 
 @pytest.mark.long

@@ -305,9 +305,9 @@ def test_another_dtype_is_no_other_network(tmp_path: Path) -> None:
     assert "Their values differ slightly." in said
 
 
-@pytest.mark.parametrize(("most_bytes", "captions"), [(1 << 30, ([0, 1, 1], [0, 2, 2])), (1, ([0], [0]))])
+@pytest.mark.parametrize(("max_bytes", "captions"), [(1 << 30, ([0, 1, 1], [0, 2, 2])), (1, ([0], [0]))])
 def test_processes_share_the_check_and_the_first_captions_come_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_bytes: int, captions: tuple[list[int], ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int, captions: tuple[list[int], ...]
 ) -> None:
     (item, other) = require_items(find_items(cached(tmp_path), "toy", LATENT), COMMANDS)[:2]
     items = [replace(one, captions=3) for one in (item, other)]
@@ -318,7 +318,7 @@ def test_processes_share_the_check_and_the_first_captions_come_first(
         return read_batch([replace(batch[0], captions=1)], LATENT)
 
     monkeypatch.setattr(starting, "read_batch", read)
-    monkeypatch.setattr(starting, "MOST_READ_BYTES", most_bytes)
+    monkeypatch.setattr(starting, "MAX_READ_BYTES", max_bytes)
     for number, expected in enumerate(captions):
         before = len(looked)
         check_caches(ToyFamily(), items, COMMANDS, Stores(), True, (number, 2))
@@ -332,7 +332,7 @@ def test_large_folders_are_not_listed(
 ) -> None:
     config = cached(tmp_path)
     make_clip(Path(str(config.datasets[0].directory)) / "new.mkv", 5)
-    monkeypatch.setattr(starting, "MOST_LISTED", most)
+    monkeypatch.setattr(starting, "MAX_LISTED", most)
     monkeypatch.setattr(starting, "find_sources", starting.find_sources if told else None)
     compare_sources(config.datasets, find_items(config, "toy", LATENT), COMMANDS, "toy")
     assert ("with no latents" in caplog.text) == told

@@ -65,7 +65,7 @@ def seen(folder: Path) -> dict[str, int]:
     return found
 
 
-WHOLE = {name: number for number, name in enumerate(NAMES)}
+FULL = {name: number for number, name in enumerate(NAMES)}
 
 
 def end_one(folder: Path) -> None:

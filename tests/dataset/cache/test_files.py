@@ -91,7 +91,7 @@ def test_names_of_pictures_may_leave_the_frames_out(key: str) -> None:
 def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"latents_1x4x4_float32": torch.zeros(2, 1, 4, 4)}, {"architecture": "wan"})
     write_tensors(tmp_path / "b", {"varlen_t5_float32": torch.zeros(2, 4)}, {"architecture": "wan"})
-    latents, text = read_entry(tmp_path / "a", is_whole=False), read_entry(tmp_path / "b", is_whole=False)
+    latents, text = read_entry(tmp_path / "a", is_full=False), read_entry(tmp_path / "b", is_full=False)
     assert is_latent_cache(latents, "wan")
     assert is_text_cache(text, "wan")
     assert not is_latent_cache(latents, "framepack")
@@ -101,8 +101,8 @@ def test_caches_are_told_by_tensor_names_and_family(tmp_path: Path) -> None:
     lora = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(4, 8)}
     for metadata in ({}, {"architecture": "wan"}):
         write_tensors(tmp_path / "c", lora, metadata)
-        assert not is_latent_cache(read_entry(tmp_path / "c", is_whole=False), "wan")
-        assert not is_text_cache(read_entry(tmp_path / "c", is_whole=False), "wan")
+        assert not is_latent_cache(read_entry(tmp_path / "c", is_full=False), "wan")
+        assert not is_text_cache(read_entry(tmp_path / "c", is_full=False), "wan")
 
 
 def test_a_checksum_sees_name_shape_and_every_bit() -> None:

@@ -107,7 +107,7 @@ def test_items_and_batches_of_the_index_are_those_of_the_caches(
 def test_a_start_from_the_index_lists_and_compares_no_source(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     cache(config)
-    looks = ("find_sources", "list_entries", "read_caption", "latent_faults", "text_faults")
+    looks = ("find_sources", "list_entries", "read_caption", "latent_errors", "text_errors")
 
     assert calls_of(lambda: start(config), *looks) == set()
     (tmp_path / "cache" / NAME).unlink()

@@ -12,7 +12,7 @@ import pytest
 from dataset.cache import catalog
 from dataset.cache.catalog import list_shards
 from dataset.cache.shards import ShardStore, merge_shards, shard_errors
-from tests.dataset.cache.entries import NAMES, ODD, WHOLE, contents, fill, make_shards, seen, write
+from tests.dataset.cache.entries import FULL, NAMES, ODD, contents, fill, make_shards, seen, write
 from tests.dataset.cache.killing import needs_fork, run_and_kill, run_to_step
 
 Step = tuple[str, str, int]
@@ -140,7 +140,7 @@ def test_a_shard_that_was_left_is_used_at_once_by_its_own_machine(
     assert run_and_kill(work, 1.0) == (1, False)
     monkeypatch.setattr(catalog, "machine", lambda: here)
     assert "has no end" in shard_errors(folder)[0]
-    expected = {**WHOLE, ODD[0]: 9, ODD[1]: 9} if is_here else WHOLE
+    expected = {**FULL, ODD[0]: 9, ODD[1]: 9} if is_here else FULL
     for _ in range(2):
         assert seen(folder) == expected
         ShardStore(folder).close(is_last=True)
@@ -149,4 +149,4 @@ def test_a_shard_that_was_left_is_used_at_once_by_its_own_machine(
         if name.endswith(".writing"):  # an hour later its writer must be dead
             os.utime(folder / name, (0, 0))
     ShardStore(folder).close(is_last=True)
-    assert seen(folder) == {**WHOLE, ODD[0]: 9, ODD[1]: 9}
+    assert seen(folder) == {**FULL, ODD[0]: 9, ODD[1]: 9}

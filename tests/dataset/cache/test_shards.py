@@ -21,9 +21,9 @@ from dataset.cache.shards import ShardStore, merge_shards, shard_errors
 from dataset.cache.store import SingleFiles
 from modules.errors import OutputError
 from tests.dataset.cache.entries import (
+    FULL,
     NAMES,
     ODD,
-    WHOLE,
     contents,
     fill,
     make_shards,
@@ -53,8 +53,8 @@ def test_an_entry_is_read_as_from_a_file(tmp_path: Path) -> None:
             assert len(os.listdir(tmp_path / "shards")) == 1
         for name in names:
             assert packed.read_bytes(name) == (tmp_path / "files" / name).read_bytes()
-            header = packed.read(name, is_whole=False)
-            assert header.shapes == files.read(name, is_whole=False).shapes
+            header = packed.read(name, is_full=False)
+            assert header.shapes == files.read(name, is_full=False).shapes
 
 
 def test_later_entries_hold_and_removed_ones_are_gone(folder: Path) -> None:
@@ -64,7 +64,7 @@ def test_later_entries_hold_and_removed_ones_are_gone(folder: Path) -> None:
     second.remove(NAMES[1])
     write(second, NAMES[2] + ".part", 2)
     second.remove(NAMES[2] + ".part")
-    state = {**WHOLE, NAMES[0]: 7}
+    state = {**FULL, NAMES[0]: 7}
     del state[NAMES[1]]
     for is_last in (False, True, True):
         second.close(is_last)
@@ -83,7 +83,7 @@ def test_of_two_that_did_not_see_each_other_the_one_that_writes_wins(
     folder: Path, digits: tuple[str, str]
 ) -> None:
     writing, removing = ShardStore(folder), ShardStore(folder)
-    assert set(writing.names()) == set(removing.names()) == WHOLE.keys()
+    assert set(writing.names()) == set(removing.names()) == FULL.keys()
     write(writing, NAMES[0], 7)
     removing.remove(NAMES[0])
     for store, digit in zip((writing, removing), digits, strict=True):
@@ -130,16 +130,16 @@ def test_damage_is_noticed_and_mended(folder: Path, step: int) -> None:
     for how, place, damaged in damages(right[path.name], step):
         path.write_bytes(damaged)
         alive, store = seen(folder), ShardStore(folder)
-        assert alive.items() <= WHOLE.items()
+        assert alive.items() <= FULL.items()
         # of a page of the tables nothing may be left, of others all but one entry
         assert how != "flip" or len(alive) >= 5 or place < 3 * catalog.PAGE_BYTES, place
         gone = [name for name in NAMES if name not in alive]
         # training reads what the names promise, and asks for faults first
         assert not gone or shard_errors(folder) or set(store.names()) >= set(gone), (how, place)
         for name in gone:
-            write(store, name, WHOLE[name])
+            write(store, name, FULL[name])
         store.close(is_last=True)
-        assert seen(folder) == WHOLE, (how, place)
+        assert seen(folder) == FULL, (how, place)
         assert shard_errors(folder) == [], (how, place)
         for name in contents(folder):
             (folder / name).unlink()
@@ -160,14 +160,14 @@ def test_a_live_writer_keeps_its_shard_however_long_it_has_written_nothing(tmp_p
     writer.close(is_last=True)
 
     assert done.returncode == 0
-    assert seen(tmp_path) == WHOLE | {"small": 1}
+    assert seen(tmp_path) == FULL | {"small": 1}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit for files")
 def test_a_full_disk_is_an_error_and_the_store_stays_whole(folder: Path) -> None:
     import resource
 
-    before, expected = contents(folder), {**WHOLE, "more": 1}
+    before, expected = contents(folder), {**FULL, "more": 1}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     store = ShardStore(folder)
     write(store, "more", 1)
@@ -200,7 +200,7 @@ def test_a_volume_without_locks_is_written_and_read(tmp_path: Path, monkeypatch:
     fill(store, NAMES)
     assert number_of(store, NAMES[2]) == 2
     store.close(is_last=True)
-    assert seen(tmp_path) == WHOLE
+    assert seen(tmp_path) == FULL
 
 
 def test_a_shard_of_a_later_version_is_left_alone(folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_shard_of_a_later_version_is_left_alone(folder: Path) -> None:
         rows.execute("PRAGMA user_version = 9")
     ShardStore(folder).close(is_last=True)
     assert later.exists()
-    assert seen(folder) == WHOLE
+    assert seen(folder) == FULL
     assert "of a later version" in shard_errors(folder)[0]
 
 
@@ -230,7 +230,7 @@ def test_tars_of_earlier_versions_are_read_and_written_beside(tars: Path) -> Non
     assert seen(tars) == OLD_FULL
     assert shard_errors(tars) == []
     store = ShardStore(tars)
-    assert store.read("clip_2_toy_te.safetensors", is_whole=False).metadata["number"] == "2"
+    assert store.read("clip_2_toy_te.safetensors", is_full=False).metadata["number"] == "2"
     write(store, "clip_2_toy_te.safetensors", 20)
     store.remove("clip_3_toy_te.safetensors")
     store.close(is_last=True)
@@ -300,10 +300,10 @@ def test_a_hostile_shard_is_damaged_and_costs_no_other(what: str, folder: Path) 
         rows.executescript(HOSTILE[what])
         rows.commit()
 
-    assert seen(folder) == WHOLE
+    assert seen(folder) == FULL
     assert any("is damaged" in error for error in shard_errors(folder))
     ShardStore(folder).close(is_last=True)
-    assert seen(folder) == WHOLE
+    assert seen(folder) == FULL
     assert shard_errors(folder) == []
 
 
@@ -333,7 +333,7 @@ def test_pages_that_name_one_page_many_times_end(folder: Path) -> None:
     path.write_bytes(data)
 
     began = time.process_time()
-    assert set(ShardStore(folder).names()) >= WHOLE.keys()
+    assert set(ShardStore(folder).names()) >= FULL.keys()
     assert time.process_time() - began < 10
 
 
@@ -365,7 +365,7 @@ def test_files_in_place_of_a_writers_touch_nothing_elsewhere(what: str, tmp_path
                 journal.write_bytes(head.ljust(512, b"\0") + page_1 + victim + ends)
 
     store = ShardStore(folder)
-    assert seen(folder) == WHOLE
+    assert seen(folder) == FULL
     if what == "lock":
         with pytest.raises(OutputError):
             store.close(is_last=True)

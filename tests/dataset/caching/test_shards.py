@@ -131,7 +131,7 @@ def test_a_shard_that_is_not_there_is_refused() -> None:
 COUNT = 12
 
 
-def of_pictures(folder: Path) -> DatasetConfig:
+def of_images(folder: Path) -> DatasetConfig:
     """A table of pictures with captions, whose caches are in shards."""
     settings = {"resolution": (32, 32), "caption_extension": ".txt", "cache_format": "shards"}
     return DatasetConfig(folder / "data.toml", (make_table(folder, "image_directory", **settings),))
@@ -149,7 +149,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(COUNT):
         make_image(folder / f"pic_{number:02d}.png", colour=(10 * number, 20, 30))
         (folder / f"pic_{number:02d}.txt").write_text(f"picture {number}", encoding="utf-8")
-    assert cache(of_pictures(folder)) == (COUNT, COUNT)
+    assert cache(of_images(folder)) == (COUNT, COUNT)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
     undisturbed: Path, tmp_path: Path, how: str
 ) -> None:
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
-    config = of_pictures(tmp_path)
+    config = of_images(tmp_path)
     right = entries(config)
     (path,) = (tmp_path / "cache" / name for name in list_shards(tmp_path / "cache"))
     data = bytearray(path.read_bytes())
@@ -197,12 +197,12 @@ def test_a_damaged_shard_is_noticed_and_mended_by_the_same_commands(
 def test_a_run_that_is_killed_goes_on_and_equals_an_undisturbed_one(
     undisturbed: Path, tmp_path: Path, kills: int
 ) -> None:
-    expected = entries(of_pictures(undisturbed))
+    expected = entries(of_images(undisturbed))
     chance, interrupted = random.Random(kills), 0
     for number in range(kills):
         folder = tmp_path / str(number)
         shutil.copytree(undisturbed, folder, ignore=shutil.ignore_patterns("cache"))
-        config = of_pictures(folder)
+        config = of_images(folder)
         for _ in range(3):
             _, is_over = run_and_kill(
                 lambda _, config=config: cache(config) and None, chance.uniform(0.02, 0.8)

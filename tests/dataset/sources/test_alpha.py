@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.report.views import side_by_side
 from dataset.config import DatasetTable
 from dataset.listing import find_sources
-from dataset.sources.colours import find_colors
+from dataset.sources.colors import find_colors
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.table import Augmentation
 from modules.media.reading import add_alpha, join_alpha, split_alpha

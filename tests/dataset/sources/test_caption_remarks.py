@@ -12,7 +12,7 @@ from dataset.sources.remarks import (
     BACKSLASH,
     LONE_BRACE,
     NOT_DRAWN,
-    find_caption_remarks,
+    find_caption_warnings,
     find_cut_captions,
     whole_texts,
 )
@@ -103,7 +103,7 @@ def test_marks_that_are_learned_as_text_are_named(
 ) -> None:
     sources = find_sources(table_of(tmp_path, caption, **keys))
 
-    remarks = find_caption_remarks(sources)
+    remarks = find_caption_warnings(sources)
 
     assert [remark.kind for remark in remarks] == kinds
     assert all(caption in remark.text and "a.txt" in remark.text for remark in remarks)

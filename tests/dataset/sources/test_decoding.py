@@ -256,12 +256,12 @@ def test_clips_far_from_the_rate_of_the_model_are_told(tmp_path: Path, rate: int
     write_video(tmp_path / "a.mp4", (np.zeros((32, 32, 3), np.uint8) for _ in range(5)), rate)
 
     found = find_far_rates(find_sources(make_table(tmp_path)), 16.0)
-    stated = find_far_rates(find_sources(make_table(tmp_path, source_fps="auto")), 16.0)
+    declared = find_far_rates(find_sources(make_table(tmp_path, source_fps="auto")), 16.0)
 
     assert [error.text.partition("; ")[0] for error in found] == [
         f"{tmp_path / 'a.mp4'}: {rate} frames a second, the model takes 16"
     ] * is_told
-    assert stated == []
+    assert declared == []
 
 
 @pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.9])

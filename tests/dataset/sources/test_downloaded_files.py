@@ -15,7 +15,7 @@ from dataset.forms.tars_listing import check_tar
 from dataset.sources.downloads import check_media, download
 from dataset.sources.media_source import DOWNLOADED_SUFFIXES, local_name
 from modules.errors import DatasetError, MediaError
-from modules.media.opening import SOUND_SUFFIXES
+from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from tests.dataset.serving import Site, site
 from tests.faults.messages import run_here
@@ -57,7 +57,7 @@ def test_a_name_with_several_dots_ends_in_letters_of_the_hash(name: str) -> None
 
 
 def test_all_media_that_are_read_keep_their_ending() -> None:
-    assert image_suffixes() | VIDEO_SUFFIXES | SOUND_SUFFIXES <= DOWNLOADED_SUFFIXES
+    assert image_suffixes() | VIDEO_SUFFIXES | AUDIO_SUFFIXES <= DOWNLOADED_SUFFIXES
 
 
 @pytest.mark.parametrize(

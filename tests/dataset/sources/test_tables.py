@@ -22,7 +22,7 @@ from dataset.forms import parquet_files as parquet
 from dataset.forms.composing import column_names, read_columns
 from dataset.forms.jsonl_rows import read_jsonl
 from dataset.forms.parquet_files import cells_of, read_cell
-from dataset.forms.unread import find_unread
+from dataset.forms.unread import find_unused
 from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault
@@ -290,10 +290,10 @@ def understate(path: Path) -> None:
     content = bytearray(path.read_bytes())
     end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
     for size in {group.total_byte_size, group.column(0).total_uncompressed_size}:
-        stated, new = varint(2 * size), varint(2 * 1000)  # twice: the lowest bit is the sign
-        new = bytes(byte | 128 for byte in new).ljust(len(stated) - 1, b"\x80") + b"\0"  # as long
-        assert stated in content[end:]
-        content[end:] = content[end:].replace(stated, new)
+        declared, new = varint(2 * size), varint(2 * 1000)  # twice: the lowest bit is the sign
+        new = bytes(byte | 128 for byte in new).ljust(len(declared) - 1, b"\x80") + b"\0"  # as long
+        assert declared in content[end:]
+        content[end:] = content[end:].replace(declared, new)
     path.write_bytes(content)
     assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 1000
 
@@ -390,7 +390,7 @@ def test_columns_that_look_meant_are_told(
     make_image(tmp_path / "a.png")
     rows = [{"image_path": "a.png", "caption": "a cat", column: value}]
 
-    found = [error.text for error in find_unread(list_of(tmp_path, rows, form))]
+    found = [error.text for error in find_unused(list_of(tmp_path, rows, form))]
 
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
@@ -399,13 +399,13 @@ def test_columns_that_look_meant_are_told(
 def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> None:
     content = make_image(tmp_path / "a.png").read_bytes()
     row = {"image": {"bytes": content, "path": "a.png"}, "edit": {"bytes": content, "path": "b.png"}}
-    (error,) = find_unread(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
+    (error,) = find_unused(table_of(tmp_path, [{**row, "text": "x", "extra": {"a": 1}}]))
     assert error.text.startswith("'edit', which holds files: reference pictures and control media are read")
     assert error.kind.startswith("column of ")
     assert error.kind.endswith(" is not read")  # behind "1"
 
     both = table_of(tmp_path, [{**row, "control_path_1": {"bytes": b"GIF8"}}], control_column="edit")
-    (error,) = find_unread(both)
+    (error,) = find_unused(both)
     assert error.text == "'control_path_1': of such files the model takes 1 an item."
 
     cell = {"bytes": content, "path": "c.png"}
@@ -413,25 +413,25 @@ def test_columns_of_whole_files_and_lists_of_paths_are_told(tmp_path: Path) -> N
         {"image": row["image"], "text": "x", "control_path_0": cell, "control_path_1": None},
         {"image": row["image"], "text": "y", "control_path_0": None, "control_path_1": cell},
     ]
-    assert find_unread(table_of(tmp_path, apart)) == []  # each row has one
+    assert find_unused(table_of(tmp_path, apart)) == []  # each row has one
 
     rows = [{"image_path": "a.png", "control_images": ["b.png", "c.png"]}]
-    (error,) = find_unread(list_of(tmp_path, rows, "list"))
+    (error,) = find_unused(list_of(tmp_path, rows, "list"))
     assert "'control_images', such as 'b.png'" in error.text
 
-    (error,) = find_unread(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
+    (error,) = find_unused(list_of(tmp_path, [{"image_path": "a.png", "prompt": "x"}], "list"))
     assert error.text == "'prompt': did you mean 'caption'?"
 
-    sounds = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
-    assert find_unread(dataclasses.replace(sounds, kind="video", is_of_sound=True)) == []
+    audios = list_of(tmp_path, [{"audio_path": "a.wav", "caption": "x", "video_path": "q"}], "list")
+    assert find_unused(dataclasses.replace(audios, kind="video", is_of_audio=True)) == []
 
 
 @pytest.mark.parametrize("form", ["list", "jsonl", "csv", "parquet"])
 def test_more_control_columns_than_a_model_takes_are_told(tmp_path: Path, form: str) -> None:
     rows = [{"image_path": "a.png", "caption": "x", "control_path_0": "/c.png", "control_path_1": "/d.png"}]
-    (error,) = find_unread(list_of(tmp_path, rows, form))
+    (error,) = find_unused(list_of(tmp_path, rows, form))
     assert error.text == "'control_path_1': of such files the model takes 1 an item."
-    assert find_unread(list_of(tmp_path, rows, form, references=ReferenceRules(most=2))) == []
+    assert find_unused(list_of(tmp_path, rows, form, references=ReferenceRules(most=2))) == []
 
 
 def test_a_key_that_is_there_twice_in_a_line_is_a_fault(tmp_path: Path) -> None:
@@ -452,12 +452,12 @@ def test_a_key_names_the_column_of_control_media(tmp_path: Path, form: str) -> N
     (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
 
     assert one.control == (Path("/c.png"), Path("/d.png"))
-    assert find_unread(list_of(tmp_path, rows, form, **changes)) == []
+    assert find_unused(list_of(tmp_path, rows, form, **changes)) == []
     if form != "csv":
         rows = [{"image_path": "a.png", "caption": "x", "edit": ["/c.png", "/d.png"]}]
         (one,) = find_sources(list_of(tmp_path, rows, form, **changes))
         assert one.control == (Path("/c.png"), Path("/d.png"))
-        (error,) = find_unread(list_of(tmp_path, rows, form, control_column="edit"))
+        (error,) = find_unused(list_of(tmp_path, rows, form, control_column="edit"))
         assert error.text == "'edit': of such files the model takes 1 an item."
     if form != "list":
         with pytest.raises(DatasetError, match="control_column = 'no' is not a column"):

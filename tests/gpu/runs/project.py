@@ -70,7 +70,7 @@ class Project:
         """Train a LoRA, or with `whole` the transformer itself."""
         command = self.family.train
         if whole:
-            command = [self.family.train_whole, *command[1 : command.index("--network_module")]]
+            command = [self.family.train_full, *command[1 : command.index("--network_module")]]
         rate = ("--learning_rate", "1e-3")
         self.run(device, *command, *rate, *OUTPUT, name, "--max_train_steps", steps, *arguments)
         return read_trained(self.folder / "output", name)

@@ -109,7 +109,7 @@ def test_a_whole_transformer_swaps_and_steps_in_the_backward_pass(
     project: Project, device: torch.device
 ) -> None:
     """Trained with the optimizer inside the backward pass, its blocks swapped: the bits of a run without."""
-    if not project.family.train_whole or "--dit_high_noise" in project.family.train:
+    if not project.family.train_full or "--dit_high_noise" in project.family.train:
         pytest.skip("no script trains the whole transformer")
     adafactor = ("--optimizer_type", "adafactor", "--optimizer_args", "relative_step=False")
     fused = ("--fused_backward_pass", *adafactor, "scale_parameter=False", "--max_grad_norm", "0")

@@ -111,7 +111,7 @@ def test_recomputation_ends_before_the_last_branch_is_added() -> None:
         assert len(calls) == times
 
 
-WHOLE = torch.arange(8, dtype=torch.float64)
+FULL = torch.arange(8, dtype=torch.float64)
 WIDTHS = (44, 42, 42)  # frames, rows, columns of a Wan head of 128
 
 
@@ -166,8 +166,8 @@ def test_positions_need_be_neither_counted_nor_whole() -> None:
 
     angles = angles_at(positions, 42)
 
-    assert torch.equal(angles[:2], angles_at(WHOLE, 42)[[7, 0]])
-    torch.testing.assert_close(angles[2:], positions[2:, None] * angles_at(WHOLE, 42)[1], rtol=1e-15, atol=0)
+    assert torch.equal(angles[:2], angles_at(FULL, 42)[[7, 0]])
+    torch.testing.assert_close(angles[2:], positions[2:, None] * angles_at(FULL, 42)[1], rtol=1e-15, atol=0)
 
 
 NUMBERS = torch.tensor([0.0, 1.0, 37.5, 1000.0, 6000.0])

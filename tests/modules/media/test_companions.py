@@ -53,7 +53,7 @@ def add_black(target: Any, frames: int, aspect: Fraction = Fraction(1)) -> None:
 def test_sound_is_copied_byte_by_byte_with_its_times(
     tmp_path: Path, encoder: str, original: str, suffix: str
 ) -> None:
-    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], FILM, 15, sound=encoder))
+    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], FILM, 15, audio=encoder))
 
     made = remake(source, suffix)
 
@@ -68,7 +68,7 @@ def test_sound_is_copied_byte_by_byte_with_its_times(
 @pytest.mark.parametrize("first", [Fraction(0), 5 / FILM])
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_pictures_and_sound_stay_in_step(tmp_path: Path, suffix: str, first: Fraction) -> None:
-    content = Source(rate=FILM, first=first, sound="libmp3lame", offset="3")
+    content = Source(rate=FILM, first=first, audio="libmp3lame", offset="3")
     source = write_source(tmp_path / "source.mkv", content)
 
     made = remake(source, suffix)
@@ -84,7 +84,7 @@ def test_sound_that_the_container_does_not_play_is_encoded_anew_and_said(
     tmp_path: Path, encoder: str, original: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], frames=25, sound=encoder))
+    source = write_source(tmp_path / f"source{original}", Source(MUXERS[original], frames=25, audio=encoder))
 
     made = remake(source, ".mp4")
 
@@ -96,10 +96,10 @@ def test_sound_that_the_container_does_not_play_is_encoded_anew_and_said(
         stream = container.streams.audio[0]
         assert (stream.codec_context.name, stream.codec_context.layout.name) == ("aac", "stereo")
         assert stream.metadata.get("language") in ("deu", "und")
-        sound = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
-    assert abs(sound.shape[1] / 48_000 - 1) < 0.05
+        audio = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
+    assert abs(audio.shape[1] / 48_000 - 1) < 0.05
     # the tone is still there, and nothing else
-    spectrum = np.abs(np.fft.rfft(sound[0, 4800:43_200] * np.hanning(38_400)))
+    spectrum = np.abs(np.fft.rfft(audio[0, 4800:43_200] * np.hanning(38_400)))
     assert abs(spectrum.argmax() * 48_000 / 38_400 - 440) < 3
     times = np.array([float(time) for time, _ in packets(made, "audio")])
     np.testing.assert_allclose(np.diff(times), 1024 / 48_000, atol=1e-9)
@@ -108,14 +108,14 @@ def test_sound_that_the_container_does_not_play_is_encoded_anew_and_said(
 def test_missing_sound_becomes_silence_when_it_is_encoded_anew(tmp_path: Path) -> None:
     path = tmp_path / "gap.mkv"
     with av.open(str(path), "w") as target:
-        sound = target.add_stream("pcm_s16le", rate=48_000)
-        sound.layout = "mono"
+        audio = target.add_stream("pcm_s16le", rate=48_000)
+        audio.layout = "mono"
         add_black(target, 50)
         for start in (*range(0, 19_200, 4800), *range(67_200, 96_000, 4800)):  # none from 0.4 s to 1.4 s
             loud = av.AudioFrame.from_ndarray(np.full((1, 4800), 9000, np.int16), format="s16", layout="mono")
             loud.sample_rate, loud.pts, loud.time_base = 48_000, start, Fraction(1, 48_000)
-            target.mux(sound.encode(loud))
-        target.mux(sound.encode(None))
+            target.mux(audio.encode(loud))
+        target.mux(audio.encode(None))
 
     made = remake(path, ".mp4")
 
@@ -158,7 +158,7 @@ def test_subtitles_are_kept(
 
 def test_chapters_fonts_and_tags_are_kept_in_matroska(tmp_path: Path) -> None:
     tags = (("BT_PROMPT", "eine Katze, 漢字"), ("title", "Tiere"), ("place", "x"))
-    content = Source(sound="aac", font=True, chapters=True, subtitles="ass", tags=tags)
+    content = Source(audio="aac", font=True, chapters=True, subtitles="ass", tags=tags)
     source = write_source(tmp_path / "source.mkv", content)
 
     made = remake(source, ".mkv", tags={"bt_prompt": "ein Hund", "bt_tool": "upscaler"})
@@ -170,9 +170,9 @@ def test_chapters_fonts_and_tags_are_kept_in_matroska(tmp_path: Path) -> None:
         first, last = container.chapters()
         assert (first["metadata"]["title"], last["metadata"]["title"]) == ("Anfang", "Ende")
         assert (first["start"], last["start"] * last["time_base"]) == (0, Fraction(1, 5))
-        video, sound = container.streams.video[0], container.streams.audio[0]
+        video, audio = container.streams.video[0], container.streams.audio[0]
         assert video.metadata["title"] == "Bild"
-        assert (sound.metadata["title"], sound.metadata["language"]) == ("Ton", "deu")
+        assert (audio.metadata["title"], audio.metadata["language"]) == ("Ton", "deu")
         (font,) = [stream for stream in container.streams if stream.type == "attachment"]
         assert (font.metadata["filename"], font.data) == ("schrift.ttf", FONT)
 
@@ -181,7 +181,7 @@ def test_chapters_and_tags_are_kept_in_mp4_and_the_font_is_missed_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tags = (("BT_PROMPT", "eine Katze, 漢字"), ("title", "Tiere"))
-    content = Source(sound="aac", font=True, chapters=True, subtitles="srt", tags=tags)
+    content = Source(audio="aac", font=True, chapters=True, subtitles="srt", tags=tags)
     source = write_source(tmp_path / "source.mkv", content)
 
     made = remake(source, ".mp4")
@@ -214,7 +214,7 @@ def test_tags_that_mp4_knows_are_written_so_that_players_show_them(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_a_recording_of_a_broadcast_becomes_a_file_that_begins_at_zero(tmp_path: Path, suffix: str) -> None:
-    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=20, sound="aac", offset="1000"))
+    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=20, audio="aac", offset="1000"))
 
     made = remake(source, suffix)
 
@@ -286,7 +286,7 @@ def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
 
 
 def test_damaged_sound_does_not_lose_the_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = write_source(tmp_path / "source.mkv", Source(frames=25, sound="vorbis"))
+    source = write_source(tmp_path / "source.mkv", Source(frames=25, audio="vorbis"))
     data = bytearray(source.read_bytes())
     damaged = [packet for _, packet in packets(source, "audio")][5:9]
     for packet in damaged:
@@ -305,7 +305,7 @@ def test_damaged_sound_does_not_lose_the_pictures(tmp_path: Path, caplog: pytest
 def test_sound_that_ffmpeg_cannot_write_does_not_lose_the_pictures(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=25, sound="aac"))
+    source = write_source(tmp_path / "source.ts", Source("mpegts", frames=25, audio="aac"))
     data = bytearray(source.read_bytes())
     heads = [found.start() for found in re.finditer(b"\xff\xf1", data)]
     for head in heads[10:14]:
@@ -321,7 +321,7 @@ def test_sound_that_ffmpeg_cannot_write_does_not_lose_the_pictures(
 
 def test_sound_is_read_as_far_as_the_pictures_have_come(tmp_path: Path) -> None:
     """Nothing is collected: the file holds the sound up to a short time before the newest picture."""
-    source = write_source(tmp_path / "source.mkv", Source(frames=150, sound="pcm_s16le"))
+    source = write_source(tmp_path / "source.mkv", Source(frames=150, audio="pcm_s16le"))
     path, sizes = tmp_path / "made.mkv", []
 
     def watched() -> Any:

@@ -98,7 +98,7 @@ def test_a_folder_of_images_is_a_video_in_the_order_of_its_numbers(tmp_path: Pat
 
 @pytest.mark.parametrize("full_range", [False, True])
 @pytest.mark.parametrize("matrix", ["ITU601", "ITU709"])
-def test_colours_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool, matrix: str) -> None:
+def test_colors_are_read_by_what_the_file_says(tmp_path: Path, full_range: bool, matrix: str) -> None:
     color = np.zeros((32, 32, 3), np.uint8) + np.array([200, 40, 90], np.uint8)
     path = tmp_path / "colour.mkv"
     space = av.video.reformatter.Colorspace[matrix]

@@ -15,7 +15,7 @@ from PIL import Image
 from modules.errors import MediaError
 from modules.limits import MAX_DECODED_BYTES, MAX_FRAME_BYTES, MAX_LONE_FRAME_BYTES
 from modules.media import opening
-from modules.media.colours import blend_on_white, row_blocks
+from modules.media.colors import blend_on_white, row_blocks
 from modules.media.opening import DECODED_BYTES, DECODER_BYTES, open_video
 from modules.media.reading import read_image
 from tests.commands import ROOT
@@ -102,7 +102,7 @@ def test_a_large_chunk_of_a_png_is_not_read_for_its_colours(tmp_path: Path) -> N
     for content, expected in ((chunk, (9, 13)), (false, None), (b"", None)):
         path.write_bytes(data[:33] + content + data[33:])
         with opening.open_image(path) as image:
-            from modules.media.colours import _read_cicp
+            from modules.media.colors import _read_cicp
 
             assert _read_cicp(image) == expected
 
@@ -129,10 +129,10 @@ def test_bands_give_the_pixels_of_the_whole(
     full = read_image(path, alpha)
     assert full.shape[:2] == (23, 37)
 
-    monkeypatch.setattr("modules.media.colours._BAND_PIXELS", 60)
+    monkeypatch.setattr("modules.media.colors._BAND_PIXELS", 60)
 
     np.testing.assert_array_equal(read_image(path, alpha), full)
-    monkeypatch.setattr("modules.media.colours._BAND_PIXELS", 1)  # a row at a time
+    monkeypatch.setattr("modules.media.colors._BAND_PIXELS", 1)  # a row at a time
     np.testing.assert_array_equal(read_image(path, alpha), full)
 
 

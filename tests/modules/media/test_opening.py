@@ -238,16 +238,16 @@ def test_a_picture_is_averaged_only_if_both_sides_shrink(resized: tuple[int, int
     assert how_to_resize((64, 48), resized) == how
 
 
-PICTURE = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
+IMAGE = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
 
 
 def test_a_third_of_the_pictures_change_their_colours_a_little() -> None:
-    changed = [change_colors(PICTURE, random.Random(seed)) for seed in range(300)]
+    changed = [change_colors(IMAGE, random.Random(seed)) for seed in range(300)]
 
-    different = [one for one in changed if not np.array_equal(one, PICTURE)]
+    different = [one for one in changed if not np.array_equal(one, IMAGE)]
     assert 70 < len(different) < 130
-    assert {one.shape for one in changed} == {PICTURE.shape}
-    assert max(abs(float(one.mean()) - PICTURE.mean()) for one in different) < 8
+    assert {one.shape for one in changed} == {IMAGE.shape}
+    assert max(abs(float(one.mean()) - IMAGE.mean()) for one in different) < 8
 
 
 def test_gamma_keeps_black_and_white_and_hue_keeps_grey() -> None:
@@ -266,7 +266,7 @@ def test_a_crop_is_anywhere_in_the_picture() -> None:
     lefts = {crop_anywhere(fit, random.Random(seed)).crop for seed in range(300)}
 
     assert lefts == {(left, 0) for left in range(17)}
-    np.testing.assert_array_equal(fit_frame(PICTURE, crop_anywhere(fit, random.Random(0))).shape, (24, 24, 3))
+    np.testing.assert_array_equal(fit_frame(IMAGE, crop_anywhere(fit, random.Random(0))).shape, (24, 24, 3))
 
 
 @pytest.mark.parametrize("anywhere", [False, True])

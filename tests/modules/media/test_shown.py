@@ -153,7 +153,7 @@ def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
 
 @pytest.mark.parametrize(("codec", "suffix"), [("h264", ".mp4"), ("h264", ".mkv"), ("prores", ".mkv")])
 @pytest.mark.parametrize("deep", [False, True])
-def test_colours_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -> None:
+def test_colors_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -> None:
     image = np.zeros((32, 192, 3), np.uint16 if deep else np.uint8)
     for index, color in enumerate(COLOURS.values()):
         image[:, 32 * index : 32 * index + 32] = np.array(color) * (257 if deep else 1)

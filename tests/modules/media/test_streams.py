@@ -197,7 +197,7 @@ def test_animations_are_read_as_everywhere_else(tmp_path: Path, name: str) -> No
     assert source_info(tmp_path / name).rate == 4 / Fraction(420, 1000)
 
 
-def write_sound(path: Path, with_cover: bool = False) -> None:
+def write_audio(path: Path, with_cover: bool = False) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=16000)
         if with_cover:
@@ -228,8 +228,8 @@ def write_unknown(path: Path) -> None:
     ("name", "write", "reason"),
     [
         ("unknown.mp4", write_unknown, "of a kind that FFmpeg here does not know"),
-        ("song.m4a", lambda path: write_sound(path, with_cover=True), "only sound and a cover picture"),
-        ("sound.mp4", write_sound, "no video stream, only audio"),
+        ("song.m4a", lambda path: write_audio(path, with_cover=True), "only sound and a cover picture"),
+        ("sound.mp4", write_audio, "no video stream, only audio"),
         ("cut.mp4", write_cut, "cannot be read|cut short"),
         ("cut.mkv", write_cut, "cannot be read|cut short"),
         ("empty.mp4", Path.touch, "0 bytes"),
@@ -253,7 +253,7 @@ def test_what_is_no_whole_video_is_named_with_the_reason(
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_a_cut_file_is_told_before_it_is_read(tmp_path: Path, suffix: str) -> None:
-    source = Source(MUXERS[suffix], frames=60, sound="pcm_s16le", options=(("movflags", "faststart"),))
+    source = Source(MUXERS[suffix], frames=60, audio="pcm_s16le", options=(("movflags", "faststart"),))
     full = write_source(tmp_path / f"whole{suffix}", source)
     source_info(full)
 
@@ -278,15 +278,15 @@ def test_pictures_of_other_sizes_are_not_mixed(tmp_path: Path) -> None:
 RATE = 48_000
 
 
-def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, with_sound: bool = True) -> Path:
+def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, with_audio: bool = True) -> Path:
     pixels = np.zeros((48, 64, 3), np.uint8)
     frames = (Picture(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25)))
-    section = VideoSection(source, start, seconds, with_sound)
+    section = VideoSection(source, start, seconds, with_audio)
     write_shown(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
     return path
 
 
-def sound_of(path: Path) -> NDArray[np.float32]:
+def audio_of(path: Path) -> NDArray[np.float32]:
     """The samples from time 0 on, as a player plays them."""
     with av.open(str(path)) as container:
         frames = list(container.decode(audio=0))
@@ -307,7 +307,7 @@ def test_sound_is_cut_where_the_pictures_are(
     track = Track((0.7, 2.2, 3.1), seconds=4.0, start=first, codec=codec)
     source = write_media(tmp_path / name, track, frames=100, first=Fraction(first))
 
-    samples = sound_of(write_part(source, Fraction(2), Fraction(8, 5), tmp_path / f"part{suffix}"))
+    samples = audio_of(write_part(source, Fraction(2), Fraction(8, 5), tmp_path / f"part{suffix}"))
 
     # Matroska counts in milliseconds, and MPEG sound is delayed by its encoder
     found = [place / RATE for place in clicks_in(samples)]
@@ -319,7 +319,7 @@ def test_sound_that_begins_later_or_ends_earlier_is_filled_with_silence(tmp_path
     track = Track((0.1,), seconds=0.5, start=2.1)
     source = write_media(tmp_path / "film.mkv", track, frames=100)
 
-    samples = sound_of(write_part(source, Fraction(2), Fraction(8, 5), tmp_path / "part.mp4"))
+    samples = audio_of(write_part(source, Fraction(2), Fraction(8, 5), tmp_path / "part.mp4"))
 
     assert [place / RATE for place in clicks_in(samples)] == pytest.approx([0.2], abs=0.002)
     assert abs(len(samples) / RATE - 1.6) < 2 * 1024 / RATE
@@ -328,7 +328,7 @@ def test_sound_that_begins_later_or_ends_earlier_is_filled_with_silence(tmp_path
 def test_no_sound_is_written_on_demand_or_if_there_is_none(tmp_path: Path) -> None:
     source = write_media(tmp_path / "film.mkv", Track(seconds=4.0), frames=100)
 
-    part = write_part(source, Fraction(1), Fraction(1), tmp_path / "part.mp4", with_sound=False)
+    part = write_part(source, Fraction(1), Fraction(1), tmp_path / "part.mp4", with_audio=False)
     again = write_part(part, Fraction(0), Fraction(1), tmp_path / "again.mp4")
 
     for path in (part, again):

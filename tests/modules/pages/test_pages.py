@@ -14,7 +14,7 @@ import pytest
 from browser.run_views import drop_private, share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
-from modules.pages.page import embed_clip, embed_picture, mark_folders, write_page
+from modules.pages.page import embed_clip, embed_image, mark_folders, write_page
 from tests.chromium import open_page, wait_until
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
@@ -40,7 +40,7 @@ def test_a_page_shows_hostile_text_and_runs_none_of_it(template: Path, tmp_path:
     values = {
         "text": HOSTILE,
         "clip": embed_clip(clip(5), 8, HOSTILE),
-        "picture": embed_picture(clip(1)[0], HOSTILE),
+        "picture": embed_image(clip(1)[0], HOSTILE),
         "chart": chart,
     }
     report = tmp_path / "report \u00fc.html"
@@ -64,7 +64,7 @@ def test_a_missing_value_is_an_error(template: Path) -> None:
 
 @pytest.mark.parametrize(("size", "shown"), [((24, 32), (32, 24)), ((1000, 500), (256, 512))])
 def test_large_pictures_are_reduced(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    tag = embed_picture(clip(1, *size)[0], "picture")
+    tag = embed_image(clip(1, *size)[0], "picture")
 
     assert f'width="{shown[0]}" height="{shown[1]}"' in tag
 

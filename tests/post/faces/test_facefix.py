@@ -49,7 +49,7 @@ def _pixels(*dots: tuple[int, int], dtype: type = np.uint8) -> Pixels:
     return pixels if dtype == np.uint8 else pixels.astype(np.uint16) * np.uint16(257)
 
 
-def _pictures(frames: Sequence[Pixels]) -> Iterator[Picture]:
+def _images(frames: Sequence[Pixels]) -> Iterator[Picture]:
     for index, pixels in enumerate(frames):
         yield Picture(pixels, Fraction(index, 10), Fraction(1, 10))
 
@@ -76,7 +76,7 @@ def _stage(model: Path, *words: object) -> Facefix:
 
 def _run(stage: Facefix, frames: Sequence[Pixels], is_deep: bool = False) -> list[Pixels]:
     clip = Clip(Path("clip.mkv"), WIDTH, HEIGHT, Fraction(10), None, is_deep)
-    made = list(stage.run(_pictures(frames), clip))
+    made = list(stage.run(_images(frames), clip))
     assert [image.start for image in made] == [Fraction(i, 10) for i in range(len(frames))]
     size = stage.result(clip)
     assert all(image.pixels.shape == (size.height, size.width, 3) for image in made)

@@ -60,12 +60,12 @@ class Counting:
 
     def __init__(self, inner: FlowEstimator) -> None:
         self.inner, self.encoded, self.flows = inner, 0, 0
-        self.living = self.most_living = 0
+        self.living = self.max_living = 0
 
     def encode(self, image: Tensor) -> EncodedImage:
         self.encoded += 1
         self.living += 1
-        self.most_living = max(self.most_living, self.living)
+        self.max_living = max(self.max_living, self.living)
         encoded = self.inner.encode(image)
         weakref.finalize(encoded.matching, self.forget)
         return encoded
@@ -101,7 +101,7 @@ def test_a_stream_equals_the_whole_clip_and_encodes_each_picture_once(folder: Pa
 
     made = list(stage.run(stream(frames, starts), CLIP))
 
-    assert (counting.encoded, counting.flows, counting.most_living) == (3, 4, 2)
+    assert (counting.encoded, counting.flows, counting.max_living) == (3, 4, 2)
     for index, pixels in enumerate(frames):
         assert made[3 * index].pixels is pixels
     assert [image.start for image in made] == [

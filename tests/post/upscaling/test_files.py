@@ -182,7 +182,7 @@ def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) ->
     """A change at the right edge reaches the left one through windows only, not around the picture."""
     weights = swinir_weights(replace(SWINIR, upsampler="none", ups=(), features=0, convolutions=1))
     # convolutions that see no neighbours
-    weights = {name: each * _centre(each) if each.dim() == 4 else each for name, each in weights.items()}
+    weights = {name: each * _center(each) if each.dim() == 4 else each for name, each in weights.items()}
     path = write(tmp_path / "x.pth", weights)
     images = torch.rand(1, 3, 24, 24)
     changed = images.clone()
@@ -196,7 +196,7 @@ def test_windows_do_not_see_what_shifting_brought_beside_them(tmp_path: Path) ->
     assert not differs[:, :12].any()
 
 
-def _centre(weight: Tensor) -> Tensor:
+def _center(weight: Tensor) -> Tensor:
     mask = torch.zeros_like(weight)
     mask[:, :, weight.shape[2] // 2, weight.shape[3] // 2] = 1
     return mask

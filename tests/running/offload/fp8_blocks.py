@@ -13,8 +13,8 @@ from torch import Tensor, distributed, nn  # noqa: E402
 from checkpoints.stored.forms import Stored, attach, form_of  # noqa: E402
 from checkpoints.stored.fp8 import Fp8  # noqa: E402
 from contract.family import DitSpec  # noqa: E402
-from contract.steps import NO_TWEAKS  # noqa: E402
-from modules.speed_options import Quantisation  # noqa: E402
+from contract.steps import NO_OVERRIDES  # noqa: E402
+from modules.speed_options import Quantization  # noqa: E402
 from running.offload.sharding import ShardedBlocks  # noqa: E402
 from running.run_blocks import Hidden, run_blocks  # noqa: E402
 from tests.fp8_reference import emulated_product  # noqa: E402
@@ -27,15 +27,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
         if scales == "blocks":  # as files may have them: two in each row
-            parts, quantization = self.linear.weight.data.view(WIDTH, 2, -1), Quantisation("rows")
+            parts, quantization = self.linear.weight.data.view(WIDTH, 2, -1), Quantization("rows")
             scale = parts.abs().amax(-1, keepdim=True) / 448
             weight = (parts / scale).to(torch.float8_e4m3fn).view(WIDTH, WIDTH)
             attach(self.linear, Stored(Fp8(quantization), (WIDTH, WIDTH), (weight, scale)))
         elif scales in {"int8", "nf4"}:
-            quantization = Quantisation(scales, form=scales)
+            quantization = Quantization(scales, form=scales)
             attach(self.linear, form_of(quantization).quantise(self.linear.weight.data))
         else:
-            quantization = Quantisation(scales, product=emulated_product)
+            quantization = Quantization(scales, product=emulated_product)
             attach(self.linear, Fp8(quantization).quantise(self.linear.weight.data))
 
     def forward(self, x: Tensor, _: Any) -> Tensor:
@@ -53,7 +53,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = Hidden(x, None)
-        run_blocks(self, hidden, NO_TWEAKS)
+        run_blocks(self, hidden, NO_OVERRIDES)
         return hidden.x
 
 

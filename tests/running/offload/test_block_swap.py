@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from contract.family import DitSpec
-from contract.steps import Tweaks
+from contract.steps import Overrides
 from hunyuan_model.spec import DIT as HUNYUAN
 from krea2.configs import DIT as KREA2
 from minimax_h3.configs import DIT as H3
 from modules.errors import OptionError
 from modules.script_options import parse_options
-from running.offload.block_swap import move_network, settle_all, swap_of
+from running.offload.block_swap import move_network, resolve_all, swap_of
 from running.offload.checkpointing import checkpoint_blocks
 from running.offload.swap_plan import SwapPlan, check_swap, max_blocks, plan_list
 from running.options import SwapOptions
@@ -42,7 +42,9 @@ def expected_gradients(case: Case, checkpointing: bool) -> list[Tensor]:
 def expected_outputs(case: Case) -> list[Tensor]:
     dit = case.make().eval()
     with torch.no_grad():
-        return [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
+        return [
+            dit(**case.inputs(seed), overrides=Overrides(skip_blocks=skipped)) for seed, skipped in PASSES
+        ]
 
 
 PASSES: list[tuple[int, frozenset[int]]] = [
@@ -93,7 +95,9 @@ def test_generation_is_that_without_swap_also_with_skipped_blocks(case: Case, bl
     swapped(dit, case.spec, blocks, FakeDevice())
 
     with torch.no_grad():
-        found = [dit(**case.inputs(seed), tweaks=Tweaks(skip_blocks=skipped)) for seed, skipped in PASSES]
+        found = [
+            dit(**case.inputs(seed), overrides=Overrides(skip_blocks=skipped)) for seed, skipped in PASSES
+        ]
 
     assert same(found, expected_outputs(case))
 
@@ -191,7 +195,7 @@ def test_weights_that_learn_are_copied_back(checkpointing: bool) -> None:
         step_in_backward(dit.train())
         for seed in range(3):
             dit(**case.inputs(seed)).square().mean().backward()
-        settle_all([dit])
+        resolve_all([dit])
         for tensor in () if host is None else host.adopt(dit).values():
             hide(tensor)
         results.append([weight.detach().clone() for weight in dit.parameters()])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.loading import HostPlace, Placement, TensorInfo
-from modules.speed_options import Quantisation
+from modules.speed_options import Quantization
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from running.offload.block_swap import swap_blocks, swap_of
@@ -76,20 +76,20 @@ def test_the_output_is_that_of_a_network_that_stays(case: Case, blocks: int) -> 
     assert {name: (id(each), each.dtype, each.shape) for name, each in dit.named_parameters()} == before
 
 
-@pytest.mark.parametrize("quantisation", [None, Quantisation("rows")], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("quantization", [None, Quantization("rows")], ids=["16 bits", "fp8"])
 def test_weights_are_read_straight_to_where_they_wait(
-    tmp_path: Path, quantisation: Quantisation | None
+    tmp_path: Path, quantization: Quantization | None
 ) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
-    plain = load_dit(path, Placement(CPU, quantisation=quantisation)).eval()
+    plain = load_dit(path, Placement(CPU, quantization=quantization)).eval()
     place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, all_weights=True), FakeDevice()
     assert place is not None
-    dit = load_dit(path, Placement(CPU, quantisation=quantisation, host=place)).eval()
+    dit = load_dit(path, Placement(CPU, quantization=quantization, host=place)).eval()
     addresses = {tensor.data_ptr() for tensor in place.tensors.values()}
     copy = taking_turns(dit, device, place)
 
     assert {weight.data_ptr() for weight in dit.parameters()} <= addresses
-    assert (len(list(dit.buffers())) > 0) == (quantisation is not None)  # scales, which move too
+    assert (len(list(dit.buffers())) > 0) == (quantization is not None)  # scales, which move too
     copy.bring()
     assert addresses.isdisjoint({each.data_ptr() for each in [*dit.parameters(), *dit.buffers()]})
     assert same(output_of(WAN, dit), output_of(WAN, plain))

@@ -39,16 +39,16 @@ class Card:
         return MemoryPlan((Phase("training step", (part,)),))
 
 
-def run(gib: float, *words: str, heads: int = 12, is_whole: bool = False) -> Rehearsed:
+def run(gib: float, *words: str, heads: int = 12, is_full: bool = False) -> Rehearsed:
     """Of which half is weights, and half is tokens."""
 
     def divide(division: Division) -> Card:
-        if division.shards and is_whole:
+        if division.shards and is_full:
             raise OptionError("--shard_base splits frozen weights")
         weights = 1 / division.processes if division.shards else 1
         return Card(gib / 2 * (weights + 1 / division.context))
 
-    return Rehearsed(words, heads, not is_whole, divide)
+    return Rehearsed(words, heads, not is_full, divide)
 
 
 def room(gib: float) -> Room:
@@ -89,7 +89,7 @@ def test_a_generation_that_shares_anything_makes_one_clip_at_a_time() -> None:
         ([run(20)], 12, " --shard_base --context_parallel 2", ""),
         ([run(40), run(20, "--fp8_base")], 12, " --fp8_base --shard_base --context_parallel 2", "with --fp8"),
         ([run(20, heads=5)], 12, None, "5 heads of attention are not divisible by 2"),
-        ([run(20, is_whole=True)], 16, " --context_parallel 2", "splits frozen weights"),
+        ([run(20, is_full=True)], 16, " --context_parallel 2", "splits frozen weights"),
         ([run(20), run(19)], 5, None, "No way fits: training step takes 9.50 GiB at least"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.steps import Turn, Tweaks
+from contract.steps import Overrides, Turn
 from running.run_blocks import Hidden, run_in_order, runner_of, set_runner
 from running.step_cache import (
     Changes,
@@ -34,8 +34,8 @@ SIZE = (2, 4, 4, 6)
 STEPS = 6
 
 
-def at(step: int, which: str = "positive", **tweaks: Any) -> Tweaks:
-    return Tweaks(turn=turn(step, STEPS, which), **tweaks)
+def at(step: int, which: str = "positive", **overrides: Any) -> Overrides:
+    return Overrides(turn=turn(step, STEPS, which), **overrides)
 
 
 def steps_of(tiny: TinyDit, count: int = STEPS) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def test_a_cache_that_skips_nothing_gives_the_same_bits(tiny: TinyDit) -> None:
     with torch.no_grad():
         expected = [dit(**inputs) for inputs in steps_of(tiny)]
     with cached(dit) as cache:
-        found = [dit(**inputs, tweaks=at(step)) for step, inputs in enumerate(steps_of(tiny))]
+        found = [dit(**inputs, overrides=at(step)) for step, inputs in enumerate(steps_of(tiny))]
 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
     assert (cache.passes, cache.skipped) == (STEPS, 0)
@@ -78,17 +78,17 @@ def test_a_skipped_pass_adds_the_residual_of_the_last_one_computed(tiny: TinyDit
     dit, residuals = tiny.make(2).eval(), list[Tensor]()
     first, second, *_ = steps_of(tiny)
 
-    def note(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def note(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         before = hidden.x
-        run_in_order(dit, hidden, tweaks)
+        run_in_order(dit, hidden, overrides)
         residuals.append(hidden.x - before)
 
-    def add(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def add(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         hidden.x = hidden.x + residuals[0]
 
     with cached(dit, 1) as cache:
-        dit(**first, tweaks=at(0))
-        found = dit(**second, tweaks=at(1))
+        dit(**first, overrides=at(0))
+        found = dit(**second, overrides=at(1))
     outputs = []
     for runner, inputs in ((note, first), (add, second), (run_in_order, second)):
         set_runner(dit, runner)
@@ -105,11 +105,11 @@ def test_the_passes_of_a_step_have_their_own_residuals() -> None:
     first, second, *_ = steps_of(tiny)
     other = {**first, "text": [rows * -2 for rows in first["text"]]}
     with cached(dit, 1):
-        _, alone = dit(**first, tweaks=at(0)), dit(**second, tweaks=at(1))
+        _, alone = dit(**first, overrides=at(0)), dit(**second, overrides=at(1))
     with cached(dit, 1):
-        dit(**first, tweaks=at(0))
-        dit(**other, tweaks=at(0, "negative"))
-        found, negative = (dit(**second, tweaks=at(1, which)) for which in ("positive", "negative"))
+        dit(**first, overrides=at(0))
+        dit(**other, overrides=at(0, "negative"))
+        found, negative = (dit(**second, overrides=at(1, which)) for which in ("positive", "negative"))
 
     assert torch.equal(found, alone)
     assert not torch.equal(negative, found)
@@ -121,12 +121,12 @@ def test_another_network_has_its_own_residuals() -> None:
     first, second, third, *_ = steps_of(tiny)
     cache = StepCache(lambda: Skips(frozenset({1})))
     with torch.no_grad(), run_around(lambda t: high if t > 500 else low, cache.run) as dit_at:
-        dit_at(900.0)(**first, tweaks=at(0))
-        dit_at(100.0)(**second, tweaks=at(0))
-        found = dit_at(100.0)(**third, tweaks=at(1))
+        dit_at(900.0)(**first, overrides=at(0))
+        dit_at(100.0)(**second, overrides=at(0))
+        found = dit_at(100.0)(**third, overrides=at(1))
     with cached(low, 1):
-        low(**second, tweaks=at(0))
-        assert torch.equal(found, low(**third, tweaks=at(1)))
+        low(**second, overrides=at(0))
+        assert torch.equal(found, low(**third, overrides=at(1)))
     assert runner_of(high) is runner_of(low) is run_in_order
 
 
@@ -142,9 +142,9 @@ def test_teacache_compares_what_the_first_attention_gets(tiny: TinyDit, attentio
     (first, *_) = dit.spec.blocks(dit)[dit.spec.block_lists[0]]
     first.get_submodule(attention).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
 
-    def note(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
-        found.append(first_input(dit, hidden, tweaks))
-        run_in_order(dit, hidden, tweaks)
+    def note(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+        found.append(first_input(dit, hidden, overrides))
+        run_in_order(dit, hidden, overrides)
 
     set_runner(dit, note)
     with torch.no_grad():
@@ -171,8 +171,8 @@ def test_swapped_blocks_give_the_same_bits_with_a_cache_and_no_skipped_pass_fetc
             for step in range(STEPS):
                 before = device.log.count("in")
                 for skipped in (frozenset[int](), frozenset({0})):
-                    tweaks = replace(at(step, f"without {sorted(skipped)}"), skip_blocks=skipped)
-                    outputs[-1].append(dit_at(0.0)(**case.inputs(step), tweaks=tweaks))
+                    overrides = replace(at(step, f"without {sorted(skipped)}"), skip_blocks=skipped)
+                    outputs[-1].append(dit_at(0.0)(**case.inputs(step), overrides=overrides))
                 fetched.append(device.log.count("in") - before)
 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
@@ -321,14 +321,14 @@ def test_few_points_give_few_powers(points: int, count: int) -> None:
 def test_passes_that_skip_layers_do_not_count() -> None:
     dit, seen = ONE_OF_EACH[0].make(1).eval(), list[int]()
 
-    def add(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    def add(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         hidden.x = hidden.x + 1
 
     def see(turn: Turn, signal: Signal, residual: Tensor) -> None:
         seen.append(int(residual.mean()))
 
-    for tweaks in (at(0), at(0, skip_blocks=frozenset({0})), Tweaks()):
-        measure_pass(see, add, dit, Hidden(torch.zeros(1, 2, 4), None), tweaks)
+    for overrides in (at(0), at(0, skip_blocks=frozenset({0})), Overrides()):
+        measure_pass(see, add, dit, Hidden(torch.zeros(1, 2, 4), None), overrides)
 
     assert seen == [1]
 

@@ -52,7 +52,7 @@ def from_numbers(
 
 IMAGE_NOISE = {
     "flux": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
-    "hunyuan_image": NoiseSpec(0.0, whole_timesteps=True, table_is_shifted=True, tokens=count_tokens),
+    "hunyuan_image": NoiseSpec(0.0, integer_timesteps=True, table_is_shifted=True, tokens=count_tokens),
     "lumina": NoiseSpec(0.0, table_is_shifted=True, tokens=count_tokens),
 }
 # what `predict` makes of the timesteps

@@ -27,7 +27,7 @@ from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora
 from training.features.composing import options_by_expert
-from training.learning_options import ExpertTrainingOptions, WholeDitOptions
+from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.planning import rehearsal
@@ -41,19 +41,19 @@ LAYERS = 5  # more than a rehearsal runs
 CHECKPOINTED = ["--mixed_precision", "bf16", "--gradient_checkpointing"]
 
 
-def read_family(record: type[Options], is_whole: bool, *words: object) -> tuple[Options, TrainingOptions]:
-    """Options of a family and of a training. is_whole: the model itself learns, else a LoRA of rank 4."""
-    parser = training_parser("", WholeDitOptions) if is_whole else training_parser("")
+def read_family(record: type[Options], is_full: bool, *words: object) -> tuple[Options, TrainingOptions]:
+    """Options of a family and of a training. is_full: the model itself learns, else a LoRA of rank 4."""
+    parser = training_parser("", FullDitOptions) if is_full else training_parser("")
     add_options(parser, record, ExpertTrainingOptions, *options_by_expert())
-    network = () if is_whole else ("--network_module", "networks.lora", "--network_dim", "4")
+    network = () if is_full else ("--network_module", "networks.lora", "--network_dim", "4")
     args = read_arguments(parser, [*GIVEN, *network, *map(str, words)], {})
     return read_options(record, args), read_options(TrainingOptions, args)
 
 
-def wan(folder: Path, *more: str, is_whole: bool = False) -> tuple[Family, TrainingOptions]:
+def wan(folder: Path, *more: str, is_full: bool = False) -> tuple[Family, TrainingOptions]:
     state = wan_dit.tiny_state("t2v", dtype=torch.bfloat16, num_layers=LAYERS)
     words = ("--task", "t2v-1.3B", "--dit", wan_dit.write_dit(folder, state), *more)
-    own, options = read_family(WanTrainingOptions, is_whole, *words)
+    own, options = read_family(WanTrainingOptions, is_full, *words)
     return wan_family(own), options
 
 
@@ -114,7 +114,7 @@ def counted(
 
 
 def placement(options: TrainingOptions, device: str) -> Placement:
-    full = options.whole_dit
+    full = options.full_dit
     dtype = None if full is None else torch.bfloat16 if full.full_bf16 else torch.float32
     return Placement(torch.device(device), storage_dtype=dtype)
 
@@ -202,7 +202,7 @@ def test_a_hunyuan_step_takes_what_was_predicted(
 def test_fine_tuning_takes_what_was_predicted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    made = wan(tmp_path, *CHECKPOINTED, *words.split(), is_whole=True)
+    made = wan(tmp_path, *CHECKPOINTED, *words.split(), is_full=True)
     assert_takes_what_was_predicted(*made, wan_batch(), monkeypatch)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OutputError
-from training.reports.history import LOSS, History, Story, read_story
+from training.reports.history import LOSS, History, Story, read_history
 from training.reports.page import MAX_BINS, join_bins
 
 SESSION = 7
@@ -31,16 +31,16 @@ def write_history(path: Path, steps: int = 10) -> History:
 
 def steps_of(history: History) -> list[int]:
     history.flush()
-    return [*read_story(history.path, history.session).loss]
+    return [*read_history(history.path, history.session).loss]
 
 
 def test_a_resumed_run_has_all_of_its_past(tmp_path: Path) -> None:
-    before = read_story(write_history(tmp_path / "h.jsonl").path, SESSION)
+    before = read_history(write_history(tmp_path / "h.jsonl").path, SESSION)
 
     resumed = History(tmp_path / "h.jsonl", SESSION, 10)
     resumed.flush()
 
-    after = read_story(resumed.path, resumed.session)
+    after = read_history(resumed.path, resumed.session)
     assert after == before
     assert (after.seconds[1], after.bands.keys()) == (0.5, {"validation/loss_100"})
     assert after.samples[5, "000005"].files == {0: "x_5.mp4"}
@@ -59,8 +59,8 @@ def test_lines_beyond_the_resumed_state_are_dropped_from_the_file_too(tmp_path: 
 
     again = History(path, SESSION, 10)
     assert steps_of(again) == [1, 2, 3, 4, 5, 6, 7]
-    assert [*read_story(again.path, again.session).starts] == [0, 6]
-    assert list(read_story(again.path, again.session).saved.values()) == [5]
+    assert [*read_history(again.path, again.session).starts] == [0, 6]
+    assert list(read_history(again.path, again.session).saved.values()) == [5]
 
 
 @pytest.mark.parametrize(("session", "step"), [(SESSION, 0), (SESSION + 1, 10), (SESSION + 1, 0)])
@@ -159,7 +159,7 @@ def test_lines_that_are_written_again_after_a_failure_count_once(
     history.add(5, loss=5.0)
 
     assert steps_of(history) == [1, 2, 3, 4, 5]
-    assert [*read_story(history.path, history.session).starts] == [0]
+    assert [*read_history(history.path, history.session).starts] == [0]
 
 
 def test_numbers_that_are_not_finite_are_counted_and_stored_as_nothing(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_are_counted_and_stored_as_nothing(tmp_path:
     history.add(4, validation={"validation/loss": math.nan})
     history.flush()
 
-    story = read_story(history.path, history.session)
+    story = read_history(history.path, history.session)
     assert story.loss == {1: 1.0, 2: None, 3: None, 4: 2.0}
     assert story.validations == {}
     for line in path.read_text(encoding="utf-8").splitlines():

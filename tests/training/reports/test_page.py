@@ -32,7 +32,7 @@ from tests.training.toy import (
     write_prompts,
 )
 from tests.waiting import wait_for
-from training.reports.history import History, PageCommand, SampleRow, Start, read_story
+from training.reports.history import History, PageCommand, SampleRow, Start, read_history
 from training.reports.page import Standing, list_charts, list_tiles, write_training_page
 from training.reports.reporter import RunReporter
 from training.reports.sample_files import (
@@ -291,7 +291,7 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.add(5, loss=0.7, rates={}, seconds=1.0, skipped="loss", pairs={"preference/right": None})
     history.flush()
 
-    story = read_story(history.path, history.session)
+    story = read_history(history.path, history.session)
     drawn = list_charts(story)
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
@@ -314,7 +314,7 @@ def test_numbers_whose_run_does_not_say_how_they_are_shown_are_curves_by_their_n
         history.add(step, loss=0.7, rates={}, seconds=1.0, pairs=numbers)
     history.flush()
 
-    drawn = list_charts(read_story(history.path, history.session))
+    drawn = list_charts(read_history(history.path, history.session))
 
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
     assert charts["preference"] == {"better": [0.5, 0.5], "right": [1, 2]}
@@ -437,9 +437,9 @@ def test_a_sample_with_layers_is_what_they_show_together(tmp_path: Path) -> None
 
 def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -> None:
     rate = 16000
-    sound = np.sin(np.arange(2 * rate) * 0.2, dtype=np.float32) * np.repeat([0, 0.5], rate).astype(np.float32)
+    audio = np.sin(np.arange(2 * rate) * 0.2, dtype=np.float32) * np.repeat([0, 0.5], rate).astype(np.float32)
     path = tmp_path / "x_000004_00_20260101000000_1.wav"
-    write_wav(path, (np.stack([sound, sound]), rate))
+    write_wav(path, (np.stack([audio, audio]), rate))
 
     assert find_samples(tmp_path, "x", "000004") == {0: path}
     (image,) = read_reduced(path).frames

@@ -126,12 +126,12 @@ def test_what_a_kill_left_behind_goes_with_the_next_save(written: Written) -> No
 
 
 MODEL_OF = {f"w.{number}": torch.full((300,), float(number)) for number in range(3)}  # 1200 bytes each
-FACTS = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in MODEL_OF.items()}
+INFO = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in MODEL_OF.items()}
 IN_SHARDS = SavedForm(1500)
 
 
 def write_shards(path: Path, times: float = 1.0) -> None:
-    IN_SHARDS.write(path, FACTS, lambda name: times * MODEL_OF[name], {})
+    IN_SHARDS.write(path, INFO, lambda name: times * MODEL_OF[name], {})
 
 
 def read_shards(folder: Path) -> dict[str, float]:

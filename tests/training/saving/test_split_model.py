@@ -39,7 +39,7 @@ def train(folder: Path, count: int, output: str, *words: object, **place: Any) -
         2 // count or 1,
     )
     if count == 1:
-        return toy.train_toy(folder, *default, *words, whole_dit=True)
+        return toy.train_toy(folder, *default, *words, full_dit=True)
     environment = {"TOY_WHOLE_DIT": "1", **place.pop("environment", {})}
     script = "tests/training/train_toy.py"
     run_in_processes(count, script, folder, *default, *words, folder=folder, environment=environment, **place)
@@ -230,12 +230,12 @@ def test_rows_that_are_missing_or_damaged_are_noticed(
 
 def resume_here(folder: Path, state: Path) -> None:
     words = ("--resume", state, "--gradient_accumulation_steps", 2)
-    toy.train_toy(folder, *words, whole_dit=True)
+    toy.train_toy(folder, *words, full_dit=True)
 
 
 def test_fp16_cannot_be_split(caches: Path) -> None:
     with pytest.raises(OptionError, match="--shard_base with --mixed_precision fp16"):
-        toy.toy_options(caches, "--shard_base", "--mixed_precision", "fp16", whole_dit=True)
+        toy.toy_options(caches, "--shard_base", "--mixed_precision", "fp16", full_dit=True)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_state_of_version_1_goes_on(tmp_path: Path, name: str, words: str) -> 
         pytest.importorskip("prodigyopt")
     write_caches(tmp_path, count=3)
     straight, resumed = (
-        train_toy(tmp_path, *words.split(), "--max_train_steps", 4, *more, whole_dit=name == "whole")
+        train_toy(tmp_path, *words.split(), "--max_train_steps", 4, *more, full_dit=name == "whole")
         for more in ([], ["--resume", STATES / name])
     )
 

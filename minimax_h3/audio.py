@@ -20,10 +20,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
-from checkpoints.encoders import stated_settings
+from checkpoints.encoders import declared_settings
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.data import Sound
-from minimax_h3.released import SOUND_MEAN, SOUND_STD
+from contract.data import Audio
+from minimax_h3.released import AUDIO_MEAN, AUDIO_STD
 from modules.errors import CheckpointError
 from modules.installation import hide_packages
 
@@ -51,7 +51,7 @@ def latent_count(frames: int, fps: float) -> int:
     return round(frames / fps * LATENTS_A_SECOND)
 
 
-class H3SoundVae:
+class H3AudioVae:
     """The audio VAE. It encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
@@ -88,12 +88,12 @@ class H3SoundVae:
         return self.encode(functional.pad(waveform, (0, samples - waveform.shape[-1])))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Sound:
+    def decode(self, latents: Tensor) -> Audio:
         """Return the audio of normalized latents, 1 Z 2 A on any device."""
         mean, std = self._statistics()
         by_channel = latents[0].transpose(0, 1).to(self.device, torch.float32)  # 2 Z A
         waveform: Tensor = self._network.decode(by_channel * std + mean).sample
-        return Sound(waveform[:, 0], self.rate)
+        return Audio(waveform[:, 0], self.rate)
 
     @property
     def _hop(self) -> int:
@@ -102,12 +102,12 @@ class H3SoundVae:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, 1 Z 1: one for each channel of the latents."""
         config = self._network.config
-        numbers = (config.latents_mean or SOUND_MEAN, config.latents_std or SOUND_STD)
+        numbers = (config.latents_mean or AUDIO_MEAN, config.latents_std or AUDIO_STD)
         mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1) for values in numbers)
         return mean, std
 
 
-def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
+def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the audio VAE. `option` is the option that named the file.
 
     Raises CheckpointError for any other file.
@@ -128,11 +128,11 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "sampling_rate": RATE,
         **_read_decoder_settings(shape, num_stages, num_blocks),
     }
-    stated = stated_settings(checkpoint, {DIFFUSERS_CLASS})[1]
+    declared = declared_settings(checkpoint, {DIFFUSERS_CLASS})[1]
     for key in ("num_attention_heads", "latents_mean", "latents_std"):
-        if stated.get(key) is not None:
-            settings[key] = stated[key]
-    statistics = (settings.get("latents_mean", SOUND_MEAN), settings.get("latents_std", SOUND_STD))
+        if declared.get(key) is not None:
+            settings[key] = declared[key]
+    statistics = (settings.get("latents_mean", AUDIO_MEAN), settings.get("latents_std", AUDIO_STD))
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
         raise rejection
@@ -174,22 +174,22 @@ def _read_decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, 
     }
 
 
-def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3SoundVae:
+def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3AudioVae:
     """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
 
     `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_sound_vae(checkpoint, option)
+        plan = read_audio_vae(checkpoint, option)
         network = load_planned(
-            plan, build_sound_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
+            plan, build_audio_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
         )
     logger.info("Audio VAE: %s", path)
-    return H3SoundVae(network)
+    return H3AudioVae(network)
 
 
-def build_sound_vae(settings: Settings) -> nn.Module:
+def build_audio_vae(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it.
 
     diffusers normalizes weights with a function that PyTorch has replaced by parametrizations, and that warns

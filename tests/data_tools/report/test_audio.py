@@ -43,7 +43,7 @@ def change(config: DatasetConfig, **changes: str) -> DatasetConfig:
 
 
 def test_sounds_have_no_size(config: DatasetConfig) -> None:
-    found = TableFindings(dataclasses.replace(config.datasets[0], is_of_sound=True), "2 sounds")
+    found = TableFindings(dataclasses.replace(config.datasets[0], is_of_audio=True), "2 sounds")
     found.add_items(["a", "b"], (64, 64, 25))
     assert found.lines() == ["2 sounds", "  25 frames: 2 items x 1, 2 batches of 1"]
 
@@ -87,7 +87,7 @@ def test_a_check_of_training_says_which_caches_of_sound_are_missing(config: Data
     cache_texts(family, config, options())
 
     def faults(config: DatasetConfig) -> list[tuple[str, str]]:
-        (table,) = check_training(config, "toy", PLAIN, NO_COMMANDS, sound=family.sound).tables
+        (table,) = check_training(config, "toy", PLAIN, NO_COMMANDS, audio=family.audio).tables
         return [(one.kind, Path(one.text.split(": ")[0]).name) for one in table.faults]
 
     name = "silent_00000-009_0032x0032_toy_audio.safetensors"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import HAS_SOUND, SOUND, Batch, Conditions, Joint
+from contract.data import HAS_AUDIO, SOUND, Batch, Conditions, Joint
 from contract.family import FLOW, NoiseSpec
-from contract.rules import IMAGE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
+from contract.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
@@ -31,9 +31,14 @@ class Hearing(ToyFamily):
     """Returns its input, and keeps what it was told."""
 
     def predict(
-        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
     ) -> Tensor:
-        self.__dict__["told"] = noisy, timesteps, tweaks
+        self.__dict__["told"] = noisy, timesteps, overrides
         return noisy
 
 
@@ -49,22 +54,22 @@ def batch_of(*has_sound: bool) -> Batch:
     tensors["letters"] = [torch.ones(1, 1)] * count
     if any(has_sound):
         mask = torch.tensor(has_sound)
-        heard = torch.randn(count, *JOINT.sound, generator=numbers)
-        tensors |= {SOUND: heard * mask.view(-1, 1, 1, 1), HAS_SOUND: mask}
+        heard = torch.randn(count, *JOINT.audio, generator=numbers)
+        tensors |= {SOUND: heard * mask.view(-1, 1, 1, 1), HAS_AUDIO: mask}
     return Batch(tensors, ("",) * count, tuple("abc"[:count]))
 
 
-AS_DEFAULT = SoundLearning()
+AS_DEFAULT = AudioLearning()
 
 
-def drawn(batch: Batch, learning: SoundLearning = AS_DEFAULT) -> NoisyBatch:
+def drawn(batch: Batch, learning: AudioLearning = AS_DEFAULT) -> NoisyBatch:
     timesteps = replace(TimestepOptions.usual(), timestep_sampling="uniform")
-    return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), sound=learning).add(batch, 3, 0)
+    return Randomness(timesteps, 7, replace(FLOW, training_offset=0.0), audio=learning).add(batch, 3, 0)
 
 
 def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
     """Return the two errors of each sample of a network that returns its input."""
-    assert noisy.sound is not None
+    assert noisy.audio is not None
 
     def errors(clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         sigma = sigmas.view(-1, *([1] * (clean.ndim - 1)))
@@ -72,25 +77,25 @@ def by_hand(noisy: NoisyBatch) -> tuple[Tensor, Tensor]:
         return (output - (noise - clean)).square().flatten(1).mean(1)
 
     latents, heard = noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND)
-    sound = errors(heard, noisy.sound.noise, noisy.sound.sigmas)
-    return errors(latents, noisy.noise, noisy.sigmas), sound
+    audio = errors(heard, noisy.audio.noise, noisy.audio.sigmas)
+    return errors(latents, noisy.noise, noisy.sigmas), audio
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_the_streams_are_judged_apart_and_added(own: bool) -> None:
-    family, learning = Hearing(), SoundLearning(0.5, 3.0, has_own_times=own)
+    family, learning = Hearing(), AudioLearning(0.5, 3.0, has_own_times=own)
     noisy = drawn(batch_of(True, True), learning)
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
 
     image, heard = by_hand(noisy)
     torch.testing.assert_close(loss, (0.5 * image + 3 * heard).mean())  # float32, another order of sums
-    fed, timesteps, tweaks = family.__dict__["told"]
+    fed, timesteps, overrides = family.__dict__["told"]
     assert fed.shape == (2, 24 + 24)
-    assert tweaks.joint == JOINT
-    assert noisy.sound is not None
-    assert torch.equal(timesteps, torch.stack([noisy.timesteps, noisy.sound.timesteps], dim=1))
-    assert torch.equal(noisy.sigmas, noisy.sound.sigmas) != own
+    assert overrides.joint == JOINT
+    assert noisy.audio is not None
+    assert torch.equal(timesteps, torch.stack([noisy.timesteps, noisy.audio.timesteps], dim=1))
+    assert torch.equal(noisy.sigmas, noisy.audio.sigmas) != own
 
 
 def test_a_silent_clip_leaves_the_loss_of_the_others_sound_as_it_is() -> None:
@@ -99,8 +104,8 @@ def test_a_silent_clip_leaves_the_loss_of_the_others_sound_as_it_is() -> None:
     streams = measure_streams(Hearing(), nn.Identity(), mixed, nullcontext, PLAIN_LOSS)
     alone = measure_streams(Hearing(), nn.Identity(), both, nullcontext, PLAIN_LOSS)
 
-    assert mixed.sound is not None
-    assert mixed.sound.weights.tolist() == [1, 0]
+    assert mixed.audio is not None
+    assert mixed.audio.weights.tolist() == [1, 0]
     assert torch.equal(streams[1][0], alone[1][0])
 
 
@@ -110,15 +115,15 @@ def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
 
     training_loss(family, nn.Identity(), noisy, nullcontext)
 
-    fed, timesteps, tweaks = family.__dict__["told"]
-    assert noisy.sound is None
-    assert (fed.shape, timesteps.shape, tweaks.joint) == ((2, *JOINT.picture), (2,), None)
+    fed, timesteps, overrides = family.__dict__["told"]
+    assert noisy.audio is None
+    assert (fed.shape, timesteps.shape, overrides.joint) == ((2, *JOINT.picture), (2,), None)
 
 
 def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() -> None:
     """The network answers every text alike, so its distance to the target is the scale times the usual."""
-    noisy = drawn(batch_of(True, True), SoundLearning(has_own_times=True))
-    assert noisy.sound is not None
+    noisy = drawn(batch_of(True, True), AudioLearning(has_own_times=True))
+    assert noisy.audio is not None
     noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
     lowest = min(noisy.levels) + 1e-3  # one picture is below it
     rule = LossRule(targets=[partial(guide_clip, GuidedTarget(3.0, 2.0, lowest))])
@@ -126,7 +131,7 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 
     for errors, default, levels, scale in zip(
-        streams, by_hand(noisy), (noisy.levels, noisy.sound.levels), (3.0, 2.0), strict=True
+        streams, by_hand(noisy), (noisy.levels, noisy.audio.levels), (3.0, 2.0), strict=True
     ):
         factors = [scale**2 if level >= lowest else 1.0 for level in levels]
         torch.testing.assert_close(errors, default * torch.tensor(factors))
@@ -140,7 +145,7 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
         is_base = False
 
         def predict(
-            self, dit: Any, noisy: Tensor, timesteps: Any, cond: Any, tweaks: Any = NO_TWEAKS
+            self, dit: Any, noisy: Tensor, timesteps: Any, cond: Any, overrides: Any = NO_OVERRIDES
         ) -> Tensor:
             return noisy + 0.5 if type(self).is_base else noisy
 
@@ -160,19 +165,19 @@ def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
     torch.testing.assert_close(heard, torch.full((1,), 0.25))
 
 
-@pytest.mark.parametrize(("given", "is_picture"), [(IMAGE_STREAM, True), (SOUND_STREAM, False)])
-def test_a_given_stream_is_clean_and_not_learned(given: str, is_picture: bool) -> None:
-    noisy = drawn(batch_of(True), SoundLearning(given=given))
+@pytest.mark.parametrize(("given", "is_image"), [(IMAGE_STREAM, True), (AUDIO_STREAM, False)])
+def test_a_given_stream_is_clean_and_not_learned(given: str, is_image: bool) -> None:
+    noisy = drawn(batch_of(True), AudioLearning(given=given))
     family = Hearing()
 
     loss = training_loss(family, nn.Identity(), noisy, nullcontext)
 
     image, heard = by_hand(noisy)
-    assert torch.equal(loss, (heard if is_picture else image).mean())
+    assert torch.equal(loss, (heard if is_image else image).mean())
     parts = JOINT.split(family.__dict__["told"][0])
     clean = (noisy.batch.tensor("latents") * LATENT.scale, noisy.batch.tensor(SOUND))
     are_clean = [torch.equal(part, one) for part, one in zip(parts, clean, strict=True)]
-    assert are_clean == [is_picture, not is_picture]
+    assert are_clean == [is_image, not is_image]
 
 
 @pytest.mark.parametrize("is_stretched", [False, True])

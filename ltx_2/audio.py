@@ -57,7 +57,7 @@ def latent_count(frames: int, fps: float) -> int:
     return round(frames / fps * RATE / HOP / JOINED)
 
 
-def fit_sound(waveform: Tensor, frames: int, fps: float) -> Tensor:
+def fit_audio(waveform: Tensor, frames: int, fps: float) -> Tensor:
     """Cut audio, B C S at 16 kHz, to the length of a clip, or append silence, to at least one mel frame."""
     length = int(frames / fps * RATE)
     waveform = waveform[..., :length]
@@ -86,7 +86,7 @@ def _make_mel_filters(bins: int) -> Tensor:
     return torch.from_numpy(filters).float()
 
 
-class SoundVae:
+class AudioVae:
     """The audio VAE. It encodes stereo audio at `rate` samples per second."""
 
     rate = RATE
@@ -117,7 +117,7 @@ class SoundVae:
 
         `waveform` is as in `encode`, of any length; `frames` and `fps` are the clip's.
         """
-        return self.encode(fit_sound(waveform, frames, fps))[:, :, : latent_count(frames, fps)]
+        return self.encode(fit_audio(waveform, frames, fps))[:, :, : latent_count(frames, fps)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Vocoder:
         return self._network(mel.to(next(self._network.parameters()).device).float())
 
 
-def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
+def read_audio_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     """Plan how to load the audio VAE of LTX-2 or LTX-2.3: official file, or diffusers' layout.
 
     `option` is the option that named the file. Raises CheckpointError for any other file.
@@ -250,17 +250,17 @@ def _read_generator(
     }
 
 
-def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> SoundVae:
+def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> AudioVae:
     """Load the audio VAE of LTX-2 or LTX-2.3 from the official file, its audio part, or diffusers' folder.
 
     `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_sound_vae(checkpoint, option)
-        network = load_planned(plan, build_sound_vae, device, torch.float32, what="the audio VAE of LTX-2")
+        plan = read_audio_vae(checkpoint, option)
+        network = load_planned(plan, build_audio_vae, device, torch.float32, what="the audio VAE of LTX-2")
     logger.info("Audio VAE: %s", path)
-    return SoundVae(network)
+    return AudioVae(network)
 
 
 def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") -> Vocoder:
@@ -279,7 +279,7 @@ def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") 
     return Vocoder(network, rate)
 
 
-def build_sound_vae(settings: Settings) -> nn.Module:
+def build_audio_vae(settings: Settings) -> nn.Module:
     """Build the network for `on_meta_device`."""
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         from diffusers import AutoencoderKLLTX2Audio  # takes seconds to import

@@ -7,7 +7,7 @@ from pathlib import Path
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
-from modules.media.colours import AS_SHOWN, Colors
+from modules.media.colors import AS_SHOWN, Colors
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import image_suffixes, is_laid_otherwise, media_colors, reordered_images
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.data import SoundSpec
+from contract.data import AudioSpec
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import Span, file_rate, kept_rate
 from dataset.sources.media_source import MediaSource
@@ -25,11 +25,11 @@ MAX_OPENED = 200  # clips, of each table: headers of some milliseconds each
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
 
 
-class NoSound(MediaError):
+class NoAudio(MediaError):
     """The clip has no sound that fits its frames; the text says why."""
 
 
-def find_sound(source: MediaSource) -> Path:
+def find_audio(source: MediaSource) -> Path:
     """Return the file with the sound of a clip, downloaded if it is at an address.
 
     `source` has been fetched. The file may still have no track.
@@ -39,36 +39,36 @@ def find_sound(source: MediaSource) -> Path:
         MediaError: If a file is missing or unreadable.
     """
     table, path = source.table, source.path
-    stated = table.stated_fps
-    if source.sound is not None:
-        file, origin = source.sound
+    declared = table.declared_fps
+    if source.audio is not None:
+        file, origin = source.audio
         if origin is not None:
             from dataset.sources.downloads import check_media, download  # only at addresses
 
             download(origin.address, file, check=check_media)
         return file
     if table.audio_directory is not None:
-        raise NoSound(f"{path}: no file of its name in {table.audio_directory}")
+        raise NoAudio(f"{path}: no file of its name in {table.audio_directory}")
     if source.tensors is not None or path.is_dir() or is_animation(path):
-        raise NoSound(f"{path}: only video files have sound of their own")
-    rate = None if stated is None else file_rate(path)
-    if stated is not None and rate is not None and abs(rate / stated - 1) > SAME_RATE:
-        raise NoSound(
-            f"{path}: it has {rate:.4g} frames a second, source_fps says {stated:g}: its sound would not fit "
-            'the frames. Write source_fps = "auto"'
+        raise NoAudio(f"{path}: only video files have sound of their own")
+    rate = None if declared is None else file_rate(path)
+    if declared is not None and rate is not None and abs(rate / declared - 1) > SAME_RATE:
+        raise NoAudio(
+            f"{path}: it has {rate:.4g} frames a second, source_fps says {declared:g}: its sound would not "
+            'fit the frames. Write source_fps = "auto"'
         )
     return path
 
 
 @dataclass(frozen=True)
-class SpanSounds:
+class SpanAudios:
     """The sound of spans of a clip."""
 
     samples: tuple[Tensor, ...]  # of each, C S
     silent: str | None = None  # why they are zeros
 
 
-def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundSpec) -> SpanSounds:
+def audios_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
     """Return the sound of spans of a clip, or silence if it has none.
 
     `here` is the fetched source. `fps` is that of the family.
@@ -81,15 +81,15 @@ def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundS
     silent = 'audio = "ignore"'
     if here.table.audio != IGNORE:
         try:
-            return SpanSounds(tuple(read_sounds(find_sound(here), spans, rate, spec)))
-        except NoSound as reason:
+            return SpanAudios(tuple(read_audios(find_audio(here), spans, rate, spec)))
+        except NoAudio as reason:
             if here.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
-            if here.sound is not None:
+            if here.audio is not None:
                 raise MediaError(f"{reason}. Give another file, or take it out") from None
             silent = str(reason)
     counts = [round(frames / rate * spec.rate) for _, frames in spans]
-    return SpanSounds(tuple(torch.zeros(spec.channels, count) for count in counts), silent)
+    return SpanAudios(tuple(torch.zeros(spec.channels, count) for count in counts), silent)
 
 
 def count_frames(path: Path, fps: float) -> int:
@@ -128,16 +128,16 @@ def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list
         with contextlib.suppress(MediaError, OSError):
             if not source.path.exists():
                 continue
-            _, origin = source.sound or (None, None)
-            if origin is None and track_info(find_sound(source)) is not None:
+            _, origin = source.audio or (None, None)
+            if origin is None and track_info(find_audio(source)) is not None:
                 unheard.append(source.path)
     return unheard
 
 
-def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec) -> list[Tensor]:
+def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
     """Read the sound of spans of a clip's kept frames: channels S each, `spec.rate` samples a second.
 
-    `path` comes from `find_sound`. `rate` comes from `kept_rate`. The track is decoded once.
+    `path` comes from `find_audio`. `rate` comes from `kept_rate`. The track is decoded once.
 
     Raises:
         NoSound: If there is no track.
@@ -157,5 +157,5 @@ def read_sounds(path: Path, spans: Sequence[Span], rate: float, spec: SoundSpec)
         channels=spec.channels,
     )
     if samples is None:
-        raise NoSound(f"{path}: it has no track of sound")
+        raise NoAudio(f"{path}: it has no track of sound")
     return [torch.from_numpy(samples[:, start - begin : end - begin].copy()) for start, end in ranges]

@@ -179,7 +179,7 @@ def test_what_is_transparent_is_white(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
 @pytest.mark.parametrize("name", ["P3", "Adobe RGB"])
-def test_colours_of_a_profile_become_srgb(tmp_path: Path, name: str, suffix: str) -> None:
+def test_colors_of_a_profile_become_srgb(tmp_path: Path, name: str, suffix: str) -> None:
     path, side = tmp_path / f"a{suffix}", (0 if suffix != ".jpg" else 6)
     to_xyz, gamma = (XYZ_OF_P3, None) if name == "P3" else (XYZ_OF_ADOBE, 563 / 256)
     data = matrix_profile(to_xyz, srgb_curve() if gamma is None else gamma_curve(gamma))
@@ -411,7 +411,7 @@ def test_nothing_is_said_of_plain_pictures(tmp_path: Path, caplog: pytest.LogCap
 
 @pytest.mark.skipif(".avif" not in image_suffixes(), reason="this Pillow reads no AVIF")
 @pytest.mark.parametrize(("codes", "to_xyz"), [((12, 13), XYZ_OF_P3), ((1, 13), None), ((2, 2), None)])
-def test_colours_that_an_avif_names_by_codes_become_srgb(
+def test_colors_that_an_avif_names_by_codes_become_srgb(
     tmp_path: Path, codes: tuple[int, int], to_xyz: np.ndarray | None
 ) -> None:
     path, color = tmp_path / "x.avif", np.array([200, 120, 90])

@@ -46,7 +46,7 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
     assert "cut off</dt>" not in page
     texts = ["ltx2_cache_text_encoder_outputs.py", *words, *release.texts]
     succeed_here(*texts, "--text_encoder_dtype", "float32", folder=folder)
-    sounds, captions = (
+    audios, captions = (
         [load_file(path) for path in sorted((folder / "cache of bells").glob(f"*_ltx2_{end}.safetensors"))]
         for end in ("audio", "te")
     )
@@ -58,7 +58,7 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
     def tensors(files: list[dict[str, Tensor]], start: str) -> list[Tensor]:
         return [next(one.float() for name, one in file.items() if name.startswith(start)) for file in files]
 
-    items = list(zip(tensors(sounds, "audio_latents"), tensors(captions, "audio_prompt_embeds"), strict=True))
+    items = list(zip(tensors(audios, "audio_latents"), tensors(captions, "audio_prompt_embeds"), strict=True))
     shape = items[0][0].shape
     assert shape[1] == 33  # 25 a second, as frames
     paths = [name.removesuffix(".weight") for name in there["state"] if ATTENTION.search(name)]
@@ -70,15 +70,15 @@ def test_sound_alone_is_learned_from_files_as_with_diffusers(tmp_path: Path) -> 
         sigmas = torch.rand(2, generator=stream(SEED, "sound timesteps", step), dtype=torch.float64).float()
         noise = torch.randn(2, *shape, generator=stream(SEED, "sound", step))
         with learning(dit, parts, factors) as found:
-            for (sound, text), sigma, drawn in zip(batch, sigmas, noise, strict=True):
+            for (audio, text), sigma, drawn in zip(batch, sigmas, noise, strict=True):
                 time = 1000 * sigma.view(1)
                 inputs = {
                     **{"noisy": torch.zeros(1, 16, 1, 1, 1), "text": torch.zeros(1, 1, 24), "fps": 25},
-                    **{"timesteps": time, "sound_timesteps": time, "sound_text": text[None]},
-                    "sound": ((1 - sigma) * sound + sigma * drawn)[None],
+                    **{"timesteps": time, "audio_timesteps": time, "sound_text": text[None]},
+                    "sound": ((1 - sigma) * audio + sigma * drawn)[None],
                 }
                 _, made = in_diffusers(dit, inputs, isolate_modalities=True)
-                ((made[0] - (drawn - sound)).square().mean() / 2).backward()
+                ((made[0] - (drawn - audio)).square().mean() / 2).backward()
         return found()
 
     assert_steps_of_descent(out, parts, RATE, gradients, "sound alone")

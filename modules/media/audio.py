@@ -135,8 +135,8 @@ def _track_info(context: Any, samples: int) -> bytes:
     private = _encode_element(0x63A2, bytes(context.extradata)) if context.extradata else b""
     delay = _encode_number(0x56AA, round(samples * _NANOSECONDS / context.sample_rate))
     rate = _encode_element(0xB5, struct.pack(">d", context.sample_rate))
-    sound = _encode_element(0xE1, rate + _encode_number(0x9F, context.channels))
-    return numbers + audio_type + codec + private + delay + sound
+    audio = _encode_element(0xE1, rate + _encode_number(0x9F, context.channels))
+    return numbers + audio_type + codec + private + delay + audio
 
 
 def _encode_element(name: int, data: bytes) -> bytes:

@@ -22,7 +22,7 @@ from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
-from dataset.sources.colours import MOVING, REORDERED, find_colors, find_reordered, shown_otherwise
+from dataset.sources.colors import MOVING, REORDERED, find_colors, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
 from dataset.table import DatasetTable
 from tests.dataset.caching.test_loop import make_config
@@ -30,7 +30,7 @@ from tests.dataset.caching.test_reference_texts import cache_seen, values
 from tests.dataset.edit_sets import SIZE, EditFamily, make_set
 from tests.dataset.making import make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options
-from tests.modules.media.test_colours import XYZ_OF_P3, converted, encode_clip, matrix_profile, srgb_curve
+from tests.modules.media.test_colors import XYZ_OF_P3, converted, encode_clip, matrix_profile, srgb_curve
 
 BLUE, CLEAR = (10, 20, 200, 255), (10, 20, 200, 51)
 WHITE = [206, 208, 244]  # a fifth of the colour over white

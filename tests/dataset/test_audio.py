@@ -10,7 +10,7 @@ from typing import Any
 import av
 import pytest
 
-from contract.data import FPS, HAS_SOUND, SOUND, SoundSpec
+from contract.data import FPS, HAS_AUDIO, SOUND, AudioSpec
 from data_tools.report.check import check_training
 from dataset.batches.finding import FoundItems, find_items, require_items
 from dataset.batches.items import CachingCommands, group_items
@@ -23,7 +23,7 @@ from dataset.caching.on_ray import CachingActor
 from dataset.caching.prefetch import CacheReport, estimate_decoded_bytes
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.listing import find_sources
-from dataset.sources import sound
+from dataset.sources import audio
 from dataset.sources.decoding import decode_source
 from dataset.sources.media_source import MediaSource
 from modules.errors import CacheError, DatasetError
@@ -31,7 +31,7 @@ from modules.media.samples import read_track
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_shards import entries, into, main_of, shard
 from tests.dataset.making import make_image, make_table
-from tests.dataset.sound_toy import PER_LATENT, RATE, HearingToy, sound_shape
+from tests.dataset.sound_toy import PER_LATENT, RATE, HearingToy, audio_shape
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 from tests.sound_media import Track, clicks_in, write_media
 
@@ -58,7 +58,7 @@ def cache(config: DatasetConfig, family: Any = None, **changes: Any) -> CacheRep
 
 def find(config: DatasetConfig, family: Any = None) -> FoundItems:
     cache_texts(family or hearing(), config, options())
-    return find_items(config, "toy", PLAIN, sound=(family or hearing()).sound)
+    return find_items(config, "toy", PLAIN, audio=(family or hearing()).audio)
 
 
 def caches(folder: Path) -> list[str]:
@@ -84,7 +84,7 @@ def test_the_sound_of_every_span_is_that_of_its_frames_and_is_read_once(
         calls.append(args)
         return read_track(*args, **facts)
 
-    monkeypatch.setattr(sound, "read_track", read)
+    monkeypatch.setattr(audio, "read_track", read)
     write_media(tmp_path / "clip.mp4", Track(CLICKS))
     family, config = hearing(), make_set(tmp_path, **keys)
 
@@ -128,7 +128,7 @@ def test_sound_keeps_its_speed_whatever_becomes_of_the_frames(
     entry = read_entry(tmp_path / "cache" / f"{name}_toy.safetensors")
     assert entry.tensors[FPS] == fps
     heard = read_entry(tmp_path / "cache" / f"{name}_toy_audio.safetensors")
-    length = sound_shape(21, fps)[1]
+    length = audio_shape(21, fps)[1]
     assert list(heard.named) == [f"audio_latents_{length}x{PER_LATENT}x2_float32", "audio_lengths_int32"]
     assert heard.tensors["audio_lengths"] == length
 
@@ -212,8 +212,8 @@ def test_clips_in_tars_have_sound_and_their_names_in_reasons(tmp_path: Path) -> 
 def test_sounds_without_pictures_take_the_memory_of_one_picture(tmp_path: Path) -> None:
     """And what cannot be learned of them is told by name."""
     bells, clips = tmp_path / "bells", tmp_path / "clips"
-    alone = SoundSpec(RATE, 2, sound_shape, is_alone=True)
-    family = hearing(sound=alone, media_identity={"vae": "sound alone"})
+    alone = AudioSpec(RATE, 2, audio_shape, is_alone=True)
+    family = hearing(audio=alone, media_identity={"vae": "sound alone"})
     for folder in (bells, clips):
         folder.mkdir()
     for name, seconds in (("long", 2.0), ("short", 0.03)):
@@ -280,10 +280,10 @@ def test_each_half_is_made_again_only_for_its_own_reasons(tmp_path: Path) -> Non
         report = cache(config, family)
         return sum(map(len, family.seen)), len(family.heard), report.kept, report.removed
 
-    assert again(sound=None) == (2, 0, 0, 0)  # a run without sound
+    assert again(audio=None) == (2, 0, 0, 0)  # a run without sound
     assert again() == (0, 2, 2, 0)  # turning it on encodes sound alone
     assert again() == (0, 0, 4, 0)
-    assert again(sound_identity={"audio_vae": "second"}) == (0, 2, 2, 0)
+    assert again(audio_identity={"audio_vae": "second"}) == (0, 2, 2, 0)
     assert again() == (0, 2, 2, 0)
     write_media(tmp_path / "sound/a.wav", Track((0.2,), codec="pcm_s16le", seconds=1.5), frames=0)
     assert again() == (0, 1, 3, 0)
@@ -312,7 +312,7 @@ def test_damaged_entries_are_made_again_and_foreign_ones_unless_they_are_asked_f
     with pytest.raises(CacheError, match="audio.safetensors: damaged.*\n.*caching script --verify"):
         read_batch(find(config).items, PLAIN)
     assert cache(config).written == 1
-    assert read_batch(find(config).items, PLAIN).tensors[HAS_SOUND].tolist() == [True]
+    assert read_batch(find(config).items, PLAIN).tensors[HAS_AUDIO].tolist() == [True]
     write_tensors(path, read_entry(path).named, {"architecture": "toy"})
     assert cache(config, skip_existing=True).foreign == 1
     assert cache(config).written == 1
@@ -355,17 +355,17 @@ def test_a_mixed_batch_has_zeros_where_a_clip_is_silent(tmp_path: Path, form: st
     ]
     for batch, fps in zip(batches, (25, 16), strict=True):
         heard = batch.tensor(SOUND)
-        assert heard.shape == (2, *sound_shape(9, fps))
-        assert batch.tensor(HAS_SOUND).tolist() == [True, False]
+        assert heard.shape == (2, *audio_shape(9, fps))
+        assert batch.tensor(HAS_AUDIO).tolist() == [True, False]
         assert batch.tensor(FPS).tolist() == [1000 * fps] * 2
         assert not batch.tensor(FPS).is_floating_point()  # it stays on the host
         assert heard[0].any()
         assert not heard[1].any()
         assert {made.part for made in batch.made_by} == {"latents", "sound", "t5"}
     silent = read_batch(found[1:2], PLAIN).tensors
-    assert not {SOUND, HAS_SOUND} & silent.keys()
+    assert not {SOUND, HAS_AUDIO} & silent.keys()
     ignored = make_set(tmp_path, batch_size=4, cache_format=form, audio="ignore")
-    assert not {SOUND, HAS_SOUND} & read_batch(find(ignored).items[:2], PLAIN).tensors.keys()
+    assert not {SOUND, HAS_AUDIO} & read_batch(find(ignored).items[:2], PLAIN).tensors.keys()
     required = find(make_set(tmp_path, cache_format=form, audio="required"))
     with pytest.raises(CacheError, match=r"(?s)but 2 clips have no sound.*such as b_.*caching script"):
         require_items(required)
@@ -385,8 +385,8 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_bytes(tmp_path: Path, form
     """It replaces the sound of another VAE and both halves of a clip that changed; one clip is gone."""
     config, before = make_mixed_set(tmp_path, form), into(make_mixed_set(tmp_path, form), tmp_path / "before")
     shutil.copy(tmp_path / "a.mp4", tmp_path / "gone.mp4")
-    cache(make_mixed_set(tmp_path, form), hearing(sound_identity={"audio_vae": "second"}))
-    cache(before, hearing(sound_identity={"audio_vae": "second"}))
+    cache(make_mixed_set(tmp_path, form), hearing(audio_identity={"audio_vae": "second"}))
+    cache(before, hearing(audio_identity={"audio_vae": "second"}))
     (tmp_path / "gone.mp4").unlink()
     write_media(tmp_path / "e.mp4", Track((0.3,)), frames=9)
     undisturbed = into(config, tmp_path / "undisturbed")
@@ -431,7 +431,7 @@ def test_sound_that_is_cached_leaves_the_encoders_of_pictures_loaded(tmp_path: P
     loaded = list[str]()
     load = family.media_encoders
     family.media_encoders = lambda *given: loaded.append("pictures") or load(*given)
-    family.sound_networks = lambda *given, **_: loaded.append("sound")
+    family.audio_networks = lambda *given, **_: loaded.append("sound")
     actor = CachingActor(main_of(family, config), ("--words",), True, 3, 1)
     assert sum(actor({"shard_index": [0, 1, 2]})["written"]) == 5
     assert loaded == ["pictures"]
@@ -449,7 +449,7 @@ def test_sound_that_a_kill_left_out_is_told_of(tmp_path: Path, caplog: pytest.Lo
     def told() -> tuple[bool, bool]:
         caplog.clear()
         compare_sources(config.datasets, find(config), CachingCommands(), "toy", hears=True)
-        checked = "\n".join(check_training(config, "toy", PLAIN, sound=hearing().sound).lines)
+        checked = "\n".join(check_training(config, "toy", PLAIN, audio=hearing().audio).lines)
         words = said.format(tmp_path / "a.mp4")
         return words in caplog.text, "a.mp4" in checked and "has sound that is not cached" in checked
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from contract.data import SoundSpec
+from contract.data import AudioSpec
+from dataset.caching.audio import AudioWork
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import Failure, map_ahead
-from dataset.caching.sound import SoundWork
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
+from dataset.sources.audio import NoAudio, find_audio, read_audios
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.console import count_words
 from modules.errors import MediaError
@@ -51,16 +51,16 @@ def listen(source: MediaSource) -> Heard:
     seconds = None  # of the pictures
     try:
         with fetch(source) as here:
-            path = find_sound(here)
+            path = find_audio(here)
             track = track_info(path)
             if track is None:
-                raise NoSound(f"{path}: it has no track of sound")
-            is_video = here.tensors is None and not here.path.is_dir() and not here.table.is_of_sound
+                raise NoAudio(f"{path}: it has no track of sound")
+            is_video = here.tensors is None and not here.path.is_dir() and not here.table.is_of_audio
             if is_video:
                 info = video_info(here.path)
-                rate = here.table.stated_fps or info.fps
+                rate = here.table.declared_fps or info.fps
                 seconds = info.frames / rate if info.frames and rate else None
-    except NoSound as reason:
+    except NoAudio as reason:
         return Heard(silent=str(reason))
     misfits = _list_misfits(track, seconds)
     return Heard(track, remark=f"its sound: {', '.join(misfits)}" if misfits else None)
@@ -86,7 +86,7 @@ def _list_misfits(track: TrackInfo, seconds: float | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class SoundFindings:
+class AudioFindings:
     """Findings about the sound of a table."""
 
     lines: list[str]  # about the sound and its caches
@@ -94,9 +94,9 @@ class SoundFindings:
     remarks: list[Fault]
 
 
-def check_sound(
-    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, workers: int
-) -> SoundFindings:
+def check_audio(
+    table: DatasetTable, plans: Sequence[SourcePlan], work: AudioWork, workers: int
+) -> AudioFindings:
     """Report a table's sound and its caches.
 
     `plans` are those of its latents.
@@ -105,11 +105,11 @@ def check_sound(
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return the facts about a clip's sound, and how many of its caches are valid."""
         try:
-            sound = listen(plan.source)
-            num_valid = 0 if sound.track is None else work.count_valid(plan.source, plan.kept)
+            audio = listen(plan.source)
+            num_valid = 0 if audio.track is None else work.count_valid(plan.source, plan.kept)
         except (MediaError, OSError) as error:
             return Failure.of(plan.source, error)
-        return sound, num_valid
+        return audio, num_valid
 
     bar = Bar(len(plans), "Reading headers", "clip", shown=False)
     errors: list[Fault] = []
@@ -124,24 +124,24 @@ def check_sound(
         if isinstance(result, Failure):
             errors.append(Fault("have sound that cannot be read", str(result), stem))
             continue
-        sound, num_valid = result
-        if sound.track is not None:
-            tracks.append(sound.track)
+        audio, num_valid = result
+        if audio.track is not None:
+            tracks.append(audio.track)
             total_valid += num_valid
             total_missing += len(plan.items) - num_valid
-        if sound.silent is not None:
-            silences.append(Fault("have no sound", sound.silent, stem))
-        if sound.remark is not None:
-            text = f"{plan.source.path}: {sound.remark}"
+        if audio.silent is not None:
+            silences.append(Fault("have no sound", audio.silent, stem))
+        if audio.remark is not None:
+            text = f"{plan.source.path}: {audio.remark}"
             remarks.append(Fault("have sound that does not fit", text, stem))
-    have = "can be heard" if table.is_of_sound else "clips have it"
+    have = "can be heard" if table.is_of_audio else "clips have it"
     forms = _describe_tracks(tracks)
     needs = count_words(total_missing, "items need encoding")
     lines = [
         f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {total_valid} files are valid, {needs}",
     ]
-    return SoundFindings(lines, errors, remarks)
+    return AudioFindings(lines, errors, remarks)
 
 
 def _describe_tracks(tracks: Sequence[TrackInfo]) -> str:
@@ -160,16 +160,16 @@ def count_tracks(tracks: Iterable[TrackInfo]) -> list[tuple[int, int, int]]:
     return [(rate, channels, count) for (rate, channels), count in by_frequency]
 
 
-def draw_sound(source: MediaSource, fps: float, used: int) -> Markup | None:
+def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
     """Return a drawing of the sound of the first `used` kept frames of a clip; None if there is none.
 
     Raises MediaError or OSError if a file cannot be read.
     """
     try:
         with fetch(source) as here:
-            spec = SoundSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
-            (samples,) = read_sounds(find_sound(here), [(0, used)], kept_rate(here, fps), spec)
-    except NoSound:
+            spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
+            (samples,) = read_audios(find_audio(here), [(0, used)], kept_rate(here, fps), spec)
+    except NoAudio:
         return None
     loud = np.abs(samples[0].numpy())
     num_bars = min(WAVE_BARS, len(loud))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from contract.data import SOUND
-from contract.family import Caches, HearsSound
+from contract.family import Caches, HearsAudio
 from dataset import cache_files
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
@@ -23,10 +23,10 @@ from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.config_keys import IGNORE, REQUIRED
+from dataset.sources.audio import NoAudio, find_audio, read_audios
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import FileIdentity, MediaSource, Origin
-from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
@@ -34,12 +34,12 @@ from modules.errors import CacheError, MediaError
 Entries = frozenset[tuple[int, str]]  # table index and name of each
 
 
-class HearingFamily(Caches, HearsSound, Protocol):
+class HearingFamily(Caches, HearsAudio, Protocol):
     """Functions that caching of sound needs of a family."""
 
 
 @dataclass(frozen=True)
-class SoundPlan:
+class AudioPlan:
     """Plan the sound of one clip's cached items; the fields after `missing` are read from its sound file."""
 
     source: MediaSource
@@ -52,14 +52,14 @@ class SoundPlan:
     silent: str | None = None  # why there is none
 
 
-class _SoundJob(NamedTuple):
+class _AudioJob(NamedTuple):
     """A clip with its cached items."""
 
     source: MediaSource
     names: Sequence[cache_files.LatentName]
 
 
-class SoundWork:
+class AudioWork:
     """Encode the sound of a dataset.
 
     The networks are loaded when they are first needed and stay until `free`, or until the encoders of
@@ -78,11 +78,11 @@ class SoundWork:
 
         `before_loading` is called to free the device before the networks are loaded.
         """
-        assert family.sound is not None
-        self._family, self.spec = family, family.sound
+        assert family.audio is not None
+        self._family, self.spec = family, family.audio
         self._stores, self._device = stores, device
         self._before_loading = before_loading
-        self._tag = cache_files.sound_tag(family.cache_tag)
+        self._tag = cache_files.audio_tag(family.cache_tag)
         self._networks = None
         self._existing: ExistingNames = {
             table.index: LatentNames(stores.of(table), self._tag, table.kind)
@@ -103,18 +103,18 @@ class SoundWork:
             OutputError: If an entry cannot be written.
         """
         items = self._items_of(latents)
-        jobs: list[_SoundJob] = []
+        jobs: list[_AudioJob] = []
         for source in sources:
             names = items.get((source.table.index, source.stem))
             if names is not None:
-                jobs.append(_SoundJob(source, names))
+                jobs.append(_AudioJob(source, names))
         verifies = self._stores.verify or len(jobs) < MANY
         ahead = read_ahead(
             jobs,
             source_of=lambda job: job.source,
             work=lambda job: self._read(self.plan(job.source, job.names, verifies)),
             workers=workers,
-            bar=Bar(len(jobs), "Sound", "clip", shows),
+            bar=Bar(len(jobs), "Audio", "clip", shows),
             decodes=True,
         )
         report = CacheReport()
@@ -149,7 +149,7 @@ class SoundWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].not_in(valid, except_of=failed)
-        is_ours = partial(cache_files.is_latent_cache, architecture=self._family.name, sound=True)
+        is_ours = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
         return remove_caches(self._stores.of(table), stale, is_ours)
 
     def free(self) -> None:
@@ -158,7 +158,7 @@ class SoundWork:
             self._networks = None
             free_memory(self._device)
 
-    def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
+    def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> AudioPlan:
         """Compare a clip's entries of sound with those that this run would write.
 
         With `audio = "ignore"` existing entries are kept and none is missing.
@@ -177,7 +177,7 @@ class SoundWork:
                 valid.append(file)
             except CacheError:
                 missing.append(name)
-        return SoundPlan(source, tuple(valid), foreign, tuple(missing))
+        return AudioPlan(source, tuple(valid), foreign, tuple(missing))
 
     def count_valid(self, source: MediaSource, files: Collection[str]) -> int:
         """Return the number of a clip's latents with a valid entry of sound.
@@ -210,13 +210,13 @@ class SoundWork:
         Raises:
             CacheError: If it has to be made again.
         """
-        entry = self._stores.of(source.table).read(file, is_whole=verifies)
+        entry = self._stores.of(source.table).read(file, is_full=verifies)
         record = records.latent_record(entry)
         if record is None:
             if not self._stores.skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
             return True
-        changed = records.difference(record.encoder, self._family.sound_identity)
+        changed = records.difference(record.encoder, self._family.audio_identity)
         changed = changed or records.difference(record.options, self._options(source, name))
         parts = _parts(source)
         if changed is not None or len(parts) != len(record.files):
@@ -229,21 +229,21 @@ class SoundWork:
         return False
 
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
-        stated = source.table.source_fps
-        rates = {"source_fps": stated, "fps": None if stated is None else self._family.defaults.fps}
+        declared = source.table.source_fps
+        rates = {"source_fps": declared, "fps": None if declared is None else self._family.defaults.fps}
         return {"span": [*(name.span or ())], **rates}
 
-    def _read(self, plan: SoundPlan) -> SoundPlan:
+    def _read(self, plan: AudioPlan) -> AudioPlan:
         """Decode the sound that a plan lacks. Raises MediaError or OSError."""
         if not plan.missing:
             return plan
         spans = [name.span for name in plan.missing if name.span is not None]
         try:
             with fetch(plan.source) as here:
-                path = find_sound(here)
+                path = find_audio(here)
                 rate = kept_rate(here, self._family.defaults.fps)
-                samples = read_sounds(path, spans, rate, self.spec)
-        except NoSound as reason:
+                samples = read_audios(path, spans, rate, self.spec)
+        except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
                 asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
                 raise MediaError(f"{reason}; {asks}") from None
@@ -252,22 +252,22 @@ class SoundWork:
         return replace(plan, files=files, rate=rate, samples=tuple(samples))
 
     def _encode(
-        self, file: str, name: cache_files.LatentName, samples: Tensor, plan: SoundPlan
+        self, file: str, name: cache_files.LatentName, samples: Tensor, plan: AudioPlan
     ) -> Callable[[], None]:
         """Encode the sound of an item; return the function that writes it."""
         if self._networks is None:
             self._before_loading()
-            self._networks = self._family.sound_networks(self._device, decodes=False)
+            self._networks = self._family.audio_networks(self._device, decodes=False)
         assert name.span is not None
         _, frames = name.span
-        (latents,) = self._family.encode_sound(self._networks, samples[None], frames, plan.rate)
+        (latents,) = self._family.encode_audio(self._networks, samples[None], frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # batches are made by it
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
-        tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.SOUND_LENGTH: length}
+        tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         record = records.LatentRecord(
-            encoder=self._family.sound_identity,
+            encoder=self._family.audio_identity,
             options=self._options(plan.source, name),
             files=plan.files,
             clip=None,
@@ -288,6 +288,6 @@ class SoundWork:
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
     """Return the files that cached sound depends on: the clip, for its rate, and a given sound file."""
     parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
-    if source.sound is not None:
-        parts.append(source.sound)
+    if source.audio is not None:
+        parts.append(source.audio)
     return parts

@@ -20,7 +20,7 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.data import SOUND, Joint
 from contract.requests import Request
-from contract.steps import Section, StepDone, Tweaks
+from contract.steps import Overrides, Section, StepDone
 from generation.comparing import compare
 from generation.denoise import denoise
 from generation.grid_options import CompareOptions
@@ -33,12 +33,12 @@ from tests.generation.test_outputs import output_options
 from tests.generation.test_post import chunks, post_of
 from tests.post.stages_here import Larger, Smoother
 from tests.preparing import prepare
-from tests.sound_family import RATE, STREAMS, generate_with_sound, main, sound_shape, tone, with_sound
+from tests.sound_family import RATE, STREAMS, audio_shape, generate_with_audio, main, tone, with_audio
 from tests.tiny.project import write_lora
 from tests.tiny.wan import write_tiny_wan
 
 FRAMES, FPS = 9, 16
-SHAPE = sound_shape(FRAMES, FPS)
+SHAPE = audio_shape(FRAMES, FPS)
 SAY = ("--prompt", "a cat", "--negative_prompt", "dull", "--seed", 1, "--guidance_scale", 3)
 SIZE = ("--video_size", 32, 32, "--infer_steps", 3, "--video_length", FRAMES, "--fps", FPS, "--device", "cpu")
 
@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def make(model: list[str], folder: Path, *words: object, **changes: Any) -> list[str]:
     """Run the script; return the names of its files with their times cut off."""
-    generate_with_sound([*model, "--save_path", folder, *SIZE, *SAY, *words], **changes)
+    generate_with_audio([*model, "--save_path", folder, *SIZE, *SAY, *words], **changes)
     return sorted(re.sub(r"^[\d-]+_", "", path.name) for path in folder.iterdir())
 
 
@@ -119,7 +119,7 @@ def test_latents_hold_both_and_are_decoded_later(model: list[str], tmp_path: Pat
     make(model, first, "--output_type", "both")
     latents = only(first, "*_latent.safetensors")
 
-    generate_with_sound([*model, "--save_path", second, "--latent_path", latents, "--device", "cpu"])
+    generate_with_audio([*model, "--save_path", second, "--latent_path", latents, "--device", "cpu"])
 
     ours, theirs = only(first, "*.mp4"), only(second, "*.mp4")
     assert np.array_equal(heard(ours)[0], heard(theirs)[0])
@@ -131,7 +131,7 @@ def test_latents_hold_both_and_are_decoded_later(model: list[str], tmp_path: Pat
 def test_networks_of_sound_are_gone_before_the_vae_comes(model: list[str], tmp_path: Path) -> None:
     diary: list[str] = []
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
-    generate_with_sound(
+    generate_with_audio(
         [*model, "--save_path", tmp_path / "made", *SIZE, "--from_file", tmp_path / "prompts.txt"],
         diary=diary,
     )
@@ -188,7 +188,7 @@ def test_a_picture_and_a_run_without_sound_have_none(model: list[str], tmp_path:
         "1.png",
         "1_latent.safetensors",
     ]
-    make(model, tmp_path / "b", "--output_type", "both", sound=None)
+    make(model, tmp_path / "b", "--output_type", "both", audio=None)
     plain = [*model, "--save_path", tmp_path / "c", *SIZE, *SAY, "--output_type", "both"]
     wan_generate_video.main([str(word) for word in plain])
 
@@ -216,7 +216,7 @@ def test_every_clip_of_a_comparison_has_its_track(model: list[str], tmp_path: Pa
 
     main(
         [str(word) for word in words],
-        make=lambda family, options: compare(with_sound(family), options, CompareOptions(lora=(lora,))),
+        make=lambda family, options: compare(with_audio(family), options, CompareOptions(lora=(lora,))),
     )
 
     tracks = {path.name[:3]: len(streams(path)) for path in (tmp_path / "grid").glob("*.mp4")}
@@ -251,7 +251,7 @@ def test_latents_of_another_sound_are_refused(model: list[str], tmp_path: Path) 
     words = [*model, "--save_path", tmp_path, "--latent_path", latents, "--device", "cpu"]
 
     with pytest.raises(CheckpointError, match="8 x 16 values at a time, .* has 2 x 320"):
-        generate_with_sound(words)
+        generate_with_audio(words)
 
 
 def test_steps_follow_given_noise_levels(model: list[str], tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_processes_that_share_passes_and_weights_make_the_same_sound(
 
 def test_given_sound_stays_and_is_told_to_be_clean(model: list[str], tmp_path: Path) -> None:
     given = tone(SHAPE) / 3
-    make(model, tmp_path / "given", "--output_type", "latent", given_sound=given, rules=STREAMS)
+    make(model, tmp_path / "given", "--output_type", "latent", given_audio=given, rules=STREAMS)
     make(model, tmp_path / "made", "--output_type", "latent", rules=STREAMS)
 
     ours, theirs = saved(tmp_path / "given"), saved(tmp_path / "made")
@@ -309,20 +309,20 @@ JOINT = Joint((2, 3, 2, 2), (2, 5, 4))
     [("one frame", "unipc"), ("picture", "dpm++sde"), ("sound", "lcm"), ("both", "unipc")],
 )
 def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
-    noise = torch.randn(1, math.prod(JOINT.picture) + math.prod(JOINT.sound))
-    section = Section(noise, {}, tweaks=Tweaks(joint=JOINT))
+    noise = torch.randn(1, math.prod(JOINT.picture) + math.prod(JOINT.audio))
+    section = Section(noise, {}, overrides=Overrides(joint=JOINT))
     frames = {"one frame": 1, "picture": 3, "both": 3}.get(given, 0)
-    image, sound = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.sound), 5.0)
+    image, audio = torch.full((1, 2, frames, 2, 2), 7.0), torch.full((1, *JOINT.audio), 5.0)
     if frames:
-        section = replace(section, given=image, tweaks=replace(section.tweaks, given_frames=frames))
+        section = replace(section, given=image, overrides=replace(section.overrides, given_frames=frames))
     if given in {"sound", "both"}:
-        section = replace(section, given_sound=sound)
+        section = replace(section, given_audio=audio)
     shown, network = list[Tensor](), Answers()
 
     def watch(done: StepDone) -> bool:
         shown.append(done.step.noisy)
         for clean, full, is_held in zip(
-            JOINT.split(done.clean), (image, sound), section.clean_streams, strict=True
+            JOINT.split(done.clean), (image, audio), section.clean_streams, strict=True
         ):
             assert not is_held or torch.equal(clean, full)
         return False
@@ -340,7 +340,7 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     for latents in (*shown, end):
         seen, listened = JOINT.split(latents)
         assert torch.equal(seen[:, :, :frames], image)
-        assert (given in {"sound", "both"}) is torch.equal(listened, sound)
+        assert (given in {"sound", "both"}) is torch.equal(listened, audio)
     expected = {"one frame": True, "picture": [False, True], "sound": [True, False], "both": [False, False]}
     assert (network.times[0] > 0).tolist() == expected[given]
 

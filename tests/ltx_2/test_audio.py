@@ -11,25 +11,25 @@ from diffusers import LTX2Pipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltx_2.sound import (
+from ltx_2.audio import (
     Vocoder,
-    build_sound_vae,
+    build_audio_vae,
     build_vocoder,
     latent_count,
-    load_sound_vae,
+    load_audio_vae,
     load_vocoder,
     log_mel,
-    read_sound_vae,
+    read_audio_vae,
     read_vocoder,
 )
 from modules.errors import CheckpointError
-from tests.ltx_2.tiny_media import sound_vae, sound_vae_official, vocoder, vocoder_official
+from tests.ltx_2.tiny_media import audio_vae, audio_vae_official, vocoder, vocoder_official
 from tests.manifests import fit, manifest_names, tensor_list, write_hollow
 
 CPU = torch.device("cpu")
 EXACT = 1e-5  # float32, the same operations as theirs
 RATES = {"2.0": 24000, "2.3": 48000}
-their_vae, their_vocoder = cache(sound_vae), cache(vocoder)
+their_vae, their_vocoder = cache(audio_vae), cache(vocoder)
 
 
 def waveform_of(samples: int, batch: int = 1) -> Tensor:
@@ -47,7 +47,7 @@ def written(tmp_path: Path, network: nn.Module, is_official: bool) -> Path:
         network.save_pretrained(tmp_path / "part")
         return tmp_path / "part"
     tensors = {
-        **sound_vae_official(their_vae().state_dict()),
+        **audio_vae_official(their_vae().state_dict()),
         "model.diffusion_model.patchify_proj.weight": torch.zeros(1),
         "vae.encoder.conv_in.conv.weight": torch.zeros(1),
         "audio_vae.per_channel_statistics.mean-of-stds": torch.zeros(16),
@@ -94,7 +94,7 @@ def test_latents_equal_those_of_diffusers(
     packed = LTX2Pipeline._normalize_audio_latents(
         LTX2Pipeline._pack_audio_latents(mean), theirs.latents_mean, theirs.latents_std
     )
-    latents = load_sound_vae(written(tmp_path, theirs, is_official), CPU).encode(waveform)
+    latents = load_audio_vae(written(tmp_path, theirs, is_official), CPU).encode(waveform)
 
     assert latents.shape == (batch, 2, -(-(samples // 160 + 1) // 4), 8)
     expected = LTX2Pipeline._unpack_audio_latents(packed, latents.shape[2], 8)
@@ -115,7 +115,7 @@ def test_sound_of_latents_equals_that_of_diffusers(tmp_path: Path, version: str,
     expected = speaking(mel)
     (tmp_path / "voice").mkdir()
 
-    found = load_sound_vae(written(tmp_path, theirs, is_official), CPU).decode(latents)
+    found = load_audio_vae(written(tmp_path, theirs, is_official), CPU).decode(latents)
     ours = load_vocoder(written(tmp_path / "voice", speaking, is_official), CPU)
 
     torch.testing.assert_close(found, mel, rtol=0, atol=EXACT)
@@ -134,7 +134,7 @@ def test_sound_of_latents_equals_that_of_diffusers(tmp_path: Path, version: str,
 )
 def test_a_clip_has_25_latents_a_second(tmp_path: Path, frames: int, fps: float, count: int) -> None:
     """Cut or with silence added; what comes after the clip changes nothing."""
-    vae = load_sound_vae(written(tmp_path, their_vae(), False), CPU)
+    vae = load_audio_vae(written(tmp_path, their_vae(), False), CPU)
     assert latent_count(frames, fps) == count
     for samples in (1500, 100000):
         waveform = waveform_of(samples)
@@ -148,7 +148,7 @@ def test_a_clip_has_25_latents_a_second(tmp_path: Path, frames: int, fps: float,
 
 def test_files_in_sixteen_bits_are_computed_in_float32(tmp_path: Path) -> None:
     save_file({name: one.bfloat16() for name, one in their_vae().state_dict().items()}, tmp_path / "a.sft")
-    latents = load_sound_vae(tmp_path / "a.sft", CPU).encode(waveform_of(8000))
+    latents = load_audio_vae(tmp_path / "a.sft", CPU).encode(waveform_of(8000))
     assert latents.dtype == torch.float32
     assert not torch.equal(latents, latents.bfloat16().float())
 
@@ -163,14 +163,14 @@ def test_released_lists_fit(tmp_path: Path, manifest: str) -> None:
         told = (network.config.hop_length, network.config.input_sampling_rate, network.config.filter_length)
         assert told == (80, 16000, 512)
     else:
-        network = fit(path, lambda file: read_sound_vae(file, "--audio_vae"), build_sound_vae)
+        network = fit(path, lambda file: read_audio_vae(file, "--audio_vae"), build_audio_vae)
         assert (network.config.mel_bins, network.config.latent_channels) == (64, 8)
 
 
 @pytest.mark.parametrize(
     ("load", "tensors", "message"),
     [
-        (load_sound_vae, lambda: their_vocoder("2.3").state_dict(), "not an audio VAE of LTX-2; it looks"),
+        (load_audio_vae, lambda: their_vocoder("2.3").state_dict(), "not an audio VAE of LTX-2; it looks"),
         (load_vocoder, lambda: their_vae().state_dict(), "not a vocoder of LTX-2; it looks like"),
         (
             load_vocoder,
@@ -178,12 +178,12 @@ def test_released_lists_fit(tmp_path: Path, manifest: str) -> None:
             "not a vocoder",
         ),
         (
-            load_sound_vae,
+            load_audio_vae,
             lambda: {**their_vae().state_dict(), "encoder.down.0.block.0.norm1.weight": torch.zeros(16)},
             "unexpected: encoder.down.0.block.0.norm1.weight",
         ),
         (
-            load_sound_vae,
+            load_audio_vae,
             lambda: their_vae().state_dict() | {"latents_mean": torch.zeros(15)},
             "not an audio",
         ),
